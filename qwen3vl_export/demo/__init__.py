@@ -1,0 +1,10 @@
+"""Hold the demo: a small Qwen3-VL that reads handwritten digits, its data, its training and its evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).with_name("checkpoint")
+"""The shipped Hugging Face folder."""
+IMAGES = Path(__file__).with_name("images")
+"""A few held-out pictures, with `truth.json`."""

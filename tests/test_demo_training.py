@@ -1,0 +1,225 @@
+"""The demo's training: its batched forward is transformers' own, its labels are right, the script runs and resumes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qwen3vl_export.demo import data
+from qwen3vl_export.demo.batches import IGNORE, NO_DIGIT, Prompter, cell_of, collate, draw_side_in, training_batch
+from qwen3vl_export.demo.evaluate import Outcome, as_markdown, evaluate, summarise
+from qwen3vl_export.demo.forward import expand_patches, make_plan, text_forward, vision_forward
+from qwen3vl_export.demo.model import save_checkpoint
+from qwen3vl_export.demo.tasks import TASKS
+from qwen3vl_export.demo.training import CURRICULUM, SMOKE, Trainee, Trainer, rate_at
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def trainee() -> Trainee:
+    trainee = Trainee(0)
+    with torch.no_grad():
+        for parameter in trainee.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return trainee.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(trainee: Trainee, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "checkpoint"
+    save_checkpoint(trainee.model, folder, "card")
+    return folder
+
+
+def canvas_of(width: int, height: int, count: int, seed: int = 1) -> data.Canvas:
+    return data.make_canvas(np.random.default_rng(seed), data.load_half("train"), width, height, count=count)
+
+
+@torch.no_grad()
+def test_forward_equals_transformers_on_every_question_of_a_batch(trainee: Trainee, folder: Path) -> None:
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    canvases = [canvas_of(100, 150, 3), canvas_of(90, 170, 2, seed=2)]
+    batch = collate(canvases, 5, 3, Prompter(trainee.tokenizer), TASKS)
+    assert batch.ids_BS is not None and batch.targets_BS is not None and batch.segment_S is not None
+    assert batch.plan is not None
+    levels = vision_forward(trainee.model.model.visual, batch.patches_BPE, 5, 3)
+    hidden = text_forward(trainee.model, batch.ids_BS, levels, batch.plan)
+    for i, canvas in enumerate(canvases):
+        example = data.example_of(i, canvas)
+        for t, (question, answer) in enumerate(example.tasks.values()):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            inputs = processor(text=[prompt + answer], images=[canvas.image], return_tensors="pt")
+            pixels = expand_patches(batch.patches_BPE[i : i + 1])
+            torch.testing.assert_close(pixels, inputs["pixel_values"], atol=1e-6, rtol=0)
+            expected = trainee.model(**inputs).logits[0]
+            keep = (batch.targets_BS[i] != IGNORE) & (batch.segment_S == t)
+            got = hidden[i][keep] @ trainee.model.lm_head.weight.T
+            torch.testing.assert_close(got, expected[-len(got) :], atol=1e-4, rtol=0)
+            targets = processor.tokenizer.encode(answer + "<|im_end|>")
+            assert batch.targets_BS[i][keep].tolist() == targets
+
+
+@torch.no_grad()
+def test_conversation_equals_transformers(trainee: Trainee, folder: Path) -> None:
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    canvas = canvas_of(64, 96, 2)
+    batch = collate([canvas], 3, 2, Prompter(trainee.tokenizer), ("json", "read"), chained=True)
+    assert batch.ids_BS is not None and batch.targets_BS is not None and batch.plan is not None
+    levels = vision_forward(trainee.model.model.visual, batch.patches_BPE, 3, 2)
+    hidden = text_forward(trainee.model, batch.ids_BS, levels, batch.plan)
+    tasks = data.example_of(0, canvas).tasks
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": tasks["json"][0]}]},
+        {"role": "assistant", "content": tasks["json"][1]},
+        {"role": "user", "content": tasks["read"][0]},
+        {"role": "assistant", "content": tasks["read"][1]},
+    ]
+    inputs = processor(text=[processor.apply_chat_template(messages)], images=[canvas.image], return_tensors="pt")
+    assert inputs["input_ids"][0, :-1].tolist() == batch.ids_BS[0].tolist()
+    expected = trainee.model(**inputs).logits[0, :-1]
+    torch.testing.assert_close(hidden[0] @ trainee.model.lm_head.weight.T, expected, atol=1e-4, rtol=0)
+
+
+def test_questions_do_not_see_each_other() -> None:
+    plan = make_plan(2, 2, 4, [1, 3, 2])
+    mask = plan.mask_SS
+    assert mask.shape == (14, 14)
+    first, second = slice(9, 12), slice(12, 14)
+    assert not mask[second, first].any()
+    assert mask[second, :9].all()
+    assert mask[9:12, 9:12].equal(torch.ones(3, 3, dtype=torch.bool).tril())
+    assert plan.positions_3S[:, 9].tolist() == plan.positions_3S[:, 12].tolist() == [7, 7, 7]
+    chained = make_plan(2, 2, 4, [1, 3, 2], chained=True)
+    assert chained.mask_SS.equal(torch.ones(14, 14, dtype=torch.bool).tril())
+    assert chained.positions_3S[0, 12] == 10
+
+
+def test_dense_labels_name_the_cell_of_each_centre() -> None:
+    canvas = canvas_of(200, 90, 3)
+    batch = collate([canvas], 3, 6, None, TASKS)
+    cells = cell_of(canvas, 3, 6)
+    assert len(set(cells)) == 3
+    assert [int(batch.classes_BV[0, c]) for c in cells] == canvas.labels
+    assert [int(batch.ranks_BV[0, c]) for c in cells] == [0, 1, 2]
+    assert int(batch.places_BV[0, cells[canvas.asked]]) == canvas.place
+    assert int((batch.classes_BV == NO_DIGIT).sum()) == 15
+
+
+def test_sides_round_to_the_grid() -> None:
+    rng = np.random.default_rng(0)
+    for cells in (2, 3, 9, 16):
+        sides = {draw_side_in(rng, cells) for _ in range(200)}
+        assert {round(s / 32) for s in sides} == {cells}
+        assert min(sides) >= 64 and max(sides) <= 512
+        assert any(s % 32 for s in sides)
+
+
+def test_same_step_gives_the_same_batch(trainee: Trainee) -> None:
+    def batch() -> torch.Tensor:
+        return training_batch(
+            np.random.default_rng([0, 3, 11]),
+            data.load_half("train"),
+            Prompter(trainee.tokenizer),
+            max_side=128,
+            max_patches=256,
+            max_images=4,
+            tasks=TASKS,
+            free_sides=True,
+            min_distractors=2,
+        ).patches_BPE
+
+    assert torch.equal(batch(), batch())
+
+
+def test_exact_match_needs_every_token(trainee: Trainee) -> None:
+    batch = collate([canvas_of(64, 96, 2)], 3, 2, Prompter(trainee.tokenizer), TASKS)
+    assert batch.targets_BS is not None
+    logits, targets = trainee.answer_logits(batch, vision_forward(trainee.model.model.visual, batch.patches_BPE, 3, 2))
+    assert not trainee.exact_matches(batch).all()
+    batch.targets_BS[batch.targets_BS != IGNORE] = logits.argmax(-1)
+    assert len(targets) == len(logits)
+    assert trainee.exact_matches(batch).all()
+
+
+def test_rate_warms_up_and_falls() -> None:
+    stage = CURRICULUM[-1]
+    assert rate_at(stage, 0) == pytest.approx(stage.peak / 100)
+    assert rate_at(stage, 100) == pytest.approx(stage.peak, rel=0.1)
+    assert rate_at(stage, stage.steps) == pytest.approx(stage.final)
+
+
+def test_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
+    def run(folder: Path, stop_after: int | None) -> Trainer:
+        folder.mkdir(exist_ok=True)
+        trainer = Trainer(SMOKE, folder, lambda line: None)
+        if trainer.state_file.exists():
+            trainer.resume()
+        reports = 0
+
+        def on_report() -> None:
+            nonlocal reports
+            reports += 1
+            if reports == stop_after:
+                raise KeyboardInterrupt
+
+        try:
+            trainer.run(on_report, report_every=1, validation_count=1)
+        except KeyboardInterrupt:
+            pass
+        return trainer
+
+    whole = run(tmp_path / "whole", None)
+    run(tmp_path / "broken", 5)
+    resumed = run(tmp_path / "broken", None)
+    for name, value in whole.average.values.items():
+        torch.testing.assert_close(resumed.average.values[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_smoke_mode_writes_a_loadable_checkpoint(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "train_demo.py"),
+        "--work",
+        str(tmp_path),
+        "--smoke",
+        "--threads",
+        "1",
+    ]
+    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True)
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint", output_loading_info=True)
+    assert model.dtype == torch.bfloat16
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    log = (tmp_path / "train.log").read_text()
+    assert all(stage.name in log for stage in SMOKE)
+    again = [*command, "--init-from", str(tmp_path / "checkpoint")]
+    subprocess.run(again, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True)
+
+
+def test_evaluation_counts_exact_answers() -> None:
+    examples = [data.held_out(i) for i in range(6)]
+    truth = {e.image.tobytes(): dict(e.tasks.values()) for e in examples}
+    right = evaluate(lambda image, questions: [truth[image.tobytes()][q] for q in questions], examples)
+    assert {summarise(right)["all"][t] for t in TASKS} == {1.0}
+    wrong = evaluate(lambda image, questions: ["3"] * len(questions), examples)
+    summary = summarise(wrong)
+    counts = [e.num_digits for e in examples]
+    assert summary["all"]["count"] == pytest.approx(counts.count(3) / 6, abs=1e-4)
+    assert summary["all"]["json"] == 0.0
+    assert summary["by_count"]["4"]["canvases"] == counts.count(4)
+    assert sum(row["canvases"] for row in summary["by_side"].values()) == 6
+    assert "| all | 6 | 0.0 % |" in as_markdown(summary)
+    assert Outcome(0, "read", "q", "317", " 317\n", 3, 64).is_right
+    assert not Outcome(0, "read", "q", "317", "3177", 3, 64).is_right
