@@ -1,0 +1,332 @@
+"""From logits to the next token: penalties, filters, and the draw.
+
+Every processor is a plain callable `(logits_BV, histories) -> logits_BV`: float32 in and out, the input is left as it
+is, filtered tokens become -inf. Each equals the processor of transformers 5.23 named in its docstring, in which the
+order of `build_processors` is that of `GenerationMixin._get_logits_processor`.
+
+Shape suffixes: B sequences, V vocabulary, K candidates that a filter has left.
+
+One `Sampler.next` at V = 151936, normal logits of deviation 2.5, prompt of 4000 distinct tokens, median of 40 on one
+core of an AMD EPYC Zen 4, numpy 2: greedy 0.05 ms · temperature 0.7, top_k 20, top_p 0.8 (Qwen3-VL's defaults) 0.4 ms ·
+top_p alone 3.5 ms (it sorts the vocabulary) · no filter 1.8 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import EngineError
+from runtime.generation_config import GenerationOptions
+
+Logits = npt.NDArray[np.float32]
+
+
+class TokenHistory:
+    """Remember which tokens a sequence holds, with constant work per new token.
+
+    Args:
+        prompt_ids: The token ids of the prompt, image tokens included (as transformers' `input_ids`).
+    """
+
+    def __init__(self, prompt_ids: Sequence[int] | npt.NDArray[np.int64] = ()) -> None:
+        seen = np.unique(np.asarray(prompt_ids, dtype=np.int64))
+        self._seen = _GrowingArray(seen)
+        self._seen_set = set(seen.tolist())
+        self._generated = _GrowingArray(np.empty(0, dtype=np.int64))
+        self._counts = _GrowingArray(np.empty(0, dtype=np.int64))
+        self._index_of_generated: dict[int, int] = {}
+
+    @property
+    def seen_ids(self) -> npt.NDArray[np.int64]:
+        """Distinct token ids of prompt and answer, in no particular order."""
+        return self._seen.view()
+
+    @property
+    def generated_ids(self) -> npt.NDArray[np.int64]:
+        """Distinct token ids of the answer."""
+        return self._generated.view()
+
+    @property
+    def generated_counts(self) -> npt.NDArray[np.int64]:
+        """How often each of `generated_ids` occurs in the answer."""
+        return self._counts.view()
+
+    def append(self, token_id: int) -> None:
+        """Add one generated token."""
+        if token_id not in self._seen_set:
+            self._seen_set.add(token_id)
+            self._seen.append(token_id)
+        index = self._index_of_generated.get(token_id)
+        if index is None:
+            self._index_of_generated[token_id] = len(self._index_of_generated)
+            self._generated.append(token_id)
+            self._counts.append(1)
+        else:
+            self._counts.view()[index] += 1
+
+
+class _GrowingArray:
+    """An int64 array with amortised constant append."""
+
+    def __init__(self, values: npt.NDArray[np.int64]) -> None:
+        self._size = len(values)
+        self._buffer = np.concatenate([values, np.zeros(64, dtype=np.int64)])
+
+    def view(self) -> npt.NDArray[np.int64]:
+        return self._buffer[: self._size]
+
+    def append(self, value: int) -> None:
+        if self._size == len(self._buffer):
+            self._buffer = np.concatenate([self._buffer, np.zeros_like(self._buffer)])
+        self._buffer[self._size] = value
+        self._size += 1
+
+
+LogitsProcessor = Callable[[Logits, Sequence[TokenHistory]], Logits]
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Make the tokens of prompt and answer less likely, once each.
+
+    A positive logit is divided by the penalty, a negative one multiplied (Keskar et al. 2019, arXiv:1909.05858,
+    section 4.1, in the form of transformers' `RepetitionPenaltyLogitsProcessor`).
+    """
+
+    penalty: float
+
+    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
+        """Return penalised logits; ids at or beyond V are passed over."""
+        result_BV = logits_BV.copy()
+        for row_V, history in zip(result_BV, histories, strict=True):
+            ids = history.seen_ids
+            ids = ids[ids < len(row_V)]
+            values = row_V[ids]
+            penalty = np.float32(self.penalty)
+            row_V[ids] = np.where(values < 0, values * penalty, values / penalty)
+        return result_BV
+
+
+@dataclass(frozen=True)
+class PresencePenalty:
+    """Subtract a constant from the logit of every token that the answer holds; the prompt does not count.
+
+    OpenAI's definition, `mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence` with c the counts in the
+    sampled text (API guide, "Frequency and presence penalties"); vLLM's `presence_penalty` is the same. transformers
+    5.23 has no such processor.
+    """
+
+    penalty: float
+
+    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
+        """Return penalised logits."""
+        result_BV = logits_BV.copy()
+        for row_V, history in zip(result_BV, histories, strict=True):
+            row_V[history.generated_ids] -= np.float32(self.penalty)
+        return result_BV
+
+
+@dataclass(frozen=True)
+class FrequencyPenalty:
+    """Subtract a constant times the number of occurrences in the answer; for the source see `PresencePenalty`."""
+
+    penalty: float
+
+    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
+        """Return penalised logits."""
+        result_BV = logits_BV.copy()
+        for row_V, history in zip(result_BV, histories, strict=True):
+            row_V[history.generated_ids] -= np.float32(self.penalty) * history.generated_counts.astype(np.float32)
+        return result_BV
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Divide the logits by the temperature (transformers' `TemperatureLogitsWarper`)."""
+
+    temperature: float
+
+    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
+        """Return scaled logits."""
+        return logits_BV / np.float32(self.temperature)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k largest logits, and all that equal the k-th (transformers' `TopKLogitsWarper`)."""
+
+    top_k: int
+
+    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
+        """Return filtered logits."""
+        num_tokens = logits_BV.shape[-1]
+        if self.top_k >= num_tokens:
+            return logits_BV.copy()
+        kth_B1 = np.partition(logits_BV, num_tokens - self.top_k, axis=-1)[:, num_tokens - self.top_k, None]
+        return np.where(logits_BV < kth_B1, np.float32(-np.inf), logits_BV)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keep the most likely tokens whose probabilities add up to `top_p` (transformers' `TopPLogitsWarper`).
+
+    The least likely tokens are dropped while their sum is at most `1 - top_p`; of equally likely ones the lower id
+    goes first. Holtzman et al. 2020, arXiv:1904.09751.
+    """
+
+    top_p: float
+
+    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
+        """Return filtered logits."""
+        result_BV = logits_BV.copy()
+        for row_V in result_BV:
+            # Tokens a filter before this one has dropped have probability 0 and change no sum: after top-k there are
+            # few left. Sorting values and not indices lets numpy use its vectorised sort.
+            candidates_K = np.flatnonzero(row_V > -np.inf)
+            values_K = row_V[candidates_K]
+            sorted_K = np.sort(values_K)
+            probabilities_K = _softmax(sorted_K)
+            # torch's cumsum on the CPU adds float32 in double precision and rounds every partial sum.
+            sums_K = np.cumsum(probabilities_K, dtype=np.float64).astype(np.float32)
+            num_dropped = int(np.count_nonzero(sums_K <= np.float32(1 - self.top_p)))
+            num_dropped = min(num_dropped, len(sorted_K) - 1)
+            edge = sorted_K[num_dropped]
+            row_V[candidates_K[values_K < edge]] = -np.inf
+            num_dropped_at_edge = num_dropped - int(np.searchsorted(sorted_K, edge, side="left"))
+            row_V[candidates_K[values_K == edge][:num_dropped_at_edge]] = -np.inf
+        return result_BV
+
+
+@dataclass(frozen=True)
+class MinP:
+    """Keep tokens whose probability is at least `min_p` times the largest one (transformers' `MinPLogitsWarper`)."""
+
+    min_p: float
+
+    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
+        """Return filtered logits."""
+        probabilities_BV = _softmax(logits_BV)
+        threshold_B1 = np.float32(self.min_p) * probabilities_BV.max(axis=-1, keepdims=True)
+        return np.where(probabilities_BV < threshold_B1, np.float32(-np.inf), logits_BV)
+
+
+def _softmax(logits: Logits) -> Logits:
+    """Return softmax over the last axis, in float32 as transformers' warpers compute it; -inf gives 0."""
+    exponentials: Logits = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: Logits = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def build_processors(options: GenerationOptions) -> list[LogitsProcessor]:
+    """Return the processors that the options switch on, in transformers' order.
+
+    Penalties come first and also shape greedy decoding; temperature and filters only exist when sampling. The
+    additive penalties stand where transformers puts a caller's own processors, between the two groups, as in vLLM.
+    """
+    processors: list[LogitsProcessor] = []
+    if options.repetition_penalty != 1.0:
+        processors.append(RepetitionPenalty(options.repetition_penalty))
+    if options.presence_penalty != 0.0:
+        processors.append(PresencePenalty(options.presence_penalty))
+    if options.frequency_penalty != 0.0:
+        processors.append(FrequencyPenalty(options.frequency_penalty))
+    if not options.do_sample:
+        return processors
+    if options.temperature != 1.0:
+        processors.append(Temperature(options.temperature))
+    if options.top_k != 0:
+        processors.append(TopK(options.top_k))
+    if options.top_p < 1.0:
+        processors.append(TopP(options.top_p))
+    if options.min_p > 0.0:
+        processors.append(MinP(options.min_p))
+    return processors
+
+
+def greedy(logits_V: Logits) -> int:
+    """Return the token with the largest logit; of equal ones the lowest id, as `torch.argmax` on the CPU.
+
+    Raises:
+        EngineError: A logit is NaN or +inf, or all are -inf.
+    """
+    token_id = int(np.argmax(logits_V))
+    # argmax returns the position of a NaN if there is one.
+    if not np.isfinite(logits_V[token_id]):
+        raise _bad_logits(logits_V)
+    return token_id
+
+
+def sample(logits_V: Logits, rng: np.random.Generator) -> int:
+    """Draw a token from softmax(logits) by inverting the cumulative distribution in float64.
+
+    Uses one uniform number of `rng`. A token with logit -inf is never drawn.
+
+    Raises:
+        EngineError: A logit is NaN or +inf, or all are -inf.
+    """
+    largest = logits_V.max()
+    if not np.isfinite(largest):
+        raise _bad_logits(logits_V)
+    candidates_K = np.flatnonzero(logits_V > -np.inf)
+    weights_K = np.exp(logits_V[candidates_K].astype(np.float64) - np.float64(largest))
+    sums_K = np.cumsum(weights_K)
+    index = int(np.searchsorted(sums_K, rng.random() * sums_K[-1], side="right"))
+    if index == len(sums_K):
+        # The product can round up to the total: take the last token of weight above 0.
+        index = int(np.searchsorted(sums_K, sums_K[-1], side="left"))
+    return int(candidates_K[index])
+
+
+def _bad_logits(logits_V: Logits) -> EngineError:
+    bad = np.flatnonzero(~np.isfinite(logits_V))
+    return EngineError(
+        f"the engine gave logits that are not finite: {len(bad)} of {len(logits_V)}, the first at token {bad[0]}: "
+        f"{logits_V[bad[0]]}",
+        remedy="compare the engine with PyTorch (`qwen3vl verify`); a half-precision target may have overflowed",
+    )
+
+
+@dataclass
+class Sampler:
+    """Choose the tokens of one answer: processors, then greedy or a seeded draw.
+
+    Args:
+        options: The checked options. The same seed, prompt and logits give the same tokens.
+    """
+
+    options: GenerationOptions
+    _processors: list[LogitsProcessor] = field(init=False, repr=False)
+    _history: TokenHistory = field(init=False, repr=False)
+    _rng: np.random.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Build the processors and start with an empty prompt."""
+        self._processors = build_processors(self.options)
+        self.start(())
+
+    def start(self, prompt_ids: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        """Begin an answer: forget the last one, take the prompt's tokens, reseed the generator."""
+        self._history = TokenHistory(prompt_ids)
+        self._rng = np.random.default_rng(self.options.seed)
+
+    def next(self, logits_V: Logits) -> int:
+        """Return the next token of the answer and remember it.
+
+        Args:
+            logits_V: float32 [V], as the engine gives them; not written to.
+
+        Raises:
+            EngineError: A logit is not finite.
+        """
+        if not np.isfinite(logits_V).all():
+            raise _bad_logits(logits_V)
+        processed_1V: Logits = np.asarray(logits_V, dtype=np.float32)[None]
+        for processor in self._processors:
+            processed_1V = processor(processed_1V, (self._history,))
+        token_id = sample(processed_1V[0], self._rng) if self.options.do_sample else greedy(processed_1V[0])
+        self._history.append(token_id)
+        return token_id

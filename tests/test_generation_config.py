@@ -1,0 +1,165 @@
+"""Generation options: what the checkpoint's file and the user's keywords become, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.errors import UsageError
+from runtime.generation_config import GenerationOptions
+
+# As in Qwen3-VL's Instruct checkpoints.
+INSTRUCT_CONFIG: dict[str, Any] = {
+    "bos_token_id": 1,
+    "pad_token_id": 1,
+    "do_sample": True,
+    "eos_token_id": [7, 1],
+    "top_k": 20,
+    "top_p": 0.8,
+    "repetition_penalty": 1.0,
+    "temperature": 0.7,
+    "transformers_version": "4.56.0",
+}
+
+
+def test_reads_an_instruct_checkpoint() -> None:
+    options = GenerationOptions.from_generation_config(INSTRUCT_CONFIG)
+    assert options == GenerationOptions(do_sample=True, eos_token_ids=(7, 1), top_k=20, top_p=0.8, temperature=0.7)
+
+
+def test_one_eos_token_and_stop_strings() -> None:
+    options = GenerationOptions.from_generation_config({"eos_token_id": 3, "stop_strings": ["END"], "top_k": None})
+    assert options == GenerationOptions(eos_token_ids=(3,), stop=("END",))
+
+
+def test_sampling_defaults_are_those_of_transformers() -> None:
+    from transformers import GenerationConfig
+
+    defaults = GenerationConfig._get_default_generation_params()
+    options = GenerationOptions.from_generation_config({})
+    for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"):
+        assert getattr(options, name) == defaults[name], name
+
+
+def test_a_file_with_every_default_of_transformers_written_out_is_accepted() -> None:
+    from transformers import GenerationConfig
+
+    assert GenerationOptions.from_generation_config(GenerationConfig._get_default_generation_params()) == (
+        GenerationOptions()
+    )
+
+
+def test_a_file_saved_by_transformers_is_accepted() -> None:
+    from transformers import GenerationConfig
+
+    saved = GenerationConfig(do_sample=True, temperature=0.5, eos_token_id=[2, 3]).to_dict()
+    options = GenerationOptions.from_generation_config(saved)
+    assert options == GenerationOptions(do_sample=True, temperature=0.5, eos_token_ids=(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_beams", 4),
+        ("typical_p", 0.9),
+        ("no_repeat_ngram_size", 3),
+        ("suppress_tokens", [1]),
+        ("max_length", 100),
+        ("some_future_option", 1),
+        ("seed", 1),
+    ],
+)
+def test_a_file_that_asks_for_more_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"{key}="):
+        GenerationOptions.from_generation_config({**INSTRUCT_CONFIG, key: value})
+
+
+def test_a_bad_value_in_the_file_is_refused() -> None:
+    with pytest.raises(UsageError, match="top_p must be in"):
+        GenerationOptions.from_generation_config({"do_sample": True, "top_p": 1.5})
+
+
+def test_replace_lays_options_over_the_file() -> None:
+    base = GenerationOptions.from_generation_config(INSTRUCT_CONFIG)
+    options = base.replace(temperature=1, max_new_tokens=np.int64(3), stop="x", seed=5, top_k=None, eos_token_id=9)
+    expected = dataclasses.replace(
+        base, temperature=1.0, max_new_tokens=3, stop=("x",), seed=5, top_k=20, eos_token_ids=(9,)
+    )
+    assert options == expected
+    assert type(options.max_new_tokens) is int
+    assert base == GenerationOptions.from_generation_config(INSTRUCT_CONFIG)
+
+
+def test_switching_sampling_off_needs_no_more() -> None:
+    assert not GenerationOptions.from_generation_config(INSTRUCT_CONFIG).replace(do_sample=False).do_sample
+
+
+@pytest.mark.parametrize("option", [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_a_sampling_option_in_a_greedy_generation_is_refused(option: dict[str, float]) -> None:
+    name = next(iter(option))
+    with pytest.raises(UsageError, match=f"{name} has no effect.*\n.*do_sample=True"):
+        GenerationOptions().replace(**option)
+    with pytest.raises(UsageError, match=f"{name} has no effect"):
+        GenerationOptions(do_sample=True).replace(do_sample=False, **option)
+    assert getattr(GenerationOptions().replace(do_sample=True, **option), name) == option[name]
+
+
+def test_an_unknown_option_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError) as caught:
+        GenerationOptions().replace(temprature=0.5)
+    assert "'temprature'" in str(caught.value)
+    assert "did you mean 'temperature'?" in str(caught.value)
+    for field in dataclasses.fields(GenerationOptions):
+        assert field.name in str(caught.value)
+    with pytest.raises(UsageError, match="num_beams"):
+        GenerationOptions().replace(num_beams=None)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 1.5},
+        {"max_new_tokens": True},
+        {"do_sample": 1},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "hot"},
+        {"temperature": True},
+        {"top_k": -1},
+        {"top_k": 2.0},
+        {"top_p": 0.0},
+        {"top_p": 1.01},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -2.1},
+        {"stop": [""]},
+        {"stop": 3},
+        {"stop": ["a", 3]},
+        {"seed": -1},
+        {"seed": 0.5},
+        {"eos_token_ids": [-1]},
+        {"eos_token_ids": "7"},
+        {"eos_token_id": [1.5]},
+    ],
+)
+def test_values_out_of_range_are_refused(option: dict[str, Any]) -> None:
+    name = next(iter(option)).replace("eos_token_id", "eos_token_ids").replace("idss", "ids")
+    with pytest.raises(UsageError, match=name):
+        GenerationOptions(do_sample=True).replace(**option)
+
+
+def test_temperature_zero_points_to_greedy() -> None:
+    with pytest.raises(UsageError, match=r"temperature must be above 0.*\n.*do_sample=False"):
+        GenerationOptions(do_sample=True).replace(temperature=0)
+
+
+def test_both_names_of_the_end_tokens_at_once_are_refused() -> None:
+    with pytest.raises(UsageError, match="both given"):
+        GenerationOptions().replace(eos_token_id=1, eos_token_ids=[2])

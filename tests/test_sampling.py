@@ -1,0 +1,259 @@
+"""Every processor against transformers' of the same name on random logits; the draw against its distribution."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import sampling
+from runtime.errors import EngineError
+from runtime.generation_config import GenerationOptions
+from runtime.sampling import Logits, Sampler, TokenHistory, build_processors
+
+
+def random_logits(seed: int, num_rows: int = 3, num_tokens: int = 1000, *, ties: bool = False) -> Logits:
+    logits = (np.random.default_rng(seed).standard_normal((num_rows, num_tokens)) * 3).astype(np.float32)
+    return np.round(logits * 2) / np.float32(2) if ties else logits
+
+
+def run_reference(processor: Any, logits_BV: Logits, ids: list[list[int]] | None = None) -> Logits:
+    import torch
+
+    ids = [[0]] * len(logits_BV) if ids is None else ids
+    return processor(torch.tensor(ids), torch.from_numpy(logits_BV.copy())).numpy()
+
+
+def assert_same_filter(ours_BV: Logits, reference_BV: Logits, *, ties: bool) -> None:
+    # Which of several equal tokens top-p drops is up to torch.sort, which is not stable: then values are compared, not
+    # places. Equal tokens are many at the edge of every filter here, so their number is what is tested.
+    if ties:
+        ours_BV, reference_BV = np.sort(ours_BV), np.sort(reference_BV)
+    np.testing.assert_array_equal(ours_BV, reference_BV)
+
+
+def test_top_p_drops_the_lower_ids_of_equal_tokens() -> None:
+    logits_BV = np.array([[1, 2, 1, 1, 2, 1]], np.float32)
+    # e² = 7.39, e = 2.72: shares 0.288 and 0.106. 1 - 0.75 leaves room to drop two of the smaller.
+    kept = np.isfinite(sampling.TopP(0.75)(logits_BV, [TokenHistory()]))
+    assert kept.tolist() == [[False, True, False, True, True, True]]
+
+
+def reference_warpers() -> dict[str, tuple[Any, Any]]:
+    from transformers.generation import logits_process as reference
+
+    return {
+        "temperature 0.7": (sampling.Temperature(0.7), reference.TemperatureLogitsWarper(0.7)),
+        "temperature 1.9": (sampling.Temperature(1.9), reference.TemperatureLogitsWarper(1.9)),
+        "top_k 1": (sampling.TopK(1), reference.TopKLogitsWarper(1)),
+        "top_k 20": (sampling.TopK(20), reference.TopKLogitsWarper(20)),
+        "top_k all": (sampling.TopK(5000), reference.TopKLogitsWarper(5000)),
+        "top_p 0.8": (sampling.TopP(0.8), reference.TopPLogitsWarper(0.8)),
+        "top_p 0.999": (sampling.TopP(0.999), reference.TopPLogitsWarper(0.999)),
+        "top_p 1e-6": (sampling.TopP(1e-6), reference.TopPLogitsWarper(1e-6)),
+        "min_p 0.05": (sampling.MinP(0.05), reference.MinPLogitsWarper(0.05)),
+        "min_p 1": (sampling.MinP(1.0), reference.MinPLogitsWarper(1.0)),
+    }
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("name", list(reference_warpers()))
+def test_warper_equals_transformers(name: str, ties: bool) -> None:
+    ours, reference = reference_warpers()[name]
+    histories = [TokenHistory()] * 3
+    for seed in range(8):
+        logits_BV = random_logits(seed, ties=ties)
+        before = logits_BV.copy()
+        assert_same_filter(ours(logits_BV, histories), run_reference(reference, logits_BV), ties=ties)
+        np.testing.assert_array_equal(logits_BV, before)
+
+
+@pytest.mark.parametrize("name", list(reference_warpers()))
+def test_warper_equals_transformers_after_top_k(name: str) -> None:
+    ours, reference = reference_warpers()[name]
+    for seed in range(8):
+        logits_BV = sampling.TopK(40)(random_logits(seed), [TokenHistory()] * 3)
+        np.testing.assert_array_equal(ours(logits_BV, [TokenHistory()] * 3), run_reference(reference, logits_BV))
+
+
+def test_top_p_equals_transformers_at_the_size_of_the_real_vocabulary() -> None:
+    from transformers.generation.logits_process import TopPLogitsWarper
+
+    logits_BV = random_logits(0, 1, 151936)
+    ours = sampling.TopP(0.9)(logits_BV, [TokenHistory()])
+    reference = run_reference(TopPLogitsWarper(0.9), logits_BV)
+    # The float32 sums of 151936 probabilities differ in the last bit, so a token at the very edge may go either way.
+    assert np.count_nonzero(np.isfinite(ours) != np.isfinite(reference)) <= 1
+    assert 1000 < np.count_nonzero(np.isfinite(ours)) < 100000
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_repetition_penalty_equals_transformers(penalty: float) -> None:
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    rng = np.random.default_rng(1)
+    # Ids at and beyond V occur where an embedding is larger than the head; repeated ids count once.
+    ids = rng.integers(0, 60, size=(3, 40))
+    histories = [TokenHistory(row[:25]) for row in ids]
+    for history, row in zip(histories, ids, strict=True):
+        for token_id in row[25:]:
+            history.append(int(token_id))
+    logits_BV = random_logits(2, num_tokens=50)
+    ours = sampling.RepetitionPenalty(penalty)(logits_BV, histories)
+    np.testing.assert_array_equal(
+        ours, run_reference(RepetitionPenaltyLogitsProcessor(penalty), logits_BV, ids.tolist())
+    )
+    assert not np.array_equal(ours, logits_BV)
+
+
+def test_additive_penalties_count_the_answer_alone() -> None:
+    history = TokenHistory([0, 1, 1])
+    for token_id in (1, 2, 2, 2):
+        history.append(token_id)
+    logits_BV = np.zeros((1, 4), np.float32)
+    # OpenAI: mu - count · frequency - (count > 0) · presence
+    np.testing.assert_array_equal(sampling.PresencePenalty(0.5)(logits_BV, [history]), [[0, -0.5, -0.5, 0]])
+    np.testing.assert_array_equal(sampling.FrequencyPenalty(0.5)(logits_BV, [history]), [[0, -0.5, -1.5, 0]])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_whole_chain_equals_transformers_in_its_order(ties: bool) -> None:
+    from transformers import GenerationConfig
+    from transformers.generation import GenerationMixin
+
+    settings_ = {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2}
+    model = SimpleNamespace(
+        config=SimpleNamespace(is_encoder_decoder=False),
+        _merge_criteria_processor_list=lambda default, custom: default,
+    )
+    reference = GenerationMixin._get_logits_processor(
+        model, GenerationConfig(do_sample=True, **settings_), input_ids_seq_length=5
+    )
+    ours = build_processors(GenerationOptions(do_sample=True, **settings_))
+    names = [type(processor).__name__ for processor in ours]
+    assert [type(processor).__name__.removesuffix("Processor").removesuffix("Warper") for processor in reference] == [
+        f"{name}Logits" for name in names
+    ]
+    for seed in range(8):
+        logits_BV = random_logits(seed, 1, ties=ties)
+        ids = np.random.default_rng(seed).integers(0, 1000, size=(1, 50))
+        expected = run_reference(reference, logits_BV, ids.tolist())
+        for processor in ours:
+            logits_BV = processor(logits_BV, [TokenHistory(ids[0])])
+        assert_same_filter(logits_BV, expected, ties=ties)
+
+
+def test_only_what_is_switched_on_is_built() -> None:
+    everything = GenerationOptions(
+        do_sample=True,
+        temperature=0.5,
+        top_k=5,
+        top_p=0.5,
+        min_p=0.5,
+        repetition_penalty=1.1,
+        presence_penalty=1,
+        frequency_penalty=1,
+    )
+    names = [type(processor).__name__ for processor in build_processors(everything)]
+    assert names == [
+        *("RepetitionPenalty", "PresencePenalty", "FrequencyPenalty"),
+        *("Temperature", "TopK", "TopP", "MinP"),
+    ]
+    assert [type(p).__name__ for p in build_processors(everything.replace(do_sample=False))] == names[:3]
+    assert build_processors(GenerationOptions(do_sample=True, top_k=0)) == []
+
+
+@settings(max_examples=50)
+@given(
+    prompt=st.lists(st.integers(0, 30), max_size=20),
+    answer=st.lists(st.integers(0, 30), max_size=90),
+)
+def test_history_equals_a_recount(prompt: list[int], answer: list[int]) -> None:
+    history = TokenHistory(prompt)
+    for token_id in answer:
+        history.append(token_id)
+    assert sorted(history.seen_ids.tolist()) == sorted({*prompt, *answer})
+    counts = dict(zip(history.generated_ids.tolist(), history.generated_counts.tolist(), strict=True))
+    assert counts == {token_id: answer.count(token_id) for token_id in set(answer)}
+
+
+def test_history_grows_past_its_first_buffer() -> None:
+    history = TokenHistory(range(10))
+    for token_id in range(5, 500):
+        history.append(token_id)
+    assert sorted(history.seen_ids.tolist()) == list(range(500))
+    assert history.generated_ids.tolist() == list(range(5, 500))
+
+
+def test_sampler_applies_penalties_step_by_step() -> None:
+    sampler = Sampler(GenerationOptions(frequency_penalty=0.4, repetition_penalty=2.0))
+    sampler.start([3])
+    logits_V = np.array([1.0, 0.9, 0.0, 1.9, -5.0], np.float32)
+    # Token 3 is in the prompt and starts at 1.9 / 2; token 0 falls from 1 to 1 / 2 - 0.4 once it is taken, token 1
+    # from 0.9 to 0.05; token 3 goes 0.95, 0.55, 0.15, -0.25.
+    assert [sampler.next(logits_V) for _ in range(6)] == [0, 3, 1, 3, 3, 0]
+    sampler.start([])
+    assert sampler.next(logits_V) == 3
+
+
+def test_greedy_takes_the_lowest_of_equal_tokens_as_torch_does() -> None:
+    import torch
+
+    for seed in range(20):
+        logits_V = np.round(random_logits(seed, 1, 300)[0] / 3)
+        assert sampling.greedy(logits_V) == int(torch.argmax(torch.from_numpy(logits_V)))
+        assert np.count_nonzero(logits_V == logits_V.max()) >= 1
+    assert sampling.greedy(np.array([0, 2, 2, 2], np.float32)) == 1
+
+
+def test_the_draw_follows_the_distribution() -> None:
+    logits_V = np.array([1.0, 0.0, -np.inf, 2.0, -1.0], np.float32)
+    rng = np.random.default_rng(0)
+    counts = np.bincount([sampling.sample(logits_V, rng) for _ in range(20000)], minlength=5)
+    weights = np.exp(logits_V.astype(np.float64))
+    expected = 20000 * weights / weights.sum()
+    assert counts[2] == 0
+    # 5 standard deviations of a binomial count.
+    assert np.all(np.abs(counts - expected) <= 5 * np.sqrt(expected))
+
+
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (0.49, 1), (0.51, 3), (1.0, 3)])
+def test_the_edges_of_the_uniform_number_never_leave_the_support(uniform: float, expected: int) -> None:
+    # The first and the last token have weights that underflow to 0; 1.0 stands for a product rounded up to the total.
+    logits_V = np.array([-1000.0, 0.0, -np.inf, 0.0, -1000.0], np.float32)
+    assert sampling.sample(logits_V, SimpleNamespace(random=lambda: uniform)) == expected
+
+
+def test_a_seed_makes_the_answer_repeatable() -> None:
+    logits = random_logits(0, 40, 200)
+    sampler = Sampler(GenerationOptions(do_sample=True, seed=7, top_k=0))
+    sampler.start([1, 2])
+    first = [sampler.next(row) for row in logits]
+    sampler.start([1, 2])
+    assert [sampler.next(row) for row in logits] == first
+    other = Sampler(GenerationOptions(do_sample=True, seed=8, top_k=0))
+    assert [other.next(row) for row in logits] != first
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_logits_that_are_not_finite_are_an_error(bad: float, do_sample: bool) -> None:
+    logits_V = random_logits(0, 1, 10)[0]
+    logits_V[4] = bad
+    with pytest.raises(EngineError, match="1 of 10, the first at token 4"):
+        Sampler(GenerationOptions(do_sample=do_sample, seed=0)).next(logits_V)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_bare_functions_refuse_them_too(bad: float) -> None:
+    logits_V = np.array([0.0, bad, 1.0], np.float32)
+    with pytest.raises(EngineError):
+        sampling.greedy(logits_V)
+    with pytest.raises(EngineError):
+        sampling.sample(logits_V, np.random.default_rng(0))
+    with pytest.raises(EngineError):
+        sampling.sample(np.full(3, -np.inf, np.float32), np.random.default_rng(0))

@@ -1,0 +1,76 @@
+"""Stop strings against a character-by-character oracle, whatever the cuts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import UsageError
+from runtime.stopping import StopStringFilter
+
+
+def oracle(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """Return the text before the first complete stop string, the longest at that character, and that string."""
+    for end in range(len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            longest = max(complete, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+# Two letters and short strings, so that matches, overlaps and near misses are frequent.
+letters = st.text(alphabet="ab", max_size=24)
+stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=4)
+
+
+@given(pieces=st.lists(st.text(alphabet="ab", max_size=4), max_size=12), stops=stop_lists)
+def test_equals_the_oracle_for_every_cut(pieces: list[str], stops: list[str]) -> None:
+    text_filter = StopStringFilter(stops)
+    emitted = "".join(text_filter.feed(piece) for piece in pieces) + text_filter.flush()
+    assert (emitted, text_filter.matched) == oracle("".join(pieces), stops)
+
+
+@given(text=letters, stops=stop_lists)
+def test_holds_back_no_more_than_it_must(text: str, stops: list[str]) -> None:
+    text_filter = StopStringFilter(stops)
+    emitted = text_filter.feed(text)
+    if text_filter.matched is None:
+        held = text[len(emitted) :]
+        assert text.startswith(emitted)
+        undecided = [n for n in range(len(text) + 1) if any(stop.startswith(text[len(text) - n :]) for stop in stops)]
+        assert len(held) == max(undecided, default=0)
+        assert text_filter.flush() == held
+
+
+def test_text_after_a_match_is_discarded() -> None:
+    text_filter = StopStringFilter(["<end>"])
+    assert [text_filter.feed(piece) for piece in ("ab<e", "nd>cd", "ef")] == ["ab", "", ""]
+    assert text_filter.flush() == ""
+    assert text_filter.matched == "<end>"
+
+
+def test_a_near_miss_is_released() -> None:
+    text_filter = StopStringFilter(["\n\nUser:"])
+    assert [text_filter.feed(piece) for piece in ("a\n", "\nUse", "ful", "\n")] == ["a", "", "\n\nUseful", ""]
+    assert text_filter.flush() == "\n"
+    assert text_filter.flush() == ""
+    assert text_filter.matched is None
+
+
+def test_the_stop_string_complete_first_wins_and_then_the_longest() -> None:
+    early = StopStringFilter(["abcd", "bc"])
+    assert (early.feed("xabcd"), early.matched) == ("xa", "bc")
+    longest = StopStringFilter(["bc", "abc"])
+    assert (longest.feed("xabc"), longest.matched) == ("x", "abc")
+
+
+def test_without_stop_strings_nothing_is_held() -> None:
+    text_filter = StopStringFilter([])
+    assert (text_filter.feed("abc"), text_filter.flush()) == ("abc", "")
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(UsageError, match="empty"):
+        StopStringFilter(["a", ""])

@@ -1,0 +1,145 @@
+"""The tokenizer against transformers', and streamed text against the whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_fixture import PLAIN_ADDED_TOKENS, SPECIAL_TOKENS, build_tokenizer_files, build_tokenizer_json
+
+from runtime.errors import EngineError, UsageError
+from runtime.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(build_tokenizer_json())
+TEXTS = [
+    "",
+    "What is in the picture?",
+    "  two  spaces,\n\n newlines\tand tabs \n",
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>hi<|im_end|>\n",
+    "<think>\nhm\n</think>\n\nfour",
+    "Grüße, 日本語, 🙂👍🏽, e\u0301 (composed by NFC), \u0000, \ufffd",
+    "<|image_pad|<|image_pad|>|>",
+]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(build_tokenizer_files(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_and_text_equal_transformers(reference: Any, text: str) -> None:
+    ids = TOKENIZER.encode(text)
+    assert ids == reference.encode(text)
+    for skip in (True, False):
+        assert TOKENIZER.decode(ids, skip_special_tokens=skip) == reference.decode(ids, skip_special_tokens=skip)
+
+
+def test_special_tokens_are_skipped_and_other_added_tokens_are_kept() -> None:
+    ids = TOKENIZER.encode("<|im_start|>a<think>b</think><|im_end|>")
+    assert TOKENIZER.decode(ids) == "a<think>b</think>"
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == "<|im_start|>a<think>b</think><|im_end|>"
+    assert TOKENIZER.special_ids == {TOKENIZER.token_id(token) for token in SPECIAL_TOKENS}
+    assert TOKENIZER.special_ids.isdisjoint(TOKENIZER.token_id(token) for token in PLAIN_ADDED_TOKENS)
+    assert TOKENIZER.num_tokens == max(TOKENIZER.token_id(token) for token in PLAIN_ADDED_TOKENS) + 1
+
+
+def stream(ids: list[int], *, skip_special_tokens: bool) -> list[str]:
+    decoder = TOKENIZER.stream_decoder(skip_special_tokens=skip_special_tokens)
+    return [*(decoder.push(token_id) for token_id in ids), decoder.flush()]
+
+
+# Any ids, also 20 beyond the last token: models pad their vocabulary. Most such sequences are no valid UTF-8.
+@settings(max_examples=300)
+@given(ids=st.lists(st.integers(0, TOKENIZER.num_tokens + 20), max_size=40), skip=st.booleans())
+def test_the_pieces_make_the_whole_for_any_ids(ids: list[int], skip: bool) -> None:
+    assert "".join(stream(ids, skip_special_tokens=skip)) == TOKENIZER.decode(ids, skip_special_tokens=skip)
+
+
+# Bytes alone: every token of the byte alphabet, lead and continuation bytes in any order.
+BYTE_IDS = {TOKENIZER.token_bytes(i): i for i in range(TOKENIZER.num_tokens) if len(TOKENIZER.token_bytes(i)) == 1}
+
+
+@settings(max_examples=300)
+@given(data=st.lists(st.sampled_from([0x41, 0x80, 0xBF, 0xC0, 0xC3, 0xE0, 0xE3, 0xED, 0xF0, 0xF4, 0xF5, 0xFF])))
+def test_the_pieces_make_the_whole_for_broken_utf8(data: list[int]) -> None:
+    ids = [BYTE_IDS[bytes([byte])] for byte in data]
+    assert "".join(stream(ids, skip_special_tokens=True)) == TOKENIZER.decode(ids)
+
+
+@settings(max_examples=200)
+@given(text=st.text(max_size=20))
+def test_valid_text_comes_as_whole_characters_and_as_soon_as_it_can(text: str) -> None:
+    ids = TOKENIZER.encode(text)
+    pieces = stream(ids, skip_special_tokens=False)
+    assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=False)
+    content = b""
+    for i, token_id in enumerate(ids):
+        content += TOKENIZER.token_bytes(token_id)
+        # errors="ignore" drops the unfinished character at the end and nothing else of valid text
+        assert "".join(pieces[: i + 1]) == content.decode(errors="ignore")
+
+
+def test_an_emoji_waits_for_its_last_byte() -> None:
+    assert BYTE_IDS.keys() == {bytes([byte]) for byte in range(256)}
+    ids = [BYTE_IDS[bytes([byte])] for byte in "🙂".encode()]
+    assert stream(ids, skip_special_tokens=True) == ["", "", "", "🙂", ""]
+    assert stream(ids[:3], skip_special_tokens=True) == ["", "", "", "\ufffd"]
+
+
+def edited(edit: Callable[[dict[str, Any]], None]) -> bytes:
+    content = json.loads(build_tokenizer_json())
+    edit(content)
+    return json.dumps(content).encode()
+
+
+def test_truncation_and_padding_in_the_file_have_no_effect() -> None:
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    tokenizer = Tokenizer(edited(lambda content: content.update(truncation=truncation)))
+    assert tokenizer.encode("What is in the picture?") == TOKENIZER.encode("What is in the picture?")
+
+
+def test_an_added_token_outside_the_byte_alphabet_is_taken_literally() -> None:
+    token = "<a b é>"
+
+    def add(content: dict[str, Any]) -> None:
+        content["added_tokens"].append({**content["added_tokens"][-1], "id": TOKENIZER.num_tokens, "content": token})
+
+    tokenizer = Tokenizer(edited(add))
+    ids = tokenizer.encode(f"x{token}y")
+    assert TOKENIZER.num_tokens in ids
+    decoder = tokenizer.stream_decoder()
+    assert "".join(decoder.push(token_id) for token_id in ids) + decoder.flush() == f"x{token}y"
+    assert tokenizer.decode(ids) == f"x{token}y"
+
+
+def test_files_that_are_no_byte_level_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer(build_tokenizer_json()[:-100])
+    with pytest.raises(EngineError, match="decoder Metaspace, expected ByteLevel"):
+        metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+        Tokenizer(edited(lambda content: content.update(decoder=metaspace)))
+    with pytest.raises(EngineError, match=r"cannot read .*absent\.json: No such file"):
+        Tokenizer.from_file(tmp_path / "absent.json")
+
+
+def test_reads_a_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(build_tokenizer_json())
+    assert Tokenizer.from_file(tmp_path / "tokenizer.json").encode("digits") == TOKENIZER.encode("digits")
+
+
+def test_an_unknown_token_is_an_error() -> None:
+    with pytest.raises(EngineError, match="no token '<|nothing|>'".replace("|", r"\|")):
+        TOKENIZER.token_id("<|nothing|>")
+
+
+def test_a_lone_surrogate_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"lone surrogate.*character 3"):
+        TOKENIZER.encode("abc\ud800")
