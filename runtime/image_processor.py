@@ -1,0 +1,343 @@
+"""Turn an image into the patches that the vision tower takes, as transformers' `Qwen2VLImageProcessor` does.
+
+The steps of transformers 5.23 (models/qwen2_vl/image_processing_qwen2_vl.py, torchvision backend) without torch:
+RGB, `smart_resize`, antialiased bicubic resize in uint8, rescale and normalise folded into one subtraction and one
+division in float32, patches in merge order. Measured against it (tests/test_image_parity.py, torch 2.14.1): `grid_thw`
+equal, resized pixels equal (0 of 255 grey levels), `pixel_values` equal to the bit.
+
+Shapes: H, W pixels of an image, C channels, P patches, E = C · temporal_patch_size · patch_size² elements of a patch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.errors import CapacityError, CheckpointError, ImageError, UsageError
+from runtime.images import load_image
+from runtime.resize import resize_bicubic
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from runtime.images import ImageSource, RgbImage
+
+MAX_ASPECT_RATIO = 200
+"""Largest ratio of the sides, itself allowed, as in transformers."""
+
+MAX_PIXEL_VALUES_BYTES = 2 * 1024**3
+"""Largest `pixel_values` of one image; a 16.8-megapixel image, the usual `max_pixels`, takes 0.4 GB."""
+
+BICUBIC = 3
+"""Pillow's number of the bicubic filter, as checkpoints write it."""
+
+NUM_CHANNELS = 3
+
+# Settings that say how transformers runs its processor, not which pixels come out.
+_IGNORED_KEYS = frozenset(
+    {
+        "_processor_class",
+        "_valid_processor_keys",
+        "auto_map",
+        "data_format",
+        "default_to_square",
+        "device",
+        "disable_grouping",
+        "feature_extractor_type",
+        "image_processor_type",
+        "image_seq_length",
+        "input_data_format",
+        "processor_class",
+        "return_tensors",
+        "transformers_version",
+    }
+)
+# Steps that Qwen3-VL checkpoints do not use; accepted while switched off.
+_UNSUPPORTED_KEYS = frozenset({"do_pad", "do_center_crop", "crop_size", "pad_size"})
+
+
+@dataclass(frozen=True)
+class ImageProcessorConfig:
+    """Settings of a checkpoint's `preprocessor_config.json`; defaults are those of transformers' class.
+
+    Attributes:
+        patch_size: Side of a patch in pixels.
+        temporal_patch_size: Frames in a patch; a still image is repeated that often.
+        merge_size: Patches along a side of one visual token.
+        min_pixels: Smallest number of pixels after resizing (`size.shortest_edge`).
+        max_pixels: Largest number of pixels after resizing (`size.longest_edge`).
+        image_mean: Mean of each channel, on the scale after rescaling.
+        image_std: Standard deviation of each channel, likewise.
+        rescale_factor: Factor on the 0..255 values.
+        do_resize: Resize; otherwise sides must already be multiples of patch_size · merge_size.
+        do_rescale: Multiply by `rescale_factor`.
+        do_normalize: Subtract the mean and divide by the standard deviation.
+        do_convert_rgb: Always true: the vision tower has three input channels.
+        resample: Always 3, bicubic.
+    """
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    rescale_factor: float = 1 / 255
+    do_resize: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+    do_convert_rgb: bool = True
+    resample: int = BICUBIC
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UsageError: A value is of the wrong type, out of range, or contradicts another.
+        """
+        for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name}: expected a whole number of at least 1, found {value!r}")
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}: expected true or false, found {getattr(self, name)!r}")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != NUM_CHANNELS or not all(_is_finite_number(value) for value in values):
+                raise UsageError(f"{name}: expected {NUM_CHANNELS} finite numbers, found {values!r}")
+        if not all(value > 0 for value in self.image_std):
+            raise UsageError(f"image_std: expected numbers above 0, found {self.image_std!r}")
+        if not _is_finite_number(self.rescale_factor) or self.rescale_factor <= 0:
+            raise UsageError(f"rescale_factor: expected a number above 0, found {self.rescale_factor!r}")
+        if self.min_pixels > self.max_pixels:
+            raise UsageError(
+                f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}",
+                remedy="lower min_pixels or raise max_pixels",
+            )
+        if not self.do_convert_rgb:
+            raise UsageError("do_convert_rgb: expected true, found false; the vision tower takes three channels")
+        if self.resample != BICUBIC:
+            raise UsageError(f"resample: expected {BICUBIC} (bicubic), found {self.resample!r}")
+
+    @property
+    def factor(self) -> int:
+        """Number that both sides of a resized image are multiples of: the side of one visual token in pixels."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> ImageProcessorConfig:
+        """Read the settings of a checkpoint.
+
+        Args:
+            settings: Content of `preprocessor_config.json`, or of the newer `processor_config.json` with the same
+                under "image_processor". `min_pixels` and `max_pixels`, the older form, win over `size`, as in
+                transformers.
+
+        Raises:
+            CheckpointError: A key is unknown, or a value is not one this processor can honour.
+        """
+        nested = settings.get("image_processor", settings)
+        if not isinstance(nested, Mapping):
+            raise CheckpointError(f"image processor settings: expected an object, found {type(nested).__name__}")
+        values = {key: value for key, value in nested.items() if key not in _IGNORED_KEYS and value is not None}
+        size = values.pop("size", {})
+        if not isinstance(size, Mapping) or not size.keys() <= {"shortest_edge", "longest_edge"}:
+            raise CheckpointError(
+                f"image processor settings: size: expected shortest_edge and longest_edge in pixels, found {size!r}"
+            )
+        limits = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+        values = {**{key: value for key, value in limits.items() if value is not None}, **values}
+        for key in sorted(_UNSUPPORTED_KEYS & values.keys()):
+            if values.pop(key) and key.startswith("do_"):
+                raise CheckpointError(f"image processor settings: {key}: expected false, found true")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise CheckpointError(
+                f"image processor settings: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}",
+                remedy="remove the keys if they do not change the pixels",
+            )
+        for key in {"image_mean", "image_std"} & values.keys():
+            value = values[key]
+            is_list = isinstance(value, Sequence) and not isinstance(value, str)
+            values[key] = tuple(value) if is_list else (value,) * NUM_CHANNELS
+        try:
+            return cls(**values)
+        except UsageError as error:
+            raise CheckpointError(f"image processor settings: {error.message}", remedy=error.remedy) from error
+
+    def with_limits(self, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageProcessorConfig:
+        """Return a copy with other limits on the number of pixels after resizing; None keeps a limit.
+
+        Raises:
+            UsageError: A limit is not a positive whole number, or the lower is above the upper.
+        """
+        return replace(
+            self,
+            min_pixels=self.min_pixels if min_pixels is None else min_pixels,
+            max_pixels=self.max_pixels if max_pixels is None else max_pixels,
+        )
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width in pixels that an image of this size is brought to.
+
+        Raises:
+            ImageError: The sides' ratio is above `MAX_ASPECT_RATIO`; or `do_resize` is off and a side is not a
+                multiple of `factor`.
+        """
+        if self.do_resize:
+            return smart_resize(
+                height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels
+            )
+        if height % self.factor or width % self.factor:
+            raise ImageError(
+                f"image of {width} x {height}: this checkpoint does not resize; expected multiples of {self.factor}",
+                remedy="resize the image",
+            )
+        return height, width
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessedImage:
+    """One image as the vision tower takes it.
+
+    Attributes:
+        pixel_values: float32 [P, E]; patches in merge order: the merge_size² patches of one visual token follow each
+            other, tokens row by row. A patch is laid out channel, frame, row, column.
+        grid_thw: Patches along time (1), height and width; P is their product.
+        merge_size: Patches along a side of one visual token.
+    """
+
+    pixel_values: npt.NDArray[np.float32]
+    grid_thw: tuple[int, int, int]
+    merge_size: int
+
+    @property
+    def merged_grid_thw(self) -> tuple[int, int, int]:
+        """Visual tokens along time, height and width."""
+        frames, height, width = self.grid_thw
+        return frames, height // self.merge_size, width // self.merge_size
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Tokens that the image takes in the prompt."""
+        return math.prod(self.merged_grid_thw)
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Choose the size that an image is resized to: transformers' `smart_resize`.
+
+    Both sides become multiples of `factor`, their product lies within the limits where the sides allow it (no side
+    is below `factor`), and the aspect ratio is kept as near as that permits.
+
+    Args:
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        factor: Side of a visual token in pixels.
+        min_pixels: Smallest product of the sides.
+        max_pixels: Largest product of the sides.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        ImageError: A side is below 1, or the sides' ratio is above `MAX_ASPECT_RATIO`.
+    """
+    if height < 1 or width < 1:
+        raise ImageError(f"image of {width} x {height}: expected at least one pixel")
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ImageError(
+            f"image of {width} x {height}: expected sides of a ratio of at most {MAX_ASPECT_RATIO}, "
+            f"found {max(height, width) / min(height, width):.1f}",
+            remedy="cut the image into pieces or pad it",
+        )
+    # Python rounds halves to even, and so does the reference.
+    target_height = round(height / factor) * factor
+    target_width = round(width / factor) * factor
+    if target_height * target_width > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        target_height = max(factor, math.floor(height / shrink / factor) * factor)
+        target_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif target_height * target_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        target_height = math.ceil(height * grow / factor) * factor
+        target_width = math.ceil(width * grow / factor) * factor
+    if target_height < 1 or target_width < 1:
+        # Only with min_pixels below factor², where the reference fails too.
+        raise ImageError(
+            f"image of {width} x {height}: a side is below half of {factor} pixels and min_pixels is {min_pixels}",
+            remedy=f"raise min_pixels to {factor * factor} or more",
+        )
+    return target_height, target_width
+
+
+def process_image(
+    source: ImageSource, config: ImageProcessorConfig, *, base_dir: str | os.PathLike[str] | None = None
+) -> ProcessedImage:
+    """Load, resize, normalise and cut one image.
+
+    Args:
+        source: What `runtime.images.load_image` takes.
+        config: The checkpoint's settings.
+        base_dir: Folder that a relative path starts from.
+
+    Raises:
+        ImageError: The image cannot be read, or its aspect ratio is too large.
+        CapacityError: The image, or its patches, would take too much memory.
+        UsageError: `source` is not an image, or a URL that would have to be fetched.
+    """
+    image_HWC = load_image(source, base_dir=base_dir)
+    height, width = config.target_size(*image_HWC.shape[:2])
+    num_bytes = height * width * NUM_CHANNELS * config.temporal_patch_size * np.dtype(np.float32).itemsize
+    if num_bytes > MAX_PIXEL_VALUES_BYTES:
+        raise CapacityError(
+            f"image of {image_HWC.shape[1]} x {image_HWC.shape[0]}: resized to {width} x {height} its patches take "
+            f"{num_bytes} bytes; expected at most {MAX_PIXEL_VALUES_BYTES}",
+            remedy="lower max_pixels or min_pixels, or make the image smaller",
+        )
+    if (height, width) != image_HWC.shape[:2]:
+        image_HWC = resize_bicubic(image_HWC, height, width)
+    grid_thw = (1, height // config.patch_size, width // config.patch_size)
+    return ProcessedImage(_patchify(image_HWC, config), grid_thw, config.merge_size)
+
+
+def normalized_levels(config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
+    """Return the value of every grey level of every channel, float32 [C, 256].
+
+    The arithmetic is that of `TorchvisionBackend.rescale_and_normalize`: mean and standard deviation are divided by
+    the rescale factor in float32, so that a pixel meets one subtraction and one division.
+    """
+    levels = np.tile(np.arange(256, dtype=np.float32), (NUM_CHANNELS, 1))
+    if not config.do_normalize:
+        return levels * np.float32(config.rescale_factor) if config.do_rescale else levels
+    mean = np.array(config.image_mean, dtype=np.float32)[:, None]
+    std = np.array(config.image_std, dtype=np.float32)[:, None]
+    if config.do_rescale:
+        mean *= np.float32(1.0 / config.rescale_factor)
+        std *= np.float32(1.0 / config.rescale_factor)
+    return (levels - mean) / std
+
+
+def _patchify(image_HWC: RgbImage, config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
+    """Cut a resized uint8 image into normalised patches, float32 [P, E] in merge order."""
+    height, width, channels = image_HWC.shape
+    patch, merge, frames = config.patch_size, config.merge_size, config.temporal_patch_size
+    tokens_high, tokens_wide = height // config.factor, width // config.factor
+    # row of tokens, row in token, row in patch, the same for columns, channel
+    split = image_HWC.reshape(tokens_high, merge, patch, tokens_wide, merge, patch, channels)
+    levels_PCE = np.ascontiguousarray(split.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(-1, channels, 1, patch * patch)
+    values = np.empty((len(levels_PCE), channels, frames, patch * patch), np.float32)
+    # A table of 256 values gives the bits of the float32 arithmetic on every pixel, and is faster.
+    for channel, table in enumerate(normalized_levels(config)):
+        values[:, channel] = table[levels_PCE[:, channel]]
+    return values.reshape(len(values), -1)

@@ -1,0 +1,272 @@
+"""Load one image from whatever a message may hold, as upright uint8 RGB, or say clearly why not.
+
+The pixels are those of transformers 5.23's torchvision backend, which treats an encoded image and an opened one
+differently; so do we, because the same message must give the same pixels:
+
+| source | EXIF orientation | transparency |
+|---|---|---|
+| path, bytes, data URL | applied (`load_image_as_tensor`) | dropped: the colours stored under it are seen |
+| PIL image | as the caller left it | laid over white (`convert_to_rgb`) |
+| array [H, W, 4] | none | laid over white, in float32 as torchvision does |
+
+Deviations, each on purpose:
+
+- 16-bit greyscale keeps its high byte, as viewers and Pillow's own 16-bit colour do; transformers clips at 255 (PIL) or
+  hands on uint16 values (files).
+- Of an animation the first frame is taken; the torchvision backend returns all frames of a GIF.
+- BMP, TIFF, PPM, ICO and JPEG 2000 files are read too.
+- Arrays are [H, W] or [H, W, C]; transformers guesses between channels first and last.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, TypeAlias
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+import numpy as np
+
+from runtime.errors import CapacityError, ImageError, Qwen3VLError, UsageError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from PIL import Image
+
+    ImageSource: TypeAlias = (
+        str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.generic]
+    )
+    RgbImage: TypeAlias = npt.NDArray[np.uint8]
+
+MAX_IMAGE_PIXELS = 178_956_970
+"""Largest image that is decoded: where Pillow's own check raises; 512 MiB as RGB."""
+
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the formats that are tried. A list, because Pillow also knows formats that start other programs."""
+
+_URL_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):")  # two characters at least: C:\ is a drive
+_STRIP_PIXELS = 1_000_000
+_SHOWN_CHARACTERS = 120
+
+
+def load_image(source: ImageSource, *, base_dir: str | os.PathLike[str] | None = None) -> RgbImage:
+    """Load an image as uint8 RGB [H, W, 3].
+
+    Args:
+        source: A path, a `file:` or `data:` URL, the bytes of an image file, a PIL image, or a uint8 array
+            [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+        base_dir: Folder that a relative path starts from; the working directory by default.
+
+    Returns:
+        uint8 [H, W, 3], C-contiguous. It may share the memory of an array given as `source`.
+
+    Raises:
+        ImageError: The image is missing, broken, empty, or of a format, shape or type that is not taken.
+        CapacityError: The image has more than `MAX_IMAGE_PIXELS` pixels, or memory ran out.
+        UsageError: `source` is of another type, or a URL that would have to be fetched.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(source), f"image of {len(source)} bytes")
+    if isinstance(source, str) and (scheme := _URL_SCHEME.match(source)) is not None:
+        name = scheme.group(1).lower()
+        if name == "data":
+            return _from_data_url(source)
+        if name == "file":
+            return _from_path(_path_of_file_url(source))
+        if source[scheme.end() :].startswith("//"):
+            raise UsageError(
+                f"image {_shown(source)}: expected a local image, found a URL of scheme {name!r}; nothing is fetched",
+                remedy="download the image first and pass its path or its bytes",
+            )
+    if isinstance(source, (str, os.PathLike)):
+        return _from_path(Path(base_dir or ".", source))
+
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return _from_pil(source)
+    raise UsageError(
+        f"image: expected a path, bytes, a data URL, a PIL image or a numpy array, found {type(source).__name__}",
+        remedy="pass a torch tensor as a uint8 array: tensor.permute(1, 2, 0).numpy()",
+    )
+
+
+def _shown(text: object) -> str:
+    shown = str(text)
+    return repr(shown if len(shown) <= _SHOWN_CHARACTERS else shown[: _SHOWN_CHARACTERS - 3] + "...")
+
+
+def _path_of_file_url(url: str) -> Path:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise UsageError(
+            f"image {_shown(url)}: expected a file on this machine, found host {parts.netloc!r}",
+            remedy="write file:///folder/name.png, or the plain path",
+        )
+    return Path(url2pathname(parts.path))
+
+
+def _from_data_url(url: str) -> RgbImage:
+    where = f"image data URL {_shown(url[:40])}"
+    header, comma, body = url.partition(",")
+    remedy = "write data:image/png;base64, followed by the base64 text of the file"
+    if not comma:
+        raise ImageError(f"{where}: expected a comma before the data, found none", remedy=remedy)
+    media_type, *parameters = header[len("data:") :].lower().split(";")
+    if not media_type.startswith("image/"):
+        raise ImageError(f"{where}: expected an image/… media type, found {media_type!r}", remedy=remedy)
+    if "base64" not in (parameter.strip() for parameter in parameters):
+        raise ImageError(f"{where}: expected base64 data, found none declared", remedy=remedy)
+    try:
+        data = base64.b64decode(b"".join(unquote_to_bytes(body).split()), validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"{where}: expected base64 data, found text that is not: {error}", remedy=remedy) from error
+    return _decode(io.BytesIO(data), where)
+
+
+def _from_path(path: Path) -> RgbImage:
+    where = f"image {_shown(path)}"
+    try:
+        # Asked before opening: opening a named pipe would wait for ever.
+        if path.is_dir():
+            raise ImageError(f"{where}: expected an image file, found a folder", remedy="pass the path of one image")
+        if path.exists() and not path.is_file():
+            raise ImageError(f"{where}: expected an image file, found a device or a pipe", remedy="save it to a file")
+        with path.open("rb") as file:
+            return _decode(file, where)
+    except FileNotFoundError as error:
+        raise ImageError(
+            f"{where}: no such file (working directory {_shown(Path.cwd())})", remedy="check the path"
+        ) from error
+    except (OSError, ValueError) as error:  # no permission, name too long, NUL in the name
+        if isinstance(error, Qwen3VLError):
+            raise
+        raise ImageError(f"{where}: cannot be opened: {error}", remedy="check the path and its permissions") from error
+
+
+def _decode(file: IO[bytes], where: str) -> RgbImage:
+    """Decode an image file as torchvision's `decode_image(mode=RGB, apply_exif_orientation=True)` does."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    Image.init()
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns from half our limit on; this limit is checked below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+        with image:
+            _check_size(image.width, image.height, where)
+            ImageOps.exif_transpose(image, in_place=True)
+            image.info.pop("transparency", None)
+            return _to_rgb(image, where)
+    except Qwen3VLError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{where}: not an image in a known format; expected one of {', '.join(IMAGE_FORMATS)}",
+            remedy="convert it to PNG or JPEG",
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise _too_large(where, str(error)) from error
+    except MemoryError as error:
+        raise CapacityError(f"{where}: not enough memory to decode it", remedy="make the image smaller") from error
+    except Exception as error:  # decoders fail in many ways: OSError, SyntaxError, struct.error, zlib.error, ...
+        raise ImageError(
+            f"{where}: the file is damaged or cut short: {type(error).__name__}: {error}",
+            remedy="fetch or save the image again",
+        ) from error
+
+
+def _from_pil(image: Image.Image) -> RgbImage:
+    where = f"PIL image (mode {image.mode}, {image.width} x {image.height})"
+    _check_size(image.width, image.height, where)
+    try:
+        return _to_rgb(image, where, is_over_white=True)
+    except Qwen3VLError:
+        raise
+    except MemoryError as error:
+        raise CapacityError(f"{where}: not enough memory to convert it", remedy="make the image smaller") from error
+    except Exception as error:  # a lazily opened file fails here, in any of a decoder's ways
+        raise ImageError(
+            f"{where}: cannot be decoded or converted to RGB: {type(error).__name__}: {error}",
+            remedy="open the image again, call load() and convert('RGB')",
+        ) from error
+
+
+def _to_rgb(image: Image.Image, where: str, *, is_over_white: bool = False) -> RgbImage:
+    """Convert a PIL image to uint8 RGB, transparency laid over white or dropped."""
+    from PIL import Image
+
+    # Pillow opens 16-bit PGM as "I", scaled to 65535, and 16-bit PNG and TIFF as "I;16".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        high_HW = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(high_HW[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            f"{where}: expected 8 or 16 bits a channel, found mode {image.mode!r}, whose range of values is not known",
+            remedy="scale the values to 0..255 and convert the image to mode 'L'",
+        )
+    has_alpha = image.mode in ("RGBA", "LA", "PA") or image.info.get("transparency") is not None
+    if is_over_white and has_alpha:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+    return np.array(image.convert("RGB"))
+
+
+def _from_array(array: npt.NDArray[np.generic]) -> RgbImage:
+    where = f"image array {array.dtype}{list(array.shape)}"
+    is_channels_last = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+    if not is_channels_last:
+        remedy = "pass each image of a batch on its own"
+        if array.ndim == 3:
+            remedy = "transpose a channels-first array: array.transpose(1, 2, 0)"
+        raise ImageError(f"{where}: expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]", remedy=remedy)
+    if array.dtype != np.uint8:
+        remedy = "scale the values to 0..255 and convert: array.round().astype(np.uint8)"
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            remedy = "it holds NaN or infinity: remove them, scale to 0..255 and convert to uint8"
+        raise ImageError(f"{where}: expected uint8 values of 0 to 255, found {array.dtype}", remedy=remedy)
+    _check_size(array.shape[1], array.shape[0], where)
+    pixels: RgbImage = array.astype(np.uint8, copy=False)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.shape[2] == 1:
+        return np.repeat(pixels, 3, axis=2)
+    if pixels.shape[2] == 4:
+        return _over_white(pixels)
+    return np.ascontiguousarray(pixels)
+
+
+def _over_white(rgba_HWC: RgbImage) -> RgbImage:
+    """Lay RGBA over white in the float32 steps of `TorchvisionBackend.convert_to_rgb`, some rows at a time."""
+    height, width, _ = rgba_HWC.shape
+    rgb_HWC = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        part = rgba_HWC[top : top + rows].astype(np.float32) * np.float32(1.0 / 255)
+        color, alpha = part[..., :3], part[..., 3:]
+        mixed = color * alpha + (1 - alpha)
+        rgb_HWC[top : top + rows] = (mixed * np.float32(255 + 1.0 - 1e-3)).astype(np.uint8)
+    return rgb_HWC
+
+
+def _check_size(width: int, height: int, where: str) -> None:
+    """Refuse an empty image and one too large to decode, from the sizes in its header."""
+    if width < 1 or height < 1:
+        raise ImageError(f"{where}: expected at least one pixel, found {width} x {height}", remedy="check the image")
+    if width * height > MAX_IMAGE_PIXELS:
+        raise _too_large(where, f"found {width} x {height} = {width * height} pixels")
+
+
+def _too_large(where: str, found: str) -> CapacityError:
+    return CapacityError(
+        f"{where}: expected at most {MAX_IMAGE_PIXELS} pixels, {found}", remedy="make the image smaller and try again"
+    )

@@ -1,0 +1,100 @@
+"""Make the position inputs of the vision tower: resampling of the learned grid, and 2-D rotary angles.
+
+Both depend on an image's grid only. Formulas and float32 arithmetic are those of transformers 5.23 (vision_utils.py,
+models/qwen3_vl/modeling_qwen3_vl.py). Patches are in merge order: the merge_size² patches of one visual token
+follow each other, tokens row by row.
+
+Shapes: P = h · w patches of one segment, H head dim of the vision tower.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+def patch_coordinates(h: int, w: int, merge_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the row and the column of every patch in merge order, int64 [P] each.
+
+    Args:
+        h: Patches along the height, a multiple of `merge_size`.
+        w: Patches along the width, a multiple of `merge_size`.
+        merge_size: Patches along a side of one visual token.
+    """
+    assert h > 0 and w > 0 and h % merge_size == 0 and w % merge_size == 0
+    patches = np.arange(h * w, dtype=np.int64).reshape(h // merge_size, merge_size, w // merge_size, merge_size)
+    raster_P = patches.transpose(0, 2, 1, 3).reshape(-1)
+    return raster_P // w, raster_P % w
+
+
+def position_interpolation(
+    h: int, w: int, num_grid_per_side: int, merge_size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return which learned position embeddings a patch mixes, and in what parts.
+
+    Bilinear with aligned corners: the first and the last patch of a side take the first and the last learned row.
+    Equal to `get_vision_interpolation_indices_and_weights(mode="bilinear", align_corners=True)`.
+
+    Args:
+        h: Patches along the height, a multiple of `merge_size`.
+        w: Patches along the width, a multiple of `merge_size`.
+        num_grid_per_side: Side of the square learned grid.
+        merge_size: Patches along a side of one visual token.
+
+    Returns:
+        Indices into the flattened grid, int64 [P, 4], and weights, float32 [P, 4], each row summing to 1.
+    """
+    row_P, column_P = patch_coordinates(h, w, merge_size)
+    row_taps, row_weights = _axis_taps(h, num_grid_per_side)
+    column_taps, column_weights = _axis_taps(w, num_grid_per_side)
+    indices = row_taps[row_P][:, :, None] * num_grid_per_side + column_taps[column_P][:, None, :]
+    weights = row_weights[row_P][:, :, None] * column_weights[column_P][:, None, :]
+    return indices.reshape(-1, 4), weights.reshape(-1, 4)
+
+
+def _axis_taps(size: int, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return the two taps of every position of an axis and their weights, [size, 2] each."""
+    # The reference's float32 operations in its order: equal to the bit.
+    source = np.arange(size, dtype=np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
+    floor = np.floor(source)
+    taps = floor.astype(np.int64)[:, None] + np.arange(2)
+    weights = 1 - np.abs((source - floor)[:, None] - np.arange(2, dtype=np.float32))
+    return np.minimum(taps, side - 1), weights
+
+
+def vision_rotary(
+    h: int, w: int, head_dim: int, merge_size: int, theta: float = 10000.0
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the cosines and sines of the 2-D rotary embedding.
+
+    The first quarter of a head turns by the row, the second by the column; the other half repeats them, so it is
+    left out. That is the first half of `Qwen3VLVisionRotaryEmbedding`, but for the last bit of torch's cosine and sine.
+
+    Args:
+        h: Patches along the height, a multiple of `merge_size`.
+        w: Patches along the width, a multiple of `merge_size`.
+        head_dim: Elements of a head of the vision tower, a multiple of 4.
+        merge_size: Patches along a side of one visual token.
+        theta: Base of the frequencies.
+
+    Returns:
+        cos and sin, float32 [P, head_dim / 2].
+    """
+    assert head_dim % 4 == 0
+    row_P, column_P = patch_coordinates(h, w, merge_size)
+    spatial = head_dim // 2
+    exponents = np.arange(0, spatial, 2, dtype=np.float32) / np.float32(spatial)
+    # A float32 power is off by one bit from torch's for some head dims (72, 24), which at position 3620 moves an angle
+    # by 1e-4; a float64 power, rounded, has torch's bits. Angles are float32, as torch's.
+    powers = (float(theta) ** exponents.astype(np.float64)).astype(np.float32)
+    angles = np.arange(max(h, w), dtype=np.float32)[:, None] * (np.float32(1.0) / powers)
+    cos = np.cos(angles.astype(np.float64)).astype(np.float32)
+    sin = np.sin(angles.astype(np.float64)).astype(np.float32)
+    return (
+        np.concatenate([cos[row_P], cos[column_P]], axis=1),
+        np.concatenate([sin[row_P], sin[column_P]], axis=1),
+    )
