@@ -244,7 +244,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
         height: Height of the image in pixels.
         width: Width of the image in pixels.
         factor: Side of a visual token in pixels.
-        min_pixels: Smallest product of the sides.
+        min_pixels: Smallest product of the sides, at least 1.
         max_pixels: Largest product of the sides.
 
     Returns:
@@ -272,12 +272,6 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
         grow = math.sqrt(min_pixels / (height * width))
         target_height = math.ceil(height * grow / factor) * factor
         target_width = math.ceil(width * grow / factor) * factor
-    if target_height < 1 or target_width < 1:
-        # Only with min_pixels below factor², where the reference fails too.
-        raise ImageError(
-            f"image of {width} x {height}: a side is below half of {factor} pixels and min_pixels is {min_pixels}",
-            remedy=f"raise min_pixels to {factor * factor} or more",
-        )
     return target_height, target_width
 
 

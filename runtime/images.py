@@ -149,7 +149,11 @@ def _from_path(path: Path) -> RgbImage:
     except (OSError, ValueError) as error:  # no permission, name too long, NUL in the name
         if isinstance(error, Qwen3VLError):
             raise
-        raise ImageError(f"{where}: cannot be opened: {error}", remedy="check the path and its permissions") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(
+            f"{where}: cannot be opened: {reason}",
+            remedy="check the path and its permissions; base64 text needs 'data:image/png;base64,' before it",
+        ) from error
 
 
 def _decode(file: IO[bytes], where: str) -> RgbImage:
@@ -171,8 +175,8 @@ def _decode(file: IO[bytes], where: str) -> RgbImage:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{where}: not an image in a known format; expected one of {', '.join(IMAGE_FORMATS)}",
-            remedy="convert it to PNG or JPEG",
+            f"{where}: not an image, or its header is damaged; expected one of {', '.join(IMAGE_FORMATS)}",
+            remedy="convert it to PNG or JPEG, or fetch it again",
         ) from error
     except Image.DecompressionBombError as error:
         raise _too_large(where, str(error)) from error
