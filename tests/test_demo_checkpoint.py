@@ -11,7 +11,7 @@ import torch
 
 from qwen3vl_export.demo import CHECKPOINT, IMAGES
 from qwen3vl_export.demo.data import held_out
-from qwen3vl_export.demo.evaluate import evaluate, summarise, torch_predictor
+from qwen3vl_export.demo.evaluate import as_markdown, evaluate, summarise, torch_predictor
 from qwen3vl_export.demo.tasks import TASKS
 from qwen3vl_export.demo.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tokenizer
 
@@ -153,3 +153,12 @@ def test_answers_a_shipped_picture_of_every_task() -> None:
     assert all(any(answers) for answers in right.values()), right
     assert np.mean([a for answers in right.values() for a in answers]) >= 0.75
     assert right[truth[0]["task"]][0], "the picture that `make demo` shows"
+
+
+def test_card_credits_the_data_and_states_the_measured_table() -> None:
+    root = CHECKPOINT.parents[2]
+    card = (CHECKPOINT / "README.md").read_text()
+    assert card == (root / "docs" / "demo.md").read_text()
+    assert "Alpaydin" in card and "CC BY 4.0" in card and "10.24432/C50P49" in card
+    table = as_markdown(json.loads((root / "docs" / "demo_accuracy.json").read_text()))
+    assert table in card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -66,7 +67,7 @@ def test_bounds(canvases: list[data.Canvas]) -> None:
             x0, y0, x1, y1 = digit.box
             assert x1 - x0 == y1 - y0
             assert 24 <= x1 - x0 <= 64
-            assert 0 <= x0 and x1 <= width and 0 <= y0 and y1 <= height
+            assert x0 >= 0 and x1 <= width and y0 >= 0 and y1 <= height
     sizes = {c.image.size for c in canvases}
     assert any(w % 32 or h % 32 for w, h in sizes)
     assert {len(c.digits) for c in canvases} == {1, 2, 3, 4}
@@ -75,7 +76,7 @@ def test_bounds(canvases: list[data.Canvas]) -> None:
 def test_digits_keep_apart_and_read_in_rows(canvases: list[data.Canvas]) -> None:
     for canvas in canvases:
         boxes = [d.box for d in canvas.digits]
-        for before, after in zip(boxes, boxes[1:], strict=False):
+        for before, after in itertools.pairwise(boxes):
             same_row = after[0] >= before[2] + data.GAP and (
                 abs(before[1] + before[3] - after[1] - after[3]) / 2 <= 2 * data.ROW_JITTER + 1
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -173,10 +174,8 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
             if reports == stop_after:
                 raise KeyboardInterrupt
 
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             trainer.run(on_report, report_every=1, validation_count=1)
-        except KeyboardInterrupt:
-            pass
         return trainer
 
     whole = run(tmp_path / "whole", None)

@@ -95,7 +95,7 @@ def to_pixels(canvas: Canvas, rows: int, cols: int) -> np.ndarray:
     """Resize as the processor does: bicubic on bytes, both sides to multiples of 32.
 
     This is the call that transformers' torchvision backend ends in, without torchvision's checks. Pillow's bicubic was
-    up to 9 grey levels off on thin lines.
+    up to 18 grey levels off on 60 held-out canvases.
 
     Returns:
         uint8 [rows * 32, cols * 32, 3].
