@@ -1,0 +1,116 @@
+"""Build an engine folder: lower both graphs, stream the weights, write the manifest last, then move into place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+
+from engines.bundle import BUNDLE_MANIFEST_NAME, Bundle
+from engines.external_data import Progress, check_disk_space, write_model
+from engines.lower import lower
+from engines.target import Target
+from runtime.errors import UsageError
+from runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, sha256_of
+
+_OWN_DISTRIBUTION = "qwen3vl-export"
+# Graphs, tokenizer and manifest; the largest seen is a tokenizer of 11 MB.
+_SMALL_FILES_BYTES = 64 << 20
+
+
+def build_engine(
+    bundle: Bundle, target: Target, output: Path, *, with_weights: bool = True, progress: Progress | None = None
+) -> Manifest:
+    """Build `output`; until it is complete, what was there before stays.
+
+    Args:
+        bundle: Its graphs are consumed: they are lowered in place.
+        target: What to build for.
+        output: The engine folder.
+        with_weights: False writes the lowered graphs alone, which nothing can open.
+        progress: Called with the number of weight bytes written since the last call.
+
+    Raises:
+        UsageError: `output` holds something that is no engine.
+        CapacityError: The disk has too little room.
+    """
+    bundle.check()
+    with output_folder(output, bundle.weight_bytes if with_weights else 0) as folder:
+        files: dict[str, FileRecord] = {}
+        for name, model in bundle.graphs.items():
+            lowered = lower(model, target, bundle.config)
+            files |= write_model(lowered, folder / f"{name}.onnx", with_weights=with_weights, progress=progress)
+        for name, contents in bundle.assets.items():
+            (folder / name).write_bytes(contents)
+            files[name] = FileRecord(len(contents), sha256_of(folder / name))
+        versions = {name: metadata.version(name) for name in (_OWN_DISTRIBUTION, *target.libraries)}
+        manifest = Manifest(
+            target=target.name,
+            session=target.session,
+            capabilities=target.capabilities,
+            model=bundle.config,
+            versions={**bundle.versions, **versions},
+            source=bundle.source,
+            files=files,
+        )
+        if with_weights:
+            manifest.write(folder)
+    return manifest
+
+
+@contextlib.contextmanager
+def output_folder(output: Path, weight_bytes: int) -> Iterator[Path]:
+    """Give an empty folder beside `output` that takes its place when the block ends without an error.
+
+    Raises:
+        UsageError: `output` is a file, or a folder of something else.
+        CapacityError: The disk has too little room for `weight_bytes`.
+    """
+    output = output.absolute()
+    if output.exists() and not _is_ours(output):
+        raise UsageError(
+            f"{output}: exists and is neither an engine nor empty, so it is not overwritten",
+            remedy="choose another --output, or remove it yourself",
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{output.parent}: cannot be made ({error.strerror})") from error
+    check_disk_space(output.parent, weight_bytes + _SMALL_FILES_BYTES)
+    with _interruptible(), tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        fresh = Path(temporary) / "new"
+        fresh.mkdir()
+        yield fresh
+        if output.exists():
+            output.rename(Path(temporary) / "old")
+        fresh.rename(output)
+
+
+def _is_ours(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    names = {entry.name for entry in os.scandir(folder)}
+    return not names or bool(names & {MANIFEST_NAME, BUNDLE_MANIFEST_NAME, "decoder.onnx"})
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let a SIGTERM unwind the stack as Ctrl-C does, so that the half-written folder is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

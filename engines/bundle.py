@@ -1,0 +1,85 @@
+"""A bundle: the two target-neutral graphs of one model, its shape, and the small files a runtime needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from engines.external_data import Progress, weight_bytes, write_model
+from runtime.errors import BundleError
+from runtime.model_config import ModelConfig
+
+VISION = "vision"
+DECODER = "decoder"
+BUNDLE_MANIFEST_NAME = "bundle.json"
+
+VISION_INPUTS = ("pixel_values", "pos_indices", "pos_weights", "rope_cos", "rope_sin")
+DECODER_INPUTS = ("input_ids", "position_ids", "visual_rows", "visual_embeds", "past_lengths", "logits_positions")
+
+
+@dataclass
+class Bundle:
+    """The graph contract of docs/architecture.md, in memory; weights are references until they are written.
+
+    Attributes:
+        config: Shape of the model.
+        graphs: `vision` and `decoder`.
+        assets: Contents of the tokenizer, template and processor files, by name.
+        source: Where the weights came from.
+        versions: Libraries that made the graphs.
+    """
+
+    config: ModelConfig
+    graphs: dict[str, ir.Model]
+    assets: Mapping[str, bytes]
+    source: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all streamed weights."""
+        return sum(weight_bytes(model) for model in self.graphs.values())
+
+    def check(self) -> None:
+        """Raise unless both graphs have the inputs and outputs of the contract.
+
+        Raises:
+            BundleError: A graph, an input or an output is missing or out of order.
+        """
+        caches = [f"{i}.{kind}" for i in range(self.config.text.num_layers) for kind in ("key", "value")]
+        expected = {
+            VISION: (list(VISION_INPUTS), ["visual_embeds"]),
+            DECODER: (
+                [*DECODER_INPUTS, *(f"past_key_values.{name}" for name in caches)],
+                ["logits", *(f"present_key_values.{name}" for name in caches)],
+            ),
+        }
+        for name, (inputs, outputs) in expected.items():
+            graph = self.graphs[name].graph
+            found = [value.name for value in graph.inputs], [value.name for value in graph.outputs]
+            if found != (inputs, outputs):
+                raise BundleError(f"{name}.onnx: inputs and outputs are {found}, the contract says {(inputs, outputs)}")
+
+    def write(self, folder: Path, *, with_weights: bool = True, progress: Progress | None = None) -> None:
+        """Write graphs, weights, small files and `bundle.json` into an empty folder, for any ONNX runtime.
+
+        The graphs refer to what was written afterwards, so a bundle is written or built once.
+        """
+        self.check()
+        files = {}
+        for name, model in self.graphs.items():
+            files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, progress=progress)
+        for name, contents in self.assets.items():
+            (folder / name).write_bytes(contents)
+        manifest = {
+            "model": self.config.to_dict(),
+            "source": dict(self.source),
+            "versions": dict(self.versions),
+            "files": {name: asdict(record) for name, record in files.items()},
+        }
+        (folder / BUNDLE_MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,116 @@
+"""Write a model whose weights are streamed into one external-data file beside it, hashing while writing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from engines.weights import StreamedTensor
+from runtime.errors import CapacityError
+from runtime.manifest import FileRecord, sha256_of
+
+# ONNX asks for page-aligned offsets so that a runtime can map the file.
+_ALIGNMENT_BYTES = 4096
+
+Progress = Callable[[int], None]
+
+
+def streamed_tensors(model: ir.Model) -> dict[str, StreamedTensor]:
+    """Return the initializers of the main graph that are streamed, by name, in file order."""
+    tensors = {}
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, StreamedTensor):
+            tensors[name] = value.const_value
+    return tensors
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Return the bytes that the streamed weights of a model take on disk, without alignment."""
+    return sum(tensor.nbytes for tensor in streamed_tensors(model).values())
+
+
+def check_disk_space(folder: Path, num_bytes: int) -> None:
+    """Raise before any work if `folder` cannot take `num_bytes`.
+
+    Raises:
+        CapacityError: Less is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise CapacityError(
+            f"{folder}: {num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+            remedy="free space, or choose another disk with --output",
+        )
+
+
+def write_model(model: ir.Model, path: Path, *, with_weights: bool, progress: Progress | None = None) -> dict[str, FileRecord]:
+    """Write `model` to `path` and its streamed weights to `<path>.data`.
+
+    Args:
+        model: The model; its initializers are replaced by references to the written file.
+        path: The `.onnx` file to write.
+        with_weights: False writes the graph alone: it refers to a data file that is not there.
+        progress: Called with the number of bytes written since the last call.
+
+    Returns:
+        A record for each file written.
+
+    Raises:
+        CapacityError: The disk is full.
+    """
+    data_name = f"{path.name}.data"
+    records: dict[str, FileRecord] = {}
+    tensors = streamed_tensors(model)
+    try:
+        if tensors and with_weights:
+            records[data_name] = _write_weights(tensors, path.with_name(data_name), progress)
+        offset = 0
+        for name, tensor in tensors.items():
+            model.graph.initializers[name].const_value = ir.ExternalTensor(
+                data_name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=path.parent
+            )
+            offset = _aligned(offset + tensor.nbytes)
+        ir.save(model, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise CapacityError(
+                f"{path.parent}: the disk became full while writing {path.name}",
+                remedy="free space, or choose another disk with --output",
+            ) from error
+        raise
+    records[path.name] = FileRecord(path.stat().st_size, sha256_of(path))
+    return records
+
+
+def _write_weights(tensors: dict[str, StreamedTensor], path: Path, progress: Progress | None) -> FileRecord:
+    digest = hashlib.sha256()
+    position = 0
+    with path.open("wb", buffering=0) as file:
+
+        def put(data: memoryview) -> None:
+            nonlocal position
+            while data:
+                written = os.write(file.fileno(), data)
+                digest.update(data[:written])
+                position += written
+                data = data[written:]
+
+        for tensor in tensors.values():
+            put(memoryview(bytes(_aligned(position) - position)))
+            start = position
+            for block in tensor.blocks():
+                put(memoryview(block).cast("B"))
+                if progress is not None:
+                    progress(block.nbytes)
+            assert position - start == tensor.nbytes, f"{tensor.name}: wrote {position - start} of {tensor.nbytes} bytes"
+    return FileRecord(position, digest.hexdigest(), is_weights=True)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

@@ -1,0 +1,35 @@
+"""Bundle graph to the graph that one target runs."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from engines.passes.replace_functions import ReplaceFunctionsPass
+from engines.target import Target
+from runtime.model_config import ModelConfig
+
+
+def lower(model: ir.Model, target: Target, config: ModelConfig) -> ir.Model:
+    """Lower one graph in place: native bodies in, functions inlined, the target's own passes, then clean up.
+
+    Returns:
+        The same model, without functions; its inputs, outputs and weights are those of the bundle.
+    """
+    bodies = {name: body(config) for name, body in target.native_ops.items()}
+    passes: list[ir.passes.PassBase] = [
+        ReplaceFunctionsPass(bodies),
+        common.InlinePass(),
+        # Constants become initializers so that equal ones are shared and equal nodes on them are found.
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(size_limit=16),
+        common.CommonSubexpressionEliminationPass(),
+        *target.passes(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.TopologicalSortPass(),
+        common.NameFixPass(),
+    ]
+    result = ir.passes.Sequential(*passes)(model)
+    return result.model

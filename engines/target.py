@@ -1,0 +1,60 @@
+"""What a target is: a frozen record of capabilities that the pipeline asks, and the functions that build it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from runtime.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether this machine can build and run a target; `reason` says why not, and what to do."""
+
+    can_build: bool
+    can_run: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One compilation target.
+
+    Attributes:
+        name: `<file>-<precision>` with dashes, such as `ort-cpu-fp32`.
+        description: One line for `qwen3vl targets`.
+        session: Module of `runtime.sessions` that opens its engines.
+        cache_dtype: numpy name of the KV cache's dtype.
+        updates_cache_in_place: Past and present may share one buffer.
+        batched_chunks: A call with several new tokens and a past may hold several sequences.
+        native_ops: Bodies that replace the standard ones of custom ops, by op name, given the model's shape.
+        passes: Makes the passes that follow once the bodies are in place, in order.
+        libraries: Distributions whose versions go into the manifest.
+        availability: Finds out what this machine can do.
+    """
+
+    name: str
+    description: str
+    session: str
+    cache_dtype: str
+    updates_cache_in_place: bool
+    batched_chunks: bool
+    native_ops: Mapping[str, Callable[[ModelConfig], str]]
+    passes: Callable[[], Sequence[ir.passes.InPlacePass]]
+    libraries: tuple[str, ...]
+    availability: Callable[[], Availability]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def capabilities(self) -> dict[str, Any]:
+        """What a session may rely on, as plain values for the manifest."""
+        return {
+            "cache_dtype": self.cache_dtype,
+            "updates_cache_in_place": self.updates_cache_in_place,
+            "batched_chunks": self.batched_chunks,
+        }

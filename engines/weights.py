@@ -1,0 +1,51 @@
+"""Weights that are read only while they are written.
+
+A graph refers to weights by `StreamedTensor`: name, shape and dtype are known, the elements are produced in blocks of
+rows. Lowerings compose tensors (`ConcatenatedTensor`) without reading any, so peak memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+# Measured on Zen 4: casting bf16 to fp32 runs at 4-5 GB/s through reused blocks of 0.25-1 MiB that stay in the cache,
+# at 1.8 GB/s through blocks of 32 MiB.
+BLOCK_BYTES = 1 << 20
+
+
+class StreamedTensor(ir.LazyTensor):
+    """A tensor of known name, shape and dtype whose elements are produced in row-major blocks."""
+
+    def __init__(self, name: str, shape: Sequence[int], dtype: ir.DataType) -> None:
+        super().__init__(self._load, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+    @abc.abstractmethod
+    def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the elements in row-major order as 1-D arrays; each is valid only until the next one is asked for."""
+
+    def _load(self) -> ir.Tensor:
+        """Read everything at once, for what takes an ordinary tensor: small graphs and tests."""
+        flat = np.concatenate([block.copy() for block in self.blocks()])
+        return ir.Tensor(flat.reshape(self.shape.numpy()), name=self.name)
+
+
+class ConcatenatedTensor(StreamedTensor):
+    """Tensors of one dtype, one after the other along axis 0, such as the rows of the q, k and v projections."""
+
+    def __init__(self, name: str, parts: Sequence[StreamedTensor]) -> None:
+        first = parts[0]
+        if any(part.dtype != first.dtype or part.shape[1:] != first.shape[1:] for part in parts):
+            raise ValueError(f"{name}: parts differ in dtype or in the shape behind axis 0")
+        rows = sum(int(part.shape.numpy()[0]) for part in parts)
+        super().__init__(name, (rows, *first.shape.numpy()[1:]), first.dtype)
+        self._parts = tuple(parts)
+
+    def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the blocks of each part in turn."""
+        for part in self._parts:
+            yield from part.blocks()

@@ -1,0 +1,187 @@
+"""Stitch the traced pieces into the two graphs of a bundle, one function call for each layer of the model.
+
+Shapes: B batch, S new tokens, T cache capacity, L logits positions, V visual rows, I segments, P patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from engines.onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_VERSION, parse_function
+from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
+from qwen3vl_export.ops import causal_attention, vision_attention
+from qwen3vl_export.tracing.pieces import Piece, Pieces
+
+_VISUAL = "model.visual"
+_LANGUAGE = "model.language_model"
+_IR_VERSION = 11
+_FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+Dims = Sequence[int | str]
+
+
+class GraphBuilder:
+    """Build one graph of function calls whose weights are named by their checkpoint keys."""
+
+    def __init__(self, name: str, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET_VERSION, DOMAIN: DOMAIN_VERSION})
+        self._functions: dict[str, ir.Function] = {}
+
+    def input(self, name: str, dtype: ir.DataType, dims: Dims) -> ir.Value:
+        """Add a graph input."""
+        value = ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(dtype))
+        self._graph.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, dims: Dims) -> None:
+        """Make a value a graph output under a new name."""
+        value.name, value.shape, value.type = name, ir.Shape(dims), ir.TensorType(dtype)
+        self._graph.outputs.append(value)
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """Add an initializer that no checkpoint holds."""
+        return self._initializer(ir.Tensor(array, name=name))
+
+    def call(
+        self,
+        piece: Piece,
+        inputs: Sequence[ir.Value],
+        scope: str,
+        *,
+        keys: Mapping[str, str] | None = None,
+        views: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Sequence[ir.Value]:
+        """Call a piece with its parameters taken from the checkpoint.
+
+        Args:
+            piece: The function.
+            inputs: Its activations.
+            scope: Name of the node, and prefix of the checkpoint keys.
+            keys: Whole checkpoint keys of parameters that do not follow the prefix.
+            views: Parameters that the function takes in another shape than the checkpoint holds.
+
+        Raises:
+            CheckpointError: A parameter is missing or of another shape.
+        """
+        keys, views = keys or {}, views or {}
+        parameters = []
+        for name, shape in piece.parameters.items():
+            key = keys.get(name, f"{scope}.{name}")
+            value = self._graph.initializers.get(key)
+            if value is None:
+                value = self._initializer(self._checkpoint.tensor(key, shape, view=views.get(name)))
+            parameters.append(value)
+        function = piece.function
+        self._functions[function.name] = function
+        node = ir.node(
+            function.name,
+            [*inputs, *parameters],
+            domain=DOMAIN,
+            name=scope,
+            num_outputs=len(function.outputs),
+        )
+        for value, output in zip(node.outputs, function.outputs, strict=True):
+            value.name = f"{scope}/{output.name}"
+        self._graph.append(node)
+        return node.outputs
+
+    def concat(self, values: Sequence[ir.Value], name: str) -> ir.Value:
+        """Concatenate along axis 0."""
+        node = ir.node("Concat", values, attributes={"axis": 0}, name=name)
+        self._graph.append(node)
+        return node.outputs[0]
+
+    def model(self, bodies: Sequence[str]) -> ir.Model:
+        """Return the finished model with the functions it calls and the bodies of its custom ops."""
+        functions = [*self._functions.values(), *(parse_function(body) for body in bodies)]
+        return ir.Model(self._graph, ir_version=_IR_VERSION, producer_name="qwen3vl-export", functions=functions)
+
+    @property
+    def used_keys(self) -> set[str]:
+        """Checkpoint keys that the graph refers to."""
+        return {name for name in self._graph.initializers if name in self._checkpoint.entries}
+
+    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(
+            name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self._graph.register_initializer(value)
+        return value
+
+
+def build_vision(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set[str]]:
+    """Build `vision.onnx` and return it with the checkpoint keys it uses."""
+    config = checkpoint.config
+    vision = config.vision
+    builder = GraphBuilder("vision", checkpoint)
+    pixels = builder.input("pixel_values", _FLOAT, ["I", "P", vision.patch_elements])
+    indices = builder.input("pos_indices", _INT64, ["P", 4])
+    weights = builder.input("pos_weights", _FLOAT, ["P", 4])
+    cos = builder.input("rope_cos", _FLOAT, ["P", vision.head_dim // 2])
+    sin = builder.input("rope_sin", _FLOAT, ["P", vision.head_dim // 2])
+    (hidden,) = builder.call(
+        pieces.patch_embed,
+        [pixels, indices, weights],
+        _VISUAL,
+        views={"patch_embed.proj.weight": (vision.hidden_size, vision.patch_elements)},
+    )
+    deepstack = []
+    for i in range(vision.depth):
+        (hidden,) = builder.call(pieces.vision_block, [hidden, cos, sin], f"{_VISUAL}.blocks.{i}")
+        if i in vision.deepstack_layers:
+            assert pieces.deepstack_merger is not None
+            level = vision.deepstack_layers.index(i)
+            scope = f"{_VISUAL}.deepstack_merger_list.{level}"
+            deepstack.append((level, *builder.call(pieces.deepstack_merger, [hidden], scope)))
+    (merged,) = builder.call(pieces.merger, [hidden], f"{_VISUAL}.merger")
+    embeds = builder.concat([merged, *(value for _, value in sorted(deepstack, key=lambda pair: pair[0]))], "levels")
+    builder.output(embeds, "visual_embeds", _FLOAT, [config.num_visual_levels, "V", config.text.hidden_size])
+    return builder.model([vision_attention.BODY]), builder.used_keys
+
+
+def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set[str]]:
+    """Build `decoder.onnx` and return it with the checkpoint keys it uses."""
+    config = checkpoint.config
+    text = config.text
+    builder = GraphBuilder("decoder", checkpoint)
+    ids = builder.input("input_ids", _INT64, ["B", "S"])
+    positions = builder.input("position_ids", _INT64, [3, "B", "S"])
+    rows = builder.input("visual_rows", _INT64, ["B", "S"])
+    embeds = builder.input("visual_embeds", _FLOAT, [config.num_visual_levels, "V", text.hidden_size])
+    past_lengths = builder.input("past_lengths", _INT64, ["B"])
+    logits_positions = builder.input("logits_positions", _INT64, ["B", "L"])
+    cache: Dims = ["B", text.num_kv_heads, "T", text.head_dim]
+    past = [
+        [builder.input(f"past_key_values.{i}.{kind}", _FLOAT, cache) for kind in ("key", "value")]
+        for i in range(text.num_layers)
+    ]
+    inv_freq = builder.constant("inv_freq", pieces.inv_freq.astype(np.float32))
+    axes = builder.constant("axis_of_frequency", pieces.axis_of_frequency.astype(np.int64))
+    cos, sin = builder.call(pieces.rotary, [positions, inv_freq, axes], "rotary")
+    (hidden,) = builder.call(pieces.embed, [ids, rows, embeds], f"{_LANGUAGE}.embed_tokens")
+    present = []
+    for i in range(text.num_layers):
+        hidden, *new = builder.call(
+            pieces.decoder_layer, [hidden, cos, sin, *past[i], past_lengths], f"{_LANGUAGE}.layers.{i}"
+        )
+        present.append(new)
+        if i < len(config.vision.deepstack_layers):
+            level = builder.constant(f"deepstack_level.{i + 1}", np.array([i + 1]))
+            (hidden,) = builder.call(pieces.add_deepstack, [hidden, rows, embeds, level], f"deepstack.{i}")
+    (logits,) = builder.call(
+        pieces.head,
+        [hidden, logits_positions],
+        "head",
+        keys={
+            "norm.weight": f"{_LANGUAGE}.norm.weight",
+            "lm_head.weight": EMBEDDING_KEY if text.tie_word_embeddings else HEAD_KEY,
+        },
+    )
+    builder.output(logits, "logits", _FLOAT, ["B", "L", text.vocab_size])
+    for i, pair in enumerate(present):
+        for kind, value in zip(("key", "value"), pair, strict=True):
+            builder.output(value, f"present_key_values.{i}.{kind}", _FLOAT, cache)
+    return builder.model([causal_attention.BODY]), builder.used_keys

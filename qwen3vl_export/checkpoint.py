@@ -1,0 +1,223 @@
+"""Open a checkpoint: a Hugging Face folder, a Hub id, or the demo that travels with this package."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen3vl_export.safetensors_reader import CheckpointTensor, FileHeader, TensorEntry, read_header
+from runtime.errors import CheckpointError
+from runtime.model_config import ModelConfig
+
+DEMO = "demo"
+HEAD_KEY = "lm_head.weight"
+EMBEDDING_KEY = "model.language_model.embed_tokens.weight"
+
+# Keys that some checkpoints hold and no graph needs: buffers that are recomputed from config.json.
+IGNORED_KEYS = (re.compile(r".*rotary_(pos_)?emb\.(original_)?inv_freq"),)
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+_MAX_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with `config.json`, safetensors and the processor's files.
+
+    Attributes:
+        folder: Where it lies.
+        name: What the user called it.
+        revision: The Hub commit, if it came from there.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+    @classmethod
+    def open(cls, source: str) -> Checkpoint:
+        """Open `source`: a folder, `owner/name[@revision]` of the Hub, or `demo`. A folder that exists wins.
+
+        Raises:
+            CheckpointError: There is no such folder, or the Hub cannot be reached.
+        """
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            return cls(folder, source)
+        if source == DEMO:
+            return cls(Path(str(resources.files("qwen3vl_export") / "demo" / "checkpoint")), source)
+        match = _HUB_ID.fullmatch(source)
+        if match is None or folder.is_file():
+            raise CheckpointError(
+                f"{source}: no such folder",
+                remedy="give a Hugging Face folder, a Hub id such as Qwen/Qwen3-VL-2B-Instruct, or 'demo'",
+            )
+        return cls._download(source, match["repo"], match["revision"])
+
+    @classmethod
+    def _download(cls, source: str, repo: str, revision: str | None) -> Checkpoint:
+        import huggingface_hub
+
+        try:
+            folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(_HUB_FILES)))
+        except Exception as error:  # the Hub client raises errors of several libraries
+            raise CheckpointError(
+                f"{source}: neither a folder here nor to be had from the Hub ({type(error).__name__}: {error})".rstrip(),
+                remedy="check the spelling and the connection, or download the folder and give its path",
+            ) from error
+        return cls(folder, source, folder.name)
+
+    @cached_property
+    def hf_config(self) -> dict[str, Any]:
+        """Contents of `config.json`."""
+        return self.read_json("config.json")
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return ModelConfig.from_hf(self.hf_config)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object from a file of the folder.
+
+        Raises:
+            CheckpointError: It is missing or no JSON object.
+        """
+        path = self.folder / name
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: missing", remedy="give a complete Hugging Face folder") from error
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        return values
+
+    @cached_property
+    def headers(self) -> dict[str, FileHeader]:
+        """Header of every weight file, by file name.
+
+        Raises:
+            CheckpointError: A file is missing, truncated or unreadable, or the index contradicts the files.
+        """
+        if not (self.folder / _INDEX_NAME).is_file():
+            return {_SINGLE_NAME: read_header(self.folder / _SINGLE_NAME)}
+        weight_map = self.read_json(_INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.folder / _INDEX_NAME}: no weight_map")
+        names = sorted(set(weight_map.values()))
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{self.folder / _INDEX_NAME}: a shard lies outside of the folder")
+        headers = {name: read_header(self.folder / name) for name in names}
+        for key, name in weight_map.items():
+            if key not in headers[name].tensors:
+                raise CheckpointError(f"{self.folder / name}: the index promises {key}, which is not there")
+        return headers
+
+    @cached_property
+    def entries(self) -> dict[str, TensorEntry]:
+        """Every tensor of the checkpoint by key."""
+        entries: dict[str, TensorEntry] = {}
+        for name, header in self.headers.items():
+            for key, entry in header.tensors.items():
+                if key in entries:
+                    raise CheckpointError(f"{self.folder / name}: {key} is also in {entries[key].path.name}")
+                entries[key] = entry
+        return entries
+
+    def tensor(self, key: str, shape: Iterable[int], *, view: tuple[int, ...] | None = None) -> CheckpointTensor:
+        """Refer to one tensor, to be read later.
+
+        Args:
+            key: The checkpoint key.
+            shape: The shape that config.json implies.
+            view: The shape to show it in.
+
+        Raises:
+            CheckpointError: It is missing, or of another shape or dtype.
+        """
+        entry = self.entries.get(key)
+        if entry is None:
+            raise CheckpointError(
+                f"{self.folder}: {key} is missing", remedy="the weights do not belong to this config.json, or a shard is lost"
+            )
+        if entry.shape != tuple(shape):
+            raise CheckpointError(f"{entry.path}: {key} has shape {list(entry.shape)}, config.json implies {list(shape)}")
+        return CheckpointTensor(key, entry, view)
+
+    def check_keys(self, used: Iterable[str]) -> None:
+        """Raise unless every key is used, or on the ignore list, or the tied head's copy of the embedding.
+
+        Raises:
+            CheckpointError: Keys are left over (named), or the tied copy differs from the embedding.
+        """
+        left = set(self.entries) - set(used)
+        if self.config.text.tie_word_embeddings and HEAD_KEY in left:
+            self._check_tied_head()
+            left.discard(HEAD_KEY)
+        left = {key for key in left if not any(pattern.fullmatch(key) for pattern in IGNORED_KEYS)}
+        if left:
+            listed = ", ".join(sorted(left)[:_MAX_LISTED]) + (", …" if len(left) > _MAX_LISTED else "")
+            raise CheckpointError(
+                f"{self.folder}: {len(left)} keys belong to no part of the model: {listed}",
+                remedy="an export that drops weights would be silently wrong; check that config.json fits the weights",
+            )
+
+    def _check_tied_head(self) -> None:
+        head, embedding = self.entries[HEAD_KEY], self.entries[EMBEDDING_KEY]
+        same = head.shape == embedding.shape and all(
+            np.array_equal(a, b)
+            for a, b in zip(
+                CheckpointTensor(HEAD_KEY, head).blocks(), CheckpointTensor(EMBEDDING_KEY, embedding).blocks(), strict=True
+            )
+        )
+        if not same:
+            raise CheckpointError(
+                f"{head.path}: {HEAD_KEY} differs from {EMBEDDING_KEY}, but config.json ties them",
+                remedy="set tie_word_embeddings to false in config.json if the head was trained apart",
+            )
+
+    def assets(self) -> dict[str, bytes]:
+        """Read the small files that a runtime needs, by the name they get in an engine.
+
+        Raises:
+            CheckpointError: The tokenizer, the chat template or the image processor's settings are missing.
+        """
+        assets = {"chat_template.jinja": self._chat_template().encode()}
+        for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing", remedy="give a complete Hugging Face folder")
+            assets[name] = path.read_bytes()
+        generation = self.folder / "generation_config.json"
+        assets[generation.name] = generation.read_bytes() if generation.is_file() else b"{}"
+        return assets
+
+    def _chat_template(self) -> str:
+        path = self.folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            template = self.read_json(name).get("chat_template") if (self.folder / name).is_file() else None
+            if isinstance(template, str):
+                return template
+        raise CheckpointError(
+            f"{self.folder}: no chat template", remedy="expected chat_template.jinja, or chat_template in tokenizer_config.json"
+        )
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return what an engine's manifest says of its source."""
+        files = {name: {"num_bytes": h.num_bytes, "header_sha256": h.sha256} for name, h in self.headers.items()}
+        return {"name": self.name, "revision": self.revision, "weight_files": files}

@@ -1,0 +1,33 @@
+"""Checkpoint to bundle."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from engines.bundle import DECODER, VISION, Bundle
+from qwen3vl_export.assembly import build_decoder, build_vision
+from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.tracing.pieces import trace_pieces
+
+_TRACING_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+
+
+def make_bundle(checkpoint: Checkpoint) -> Bundle:
+    """Trace a checkpoint's model and refer to its weights, reading only their headers.
+
+    Raises:
+        CheckpointError: A file or a key is missing, left over, or not what config.json implies.
+    """
+    checkpoint.headers  # noqa: B018  (a damaged file is found before the seconds of tracing)
+    assets = checkpoint.assets()
+    pieces = trace_pieces(checkpoint)
+    vision, vision_keys = build_vision(pieces, checkpoint)
+    decoder, decoder_keys = build_decoder(pieces, checkpoint)
+    checkpoint.check_keys(vision_keys | decoder_keys)
+    return Bundle(
+        config=checkpoint.config,
+        graphs={VISION: vision, DECODER: decoder},
+        assets=assets,
+        source=checkpoint.describe(),
+        versions={name: metadata.version(name) for name in _TRACING_LIBRARIES},
+    )

@@ -1,0 +1,1 @@
+"""Open an engine and generate: numpy and the engine's own library, never torch, onnx or transformers."""

@@ -1,0 +1,75 @@
+"""The error tree of the whole project.
+
+Every error that a user can meet derives from `Qwen3VLError`; the command line turns one into a single line and the
+exit code of its class. A message says what went wrong, where, what was expected, what was found, and the remedy.
+Assertions are for our own bugs.
+"""
+
+from __future__ import annotations
+
+
+class Qwen3VLError(Exception):
+    """Report a condition that the user can act on.
+
+    Args:
+        message: What went wrong and where, with the expected and the found value.
+        remedy: What the user can do about it; printed on its own line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return self.message if self.remedy is None else f"{self.message}\n  remedy: {self.remedy}"
+
+
+class UsageError(Qwen3VLError, ValueError):
+    """An argument, option or message is not what the interface takes."""
+
+    exit_code = 2
+
+
+class CheckpointError(Qwen3VLError):
+    """A Hugging Face folder is missing, damaged, or not a Qwen3-VL this project can export."""
+
+    exit_code = 3
+
+
+class BundleError(Qwen3VLError):
+    """A bundle of ONNX graphs violates the graph contract."""
+
+    exit_code = 4
+
+
+class EngineError(Qwen3VLError):
+    """An engine folder is missing, altered, of another version, or for another machine."""
+
+    exit_code = 5
+
+
+class TargetError(Qwen3VLError):
+    """A target is unknown, or cannot be built or run on this machine."""
+
+    exit_code = 6
+
+
+class ImageError(Qwen3VLError, ValueError):
+    """An image cannot be read, or has a size or shape the model does not take."""
+
+    exit_code = 7
+
+
+class CapacityError(Qwen3VLError):
+    """A prompt, an image or a model does not fit the memory, the KV cache or the disk."""
+
+    exit_code = 8
+
+
+class ParityError(Qwen3VLError):
+    """An engine does not agree with PyTorch within the tolerances."""
+
+    exit_code = 9
