@@ -1,0 +1,1 @@
+"""Measurements of export and inference, and the synthetic checkpoints that they run on."""

@@ -1,0 +1,246 @@
+"""Synthetic checkpoints of any shape in `configs/models/`, written as a stream.
+
+Speed and memory depend on shapes, not on values, so random weights measure what trained weights would. Keys and shapes
+follow from the configuration by formula; a test holds them against transformers' own module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import configs
+from runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Shape = tuple[int, ...]
+
+INDEX_NAME = "model.safetensors.index.json"
+
+_TOKENIZER_FILES = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+)
+_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_SHARD_BYTES = 5 * 10**9
+_STD = 0.02
+# One random block serves all tensors, each from its own offset: drawing 2.1e9 normal values took longer than the disk.
+_BLOCK_ELEMENTS = 1 << 22
+_IMAGE_CHANNELS = 3
+
+
+def hf_config(model_name: str, dtype: str = "BF16") -> dict[str, Any]:
+    """Return a `config.json` of a model's shape, with the special token ids of the demo's tokenizer.
+
+    Args:
+        model_name: A name of `configs.names("models")`.
+        dtype: Safetensors name of the stored dtype.
+
+    Raises:
+        UsageError: The model or the dtype is unknown, or its vocabulary is smaller than the tokenizer's.
+    """
+    if model_name not in configs.names("models"):
+        raise UsageError(f"{model_name}: no such shape", remedy=f"one of {', '.join(configs.names('models'))}")
+    if dtype not in _ITEM_BYTES:
+        raise UsageError(f"{dtype}: no such dtype", remedy=f"one of {', '.join(_ITEM_BYTES)}")
+    shape = configs.load(f"models/{model_name}")
+    config: dict[str, Any] = json.loads((_tokenizer_folder() / "config.json").read_text(encoding="utf-8"))
+    tokens = config["text_config"]["vocab_size"]
+    if shape["text_config"]["vocab_size"] < tokens:
+        raise UsageError(f"{model_name}: {shape['text_config']['vocab_size']} tokens do not hold the tokenizer's {tokens}")
+    for part in ("text_config", "vision_config"):
+        config[part] |= shape[part]
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = shape["tie_word_embeddings"]
+    config["dtype"] = _TORCH_NAMES[dtype]
+    return config
+
+
+def tensor_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return the shape of every tensor of a Hub checkpoint, by key, in the order of the network.
+
+    Args:
+        config: Contents of `config.json`.
+    """
+    return dict([*_vision_shapes(config["vision_config"]), *_text_shapes(config)])
+
+
+def _linear(name: str, out_features: int, in_features: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (out_features, in_features)
+    yield f"{name}.bias", (out_features,)
+
+
+def _layer_norm(name: str, features: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (features,)
+    yield f"{name}.bias", (features,)
+
+
+def _vision_shapes(vision: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
+    hidden, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    merged = hidden * vision["spatial_merge_size"] ** 2
+    prefix = "model.visual"
+    yield f"{prefix}.patch_embed.proj.weight", (hidden, _IMAGE_CHANNELS, vision["temporal_patch_size"], patch, patch)
+    yield f"{prefix}.patch_embed.proj.bias", (hidden,)
+    yield f"{prefix}.pos_embed.weight", (vision["num_position_embeddings"], hidden)
+    for index in range(vision["depth"]):
+        block = f"{prefix}.blocks.{index}"
+        yield from _layer_norm(f"{block}.norm1", hidden)
+        yield from _layer_norm(f"{block}.norm2", hidden)
+        yield from _linear(f"{block}.attn.qkv", 3 * hidden, hidden)
+        yield from _linear(f"{block}.attn.proj", hidden, hidden)
+        yield from _linear(f"{block}.mlp.linear_fc1", inner, hidden)
+        yield from _linear(f"{block}.mlp.linear_fc2", hidden, inner)
+    mergers = [("merger", hidden)]  # the last merger normalises patches, those of DeepStack merged patches
+    mergers += [(f"deepstack_merger_list.{i}", merged) for i in range(len(vision["deepstack_visual_indexes"]))]
+    for name, normalised in mergers:
+        yield from _layer_norm(f"{prefix}.{name}.norm", normalised)
+        yield from _linear(f"{prefix}.{name}.linear_fc1", merged, merged)
+        yield from _linear(f"{prefix}.{name}.linear_fc2", vision["out_hidden_size"], merged)
+
+
+def _text_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
+    text = config["text_config"]
+    hidden, inner, head = text["hidden_size"], text["intermediate_size"], text["head_dim"]
+    queries, keys = text["num_attention_heads"] * head, text["num_key_value_heads"] * head
+    prefix = "model.language_model"
+    yield f"{prefix}.embed_tokens.weight", (text["vocab_size"], hidden)
+    for index in range(text["num_hidden_layers"]):
+        layer = f"{prefix}.layers.{index}"
+        yield f"{layer}.input_layernorm.weight", (hidden,)
+        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
+        yield f"{layer}.self_attn.q_proj.weight", (queries, hidden)
+        yield f"{layer}.self_attn.k_proj.weight", (keys, hidden)
+        yield f"{layer}.self_attn.v_proj.weight", (keys, hidden)
+        yield f"{layer}.self_attn.o_proj.weight", (hidden, queries)
+        yield f"{layer}.self_attn.q_norm.weight", (head,)
+        yield f"{layer}.self_attn.k_norm.weight", (head,)
+        yield f"{layer}.mlp.gate_proj.weight", (inner, hidden)
+        yield f"{layer}.mlp.up_proj.weight", (inner, hidden)
+        yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
+    yield f"{prefix}.norm.weight", (hidden,)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (text["vocab_size"], hidden)
+
+
+def write_checkpoint(
+    folder: Path, model_name: str, *, sparse: bool = False, seed: int = 0, dtype: str = "BF16"
+) -> dict[str, Any]:
+    """Write a Hugging Face folder with random weights and the demo's tokenizer.
+
+    Norm weights are N(1, 0.02), all others N(0, 0.02). Files above 5 GB are split as the Hub does it, with an index.
+
+    Args:
+        folder: Where to; created, and files of the same names are replaced.
+        model_name: A name of `configs.names("models")`.
+        sparse: Write headers only and leave the data as holes (zeros): for exports without weights.
+        seed: Seed of the random block.
+        dtype: Safetensors name of the stored dtype.
+
+    Returns:
+        The contents of `config.json`.
+
+    Raises:
+        UsageError: The model or the dtype is unknown.
+    """
+    config = hf_config(model_name, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        shutil.copyfile(_tokenizer_folder() / name, folder / name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    shapes = tensor_shapes(config)
+    shards = _split(shapes, _ITEM_BYTES[dtype])
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    blocks = None if sparse else _Blocks(seed, dtype)
+    for name, keys in zip(names, shards, strict=True):
+        _write_shard(folder / name, {key: shapes[key] for key in keys}, dtype, blocks)
+    if len(shards) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values()) * _ITEM_BYTES[dtype]
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return config
+
+
+def _tokenizer_folder() -> Path:
+    import qwen3vl_export
+
+    return Path(qwen3vl_export.__file__).parent / "demo" / "checkpoint"
+
+
+def _split(shapes: Mapping[str, Shape], item_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, shape in shapes.items():
+        size = math.prod(shape) * item_bytes
+        if shards[-1] and filled + size > _SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
+    return shards
+
+
+def _write_shard(path: Path, shapes: Mapping[str, Shape], dtype: str, blocks: _Blocks | None) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key, shape in shapes.items():
+        end = offset + math.prod(shape) * _ITEM_BYTES[dtype]
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # the format asks for data aligned to 8 bytes
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        if blocks is None:
+            file.truncate(8 + len(raw) + offset)
+            return
+        for key, shape in shapes.items():
+            blocks.write(file, math.prod(shape), around_one="norm" in key and key.endswith(".weight"))
+
+
+class _Blocks:
+    """Random values in a stored dtype; each tensor starts at another place of one block."""
+
+    def __init__(self, seed: int, dtype: str) -> None:
+        import numpy as np
+
+        self._random = np.random.default_rng(seed)
+        self._dtype = dtype
+        self._block = self._encode(self._draw(_BLOCK_ELEMENTS))
+
+    def _draw(self, count: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        return self._random.standard_normal(count, dtype=np.float32) * np.float32(_STD)
+
+    def _encode(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        if self._dtype == "BF16":  # the upper half of a float32, cut off: a bias of half a step is of no interest here
+            return (values.view(np.uint32) >> 16).astype("<u2")
+        return values.astype("<f2" if self._dtype == "F16" else "<f4")
+
+    def write(self, file: BinaryIO, count: int, *, around_one: bool) -> None:
+        """Write `count` values to `file`, with mean 1 if `around_one`, else 0."""
+        if around_one:
+            file.write(self._encode(self._draw(count) + 1).tobytes())
+            return
+        start = int(self._random.integers(_BLOCK_ELEMENTS))
+        while count:
+            piece = self._block[start : start + count]
+            file.write(memoryview(piece).cast("B"))
+            count -= piece.size
+            start = 0

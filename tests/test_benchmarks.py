@@ -1,0 +1,85 @@
+"""The synthetic checkpoints have the keys, shapes and files of real ones; the statistics are right."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import configs
+from benchmarks import synthetic
+from runtime.errors import UsageError
+
+
+def reference_shapes(model_name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of transformers' own module, built without memory."""
+    import torch
+    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+
+    values = synthetic.hf_config(model_name)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(config)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight")
+    return shapes
+
+
+@pytest.mark.parametrize("model_name", configs.names("models"))
+def test_keys_and_shapes_equal_transformers(model_name: str) -> None:
+    assert synthetic.tensor_shapes(synthetic.hf_config(model_name)) == reference_shapes(model_name)
+
+
+def test_transformers_loads_the_values_that_were_written(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    synthetic.write_checkpoint(tmp_path, "tiny")
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    weights = model.state_dict()
+    norm = weights["model.language_model.layers.0.input_layernorm.weight"].float()
+    projection = weights["model.language_model.layers.0.mlp.up_proj.weight"].float()
+    assert abs(float(norm.mean()) - 1) < 0.02 and 0.01 < float(norm.std()) < 0.03
+    assert abs(float(projection.mean())) < 0.002 and 0.018 < float(projection.std()) < 0.022
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) <= model.config.text_config.vocab_size
+
+
+def test_seed_decides_the_bytes(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        synthetic.write_checkpoint(tmp_path / name, "tiny", seed=seed)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_other_dtypes_are_readable(tmp_path: Path, dtype: str) -> None:
+    from safetensors.numpy import load_file
+
+    config = synthetic.write_checkpoint(tmp_path, "tiny", dtype=dtype)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {key: value.shape for key, value in tensors.items()} == synthetic.tensor_shapes(config)
+    assert {str(value.dtype) for value in tensors.values()} == {{"F32": "float32", "F16": "float16"}[dtype]}
+
+
+def test_large_checkpoint_is_sharded_and_sparse(tmp_path: Path) -> None:
+    from qwen3vl_export.checkpoint import Checkpoint
+
+    config = synthetic.write_checkpoint(tmp_path, "qwen3-vl-8b", sparse=True)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    index = json.loads((tmp_path / synthetic.INDEX_NAME).read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in shards} and len(shards) > 1
+    assert max(path.stat().st_size for path in shards) < 5.1e9
+    assert sum(path.stat().st_blocks * 512 for path in shards) < 1 << 20
+    shapes = synthetic.tensor_shapes(config)
+    assert index["metadata"]["total_size"] == 2 * sum(math.prod(shape) for shape in shapes.values())
+    assert {key: entry.shape for key, entry in Checkpoint.open(str(tmp_path)).entries.items()} == shapes
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(UsageError, match="no such shape"):
+        synthetic.hf_config("qwen3-vl-3b")
+    with pytest.raises(UsageError, match="no such dtype"):
+        synthetic.hf_config("tiny", "Q4")
