@@ -16,6 +16,7 @@ from engines.bundle import BUNDLE_MANIFEST_NAME, Bundle
 from engines.external_data import Progress, check_disk_space, write_model
 from engines.lower import lower
 from engines.target import Target
+from runtime import __version__
 from runtime.errors import UsageError
 from runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, sha256_of
 
@@ -25,7 +26,13 @@ _SMALL_FILES_BYTES = 64 << 20
 
 
 def build_engine(
-    bundle: Bundle, target: Target, output: Path, *, with_weights: bool = True, progress: Progress | None = None
+    bundle: Bundle,
+    target: Target,
+    output: Path,
+    *,
+    with_weights: bool = True,
+    runnable: bool = True,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Build `output`; until it is complete, what was there before stays.
 
@@ -34,6 +41,7 @@ def build_engine(
         target: What to build for.
         output: The engine folder.
         with_weights: False writes the lowered graphs alone, which nothing can open.
+        runnable: False leaves the manifest out: a folder of lowered graphs to look at.
         progress: Called with the number of weight bytes written since the last call.
 
     Raises:
@@ -49,7 +57,7 @@ def build_engine(
         for name, contents in bundle.assets.items():
             (folder / name).write_bytes(contents)
             files[name] = FileRecord(len(contents), sha256_of(folder / name))
-        versions = {name: metadata.version(name) for name in (_OWN_DISTRIBUTION, *target.libraries)}
+        versions = {name: metadata.version(name) for name in target.libraries} | {_OWN_DISTRIBUTION: __version__}
         manifest = Manifest(
             target=target.name,
             session=target.session,
@@ -59,7 +67,7 @@ def build_engine(
             source=bundle.source,
             files=files,
         )
-        if with_weights:
+        if with_weights and runnable:
             manifest.write(folder)
     return manifest
 

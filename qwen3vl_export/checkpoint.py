@@ -196,7 +196,7 @@ class Checkpoint:
             CheckpointError: The tokenizer, the chat template or the image processor's settings are missing.
         """
         assets = {"chat_template.jinja": self._chat_template().encode()}
-        for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
             path = self.folder / name
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing", remedy="give a complete Hugging Face folder")

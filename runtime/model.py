@@ -1,0 +1,320 @@
+"""`Qwen3VLModel`: open an engine and answer messages."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.chat import ChatTemplate
+from runtime.errors import CapacityError, EngineError, UsageError
+from runtime.generation import decode_steps, prefill
+from runtime.generation_config import GenerationOptions
+from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
+from runtime.manifest import Manifest
+from runtime.memory import cache_bytes, check_fits, physical_bytes, vision_bytes
+from runtime.positions import PromptPositions, VisualSpan, mrope_positions
+from runtime.prompt import Prompt, PromptBuilder
+from runtime.sampling import Sampler
+from runtime.session import Floats, Session, open_session
+from runtime.stopping import StopStringFilter
+from runtime.tokenizer import Tokenizer
+from runtime.vision_inputs import position_interpolation, vision_rotary
+
+DEFAULT_MAX_CONTEXT = 4096
+_MANY_VISUAL_TOKENS = 2000
+# The cache is allocated in steps, so that chat turns of similar length reuse nothing bigger than they need.
+_CACHE_STEP = 256
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Timings of one answer: seconds, tokens, bytes. `ttft_s` runs from the call to the first token."""
+
+    preprocess_s: float
+    vision_s: float
+    prefill_s: float
+    ttft_s: float
+    tpot_s: float
+    tokens_per_s: float
+    prompt_tokens: int
+    visual_tokens: int
+    new_tokens: int
+    peak_cache_bytes: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. `token_ids` are the new tokens, the end token included; `finish_reason` is eos, stop or length."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt ready for the engine: token ids, pixels and positions."""
+
+    prompt: Prompt
+    images: tuple[ProcessedImage, ...]
+    positions: PromptPositions
+
+
+class Stream(Iterator[str]):
+    """Pieces of an answer as they come. `close()` ends it after the current step; then the model is free again.
+
+    Attributes:
+        result: The whole answer, once the stream has ended.
+    """
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self._pieces = pieces
+        self.result: Generation | None = None
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            if end.value is not None:
+                self.result = end.value
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """Stop generating."""
+        self._pieces.close()  # type: ignore[attr-defined]
+
+
+class Qwen3VLModel:
+    """An opened engine. One call runs at a time; a call of another thread waits for its turn."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        session: Session,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        image_config: ImageProcessorConfig,
+        defaults: GenerationOptions,
+        max_context: int,
+    ) -> None:
+        self.manifest = manifest
+        self.config = manifest.model
+        self.session = session
+        self.tokenizer = tokenizer
+        self.image_config = image_config
+        self.defaults = defaults
+        self.max_context = max_context
+        self._builder = PromptBuilder(tokenizer, template)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_engine(
+        cls,
+        path: str | Path,
+        *,
+        check: bool = False,
+        threads: int | None = None,
+        max_context: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Qwen3VLModel:
+        """Open an engine folder.
+
+        Args:
+            path: The folder.
+            check: Compare the hashes of the weight files too; otherwise only their sizes.
+            threads: Threads of the engine; the machine's cores by default.
+            max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for.
+            min_pixels: Smaller images are enlarged to this area.
+            max_pixels: Larger images are reduced to this area.
+
+        Raises:
+            EngineError: A file is missing or altered, or the engine does not open.
+            CapacityError: Weights and KV cache exceed the machine's memory.
+            UsageError: An option is out of range.
+        """
+        folder = Path(path)
+        manifest = Manifest.read(folder)
+        manifest.check(folder, full=check)
+        limit = manifest.model.text.max_positions
+        max_context = min(DEFAULT_MAX_CONTEXT, limit) if max_context is None else max_context
+        if not 1 <= max_context <= limit:
+            raise UsageError(f"max_context = {max_context}, expected 1 to {limit}, what the model was trained for")
+        itemsize = np.dtype(str(manifest.capabilities["cache_dtype"])).itemsize
+        check_fits(
+            {"weights": manifest.weight_bytes, "KV cache": cache_bytes(manifest.model, max_context, itemsize)},
+            physical_bytes(),
+        )
+        image_config = ImageProcessorConfig.from_dict(_read_json(folder / "preprocessor_config.json"))
+        if min_pixels is not None or max_pixels is not None:
+            if min_pixels is None and max_pixels is not None:
+                min_pixels = min(image_config.min_pixels, max_pixels)
+            image_config = image_config.with_limits(min_pixels, max_pixels)
+        return cls(
+            manifest,
+            open_session(folder, manifest, threads=threads),
+            Tokenizer.from_file(folder / "tokenizer.json"),
+            ChatTemplate.from_folder(folder),
+            image_config,
+            GenerationOptions.from_generation_config(_read_json(folder / "generation_config.json")),
+            max_context,
+        )
+
+    def generate(self, messages: Any, **options: Any) -> Generation:
+        """Answer messages in the Hugging Face chat format; see `stream`."""
+        stream = self.stream(messages, **options)
+        for _ in stream:
+            pass
+        assert stream.result is not None
+        return stream.result
+
+    def stream(self, messages: Any, **options: Any) -> Stream:
+        """Answer messages piece by piece, cut at UTF-8 boundaries.
+
+        Args:
+            messages: Hugging Face chat format; an image is a path, bytes, a data URL, a PIL image or an array.
+            **options: Generation options with Hugging Face's names; defaults come from generation_config.json.
+
+        Raises:
+            UsageError: A message or an option is not valid.
+            ImageError: An image cannot be read.
+            CapacityError: Prompt and answer exceed `max_context`, or the memory does not hold them.
+        """
+        chosen = self.defaults.replace(**options)
+        return Stream(self._run(messages, chosen))
+
+    def logits(self, messages: Any) -> Floats:
+        """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
+        with self._lock:
+            prepared = self.prepare(messages)
+            embeds = self.encode_images(prepared.images)
+            cache = self.session.new_cache(len(prepared.prompt.input_ids))
+            return prefill(
+                self.session, cache, prepared.prompt.input_ids, prepared.positions, embeds, all_logits=True
+            )
+
+    def prepare(self, messages: Any) -> Prepared:
+        """Render, tokenise, process the images and number the positions."""
+        images: list[ProcessedImage] = []
+
+        def num_visual_tokens(source: Any) -> int:
+            images.append(process_image(source, self.image_config))
+            return images[-1].num_visual_tokens
+
+        prompt = self._builder.build(messages, num_visual_tokens)
+        if len(prompt.input_ids) > self.max_context:
+            raise CapacityError(
+                f"the prompt has {len(prompt.input_ids)} tokens, max_context is {self.max_context}",
+                remedy="raise max_context, lower max_pixels, or shorten the prompt",
+            )
+        spans = [
+            VisualSpan(start, image.merged_grid_thw) for (start, _), image in zip(prompt.spans, images, strict=True)
+        ]
+        return Prepared(prompt, tuple(images), mrope_positions(len(prompt.input_ids), spans))
+
+    def encode_images(self, images: Sequence[ProcessedImage]) -> Floats:
+        """Run the vision tower on each image: [1+D, V, hidden], rows in the order of the images; one zero row if none."""
+        if not images:
+            return np.zeros((self.config.num_visual_levels, 1, self.config.text.hidden_size), np.float32)
+        return np.concatenate([self._encode(image) for image in images], axis=1)
+
+    def _encode(self, image: ProcessedImage) -> Floats:
+        vision = self.config.vision
+        t, h, w = image.grid_thw
+        check_fits(
+            {"weights": self.manifest.weight_bytes, "vision": vision_bytes(self.config, t * h * w)}, physical_bytes()
+        )
+        indices, weights = position_interpolation(h, w, vision.num_grid_per_side, vision.spatial_merge_size)
+        cos, sin = vision_rotary(h, w, vision.head_dim, vision.spatial_merge_size)
+        pixels = image.pixel_values.reshape(t, h * w, vision.patch_elements)
+        return self.session.vision(pixels, indices, weights, cos, sin)
+
+    def _run(self, messages: Any, options: GenerationOptions) -> Iterator[str]:
+        with self._lock:
+            return (yield from self._generate(messages, options))
+
+    def _generate(self, messages: Any, options: GenerationOptions) -> Iterator[str]:
+        started = time.perf_counter()
+        prepared = self.prepare(messages)
+        prompt_ids = prepared.prompt.input_ids
+        visual_tokens = sum(image.num_visual_tokens for image in prepared.images)
+        if visual_tokens > _MANY_VISUAL_TOKENS:
+            print(f"{visual_tokens} visual tokens; a lower max_pixels answers sooner", file=sys.stderr)
+        room = self.max_context - len(prompt_ids)
+        if room < 1:
+            raise CapacityError(
+                f"the prompt fills max_context = {self.max_context}", remedy="raise max_context, or shorten the prompt"
+            )
+        max_new_tokens = min(options.max_new_tokens, room)
+        preprocessed = time.perf_counter()
+        embeds = self.encode_images(prepared.images)
+        encoded = time.perf_counter()
+        needed = len(prompt_ids) + max_new_tokens
+        cache = self.session.new_cache(min(-(-needed // _CACHE_STEP) * _CACHE_STEP, self.max_context))
+        logits = prefill(self.session, cache, prompt_ids, prepared.positions, embeds)[-1]
+        sampler = Sampler(options)
+        sampler.start(prompt_ids)
+        steps = decode_steps(
+            self.session, cache, logits, len(prompt_ids), prepared.positions.delta, embeds[:, :1], sampler.next
+        )
+        decoder, stops = self.tokenizer.stream_decoder(), StopStringFilter(options.stop)
+        token_ids: list[int] = []
+        pieces: list[str] = []
+        finish_reason, first = "length", 0.0
+        for token in steps:
+            token_ids.append(token)
+            first = first or time.perf_counter()
+            piece = stops.feed(decoder.push(token))
+            if token in options.eos_token_ids:
+                finish_reason = "eos"
+            elif stops.matched is not None:
+                finish_reason = "stop"
+            is_done = finish_reason != "length" or len(token_ids) >= max_new_tokens
+            if is_done and stops.matched is None:
+                piece += stops.feed(decoder.flush())
+                if stops.matched is None:
+                    piece += stops.flush()
+            if piece:
+                pieces.append(piece)
+                yield piece
+            if is_done:
+                break
+        ended = time.perf_counter()
+        later = len(token_ids) - 1
+        tpot = (ended - first) / later if later else 0.0
+        stats = Stats(
+            preprocess_s=preprocessed - started,
+            vision_s=encoded - preprocessed,
+            prefill_s=first - encoded,
+            ttft_s=first - started,
+            tpot_s=tpot,
+            tokens_per_s=1 / tpot if tpot else 0.0,
+            prompt_tokens=len(prompt_ids),
+            visual_tokens=visual_tokens,
+            new_tokens=len(token_ids),
+            peak_cache_bytes=cache.num_bytes,
+        )
+        return Generation("".join(pieces), token_ids, finish_reason, stats)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise EngineError(f"{path}: not readable as JSON ({error})", remedy="build the engine again") from error
+    if not isinstance(values, dict):
+        raise EngineError(f"{path}: expected a JSON object", remedy="build the engine again")
+    return values

@@ -1,0 +1,82 @@
+"""The protocol that every kind of engine follows, and the opening of an engine folder.
+
+Shapes: B batch, S new tokens, T cache capacity, L logits positions, V visual rows, I segments, P patches, K kv heads,
+H head dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import EngineError
+from runtime.manifest import Manifest
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+class KVCache(Protocol):
+    """Keys and values of all layers, fixed in capacity, written in place by `Session.decode`."""
+
+    capacity: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers."""
+
+    def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return copies of one layer's keys and values, [B, K, T, H]."""
+
+
+class Session(Protocol):
+    """An opened engine: two graphs and the memory they work in."""
+
+    def vision(
+        self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
+    ) -> Floats:
+        """Run the vision tower on I segments of one grid: pixel_values [I, P, C·Tp·p·p] to [1+D, I·P/4, hidden]."""
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """Allocate an empty cache of `capacity` positions."""
+
+    def decode(
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        visual_rows: Ints,
+        visual_embeds: Floats,
+        past_lengths: Ints,
+        logits_positions: Ints,
+        cache: KVCache,
+    ) -> Floats:
+        """Run the decoder on [B, S] new tokens behind `past_lengths` cached ones.
+
+        Writes rows past_lengths … past_lengths + S - 1 of `cache`, and nothing else. past_lengths + S ≤ capacity.
+
+        Returns:
+            Logits of the asked positions, [B, L, vocab].
+        """
+
+
+def open_session(folder: Path, manifest: Manifest, *, threads: int | None = None) -> Session:
+    """Open an engine folder whose manifest was read and checked.
+
+    Raises:
+        EngineError: No session of that kind exists here.
+    """
+    try:
+        module = importlib.import_module(f"runtime.sessions.{manifest.session}")
+    except ModuleNotFoundError as error:
+        if error.name != f"runtime.sessions.{manifest.session}":
+            raise EngineError(
+                f"{folder}: its session {manifest.session!r} needs {error.name}, which is not installed",
+                remedy="install the extra of this target, such as pip install 'qwen3vl-export[cpu]'",
+            ) from error
+        raise EngineError(f"{folder}: unknown kind of session {manifest.session!r}") from error
+    session: Session = module.open_session(folder, manifest, threads=threads)
+    return session

@@ -1,0 +1,123 @@
+"""Run an engine with ONNX Runtime's CPU provider; the KV cache is updated in place through IOBinding.
+
+Shapes: see runtime/session.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from runtime.errors import EngineError, UsageError
+from runtime.manifest import Manifest
+from runtime.session import Floats, Ints, KVCache
+
+_PROVIDER = "CPUExecutionProvider"
+
+
+class OrtKVCache:
+    """One pair of OrtValues a layer, bound as past and present at once."""
+
+    def __init__(self, num_layers: int, shape_BKTH: tuple[int, int, int, int], dtype: str) -> None:
+        self.capacity = shape_BKTH[2]
+        self.values = [
+            tuple(ort.OrtValue.ortvalue_from_numpy(np.zeros(shape_BKTH, dtype)) for _ in range(2)) for _ in range(num_layers)
+        ]
+        self.num_bytes = 2 * num_layers * int(np.prod(shape_BKTH)) * np.dtype(dtype).itemsize
+
+    def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return copies of one layer's keys and values, [B, K, T, H]."""
+        key, value = self.values[index]
+        return key.numpy().copy(), value.numpy().copy()
+
+
+class OrtCpuSession:
+    """The two graphs of an engine in ONNX Runtime."""
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads = {threads}, expected at least 1")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or os.cpu_count() or 1
+        self._config = manifest.model
+        self._cache_dtype = str(manifest.capabilities["cache_dtype"])
+        self._vision = _open(folder / "vision.onnx", options)
+        self._decoder = _open(folder / "decoder.onnx", options)
+
+    def vision(
+        self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
+    ) -> Floats:
+        """Run the vision tower; see `runtime.session.Session.vision`."""
+        (embeds,) = self._vision.run(
+            ["visual_embeds"],
+            {
+                "pixel_values": pixel_values,
+                "pos_indices": pos_indices,
+                "pos_weights": pos_weights,
+                "rope_cos": rope_cos,
+                "rope_sin": rope_sin,
+            },
+        )
+        return np.asarray(embeds, np.float32)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> OrtKVCache:
+        """Allocate a cache of zeros."""
+        text = self._config.text
+        return OrtKVCache(text.num_layers, (batch, text.num_kv_heads, capacity, text.head_dim), self._cache_dtype)
+
+    def decode(
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        visual_rows: Ints,
+        visual_embeds: Floats,
+        past_lengths: Ints,
+        logits_positions: Ints,
+        cache: KVCache,
+    ) -> Floats:
+        """Run the decoder; see `runtime.session.Session.decode`."""
+        assert isinstance(cache, OrtKVCache)
+        num_new = input_ids.shape[1]
+        assert int(past_lengths.max()) + num_new <= cache.capacity, "past_lengths + S exceeds the cache"
+        assert input_ids.shape[0] == 1 or num_new == 1 or not past_lengths.any(), "a chunk with a past is one sequence"
+        binding = self._decoder.io_binding()
+        inputs = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "visual_rows": visual_rows,
+            "visual_embeds": visual_embeds,
+            "past_lengths": past_lengths,
+            "logits_positions": logits_positions,
+        }
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        binding.bind_output("logits", "cpu")
+        for i, pair in enumerate(cache.values):
+            for kind, value in zip(("key", "value"), pair, strict=True):
+                binding.bind_ortvalue_input(f"past_key_values.{i}.{kind}", value)
+                binding.bind_ortvalue_output(f"present_key_values.{i}.{kind}", value)
+        self._decoder.run_with_iobinding(binding)
+        # Outputs come in the order they were bound.
+        logits: Floats = binding.get_outputs()[0].numpy()
+        return logits
+
+
+def open_session(folder: Path, manifest: Manifest, *, threads: int | None = None) -> OrtCpuSession:
+    """Open an engine folder; `threads` defaults to the machine's cores."""
+    return OrtCpuSession(folder, manifest, threads)
+
+
+def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(str(path), options, providers=[_PROVIDER])
+    except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
+        raise EngineError(
+            f"{path}: ONNX Runtime {ort.__version__} does not open it ({str(error).splitlines()[0]})",
+            remedy="build the engine again with this version",
+        ) from error
