@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from engines.external_data import Progress, weight_bytes, write_model
 from runtime.errors import BundleError
+from runtime.manifest import FileRecord
 from runtime.model_config import ModelConfig
 
 VISION = "vision"
@@ -71,7 +72,7 @@ class Bundle:
         The graphs refer to what was written afterwards, so a bundle is written or built once.
         """
         self.check()
-        files = {}
+        files: dict[str, FileRecord] = {}
         for name, model in self.graphs.items():
             files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, progress=progress)
         for name, contents in self.assets.items():

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from engines.weights import StreamedTensor
@@ -49,7 +50,9 @@ def check_disk_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def write_model(model: ir.Model, path: Path, *, with_weights: bool, progress: Progress | None = None) -> dict[str, FileRecord]:
+def write_model(
+    model: ir.Model, path: Path, *, with_weights: bool, progress: Progress | None = None
+) -> dict[str, FileRecord]:
     """Write `model` to `path` and its streamed weights to `<path>.data`.
 
     Args:
@@ -105,10 +108,12 @@ def _write_weights(tensors: dict[str, StreamedTensor], path: Path, progress: Pro
             put(memoryview(bytes(_aligned(position) - position)))
             start = position
             for block in tensor.blocks():
-                put(memoryview(block).cast("B"))
+                put(block.view(np.uint8).data)
                 if progress is not None:
                     progress(block.nbytes)
-            assert position - start == tensor.nbytes, f"{tensor.name}: wrote {position - start} of {tensor.nbytes} bytes"
+            assert position - start == tensor.nbytes, (
+                f"{tensor.name}: wrote {position - start} of {tensor.nbytes} bytes"
+            )
     return FileRecord(position, digest.hexdigest(), is_weights=True)
 
 

@@ -21,8 +21,12 @@ def load_family(family: str) -> tuple[Target, ...]:
     """Import one target file and return its targets, one for each precision."""
     targets: tuple[Target, ...] = importlib.import_module(f"engines.targets.{family}").TARGETS
     prefix = family.replace("_", "-") + "-"
-    assert all(target.name.startswith(prefix) for target in targets), f"engines/targets/{family}.py: a name lacks {prefix}"
-    assert len({target.name for target in targets}) == len(targets), f"engines/targets/{family}.py: a name appears twice"
+    assert all(target.name.startswith(prefix) for target in targets), (
+        f"engines/targets/{family}.py: a name lacks {prefix}"
+    )
+    assert len({target.name for target in targets}) == len(targets), (
+        f"engines/targets/{family}.py: a name appears twice"
+    )
     return targets
 
 

@@ -28,7 +28,7 @@ class StreamedTensor(ir.LazyTensor):
     def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
         """Yield the elements in row-major order as 1-D arrays; each is valid only until the next one is asked for."""
 
-    def _load(self) -> ir.Tensor:
+    def _load(self) -> ir.TensorProtocol:
         """Read everything at once, for what takes an ordinary tensor: small graphs and tests."""
         flat = np.concatenate([block.copy() for block in self.blocks()])
         return ir.Tensor(flat.reshape(self.shape.numpy()), name=self.name)

@@ -73,7 +73,7 @@ class Checkpoint:
             folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(_HUB_FILES)))
         except Exception as error:  # the Hub client raises errors of several libraries
             raise CheckpointError(
-                f"{source}: neither a folder here nor to be had from the Hub ({type(error).__name__}: {error})".rstrip(),
+                f"{source}: neither a folder here nor on the Hub ({type(error).__name__}: {error})",
                 remedy="check the spelling and the connection, or download the folder and give its path",
             ) from error
         return cls(folder, source, folder.name)
@@ -151,10 +151,13 @@ class Checkpoint:
         entry = self.entries.get(key)
         if entry is None:
             raise CheckpointError(
-                f"{self.folder}: {key} is missing", remedy="the weights do not belong to this config.json, or a shard is lost"
+                f"{self.folder}: {key} is missing",
+                remedy="the weights do not belong to this config.json, or a shard is lost",
             )
         if entry.shape != tuple(shape):
-            raise CheckpointError(f"{entry.path}: {key} has shape {list(entry.shape)}, config.json implies {list(shape)}")
+            raise CheckpointError(
+                f"{entry.path}: {key} has shape {list(entry.shape)}, config.json implies {list(shape)}"
+            )
         return CheckpointTensor(key, entry, view)
 
     def check_keys(self, used: Iterable[str]) -> None:
@@ -180,7 +183,9 @@ class Checkpoint:
         same = head.shape == embedding.shape and all(
             np.array_equal(a, b)
             for a, b in zip(
-                CheckpointTensor(HEAD_KEY, head).blocks(), CheckpointTensor(EMBEDDING_KEY, embedding).blocks(), strict=True
+                CheckpointTensor(HEAD_KEY, head).blocks(),
+                CheckpointTensor(EMBEDDING_KEY, embedding).blocks(),
+                strict=True,
             )
         )
         if not same:
@@ -214,7 +219,8 @@ class Checkpoint:
             if isinstance(template, str):
                 return template
         raise CheckpointError(
-            f"{self.folder}: no chat template", remedy="expected chat_template.jinja, or chat_template in tokenizer_config.json"
+            f"{self.folder}: no chat template",
+            remedy="expected chat_template.jinja, or chat_template in tokenizer_config.json",
         )
 
     def describe(self) -> Mapping[str, Any]:

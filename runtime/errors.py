@@ -24,6 +24,7 @@ class Qwen3VLError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
+        """Return the message, and the remedy on a line of its own."""
         return self.message if self.remedy is None else f"{self.message}\n  remedy: {self.remedy}"
 
 

@@ -72,7 +72,9 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         if not folder.is_dir():
-            raise EngineError(f"{folder}: no such engine folder", remedy="build one with: qwen3vl-export MODEL --output DIR")
+            raise EngineError(
+                f"{folder}: no such engine folder", remedy="build one with: qwen3vl-export MODEL --output DIR"
+            )
         if not path.is_file():
             raise EngineError(
                 f"{folder}: {MANIFEST_NAME} is missing, so this is no engine folder",
@@ -92,7 +94,9 @@ class Manifest:
             files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
             return cls(model=ModelConfig.from_dict(values.pop("model")), files=files, **values)
         except (KeyError, TypeError, AttributeError) as error:
-            raise EngineError(f"{path}: an entry is missing or unknown ({error})", remedy="build the engine again") from error
+            raise EngineError(
+                f"{path}: an entry is missing or unknown ({error})", remedy="build the engine again"
+            ) from error
 
     def check(self, folder: Path, *, full: bool = False) -> None:
         """Compare the folder with the manifest: weight files by size, or by hash if `full`; all others by hash.

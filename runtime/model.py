@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,21 +80,21 @@ class Stream(Iterator[str]):
         result: The whole answer, once the stream has ended.
     """
 
-    def __init__(self, pieces: Iterator[str]) -> None:
+    def __init__(self, pieces: Generator[str, None, Generation]) -> None:
         self._pieces = pieces
         self.result: Generation | None = None
 
     def __next__(self) -> str:
+        """Return the next piece."""
         try:
             return next(self._pieces)
         except StopIteration as end:
-            if end.value is not None:
-                self.result = end.value
+            self.result = end.value or self.result
             raise StopIteration from None
 
     def close(self) -> None:
         """Stop generating."""
-        self._pieces.close()  # type: ignore[attr-defined]
+        self._pieces.close()
 
 
 class Qwen3VLModel:
@@ -202,9 +202,7 @@ class Qwen3VLModel:
             prepared = self.prepare(messages)
             embeds = self.encode_images(prepared.images)
             cache = self.session.new_cache(len(prepared.prompt.input_ids))
-            return prefill(
-                self.session, cache, prepared.prompt.input_ids, prepared.positions, embeds, all_logits=True
-            )
+            return prefill(self.session, cache, prepared.prompt.input_ids, prepared.positions, embeds, all_logits=True)
 
     def prepare(self, messages: Any) -> Prepared:
         """Render, tokenise, process the images and number the positions."""
@@ -226,7 +224,7 @@ class Qwen3VLModel:
         return Prepared(prompt, tuple(images), mrope_positions(len(prompt.input_ids), spans))
 
     def encode_images(self, images: Sequence[ProcessedImage]) -> Floats:
-        """Run the vision tower on each image: [1+D, V, hidden], rows in the order of the images; one zero row if none."""
+        """Run the vision tower on each image: [1+D, V, hidden], in order; one zero row if none."""
         if not images:
             return np.zeros((self.config.num_visual_levels, 1, self.config.text.hidden_size), np.float32)
         return np.concatenate([self._encode(image) for image in images], axis=1)
@@ -242,11 +240,11 @@ class Qwen3VLModel:
         pixels = image.pixel_values.reshape(t, h * w, vision.patch_elements)
         return self.session.vision(pixels, indices, weights, cos, sin)
 
-    def _run(self, messages: Any, options: GenerationOptions) -> Iterator[str]:
+    def _run(self, messages: Any, options: GenerationOptions) -> Generator[str, None, Generation]:
         with self._lock:
             return (yield from self._generate(messages, options))
 
-    def _generate(self, messages: Any, options: GenerationOptions) -> Iterator[str]:
+    def _generate(self, messages: Any, options: GenerationOptions) -> Generator[str, None, Generation]:
         started = time.perf_counter()
         prepared = self.prepare(messages)
         prompt_ids = prepared.prompt.input_ids

@@ -107,7 +107,7 @@ class ModelConfig:
         text, vision = _section(config, "text_config"), _section(config, "vision_config")
         _check_rope(text)
         if text.get("attention_bias"):
-            raise CheckpointError("config.json: text_config.attention_bias is true, which no Qwen3-VL has; expected false")
+            raise CheckpointError("config.json: text_config.attention_bias is true, expected false")
         tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         result = cls(
             text=TextConfig(

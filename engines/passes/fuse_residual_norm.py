@@ -10,7 +10,7 @@ from engines.passes.fuse_transposed_matmul import MICROSOFT
 class FuseResidualNormPass(ir.passes.InPlacePass):
     """Turn `RMSNormalization(Add(x, y))` into `SkipSimplifiedLayerNormalization`, other RMSNormalization into
     `SimplifiedLayerNormalization`: ONNX Runtime's kernels for them.
-    """  # noqa: D205
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace every RMSNormalization over the last axis."""

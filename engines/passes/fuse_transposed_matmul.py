@@ -22,7 +22,11 @@ class FuseTransposedMatMulPass(ir.passes.InPlacePass):
                 continue
             weight = node.inputs[1]
             transpose = weight.producer() if weight is not None else None
-            if transpose is None or transpose.op_type != "Transpose" or transpose.attributes["perm"].as_ints() != (1, 0):
+            if (
+                transpose is None
+                or transpose.op_type != "Transpose"
+                or transpose.attributes["perm"].as_ints() != (1, 0)
+            ):
                 continue
             stored = transpose.inputs[0]
             if stored is None or not stored.is_initializer():

@@ -1,7 +1,7 @@
 """ONNX Runtime's CPU provider.
 
 The standard body of CausalAttention costs capacity, not length: past 300, one layer at T = 16384 takes 17.7 ms,
-GroupQueryAttention 0.13 ms. GroupQueryAttention normalises on CUDA and WebGPU only, and its rotary embedding wants tables
+GroupQueryAttention 0.13 ms. It normalises on CUDA and WebGPU only, and its rotary embedding wants tables
 as long as the sequence, so norm and rotary embedding stay before it.
 """
 
@@ -69,7 +69,8 @@ VisionAttention <num_heads: int, scale: float> (q, k, v, cos, sin) => (out)
     sin_IPH = Expand (sin, batched_shape)
     q_rotated = RotaryEmbedding <num_heads: int = @num_heads> (q, cos_IPH, sin_IPH)
     k_rotated = RotaryEmbedding <num_heads: int = @num_heads> (k, cos_IPH, sin_IPH)
-    out = com.microsoft.MultiHeadAttention <num_heads: int = @num_heads, scale: float = @scale> (q_rotated, k_rotated, v)
+    out = com.microsoft.MultiHeadAttention <num_heads: int = @num_heads, scale: float = @scale>
+        (q_rotated, k_rotated, v)
 }
 """
 

@@ -21,7 +21,8 @@ def export(
     target: Annotated[str, typer.Option(help="What to build for; `qwen3vl targets` lists them.")] = "ort-cpu-fp32",
     output: Annotated[Path | None, typer.Option(help="Engine folder to write [default: out/MODEL-TARGET].")] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="Write the target-neutral graphs and weights here instead of building an engine.")
+        Path | None,
+        typer.Option(help="Write the target-neutral graphs and weights here instead of building an engine."),
     ] = None,
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="--no-compile stops at the lowered graph and its weights.")
@@ -32,7 +33,7 @@ def export(
 ) -> None:
     """Export a Qwen3-VL checkpoint into an engine.
 
-    Examples:
+    For example:
 
         qwen3vl-export demo --output out/demo
 
@@ -62,7 +63,9 @@ def export(
                 made.write(folder, with_weights=weights, progress=advance)
         else:
             # ONNX Runtime compiles when it opens the graph, so for it the lowered graph is the engine.
-            build_engine(made, chosen, destination, with_weights=weights, runnable=weights and compile, progress=advance)
+            build_engine(
+                made, chosen, destination, with_weights=weights, runnable=weights and compile, progress=advance
+            )
     result = {
         "output": str(destination),
         "target": None if bundle is not None else chosen.name,
@@ -76,7 +79,7 @@ def export(
         print(f"{destination}  ({weight_bytes / 1e6:.1f} MB of weights, {result['total_s']} s)")
 
 
-def _progress(total_bytes: int):  # noqa: ANN202
+def _progress(total_bytes: int):
     """Return a context that shows a bar on stderr and gives the function that advances it."""
     import contextlib
 
@@ -84,7 +87,7 @@ def _progress(total_bytes: int):  # noqa: ANN202
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     @contextlib.contextmanager
-    def shown():  # noqa: ANN202
+    def shown():
         columns = TextColumn("writing weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("weights", total=total_bytes)

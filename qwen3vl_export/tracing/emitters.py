@@ -81,7 +81,7 @@ def _text_attention(
 def _text_rotary(
     self: Any, position_ids: torch.Tensor, inv_freq: torch.Tensor, axis_of_frequency: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [B, S, H/2] of positions [3, B, S]: each frequency turns with the position on its own axis."""
+    """Compute cos and sin [B, S, H/2] of positions [3, B, S]: each frequency turns with its own axis."""
     position_of_frequency = position_ids.index_select(0, axis_of_frequency).permute(1, 2, 0)
     angles = position_of_frequency.float() * inv_freq
     return angles.cos(), angles.sin()
@@ -95,9 +95,7 @@ def _vision_attention(
     qkv = self.qkv(hidden_states)
     # Slices, not chunk: chunk emits SplitToSequence (torch 2.13).
     q, k, v = (qkv[..., i * self.dim : (i + 1) * self.dim] for i in range(3))
-    return self.proj(
-        vision_attention.emit(q, k, v, *position_embeddings, num_heads=self.num_heads, scale=self.scaling)
-    )
+    return self.proj(vision_attention.emit(q, k, v, *position_embeddings, num_heads=self.num_heads, scale=self.scaling))
 
 
 def _patch_embed(self: Any, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,6 @@ def trace_pieces(checkpoint: Checkpoint) -> Pieces:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
     values = copy.deepcopy(checkpoint.hf_config)
@@ -110,7 +109,9 @@ def trace_pieces(checkpoint: Checkpoint) -> Pieces:
                 },
                 ["hidden_states_out"],
             ),
-            merger=tracer.trace("VisionMerger", {"": visual.merger}, _merge, _merger_inputs(floats, vision), ["embeds"]),
+            merger=tracer.trace(
+                "VisionMerger", {"": visual.merger}, _merge, _merger_inputs(floats, vision), ["embeds"]
+            ),
             deepstack_merger=tracer.trace(
                 "DeepStackMerger",
                 {"": visual.deepstack_merger_list[0]},
@@ -316,7 +317,7 @@ def _wrap(modules: Mapping[str, Any], forward: Callable[..., Any]) -> torch.nn.M
     return Wrapper()
 
 
-class _quiet:  # noqa: N801  (a context manager that reads as a verb)
+class _quiet:
     """Silence the progress chatter of torch.onnx, which is about opset and shape details of no use to a user."""
 
     def __enter__(self) -> None:

@@ -26,7 +26,8 @@ class OrtKVCache:
     def __init__(self, num_layers: int, shape_BKTH: tuple[int, int, int, int], dtype: str) -> None:
         self.capacity = shape_BKTH[2]
         self.values = [
-            tuple(ort.OrtValue.ortvalue_from_numpy(np.zeros(shape_BKTH, dtype)) for _ in range(2)) for _ in range(num_layers)
+            tuple(ort.OrtValue.ortvalue_from_numpy(np.zeros(shape_BKTH, dtype)) for _ in range(2))
+            for _ in range(num_layers)
         ]
         self.num_bytes = 2 * num_layers * int(np.prod(shape_BKTH)) * np.dtype(dtype).itemsize
 
