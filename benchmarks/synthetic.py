@@ -58,7 +58,9 @@ def hf_config(model_name: str, dtype: str = "BF16") -> dict[str, Any]:
     config: dict[str, Any] = json.loads((_tokenizer_folder() / "config.json").read_text(encoding="utf-8"))
     tokens = config["text_config"]["vocab_size"]
     if shape["text_config"]["vocab_size"] < tokens:
-        raise UsageError(f"{model_name}: {shape['text_config']['vocab_size']} tokens do not hold the tokenizer's {tokens}")
+        raise UsageError(
+            f"{model_name}: {shape['text_config']['vocab_size']} tokens do not hold the tokenizer's {tokens}"
+        )
     for part in ("text_config", "vision_config"):
         config[part] |= shape[part]
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = shape["tie_word_embeddings"]

@@ -1,0 +1,136 @@
+"""Command line of the benchmarks: `python -m benchmarks {synthetic,export,run}`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import inference, measure, report, synthetic
+from runtime.errors import Qwen3VLError, UsageError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Model = Annotated[str, typer.Option(help="Shape in configs/models, such as qwen3-vl-2b.")]
+Target = Annotated[str, typer.Option(help="Target to build.")]
+Results = Annotated[Path, typer.Option(help="Folder for the JSON file and the table.")]
+WorkDir = Annotated[Path | None, typer.Option(help="Folder for checkpoints and engines; emptied of them afterwards.")]
+
+
+@app.command("synthetic")
+def write_synthetic(
+    folder: Path,
+    model: Model,
+    sparse: Annotated[bool, typer.Option(help="Headers only, data as holes.")] = False,
+    seed: int = 0,
+    dtype: str = "BF16",
+) -> None:
+    """Write a synthetic checkpoint."""
+    synthetic.write_checkpoint(folder, model, sparse=sparse, seed=seed, dtype=dtype)
+
+
+@app.command()
+def export(
+    model: Model,
+    no_weights: Annotated[bool, typer.Option(help="Export graphs only, from a sparse checkpoint.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint instead of a synthetic one.")] = None,
+    target: Target = "ort-cpu-fp32",
+    repeats: int = 1,
+    results: Results = report.RESULTS,
+    work_dir: WorkDir = None,
+) -> None:
+    """Measure wall time, CPU time and peak memory of an export, imports included."""
+    runs = []
+    environment = measure.environment()
+    with tempfile.TemporaryDirectory(dir=work_dir) as name:
+        source = checkpoint or Path(name) / "checkpoint"
+        if checkpoint is None:
+            synthetic.write_checkpoint(source, model, sparse=no_weights)
+        for _ in range(repeats):
+            engine = Path(name) / "engine"
+            cost = _export(source, engine, target, no_weights)
+            size = sum(path.stat().st_size for path in engine.rglob("*") if path.is_file())
+            runs.append(asdict(cost) | {"output_bytes": size})
+            shutil.rmtree(engine)
+    result = {
+        "model": model,
+        "target": target,
+        "no_weights": no_weights,
+        "runs": runs,
+        "environment": environment,
+    }
+    suffix = "-no-weights" if no_weights else ""
+    _print(report.write(f"export-{model}-{target}{suffix}", result, report.export_table(result), results))
+
+
+@app.command()
+def run(
+    model: Model,
+    checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint instead of a synthetic one.")] = None,
+    engine: Annotated[Path | None, typer.Option(help="An engine of that checkpoint; exported if not given.")] = None,
+    target: Target = "ort-cpu-fp32",
+    threads: int = 2,
+    image_side: int = 448,
+    sentences: int = 8,
+    decode_steps: int = 16,
+    warmup: int = 1,
+    repeats: int = 3,
+    results: Results = report.RESULTS,
+    work_dir: WorkDir = None,
+) -> None:
+    """Measure vision, prefill and decode of the engine and of PyTorch, one after the other."""
+    work = inference.Workload(image_side, sentences, decode_steps, warmup, repeats, threads)
+    result: dict[str, Any] = {"model": model, "target": target, "workload": asdict(work)}
+    with tempfile.TemporaryDirectory(dir=work_dir) as name:
+        folder = Path(name)
+        source = checkpoint or folder / "checkpoint"
+        if checkpoint is None:
+            synthetic.write_checkpoint(source, model)
+        if engine is None:
+            engine = folder / "engine"
+            _export(source, engine, target, no_weights=False)
+        result["environment"] = measure.environment()
+        for side, path in (("engine", engine), ("torch", source)):
+            output = folder / f"{side}.json"
+            cost = measure.run_child(inference.command(side, path, work, output))
+            result[side] = json.loads(output.read_text(encoding="utf-8")) | {"peak_rss_bytes": cost.peak_rss_bytes}
+    for count in ("prompt_tokens", "visual_tokens"):
+        if result["engine"][count] != result["torch"][count]:
+            raise UsageError(
+                f"{count}: engine {result['engine'][count]}, PyTorch {result['torch'][count]}",
+                remedy="give an engine that was exported from this checkpoint",
+            )
+    _print(report.write(f"run-{model}-{target}", result, report.inference_table(result), results))
+
+
+def _export(source: Path, engine: Path, target: str, no_weights: bool) -> measure.ChildCost:
+    command = [sys.executable, "-m", "qwen3vl_export.cli.export", str(source)]
+    command += ["--target", target, "--output", str(engine), "--json"]
+    return measure.run_child(command + ["--no-weights"] * no_weights)
+
+
+def _print(path: Path) -> None:
+    typer.echo(path.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Run the command line; an expected error is one line on stderr."""
+    try:
+        app()
+    except Qwen3VLError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except subprocess.CalledProcessError as error:
+        typer.echo(f"error: {error.cmd[2]} ended with exit code {error.returncode}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Time vision, prefill and decode of an engine or of PyTorch; each runs as a process of its own.
+
+Both see the same image and prompt, compute logits of the last prompt token only, and decode the same fixed token, so
+nothing depends on what random weights would answer. `python -m benchmarks run` starts both, one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.measure import repeat
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_DECODED_TOKEN = 65
+_SENTENCE = "Read the digits. "
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What both sides compute.
+
+    Attributes:
+        image_side: Side of the square image in pixels.
+        sentences: How often the prompt's sentence is repeated, to make the prompt longer.
+        decode_steps: Decode steps that are timed.
+        warmup: Untimed calls before the timed ones.
+        repeats: Timed calls of vision and of prefill.
+        threads: Threads of the computation.
+    """
+
+    image_side: int = 448
+    sentences: int = 8
+    decode_steps: int = 16
+    warmup: int = 1
+    repeats: int = 3
+    threads: int = 2
+
+    @property
+    def prompt(self) -> str:
+        """Text of the user's turn."""
+        return (_SENTENCE * self.sentences).strip()
+
+    def image(self) -> Image:
+        """Draw uniform noise, the same on every call."""
+        import numpy as np
+        from PIL import Image as images
+
+        return images.fromarray(np.random.default_rng(0).integers(0, 256, (self.image_side,) * 2 + (3,), np.uint8))
+
+
+def time_engine(engine: Path, work: Workload) -> dict[str, Any]:
+    """Time an engine folder."""
+    import numpy as np
+
+    from runtime.model import Qwen3VLModel
+
+    start = time.perf_counter()
+    model = Qwen3VLModel.from_engine(engine, threads=work.threads)
+    loaded = time.perf_counter() - start
+    content = [{"type": "image", "image": work.image()}, {"type": "text", "text": work.prompt}]
+    prepared = model.prepare([{"role": "user", "content": content}])
+    input_ids = np.asarray([prepared.prompt.input_ids], np.int64)
+    length = input_ids.shape[1]
+    positions = prepared.positions.position_ids.reshape(3, 1, length)
+    rows = prepared.positions.visual_rows.reshape(1, length)
+    cache = model.session.new_cache(length + work.warmup + work.decode_steps)
+    visual = model.encode_images(prepared.images)
+    no_rows = np.full((1, 1), -1, np.int64)
+    step_count = 0
+
+    def vision() -> float:
+        start = time.perf_counter()
+        model.encode_images(prepared.images)
+        return time.perf_counter() - start
+
+    def prefill() -> float:
+        start = time.perf_counter()
+        last = np.asarray([[length - 1]], np.int64)
+        model.session.decode(input_ids, positions, rows, visual, np.zeros(1, np.int64), last, cache)
+        return time.perf_counter() - start
+
+    def decode() -> float:
+        nonlocal step_count
+        past = length + step_count
+        step_count += 1
+        token = np.full((1, 1), _DECODED_TOKEN, np.int64)
+        position = np.full((3, 1, 1), past + prepared.positions.delta, np.int64)
+        start = time.perf_counter()
+        model.session.decode(
+            token, position, no_rows, visual[:, :1], np.full(1, past, np.int64), np.zeros((1, 1), np.int64), cache
+        )
+        return time.perf_counter() - start
+
+    return {
+        "load_s": loaded,
+        "prompt_tokens": length,
+        "visual_tokens": int((rows >= 0).sum()),
+        "vision": repeat(vision, warmup=work.warmup, repeats=work.repeats),
+        "prefill": repeat(prefill, warmup=work.warmup, repeats=work.repeats),
+        "decode": repeat(decode, warmup=work.warmup, repeats=work.decode_steps),
+    }
+
+
+def time_torch(checkpoint: Path, work: Workload) -> dict[str, Any]:
+    """Time transformers' own model in float32, eager mode, attention by `scaled_dot_product_attention`."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    torch.set_num_threads(work.threads)
+    start = time.perf_counter()
+    model = AutoModelForImageTextToText.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    loaded = time.perf_counter() - start
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    content = [{"type": "image", "image": work.image()}, {"type": "text", "text": work.prompt}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    text_inputs = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    cache: Any = None
+    token = torch.full((1, 1), _DECODED_TOKEN)
+
+    def vision() -> float:
+        start = time.perf_counter()
+        model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        return time.perf_counter() - start
+
+    def prefill() -> float:
+        nonlocal cache
+        start = time.perf_counter()
+        cache = model(
+            **text_inputs, mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1
+        ).past_key_values
+        return time.perf_counter() - start
+
+    def decode() -> float:
+        nonlocal cache
+        start = time.perf_counter()
+        cache = model(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
+        return time.perf_counter() - start
+
+    return {
+        "load_s": loaded,
+        "prompt_tokens": int(inputs["input_ids"].shape[1]),
+        "visual_tokens": int((inputs["input_ids"] == model.config.image_token_id).sum()),
+        "vision": repeat(vision, warmup=work.warmup, repeats=work.repeats),
+        "prefill": repeat(prefill, warmup=work.warmup, repeats=work.repeats),
+        "decode": repeat(decode, warmup=work.warmup, repeats=work.decode_steps),
+    }
+
+
+def command(side: str, source: Path, work: Workload, result: Path) -> list[str]:
+    """Return the command line of one side's process."""
+    return [sys.executable, "-m", "benchmarks.inference", side, str(source), json.dumps(asdict(work)), str(result)]
+
+
+def main() -> None:
+    """Time the side that the command line names and write the result as JSON."""
+    side, source, work, result = sys.argv[1:]
+    workload = Workload(**json.loads(work))
+    if side == "engine":
+        values = time_engine(Path(source), workload)
+    else:
+        import torch
+
+        with torch.inference_mode():
+            values = time_torch(Path(source), workload)
+    Path(result).write_text(json.dumps(values), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

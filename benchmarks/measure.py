@@ -1,0 +1,84 @@
+"""Cost of child processes, statistics over repeats, and what the machine is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "tokenizers")
+
+
+@dataclass(frozen=True)
+class ChildCost:
+    """What one child process took, its own children included.
+
+    Attributes:
+        wall_s: From start to exit, imports included.
+        cpu_s: User and system time of all its processes.
+        peak_rss_bytes: The largest `ru_maxrss` of its processes; resident pages of mapped files count.
+    """
+
+    wall_s: float
+    cpu_s: float
+    peak_rss_bytes: int
+
+
+def run_child(command: Sequence[str]) -> ChildCost:
+    """Run a command to its end and measure it; its output goes to stderr.
+
+    The kernel hands the parent's peak on to a spawned child, so the caller should be a small process.
+
+    Raises:
+        subprocess.CalledProcessError: It exits with a code other than 0.
+    """
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=2)
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)  # Popen must not wait for a process that is gone
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return ChildCost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def repeat(step: Callable[[], float], *, warmup: int, repeats: int) -> dict[str, Any]:
+    """Call `step`, which returns its own duration in seconds, and summarise the calls after the warm-up."""
+    for _ in range(warmup):
+        step()
+    return summarise([step() for _ in range(repeats)])
+
+
+def summarise(seconds: Sequence[float]) -> dict[str, Any]:
+    """Return median, extremes and all values of some durations."""
+    return {
+        "median_s": statistics.median(seconds),
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "all_s": list(seconds),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Describe processor, memory, system, libraries and the load before the measurement."""
+    return {
+        "cpu": _first_field(Path("/proc/cpuinfo"), "model name"),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+        "load_average_1min": os.getloadavg()[0],
+    }
+
+
+def _first_field(path: Path, name: str) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "unknown")
