@@ -1,0 +1,452 @@
+"""The `qwen3vl` command: run, chat with, inspect and verify engines.
+
+Answers, tables and JSON go to stdout; statistics, notes and errors to stderr. An option that is not given is not
+passed on, so that the defaults are those of the checkpoint and of the runtime.
+"""
+
+# ruff: noqa: D301 (typer keeps the line breaks of a paragraph that begins with a backspace character)
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
+from runtime.errors import ParityError, Qwen3VLError, UsageError
+
+if TYPE_CHECKING:
+    from engines.target import Target
+    from runtime.manifest import Manifest
+    from runtime.model import Generation, Qwen3VLModel, Stats
+
+HASH_NOTE = "hashes catch damage and mix-ups, not malice"
+
+app = typer.Typer(
+    name="qwen3vl",
+    help="Run Qwen3-VL engines. Build one first: qwen3vl-export demo --target ort-cpu-fp32 --output demo-engine",
+    epilog=DEBUG_HELP,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Engine = Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder that qwen3vl-export wrote.")]
+CheckAll = Annotated[bool, typer.Option("--check", help="Hash the weight files too, not only the small ones.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option("--image", metavar="PATH", help="Image file shown before the prompt; repeat for several, in order."),
+]
+ShowStats = Annotated[bool, typer.Option("--stats", help="Print times, speed and cache size on stderr.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)]
+DoSample = Annotated[
+    bool | None,
+    typer.Option("--do-sample/--greedy", help="Draw tokens, or take the likeliest. [default: the checkpoint's]"),
+]
+Temperature = Annotated[float | None, typer.Option(help="Below 1 sharper, above 1 flatter; needs sampling.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the K likeliest tokens; 0 keeps all; needs sampling.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest that sum to P; 1 keeps all; needs sampling.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Drop those below P times the likeliest; 0 keeps all; needs sampling.")
+]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 repeats prompt and answer less; 1 is off.")]
+PresencePenalty = Annotated[float | None, typer.Option(help="Taken from each token already in the answer; 0 is off.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(help="The same, for each time it occurred; 0 is off.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed draws the same answer.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeat for several.")]
+MinPixels = Annotated[int | None, typer.Option(help="Enlarge images below this many pixels.")]
+MaxPixels = Annotated[int | None, typer.Option(help="Shrink images above this many pixels: faster, less detail.")]
+MaxContext = Annotated[int | None, typer.Option(help="Room of the KV cache: prompt, images and answer, in tokens.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine.")]
+
+
+@app.command()
+def run(
+    engine: Engine,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    image: Images = None,
+    max_new_tokens: MaxNewTokens = None,
+    do_sample: DoSample = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    max_context: MaxContext = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    stats: ShowStats = False,
+    check: CheckAll = False,
+) -> None:
+    """Answer one prompt; the text appears on stdout as it is generated.
+
+    \b
+    Examples:
+      qwen3vl run demo-engine "Which digits are there?" --image note.png
+      qwen3vl run ENGINE "What changed?" --image before.jpg --image after.jpg
+      qwen3vl run ENGINE "Write a haiku" --do-sample --temperature 0.8 --seed 1
+      qwen3vl run ENGINE "Describe it" --image photo.jpg --max-pixels 500000 --stats
+      qwen3vl run ENGINE --json -- "--a prompt that begins with dashes"
+    """
+    from runtime.messages import user_message
+
+    options = _given(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        stop=tuple(stop) if stop else None,
+    )
+    model = _open(
+        engine, check=check, threads=threads, max_context=max_context, min_pixels=min_pixels, max_pixels=max_pixels
+    )
+    messages = user_message(prompt, _sources(image))
+    if as_json:
+        generation = model.generate(messages, **options)
+        _print_json(
+            {
+                "text": generation.text,
+                "token_ids": generation.token_ids,
+                "finish_reason": generation.finish_reason,
+                "stats": dataclasses.asdict(generation.stats),
+            }
+        )
+    else:
+        generation = _print_stream(model, messages, options)
+    if stats:
+        _print_stats(generation.stats)
+
+
+@app.command()
+def chat(
+    engine: Engine,
+    image: Images = None,
+    max_new_tokens: MaxNewTokens = None,
+    do_sample: DoSample = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    max_context: MaxContext = None,
+    threads: Threads = None,
+    stats: ShowStats = False,
+    check: CheckAll = False,
+) -> None:
+    """Talk with an engine, turn by turn. Each turn reads the whole conversation again.
+
+    \b
+    At the prompt:
+      /image PATH   show this image with the next turn
+      /reset        forget the conversation
+      /quit         leave (so does the end of the input, Ctrl-D)
+    Ctrl-C stops an answer and drops its turn; at the prompt it leaves.
+
+    \b
+    Example:
+      qwen3vl chat demo-engine --image note.png
+    """
+    options = _given(max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, seed=seed)
+    model = _open(
+        engine, check=check, threads=threads, max_context=max_context, min_pixels=min_pixels, max_pixels=max_pixels
+    )
+    _Conversation(model, options, _sources(image), has_stats=stats).loop()
+
+
+@app.command()
+def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) -> None:
+    """Show what an engine is and what built it, and compare its files with its manifest.
+
+    Graphs and small files are compared by SHA-256, weight files by size; --check hashes the weights as well.
+    Hashes catch damage and mix-ups, not malice: whoever can write the folder can write its manifest.
+
+    \b
+    Examples:
+      qwen3vl inspect demo-engine
+      qwen3vl inspect demo-engine --check --json
+    """
+    from runtime.manifest import Manifest
+
+    manifest = Manifest.read(engine)
+    if not as_json:
+        # Before the check: what the folder says it is helps to understand what is wrong with it.
+        print(_manifest_text(manifest), flush=True)
+    manifest.check(engine, full=check)
+    compared = "SHA-256 of every file" if check else "SHA-256 of small files, size of weight files"
+    if as_json:
+        values = {**dataclasses.asdict(manifest), "model": manifest.model.to_dict()}
+        values["weight_bytes"] = manifest.weight_bytes
+        _print_json({**values, "check": {"passed": True, "compared": compared, "note": HASH_NOTE}})
+    else:
+        print(f"check      passed: {compared} ({HASH_NOTE})")
+
+
+@app.command()
+def targets(as_json: AsJson = False) -> None:
+    """List the targets: which of them this machine can build and run, and why not otherwise.
+
+    \b
+    Examples:
+      qwen3vl targets
+      qwen3vl targets --json
+    """
+    from engines.registry import all_targets
+
+    rows = [_target_row(target) for target in all_targets()]
+    if as_json:
+        _print_json(rows)
+        return
+    cells = [("TARGET", "BUILD", "RUN", "DESCRIPTION")]
+    cells += [(row["name"], _yes(row["can_build"]), _yes(row["can_run"]), row["description"]) for row in rows]
+    lines = _columns(cells)
+    print(lines[0])
+    for row, line in zip(rows, lines[1:], strict=True):
+        print(line)
+        if row["reason"]:
+            print(f"  {row['reason']}")
+
+
+@app.command()
+def verify(
+    engine: Engine,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="CKPT", help="What the engine was built from: folder, Hub id[@revision], or demo.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Compare an engine with PyTorch in float32 on the same pixels; exit code 9 if a tolerance fails.
+
+    Needs the packages of the export extra (torch, transformers).
+
+    \b
+    Examples:
+      qwen3vl verify demo-engine --checkpoint demo
+      qwen3vl verify ENGINE --checkpoint Qwen/Qwen3-VL-2B-Instruct --json > parity.json
+    """
+    from qwen3vl_export.parity.verify import verify as compare
+
+    report = compare(engine, checkpoint)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        print(report.render(), flush=True)
+    if not report.passed:
+        raise ParityError(
+            f"{engine} does not agree with {checkpoint} within the tolerances",
+            remedy="see the failed rows; check that the engine was built from this checkpoint, or build it again",
+        )
+
+
+def main() -> None:
+    """Run the `qwen3vl` command line; the entry point of the distribution."""
+    run_app(app)
+
+
+class _Conversation:
+    """A chat in progress: the turns so far and the images that wait for the next one."""
+
+    def __init__(self, model: Qwen3VLModel, options: dict[str, Any], images: list[str], *, has_stats: bool) -> None:
+        self._model = model
+        self._options = options
+        self._has_stats = has_stats
+        self._turns: list[dict[str, Any]] = []
+        self._images = images
+
+    def loop(self) -> None:
+        """Read and answer until /quit or the end of the input."""
+        is_terminal = sys.stdin.isatty()
+        if is_terminal:
+            import readline  # noqa: F401 (gives input() editing and history)
+
+            _note("/image PATH, /reset, /quit")
+        while True:
+            try:
+                line = input("> " if is_terminal else "").strip()
+            except EOFError:
+                return
+            if line == "/quit":
+                return
+            try:
+                self._take(line)
+            except Qwen3VLError as error:
+                _note(f"error: {error}")
+
+    def _take(self, line: str) -> None:
+        command, _, argument = line.partition(" ")
+        if command == "/image":
+            self._attach(argument.strip())
+        elif line == "/reset":
+            self._turns, self._images = [], []
+            _note("conversation forgotten")
+        elif command.startswith("/") and command[1:].isalpha():
+            raise UsageError(f"unknown command {command}", remedy="the commands are /image PATH, /reset, /quit")
+        elif line:
+            self._answer(line)
+
+    def _attach(self, path: str) -> None:
+        from runtime.images import load_image
+
+        if not path:
+            raise UsageError("/image needs a path", remedy="/image picture.png")
+        pixels_HWC = load_image(path)  # said now, not after the question was typed
+        self._images.append(path)
+        _note(f"{path}: {pixels_HWC.shape[1]} x {pixels_HWC.shape[0]} pixels, shown with the next turn")
+
+    def _answer(self, prompt: str) -> None:
+        """Generate one turn; a turn that fails or is stopped leaves no trace, and its images stay attached."""
+        from runtime.messages import user_message
+
+        turns = [*self._turns, *user_message(prompt, self._images)]
+        try:
+            generation = _print_stream(self._model, turns, self._options)
+        except KeyboardInterrupt:
+            _note("stopped; this turn is dropped")
+            return
+        self._turns = [*turns, {"role": "assistant", "content": generation.text}]
+        self._images = []
+        if self._has_stats:
+            _print_stats(generation.stats)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _sources(paths: list[Path] | None) -> list[str]:
+    return [str(path) for path in paths or []]
+
+
+def _open(engine: Path, *, check: bool, **options: Any) -> Qwen3VLModel:
+    from runtime.model import Qwen3VLModel
+
+    return Qwen3VLModel.from_engine(engine, check=check, **_given(**options))
+
+
+def _print_stream(model: Qwen3VLModel, messages: list[dict[str, Any]], options: dict[str, Any]) -> Generation:
+    """Print an answer as it comes and end its line, also when it is interrupted."""
+    stream = model.stream(messages, **options)
+    has_text = False
+    try:
+        for piece in stream:
+            has_text = has_text or bool(piece)
+            print(piece, end="", flush=True)
+    except BaseException:
+        stream.close()
+        if has_text:
+            print(flush=True)
+        raise
+    print(flush=True)
+    generation: Generation = stream.result
+    return generation
+
+
+def _print_stats(stats: Stats) -> None:
+    def milliseconds(seconds: float) -> str:
+        return f"{seconds * 1e3:.1f} ms"
+
+    rows = [
+        ("prompt", f"{stats.prompt_tokens} tokens, {stats.visual_tokens} of them visual"),
+        ("answer", f"{stats.new_tokens} tokens"),
+        ("preprocess", milliseconds(stats.preprocess_s)),
+        ("vision", milliseconds(stats.vision_s)),
+        ("prefill", milliseconds(stats.prefill_s)),
+        ("time to first token", milliseconds(stats.ttft_s)),
+        ("time per token", milliseconds(stats.tpot_s)),
+        ("speed", f"{stats.tokens_per_s:.1f} tokens/s"),
+        ("peak cache", _size(stats.peak_cache_bytes)),
+    ]
+    for line in _columns(rows):
+        _note(line)
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    text, vision = manifest.model.text, manifest.model.vision
+    decoder = (
+        f"{text.num_layers} layers, hidden {text.hidden_size}, {text.num_heads} heads on {text.num_kv_heads} "
+        f"key-value heads of {text.head_dim}, vocabulary {text.vocab_size}"
+        f"{', tied head' if text.tie_word_embeddings else ''}"
+    )
+    tower = (
+        f"{vision.depth} layers, hidden {vision.hidden_size}, {vision.num_heads} heads, patch {vision.patch_size}, "
+        f"DeepStack after layers {', '.join(map(str, vision.deepstack_layers)) or 'none'}"
+    )
+    rows = [
+        ("target", manifest.target),
+        ("decoder", decoder),
+        ("vision", tower),
+        ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        *((f"source {name}", _plain(value)) for name, value in manifest.source.items()),
+        *((f"can {name}", _plain(value)) for name, value in manifest.capabilities.items()),
+    ]
+    files = [
+        (f"  {name}", f"{record.num_bytes} bytes", "weights" if record.is_weights else "", record.sha256)
+        for name, record in sorted(manifest.files.items())
+    ]
+    total = sum(record.num_bytes for record in manifest.files.values())
+    summary = f"files      {len(files)}, {_size(total)}, of it weights {_size(manifest.weight_bytes)}; SHA-256:"
+    return "\n".join([*_columns(rows), summary, *_columns(files)])
+
+
+def _target_row(target: Target) -> dict[str, Any]:
+    return {
+        "name": target.name,
+        "description": target.description,
+        **dataclasses.asdict(target.availability()),
+    }
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Align all columns but the last, which may be long."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
+    padded = [[cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)] for row in rows]
+    return ["  ".join([*cells, row[-1]]) for cells, row in zip(padded, rows, strict=True)]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 1 << 20:
+        return f"{num_bytes / (1 << 10):.1f} KiB"
+    if num_bytes < 1 << 30:
+        return f"{num_bytes / (1 << 20):.1f} MiB"
+    return f"{num_bytes / (1 << 30):.2f} GiB"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=_json_value)
+
+
+def _json_value(value: Any) -> Any:
+    """Return what json has no form for: numpy scalars and arrays, paths."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=_json_value), flush=True)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
