@@ -26,7 +26,7 @@ def lower(model: ir.Model, target: Target, config: ModelConfig) -> ir.Model:
         common.CommonSubexpressionEliminationPass(),
         *target.passes(),
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        common.RemoveUnusedFunctionsPass(),
         common.RemoveUnusedOpsetsPass(),
         common.TopologicalSortPass(),
         common.NameFixPass(),

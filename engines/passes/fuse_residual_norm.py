@@ -8,8 +8,10 @@ from engines.passes.fuse_transposed_matmul import MICROSOFT
 
 
 class FuseResidualNormPass(ir.passes.InPlacePass):
-    """Turn `RMSNormalization(Add(x, y))` into `SkipSimplifiedLayerNormalization`, other RMSNormalization into
-    `SimplifiedLayerNormalization`: ONNX Runtime's kernels for them.
+    """Exchange RMSNormalization for the kernels that ONNX Runtime has for it.
+
+    Behind an Add it becomes SkipSimplifiedLayerNormalization, which gives the sum too; elsewhere
+    SimplifiedLayerNormalization.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
