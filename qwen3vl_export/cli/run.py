@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +41,8 @@ Engine = Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder th
 CheckAll = Annotated[bool, typer.Option("--check", help="Hash the weight files too, not only the small ones.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
 Images = Annotated[
-    list[Path] | None,
+    # Text, not Path: a path would fold the "//" of a URL, and the refusal of URLs would not see one.
+    list[str] | None,
     typer.Option("--image", metavar="PATH", help="Image file shown before the prompt; repeat for several, in order."),
 ]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print times, speed and cache size on stderr.")]
@@ -118,7 +120,7 @@ def run(
     model = _open(
         engine, check=check, threads=threads, max_context=max_context, min_pixels=min_pixels, max_pixels=max_pixels
     )
-    messages = user_message(prompt, _sources(image))
+    messages = user_message(prompt, image or [])
     if as_json:
         generation = model.generate(messages, **options)
         _print_json(
@@ -167,7 +169,7 @@ def chat(
     model = _open(
         engine, check=check, threads=threads, max_context=max_context, min_pixels=min_pixels, max_pixels=max_pixels
     )
-    _Conversation(model, options, _sources(image), has_stats=stats).loop()
+    _Conversation(model, options, image or [], has_stats=stats).loop()
 
 
 @app.command()
@@ -267,7 +269,7 @@ class _Conversation:
         self._options = options
         self._has_stats = has_stats
         self._turns: list[dict[str, Any]] = []
-        self._images = images
+        self._images = list(images)
 
     def loop(self) -> None:
         """Read and answer until /quit or the end of the input."""
@@ -329,10 +331,6 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _sources(paths: list[Path] | None) -> list[str]:
-    return [str(path) for path in paths or []]
-
-
 def _open(engine: Path, *, check: bool, **options: Any) -> Qwen3VLModel:
     from runtime.model import Qwen3VLModel
 
@@ -353,8 +351,8 @@ def _print_stream(model: Qwen3VLModel, messages: list[dict[str, Any]], options: 
             print(flush=True)
         raise
     print(flush=True)
-    generation: Generation = stream.result
-    return generation
+    assert stream.result is not None
+    return stream.result
 
 
 def _print_stats(stats: Stats) -> None:
@@ -412,7 +410,7 @@ def _target_row(target: Target) -> dict[str, Any]:
     }
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Align all columns but the last, which may be long."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
     padded = [[cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)] for row in rows]
