@@ -1,0 +1,33 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ENGINE ?= out/demo-ort-cpu-fp32
+IMAGE ?=
+
+.PHONY: setup demo test lint bench
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; choose one with PYTHON=...") if sys.version_info < (3, 11) else 0'
+	@echo "Setting up $(VENV): PyTorch, transformers, ONNX Runtime and the development tools from the package index."
+	@echo "About 3 GB to fetch on a first run, 6 GB on disk, most of it PyTorch's CUDA libraries."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[export,cpu,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py --output $(ENGINE) $(if $(IMAGE),--image '$(IMAGE)')
+
+test: setup
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks

@@ -1,0 +1,100 @@
+"""Rules of the layout: imports point one way, and running an engine loads no training or export library."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = {"torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "transformers", "tensorrt"}
+FORBIDDEN = {
+    "runtime": {"engines", "qwen3vl_export", "qwen3_vl", *HEAVY - {"tensorrt"}},
+    "engines": {"qwen3vl_export", "qwen3_vl", "torch", "torchvision", "transformers"},
+    "configs": {"runtime", "engines", "qwen3vl_export", "qwen3_vl", "numpy", *HEAVY},
+}
+
+
+def imported_packages(source: str) -> set[str]:
+    """Top-level packages that a source imports anywhere, inside functions too."""
+    packages = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            packages.add((node.module or "").partition(".")[0])
+    return packages
+
+
+def violations(package: str, root: Path) -> list[str]:
+    files = sorted((root / package).rglob("*.py"))
+    assert files, f"{package} holds no source"
+    return [
+        f"{path.relative_to(root)} imports {name}"
+        for path in files
+        for name in sorted(imported_packages(path.read_text(encoding="utf-8")) & FORBIDDEN[package])
+    ]
+
+
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_imports_point_one_way(package: str) -> None:
+    assert violations(package, ROOT) == []
+
+
+def test_the_import_rule_sees_every_form_of_import(tmp_path: Path) -> None:
+    (tmp_path / "runtime" / "deep").mkdir(parents=True)
+    source = "import numpy\ndef f():\n    import torch.nn as nn\n    from engines.target import Target\n"
+    (tmp_path / "runtime" / "deep" / "bad.py").write_text(source, encoding="utf-8")
+    expected = ["runtime/deep/bad.py imports engines", "runtime/deep/bad.py imports torch"]
+    assert violations("runtime", tmp_path) == expected
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import qwen3_vl", "import runtime.model", "from qwen3_vl import Qwen3VLModel"])
+def test_import_loads_no_heavy_library(statement: str) -> None:
+    assert loaded_after(statement) & HEAVY == set()
+
+
+def test_public_import_is_lazy() -> None:
+    assert loaded_after("import qwen3_vl") & {"numpy", "PIL", "tokenizers", "jinja2", "onnxruntime", "runtime"} == set()
+
+
+def test_loading_is_seen() -> None:
+    assert "onnx" in loaded_after("import onnx")
+
+
+def test_public_names_are_those_of_the_runtime() -> None:
+    import qwen3_vl
+    from runtime.errors import Qwen3VLError
+    from runtime.generation_config import GenerationOptions
+    from runtime.model import Qwen3VLModel
+
+    assert [getattr(qwen3_vl, name) for name in qwen3_vl.__all__] == [GenerationOptions, Qwen3VLError, Qwen3VLModel]
+    with pytest.raises(AttributeError, match="it has GenerationOptions, Qwen3VLError, Qwen3VLModel"):
+        qwen3_vl.missing  # noqa: B018
+
+
+def test_entry_points_and_extras() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {
+        "qwen3vl-export": "qwen3vl_export.cli.export:main",
+        "qwen3vl": "qwen3vl_export.cli.run:main",
+    }
+    assert set(project["optional-dependencies"]) == {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "dev"}
+    assert HEAVY.isdisjoint(project["dependencies"])
+
+
+def test_version_is_the_distributions() -> None:
+    import qwen3vl_export
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert qwen3vl_export.__version__ == project["version"]
