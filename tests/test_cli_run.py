@@ -123,7 +123,8 @@ def test_every_option_arrives(model: FakeModel, qwen3vl: Any) -> None:
     args = (
         "run folder Read. --image a.png --image https://x/b.png --max-new-tokens 7 --do-sample "
         "--temperature 0.5 --top-k 0 --top-p 0.9 --min-p 0 --repetition-penalty 1.1 --presence-penalty -1 "
-        "--frequency-penalty 0.2 --seed 0 --stop x --stop y --min-pixels 1024 --max-pixels 4096 --max-context 99 --threads 1 --check"
+        "--frequency-penalty 0.2 --seed 0 --stop x --stop y --min-pixels 1024 --max-pixels 4096 "
+        "--max-context 99 --threads 1 --check"
     )
     assert qwen3vl(*args.split())[0] == 0
     assert model.opened[0][1] == {
