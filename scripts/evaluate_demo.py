@@ -3,8 +3,9 @@
 
     python scripts/evaluate_demo.py                       # the shipped checkpoint, all 2000 canvases
     python scripts/evaluate_demo.py --limit 100 CHECKPOINT
+    python scripts/evaluate_demo.py --engine out/demo-ort-cpu-fp32
 
-Writes docs/demo_accuracy.md and docs/demo_accuracy.json unless --limit is given.
+Writes docs/demo_accuracy.md and docs/demo_accuracy.json (of an engine: demo_accuracy_TARGET) unless --limit is given.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,16 +32,23 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Evaluate the demo checkpoint on held-out canvases.")
     parser.add_argument("checkpoint", nargs="?", type=Path, default=CHECKPOINT)
+    parser.add_argument("--engine", type=Path, help="evaluate this engine instead of a checkpoint")
     parser.add_argument("--limit", type=int, help="only the first N canvases; nothing is written")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder for the two files (default docs/)")
     options = parser.parse_args()
 
-    import torch
-    from transformers.utils import logging
+    if options.engine is None:
+        import torch
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    torch.set_num_threads(options.threads)
+        logging.disable_progress_bar()
+        torch.set_num_threads(options.threads)
+        name, how = "demo_accuracy", "transformers, float32 arithmetic on the bfloat16 weights, greedy"
+        predict = torch_predictor(options.checkpoint)
+    else:
+        target, predict = _engine_predictor(options.engine, options.threads)
+        name, how = f"demo_accuracy_{target}", f"engine {target}, greedy"
     count = options.limit or HELD_OUT_COUNT
     started = time.monotonic()
 
@@ -43,18 +56,28 @@ def main() -> None:
         if (index + 1) % 100 == 0:
             print(f"{index + 1}/{count} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
-    outcomes = evaluate(torch_predictor(options.checkpoint), map(held_out, range(count)), on_example=progress)
+    outcomes = evaluate(predict, map(held_out, range(count)), on_example=progress)
     summary = summarise(outcomes)
     table = as_markdown(summary)
     print(table, end="")
     if options.limit is None:
         head = (
-            f"Exact matches on the {count} held-out canvases: transformers, float32 arithmetic on the bfloat16 "
-            "weights, greedy.\n"
-            "Written by `scripts/evaluate_demo.py`; wrong answers are listed in `demo_accuracy.json`.\n\n"
+            f"Exact matches on the {count} held-out canvases: {how}.\n"
+            f"Written by `scripts/evaluate_demo.py`; wrong answers are listed in `{name}.json`.\n\n"
         )
-        (options.output / "demo_accuracy.md").write_text(head + table)
-        (options.output / "demo_accuracy.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        (options.output / f"{name}.md").write_text(head + table)
+        (options.output / f"{name}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def _engine_predictor(folder: Path, threads: int) -> tuple[str, Callable[[Image, Sequence[str]], list[str]]]:
+    """Return the engine's target, and a predictor that asks it each question in a prompt of its own."""
+    from qwen3_vl import Qwen3VLModel
+    from runtime.messages import user_message
+
+    model = Qwen3VLModel.from_engine(folder, threads=threads)
+    return model.manifest.target, lambda image, questions: [
+        model.generate(user_message(question, [image]), do_sample=False).text for question in questions
+    ]
 
 
 if __name__ == "__main__":
