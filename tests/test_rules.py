@@ -91,10 +91,3 @@ def test_entry_points_and_extras() -> None:
     }
     assert set(project["optional-dependencies"]) == {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "dev"}
     assert HEAVY.isdisjoint(project["dependencies"])
-
-
-def test_version_is_the_distributions() -> None:
-    import qwen3vl_export
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert qwen3vl_export.__version__ == project["version"]
