@@ -1,4 +1,4 @@
-"""The synthetic checkpoints have the keys, shapes and files of real ones; the statistics are right."""
+"""The synthetic checkpoints have the keys, shapes and files of real ones."""
 
 from __future__ import annotations
 
