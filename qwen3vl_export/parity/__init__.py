@@ -1,0 +1,1 @@
+"""Compare an engine with PyTorch."""

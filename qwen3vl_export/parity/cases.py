@@ -1,0 +1,57 @@
+"""The prompts that engines are compared on: text, one image, several images of different sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Width and height in pixels; three grids, one of them portrait.
+_SIZES = ((160, 96), (96, 128), (200, 72))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt; images are files, in the order of the prompt."""
+
+    name: str
+    prompt: str
+    images: tuple[Path, ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The prompt in the Hugging Face chat format."""
+        parts: list[dict[str, Any]] = [{"type": "image", "image": str(path)} for path in self.images]
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": self.prompt}]}]
+
+
+def make_cases(folder: Path) -> list[Case]:
+    """Write the pictures into `folder` as PNG and return the cases."""
+    from PIL import Image
+
+    paths = []
+    for seed, (width, height) in enumerate(_SIZES):
+        paths.append(folder / f"picture_{seed}.png")
+        Image.fromarray(picture(width, height, seed)).save(paths[-1])
+    return [
+        Case("text", "Count the digits and say where each of them is."),
+        Case("one image", "Read the digits in order.", (paths[0],)),
+        Case("three images", "Read the digits of all pictures.", tuple(paths)),
+    ]
+
+
+def picture(width: int, height: int, seed: int) -> np.ndarray:
+    """Draw smooth colours, discs and grain, uint8 [height, width, 3]; the same for the same arguments."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    values = np.empty((height, width, 3))
+    for channel in range(3):
+        angle, phase = rng.uniform(0, 2 * np.pi, 2)
+        values[:, :, channel] = 128 + 80 * np.sin((x * np.cos(angle) + y * np.sin(angle)) / 17 + phase)
+    for _ in range(5):
+        centre_x, centre_y, radius = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(8, 24)
+        values[np.hypot(x - centre_x, y - centre_y) < radius] = rng.uniform(0, 255, 3)
+    values += rng.normal(0, 6, values.shape)
+    return values.clip(0, 255).astype(np.uint8)

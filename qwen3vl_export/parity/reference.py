@@ -1,0 +1,122 @@
+"""The reference: transformers' own model, unmodified, in float32 with eager attention.
+
+Positions, placement of the visual embeddings and the cache are transformers' own. Shapes: S prompt tokens, P patches,
+N steps, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+_THREADS = 2
+
+
+@dataclass(frozen=True)
+class ReferenceOutput:
+    """What the reference computes for one prompt.
+
+    Attributes:
+        visual_embeds: [1+D, V, hidden], or None without images.
+        logits: [S, vocab] of the prompt.
+        layers: Keys and values of each layer behind the prompt, each [1, K, S, H].
+        tokens: Greedy tokens; the end of the sequence does not stop them.
+        step_logits: [N, vocab]: the logits that chose each of `tokens`.
+    """
+
+    visual_embeds: Floats | None
+    logits: Floats
+    layers: list[tuple[Floats, Floats]]
+    tokens: list[int]
+    step_logits: Floats
+
+
+class Reference:
+    """Transformers' model of a checkpoint folder."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(_THREADS)
+        self._model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        ).eval()
+
+    def close(self) -> None:
+        """Give torch its former number of threads back."""
+        import torch
+
+        torch.set_num_threads(self._threads_before)
+
+    def run(
+        self,
+        input_ids: Sequence[int],
+        image_tokens: Sequence[int],
+        pixel_values: Sequence[Floats],
+        grids_thw: Sequence[tuple[int, int, int]],
+        num_steps: int,
+    ) -> ReferenceOutput:
+        """Run one prompt and `num_steps` greedy tokens.
+
+        Args:
+            input_ids: The prompt.
+            image_tokens: Indices of the tokens that stand for images; other image tokens are text.
+            pixel_values: Patches of each image, [P, C·Tp·p·p].
+            grids_thw: Patch grid of each image.
+            num_steps: Tokens to generate.
+        """
+        import torch
+
+        ids = torch.tensor([list(input_ids)])
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        visual: Floats | None = None
+        # The model keeps the position delta of its last multimodal prompt, which a text prompt must not inherit.
+        self._model.model.rope_deltas = None
+        with torch.no_grad():
+            if pixel_values:
+                kinds = torch.zeros_like(ids, dtype=torch.int32)
+                kinds[0, list(image_tokens)] = 1
+                pixels = torch.from_numpy(np.concatenate(list(pixel_values)))
+                grids = torch.tensor(list(grids_thw))
+                inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": kinds}
+                features = self._model.model.get_image_features(pixels, grids)
+                levels = [features.pooler_output, *features.deepstack_features]
+                visual = np.stack([torch.cat(list(level)).numpy() for level in levels])
+            output = self._model(**inputs, use_cache=True)
+            cache = output.past_key_values
+            layers = [(layer.keys.numpy().copy(), layer.values.numpy().copy()) for layer in cache.layers]
+            tokens: list[int] = []
+            steps = []
+            last = output.logits[0, -1]
+            for i in range(num_steps):
+                steps.append(last.numpy().copy())
+                tokens.append(int(last.argmax()))
+                if i + 1 < num_steps:
+                    mask = torch.ones((1, ids.shape[1] + i + 1), dtype=ids.dtype)
+                    next_id = torch.tensor([[tokens[-1]]])
+                    step = self._model(input_ids=next_id, attention_mask=mask, past_key_values=cache, use_cache=True)
+                    last = step.logits[0, -1]
+        return ReferenceOutput(visual, output.logits[0].numpy(), layers, tokens, np.stack(steps))
+
+
+def processor_inputs(folder: Path, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]] | None:
+    """Return what the Hugging Face processor makes of messages, or None where torchvision is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    output = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return {name: value.numpy() for name, value in output.items()}
