@@ -100,9 +100,9 @@ class Reference:
                 steps.append(last.numpy().copy())
                 tokens.append(int(last.argmax()))
                 if i + 1 < num_steps:
-                    mask = torch.ones((1, ids.shape[1] + i + 1), dtype=ids.dtype)
+                    # Without a mask: given one, transformers 5.23 makes positions for all of it, not for the new token.
                     next_id = torch.tensor([[tokens[-1]]])
-                    step = self._model(input_ids=next_id, attention_mask=mask, past_key_values=cache, use_cache=True)
+                    step = self._model(input_ids=next_id, past_key_values=cache, use_cache=True)
                     last = step.logits[0, -1]
         return ReferenceOutput(visual, output.logits[0].numpy(), layers, tokens, np.stack(steps))
 
