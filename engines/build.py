@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
-from engines.bundle import BUNDLE_MANIFEST_NAME, Bundle
+from engines.bundle import BUNDLE_MANIFEST_NAME, DECODER, VISION, Bundle
 from engines.external_data import Progress, check_disk_space, write_model
 from engines.lower import lower
 from engines.target import Target
@@ -23,6 +23,11 @@ from runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, sha256_of
 _OWN_DISTRIBUTION = "qwen3vl-export"
 # Graphs, tokenizer and manifest; the largest seen is a tokenizer of 11 MB.
 _SMALL_FILES_BYTES = 64 << 20
+_OWN_FILES = frozenset(
+    {MANIFEST_NAME, BUNDLE_MANIFEST_NAME, "config.json", "generation_config.json", "preprocessor_config.json"}
+    | {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    | {f"{graph}.onnx{suffix}" for graph in (VISION, DECODER) for suffix in ("", ".data")}
+)
 
 
 def build_engine(
@@ -95,16 +100,22 @@ def output_folder(output: Path, weight_bytes: int) -> Iterator[Path]:
         fresh = Path(temporary) / "new"
         fresh.mkdir()
         yield fresh
+        old = Path(temporary) / "old"
         if output.exists():
-            output.rename(Path(temporary) / "old")
-        fresh.rename(output)
+            output.rename(old)
+        try:
+            fresh.rename(output)
+        except BaseException:
+            if old.exists():
+                old.rename(output)
+            raise
 
 
 def _is_ours(folder: Path) -> bool:
     if not folder.is_dir():
         return False
-    names = {entry.name for entry in os.scandir(folder)}
-    return not names or bool(names & {MANIFEST_NAME, BUNDLE_MANIFEST_NAME, "decoder.onnx"})
+    # Every name must be one we write: whatever else lies in the folder would be deleted with it.
+    return all(entry.name in _OWN_FILES for entry in os.scandir(folder))
 
 
 @contextlib.contextmanager

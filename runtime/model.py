@@ -30,8 +30,6 @@ from runtime.vision_inputs import position_interpolation, vision_rotary
 
 DEFAULT_MAX_CONTEXT = 4096
 _MANY_VISUAL_TOKENS = 2000
-# The cache is allocated in steps, so that chat turns of similar length reuse nothing bigger than they need.
-_CACHE_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,8 @@ class Qwen3VLModel:
         Raises:
             UsageError: A message or an option is not valid.
             ImageError: An image cannot be read.
-            CapacityError: Prompt and answer exceed `max_context`, or the memory does not hold them.
+            CapacityError: The prompt leaves no room in `max_context`, or the memory does not hold an image. An answer
+                that fills `max_context` ends with finish_reason "length".
         """
         chosen = self.defaults.replace(**options)
         return Stream(self._run(messages, chosen))
@@ -260,8 +259,7 @@ class Qwen3VLModel:
         preprocessed = time.perf_counter()
         embeds = self.encode_images(prepared.images)
         encoded = time.perf_counter()
-        needed = len(prompt_ids) + max_new_tokens
-        cache = self.session.new_cache(min(-(-needed // _CACHE_STEP) * _CACHE_STEP, self.max_context))
+        cache = self.session.new_cache(len(prompt_ids) + max_new_tokens)
         logits = prefill(self.session, cache, prompt_ids, prepared.positions, embeds)[-1]
         sampler = Sampler(options)
         sampler.start(prompt_ids)

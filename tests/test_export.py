@@ -223,6 +223,7 @@ def test_foreign_output_is_refused(tmp_path: Path) -> None:
     from engines.build import output_folder
 
     (tmp_path / "thesis.txt").write_text("x")
+    (tmp_path / "engine.json").write_text("{}")
     with pytest.raises(UsageError, match="not overwritten"), output_folder(tmp_path, 0):
         pass
     with pytest.raises(CapacityError, match="GB are needed"), output_folder(tmp_path / "new", 1 << 60):
