@@ -9,21 +9,19 @@ passed on, so that the defaults are those of the checkpoint and of the runtime.
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen3vl_export.cli.conversation import Conversation
 from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
-from runtime.errors import ParityError, Qwen3VLError, UsageError
+from qwen3vl_export.cli.output import columns, manifest_text, print_json, print_stats, print_stream
+from runtime.errors import ParityError
 
 if TYPE_CHECKING:
     from engines.target import Target
-    from runtime.manifest import Manifest
-    from runtime.model import Generation, Qwen3VLModel, Stats
+    from runtime.model import Qwen3VLModel
 
 HASH_NOTE = "hashes catch damage and mix-ups, not malice"
 
@@ -123,7 +121,7 @@ def run(
     messages = user_message(prompt, image or [])
     if as_json:
         generation = model.generate(messages, **options)
-        _print_json(
+        print_json(
             {
                 "text": generation.text,
                 "token_ids": generation.token_ids,
@@ -132,9 +130,9 @@ def run(
             }
         )
     else:
-        generation = _print_stream(model, messages, options)
+        generation = print_stream(model, messages, options)
     if stats:
-        _print_stats(generation.stats)
+        print_stats(generation.stats)
 
 
 @app.command()
@@ -169,7 +167,7 @@ def chat(
     model = _open(
         engine, check=check, threads=threads, max_context=max_context, min_pixels=min_pixels, max_pixels=max_pixels
     )
-    _Conversation(model, options, image or [], has_stats=stats).loop()
+    Conversation(model, options, image or [], has_stats=stats).loop()
 
 
 @app.command()
@@ -189,13 +187,13 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
     manifest = Manifest.read(engine)
     if not as_json:
         # Before the check: what the folder says it is helps to understand what is wrong with it.
-        print(_manifest_text(manifest), flush=True)
+        print(manifest_text(manifest), flush=True)
     manifest.check(engine, full=check)
     compared = "SHA-256 of every file" if check else "SHA-256 of small files, size of weight files"
     if as_json:
         values = {**dataclasses.asdict(manifest), "model": manifest.model.to_dict()}
         values["weight_bytes"] = manifest.weight_bytes
-        _print_json({**values, "check": {"passed": True, "compared": compared, "note": HASH_NOTE}})
+        print_json({**values, "check": {"passed": True, "compared": compared, "note": HASH_NOTE}})
     else:
         print(f"check      passed: {compared} ({HASH_NOTE})")
 
@@ -213,11 +211,11 @@ def targets(as_json: AsJson = False) -> None:
 
     rows = [_target_row(target) for target in all_targets()]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     cells = [("TARGET", "BUILD", "RUN", "DESCRIPTION")]
     cells += [(row["name"], _yes(row["can_build"]), _yes(row["can_run"]), row["description"]) for row in rows]
-    lines = _columns(cells)
+    lines = columns(cells)
     print(lines[0])
     for row, line in zip(rows, lines[1:], strict=True):
         print(line)
@@ -246,7 +244,7 @@ def verify(
 
     report = compare(engine, checkpoint)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         print(report.render(), flush=True)
     if not report.passed:
@@ -261,72 +259,6 @@ def main() -> None:
     run_app(app)
 
 
-class _Conversation:
-    """A chat in progress: the turns so far and the images that wait for the next one."""
-
-    def __init__(self, model: Qwen3VLModel, options: dict[str, Any], images: list[str], *, has_stats: bool) -> None:
-        self._model = model
-        self._options = options
-        self._has_stats = has_stats
-        self._turns: list[dict[str, Any]] = []
-        self._images = list(images)
-
-    def loop(self) -> None:
-        """Read and answer until /quit or the end of the input."""
-        is_terminal = sys.stdin.isatty()
-        if is_terminal:
-            import readline  # noqa: F401 (gives input() editing and history)
-
-            _note("/image PATH, /reset, /quit")
-        while True:
-            try:
-                line = input("> " if is_terminal else "").strip()
-            except EOFError:
-                return
-            if line == "/quit":
-                return
-            try:
-                self._take(line)
-            except Qwen3VLError as error:
-                _note(f"error: {error}")
-
-    def _take(self, line: str) -> None:
-        command, _, argument = line.partition(" ")
-        if command == "/image":
-            self._attach(argument.strip())
-        elif line == "/reset":
-            self._turns, self._images = [], []
-            _note("conversation forgotten")
-        elif command.startswith("/") and command[1:].isalpha():
-            raise UsageError(f"unknown command {command}", remedy="the commands are /image PATH, /reset, /quit")
-        elif line:
-            self._answer(line)
-
-    def _attach(self, path: str) -> None:
-        from runtime.images import load_image
-
-        if not path:
-            raise UsageError("/image needs a path", remedy="/image picture.png")
-        pixels_HWC = load_image(path)  # said now, not after the question was typed
-        self._images.append(path)
-        _note(f"{path}: {pixels_HWC.shape[1]} x {pixels_HWC.shape[0]} pixels, shown with the next turn")
-
-    def _answer(self, prompt: str) -> None:
-        """Generate one turn; a turn that fails or is stopped leaves no trace, and its images stay attached."""
-        from runtime.messages import user_message
-
-        turns = [*self._turns, *user_message(prompt, self._images)]
-        try:
-            generation = _print_stream(self._model, turns, self._options)
-        except KeyboardInterrupt:
-            _note("stopped; this turn is dropped")
-            return
-        self._turns = [*turns, {"role": "assistant", "content": generation.text}]
-        self._images = []
-        if self._has_stats:
-            _print_stats(generation.stats)
-
-
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
@@ -337,71 +269,6 @@ def _open(engine: Path, *, check: bool, **options: Any) -> Qwen3VLModel:
     return Qwen3VLModel.from_engine(engine, check=check, **_given(**options))
 
 
-def _print_stream(model: Qwen3VLModel, messages: list[dict[str, Any]], options: dict[str, Any]) -> Generation:
-    """Print an answer as it comes and end its line, also when it is interrupted."""
-    stream = model.stream(messages, **options)
-    has_text = False
-    try:
-        for piece in stream:
-            has_text = has_text or bool(piece)
-            print(piece, end="", flush=True)
-    except BaseException:
-        stream.close()
-        if has_text:
-            print(flush=True)
-        raise
-    print(flush=True)
-    assert stream.result is not None
-    return stream.result
-
-
-def _print_stats(stats: Stats) -> None:
-    def milliseconds(seconds: float) -> str:
-        return f"{seconds * 1e3:.1f} ms"
-
-    rows = [
-        ("prompt", f"{stats.prompt_tokens} tokens, {stats.visual_tokens} of them visual"),
-        ("answer", f"{stats.new_tokens} tokens"),
-        ("preprocess", milliseconds(stats.preprocess_s)),
-        ("vision", milliseconds(stats.vision_s)),
-        ("prefill", milliseconds(stats.prefill_s)),
-        ("time to first token", milliseconds(stats.ttft_s)),
-        ("time per token", milliseconds(stats.tpot_s)),
-        ("speed", f"{stats.tokens_per_s:.1f} tokens/s"),
-        ("peak cache", _size(stats.peak_cache_bytes)),
-    ]
-    for line in _columns(rows):
-        _note(line)
-
-
-def _manifest_text(manifest: Manifest) -> str:
-    text, vision = manifest.model.text, manifest.model.vision
-    decoder = (
-        f"{text.num_layers} layers, hidden {text.hidden_size}, {text.num_heads} heads on {text.num_kv_heads} "
-        f"key-value heads of {text.head_dim}, vocabulary {text.vocab_size}"
-        f"{', tied head' if text.tie_word_embeddings else ''}"
-    )
-    tower = (
-        f"{vision.depth} layers, hidden {vision.hidden_size}, {vision.num_heads} heads, patch {vision.patch_size}, "
-        f"DeepStack after layers {', '.join(map(str, vision.deepstack_layers)) or 'none'}"
-    )
-    rows = [
-        ("target", manifest.target),
-        ("decoder", decoder),
-        ("vision", tower),
-        ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
-        *((f"source {name}", _plain(value)) for name, value in manifest.source.items()),
-        *((f"can {name}", _plain(value)) for name, value in manifest.capabilities.items()),
-    ]
-    files = [
-        (f"  {name}", f"{record.num_bytes} bytes", "weights" if record.is_weights else "", record.sha256)
-        for name, record in sorted(manifest.files.items())
-    ]
-    total = sum(record.num_bytes for record in manifest.files.values())
-    summary = f"files      {len(files)}, {_size(total)}, of it weights {_size(manifest.weight_bytes)}; SHA-256:"
-    return "\n".join([*_columns(rows), summary, *_columns(files)])
-
-
 def _target_row(target: Target) -> dict[str, Any]:
     return {
         "name": target.name,
@@ -410,40 +277,8 @@ def _target_row(target: Target) -> dict[str, Any]:
     }
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Align all columns but the last, which may be long."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
-    padded = [[cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)] for row in rows]
-    return ["  ".join([*cells, row[-1]]) for cells, row in zip(padded, rows, strict=True)]
-
-
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
-
-
-def _size(num_bytes: int) -> str:
-    if num_bytes < 1 << 20:
-        return f"{num_bytes / (1 << 10):.1f} KiB"
-    if num_bytes < 1 << 30:
-        return f"{num_bytes / (1 << 20):.1f} MiB"
-    return f"{num_bytes / (1 << 30):.2f} GiB"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=_json_value)
-
-
-def _json_value(value: Any) -> Any:
-    """Return what json has no form for: numpy scalars and arrays, paths."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, default=_json_value), flush=True)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""`qwen3vl chat`: turns of one conversation, read line by line."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_export.cli.output import note, print_stats, print_stream
+from runtime.errors import Qwen3VLError, UsageError
+
+if TYPE_CHECKING:
+    from runtime.model import Qwen3VLModel
+
+
+class Conversation:
+    """A chat in progress: the turns so far and the images that wait for the next one."""
+
+    def __init__(self, model: Qwen3VLModel, options: dict[str, Any], images: list[str], *, has_stats: bool) -> None:
+        self._model = model
+        self._options = options
+        self._has_stats = has_stats
+        self._turns: list[dict[str, Any]] = []
+        self._images = list(images)
+
+    def loop(self) -> None:
+        """Read and answer until /quit or the end of the input."""
+        is_terminal = sys.stdin.isatty()
+        if is_terminal:
+            import readline  # noqa: F401 (gives input() editing and history)
+
+            note("/image PATH, /reset, /quit")
+        while True:
+            try:
+                line = input("> " if is_terminal else "").strip()
+            except EOFError:
+                return
+            if line == "/quit":
+                return
+            try:
+                self._take(line)
+            except Qwen3VLError as error:
+                note(f"error: {error}")
+
+    def _take(self, line: str) -> None:
+        command, _, argument = line.partition(" ")
+        if command == "/image":
+            self._attach(argument.strip())
+        elif line == "/reset":
+            self._turns, self._images = [], []
+            note("conversation forgotten")
+        elif command.startswith("/") and command[1:].isalpha():
+            raise UsageError(f"unknown command {command}", remedy="the commands are /image PATH, /reset, /quit")
+        elif line:
+            self._answer(line)
+
+    def _attach(self, path: str) -> None:
+        from runtime.images import load_image
+
+        if not path:
+            raise UsageError("/image needs a path", remedy="/image picture.png")
+        pixels_HWC = load_image(path)  # said now, not after the question was typed
+        self._images.append(path)
+        note(f"{path}: {pixels_HWC.shape[1]} x {pixels_HWC.shape[0]} pixels, shown with the next turn")
+
+    def _answer(self, prompt: str) -> None:
+        """Generate one turn; a turn that fails or is stopped leaves no trace, and its images stay attached."""
+        from runtime.messages import user_message
+
+        turns = [*self._turns, *user_message(prompt, self._images)]
+        try:
+            generation = print_stream(self._model, turns, self._options)
+        except KeyboardInterrupt:
+            note("stopped; this turn is dropped")
+            return
+        self._turns = [*turns, {"role": "assistant", "content": generation.text}]
+        self._images = []
+        if self._has_stats:
+            print_stats(generation.stats)

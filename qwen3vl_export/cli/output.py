@@ -1,0 +1,114 @@
+"""What the commands print: answers, tables and JSON on stdout, notes and statistics on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.manifest import Manifest
+    from runtime.model import Generation, Qwen3VLModel, Stats
+
+
+def print_stream(model: Qwen3VLModel, messages: list[dict[str, Any]], options: dict[str, Any]) -> Generation:
+    """Print an answer as it comes and end its line, also when it is interrupted."""
+    stream = model.stream(messages, **options)
+    has_text = False
+    try:
+        for piece in stream:
+            has_text = has_text or bool(piece)
+            print(piece, end="", flush=True)
+    except BaseException:
+        stream.close()
+        if has_text:
+            print(flush=True)
+        raise
+    print(flush=True)
+    assert stream.result is not None
+    return stream.result
+
+
+def print_stats(stats: Stats) -> None:
+    """Print times, speed and cache size on stderr."""
+
+    def milliseconds(seconds: float) -> str:
+        return f"{seconds * 1e3:.1f} ms"
+
+    rows = [
+        ("prompt", f"{stats.prompt_tokens} tokens, {stats.visual_tokens} of them visual"),
+        ("answer", f"{stats.new_tokens} tokens"),
+        ("preprocess", milliseconds(stats.preprocess_s)),
+        ("vision", milliseconds(stats.vision_s)),
+        ("prefill", milliseconds(stats.prefill_s)),
+        ("time to first token", milliseconds(stats.ttft_s)),
+        ("time per token", milliseconds(stats.tpot_s)),
+        ("speed", f"{stats.tokens_per_s:.1f} tokens/s"),
+        ("peak cache", _size(stats.peak_cache_bytes)),
+    ]
+    for line in columns(rows):
+        note(line)
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Return what `qwen3vl inspect` shows of an engine."""
+    text, vision = manifest.model.text, manifest.model.vision
+    decoder = (
+        f"{text.num_layers} layers, hidden {text.hidden_size}, {text.num_heads} heads on {text.num_kv_heads} "
+        f"key-value heads of {text.head_dim}, vocabulary {text.vocab_size}"
+        f"{', tied head' if text.tie_word_embeddings else ''}"
+    )
+    tower = (
+        f"{vision.depth} layers, hidden {vision.hidden_size}, {vision.num_heads} heads, patch {vision.patch_size}, "
+        f"DeepStack after layers {', '.join(map(str, vision.deepstack_layers)) or 'none'}"
+    )
+    rows = [
+        ("target", manifest.target),
+        ("decoder", decoder),
+        ("vision", tower),
+        ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        *((f"source {name}", _plain(value)) for name, value in manifest.source.items()),
+        *((f"can {name}", _plain(value)) for name, value in manifest.capabilities.items()),
+    ]
+    files = [
+        (f"  {name}", f"{record.num_bytes} bytes", "weights" if record.is_weights else "", record.sha256)
+        for name, record in sorted(manifest.files.items())
+    ]
+    total = sum(record.num_bytes for record in manifest.files.values())
+    summary = f"files      {len(files)}, {_size(total)}, of it weights {_size(manifest.weight_bytes)}; SHA-256:"
+    return "\n".join([*columns(rows), summary, *columns(files)])
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Align all columns but the last, which may be long."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
+    padded = [[cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)] for row in rows]
+    return ["  ".join([*cells, row[-1]]) for cells, row in zip(padded, rows, strict=True)]
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 1 << 20:
+        return f"{num_bytes / (1 << 10):.1f} KiB"
+    if num_bytes < 1 << 30:
+        return f"{num_bytes / (1 << 20):.1f} MiB"
+    return f"{num_bytes / (1 << 30):.2f} GiB"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=_json_value)
+
+
+def _json_value(value: Any) -> Any:
+    """Return what json has no form for: numpy scalars and arrays, paths."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value on a line of stdout."""
+    print(json.dumps(value, ensure_ascii=False, default=_json_value), flush=True)
+
+
+def note(text: str) -> None:
+    """Print one line on stderr."""
+    print(text, file=sys.stderr, flush=True)
