@@ -229,6 +229,9 @@ def verify(
     checkpoint: Annotated[
         str, typer.Option(metavar="CKPT", help="What the engine was built from: folder, Hub id[@revision], or demo.")
     ],
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Greedy tokens to compare for each prompt. [default: 64]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare an engine with PyTorch in float32 on the same pixels; exit code 9 if a tolerance fails.
@@ -242,7 +245,7 @@ def verify(
     """
     from qwen3vl_export.parity.verify import verify as compare
 
-    report = compare(engine, checkpoint)
+    report = compare(engine, checkpoint, **_given(max_new_tokens=max_new_tokens))
     if as_json:
         print_json(report.to_dict())
     else:
