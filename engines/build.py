@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from engines.bundle import BUNDLE_MANIFEST_NAME, DECODER, VISION, Bundle
-from engines.external_data import Progress, check_disk_space, write_model
+from engines.external_data import Progress, check_disk_space, weight_bytes, write_model
 from engines.lower import lower
 from engines.target import Target
 from runtime import __version__
@@ -54,11 +54,12 @@ def build_engine(
         CapacityError: The disk has too little room.
     """
     bundle.check()
-    with output_folder(output, bundle.weight_bytes if with_weights else 0) as folder:
+    graphs = {name: lower(model, target, bundle.config) for name, model in bundle.graphs.items()}
+    num_bytes = sum(map(weight_bytes, graphs.values())) if with_weights else 0
+    with output_folder(output, num_bytes) as folder:
         files: dict[str, FileRecord] = {}
-        for name, model in bundle.graphs.items():
-            lowered = lower(model, target, bundle.config)
-            files |= write_model(lowered, folder / f"{name}.onnx", with_weights=with_weights, progress=progress)
+        for name, model in graphs.items():
+            files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, progress=progress)
         for name, contents in bundle.assets.items():
             (folder / name).write_bytes(contents)
             files[name] = FileRecord(len(contents), sha256_of(folder / name))

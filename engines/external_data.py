@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from engines.weights import StreamedTensor
+from engines.weights import StreamedTensor, ViewTensor
 from runtime.errors import CapacityError
 from runtime.manifest import FileRecord, sha256_of
 
@@ -23,10 +23,10 @@ Progress = Callable[[int], None]
 
 
 def streamed_tensors(model: ir.Model) -> dict[str, StreamedTensor]:
-    """Return the initializers of the main graph that are streamed, by name, in file order."""
+    """Return the initializers of the main graph that are streamed and have bytes of their own, in file order."""
     tensors = {}
     for name, value in model.graph.initializers.items():
-        if isinstance(value.const_value, StreamedTensor):
+        if isinstance(value.const_value, StreamedTensor) and not isinstance(value.const_value, ViewTensor):
             tensors[name] = value.const_value
     return tensors
 
@@ -73,12 +73,23 @@ def write_model(
     try:
         if tensors and with_weights:
             records[data_name] = _write_weights(tensors, path.with_name(data_name), progress)
-        offset = 0
-        for name, tensor in tensors.items():
-            model.graph.initializers[name].const_value = ir.ExternalTensor(
-                data_name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=path.parent
-            )
+        offset, offsets = 0, {}
+        for tensor in tensors.values():
+            offsets[id(tensor)] = offset
             offset = _aligned(offset + tensor.nbytes)
+        for name, value in model.graph.initializers.items():
+            stored = value.const_value
+            if isinstance(stored, StreamedTensor):
+                base = stored.base if isinstance(stored, ViewTensor) else stored
+                value.const_value = ir.ExternalTensor(
+                    data_name,
+                    offsets[id(base)],
+                    stored.nbytes,
+                    stored.dtype,
+                    shape=stored.shape,
+                    name=name,
+                    base_dir=path.parent,
+                )
         ir.save(model, path)
     except OSError as error:
         if error.errno == errno.ENOSPC:

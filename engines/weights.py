@@ -43,9 +43,26 @@ class ConcatenatedTensor(StreamedTensor):
             raise ValueError(f"{name}: parts differ in dtype or in the shape behind axis 0")
         rows = sum(int(part.shape.numpy()[0]) for part in parts)
         super().__init__(name, (rows, *first.shape.numpy()[1:]), first.dtype)
-        self._parts = tuple(parts)
+        self.parts = tuple(parts)
 
     def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
         """Yield the blocks of each part in turn."""
-        for part in self._parts:
+        for part in self.parts:
             yield from part.blocks()
+
+
+class ViewTensor(StreamedTensor):
+    """The elements of another tensor of the same graph in another shape: they are written once, and both refer to them.
+
+    A Reshape in the graph would be folded into a copy while ONNX Runtime loads.
+    """
+
+    def __init__(self, name: str, base: StreamedTensor, shape: Sequence[int]) -> None:
+        if int(np.prod(shape)) != int(np.prod(base.shape.numpy())):
+            raise ValueError(f"{name}: {list(shape)} is no view of {base.shape}")
+        super().__init__(name, shape, base.dtype)
+        self.base = base
+
+    def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the blocks of the other tensor."""
+        return self.base.blocks()

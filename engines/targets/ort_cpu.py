@@ -12,6 +12,8 @@ import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import configs
+from engines.quantize.formats import WeightPlan
 from engines.target import Availability, Target
 
 if TYPE_CHECKING:
@@ -75,11 +77,18 @@ VisionAttention <num_heads: int, scale: float> (q, k, v, cos, sin) => (out)
 """
 
 
-def _passes() -> Sequence[ir.passes.InPlacePass]:
+def _passes(plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
     from engines.passes.fuse_residual_norm import FuseResidualNormPass
+    from engines.passes.fuse_shared_input import FuseSharedInputPass
     from engines.passes.fuse_transposed_matmul import FuseTransposedMatMulPass
+    from engines.passes.quantize_weights import QuantizeWeightsPass
 
-    return [FuseTransposedMatMulPass(), FuseResidualNormPass()]
+    return [
+        FuseSharedInputPass(plan.format_of),
+        QuantizeWeightsPass(plan),
+        FuseTransposedMatMulPass(),
+        FuseResidualNormPass(),
+    ]
 
 
 def _availability() -> Availability:
@@ -90,17 +99,24 @@ def _availability() -> Availability:
     return Availability(can_build=builds, can_run=runs, reason=reason)
 
 
-TARGETS = (
-    Target(
-        name="ort-cpu-fp32",
-        description="ONNX Runtime, CPU, float32: the reference of all other targets",
+def _target(precision: str, description: str) -> Target:
+    plan = WeightPlan.from_rules(configs.load("targets/ort_cpu").get(precision, {}).get("weights", []))
+    return Target(
+        name=f"ort-cpu-{precision}",
+        description=description,
         session="ort_cpu",
         cache_dtype="float32",
         updates_cache_in_place=True,
         batched_chunks=False,
         native_ops={"CausalAttention": _causal_attention, "VisionAttention": _vision_attention},
-        passes=_passes,
+        passes=lambda: _passes(plan),
         libraries=("onnx-ir",),
         availability=_availability,
-    ),
+    )
+
+
+TARGETS = (
+    _target("fp32", "ONNX Runtime, CPU, float32: the reference of all other targets"),
+    _target("int8", "ONNX Runtime, CPU, 8-bit weights and activations"),
+    _target("int4", "ONNX Runtime, CPU, 4-bit decoder in blocks of 128, 8-bit vision tower"),
 )

@@ -1,0 +1,136 @@
+"""Store weights in few bits and multiply with the kernels that read them."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from engines.initializers import add_initializer
+from engines.passes.fuse_transposed_matmul import MICROSOFT
+from engines.passes.matmul_weight import MatMulWeight, find_weight
+from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, FLOAT, WeightFormat, WeightPlan
+from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
+from engines.weights import StreamedTensor, ViewTensor
+from runtime.errors import TargetError
+
+# Integer products of 8-bit blocks of the input: with float32 products (level 0) 8-bit weights are 100 times as slow.
+_INT8_PRODUCTS = 4
+
+
+class QuantizeWeightsPass(ir.passes.InPlacePass):
+    """Exchange products, and the lookup of a tied embedding, for ONNX Runtime's kernels of quantised weights.
+
+    The one place that chooses a kernel for a format:
+
+    | format | product | lookup |
+    |---|---|---|
+    | blockwise | MatMulNBits | GatherBlockQuantized, on the same bytes of the file |
+    | rowwise | DynamicQuantizeMatMul | |
+    """
+
+    def __init__(self, plan: WeightPlan) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Quantise every weight that the plan has a format for."""
+        lookups: dict[ir.Value, list[ir.Node]] = {}
+        products: list[MatMulWeight] = []
+        for node in list(model.graph):
+            found = find_weight(node)
+            if found is not None and self._plan.format_of(found.key).kind != FLOAT:
+                products.append(found)
+            elif node.op_type == "Gather" and node.domain == "" and _streamed_matrix(node.inputs[0]):
+                lookups.setdefault(node.inputs[0], []).append(node)  # type: ignore[arg-type]
+        modified = bool(products)
+        for found in products:
+            weight_format = self._plan.format_of(found.key)
+            if weight_format.kind == BLOCKWISE:
+                self._blockwise(model, found, weight_format, lookups.pop(found.value, []))
+            else:
+                _rowwise(model, found)
+        for value, nodes in lookups.items():
+            weight_format = self._plan.format_of(str(value.name))
+            source = value.const_value
+            assert isinstance(source, StreamedTensor)
+            if weight_format.kind == BLOCKWISE:
+                block = _dividing_block(source, weight_format)
+                weight = BlockwiseWeight(source, weight_format.bits, block, is_table=True)
+                _look_up(model, nodes, weight, weight.packed)
+                modified = True
+        if modified:
+            model.graph.opset_imports.setdefault(MICROSOFT, 1)
+        return ir.passes.PassResult(model, modified)
+
+    def _blockwise(
+        self, model: ir.Model, found: MatMulWeight, weight_format: WeightFormat, lookups: list[ir.Node]
+    ) -> None:
+        block = _dividing_block(found.tensor, weight_format) if lookups else weight_format.block
+        weight = BlockwiseWeight(found.tensor, weight_format.bits, block)
+        inputs = [found.x, *(add_initializer(model, t) for t in (weight.packed, weight.scales, weight.zero_points))]
+        node = ir.node(
+            "MatMulNBits",
+            [*inputs, None, found.bias] if found.bias is not None else inputs,
+            attributes={
+                "K": found.num_inputs,
+                "N": found.num_outputs,
+                "bits": weight_format.bits,
+                "block_size": block,
+                "accuracy_level": _INT8_PRODUCTS,
+            },
+            domain=MICROSOFT,
+            name=found.nodes[0].name,
+        )
+        if lookups:
+            # The operator wants the codes of a row without an axis for the blocks.
+            num_rows, *row = (int(n) for n in weight.packed.shape.numpy())
+            table = ViewTensor(f"{weight.packed.name}.table", weight.packed, (num_rows, math.prod(row)))
+            _look_up(model, lookups, weight, table)
+        found.replace(model, [node], node.outputs[0])
+
+
+def _rowwise(model: ir.Model, found: MatMulWeight) -> None:
+    weight = RowwiseWeight(found.tensor)
+    inputs = [found.x, add_initializer(model, weight.transposed), add_initializer(model, weight.scales)]
+    node = ir.node(
+        "DynamicQuantizeMatMul",
+        # The weights' zero points are 0, which is what a missing input says.
+        [*inputs, None, found.bias] if found.bias is not None else inputs,
+        domain=MICROSOFT,
+        name=found.nodes[0].name,
+    )
+    found.replace(model, [node], node.outputs[0])
+
+
+def _look_up(model: ir.Model, nodes: list[ir.Node], weight: BlockwiseWeight, table: StreamedTensor) -> None:
+    """Read rows of a quantised table."""
+    codes, scales, zero_points = (add_initializer(model, t) for t in (table, weight.scales, weight.zero_points))
+    for node in nodes:
+        lookup = ir.node(
+            "GatherBlockQuantized",
+            [codes, node.inputs[1], scales, zero_points],
+            attributes={"bits": weight.bits, "block_size": weight.block, "gather_axis": 0, "quantize_axis": 1},
+            domain=MICROSOFT,
+            name=node.name,
+        )
+        value = node.inputs[0]
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [lookup], node.outputs, lookup.outputs)
+        if value is not None and not value.uses():
+            del model.graph.initializers[str(value.name)]
+
+
+def _streamed_matrix(value: ir.Value | None) -> bool:
+    return value is not None and isinstance(value.const_value, StreamedTensor) and len(value.const_value.shape) == 2
+
+
+def _dividing_block(tensor: StreamedTensor, weight_format: WeightFormat) -> int:
+    """Return the largest block up to the format's that divides a row: a table's rows have no padding."""
+    num_columns = int(tensor.shape.numpy()[1])
+    fitting = [size for size in BLOCK_SIZES if size <= weight_format.block and num_columns % size == 0]
+    if not fitting:
+        raise TargetError(
+            f"{tensor.name}: no block of {', '.join(map(str, BLOCK_SIZES))} divides its {num_columns} columns",
+            remedy="build a target that keeps the embedding in float32",
+        )
+    return fitting[-1]

@@ -1,0 +1,79 @@
+"""Weight formats: how the weight of one product is stored, and which kernel reads it.
+
+A target's file in `configs/targets/` lists for each precision which weights get which format, first match wins.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.errors import TargetError
+
+BLOCKWISE, ROWWISE, FLOAT = "blockwise", "rowwise", "float32"
+_KINDS = (BLOCKWISE, ROWWISE, FLOAT)
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one weight is stored.
+
+    Attributes:
+        kind: `blockwise` (bits, one scale and zero point for each block of a row), `rowwise` (int8, one scale for each
+            row; the activations are quantised with one scale for the whole tensor) or `float32`.
+        bits: 4 or 8, for blockwise.
+        block: Weights of a block, for blockwise; the last block of a row may be padded.
+    """
+
+    kind: str
+    bits: int = 0
+    block: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise TargetError(f"weight format {self.kind!r}, expected one of {', '.join(_KINDS)}")
+        if self.kind == BLOCKWISE and (self.bits not in (4, 8) or self.block not in BLOCK_SIZES):
+            raise TargetError(
+                f"blockwise format of {self.bits} bits in blocks of {self.block}: no kernel of ONNX Runtime reads it",
+                remedy=f"choose 4 or 8 bits and a block of {', '.join(map(str, BLOCK_SIZES))}",
+            )
+
+    def __str__(self) -> str:
+        if self.kind == BLOCKWISE:
+            return f"int{self.bits}, block {self.block}"
+        return {ROWWISE: "int8, one scale a row", FLOAT: "float32"}[self.kind]
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Which weight gets which format.
+
+    Attributes:
+        rules: Patterns of checkpoint keys, with their format; the first that matches counts.
+    """
+
+    rules: tuple[tuple[tuple[str, ...], WeightFormat], ...]
+
+    @classmethod
+    def from_rules(cls, rules: Sequence[Mapping[str, Any]]) -> WeightPlan:
+        """Read the rules of one precision from a targets file.
+
+        Raises:
+            TargetError: A format that no kernel reads.
+        """
+        parsed = []
+        for rule in rules:
+            values = dict(rule)
+            patterns = tuple(values.pop("match"))
+            parsed.append((patterns, WeightFormat(**values)))
+        return cls(tuple(parsed))
+
+    def format_of(self, key: str) -> WeightFormat:
+        """Return the format of a weight by its checkpoint key; float32 where no rule matches."""
+        for patterns, weight_format in self.rules:
+            if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns):
+                return weight_format
+        return WeightFormat(FLOAT)
