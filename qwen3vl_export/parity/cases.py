@@ -1,4 +1,4 @@
-"""The prompts that engines are compared on: text, one image, several images of different sizes."""
+"""The prompts that engines are compared on: text, one image, several images of different sizes, a prefill in chunks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from typing import Any
 
 import numpy as np
 
-# Width and height in pixels; three grids, one of them portrait.
-_SIZES = ((160, 96), (96, 128), (200, 72))
+from runtime.generation import PREFILL_CHUNK
+
+# Width and height in pixels. No side is a multiple of 32, the side of a visual token, so each picture is resized.
+_SIZES = ((170, 100), (90, 120), (250, 72))
+# Fewer than the visual tokens of each picture (15, 12 and 16, or more where a checkpoint enlarges small pictures), so
+# that every picture straddles a border of two chunks.
+_SMALL_CHUNK = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt; images are files, in the order of the prompt."""
+    """One prompt; images are files, in the order of the prompt; `chunk` is the most tokens of one prefill call."""
 
     name: str
     prompt: str
     images: tuple[Path, ...] = ()
+    chunk: int = PREFILL_CHUNK
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -39,6 +45,7 @@ def make_cases(folder: Path) -> list[Case]:
         Case("text", "Count the digits and say where each of them is."),
         Case("one image", "Read the digits in order.", (paths[0],)),
         Case("three images", "Read the digits of all pictures.", tuple(paths)),
+        Case("small chunks", "Count the digits of both pictures.", tuple(paths[:2]), _SMALL_CHUNK),
     ]
 
 

@@ -28,24 +28,18 @@ class Difference:
 
     @property
     def scaled(self) -> float:
-        """`max_abs` over max(1, std of the reference): what tolerances bound."""
+        """`max_abs` over max(1, std of the reference), for logits: greedy tokens hang on absolute differences."""
         return self.max_abs / max(1.0, self.reference_std)
 
 
 def difference(found: Floats, expected: Floats) -> Difference:
-    """Compare two arrays of one shape; anything not finite gives infinite differences and no std."""
-    assert found.shape == expected.shape, f"{found.shape} against {expected.shape}"
+    """Compare two arrays; another shape, or anything not finite, gives infinite differences."""
     a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return Difference(
-            float("inf"), float("inf"), 0.0, float(np.std(b[np.isfinite(b)])) if np.isfinite(b).any() else 0.0
-        )
+    if found.shape != expected.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return Difference(float("inf"), float("inf"), 0.0, 0.0)
     norm_a, norm_b, gap = float(np.linalg.norm(a)), float(np.linalg.norm(b)), float(np.linalg.norm(a - b))
-    if norm_a == 0 or norm_b == 0:
-        cosine = 1.0 if norm_a == norm_b else 0.0
-        relative = 0.0 if gap == 0 else float("inf") if norm_b == 0 else gap / norm_b
-    else:
-        cosine, relative = float(a @ b) / (norm_a * norm_b), gap / norm_b
+    cosine = float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else float(norm_a == norm_b)
+    relative = gap / norm_b if norm_b else float("inf") if gap else 0.0
     return Difference(float(np.max(np.abs(a - b), initial=0.0)), relative, cosine, float(np.std(b)))
 
 
@@ -56,26 +50,20 @@ def kl_divergence(found_SV: Floats, expected_SV: Floats) -> NDArray[np.float64]:
     return values
 
 
-def top2_gap(logits_SV: Floats) -> NDArray[np.float64]:
-    """Return the gap between the two largest logits of every position, [S]."""
-    top = np.partition(logits_SV.astype(np.float64), -2, axis=-1)
-    gap: NDArray[np.float64] = top[:, -1] - top[:, -2]
-    return gap
-
-
 @dataclass(frozen=True)
 class Agreement:
-    """How often both sides choose the same token.
+    """How often the engine chooses the reference's token.
 
     Attributes:
         total: Positions compared.
-        differing: Positions whose most likely token differs while the reference is decided.
-        near_ties: Positions that differ where the reference's two best lie within the gap, so that either counts.
+        differing: Positions where the engine's token is another one.
+        near_ties: Positions where it is another one, but as good as the reference's: not in `differing`. Each with
+            the gap, the reference's largest logit minus that of the engine's token.
     """
 
     total: int
     differing: tuple[int, ...]
-    near_ties: tuple[int, ...]
+    near_ties: tuple[tuple[int, float], ...]
 
     @property
     def share(self) -> float:
@@ -83,12 +71,16 @@ class Agreement:
         return 1 - len(self.differing) / self.total
 
 
-def agreement(found_SV: Floats, expected_SV: Floats, near_tie_gap: float) -> Agreement:
-    """Compare the most likely tokens of every position."""
-    differs = found_SV.argmax(-1) != expected_SV.argmax(-1)
-    tie = top2_gap(expected_SV) <= near_tie_gap
+def agreement(tokens_S: NDArray[np.int64], expected_SV: Floats, near_tie_gap: float) -> Agreement:
+    """Compare the engine's tokens with the reference's logits; a gap of at most `near_tie_gap` is a near-tie."""
     rows = np.arange(len(expected_SV))
-    return Agreement(len(rows), tuple(int(i) for i in rows[differs & ~tie]), tuple(int(i) for i in rows[differs & tie]))
+    gaps_S = (expected_SV.max(-1) - expected_SV[rows, tokens_S]).astype(np.float64)
+    differs, tie = tokens_S != expected_SV.argmax(-1), gaps_S <= near_tie_gap
+    return Agreement(
+        len(rows),
+        tuple(int(i) for i in rows[differs & ~tie]),
+        tuple((int(i), float(gaps_S[i])) for i in rows[differs & tie]),
+    )
 
 
 def _log_softmax(logits_SV: Floats) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ N steps, V vocab.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -38,28 +38,33 @@ class ReferenceOutput:
 
 
 class Reference:
-    """Transformers' model of a checkpoint folder."""
+    """Transformers' model and processor of a checkpoint folder.
+
+    Attributes:
+        has_processor: Whether `inputs` works: transformers' processor needs torchvision.
+    """
 
     def __init__(self, folder: Path) -> None:
         import torch
-        from transformers import AutoModelForImageTextToText
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(_THREADS)
         self._model: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         ).eval()
+        self.has_processor = importlib.util.find_spec("torchvision") is not None
+        if self.has_processor:
+            self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
 
-    def close(self) -> None:
-        """Give torch its former number of threads back."""
-        import torch
-
-        torch.set_num_threads(self._threads_before)
+    def inputs(self, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
+        """Return what the processor makes of messages."""
+        output = self._processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        return {name: value.numpy() for name, value in output.items()}
 
     def run(
         self,
         input_ids: Sequence[int],
-        image_tokens: Sequence[int],
         pixel_values: Sequence[Floats],
         grids_thw: Sequence[tuple[int, int, int]],
         num_steps: int,
@@ -67,8 +72,7 @@ class Reference:
         """Run one prompt and `num_steps` greedy tokens.
 
         Args:
-            input_ids: The prompt.
-            image_tokens: Indices of the tokens that stand for images; other image tokens are text.
+            input_ids: The prompt; every image token in it stands for an image.
             pixel_values: Patches of each image, [P, C·Tp·p·p].
             grids_thw: Patch grid of each image.
             num_steps: Tokens to generate.
@@ -82,8 +86,7 @@ class Reference:
         self._model.model.rope_deltas = None
         with torch.no_grad():
             if pixel_values:
-                kinds = torch.zeros_like(ids, dtype=torch.int32)
-                kinds[0, list(image_tokens)] = 1
+                kinds = (ids == self._model.config.image_token_id).int()
                 pixels = torch.from_numpy(np.concatenate(list(pixel_values)))
                 grids = torch.tensor(list(grids_thw))
                 inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": kinds}
@@ -105,18 +108,3 @@ class Reference:
                     step = self._model(input_ids=next_id, past_key_values=cache, use_cache=True)
                     last = step.logits[0, -1]
         return ReferenceOutput(visual, output.logits[0].numpy(), layers, tokens, np.stack(steps))
-
-
-def processor_inputs(folder: Path, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]] | None:
-    """Return what the Hugging Face processor makes of messages, or None where torchvision is not installed."""
-    import importlib.util
-
-    if importlib.util.find_spec("torchvision") is None:
-        return None
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    output = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    return {name: value.numpy() for name, value in output.items()}

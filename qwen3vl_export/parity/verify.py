@@ -1,95 +1,56 @@
-"""Compare an engine with untouched transformers: pixels, graph outputs, layers, logits, greedy tokens."""
+"""Compare an engine with untouched transformers on the same pixels, prompt by prompt.
+
+Compared are prompt and pixels with those of the Hugging Face processor; every level of the vision graph; the decoder
+layer by layer; the logits of every prompt token and of greedy steps behind the reference's tokens; and the tokens of
+`generate`, each behind the engine's own.
+
+A decoder layer is compared by the keys and values that it writes into the cache: of all that happens in a layer, only
+they are outputs of every target's graph. Those of layer i are its input behind one norm, one product and the rotary
+embedding. What else goes wrong in layer i (q-norm, attention, MLP, the DeepStack level added behind it) shows first in
+layer i + 1, and in the logits if i is the last. The blocks of the vision tower have no output but the levels: level
+0 depends on all blocks, a DeepStack level on those up to its own.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qwen3vl_export.parity.cases import Case, make_cases
-from qwen3vl_export.parity.metrics import agreement, difference, kl_divergence
-from qwen3vl_export.parity.reference import Floats, Reference, ReferenceOutput, processor_inputs
+from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence
+from qwen3vl_export.parity.reference import Floats, Reference, ReferenceOutput
+from qwen3vl_export.parity.report import Check, Report
+
+if TYPE_CHECKING:
+    from runtime.model import Prepared, Qwen3VLModel
 
 DEFAULT_NEW_TOKENS = 64
+# Laid over the checkpoint's own defaults: the most likely token each time, the end of the sequence like any other.
+_PLAIN_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "stop": (),
+    "eos_token_ids": (),
+}
 
 
-@dataclass(frozen=True)
-class Check:
-    """One comparison: `value` must be at most `limit`, or at least it where `is_minimum`; no limit is only reported."""
-
-    case: str
-    name: str
-    value: float
-    limit: float | None = None
-    is_minimum: bool = False
-    detail: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        """Whether the value is within its limit; NaN is not."""
-        if self.limit is None:
-            return True
-        return self.value >= self.limit if self.is_minimum else self.value <= self.limit
-
-
-@dataclass(frozen=True)
-class Report:
-    """All comparisons of one engine."""
-
-    target: str
-    checkpoint: str
-    precision: str
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether there are comparisons and all are within their limits."""
-        return bool(self.checks) and all(check.passed for check in self.checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return {
-            "passed": self.passed,
-            "target": self.target,
-            "checkpoint": self.checkpoint,
-            "precision": self.precision,
-            "checks": [asdict(check) | {"passed": check.passed} for check in self.checks],
-        }
-
-    def render(self) -> str:
-        """Return a table in plain text."""
-        rows = [("case", "comparison", "value", "limit", "", "more")]
-        for check in self.checks:
-            sign = "≥" if check.is_minimum else "≤"
-            limit = "" if check.limit is None else f"{sign} {check.limit:g}"
-            more = ", ".join(f"{key} {_short(value)}" for key, value in check.detail.items())
-            verdict = "" if check.limit is None else "ok" if check.passed else "FAILED"
-            rows.append((check.case, check.name, f"{check.value:.3g}", limit, verdict, more))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]).rstrip() for row in rows
-        ]
-        verdict = "passed" if self.passed else "FAILED"
-        return "\n".join([*lines, f"{self.target} against {self.checkpoint} ({self.precision}): {verdict}"])
-
-
-def verify(
-    engine: Path, checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_TOKENS, engine_model: Any = None
-) -> Report:
+def verify(engine: Path, checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Report:
     """Compare an engine with the checkpoint it was built from.
 
     Args:
         engine: The engine folder.
         checkpoint: What `Checkpoint.open` takes.
-        max_new_tokens: Greedy tokens of each case, teacher-forced on the reference's, at least 1.
-        engine_model: An opened `Qwen3VLModel` to use instead of opening `engine`.
+        max_new_tokens: Greedy tokens of each case, at least 1.
 
     Raises:
         CheckpointError, EngineError: One of the two does not open.
-        ParityError: There are no tolerances for the engine's precision.
+        ParityError: The two are of different shapes, or there are no tolerances for the engine's precision.
     """
     import configs
     from qwen3vl_export.checkpoint import Checkpoint
@@ -97,97 +58,94 @@ def verify(
     from runtime.model import Qwen3VLModel
 
     source = Checkpoint.open(checkpoint)
-    model = Qwen3VLModel.from_engine(engine) if engine_model is None else engine_model
+    model = Qwen3VLModel.from_engine(engine)
     # A target is named <file>-<precision>.
     precision = model.manifest.target.rpartition("-")[2]
     tolerances = configs.load("tolerances")
     if precision not in tolerances:
         raise ParityError(f"configs/tolerances.toml has no table [{precision}]", remedy="add it, with its reasons")
+    if model.config != source.config:
+        raise ParityError(
+            f"{engine} was built from a model of another shape than {checkpoint}",
+            remedy="give the checkpoint that `qwen3vl inspect` names as its source",
+        )
     reference = Reference(source.folder)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            checks: list[Check] = []
-            for case in make_cases(Path(folder)):
-                checks += _Comparison(case, tolerances[precision]).run(model, reference, source.folder, max_new_tokens)
-    finally:
-        reference.close()
-    return Report(model.manifest.target, checkpoint, precision, tuple(checks))
+    checks: list[Check] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in make_cases(Path(folder)):
+            checks += _Comparison(case, model, reference, tolerances[precision]).run(max_new_tokens)
+    notes = () if reference.has_processor else ("prompt and pixels were not compared: torchvision is not installed",)
+    return Report(model.manifest.target, checkpoint, precision, tuple(checks), notes)
 
 
 class _Comparison:
     """The checks of one case."""
 
-    def __init__(self, case: Case, limits: dict[str, float]) -> None:
+    def __init__(self, case: Case, model: Qwen3VLModel, reference: Reference, limits: dict[str, float]) -> None:
         self._case = case
+        self._model = model
+        self._reference = reference
         self._limits = limits
         self._checks: list[Check] = []
 
-    def run(self, model: Any, reference: Reference, folder: Path, num_steps: int) -> list[Check]:
-        from runtime.image_processor import process_image
-
-        prepared = model.prepare(self._case.messages)
-        ids, spans = prepared.prompt.input_ids, prepared.prompt.spans
-        # The reference's images are read here, in the case's order: a runtime that mixes them up must not go unseen.
-        images = [process_image(path, model.image_config) for path in self._case.images]
-        fits = [length for _, length in spans] == [image.num_visual_tokens for image in images]
-        self._add("image spans wrong", float(not fits), 0)
-        if not fits:
-            return self._checks
-        self._compare_processor(processor_inputs(folder, self._case.messages), ids, images, model.image_config)
-        expected = reference.run(
-            ids,
-            [i for start, length in spans for i in range(start, start + length)],
-            [image.pixel_values for image in images],
-            [image.grid_thw for image in images],
+    def run(self, num_steps: int) -> list[Check]:
+        prepared = self._model.prepare(self._case.messages)
+        if self._reference.has_processor and not self._compare_inputs(prepared):
+            return self._checks  # of another prompt, nothing else can be compared
+        expected = self._reference.run(
+            prepared.prompt.input_ids,
+            [image.pixel_values for image in prepared.images],
+            [image.grid_thw for image in prepared.images],
             num_steps,
         )
-        self._compare_engine(model, prepared, expected)
+        embeds = self._compare_vision(prepared, expected)
+        self._compare_decoder(prepared, embeds, expected)
+        self._compare_answer(expected)
         return self._checks
 
-    def _add(
-        self, name: str, value: float, limit: float | None = None, *, is_minimum: bool = False, **detail: Any
-    ) -> None:
-        self._checks.append(Check(self._case.name, name, float(value), limit, is_minimum, detail))
+    def _add(self, name: str, value: float, limit: float | None = None, **fields: Any) -> None:
+        self._checks.append(Check(self._case.name, name, float(value), limit, **fields))
 
-    def _add_difference(self, name: str, found: Floats, expected: Floats, limit: float, **detail: Any) -> None:
-        if found.shape != expected.shape:
-            self._add(name, float("inf"), limit, found=list(found.shape), expected=list(expected.shape))
-            return
+    def _add_tensor(self, name: str, found: Floats, expected: Floats, limit: float, layer: int | None = None) -> None:
         diff = difference(found, expected)
-        self._add(name, diff.scaled, limit, max_abs=diff.max_abs, relative=diff.relative, cosine=diff.cosine, **detail)
+        detail = {"max_abs": diff.max_abs, "cosine": diff.cosine}
+        self._add(name, diff.relative, limit, layer=layer, detail=detail)
 
-    def _compare_processor(self, inputs: dict[str, Any] | None, ids: list[int], images: list[Any], config: Any) -> None:
-        if inputs is None:
-            return
-        self._add("token ids differ from processor", float(inputs["input_ids"][0].tolist() != list(ids)), 0)
-        if not images:
-            return
-        grids = [list(image.grid_thw) for image in images]
-        same_grids = inputs["image_grid_thw"].tolist() == grids
-        self._add("grid_thw differs from processor", float(not same_grids), 0)
+    def _compare_inputs(self, prepared: Prepared) -> bool:
+        """Compare with the processor and return whether the prompts are the same, pixels aside."""
+        expected = self._reference.inputs(self._case.messages)
+        same_ids = expected["input_ids"][0].tolist() == list(prepared.prompt.input_ids)
+        self._add("token ids differ from processor", not same_ids, 0)
+        if not prepared.images:
+            return same_ids
+        same_grids = expected["image_grid_thw"].tolist() == [list(image.grid_thw) for image in prepared.images]
+        self._add("grid_thw differs from processor", not same_grids, 0)
         if same_grids:
-            ours = np.concatenate([image.pixel_values for image in images])
+            pixels = np.concatenate([image.pixel_values for image in prepared.images])
             # A grey level is 1 / 255 before it is divided by the channel's standard deviation.
-            levels = float(np.abs(ours - inputs["pixel_values"]).max()) * 255 * max(config.image_std)
+            scale = 255 * max(self._model.image_config.image_std)
+            levels = float(np.abs(pixels - expected["pixel_values"]).max()) * scale
             self._add("pixels, grey levels", levels, self._limits["pixel_levels"])
+        return same_ids and same_grids
 
-    def _compare_engine(self, model: Any, prepared: Any, expected: ReferenceOutput) -> None:
+    def _compare_vision(self, prepared: Prepared, expected: ReferenceOutput) -> Floats:
+        embeds = self._model.encode_images(prepared.images)
+        if expected.visual_embeds is not None:
+            for level, (found, wanted) in enumerate(zip(embeds, expected.visual_embeds, strict=True)):
+                self._add_tensor(f"visual_embeds level {level}", found, wanted, self._limits["visual_embeds_relative"])
+        return embeds
+
+    def _compare_decoder(self, prepared: Prepared, embeds: Floats, expected: ReferenceOutput) -> None:
         from runtime import generation
 
-        ids, positions, limits = prepared.prompt.input_ids, prepared.positions, self._limits
-        embeds = model.encode_images(prepared.images)
-        if expected.visual_embeds is not None:
-            for level, reference_level in enumerate(expected.visual_embeds):
-                name = f"visual_embeds level {level}"
-                self._add_difference(name, embeds[level], reference_level, limits["visual_embeds_relative"])
+        session, ids, positions = self._model.session, prepared.prompt.input_ids, prepared.positions
         num_steps = len(expected.tokens)
-        cache = model.session.new_cache(len(ids) + num_steps)
-        logits = generation.prefill(model.session, cache, ids, positions, embeds, all_logits=True)
-        kinds = ("keys", "values")
-        for i, pair in enumerate(expected.layers):
-            for kind, found, wanted in zip(kinds, cache.layer(i), pair, strict=True):
+        cache = session.new_cache(len(ids) + num_steps)
+        logits = generation.prefill(session, cache, ids, positions, embeds, all_logits=True, chunk=self._case.chunk)
+        for layer, pair in enumerate(expected.layers):
+            for name, found, wanted in zip(("keys", "values"), cache.layer(layer), pair, strict=True):
                 rows = found[:, :, : len(ids)].astype(np.float32)
-                self._add_difference(f"layer {i} {kind}", rows, wanted, limits["cache_relative"])
+                self._add_tensor(name, rows, wanted, self._limits["cache_relative"], layer)
         self._compare_logits("prompt", "top1_agreement", logits, expected.logits)
         # The engine sees the reference's tokens, so that a near-tie does not make all later steps differ.
         taken: list[Floats] = []
@@ -196,28 +154,32 @@ class _Comparison:
             taken.append(np.array(step_logits))
             return expected.tokens[len(taken) - 1]
 
-        steps = generation.decode_steps(
-            model.session, cache, logits[-1], len(ids), positions.delta, embeds[:, :1], choose
-        )
+        steps = generation.decode_steps(session, cache, logits[-1], len(ids), positions.delta, embeds[:, :1], choose)
         for _ in range(num_steps):
             next(steps)
         self._compare_logits("greedy", "greedy_agreement", np.stack(taken), expected.step_logits)
 
     def _compare_logits(self, name: str, agreement_limit: str, found: Floats, expected: Floats) -> None:
-        self._add_difference(f"{name} logits", found, expected, self._limits["logits_relative"])
+        diff = difference(found, expected)
+        detail = {"max_abs": diff.max_abs, "relative": diff.relative, "cosine": diff.cosine}
+        self._add(f"{name} logits", diff.scaled, self._limits["logits_scaled"], detail=detail)
         kl = kl_divergence(found, expected)
-        self._add(f"{name} KL, nats", float(kl.max()), mean=float(kl.mean()))
-        same = agreement(found, expected, self._limits["near_tie_gap"])
-        self._add(
-            f"{name} tokens agree",
-            same.share,
-            self._limits[agreement_limit],
-            is_minimum=True,
-            tokens=same.total,
-            differing=list(same.differing),
-            near_ties=list(same.near_ties),
-        )
+        self._add(f"{name} KL, nats", float(kl.max()), detail={"mean": float(kl.mean())})
+        same = agreement(found.argmax(-1), expected, self._limits["near_tie_gap"])
+        detail = {"tokens": same.total, "differing": list(same.differing), "near_ties": _near_ties(same)}
+        self._add(f"{name} tokens agree", same.share, self._limits[agreement_limit], is_minimum=True, detail=detail)
+
+    def _compare_answer(self, expected: ReferenceOutput) -> None:
+        """Compare the tokens of `generate` up to the first that differs; if that is a near-tie, all agree."""
+        total = len(expected.tokens)
+        found = self._model.generate(self._case.messages, max_new_tokens=total, **_PLAIN_GREEDY).token_ids
+        num_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(found, expected.tokens, strict=True)))
+        compared = slice(num_same + 1)
+        same = agreement(np.array(found[compared]), expected.step_logits[compared], self._limits["near_tie_gap"])
+        share = 1.0 if same.near_ties else num_same / total
+        detail = {"tokens": total, "near_ties": _near_ties(same)}
+        self._add("answer agrees", share, self._limits["greedy_agreement"], is_minimum=True, detail=detail)
 
 
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _near_ties(same: Agreement) -> list[dict[str, Any]]:
+    return [{"position": position, "gap": gap} for position, gap in same.near_ties]
