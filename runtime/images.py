@@ -24,7 +24,6 @@ import base64
 import binascii
 import io
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeAlias
@@ -34,6 +33,7 @@ from urllib.request import url2pathname
 import numpy as np
 
 from runtime.errors import CapacityError, ImageError, Qwen3VLError, UsageError
+from runtime.urls import check_local, scheme_of, shown
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -50,9 +50,7 @@ MAX_IMAGE_PIXELS = 178_956_970
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the formats that are tried. A list, because Pillow also knows formats that start other programs."""
 
-_URL_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):")  # two characters at least: C:\ is a drive
 _STRIP_PIXELS = 1_000_000
-_SHOWN_CHARACTERS = 120
 
 
 def load_image(source: ImageSource, *, base_dir: str | os.PathLike[str] | None = None) -> RgbImage:
@@ -75,18 +73,14 @@ def load_image(source: ImageSource, *, base_dir: str | os.PathLike[str] | None =
         return _from_array(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), f"image of {len(source)} bytes")
-    if isinstance(source, str) and (scheme := _URL_SCHEME.match(source)) is not None:
-        name = scheme.group(1).lower()
-        if name == "data":
+    if isinstance(source, str):
+        scheme = scheme_of(source)
+        if scheme == "data":
             return _from_data_url(source)
-        if name == "file":
+        if scheme == "file":
             return _from_path(_path_of_file_url(source))
-        if source[scheme.end() :].startswith("//"):
-            raise UsageError(
-                f"image {_shown(source)}: expected a local image, found a URL of scheme {name!r}; nothing is fetched",
-                remedy="download the image first and pass its path or its bytes",
-            )
     if isinstance(source, (str, os.PathLike)):
+        check_local(source, "image", base_dir=base_dir)
         return _from_path(Path(base_dir or ".", source))
 
     from PIL import Image
@@ -99,23 +93,18 @@ def load_image(source: ImageSource, *, base_dir: str | os.PathLike[str] | None =
     )
 
 
-def _shown(text: object) -> str:
-    shown = str(text)
-    return repr(shown if len(shown) <= _SHOWN_CHARACTERS else shown[: _SHOWN_CHARACTERS - 3] + "...")
-
-
 def _path_of_file_url(url: str) -> Path:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
         raise UsageError(
-            f"image {_shown(url)}: expected a file on this machine, found host {parts.netloc!r}",
+            f"image {shown(url)}: expected a file on this machine, found host {parts.netloc!r}",
             remedy="write file:///folder/name.png, or the plain path",
         )
     return Path(url2pathname(parts.path))
 
 
 def _from_data_url(url: str) -> RgbImage:
-    where = f"image data URL {_shown(url[:40])}"
+    where = f"image data URL {shown(url[:40])}"
     header, comma, body = url.partition(",")
     remedy = "write data:image/png;base64, followed by the base64 text of the file"
     if not comma:
@@ -133,7 +122,7 @@ def _from_data_url(url: str) -> RgbImage:
 
 
 def _from_path(path: Path) -> RgbImage:
-    where = f"image {_shown(path)}"
+    where = f"image {shown(path)}"
     try:
         # Asked before opening: opening a named pipe would wait for ever.
         if path.is_dir():
@@ -144,7 +133,7 @@ def _from_path(path: Path) -> RgbImage:
             return _decode(file, where)
     except FileNotFoundError as error:
         raise ImageError(
-            f"{where}: no such file (working directory {_shown(Path.cwd())})", remedy="check the path"
+            f"{where}: no such file (working directory {shown(Path.cwd())})", remedy="check the path"
         ) from error
     except (OSError, ValueError) as error:  # no permission, name too long, NUL in the name
         if isinstance(error, Qwen3VLError):

@@ -3,63 +3,49 @@
 from __future__ import annotations
 
 import json
-import sys
-import threading
+import logging
+import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtime.answer import Generation, Stats, Stream, Turn
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.generation import decode_steps, prefill
 from runtime.generation_config import GenerationOptions
 from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
 from runtime.manifest import Manifest
-from runtime.memory import cache_bytes, check_fits, physical_bytes, vision_bytes
+from runtime.memory import (
+    CACHE,
+    LOGITS,
+    PREFILL,
+    VISION,
+    WEIGHTS,
+    cache_bytes,
+    check_fits,
+    logits_bytes,
+    machine_bytes,
+    prefill_bytes,
+    vision_bytes,
+)
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.prompt import Prompt, PromptBuilder
 from runtime.sampling import Sampler
 from runtime.session import Floats, Session, open_session
 from runtime.stopping import StopStringFilter
 from runtime.tokenizer import Tokenizer
+from runtime.urls import check_local
 from runtime.vision_inputs import position_interpolation, vision_rotary
 
 DEFAULT_MAX_CONTEXT = 4096
-_MANY_VISUAL_TOKENS = 2000
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Timings of one answer: seconds, tokens, bytes. `ttft_s` runs from the call to the first token."""
-
-    preprocess_s: float
-    vision_s: float
-    prefill_s: float
-    ttft_s: float
-    tpot_s: float
-    tokens_per_s: float
-    prompt_tokens: int
-    visual_tokens: int
-    new_tokens: int
-    peak_cache_bytes: int
-
-    def to_dict(self) -> dict[str, float]:
-        """Return plain values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer. `token_ids` are the new tokens, the end token included; `finish_reason` is eos, stop or length."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    stats: Stats
+MANY_VISUAL_TOKENS = 2000
+# Python shows warnings on stderr if the program sets up no logging of its own.
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,30 +55,6 @@ class Prepared:
     prompt: Prompt
     images: tuple[ProcessedImage, ...]
     positions: PromptPositions
-
-
-class Stream(Iterator[str]):
-    """Pieces of an answer as they come. `close()` ends it after the current step; then the model is free again.
-
-    Attributes:
-        result: The whole answer, once the stream has ended.
-    """
-
-    def __init__(self, pieces: Generator[str, None, Generation]) -> None:
-        self._pieces = pieces
-        self.result: Generation | None = None
-
-    def __next__(self) -> str:
-        """Return the next piece."""
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            self.result = end.value or self.result
-            raise StopIteration from None
-
-    def close(self) -> None:
-        """Stop generating."""
-        self._pieces.close()
 
 
 class Qwen3VLModel:
@@ -107,6 +69,7 @@ class Qwen3VLModel:
         image_config: ImageProcessorConfig,
         defaults: GenerationOptions,
         max_context: int,
+        max_memory: int,
     ) -> None:
         self.manifest = manifest
         self.config = manifest.model
@@ -115,8 +78,9 @@ class Qwen3VLModel:
         self.image_config = image_config
         self.defaults = defaults
         self.max_context = max_context
+        self.max_memory = max_memory
         self._builder = PromptBuilder(tokenizer, template)
-        self._lock = threading.Lock()
+        self._turn = Turn()
 
     @classmethod
     def from_engine(
@@ -128,6 +92,7 @@ class Qwen3VLModel:
         max_context: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_memory: int | None = None,
     ) -> Qwen3VLModel:
         """Open an engine folder.
 
@@ -138,12 +103,15 @@ class Qwen3VLModel:
             max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for.
             min_pixels: Smaller images are enlarged to this area.
             max_pixels: Larger images are reduced to this area.
+            max_memory: Most bytes that weights, cache and workspace may take together, by estimate; the machine's
+                memory, or the container's, by default.
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
-            CapacityError: Weights and KV cache exceed the machine's memory.
-            UsageError: An option is out of range.
+            CapacityError: Weights, a full KV cache and the prefill exceed `max_memory`.
+            UsageError: An option is out of range, or `path` is a URL.
         """
+        check_local(path, "engine")
         folder = Path(path)
         manifest = Manifest.read(folder)
         manifest.check(folder, full=check)
@@ -151,11 +119,10 @@ class Qwen3VLModel:
         max_context = min(DEFAULT_MAX_CONTEXT, limit) if max_context is None else max_context
         if not 1 <= max_context <= limit:
             raise UsageError(f"max_context = {max_context}, expected 1 to {limit}, what the model was trained for")
-        itemsize = np.dtype(str(manifest.capabilities["cache_dtype"])).itemsize
-        check_fits(
-            {"weights": manifest.weight_bytes, "KV cache": cache_bytes(manifest.model, max_context, itemsize)},
-            physical_bytes(),
-        )
+        if max_memory is not None and max_memory < 1:
+            raise UsageError(f"max_memory = {max_memory}, expected a number of bytes")
+        max_memory = machine_bytes() if max_memory is None else max_memory
+        check_fits(_decoder_needs(manifest, max_context), max_memory)
         image_config = ImageProcessorConfig.from_dict(_read_json(folder / "preprocessor_config.json"))
         if min_pixels is not None or max_pixels is not None:
             if min_pixels is None and max_pixels is not None:
@@ -169,6 +136,7 @@ class Qwen3VLModel:
             image_config,
             GenerationOptions.from_generation_config(_read_json(folder / "generation_config.json")),
             max_context,
+            max_memory,
         )
 
     def generate(self, messages: Any, **options: Any) -> Generation:
@@ -182,23 +150,27 @@ class Qwen3VLModel:
     def stream(self, messages: Any, **options: Any) -> Stream:
         """Answer messages piece by piece, cut at UTF-8 boundaries.
 
+        Work begins with the first piece. Until the stream is exhausted or closed, calls of other threads wait, and a
+        call of the thread that reads it is an error.
+
         Args:
             messages: Hugging Face chat format; an image is a path, bytes, a data URL, a PIL image or an array.
             **options: Generation options with Hugging Face's names; defaults come from generation_config.json.
 
         Raises:
-            UsageError: A message or an option is not valid.
+            UsageError: A message or an option is not valid, or this thread left another stream open.
             ImageError: An image cannot be read.
-            CapacityError: The prompt leaves no room in `max_context`, or the memory does not hold an image. An answer
-                that fills `max_context` ends with finish_reason "length".
+            CapacityError: The prompt leaves no room in `max_context`, or the estimated memory exceeds `max_memory`. An
+                answer that fills `max_context` ends with finish_reason "length".
         """
         chosen = self.defaults.replace(**options)
         return Stream(self._run(messages, chosen))
 
     def logits(self, messages: Any) -> Floats:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
-        with self._lock:
+        with self._turn:
             prepared = self.prepare(messages)
+            self._check_memory(prepared, len(prepared.prompt.input_ids), all_logits=True)
             embeds = self.encode_images(prepared.images)
             cache = self.session.new_cache(len(prepared.prompt.input_ids))
             return prefill(self.session, cache, prepared.prompt.input_ids, prepared.positions, embeds, all_logits=True)
@@ -215,7 +187,7 @@ class Qwen3VLModel:
         if len(prompt.input_ids) > self.max_context:
             raise CapacityError(
                 f"the prompt has {len(prompt.input_ids)} tokens, max_context is {self.max_context}",
-                remedy="raise max_context, lower max_pixels, or shorten the prompt",
+                remedy=f"raise max_context above {len(prompt.input_ids)}, lower max_pixels, or shorten the prompt",
             )
         spans = [
             VisualSpan(start, image.merged_grid_thw) for (start, _), image in zip(prompt.spans, images, strict=True)
@@ -231,16 +203,29 @@ class Qwen3VLModel:
     def _encode(self, image: ProcessedImage) -> Floats:
         vision = self.config.vision
         t, h, w = image.grid_thw
-        check_fits(
-            {"weights": self.manifest.weight_bytes, "vision": vision_bytes(self.config, t * h * w)}, physical_bytes()
-        )
         indices, weights = position_interpolation(h, w, vision.num_grid_per_side, vision.spatial_merge_size)
         cos, sin = vision_rotary(h, w, vision.head_dim, vision.spatial_merge_size)
         pixels = image.pixel_values.reshape(t, h * w, vision.patch_elements)
         return self.session.vision(pixels, indices, weights, cos, sin)
 
+    def _advice(self, visual_tokens: int, num_images: int) -> str:
+        """Say which `max_pixels` would keep the images of this prompt within `MANY_VISUAL_TOKENS`."""
+        limit = max(1, MANY_VISUAL_TOKENS // num_images) * self.image_config.factor**2
+        images = "the image gives" if num_images == 1 else f"the {num_images} images give"
+        return (
+            f"note: {images} {visual_tokens} visual tokens, so the answer begins late; max_pixels={limit} would limit "
+            f"them to {MANY_VISUAL_TOKENS}, with less detail"
+        )
+
+    def _check_memory(self, prepared: Prepared, capacity: int, *, all_logits: bool = False) -> None:
+        patches = [math.prod(image.grid_thw) for image in prepared.images]
+        needed = _decoder_needs(self.manifest, capacity) | {VISION: vision_bytes(self.config, patches)}
+        if all_logits:
+            needed[LOGITS] = logits_bytes(self.config, capacity)
+        check_fits(needed, self.max_memory)
+
     def _run(self, messages: Any, options: GenerationOptions) -> Generator[str, None, Generation]:
-        with self._lock:
+        with self._turn:
             return (yield from self._generate(messages, options))
 
     def _generate(self, messages: Any, options: GenerationOptions) -> Generator[str, None, Generation]:
@@ -248,14 +233,16 @@ class Qwen3VLModel:
         prepared = self.prepare(messages)
         prompt_ids = prepared.prompt.input_ids
         visual_tokens = sum(image.num_visual_tokens for image in prepared.images)
-        if visual_tokens > _MANY_VISUAL_TOKENS:
-            print(f"{visual_tokens} visual tokens; a lower max_pixels answers sooner", file=sys.stderr)
         room = self.max_context - len(prompt_ids)
         if room < 1:
             raise CapacityError(
-                f"the prompt fills max_context = {self.max_context}", remedy="raise max_context, or shorten the prompt"
+                f"the prompt fills max_context = {self.max_context}",
+                remedy="raise max_context, lower max_pixels, or shorten the prompt",
             )
         max_new_tokens = min(options.max_new_tokens, room)
+        self._check_memory(prepared, len(prompt_ids) + max_new_tokens)
+        if visual_tokens > MANY_VISUAL_TOKENS:
+            _LOGGER.warning("%s", self._advice(visual_tokens, len(prepared.images)))
         preprocessed = time.perf_counter()
         embeds = self.encode_images(prepared.images)
         encoded = time.perf_counter()
@@ -283,9 +270,9 @@ class Qwen3VLModel:
                 piece += stops.feed(decoder.flush())
                 if stops.matched is None:
                     piece += stops.flush()
-            if piece:
-                pieces.append(piece)
-                yield piece
+            pieces.append(piece)
+            yield piece
+            self._turn.keep()
             if is_done:
                 break
         ended = time.perf_counter()
@@ -304,6 +291,15 @@ class Qwen3VLModel:
             peak_cache_bytes=cache.num_bytes,
         )
         return Generation("".join(pieces), token_ids, finish_reason, stats)
+
+
+def _decoder_needs(manifest: Manifest, capacity: int) -> dict[str, int]:
+    itemsize = np.dtype(str(manifest.capabilities["cache_dtype"])).itemsize
+    return {
+        WEIGHTS: manifest.weight_bytes,
+        CACHE: cache_bytes(manifest.model, capacity, itemsize),
+        PREFILL: prefill_bytes(manifest.model, capacity),
+    }
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

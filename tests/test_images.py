@@ -130,6 +130,9 @@ def test_no_warning_is_shown() -> None:
         ("http://host/cat.png", UsageError, "nothing is fetched"),
         ("HTTPS://host/cat.png", UsageError, "nothing is fetched"),
         ("s3://bucket/cat.png", UsageError, "nothing is fetched"),
+        (Path("http://host/cat.png"), UsageError, "nothing is fetched"),  # pathlib makes it http:/host/cat.png
+        ("http:/host/cat.png", UsageError, "scheme 'http'"),
+        (Path("file:///missing.png"), UsageError, "plain path"),
         ("file://host/cat.png", UsageError, "found host 'host'"),
         ("file:///missing.png", ImageError, "no such file"),
         ("data:image/png;base64", ImageError, "comma"),

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from qwen3vl_export.demo import IMAGES
-from runtime.errors import CapacityError, ImageError, UsageError
+from runtime.errors import CapacityError, EngineError, ImageError, UsageError
+from runtime.manifest import Manifest
+from runtime.memory import cache_bytes, machine_bytes, prefill_bytes
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 
@@ -66,6 +68,59 @@ def test_a_second_thread_waits_its_turn(model: Qwen3VLModel) -> None:
     assert answers == [answer]
 
 
+def test_a_thread_never_waits_for_its_own_stream(model: Qwen3VLModel) -> None:
+    messages, answer = question()
+    stream = model.stream(messages)
+    first = next(stream)
+    for call in (
+        lambda: model.generate(messages),
+        lambda: model.logits(messages),
+        lambda: next(model.stream(messages)),
+    ):
+        with pytest.raises(UsageError, match="still open in this thread") as caught:
+            call()
+        assert "close()" in caught.value.remedy
+    assert first + "".join(stream) == answer
+    assert model.generate(messages).text == answer
+
+
+def test_a_dropped_stream_frees_the_model(model: Qwen3VLModel) -> None:
+    messages, answer = question()
+    stream = model.stream(messages)
+    next(stream)
+    del stream
+    assert model.generate(messages).text == answer
+    model.stream(messages)  # never begun: takes no turn
+    assert model.generate(messages).text == answer
+
+
+def test_a_stream_may_be_read_and_closed_by_another_thread(model: Qwen3VLModel) -> None:
+    messages, answer = question()
+    stream = model.stream(messages)
+    pieces = [next(stream)]
+    entered, leave = threading.Event(), threading.Event()
+    decode = model.session.decode
+
+    def slow_decode(*arguments):
+        entered.set()
+        assert leave.wait(60)
+        return decode(*arguments)
+
+    model.session.decode = slow_decode
+    try:
+        reader = threading.Thread(target=lambda: pieces.extend(stream))
+        reader.start()
+        assert entered.wait(60)
+        stream.close()  # in the middle of the other thread's step
+        leave.set()
+        reader.join(60)
+        assert not reader.is_alive()
+    finally:
+        model.session.decode = decode
+    assert len(pieces) == 1 and stream.result is None
+    assert model.generate(messages).text == answer
+
+
 def test_stop_strings_and_length(model: Qwen3VLModel) -> None:
     messages, answer = question()
     stopped = model.generate(messages, stop=['],"count'])
@@ -108,14 +163,88 @@ def test_bad_calls(model: Qwen3VLModel, messages: list, options: dict, error: ty
     assert model.generate(question()[0]).text == question()[1]
 
 
-def test_options_of_the_engine(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_the_engine(demo_engine: Path) -> None:
     with pytest.raises(UsageError, match="max_context"):
         Qwen3VLModel.from_engine(demo_engine, max_context=0)
     with pytest.raises(UsageError, match="threads"):
         Qwen3VLModel.from_engine(demo_engine, threads=0)
+    with pytest.raises(UsageError, match="max_memory"):
+        Qwen3VLModel.from_engine(demo_engine, max_memory=0)
     small = Qwen3VLModel.from_engine(demo_engine, max_pixels=4096, max_context=40)
     picture = np.zeros((300, 300, 3), np.uint8)
     assert small.prepare(user_message("Hi", [picture])).images[0].num_visual_tokens <= 4
-    monkeypatch.setattr("runtime.model.physical_bytes", lambda: 1_000_000)
-    with pytest.raises(CapacityError, match="max_context"):
-        Qwen3VLModel.from_engine(demo_engine)
+
+
+def test_an_engine_that_is_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for engine in ("https://host/engine", Path("https://host/engine")):
+        with pytest.raises(UsageError, match="scheme 'https'; nothing is fetched") as caught:
+            Qwen3VLModel.from_engine(engine)
+        assert "download the engine" in caught.value.remedy
+    monkeypatch.chdir(tmp_path)
+    folder = Path("https:/engine")
+    folder.mkdir(parents=True)
+    with pytest.raises(EngineError, match="no engine folder"):  # it is there, so its name is no URL
+        Qwen3VLModel.from_engine(folder)
+
+
+def test_memory_is_estimated_before_work(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Manifest.read(demo_engine).weight_bytes
+    with pytest.raises(CapacityError, match=r"weights 0\.01 GB, .*limit is 0\.00 GB") as caught:
+        Qwen3VLModel.from_engine(demo_engine, max_memory=1000)
+    assert caught.value.remedy == "use a smaller model, or raise max_memory if the machine has more"
+    with pytest.raises(CapacityError, match="KV cache") as caught:
+        Qwen3VLModel.from_engine(demo_engine, max_memory=weights + 1000)
+    assert caught.value.remedy.startswith("lower max_context, or raise max_memory")
+    model = Qwen3VLModel.from_engine(demo_engine, max_memory=weights + 20_000_000, max_context=512)
+    monkeypatch.setattr(model.session, "vision", None)  # would fail if it were reached
+    with pytest.raises(CapacityError, match="vision") as caught:
+        model.generate(user_message("Hi", [np.zeros((600, 600, 3), np.uint8)]), max_new_tokens=1)
+    assert caught.value.remedy.startswith("lower max_pixels, or raise max_memory")
+    assert model.generate(user_message("Hi"), max_new_tokens=1).stats.new_tokens == 1
+
+
+def test_the_logits_of_a_long_prompt_count(demo_engine: Path) -> None:
+    model = Qwen3VLModel.from_engine(demo_engine)
+    num_tokens = len(model.logits("Hi"))
+    cache = cache_bytes(model.config, num_tokens, itemsize=4)
+    whole = model.manifest.weight_bytes + cache + prefill_bytes(model.config, num_tokens)
+    whole += 2 * 4 * num_tokens * model.config.text.vocab_size
+    model.max_memory = whole
+    assert len(model.logits("Hi")) == num_tokens
+    model.max_memory = whole - 1
+    with pytest.raises(CapacityError, match="logits"):
+        model.logits("Hi")
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
+    version_1, version_2 = tmp_path / "memory.limit_in_bytes", tmp_path / "memory.max"
+    whole = machine_bytes([])
+    assert whole > 1 << 28
+    version_2.write_text("max\n")
+    version_1.write_text("9223372036854771712\n")
+    assert machine_bytes([version_1, version_2, tmp_path / "none"]) == whole
+    version_2.write_text("1000\n")
+    assert machine_bytes([version_1, version_2]) == 1000
+
+
+def test_many_visual_tokens_are_told_with_what_is_faster(
+    demo_engine: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.model.MANY_VISUAL_TOKENS", 20)
+    pictures = [np.zeros((160, 160, 3), np.uint8), np.zeros((128, 160, 3), np.uint8)]
+    whole = Qwen3VLModel.from_engine(demo_engine, threads=2)
+    whole.generate(user_message("Hi", pictures[1:]), max_new_tokens=1)
+    assert caplog.messages == []
+    for images, expected in (
+        (pictures[:1], "note: the image gives 25 visual tokens, so the answer begins late; max_pixels=20480 would"),
+        (pictures, "note: the 2 images give 45 visual tokens, so the answer begins late; max_pixels=10240 would"),
+    ):
+        whole.generate(user_message("Hi", images), max_new_tokens=1)
+        (note,) = caplog.messages
+        caplog.clear()
+        assert note.startswith(expected)
+        limit = int(note.partition("max_pixels=")[2].split()[0])
+        reduced = Qwen3VLModel.from_engine(demo_engine, threads=2, max_pixels=limit)
+        # The advice keeps its promise: no further note.
+        assert reduced.generate(user_message("Hi", images), max_new_tokens=1).stats.visual_tokens <= 20
+        assert caplog.messages == []

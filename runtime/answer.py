@@ -1,0 +1,110 @@
+"""What one call gives back: the pieces of an answer as they come, the whole of it, and its timings."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+
+from runtime.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Timings of one answer: seconds, tokens, bytes. `ttft_s` runs from the call to the first token."""
+
+    preprocess_s: float
+    vision_s: float
+    prefill_s: float
+    ttft_s: float
+    tpot_s: float
+    tokens_per_s: float
+    prompt_tokens: int
+    visual_tokens: int
+    new_tokens: int
+    peak_cache_bytes: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. `token_ids` are the new tokens, the end token included; `finish_reason` is eos, stop or length."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+
+
+class Stream(Iterator[str]):
+    """Pieces of an answer as they come.
+
+    The model is busy from the first piece until the stream is exhausted, closed or garbage-collected.
+
+    Args:
+        steps: Yields the text of each step, often none, and returns the whole answer.
+
+    Attributes:
+        result: The whole answer, once the stream is exhausted.
+    """
+
+    def __init__(self, steps: Generator[str, None, Generation]) -> None:
+        self._steps = steps
+        self._is_closed = False
+        self.result: Generation | None = None
+
+    def __next__(self) -> str:
+        """Return the next piece, which is never empty."""
+        while True:
+            try:
+                piece = next(self._steps)
+            except StopIteration as end:
+                self.result = end.value or self.result
+                raise StopIteration from None
+            if self._is_closed:
+                self._steps.close()
+                raise StopIteration
+            if piece:
+                return piece
+
+    def close(self) -> None:
+        """Stop generating, from any thread: at once, or behind the step that another thread is in."""
+        self._is_closed = True
+        # "generator already executing": the thread inside it sees the flag when the step ends.
+        with contextlib.suppress(ValueError):
+            self._steps.close()
+
+
+class Turn:
+    """The right to use an engine: one call at a time. Threads wait for each other; a thread never waits for itself."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+
+    def __enter__(self) -> None:
+        """Wait for the turn.
+
+        Raises:
+            UsageError: This thread has it already, in a stream that it left open.
+        """
+        if self._thread == threading.get_ident():
+            raise UsageError(
+                "a stream of this model is still open in this thread, so another call would wait for ever",
+                remedy="read the stream to its end, or close() it, before the next call",
+            )
+        self._lock.acquire()
+        self.keep()
+
+    def keep(self) -> None:
+        """Note the thread that goes on with a call: a stream may be read by another one than began it."""
+        self._thread = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        """End the turn, in whichever thread."""
+        self._thread = None
+        self._lock.release()
