@@ -29,6 +29,7 @@ _HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _MAX_LISTED = 5
+_DOWNLOAD_AGAIN = "the file is damaged: download it again"
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,17 @@ class Checkpoint:
         try:
             folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(_HUB_FILES)))
         except Exception as error:  # the Hub client raises errors of several libraries
+            reason = " ".join(str(error).split())  # some are paragraphs
             raise CheckpointError(
-                f"{source}: neither a folder here nor on the Hub ({type(error).__name__}: {error})",
+                f"{source}: neither a folder here nor on the Hub ({type(error).__name__}: {reason})",
                 remedy="check the spelling and the connection, or download the folder and give its path",
             ) from error
         return cls(folder, source, folder.name)
+
+    @property
+    def short_name(self) -> str:
+        """A name for folders: the last part of `name`."""
+        return Path(self.name).name or self.folder.resolve().name
 
     @cached_property
     def hf_config(self) -> dict[str, Any]:
@@ -100,9 +107,11 @@ class Checkpoint:
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: missing", remedy="give a complete Hugging Face folder") from error
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+            raise CheckpointError(f"{path}: not readable as JSON ({error})", remedy=_DOWNLOAD_AGAIN) from error
         if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")
+            raise CheckpointError(
+                f"{path}: expected a JSON object, got {type(values).__name__}", remedy=_DOWNLOAD_AGAIN
+            )
         return values
 
     @cached_property
@@ -113,17 +122,27 @@ class Checkpoint:
             CheckpointError: A file is missing, truncated or unreadable, or the index contradicts the files.
         """
         if not (self.folder / _INDEX_NAME).is_file():
+            if not (self.folder / _SINGLE_NAME).is_file():
+                raise CheckpointError(
+                    f"{self.folder}: {_SINGLE_NAME} and {_INDEX_NAME} are missing",
+                    remedy="give a complete Hugging Face folder; without weights, too, their headers are read",
+                )
             return {_SINGLE_NAME: read_header(self.folder / _SINGLE_NAME)}
         weight_map = self.read_json(_INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{self.folder / _INDEX_NAME}: no weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(type(n) is str for n in weight_map.values()):
+            raise CheckpointError(f"{self.folder / _INDEX_NAME}: no weight_map of file names", remedy=_DOWNLOAD_AGAIN)
         names = sorted(set(weight_map.values()))
         if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{self.folder / _INDEX_NAME}: a shard lies outside of the folder")
+            raise CheckpointError(
+                f"{self.folder / _INDEX_NAME}: a shard lies outside of the folder",
+                remedy="put all shards beside the index and name them without a folder",
+            )
         headers = {name: read_header(self.folder / name) for name in names}
         for key, name in weight_map.items():
             if key not in headers[name].tensors:
-                raise CheckpointError(f"{self.folder / name}: the index promises {key}, which is not there")
+                raise CheckpointError(
+                    f"{self.folder / name}: the index promises {key}, which is not there", remedy=_DOWNLOAD_AGAIN
+                )
         return headers
 
     @cached_property
@@ -133,7 +152,10 @@ class Checkpoint:
         for name, header in self.headers.items():
             for key, entry in header.tensors.items():
                 if key in entries:
-                    raise CheckpointError(f"{self.folder / name}: {key} is also in {entries[key].path.name}")
+                    raise CheckpointError(
+                        f"{self.folder / name}: {key} is also in {entries[key].path.name}",
+                        remedy="the shards are of different checkpoints: download all of them again",
+                    )
                 entries[key] = entry
         return entries
 
@@ -156,7 +178,8 @@ class Checkpoint:
             )
         if entry.shape != tuple(shape):
             raise CheckpointError(
-                f"{entry.path}: {key} has shape {list(entry.shape)}, config.json implies {list(shape)}"
+                f"{entry.path}: {key} has shape {list(entry.shape)}, config.json implies {list(shape)}",
+                remedy="the weights do not belong to this config.json: take both from one checkpoint",
             )
         return CheckpointTensor(key, entry, view)
 

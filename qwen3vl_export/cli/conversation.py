@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from qwen3vl_export.cli.errors import spell_options
 from qwen3vl_export.cli.output import note, print_stats, print_stream
 from runtime.errors import Qwen3VLError, UsageError
 
@@ -39,7 +40,7 @@ class Conversation:
             try:
                 self._take(line)
             except Qwen3VLError as error:
-                note(f"error: {error}")
+                note(spell_options(f"error: {error}"))
 
     def _take(self, line: str) -> None:
         command, _, argument = line.partition(" ")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
+import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,9 +20,11 @@ DEBUG_HELP = "--debug, anywhere on the command line, adds the Python traceback t
 """For the epilog of each app: `--debug` is taken out before typer sees the arguments, so its help does not list it."""
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report for Ctrl-C
+BROKEN_PIPE = 141  # 128 + SIGPIPE, what shells report for a tool whose reader has gone
 
 # Extra of pyproject.toml that installs a module.
 _EXTRAS = {
+    "huggingface_hub": "export",
     "onnx": "export",
     "onnx_ir": "export",
     "onnxruntime": "cpu",
@@ -29,6 +34,23 @@ _EXTRAS = {
     "torchvision": "export",
     "transformers": "export",
 }
+
+# Keyword arguments of the Python API that messages name, and that the command line spells with dashes.
+_API_OPTIONS = (
+    "do_sample",
+    "frequency_penalty",
+    "max_context",
+    "max_memory",
+    "max_new_tokens",
+    "max_pixels",
+    "min_p",
+    "min_pixels",
+    "presence_penalty",
+    "repetition_penalty",
+    "top_k",
+    "top_p",
+)
+_API_OPTION = re.compile(rf"(?<![\w./-])({'|'.join(_API_OPTIONS)})\b(?:=(\w[\w.]*\b))?(?![\w/])")
 
 
 def run_app(app: typer.Typer, args: Sequence[str] | None = None) -> None:
@@ -42,11 +64,13 @@ def run_app(app: typer.Typer, args: Sequence[str] | None = None) -> None:
     | disk full, memory exhausted | as `CapacityError` | 8 |
     | a package of an extra is missing | as `UsageError`, naming the extra | 2 |
     | Ctrl-C | `interrupted` | 130 |
+    | the reader of stdout has gone, as behind `| head -1` | | 141 |
     | any other exception, our own bug | `error: internal error: …` | 1 |
 
     `--debug` may stand anywhere before a bare `--`. It is removed from the arguments and prints the traceback before
     the message. Commands therefore declare no such option and raise errors instead of printing them; an app names the
-    flag in its help with `epilog=DEBUG_HELP`.
+    flag in its help with `epilog=DEBUG_HELP`. Warnings that the runtime logs appear on stderr. Both they and errors
+    name options as the command line does, see `spell_options`.
 
     Args:
         app: The typer app; made with `pretty_exceptions_enable=False`, so that typer installs no hook of its own.
@@ -59,21 +83,59 @@ def run_app(app: typer.Typer, args: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An answer may hold characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="replace")
+    notes = _NoteHandler()
+    logging.getLogger("runtime").addHandler(notes)
     try:
-        typer.main.get_command(app)(args=arguments)
+        try:
+            typer.main.get_command(app)(args=arguments)
+        finally:
+            sys.stdout.flush()  # here, where a failure still gets a message and an exit code
     except SystemExit as end:
-        # typer 0.29 turns Ctrl-C into this exit code and prints nothing.
+        # typer 0.29 turns Ctrl-C into this exit code and a broken pipe into 1, and prints nothing.
         if end.code == INTERRUPTED:
             _report("interrupted", end, is_debug)
+        if isinstance(end.__context__, BrokenPipeError):
+            raise SystemExit(_broken_pipe()) from None
         raise
+    except BrokenPipeError:
+        raise SystemExit(_broken_pipe()) from None
     except KeyboardInterrupt as error:
         _report("interrupted", error, is_debug)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         known = _as_known_error(error)
-        _report(f"error: {known}", error, is_debug)
+        _report(spell_options(f"error: {known}"), error, is_debug)
         raise SystemExit(known.exit_code) from None
+    finally:
+        logging.getLogger("runtime").removeHandler(notes)
     raise SystemExit(0)
+
+
+def spell_options(text: str) -> str:
+    """Write the API's options as the command line does: `max_pixels=9` as `--max-pixels 9`."""
+
+    def spelled(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if name == "do_sample" and value == "False":
+            return "--greedy"
+        option = f"--{name.replace('_', '-')}"
+        return option if value in (None, "True") else f"{option} {value}"
+
+    return _API_OPTION.sub(spelled, text)
+
+
+class _NoteHandler(logging.Handler):
+    """Show what the runtime logs as a line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        print(spell_options(record.getMessage()), file=sys.stderr, flush=True)
+
+
+def _broken_pipe() -> int:
+    """Let Python's flush of stdout at exit, which would complain, go nowhere; return the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return BROKEN_PIPE
 
 
 def _take_debug(args: Sequence[str]) -> tuple[list[str], bool]:

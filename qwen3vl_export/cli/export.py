@@ -1,74 +1,95 @@
 """The `qwen3vl-export` command."""
 
+# ruff: noqa: D301 (typer keeps the line breaks of a paragraph that begins with a backspace character)
+
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
+from runtime.errors import UsageError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command()
+@app.command(epilog=DEBUG_HELP)
 def export(
     model: Annotated[
         str, typer.Argument(help="A Hugging Face folder, a Hub id (owner/name[@revision]), or 'demo'.", metavar="MODEL")
     ],
     target: Annotated[str, typer.Option(help="What to build for; `qwen3vl targets` lists them.")] = "ort-cpu-fp32",
-    output: Annotated[Path | None, typer.Option(help="Engine folder to write [default: out/MODEL-TARGET].")] = None,
+    output: Annotated[Path | None, typer.Option(help="Engine folder to write. [default: out/MODEL-TARGET]")] = None,
     bundle: Annotated[
         Path | None,
         typer.Option(help="Write the target-neutral graphs and weights here instead of building an engine."),
     ] = None,
     compile: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="--no-compile stops at the lowered graph and its weights.")
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="--no-compile stops at the lowered graphs and their weights, to look at or to run with other tools; "
+            "they have no manifest, so nothing here opens them.",
+        ),
     ] = True,
-    weights: Annotated[bool, typer.Option("--weights/--no-weights", help="--no-weights writes graphs only.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    weights: Annotated[
+        bool,
+        typer.Option(
+            "--weights/--no-weights",
+            help="--no-weights writes the graphs only, which nothing opens; of the checkpoint's weights it reads the "
+            "headers.",
+        ),
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")] = False,
 ) -> None:
     """Export a Qwen3-VL checkpoint into an engine.
 
-    For example:
+    The output folder appears when it is complete; until then an older engine stays in its place.
 
-        qwen3vl-export demo --output out/demo
+    --json prints one object: output, target (null for a bundle), is_engine (false for a bundle and with --no-compile
+    or --no-weights), weight_bytes, trace_s, total_s.
 
-        qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-fp32 --output engines/2b
+    \b
+    Examples:
+      qwen3vl-export demo --output out/demo
+      qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-fp32 --output engines/2b
+      qwen3vl-export Qwen/Qwen3-VL-4B-Instruct@main --no-weights --json
     """
     from engines import registry
     from engines.build import build_engine, output_folder
     from qwen3vl_export.checkpoint import Checkpoint
 
     started = time.perf_counter()
+    if bundle is not None and output is not None:
+        raise UsageError("--bundle and --output exclude each other", remedy="run the command twice")
     chosen = registry.get(target)
     checkpoint = Checkpoint.open(model)
-    if bundle is not None and output is not None:
-        from runtime.errors import UsageError
-
-        raise UsageError("--bundle and --output exclude each other", remedy="run the command twice")
-    destination = bundle or output or Path("out") / f"{Path(model).name}-{chosen.name}"
+    destination = bundle or output or Path("out") / f"{checkpoint.short_name}-{chosen.name}"
     print(f"tracing {checkpoint.name}", file=sys.stderr)
-    from qwen3vl_export.export import make_bundle
+    from qwen3vl_export.export import make_bundle  # loads torch, so only once there is something to trace
 
     made = make_bundle(checkpoint)
     traced_s = time.perf_counter() - started
     weight_bytes = made.weight_bytes if weights else 0
+    is_engine = bundle is None and weights and compile
     with _progress(weight_bytes) as advance:
         if bundle is not None:
             with output_folder(destination, weight_bytes) as folder:
                 made.write(folder, with_weights=weights, progress=advance)
         else:
             # ONNX Runtime compiles when it opens the graph, so for it the lowered graph is the engine.
-            build_engine(
-                made, chosen, destination, with_weights=weights, runnable=weights and compile, progress=advance
-            )
+            build_engine(made, chosen, destination, with_weights=weights, runnable=is_engine, progress=advance)
     result = {
         "output": str(destination),
         "target": None if bundle is not None else chosen.name,
+        "is_engine": is_engine,
         "weight_bytes": weight_bytes,
         "trace_s": round(traced_s, 2),
         "total_s": round(time.perf_counter() - started, 2),
@@ -79,15 +100,13 @@ def export(
         print(f"{destination}  ({weight_bytes / 1e6:.1f} MB of weights, {result['total_s']} s)")
 
 
-def _progress(total_bytes: int):
+def _progress(total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
     """Return a context that shows a bar on stderr and gives the function that advances it."""
-    import contextlib
-
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    @contextlib.contextmanager
-    def shown():
+    @contextmanager
+    def shown() -> Iterator[Callable[[int], None]]:
         columns = TextColumn("writing weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("weights", total=total_bytes)
@@ -98,8 +117,6 @@ def _progress(total_bytes: int):
 
 def main() -> None:
     """Run the command line."""
-    from qwen3vl_export.cli.errors import run_app
-
     run_app(app)
 
 

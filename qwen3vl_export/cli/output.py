@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runtime.answer import Generation, Stats
     from runtime.manifest import Manifest
-    from runtime.model import Generation, Qwen3VLModel, Stats
+    from runtime.model import Qwen3VLModel
 
 
 def print_stream(model: Qwen3VLModel, messages: list[dict[str, Any]], options: dict[str, Any]) -> Generation:

@@ -63,6 +63,13 @@ Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this
 MinPixels = Annotated[int | None, typer.Option(help="Enlarge images below this many pixels.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Shrink images above this many pixels: faster, less detail.")]
 MaxContext = Annotated[int | None, typer.Option(help="Room of the KV cache: prompt, images and answer, in tokens.")]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GB",
+        help="Most memory that weights, cache and workspace may take, in units of 10^9 bytes. [default: the machine's]",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine.")]
 
 
@@ -85,12 +92,17 @@ def run(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     max_context: MaxContext = None,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
     as_json: AsJson = False,
     stats: ShowStats = False,
     check: CheckAll = False,
 ) -> None:
-    """Answer one prompt; the text appears on stdout as it is generated.
+    """Answer one prompt; the text, and nothing else, appears on stdout as it is generated.
+
+    --json prints one object at the end: text, token_ids (of the answer), finish_reason (eos, stop or length), and
+    stats with preprocess_s, vision_s, prefill_s, ttft_s (time to first token), tpot_s (time per later token),
+    tokens_per_s, prompt_tokens, visual_tokens, new_tokens, peak_cache_bytes.
 
     \b
     Examples:
@@ -116,7 +128,13 @@ def run(
         stop=tuple(stop) if stop else None,
     )
     model = _open(
-        engine, check=check, threads=threads, max_context=max_context, min_pixels=min_pixels, max_pixels=max_pixels
+        engine,
+        check=check,
+        threads=threads,
+        max_context=max_context,
+        max_memory=None if max_memory is None else round(max_memory * 1e9),
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
     )
     messages = user_message(prompt, image or [])
     if as_json:
@@ -146,6 +164,7 @@ def chat(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     max_context: MaxContext = None,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
     stats: ShowStats = False,
     check: CheckAll = False,
@@ -165,7 +184,13 @@ def chat(
     """
     options = _given(max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, seed=seed)
     model = _open(
-        engine, check=check, threads=threads, max_context=max_context, min_pixels=min_pixels, max_pixels=max_pixels
+        engine,
+        check=check,
+        threads=threads,
+        max_context=max_context,
+        max_memory=None if max_memory is None else round(max_memory * 1e9),
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
     )
     Conversation(model, options, image or [], has_stats=stats).loop()
 
@@ -176,6 +201,9 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
 
     Graphs and small files are compared by SHA-256, weight files by size; --check hashes the weights as well.
     Hashes catch damage and mix-ups, not malice: whoever can write the folder can write its manifest.
+
+    --json prints one object: target, session, capabilities, model, versions, source, files (num_bytes, sha256,
+    is_weights), format_version, extra, weight_bytes, check (passed, compared, note).
 
     \b
     Examples:
@@ -201,6 +229,8 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
 @app.command()
 def targets(as_json: AsJson = False) -> None:
     """List the targets: which of them this machine can build and run, and why not otherwise.
+
+    --json prints a list of objects: name, description, can_build, can_run, reason.
 
     \b
     Examples:
