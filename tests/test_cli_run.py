@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import logging
+import os
+import re
 import subprocess
 import sys
 import types
@@ -14,13 +18,14 @@ from typing import Any
 
 import pytest
 import typer
+from command_line import call
 from PIL import Image
 
-from qwen3vl_export.cli.errors import run_app
+from qwen3vl_export.cli.errors import run_app, spell_options
 from qwen3vl_export.cli.run import app
+from runtime.answer import Generation, Stats
 from runtime.errors import CapacityError, CheckpointError, EngineError, ParityError
 from runtime.manifest import FileRecord, Manifest, sha256_of
-from runtime.model import Generation, Stats
 from runtime.model_config import ModelConfig, TextConfig, VisionConfig
 
 STATS = Stats(0.001, 0.25, 0.5, 0.751, 0.02, 50.0, 30, 16, 3, 3 << 20)
@@ -76,14 +81,8 @@ def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
 
 
 @pytest.fixture
-def qwen3vl(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            run_app(app, args)
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return call
+def qwen3vl() -> Callable[..., tuple[int, str, str]]:
+    return functools.partial(call, app)
 
 
 @pytest.fixture
@@ -124,13 +123,14 @@ def test_every_option_arrives(model: FakeModel, qwen3vl: Any) -> None:
         "run folder Read. --image a.png --image https://x/b.png --max-new-tokens 7 --do-sample "
         "--temperature 0.5 --top-k 0 --top-p 0.9 --min-p 0 --repetition-penalty 1.1 --presence-penalty -1 "
         "--frequency-penalty 0.2 --seed 0 --stop x --stop y --min-pixels 1024 --max-pixels 4096 "
-        "--max-context 99 --threads 1 --check"
+        "--max-context 99 --max-memory 1.5 --threads 1 --check"
     )
     assert qwen3vl(*args.split())[0] == 0
     assert model.opened[0][1] == {
         "check": True,
         "threads": 1,
         "max_context": 99,
+        "max_memory": 1_500_000_000,
         "min_pixels": 1024,
         "max_pixels": 4096,
     }
@@ -363,6 +363,74 @@ def test_help_shows_an_example(command: str, qwen3vl: Any) -> None:
     code, out, _ = qwen3vl(command, "--help")
     assert code == 0
     assert f"\n    qwen3vl {command}" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("raise max_context, lower max_pixels.", "raise --max-context, lower --max-pixels."),
+        ("max_context = 0, expected 1 to 9", "--max-context = 0, expected 1 to 9"),
+        ("max_pixels=2048000 would limit", "--max-pixels 2048000 would limit"),
+        ("top_p=1.0 keeps all tokens", "--top-p 1.0 keeps all tokens"),
+        ("pass do_sample=True to sample", "pass --do-sample to sample"),
+        ("pass do_sample=False", "pass --greedy"),
+        ("/data/max_context/engine: missing", "/data/max_context/engine: missing"),
+        ("the_max_pixels", "the_max_pixels"),
+    ],
+)
+def test_messages_spell_options_as_the_command_line_does(text: str, expected: str) -> None:
+    assert spell_options(text) == expected
+
+
+def test_every_option_of_the_api_is_spelled() -> None:
+    for command in typer.main.get_command(app).commands.values():
+        for option in command.params:
+            if "_" in option.name and option.name not in ("as_json", "engine"):
+                spelled = option.opts[0]
+                assert spell_options(f"lower {option.name}") == f"lower {spelled}"
+
+
+def test_errors_and_notes_of_the_runtime_are_spelled(
+    model: FakeModel, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(messages: Any, **options: Any) -> Generation:
+        logging.getLogger("runtime.model").warning("max_pixels=9 is faster")
+        raise CapacityError("too long", remedy="raise max_context")
+
+    monkeypatch.setattr(model, "generate", generate)
+    spelled = "--max-pixels 9 is faster\nerror: too long\n  remedy: raise --max-context\n"
+    assert qwen3vl("run", "folder", "Read.") == (8, "", spelled)
+    _chat(monkeypatch, "One")
+    assert qwen3vl("chat", "folder") == (0, "", spelled)
+    assert logging.getLogger("runtime").handlers == []
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(demo_engine: Path) -> None:
+    root = Path(__file__).parent.parent
+    # Output that is written piece by piece, and output that is written when the command ends.
+    for args in (["run", str(demo_engine), "Read."], ["targets"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "qwen3vl_export.cli.run", *args]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=root, timeout=120)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, "")  # 128 + SIGPIPE, as a tool killed by it
+
+
+def _keys(value: Any) -> set[str]:
+    """Return the keys of the first levels of a JSON value that have names of their own."""
+    if isinstance(value, list):
+        return _keys(value[0])
+    return set(value) | (_keys(value["stats"]) if "stats" in value else set())
+
+
+def test_help_names_every_key_of_the_json(model: FakeModel, engine: Path, qwen3vl: Any) -> None:
+    for args in (["run", "folder", "Read."], ["inspect", str(engine)], ["targets"]):
+        code, out, _ = qwen3vl(*args, "--json")
+        assert code == 0
+        documented = qwen3vl(args[0], "--help")[1]
+        paragraph = documented[documented.index("--json prints") : documented.index("Examples:")]
+        assert _keys(json.loads(out)) <= set(re.findall(r"\w+", paragraph))
 
 
 def test_a_missing_engine_says_how_to_build_one(tmp_path: Path, qwen3vl: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from damage import altered, rewrite
 
 from engines import registry
 from engines.build import build_engine
@@ -132,23 +133,6 @@ def test_bundle_passes_the_checker_and_runs_unlowered(tiny_checkpoint: Path, tin
     logits = sessions["decoder"].run(["logits"], feeds)[0][0]
     expected = model.logits(user_message("Count.", [picture(96, 64)]))
     np.testing.assert_allclose(logits, expected, atol=1e-4)
-
-
-def altered(source: Path, folder: Path, **config: object) -> Path:
-    """Copy a checkpoint and change config.json."""
-    shutil.copytree(source, folder)
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | config))
-    return folder
-
-
-def rewrite(folder: Path, change) -> None:
-    """Change the tensors of a checkpoint."""
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import os
-import struct
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from damage import png_of_size
 from PIL import Image
 
 from runtime.errors import CapacityError, CheckpointError, ImageError, Qwen3VLError, UsageError
@@ -30,16 +29,6 @@ def encode(image: Image.Image, format_name: str = "PNG", **options: Any) -> byte
 
 PNG = encode(Image.fromarray(PIXELS))
 DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
-
-
-def png_of_size(width: int, height: int) -> bytes:
-    """Return a PNG whose header claims a size and which holds next to no data."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
