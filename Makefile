@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ENGINE ?= out/demo-ort-cpu-fp32
 IMAGE ?=
+MODEL ?= qwen3-vl-2b
 
 .PHONY: setup demo test lint bench
 
@@ -30,4 +31,10 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks synthetic out/bench --model $(MODEL)
+	$(BIN)/python -m benchmarks import
+	$(BIN)/python -m benchmarks export --model $(MODEL) --no-weights --repeats 3
+	$(BIN)/python -m benchmarks export --model $(MODEL) --checkpoint out/bench --repeats 2 --work-dir out
+	$(BIN)/python -m benchmarks run --model $(MODEL) --checkpoint out/bench --work-dir out
+	$(BIN)/python -m benchmarks report
+	rm -r out/bench

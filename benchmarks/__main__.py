@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks {synthetic,export,run}`."""
+"""Command line of the benchmarks: `python -m benchmarks {synthetic,export,run,import,report}`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import inference, measure, report, synthetic
+from benchmarks import imports, inference, measure, report, status, synthetic
 from runtime.errors import Qwen3VLError, UsageError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -67,7 +67,7 @@ def export(
         "environment": environment,
     }
     suffix = "-no-weights" if no_weights else ""
-    _print(report.write(f"export-{model}-{target}{suffix}", result, report.export_table(result), results))
+    _print(report.write(f"export-{model}-{target}{suffix}", result, results))
 
 
 @app.command()
@@ -107,7 +107,23 @@ def run(
                 f"{count}: engine {result['engine'][count]}, PyTorch {result['torch'][count]}",
                 remedy="give an engine that was exported from this checkpoint",
             )
-    _print(report.write(f"run-{model}-{target}", result, report.inference_table(result), results))
+    _print(report.write(f"run-{model}-{target}", result, results))
+
+
+@app.command("import")
+def time_imports(repeats: int = 11, results: Results = report.RESULTS) -> None:
+    """Measure what importing the Python package costs, in fresh interpreters."""
+    environment = measure.environment()
+    _print(report.write("import", imports.time_imports(repeats=repeats) | {"environment": environment}, results))
+
+
+@app.command("report")
+def write_report() -> None:
+    """Write all tables again from the result files: of each result, in README.md and in docs/benchmarks.md."""
+    for path, text in status.generated().items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            typer.echo(path.relative_to(status.ROOT))
 
 
 def _export(source: Path, engine: Path, target: str, no_weights: bool) -> measure.ChildCost:

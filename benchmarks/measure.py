@@ -23,7 +23,8 @@ class ChildCost:
     Attributes:
         wall_s: From start to exit, imports included.
         cpu_s: User and system time of all its processes.
-        peak_rss_bytes: The largest `ru_maxrss` of its processes; resident pages of mapped files count.
+        peak_rss_bytes: The largest `ru_maxrss` of its processes (the child, and the children that it waited for), not
+            their sum; resident pages of mapped files count.
     """
 
     wall_s: float

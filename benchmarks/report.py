@@ -1,60 +1,116 @@
-"""Write results as JSON and as a Markdown table."""
+"""Write results as JSON, and their tables; a table is made from the JSON alone, so it can be made again.
+
+The kind of a result is the first part of its name: `export-MODEL-TARGET`, `run-MODEL-TARGET`, `import`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
+PHASES = ("vision", "prefill", "decode")
 
 
-def write(name: str, result: Mapping[str, Any], table: str, folder: Path = RESULTS) -> Path:
+def write(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Write `name.json` and `name.md` and return the path of the table."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     path = folder / f"{name}.md"
-    path.write_text(f"# {name}\n\n{table}\n{_environment_line(result['environment'])}\n", encoding="utf-8")
+    path.write_text(render(name, result), encoding="utf-8")
     return path
 
 
+def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Return all results of a folder, by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def kind(name: str) -> str:
+    """Return what a result of this name measures: export, run or import."""
+    return name.partition("-")[0]
+
+
+def render(name: str, result: Mapping[str, Any]) -> str:
+    """Return the text of `name.md`."""
+    body = {"export": export_table, "run": inference_table, "import": import_table}[kind(name)](result)
+    return f"# {name}\n\n{body}\n{_environment_line(result['environment'])}\n"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; the first row is its head."""
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n"
+
+
+def export_median(result: Mapping[str, Any], value: str) -> float:
+    """Return the median of a value over the runs of an export."""
+    return statistics.median(run[value] for run in result["runs"])
+
+
+def export_peak_bytes(result: Mapping[str, Any]) -> int:
+    """Return the largest peak memory of the runs of an export."""
+    return max(run["peak_rss_bytes"] for run in result["runs"])
+
+
+def speed(result: Mapping[str, Any], phase: str) -> float:
+    """Return how many times as fast as PyTorch the engine was in a phase, median against median."""
+    return result["torch"][phase]["median_s"] / result["engine"][phase]["median_s"]
+
+
+def added_s(result: Mapping[str, Any], statement: str) -> float:
+    """Return the seconds that an import adds to a bare interpreter, median minus median."""
+    return result["imports"][statement]["median_s"] - result["bare"]["median_s"]
+
+
 def export_table(result: Mapping[str, Any]) -> str:
-    """Return one row for each run of an export."""
-    lines = ["| model | weights | wall, s | CPU, s | peak RSS, GB | output, MB |", "|---|---|---|---|---|---|"]
-    for run in result["runs"]:
-        cells = (
-            result["model"],
-            "no" if result["no_weights"] else "yes",
-            f"{run['wall_s']:.1f}",
-            f"{run['cpu_s']:.1f}",
-            f"{run['peak_rss_bytes'] / 1e9:.2f}",
-            f"{run['output_bytes'] / 1e6:.1f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    """Return the median run of an export."""
+    cells = (
+        result["model"],
+        "no" if result["no_weights"] else "yes",
+        f"{export_median(result, 'wall_s'):.1f}",
+        f"{export_median(result, 'cpu_s'):.1f}",
+        f"{export_peak_bytes(result) / 1e9:.2f}",
+        f"{export_median(result, 'output_bytes') / 1e6:.1f}",
+    )
+    walls = ", ".join(f"{run['wall_s']:.1f}" for run in result["runs"])
+    return (
+        table([("model", "weights", "wall, s", "CPU, s", "peak RSS, GB", "output, MB"), cells])
+        + f"\nMedian of {len(result['runs'])} runs (wall, s: {walls}); of the peaks the largest.\n"
+    )
 
 
 def inference_table(result: Mapping[str, Any]) -> str:
     """Return one row for each phase, engine against PyTorch."""
     engine, torch = result["engine"], result["torch"]
-    lines = [
+    rows = [(result["model"], "engine, s", "PyTorch fp32, s", "PyTorch / engine")]
+    for phase in PHASES:
+        ours, theirs = engine[phase]["median_s"], torch[phase]["median_s"]
+        rows.append((phase, f"{ours:.4f}", f"{theirs:.4f}", f"{speed(result, phase):.2f}"))
+    loads = engine["load_s"], torch["load_s"]
+    rows.append(("load", f"{loads[0]:.1f}", f"{loads[1]:.1f}", f"{loads[1] / loads[0]:.2f}"))
+    rss = engine["peak_rss_bytes"] / 1e9, torch["peak_rss_bytes"] / 1e9
+    rows.append(("peak RSS, GB", f"{rss[0]:.2f}", f"{rss[1]:.2f}", f"{rss[1] / rss[0]:.2f}"))
+    return (
         f"{engine['prompt_tokens']} prompt tokens, {engine['visual_tokens']} of them visual; "
         f"{result['workload']['threads']} threads; median of {result['workload']['repeats']} repeats "
-        f"({result['workload']['decode_steps']} decode steps).",
-        "",
-        f"| {result['model']} | engine, s | PyTorch fp32, s | PyTorch / engine |",
-        "|---|---|---|---|",
-    ]
-    for phase in ("vision", "prefill", "decode"):
-        ours, theirs = engine[phase]["median_s"], torch[phase]["median_s"]
-        lines.append(f"| {phase} | {ours:.4f} | {theirs:.4f} | {theirs / ours:.2f} |")
-    lines.append(
-        f"| load | {engine['load_s']:.1f} | {torch['load_s']:.1f} | {torch['load_s'] / engine['load_s']:.2f} |"
+        f"({result['workload']['decode_steps']} decode steps).\n\n{table(rows)}"
     )
-    rss = [side["peak_rss_bytes"] / 1e9 for side in (engine, torch)]
-    lines.append(f"| peak RSS, GB | {rss[0]:.2f} | {rss[1]:.2f} | {rss[1] / rss[0]:.2f} |")
-    return "\n".join(lines) + "\n"
+
+
+def import_table(result: Mapping[str, Any]) -> str:
+    """Return one row for each import, less the time of a bare interpreter."""
+    rows = [("statement", "added, s", "heavy libraries loaded")]
+    for statement, values in result["imports"].items():
+        loaded = ", ".join(values["heavy_modules"]) or "none"
+        rows.append((f"`{statement}`", f"{added_s(result, statement):.3f}", loaded))
+    return (
+        f"Fresh interpreters, median of {len(result['bare']['all_s'])}, "
+        f"less {result['bare']['median_s']:.3f} s of a bare one.\n\n{table(rows)}"
+    )
 
 
 def _environment_line(environment: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The synthetic checkpoints have the keys, shapes and files of real ones."""
+"""The synthetic checkpoints have the keys, shapes and files of real ones; test_benchmark_reports.py has the rest."""
 
 from __future__ import annotations
 
