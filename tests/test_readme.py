@@ -149,3 +149,18 @@ def test_documented_defaults_of_an_answer() -> None:
     documented = {name: ast.literal_eval(default) for name, default in rows}
     defaults = {field.name: field.default for field in dataclasses.fields(GenerationOptions)}
     assert documented == {name: value for name, value in defaults.items() if name != "eos_token_ids"}
+
+
+def test_model_card_counts_its_wrong_answers() -> None:
+    """docs/demo.md: wrong reads, those with one digit mistaken, and that the fp32 engine answers as PyTorch does."""
+    summary = json.loads((ROOT / "docs" / "demo_accuracy.json").read_text(encoding="utf-8"))
+    pairs = [(wrong["truth"], wrong["answer"].strip()) for wrong in summary["wrong"] if wrong["task"] == "read"]
+    num_mistaken = sum(
+        len(truth) == len(answer) and sum(a != b for a, b in zip(truth, answer, strict=True)) == 1
+        for truth, answer in pairs
+    )
+    card = " ".join((ROOT / "docs" / "demo.md").read_text(encoding="utf-8").split())
+    assert f"Of the {len(pairs)} wrong reads {num_mistaken} mistake exactly one digit" in card
+    engine = json.loads((ROOT / "docs" / "demo_accuracy_ort-cpu-fp32.json").read_text(encoding="utf-8"))
+    assert ("The engine `ort-cpu-fp32` gives the same 8000 answers" in card) == (engine == summary)
+    assert 4 * summary["all"]["canvases"] == 8000
