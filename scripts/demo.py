@@ -16,29 +16,42 @@ TARGET = "ort-cpu-fp32"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "out" / f"demo-{TARGET}", help="engine folder to write")
-    parser.add_argument("--image", type=Path, help="a picture of your own instead of the held-out one")
+    parser.add_argument("--image", help="a picture of your own instead of the held-out one")
     arguments = parser.parse_args()
-    command = [str(Path(sys.executable).with_name("qwen3vl-export")), "demo"]
-    exported = subprocess.run([*command, "--target", TARGET, "--output", str(arguments.output)], check=False)
+
+    from qwen3_vl import Qwen3VLError
+
+    try:
+        return show(arguments.output, arguments.image)
+    except Qwen3VLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def show(output: Path, image: str | None) -> int:
+    """Export, answer and print; return the exit code.
+
+    Raises:
+        Qwen3VLError: The picture cannot be read, or the engine does not run.
+    """
+    from qwen3_vl import Qwen3VLModel
+    from runtime.images import load_image
+
+    if image is None:
+        entry = json.loads((IMAGES / "truth.json").read_text(encoding="utf-8"))[0]
+        path, question, truth = IMAGES / entry["file"], entry["question"], entry["answer"]
+        image = str(path.relative_to(ROOT))
+        pixels_HWC = load_image(str(path))
+    else:
+        question, truth = "Read the digits.", None
+        pixels_HWC = load_image(image)  # before the export, which takes longer than to find that the path is wrong
+    export = [str(Path(sys.executable).with_name("qwen3vl-export")), "demo", "--target", TARGET]
+    exported = subprocess.run([*export, "--output", str(output)], check=False)
     if exported.returncode != 0:
         return exported.returncode
-
-    from qwen3_vl import Qwen3VLError, Qwen3VLModel
-
-    if arguments.image is None:
-        entry = json.loads((IMAGES / "truth.json").read_text(encoding="utf-8"))[0]
-        image, question, truth = (IMAGES / entry["file"]).relative_to(ROOT), entry["question"], entry["answer"]
-        path = ROOT / image
-    else:
-        image = path = arguments.image
-        question, truth = "Read the digits.", None
-    content = [{"type": "image", "image": str(path)}, {"type": "text", "text": question}]
-    try:
-        model = Qwen3VLModel.from_engine(arguments.output)
-        answer = model.generate([{"role": "user", "content": content}], do_sample=False).text
-    except Qwen3VLError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    content = [{"type": "image", "image": pixels_HWC}, {"type": "text", "text": question}]
+    model = Qwen3VLModel.from_engine(output)
+    answer = model.generate([{"role": "user", "content": content}], do_sample=False).text
     print(f"picture:  {image}")
     print(f"question: {question}")
     print(f"answer:   {answer}")

@@ -92,6 +92,34 @@ def test_python_example(workplace: Path, demo_engine: Path) -> None:
     assert second == TRUTHS[0]["answer"]
 
 
+def test_demo_script_reads_the_picture_before_it_exports(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--output", str(tmp_path / "engine")]
+    done = subprocess.run([*script, "--image", str(tmp_path / "none.png")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == errors.ImageError.exit_code
+    assert done.stderr.startswith("error: ") and "none.png" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("truth", [0, 1])
+def test_demo_script_compares_answer_and_truth(
+    truth: int, demo_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With picture 0 and the truth of picture `truth`; the export is left out."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import demo
+
+    entry = TRUTHS[0] | {"answer": TRUTHS[truth]["answer"]}
+    (tmp_path / "truth.json").write_text(json.dumps([entry]))
+    (tmp_path / entry["file"]).write_bytes((demo.IMAGES / entry["file"]).read_bytes())
+    monkeypatch.setattr(demo, "IMAGES", tmp_path)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 0))
+    assert demo.show(demo_engine, None) == (0 if truth == 0 else 1)
+    output = capsys.readouterr()
+    assert f"answer:   {TRUTHS[0]['answer']}\ntruth:    {entry['answer']}\n" in output.out
+    assert output.err == ("" if truth == 0 else "The answer differs from the truth.\n")
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     named = {name for page in PAGES for name in re.findall(r"\bmake ([a-z]+)(?=[ `\n])", page.read_text("utf-8"))}
