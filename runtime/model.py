@@ -118,9 +118,15 @@ class Qwen3VLModel:
         limit = manifest.model.text.max_positions
         max_context = min(DEFAULT_MAX_CONTEXT, limit) if max_context is None else max_context
         if not 1 <= max_context <= limit:
-            raise UsageError(f"max_context = {max_context}, expected 1 to {limit}, what the model was trained for")
+            raise UsageError(
+                f"max_context = {max_context}, expected 1 to {limit}, what the model was trained for",
+                remedy=f"leave max_context out for {min(DEFAULT_MAX_CONTEXT, limit)}",
+            )
         if max_memory is not None and max_memory < 1:
-            raise UsageError(f"max_memory = {max_memory}, expected a number of bytes")
+            raise UsageError(
+                f"max_memory = {max_memory}, expected at least one byte",
+                remedy="leave max_memory out for the machine's memory",
+            )
         max_memory = machine_bytes() if max_memory is None else max_memory
         check_fits(_decoder_needs(manifest, max_context), max_memory)
         image_config = ImageProcessorConfig.from_dict(_read_json(folder / "preprocessor_config.json"))

@@ -1,0 +1,133 @@
+"""The `qwen3vl-export` command: its result, and what an interrupted or failed export leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import call
+
+from qwen3vl_export.cli.export import app
+from runtime.errors import CapacityError, CheckpointError
+from runtime.manifest import Manifest
+
+ROOT = Path(__file__).parent.parent
+
+# Runs the command with an os.write, through which all weights go, that has a fault.
+LAUNCHER = """
+import errno, os, signal, sys, time
+write, written = os.write, 0
+
+def full(descriptor, data):
+    global written
+    if descriptor > 2 and (written := written + len(data)) > 3_000_000:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write(descriptor, data)
+
+def slow(descriptor, data):
+    if descriptor > 2:
+        time.sleep(0.2)
+    return write(descriptor, data)
+
+os.write = {"full": full, "slow": slow}[sys.argv.pop(1)]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
+from qwen3vl_export.cli.export import main
+main()
+"""
+
+
+@pytest.fixture
+def older_engine(demo_engine: Path, tmp_path: Path) -> Path:
+    shutil.copytree(demo_engine, tmp_path / "engine")
+    return tmp_path / "engine"
+
+
+def start(fault: str, output: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", LAUNCHER, fault, "demo", "--output", str(output)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_intact(engine: Path, before: dict[str, int]) -> None:
+    assert [path.name for path in engine.parent.iterdir()] == [engine.name]
+    assert {path.name: path.stat().st_ino for path in engine.iterdir()} == before
+    Manifest.read(engine).check(engine, full=True)
+
+
+def test_ctrl_c_leaves_the_older_engine(older_engine: Path) -> None:
+    before = {path.name: path.stat().st_ino for path in older_engine.iterdir()}
+    process = start("slow", older_engine)
+    try:
+        # The first weights are on the disk; at 0.2 s a block the rest takes seconds.
+        while not any(path.stat().st_size for path in older_engine.parent.glob(".engine-*/new/*.data")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
+    assert_intact(older_engine, before)
+
+
+def test_a_disk_that_fills_up_leaves_the_older_engine(older_engine: Path) -> None:
+    before = {path.name: path.stat().st_ino for path in older_engine.iterdir()}
+    process = start("full", older_engine)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (CapacityError.exit_code, "")
+    error, remedy = err[err.index("error: ") :].splitlines()
+    assert "the disk became full while writing" in error
+    assert remedy.startswith("  remedy: free space")
+    assert "Traceback" not in err
+    assert_intact(older_engine, before)
+
+
+def test_graphs_alone_are_no_engine(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "graphs"
+    code, out, err = call(app, str(tiny_checkpoint), "--no-compile", "--no-weights", "--json", "--output", str(output))
+    result = json.loads(out)
+    assert (code, result["output"], result["weight_bytes"], result["is_engine"]) == (0, str(output), 0, False)
+    assert err.startswith(f"tracing {tiny_checkpoint}\n")
+    names = {path.name for path in output.iterdir()}
+    assert {"decoder.onnx", "vision.onnx", "tokenizer.json"} <= names
+    assert not names & {"engine.json", "decoder.onnx.data", "vision.onnx.data"}
+    documented = call(app, "--help")[1]
+    paragraph = documented[documented.index("--json prints") : documented.index("Examples:")]
+    assert set(result) <= set(re.findall(r"\w+", paragraph))
+
+
+def test_debug_is_told_once_and_is_no_option() -> None:
+    code, out, _ = call(app, "--help")
+    assert code == 0
+    assert out.count("--debug") == 1
+    code, _, err = call(app, "no-such-folder", "--debug")
+    assert code == CheckpointError.exit_code
+    assert "Traceback" in err and err.count("error: no-such-folder: no such folder") == 1
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision))
+        raise LocalEntryNotFoundError("Cannot find the snapshot on the local disk.\n\nPlease check your connection.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    code, out, err = call(app, "Qwen/Nothing@v1.0", "--output", str(tmp_path / "engine"))
+    assert (code, out, asked) == (CheckpointError.exit_code, "", [("Qwen/Nothing", "v1.0")])
+    error, remedy = err.splitlines()
+    assert error.startswith("error: Qwen/Nothing@v1.0: neither a folder here nor on the Hub (LocalEntryNotFoundError: ")
+    assert error.endswith("Please check your connection.)")
+    assert remedy.startswith("  remedy: check the spelling and the connection")
+    assert list(tmp_path.iterdir()) == []
