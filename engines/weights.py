@@ -24,6 +24,10 @@ class StreamedTensor(ir.LazyTensor):
     def __init__(self, name: str, shape: Sequence[int], dtype: ir.DataType) -> None:
         super().__init__(self._load, dtype=dtype, shape=ir.Shape(shape), name=name)
 
+    def __repr__(self) -> str:
+        # LazyTensor's shows the function that loads it, which is a method of this object and shows it again.
+        return f"{type(self).__name__}({self.name!r}, {self.dtype}, {self.shape})"
+
     @abc.abstractmethod
     def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
         """Yield the elements in row-major order as 1-D arrays; each is valid only until the next one is asked for."""

@@ -23,16 +23,14 @@ if TYPE_CHECKING:
 
 
 def _causal_attention(config: ModelConfig) -> str:
-    heads, kv_heads = config.text.num_heads, config.text.num_kv_heads
+    heads, kv_heads, head_dim = config.text.num_heads, config.text.num_kv_heads, config.text.head_dim
+    # The lengths come from cos, which all layers share, so that they are computed once.
     return f"""
 <domain: "qwen3vl", opset_import: ["" : 24, "com.microsoft" : 1]>
 CausalAttention <scale: float, epsilon: float>
     (q, k, v, q_norm, k_norm, cos, sin, past_key, past_value, past_lengths) => (out, present_key, present_value)
 {{
-    head_dim = Shape (q_norm)
-    keep_two = Constant <value_ints = [0, 0]> ()
-    infer = Constant <value_ints = [-1]> ()
-    split_heads = Concat <axis = 0> (keep_two, infer, head_dim)
+    split_heads = Constant <value_ints = [0, 0, -1, {head_dim}]> ()
     join_heads = Constant <value_ints = [0, 0, -1]> ()
     q_BSNH = Reshape (q, split_heads)
     k_BSKH = Reshape (k, split_heads)
@@ -42,7 +40,7 @@ CausalAttention <scale: float, epsilon: float>
     k_joined = Reshape (k_normed, join_heads)
     q_rotated = RotaryEmbedding <num_heads = {heads}> (q_joined, cos, sin)
     k_rotated = RotaryEmbedding <num_heads = {kv_heads}> (k_joined, cos, sin)
-    num_new = Shape <start = 1, end = 2> (q)
+    num_new = Shape <start = 1, end = 2> (cos)
     one = Constant <value_ints = [1]> ()
     last_new = Sub (num_new, one)
     last_positions = Add (past_lengths, last_new)
