@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.report import PHASES, speed
 
-_LEFT, _WIDTH, _RIGHT = 260, 400, 70
+_LEFT, _WIDTH, _RIGHT = 330, 400, 60
 _BAR, _ROW, _GROUP_GAP, _TOP, _BOTTOM = 16, 22, 16, 46, 24
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b")
 _INK, _PAPER = "#333333", "#ffffff"
@@ -28,7 +28,7 @@ def speeds(runs: Sequence[Mapping[str, Any]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="13">',
         f'<rect width="{width}" height="{height}" fill="{_PAPER}"/>',
-        _text(_LEFT, 20, "speed, PyTorch fp32 on the same machine = 1 (longer is faster)", weight="bold"),
+        _text(12, 20, "speed, PyTorch fp32 on the same machine = 1 (longer is faster)", weight="bold"),
     ]
     y = _TOP
     for run in runs:

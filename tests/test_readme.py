@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -170,6 +171,26 @@ def test_documented_exit_codes() -> None:
     assert documented == {error.__name__: error.exit_code for error in errors.Qwen3VLError.__subclasses__()}
 
 
+def options_of(command: str) -> set[str]:
+    from typer.main import get_command
+
+    from qwen3vl_export.cli.run import app
+
+    parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
+    return {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def test_documented_options_of_the_runtime() -> None:
+    from runtime.model import Qwen3VLModel
+
+    rows = re.findall(r"^\| `(--[\w-]+)`.*? \| `(\w+)`", COMMANDS, re.MULTILINE)
+    arguments = set(inspect.signature(Qwen3VLModel.from_engine).parameters) - {"path"}
+    assert {argument for _, argument in rows} == arguments
+    assert {option for option, _ in rows} <= options_of("run") & options_of("chat")
+    of_chat = COMMANDS.split("`chat` has ")[1].split(". Defaults")[0]
+    assert set(re.findall(r"`(--[\w-]+)`", of_chat)) <= options_of("chat")
+
+
 def test_documented_defaults_of_an_answer() -> None:
     from runtime.generation_config import GenerationOptions
 
@@ -177,6 +198,8 @@ def test_documented_defaults_of_an_answer() -> None:
     documented = {name: ast.literal_eval(default) for name, default in rows}
     defaults = {field.name: field.default for field in dataclasses.fields(GenerationOptions)}
     assert documented == {name: value for name, value in defaults.items() if name != "eos_token_ids"}
+    options = {f"--{name.replace('_', '-')}" for name in documented}
+    assert options | {"--greedy"} <= options_of("run")
 
 
 def test_model_card_counts_its_wrong_answers() -> None:
