@@ -53,6 +53,7 @@ def quantize_blocks(
         shrinks: Shares of the range to try; by default those that suit the bits.
     """
     num_blocks, size = weights_MG.shape
+    tried = shrinks if shrinks is not None else _SHRINKS.get(bits, (1.0,))
     result = QuantizedBlocks(
         np.empty((num_blocks, size), np.uint8), np.empty(num_blocks, np.float32), np.empty(num_blocks, np.uint8)
     )
@@ -60,7 +61,7 @@ def quantize_blocks(
     for start in range(0, num_blocks, step):
         part = slice(start, start + step)
         search = _Search(weights_MG[part], (1 << bits) - 1, importance_G)
-        for shrink in shrinks or _SHRINKS.get(bits, (1.0,)):
+        for shrink in tried:
             search.try_range(shrink)
         result.codes[part], result.scales[part], result.zero_points[part] = search.best()
     return result
