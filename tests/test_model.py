@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import configs
 from qwen3vl_export.demo import IMAGES
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
 from runtime.manifest import Manifest
-from runtime.memory import cache_bytes, machine_bytes, prefill_bytes
+from runtime.memory import cache_bytes, machine_bytes, prefill_bytes, vision_bytes
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
+from runtime.model_config import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +203,17 @@ def test_memory_is_estimated_before_work(demo_engine: Path, monkeypatch: pytest.
         model.generate(user_message("Hi", [np.zeros((600, 600, 3), np.uint8)]), max_new_tokens=1)
     assert caught.value.remedy.startswith("lower max_pixels, or raise max_memory")
     assert model.generate(user_message("Hi"), max_new_tokens=1).stats.new_tokens == 1
+
+
+def test_estimates_cover_what_was_measured() -> None:
+    """Growth of the peak resident memory of the 2B engine; see runtime/memory.py."""
+    config = ModelConfig.from_hf({"model_type": "qwen3_vl", **configs.load("models/qwen3-vl-2b")})
+    measured = {784: 0.102e9, 3072: 0.376e9, 12288: 1.480e9}
+    estimates = [vision_bytes(config, [patches]) for patches in measured] + [prefill_bytes(config, 3512)]
+    for found, estimate in zip([*measured.values(), 0.196e9], estimates, strict=True):
+        assert found <= estimate <= 1.15 * found
+    # A further image costs its pixels and rows, not another workspace.
+    assert vision_bytes(config, [784, 784]) - vision_bytes(config, [784]) == 4 * 784 * (1536 + 2 * 4 * 2048 // 4)
 
 
 def test_the_logits_of_a_long_prompt_count(demo_engine: Path) -> None:
