@@ -189,7 +189,20 @@ def test_export_command(tmp_path: Path) -> None:
     assert done.stdout.strip() == (tmp_path / "export-tiny-ort-cpu-fp32-no-weights.md").read_text().strip()
 
 
-SMALL = ["--image-side", "64", "--sentences", "1", "--decode-steps", "2", "--repeats", "1", "--warmup", "0"]
+SMALL = [
+    "--image-side",
+    "64",
+    "--sentences",
+    "1",
+    "--decode-steps",
+    "2",
+    "--repeats",
+    "1",
+    "--warmup",
+    "0",
+    "--threads",
+    "1",
+]
 
 
 def test_run_command(tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path) -> None:
