@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
+KINDS = ("export", "run", "import")
 PHASES = ("vision", "prefill", "decode")
 
 
@@ -25,8 +26,9 @@ def write(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Return all results of a folder, by name."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """Return all results of a folder, by name; other JSON files may lie beside them."""
+    paths = [path for path in sorted(folder.glob("*.json")) if kind(path.stem) in KINDS]
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def kind(name: str) -> str:

@@ -111,6 +111,7 @@ def test_export_table_has_medians_and_the_largest_peak(tmp_path: Path) -> None:
     assert "| qwen3-vl-2b | no | 12.0 | 24.0 | 3.00 | 5.0 |" in text
     assert "Median of 3 runs (wall, s: 10.0, 30.0, 12.0)" in text
     assert "Abacus, 2 cores, 24 GiB, Linux 6, Python 3.11.7, torch 2.14.1; load average before the run 0.2" in text
+    (tmp_path / "other.json").write_text("[]")
     (name,) = report.load(tmp_path)
     assert report.render(name, report.load(tmp_path)[name]) == text
 
