@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
-KINDS = ("export", "run", "import")
 PHASES = ("vision", "prefill", "decode")
 
 
@@ -27,19 +26,18 @@ def write(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """Return all results of a folder, by name; other JSON files may lie beside them."""
-    paths = [path for path in sorted(folder.glob("*.json")) if kind(path.stem) in KINDS]
+    paths = [path for path in sorted(folder.glob("*.json")) if kind(path.stem) in _TABLES]
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def kind(name: str) -> str:
-    """Return what a result of this name measures: export, run or import."""
+    """Return what a result of this name measures: a key of `_TABLES`, if it is one of ours."""
     return name.partition("-")[0]
 
 
 def render(name: str, result: Mapping[str, Any]) -> str:
     """Return the text of `name.md`."""
-    body = {"export": export_table, "run": inference_table, "import": import_table}[kind(name)](result)
-    return f"# {name}\n\n{body}\n{_environment_line(result['environment'])}\n"
+    return f"# {name}\n\n{_TABLES[kind(name)](result)}\n{_environment_line(result['environment'])}\n"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -122,3 +120,6 @@ def _environment_line(environment: Mapping[str, Any]) -> str:
         f"{environment['system']}, Python {environment['python']}, {libraries}; "
         f"load average before the run {environment['load_average_1min']:.1f}."
     )
+
+
+_TABLES = {"export": export_table, "run": inference_table, "import": import_table}
