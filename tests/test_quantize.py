@@ -155,7 +155,7 @@ def test_the_first_rule_that_matches_counts() -> None:
         {"match": ["a.*"], "kind": "blockwise", "bits": 4, "block": 32},
     ]
     formats = WeightPlan.from_rules(rules)
-    assert str(formats.format_of("a.head.weight")) == "int8, one scale a row"
+    assert str(formats.format_of("a.head.weight")) == "int8, one scale a row, activations by tensor"
     assert str(formats.format_of("a.tail.weight")) == "int4, block 32"
     assert str(formats.format_of("c.weight")) == "float32"
 
@@ -232,6 +232,23 @@ def test_a_rowwise_product_is_near_the_float_product(has_bias: bool, tmp_path: P
     (found,) = run(model, tmp_path, x)
     assert op_types(model) == ["DynamicQuantizeMatMul"]
     assert relative_error(found, x @ weight.T + (0 if bias is None else bias)) < 0.02
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_scale_per_token_keeps_a_huge_token_from_drowning_the_others(has_bias: bool, tmp_path: Path) -> None:
+    weight, x, bias = normal(24, 160), normal(5, 160), normal(24) if has_bias else None
+    x[0] *= 1000
+    x[1] = 0
+    expected = x @ weight.T + (0 if bias is None else bias)
+    errors = {}
+    for activations in ("token", "tensor"):
+        model = product_model({"w": weight}, bias=bias)
+        QuantizeWeightsPass(plan(kind="rowwise", activations=activations))(model)
+        (found,) = run(model, tmp_path, x)
+        errors[activations] = relative_error(found[2:], expected[2:])
+        assert np.allclose(found[1], expected[1], atol=1e-6)
+    assert errors["token"] < 0.02
+    assert errors["tensor"] > 0.5
 
 
 @pytest.mark.parametrize(("bits", "block"), [(4, 32), (8, 32), (4, 128)])

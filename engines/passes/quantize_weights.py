@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx_ir as ir
 
-from engines.initializers import add_initializer
+from engines.initializers import add_initializer, add_integers
 from engines.passes.fuse_transposed_matmul import MICROSOFT
 from engines.passes.matmul_weight import MatMulWeight, find_weight
 from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, FLOAT, WeightFormat, WeightPlan
@@ -16,6 +17,8 @@ from runtime.errors import TargetError
 
 # Integer products of 8-bit blocks of the input: with float32 products (level 0) 8-bit weights are 100 times as slow.
 _INT8_PRODUCTS = 4
+# Keeps a row of zeros from being divided by zero.
+_SMALLEST = 1e-30
 
 
 class QuantizeWeightsPass(ir.passes.InPlacePass):
@@ -49,7 +52,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
             if weight_format.kind == BLOCKWISE:
                 self._blockwise(model, found, weight_format, lookups.pop(found.value, []))
             else:
-                _rowwise(model, found)
+                _rowwise(model, found, weight_format)
         for value, nodes in lookups.items():
             weight_format = self._plan.format_of(str(value.name))
             source = value.const_value
@@ -90,17 +93,29 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         found.replace(model, [node], node.outputs[0])
 
 
-def _rowwise(model: ir.Model, found: MatMulWeight) -> None:
+def _rowwise(model: ir.Model, found: MatMulWeight, weight_format: WeightFormat) -> None:
     weight = RowwiseWeight(found.tensor)
-    inputs = [found.x, add_initializer(model, weight.transposed), add_initializer(model, weight.scales)]
-    node = ir.node(
-        "DynamicQuantizeMatMul",
+    codes, scales = (add_initializer(model, tensor) for tensor in (weight.transposed, weight.scales))
+    name = found.nodes[0].name
+    if not weight_format.has_scale_per_token:
         # The weights' zero points are 0, which is what a missing input says.
-        [*inputs, None, found.bias] if found.bias is not None else inputs,
-        domain=MICROSOFT,
-        name=found.nodes[0].name,
-    )
-    found.replace(model, [node], node.outputs[0])
+        inputs = [found.x, codes, scales, *([None, found.bias] if found.bias is not None else [])]
+        node = ir.node("DynamicQuantizeMatMul", inputs, domain=MICROSOFT, name=name)
+        found.replace(model, [node], node.outputs[0])
+        return
+    # The kernel has one scale for its whole input. Rows that are divided by their largest value before, and multiplied
+    # after, have one each: a token of huge activations costs the others no precision.
+    last_axis = add_integers(model, "quantize.last_axis", [-1])
+    smallest = add_initializer(model, ir.Tensor(np.float32(_SMALLEST), name="quantize.smallest"))
+    magnitudes = ir.node("Abs", [found.x])
+    largest = ir.node("ReduceMax", [magnitudes.outputs[0], last_axis])
+    scale = ir.node("Max", [largest.outputs[0], smallest])
+    scaled = ir.node("Div", [found.x, scale.outputs[0]])
+    product = ir.node("DynamicQuantizeMatMul", [scaled.outputs[0], codes, scales], domain=MICROSOFT, name=name)
+    nodes = [magnitudes, largest, scale, scaled, product, ir.node("Mul", [product.outputs[0], scale.outputs[0]])]
+    if found.bias is not None:
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], found.bias]))
+    found.replace(model, nodes, nodes[-1].outputs[0])
 
 
 def _look_up(model: ir.Model, nodes: list[ir.Node], weight: BlockwiseWeight, table: StreamedTensor) -> None:

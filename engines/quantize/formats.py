@@ -23,14 +23,16 @@ class WeightFormat:
 
     Attributes:
         kind: `blockwise` (bits, one scale and zero point for each block of a row), `rowwise` (int8, one scale for each
-            row; the activations are quantised with one scale for the whole tensor) or `float32`.
+            row; the activations are quantised to 8 bits) or `float32`.
         bits: 4 or 8, for blockwise.
         block: Weights of a block, for blockwise; the last block of a row may be padded.
+        activations: `tensor` or `token`, for rowwise: one scale for all activations of a call, or one for each token.
     """
 
     kind: str
     bits: int = 0
     block: int = 0
+    activations: str = "tensor"
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -41,10 +43,18 @@ class WeightFormat:
                 remedy=f"choose 4 or 8 bits and a block of {', '.join(map(str, BLOCK_SIZES))}",
             )
 
+        if self.activations not in ("tensor", "token"):
+            raise TargetError(f"activations {self.activations!r}, expected tensor or token")
+
     def __str__(self) -> str:
         if self.kind == BLOCKWISE:
             return f"int{self.bits}, block {self.block}"
-        return {ROWWISE: "int8, one scale a row", FLOAT: "float32"}[self.kind]
+        return {ROWWISE: f"int8, one scale a row, activations by {self.activations}", FLOAT: "float32"}[self.kind]
+
+    @property
+    def has_scale_per_token(self) -> bool:
+        """Whether each token's activations have a scale of their own."""
+        return self.activations == "token"
 
 
 @dataclass(frozen=True)
