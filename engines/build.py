@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
-from engines.bundle import BUNDLE_MANIFEST_NAME, DECODER, VISION, Bundle
+from engines.bundle import BUNDLE_MANIFEST_NAME, DECODER, PREFILL, VISION, Bundle
 from engines.external_data import Progress, check_disk_space, weight_bytes, write_model
 from engines.lower import lower
 from engines.target import Target
@@ -26,7 +26,7 @@ _SMALL_FILES_BYTES = 64 << 20
 _OWN_FILES = frozenset(
     {MANIFEST_NAME, BUNDLE_MANIFEST_NAME, "config.json", "generation_config.json", "preprocessor_config.json"}
     | {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-    | {f"{graph}.onnx{suffix}" for graph in (VISION, DECODER) for suffix in ("", ".data")}
+    | {f"{graph}.onnx{suffix}" for graph in (VISION, DECODER, PREFILL) for suffix in ("", ".data")}
 )
 
 
@@ -54,7 +54,12 @@ def build_engine(
         CapacityError: The disk has too little room.
     """
     bundle.check()
-    graphs = {name: lower(model, target, bundle.config) for name, model in bundle.graphs.items()}
+    graphs = {}
+    if target.prefill_passes is not None:
+        copy = bundle.graphs[DECODER].clone()  # weights are references, so they are not copied
+        graphs[PREFILL] = lower(copy, target, bundle.config, target.prefill_passes())
+    for name, model in bundle.graphs.items():
+        graphs[name] = lower(model, target, bundle.config, target.passes())
     num_bytes = sum(map(weight_bytes, graphs.values())) if with_weights else 0
     with output_folder(output, num_bytes) as folder:
         files: dict[str, FileRecord] = {}

@@ -17,6 +17,7 @@ from runtime.model_config import ModelConfig
 
 VISION = "vision"
 DECODER = "decoder"
+PREFILL = "prefill"  # in an engine: the decoder once more, lowered for many tokens at once
 BUNDLE_MANIFEST_NAME = "bundle.json"
 
 VISION_INPUTS = ("pixel_values", "pos_indices", "pos_weights", "rope_cos", "rope_sin")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -10,8 +12,10 @@ from engines.target import Target
 from runtime.model_config import ModelConfig
 
 
-def lower(model: ir.Model, target: Target, config: ModelConfig) -> ir.Model:
-    """Lower one graph in place: native bodies in, functions inlined, the target's own passes, then clean up.
+def lower(
+    model: ir.Model, target: Target, config: ModelConfig, target_passes: Sequence[ir.passes.InPlacePass]
+) -> ir.Model:
+    """Lower one graph in place: native bodies in, functions inlined, passes of the target, then clean up.
 
     Returns:
         The same model, without functions; its inputs, outputs and weights are those of the bundle.
@@ -24,7 +28,7 @@ def lower(model: ir.Model, target: Target, config: ModelConfig) -> ir.Model:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(size_limit=16),
         common.CommonSubexpressionEliminationPass(),
-        *target.passes(),
+        *target_passes,
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
         common.RemoveUnusedOpsetsPass(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class Target:
         native_ops: Bodies that replace the standard ones of custom ops, by op name, given the model's shape.
         passes: Makes the passes that follow once the bodies are in place, in order.
         libraries: Distributions whose versions go into the manifest.
+        prefill_passes: Makes the passes of a second lowering of the decoder for many tokens at once, on another form of
+            the weights; None if one graph does both.
+        prefill_min_tokens: Fewest new tokens of a call that is faster in that second graph.
         availability: Finds out what this machine can do.
     """
 
@@ -48,7 +51,8 @@ class Target:
     passes: Callable[[], Sequence[ir.passes.InPlacePass]]
     libraries: tuple[str, ...]
     availability: Callable[[], Availability]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    prefill_passes: Callable[[], Sequence[ir.passes.InPlacePass]] | None = None
+    prefill_min_tokens: int = 0
 
     @property
     def capabilities(self) -> dict[str, Any]:
@@ -57,4 +61,5 @@ class Target:
             "cache_dtype": self.cache_dtype,
             "updates_cache_in_place": self.updates_cache_in_place,
             "batched_chunks": self.batched_chunks,
+            **({"prefill_min_tokens": self.prefill_min_tokens} if self.prefill_passes is not None else {}),
         }

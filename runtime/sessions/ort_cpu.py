@@ -50,6 +50,9 @@ class OrtCpuSession:
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._vision = _open(folder / "vision.onnx", options)
         self._decoder = _open(folder / "decoder.onnx", options)
+        # Some engines hold the decoder twice: this one is faster for that many new tokens or more.
+        self._prefill_min_tokens = manifest.capabilities.get("prefill_min_tokens")
+        self._prefill = self._decoder if self._prefill_min_tokens is None else _open(folder / "prefill.onnx", options)
 
     def vision(
         self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
@@ -87,7 +90,9 @@ class OrtCpuSession:
         num_new = input_ids.shape[1]
         assert int(past_lengths.max()) + num_new <= cache.capacity, "past_lengths + S exceeds the cache"
         assert input_ids.shape[0] == 1 or num_new == 1 or not past_lengths.any(), "a chunk with a past is one sequence"
-        binding = self._decoder.io_binding()
+        is_prefill = self._prefill_min_tokens is not None and num_new >= self._prefill_min_tokens
+        session = self._prefill if is_prefill else self._decoder
+        binding = session.io_binding()
         inputs = {
             "input_ids": input_ids,
             "position_ids": position_ids,
@@ -103,7 +108,7 @@ class OrtCpuSession:
             for kind, value in zip(("key", "value"), pair, strict=True):
                 binding.bind_ortvalue_input(f"past_key_values.{i}.{kind}", value)
                 binding.bind_ortvalue_output(f"present_key_values.{i}.{kind}", value)
-        self._decoder.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
         # Outputs come in the order they were bound.
         logits: Floats = binding.get_outputs()[0].numpy()
         return logits
