@@ -17,11 +17,19 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from engines.weights import BLOCK_BYTES, StreamedTensor
 from runtime.errors import CheckpointError
 
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+# What parts of quantised weights are stored in. FP8 is read as its byte.
+_DTYPES: dict[str, np.dtype[Any]] = _FLOATS | {
+    "I8": np.dtype("i1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype("u1"),
+}
 _MAX_HEADER_BYTES = 100 << 20
 
 
@@ -93,21 +101,21 @@ class CheckpointTensor(StreamedTensor):
     """
 
     def __init__(self, key: str, entry: TensorEntry, shape: tuple[int, ...] | None = None) -> None:
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{entry.path}: {key} is {entry.dtype}, expected one of {', '.join(_DTYPES)}",
+                f"{entry.path}: {key} is {entry.dtype}, expected one of {', '.join(_FLOATS)}",
                 remedy="give the unquantised checkpoint",
             )
         super().__init__(key, entry.shape if shape is None else shape, ir.DataType.FLOAT)
         self._entry = entry
 
-    def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
+    def blocks(self) -> Iterator[NDArray[Any]]:
         """Yield float32 blocks of one reused buffer.
 
         Raises:
             CheckpointError: The file became shorter since its header was read.
         """
-        entry, stored = self._entry, _DTYPES[self._entry.dtype]
+        entry, stored = self._entry, _FLOATS[self._entry.dtype]
         buffer = bytearray(min(BLOCK_BYTES, max(entry.num_bytes, 1)))
         out = np.empty(len(buffer) // stored.itemsize, np.float32)
         descriptor = os.open(entry.path, os.O_RDONLY)
@@ -115,17 +123,77 @@ class CheckpointTensor(StreamedTensor):
             done = 0
             while done < entry.num_bytes:
                 view = memoryview(buffer)[: min(len(buffer), entry.num_bytes - done)]
-                if os.preadv(descriptor, [view], entry.offset + done) != len(view):
-                    raise CheckpointError(f"{entry.path}: ends inside {self.name}", remedy="download the file again")
+                _read_into(descriptor, view, entry, done)
                 done += len(view)
                 values = np.frombuffer(view, stored)
                 block = out[: values.size]
-                if entry.dtype == "BF16":  # the upper half of a float32
-                    bits = block.view(np.uint32)
-                    bits[:] = values
-                    bits <<= 16
-                else:
-                    block[:] = values
+                _cast(values, entry.dtype, block)
                 yield block
         finally:
             os.close(descriptor)
+
+
+def read_rows(entry: TensorEntry, first: int = 0, count: int | None = None) -> NDArray[Any]:
+    """Read rows of a tensor, all from `first` on if no count is given, in the stored dtype; bf16 and FP8 as their bits.
+
+    Raises:
+        CheckpointError: The file became shorter since its header was read.
+    """
+    count = entry.shape[0] - first if count is None else count
+    rows: NDArray[Any] = np.empty((count, *entry.shape[1:]), _DTYPES[entry.dtype])
+    descriptor = os.open(entry.path, os.O_RDONLY)
+    try:
+        _read_into(descriptor, rows.data.cast("B"), entry, first * (entry.num_bytes // entry.shape[0]))
+    finally:
+        os.close(descriptor)
+    return rows
+
+
+def read_columns(entry: TensorEntry, first: int, count: int) -> NDArray[Any]:
+    """Read columns of a matrix, in the stored dtype; one read for each row, unless these are all columns.
+
+    Raises:
+        CheckpointError: The file became shorter since its header was read.
+    """
+    num_rows, num_columns = entry.shape
+    if count == num_columns:
+        return read_rows(entry)
+    columns: NDArray[Any] = np.empty((num_rows, count), _DTYPES[entry.dtype])
+    descriptor = os.open(entry.path, os.O_RDONLY)
+    try:
+        for i, row in enumerate(columns):
+            _read_into(descriptor, row.data.cast("B"), entry, (i * num_columns + first) * columns.itemsize)
+    finally:
+        os.close(descriptor)
+    return columns
+
+
+def read_floats(entry: TensorEntry) -> NDArray[np.float32]:
+    """Read a whole small tensor of floats as float32.
+
+    Raises:
+        CheckpointError: The file became shorter since its header was read.
+    """
+    stored = read_rows(entry)
+    values = np.empty(stored.shape, np.float32)
+    _cast(stored, entry.dtype, values)
+    return values
+
+
+def _read_into(descriptor: int, view: memoryview, entry: TensorEntry, position: int) -> None:
+    """Fill `view` from a position inside of a tensor."""
+    done = 0
+    while done < len(view):  # one call reads at most 2 GiB
+        num_bytes = os.preadv(descriptor, [view[done:]], entry.offset + position + done)
+        if not num_bytes:
+            raise CheckpointError(f"{entry.path}: became shorter while it was read", remedy="download the file again")
+        done += num_bytes
+
+
+def _cast(values: NDArray[Any], dtype: str, out: NDArray[np.float32]) -> None:
+    if dtype == "BF16":  # the upper half of a float32
+        bits = out.view(np.uint32)
+        bits[...] = values
+        bits <<= 16
+    else:
+        out[...] = values
