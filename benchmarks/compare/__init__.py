@@ -1,0 +1,1 @@
+"""Our engines beside PyTorch, onnxruntime-genai and OpenVINO on one checkpoint, each in a process of its own."""

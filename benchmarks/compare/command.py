@@ -1,0 +1,65 @@
+"""`python -m benchmarks compare` and `python -m benchmarks compare-setup`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from benchmarks import report, synthetic
+from benchmarks.compare import chart, comparison, sides
+from benchmarks.compare.workloads import POINTS
+from runtime.errors import UsageError
+
+_REQUIREMENTS = Path(__file__).parent
+_Choice = TypeVar("_Choice")
+
+
+def compare(
+    model: Annotated[str, typer.Option(help="Shape in configs/models, such as qwen3-vl-2b.")] = "qwen3-vl-2b",
+    checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint of that shape.")] = None,
+    side: Annotated[list[str] | None, typer.Option(help="Measure this side only; repeat for several.")] = None,
+    point: Annotated[list[str] | None, typer.Option(help="Such as decode-512-b1; repeat for several.")] = None,
+    threads: int = 2,
+    budget_s: Annotated[float, typer.Option(help="Seconds of timed calls at each point.")] = 10.0,
+    max_repeats: Annotated[int, typer.Option(help="Most timed calls at each point.")] = 9,
+    keep_engines: Annotated[bool, typer.Option(help="Use our engines of an earlier comparison.")] = False,
+    work_dir: Annotated[Path, typer.Option(help="Where checkpoint and exports stay.")] = Path("build/compare"),
+    results: Annotated[Path, typer.Option(help="Folder of the JSON file, the tables and the plot.")] = report.RESULTS,
+) -> None:
+    """Measure our targets beside PyTorch and the installed peers on one synthetic checkpoint."""
+    chosen = _choose("side", {each.name: each for each in sides.all_sides()}, side)
+    points = _choose("point", {each.name: each for each in POINTS}, point)
+    work = (work_dir / model).absolute()
+    if checkpoint is None:
+        checkpoint = work / "checkpoint"
+        if not (checkpoint / "config.json").is_file():
+            synthetic.write_checkpoint(checkpoint, model)
+    settings = comparison.Settings(threads, budget_s, max_repeats, keep_engines)
+    result = {"model": model} | comparison.compare(checkpoint.absolute(), work, chosen, points, settings)
+    path = report.write(f"compare-{model}", result, results)
+    ours = frozenset(each.name for each in chosen if each.is_ours)
+    path.with_suffix(".svg").write_text(chart.draw(result, ours), encoding="utf-8")
+    typer.echo(path.read_text(encoding="utf-8"))
+
+
+def compare_setup() -> None:
+    """Install each peer into a virtual environment of its own in build/peers."""
+    for requirements in sorted(_REQUIREMENTS.glob("requirements-*.txt")):
+        folder = sides.PEERS / requirements.stem.removeprefix("requirements-")
+        if not (folder / "bin" / "python").is_file():
+            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-r", str(requirements)], check=True)
+        typer.echo(f"{folder}: installed")
+
+
+def _choose(kind: str, known: Mapping[str, _Choice], names: list[str] | None) -> list[_Choice]:
+    for name in names or ():
+        if name not in known:
+            raise UsageError(f"--{kind} {name}: unknown", remedy=f"one of {', '.join(known)}")
+    return [known[name] for name in names] if names else list(known.values())

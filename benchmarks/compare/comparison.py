@@ -1,0 +1,152 @@
+"""The whole comparison: ceilings, then each side: export, one process for the image, one for the speeds.
+
+Processes run one after the other. A side that fails is reported with its message and leaves its columns empty.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from benchmarks.compare import workloads
+from benchmarks.compare.builds import build
+from benchmarks.compare.driver import IMAGE_MODE, SPEED_MODE
+from benchmarks.compare.sides import REFERENCE, ROOT, Side
+from benchmarks.compare.workloads import Point
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how often.
+
+    Attributes:
+        threads: Threads of every side.
+        budget_s: Seconds of timed calls at a point, after one call of warm-up.
+        max_repeats: Most timed calls at a point.
+        keep_engines: Use our engines of an earlier comparison.
+    """
+
+    threads: int = 2
+    budget_s: float = 10.0
+    max_repeats: int = 9
+    keep_engines: bool = False
+
+
+def compare(
+    checkpoint: Path, work: Path, sides: Sequence[Side], points: Sequence[Point], settings: Settings
+) -> dict[str, Any]:
+    """Measure all sides on one checkpoint and return the result."""
+    work.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"environment": measure.environment(), "settings": asdict(settings), "missing": {}}
+    result["config"] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    result["points"] = [asdict(point) for point in points]
+    result["texts"] = encode_texts(checkpoint)
+    with tempfile.TemporaryDirectory(dir=work) as name:
+        scratch = Path(name)
+        result["ceilings"] = _ceilings(settings.threads, scratch)
+        result["sides"] = {}
+        for side in sides:
+            if reason := side.missing():
+                result["missing"][side.name] = reason
+                continue
+            print(f"== {side.name}", file=sys.stderr, flush=True)
+            try:
+                result["sides"][side.name] = _measure_side(side, checkpoint, work, scratch, result, settings)
+            except subprocess.CalledProcessError as error:
+                command = " ".join(map(str, error.cmd[1:4]))
+                result["missing"][side.name] = f"{command} ended with exit code {error.returncode}"
+        _add_divergences(result["sides"], scratch)
+    return result
+
+
+def encode_texts(checkpoint: Path) -> list[list[int]]:
+    """Return the token ids of the text prompts, the same for all sides."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    return [tokenizer.encode(text).ids for text in workloads.texts()]
+
+
+def _measure_side(
+    side: Side, checkpoint: Path, work: Path, scratch: Path, result: dict[str, Any], settings: Settings
+) -> dict[str, Any]:
+    path, cost = build(side, checkpoint, work, keep=settings.keep_engines or not side.is_ours)
+    request = {
+        "driver": side.driver,
+        "path": str(path),
+        "options": dict(side.options),
+        "points": result["points"],
+        "texts": result["texts"],
+        "image": str(_image(scratch)),
+        "prompt": prompt(checkpoint),
+        "logits": str(scratch / f"{side.name}.npy"),
+        "threads": settings.threads,
+        "budget_s": settings.budget_s,
+        "max_repeats": settings.max_repeats,
+    }
+    measured = {mode: _run_driver(side, request | {"mode": mode}, scratch) for mode in (IMAGE_MODE, SPEED_MODE)}
+    return {"export": cost, **measured[SPEED_MODE], **measured[IMAGE_MODE]}
+
+
+def prompt(checkpoint: Path) -> str:
+    """Return a text of `workloads.PROMPT_TOKENS` tokens of the checkpoint's tokenizer."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    words = workloads.texts()[0].split()
+    counts = [len(tokenizer.encode(" ".join(words[:end])).ids) for end in range(1, len(words) + 1)]
+    fitting = [end for end, count in enumerate(counts, 1) if count <= workloads.PROMPT_TOKENS]
+    return " ".join(words[: max(fitting)])
+
+
+def _image(scratch: Path) -> Path:
+    import numpy as np
+    from PIL import Image
+
+    path = scratch / "image.png"
+    if not path.is_file():
+        width, height = workloads.IMAGE_SIZE
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)).save(path)
+    return path
+
+
+def _run_driver(side: Side, request: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    path = scratch / "request.json"
+    result = scratch / "result.json"
+    path.write_text(json.dumps(request | {"result": str(result)}), encoding="utf-8")
+    _run([str(side.python), "-m", "benchmarks.compare.driver", str(path)])
+    values: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return values
+
+
+def _ceilings(threads: int, scratch: Path) -> dict[str, float]:
+    path = scratch / "ceilings.json"
+    _run([sys.executable, "-m", "benchmarks.compare.ceilings", str(threads), str(path)])
+    values: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _run(command: list[str]) -> None:
+    # From the repository's root, where the environments of the peers find the package of the drivers.
+    subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
+
+
+def _add_divergences(sides: dict[str, Any], scratch: Path) -> None:
+    import numpy as np
+
+    from benchmarks.compare.divergence import divergence
+
+    reference = scratch / f"{REFERENCE}.npy"
+    if not reference.is_file():
+        return
+    reference_NV = np.load(reference, mmap_mode="r")
+    for name, values in sides.items():
+        if name != REFERENCE:
+            values["divergence"] = divergence(reference_NV, np.load(scratch / f"{name}.npy", mmap_mode="r"))

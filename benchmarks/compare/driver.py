@@ -1,0 +1,154 @@
+"""What a driver of one side offers, and the process that measures it.
+
+A driver runs in the environment of its side, so this file, and every driver, imports only the standard library, numpy
+and the libraries of that side. `python -m benchmarks.compare.driver REQUEST.json` measures one side in a mode:
+
+- speed: each point of the workload, then the logits of the text prompts.
+- image: load, answer one image, and nothing else, so that the peak of resident memory is that of this task.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from benchmarks.compare.workloads import PREFILL, VISION, Point
+from benchmarks.measure import summarise
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Call = Callable[[], object]
+
+SPEED_MODE, IMAGE_MODE = "speed", "image"
+_IMAGE_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """One answer to an image: seconds to its first token, preprocessing included, and the bytes of its KV cache.
+
+    A side without a vision tower answers a text of as many tokens, which is good for its memory alone.
+    """
+
+    ttft_s: float
+    cache_bytes: int
+    has_vision: bool = True
+
+
+class Driver(Protocol):
+    """One opened model. What a side cannot do is None; its place in the tables stays empty.
+
+    `vision`, `prefill` and `decode` prepare their inputs and return the call that is timed. A call of `decode` computes
+    one token of each sequence behind `past` cached positions and may be repeated.
+    """
+
+    def vision(self, height: int, width: int) -> Call | None:
+        """Prepare the vision tower on one image of height × width patches."""
+
+    def prefill(self, batch: int, length: int) -> Call | None:
+        """Prepare prompts of `length` text tokens."""
+
+    def decode(self, batch: int, past: int) -> Call | None:
+        """Prepare one step; the cached keys and values are zeros, since speed does not depend on them."""
+
+    def first_token(self, image: str, prompt: str) -> FirstToken:
+        """Answer an image file with one token, preprocessing included."""
+
+    def logits(self, input_ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        """Return the logits of every position of a text, float32 [tokens, vocab]."""
+
+    def decoder_bytes(self) -> int:
+        """Return the bytes of weights that one decode step reads."""
+
+    def cache_token_bytes(self) -> float:
+        """Return the bytes of keys and values of one token."""
+
+
+def time_call(call: Call, *, budget_s: float, max_repeats: int) -> dict[str, Any]:
+    """Time a call after one warm-up, until `budget_s` are spent or `max_repeats` are reached, and at least once.
+
+    A warm-up longer than the budget is itself the measurement: caches and pages are warm after its first percent.
+    """
+    first = _seconds(call)
+    if first > budget_s:
+        return summarise([first])
+    times = [_seconds(call)]
+    while len(times) < max_repeats and sum(times) + times[-1] < budget_s:
+        times.append(_seconds(call))
+    return summarise(times)
+
+
+def time_points(driver: Driver, points: Sequence[Point], *, budget_s: float, max_repeats: int) -> dict[str, Any]:
+    """Time all points that the driver can do, by name."""
+    from benchmarks.compare.workloads import GRIDS
+
+    results: dict[str, Any] = {}
+    for point in points:
+        if point.phase == VISION:
+            call = driver.vision(*GRIDS[point.size])
+        elif point.phase == PREFILL:
+            call = driver.prefill(point.batch, point.size)
+        else:
+            call = driver.decode(point.batch, point.size)
+        if call is not None:
+            results[point.name] = time_call(call, budget_s=budget_s, max_repeats=max_repeats)
+            print(f"{point.name}: {results[point.name]['median_s']:.4f} s", file=sys.stderr, flush=True)
+        del call  # its buffers must be gone before those of the next point are made
+    return results
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory of this process, pages of mapped files included.
+
+    `ru_maxrss` alone will not do: the kernel hands the parent's value on to a spawned child.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Load the side that a request names and measure it in the request's mode."""
+    module = importlib.import_module(f"benchmarks.compare.drivers.{request['driver']}")
+    start = time.perf_counter()
+    driver: Driver = module.load(Path(request["path"]), request["threads"], request["mode"], **request["options"])
+    result: dict[str, Any] = {"load_s": time.perf_counter() - start, "versions": module.versions()}
+    if request["mode"] == IMAGE_MODE:
+        answers = [driver.first_token(request["image"], request["prompt"]) for _ in range(_IMAGE_REPEATS)]
+        result["image"] = summarise([answer.ttft_s for answer in answers])
+        result |= {"cache_bytes": answers[0].cache_bytes, "peak_rss_bytes": peak_rss_bytes()}
+        return result | {"has_vision": answers[0].has_vision}
+    points = [Point(**point) for point in request["points"]]
+    result["points"] = time_points(driver, points, budget_s=request["budget_s"], max_repeats=request["max_repeats"])
+    if request["texts"]:
+        import numpy as np
+
+        np.save(request["logits"], np.concatenate([driver.logits(ids) for ids in request["texts"]]))
+    result |= {"decoder_bytes": driver.decoder_bytes(), "cache_token_bytes": driver.cache_token_bytes()}
+    return result
+
+
+def main() -> None:
+    """Measure what the request file on the command line says and write the result beside it."""
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    Path(request["result"]).write_text(json.dumps(measure(request)), encoding="utf-8")
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

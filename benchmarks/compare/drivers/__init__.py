@@ -1,0 +1,1 @@
+"""One file for each kind of side; each is imported in the environment of that side only."""

@@ -1,0 +1,90 @@
+"""Our engines: the session for the phases, the whole model for the image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.compare.driver import Call, FirstToken
+from benchmarks.compare.onnx_bytes import bytes_of_products
+from benchmarks.compare.workloads import TOKEN
+from runtime.model import Qwen3VLModel
+from runtime.vision_inputs import position_interpolation, vision_rotary
+
+_CACHE_POSITIONS = 128
+
+
+class EngineDriver:
+    """An engine folder."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self._folder = folder
+        self._model = Qwen3VLModel.from_engine(folder, threads=threads)
+        config = self._model.config
+        self._no_visual = np.zeros((config.num_visual_levels, 1, config.text.hidden_size), np.float32)
+
+    def vision(self, height: int, width: int) -> Call:
+        """Prepare random pixels."""
+        vision = self._model.config.vision
+        indices, weights = position_interpolation(height, width, vision.num_grid_per_side, vision.spatial_merge_size)
+        cos, sin = vision_rotary(height, width, vision.head_dim, vision.spatial_merge_size)
+        pixels = np.random.default_rng(0).standard_normal((1, height * width, vision.patch_elements), np.float32)
+        return lambda: self._model.session.vision(pixels, indices, weights, cos, sin)
+
+    def prefill(self, batch: int, length: int) -> Call:
+        """Prepare a first prefill, with the logits of the last token."""
+        ids = np.random.default_rng(0).integers(0, self._model.config.text.vocab_size, (batch, length))
+        cache = self._model.session.new_cache(length, batch)
+        return lambda: self._decode(ids, 0, np.full((batch, 1), length - 1), cache)
+
+    def decode(self, batch: int, past: int) -> Call:
+        """Prepare a step that writes row `past` of the cache again and again."""
+        ids = np.full((batch, 1), TOKEN)
+        cache = self._model.session.new_cache(past + 1, batch)
+        return lambda: self._decode(ids, past, np.zeros((batch, 1), np.int64), cache)
+
+    def first_token(self, image: str, prompt: str) -> FirstToken:
+        """Answer with one token."""
+        content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+        start = time.perf_counter()
+        answer = self._model.generate([{"role": "user", "content": content}], max_new_tokens=1, do_sample=False)
+        return FirstToken(time.perf_counter() - start, answer.stats.peak_cache_bytes)
+
+    def logits(self, input_ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        """Run one prefill that asks for all logits."""
+        cache = self._model.session.new_cache(len(input_ids))
+        return self._decode(np.asarray([input_ids]), 0, np.arange(len(input_ids))[None], cache)[0]
+
+    def decoder_bytes(self) -> int:
+        """Sum the weights of the decoder graph."""
+        return bytes_of_products(self._folder / "decoder.onnx")
+
+    def cache_token_bytes(self) -> float:
+        """Divide the bytes of a cache, which may be packed, by its capacity."""
+        cache = self._model.session.new_cache(_CACHE_POSITIONS)
+        return cache.num_bytes / cache.capacity
+
+    def _decode(self, ids_BS: Any, past: int, asked_BL: Any, cache: Any) -> np.ndarray[Any, Any]:
+        batch, length = ids_BS.shape
+        positions = np.broadcast_to(np.arange(past, past + length), (3, batch, length))
+        rows = np.full((batch, length), -1, np.int64)
+        pasts = np.full(batch, past, np.int64)
+        return self._model.session.decode(
+            ids_BS, positions, rows, self._no_visual, pasts, asked_BL.astype(np.int64), cache
+        )
+
+
+def load(folder: Path, threads: int, mode: str) -> EngineDriver:
+    """Open an engine folder."""
+    return EngineDriver(folder, threads)
+
+
+def versions() -> dict[str, str]:
+    """Return the libraries at work."""
+    import onnxruntime
+
+    return {"onnxruntime": onnxruntime.__version__}

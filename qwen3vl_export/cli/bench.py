@@ -1,0 +1,163 @@
+"""`qwen3vl bench`: how fast an engine answers on this machine, in a few lines."""
+
+# ruff: noqa: D301 (typer keeps the line breaks of a paragraph that begins with a backspace character)
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwen3vl_export.cli.output import columns, print_json
+from runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from runtime.answer import Stats
+    from runtime.model import Qwen3VLModel
+
+_PROMPT = "Describe the image. "
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Speed of one kind of prompt; times in seconds.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt, visual ones included.
+        visual_tokens: Of them from the image.
+        new_tokens: Tokens of each answer.
+        runs: Answers that were timed.
+        ttft_p50_s: Median time from the call to the first token.
+        ttft_p90_s: The time that nine of ten answers do not exceed, interpolated.
+        tpot_s: Median over the answers of the time per later token.
+        tokens_per_s: Its inverse.
+    """
+
+    prompt_tokens: int
+    visual_tokens: int
+    new_tokens: int
+    runs: int
+    ttft_p50_s: float
+    ttft_p90_s: float
+    tpot_s: float
+    tokens_per_s: float
+
+
+def bench(
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder that qwen3vl-export wrote.")],
+    image_size: Annotated[
+        str, typer.Option(metavar="WxH", help="Size of the image of random pixels; none leaves it out.")
+    ] = "448x448",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text, about.")] = 20,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
+    runs: Annotated[int, typer.Option(min=1, help="Answers to time, behind one that warms up.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")] = False,
+) -> None:
+    """Time answers on this machine: time to first token (TTFT), time per later token (TPOT), tokens a second.
+
+    The image holds random pixels, and an answer has --new-tokens tokens whatever they are: the end token does not end
+    it. TTFT covers preprocessing, vision tower and prefill.
+
+    --json prints one object: device, threads, target, load_s, prompt_tokens, visual_tokens, new_tokens, runs,
+    ttft_p50_s, ttft_p90_s, tpot_s, tokens_per_s.
+
+    \b
+    Examples:
+      qwen3vl bench demo-engine
+      qwen3vl bench ENGINE --image-size 1024x768 --runs 9 --json
+    """
+    import time
+
+    from runtime.model import Qwen3VLModel
+
+    size = parse_size(image_size)
+    start = time.perf_counter()
+    model = Qwen3VLModel.from_engine(engine, threads=threads)
+    loaded = time.perf_counter() - start
+    speed = measure(model, size, prompt_tokens, new_tokens, runs)
+    where = {"device": device(), "threads": threads or "all cores", "target": model.manifest.target, "load_s": loaded}
+    if as_json:
+        print_json({**where, **asdict(speed)})
+        return
+    rows = [
+        ("device", f"{where['device']}, threads: {where['threads']}"),
+        ("engine", f"{where['target']}, loaded in {loaded:.2f} s"),
+        ("prompt", f"{speed.prompt_tokens} tokens, {speed.visual_tokens} of them visual"),
+        ("TTFT", f"p50 {1e3 * speed.ttft_p50_s:.1f} ms, p90 {1e3 * speed.ttft_p90_s:.1f} ms ({speed.runs} runs)"),
+        ("TPOT", f"{1e3 * speed.tpot_s:.2f} ms"),
+        ("decode", f"{speed.tokens_per_s:.1f} tokens/s"),
+    ]
+    print("\n".join(columns(rows)))
+
+
+def measure(
+    model: Qwen3VLModel, image_size: tuple[int, int] | None, prompt_tokens: int, new_tokens: int, runs: int
+) -> Speed:
+    """Time `runs` greedy answers behind one that warms up.
+
+    Args:
+        model: An opened engine.
+        image_size: Width and height of the image in pixels, or none.
+        prompt_tokens: Length of the text: its words are repeated until they reach it.
+        new_tokens: Tokens of each answer, at least 2.
+        runs: Answers to time.
+    """
+    import numpy as np
+
+    per_sentence = len(model.tokenizer.encode(_PROMPT))
+    content: list[dict[str, Any]] = [{"type": "text", "text": _PROMPT * max(1, round(prompt_tokens / per_sentence))}]
+    if image_size is not None:
+        width, height = image_size
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+        content.insert(0, {"type": "image", "image": pixels})
+    messages = [{"role": "user", "content": content}]
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": []}
+    stats = [model.generate(messages, **options).stats for _ in range(runs + 1)][1:]
+    return summarise(stats)
+
+
+def summarise(stats: Sequence[Stats]) -> Speed:
+    """Return percentiles over the answers."""
+    import numpy as np
+
+    first = stats[0]
+    times = [each.ttft_s for each in stats]
+    tpot = statistics.median(each.tpot_s for each in stats)
+    return Speed(
+        prompt_tokens=first.prompt_tokens,
+        visual_tokens=first.visual_tokens,
+        new_tokens=first.new_tokens,
+        runs=len(stats),
+        ttft_p50_s=float(np.percentile(times, 50)),
+        ttft_p90_s=float(np.percentile(times, 90)),
+        tpot_s=tpot,
+        tokens_per_s=1 / tpot,
+    )
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """Return width and height of `WxH`, or none for `none`.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if text == "none":
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"--image-size {text}: expected WIDTHxHEIGHT in pixels, such as 1024x768, or none")
+    return int(parts[0]), int(parts[1])
+
+
+def device() -> str:
+    """Return the name of the processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,287 @@
+"""The comparison: what is counted, what the drivers compute, and the tables made of a result."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from benchmarks import synthetic
+from benchmarks.compare import builds, chart, comparison, divergence, sides, tables, workloads
+from benchmarks.compare.driver import IMAGE_MODE, SPEED_MODE, FirstToken, measure, time_call, time_points
+from benchmarks.compare.onnx_bytes import bytes_of_products
+from benchmarks.compare.sides import Side
+from benchmarks.compare.workloads import DECODE, PREFILL, VISION, Point, operations
+
+CONFIG = synthetic.hf_config("qwen3-vl-2b")
+
+
+def weights_of(prefix: str) -> int:
+    """Count the elements of the matrices below a key of the checkpoint."""
+    shapes = synthetic.tensor_shapes(CONFIG)
+    return sum(math.prod(s) for key, s in shapes.items() if key.startswith(prefix) and len(s) > 1)
+
+
+def test_decode_needs_two_operations_for_each_weight_and_visible_key() -> None:
+    products = weights_of("model.language_model.layers") + weights_of("model.language_model.embed_tokens")
+    attention = 28 * 2 * 16 * 128  # queries with keys, probabilities with values, for each visible position
+    for cached, batch in ((0, 1), (512, 1), (4096, 4)):
+        expected = 2 * batch * (products + attention * (cached + 1))
+        assert operations(Point(DECODE, cached, batch), CONFIG) == expected
+
+
+def test_prefill_is_decode_after_decode_with_one_head() -> None:
+    head = 2 * weights_of("model.language_model.embed_tokens")
+    steps = sum(operations(Point(DECODE, cached), CONFIG) - head for cached in range(128))
+    assert operations(Point(PREFILL, 128), CONFIG) == steps + head
+    assert operations(Point(PREFILL, 128, 4), CONFIG) == 4 * (steps + head)
+
+
+def test_vision_multiplies_each_patch_or_token_with_its_weights() -> None:
+    patches = 784
+    per_patch = weights_of("model.visual.patch_embed") + weights_of("model.visual.blocks")
+    per_token = weights_of("model.visual.merger") + weights_of("model.visual.deepstack_merger_list")
+    attention = 24 * 2 * patches * patches * 1024
+    expected = 2 * (patches * per_patch + patches // 4 * per_token + attention)
+    assert operations(Point(VISION, patches), CONFIG) == expected
+
+
+def test_names_of_points_are_unique() -> None:
+    assert len({point.name for point in workloads.POINTS}) == len(workloads.POINTS) == 14
+
+
+@pytest.mark.parametrize(("budget_s", "max_repeats", "calls"), [(0.0, 9, 1), (60.0, 3, 4), (60.0, 1, 2)])
+def test_a_call_is_repeated_within_its_budget(budget_s: float, max_repeats: int, calls: int) -> None:
+    made: list[int] = []
+    timed = time_call(lambda: made.append(1), budget_s=budget_s, max_repeats=max_repeats)
+    assert len(made) == calls
+    assert len(timed["all_s"]) == max(1, calls - 1)
+
+
+class Recorder:
+    """A driver that notes what is prepared and can do no vision."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int, int]] = []
+
+    def vision(self, height: int, width: int) -> None:
+        self.asked.append((VISION, height, width))
+
+    def prefill(self, batch: int, length: int) -> Any:
+        self.asked.append((PREFILL, batch, length))
+        return lambda: None
+
+    def decode(self, batch: int, past: int) -> Any:
+        self.asked.append((DECODE, batch, past))
+        return lambda: None
+
+    def first_token(self, image: str, prompt: str) -> FirstToken:
+        raise AssertionError
+
+    def logits(self, input_ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        raise AssertionError
+
+    def decoder_bytes(self) -> int:
+        raise AssertionError
+
+    def cache_token_bytes(self) -> float:
+        raise AssertionError
+
+
+def test_points_that_a_side_cannot_do_stay_out() -> None:
+    driver = Recorder()
+    points = [Point(VISION, 3072), Point(PREFILL, 128, 4), Point(DECODE, 512)]
+    results = time_points(driver, points, budget_s=0.0, max_repeats=1)
+    assert driver.asked == [(VISION, 48, 64), (PREFILL, 4, 128), (DECODE, 1, 512)]
+    assert list(results) == ["prefill-128-b4", "decode-512-b1"]
+
+
+def test_divergence_of_known_distributions() -> None:
+    reference = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
+    other = np.log(np.array([[0.25, 0.75], [0.1, 0.9]], np.float32)) + 3  # a constant changes no distribution
+    first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    second = 0.9 * math.log(9) + 0.1 * math.log(1 / 9)
+    found = divergence.divergence(reference, other)
+    assert found["mean_kl"] == pytest.approx((first + second) / 2, rel=1e-5)
+    assert found["max_kl"] == pytest.approx(second, rel=1e-5)
+    assert (found["top1"], found["positions"]) == (0.0, 2)
+    assert divergence.divergence(reference, reference)["mean_kl"] == 0.0
+
+
+def test_bytes_of_products_are_those_of_weights_read_whole(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    weights = {
+        "tied": np.zeros((10, 4), np.float32),  # looked up, and read whole by the head: 160 bytes, once
+        "table": np.zeros((100, 4), np.float32),  # only looked up
+        "packed": np.zeros((6, 1, 2), np.uint8),  # 12 bytes
+        "scales": np.zeros(6, np.float32),  # 24 bytes
+        "norm": np.zeros(4, np.float32),  # no product
+    }
+    nodes = [
+        helper.make_node("Gather", ["tied", "ids"], ["x"]),
+        helper.make_node("Gather", ["table", "ids"], ["t"]),
+        helper.make_node("Add", ["x", "norm"], ["n"]),
+        helper.make_node(
+            "MatMulNBits", ["n", "packed", "scales"], ["q"], domain="com.microsoft", K=4, N=6, bits=4, block_size=16
+        ),
+        helper.make_node("Transpose", ["tied"], ["head"]),
+        helper.make_node("MatMul", ["n", "head"], ["logits"]),
+    ]
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, [1])
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("logits", "q", "t")]
+    graph = helper.make_graph(
+        nodes, "g", [ids], outputs, [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    )
+    save(helper.make_model(graph), tmp_path / "m.onnx")
+    assert bytes_of_products(tmp_path / "m.onnx") == 160 + 12 + 24
+
+
+def test_engine_and_pytorch_drivers_agree(tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from benchmarks.compare.drivers import engine, torch_eager
+
+    ours, theirs = engine.load(tiny_engine, 2, SPEED_MODE), torch_eager.load(tiny_checkpoint, 2, SPEED_MODE, "float32")
+    ids = [5, 80, 33, 41, 7]
+    np.testing.assert_allclose(ours.logits(ids), theirs.logits(ids), atol=2e-3)
+    assert ours.decoder_bytes() == pytest.approx(theirs.decoder_bytes(), rel=0.02)  # norms are no products
+    assert ours.cache_token_bytes() == theirs.cache_token_bytes()
+    image = tmp_path / "image.png"
+    Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save(image)
+    first, second = (driver.first_token(str(image), "Read.") for driver in (ours, theirs))
+    assert second.cache_bytes % ours.cache_token_bytes() == 0
+    assert first.cache_bytes - second.cache_bytes == ours.cache_token_bytes()  # room for the token that is answered
+
+
+def test_driver_process_measures_speed_and_image(tiny_engine: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "image.png")
+    request = {
+        "driver": "engine",
+        "path": str(tiny_engine),
+        "options": {},
+        "threads": 2,
+        "budget_s": 0.0,
+        "max_repeats": 1,
+        "points": [{"phase": PREFILL, "size": 4, "batch": 2}, {"phase": DECODE, "size": 3, "batch": 4}],
+        "texts": [[1, 2, 3], [4, 5]],
+        "logits": str(tmp_path / "logits.npy"),
+        "image": str(tmp_path / "image.png"),
+        "prompt": "Read.",
+    }
+    speed = measure(request | {"mode": SPEED_MODE})
+    assert list(speed["points"]) == ["prefill-4-b2", "decode-3-b4"]
+    assert np.load(tmp_path / "logits.npy").shape[0] == 5
+    assert speed["versions"]["onnxruntime"]
+    image = measure(request | {"mode": IMAGE_MODE})
+    assert image["has_vision"] and len(image["image"]["all_s"]) == 3
+    assert image["peak_rss_bytes"] > image["cache_bytes"] > 0
+
+
+def test_prompt_has_as_many_tokens_as_fit(tiny_checkpoint: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
+    found = comparison.prompt(tiny_checkpoint)
+    assert workloads.texts()[0].startswith(found)
+    assert 0.7 * workloads.PROMPT_TOKENS <= len(tokenizer.encode(found).ids) <= workloads.PROMPT_TOKENS
+
+
+def test_a_kept_export_keeps_its_cost(tmp_path: Path) -> None:
+    write = "import pathlib, sys, time; p = pathlib.Path(sys.argv[2]); p.mkdir(); (p / 'w').write_bytes(b'x' * 7)"
+    side = Side("maker", "engine", export=("-c", write, "{checkpoint}", "{output}"))
+    folder, first = builds.build(side, tmp_path, tmp_path, keep=True)
+    assert first is not None and first["is_of_this_run"] and first["size_bytes"] == 7
+    (folder / "mark").touch()
+    _, second = builds.build(side, tmp_path, tmp_path, keep=True)
+    assert second == first | {"is_of_this_run": False} and (folder / "mark").is_file()
+    builds.build(side, tmp_path, tmp_path, keep=False)
+    assert not (folder / "mark").is_file()
+    assert builds.build(Side("as is", "engine"), tmp_path, tmp_path, keep=False) == (tmp_path, None)
+
+
+def test_sides_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sides, "PEERS", tmp_path)
+    found = {side.name: side for side in sides.all_sides()}
+    assert {"ort-cpu-fp32", "ort-cpu-int4", sides.REFERENCE, "genai-int4-b128", "openvino-int4"} <= set(found)
+    assert not found["ort-cpu-int4"].missing() and found["ort-cpu-int4"].is_ours
+    assert "make compare-setup" in found["genai-int4-b128"].missing()
+    (tmp_path / "genai" / "bin").mkdir(parents=True)
+    (tmp_path / "genai" / "bin" / "python").symlink_to(sys.executable)
+    assert not found["genai-int4-b128"].missing()
+    command = found["genai-int4-b128"].export_command(Path("/c"), Path("/o"))
+    assert command[0] == str(tmp_path / "genai" / "bin" / "python") and command[-1] == "block_size=128"
+    assert not any("{" in part for part in command)
+
+
+def made_up_result() -> dict[str, Any]:
+    points = [Point(VISION, 784), Point(PREFILL, 512), Point(DECODE, 512, 4)]
+    seconds = (2.0, 4.0, 0.1)
+    side: dict[str, Any] = {
+        "export": {"wall_s": 45.4, "cpu_s": 50.0, "peak_rss_bytes": 1.5e9, "size_bytes": 1.3e9, "is_of_this_run": True},
+        "load_s": 1.25,
+        "points": {p.name: {"median_s": s, "all_s": [s]} for p, s in zip(points, seconds, strict=True)},
+        "decoder_bytes": 900_000_000,
+        "cache_token_bytes": 50_000.0,
+        "image": {"median_s": 21.5},
+        "has_vision": True,
+        "cache_bytes": 200_000_000,
+        "peak_rss_bytes": 1_900_000_000,
+        "divergence": {"mean_kl": 0.238, "top1": 0.5},
+    }
+    blind = side | {"has_vision": False, "points": {points[1].name: {"median_s": 8.0, "all_s": [8.0]}}}
+    blind["export"] = side["export"] | {"is_of_this_run": False}
+    return {
+        "model": "qwen3-vl-2b",
+        "config": CONFIG,
+        "settings": {"threads": 2, "budget_s": 10.0, "max_repeats": 9},
+        "ceilings": {"memory_bytes_per_s": 20e9, "fp32_operations_per_s": 1e11, "int8_operations_per_s": 6e11},
+        "points": [{"phase": p.phase, "size": p.size, "batch": p.batch} for p in points],
+        "sides": {"ours": side, "blind": blind},
+        "missing": {"absent": "not there"},
+    }
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "--|" not in line]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_cost_table() -> None:
+    found = cells(tables.costs_table(made_up_result()))
+    assert found["ours"] == ["45", "1.5", "1.30", "1.2", "21.50", "1.70", "0.20", "0.24", "50.0"]
+    assert found["blind"][0] == "45 (earlier)" and found["blind"][4] == "–"
+
+
+def test_report_shows_speeds_shares_and_what_is_missing() -> None:
+    result = made_up_result()
+    text = tables.render(result)
+    speed, share = (cells(part.split("\n\n")[2]) for part in text.split("## ")[2:4])
+    assert speed["vision, 784 patches"] == ["2.00", "–"]
+    assert speed["prefill 512"] == ["128.0", "64.0"]
+    assert speed["decode, cache 512, batch 4"] == ["40.0", "–"]
+    prefill = 100 * operations(Point(PREFILL, 512), CONFIG) / 4.0 / 6e11
+    assert share["prefill 512"] == [f"{prefill:.0f}", f"{prefill / 2:.0f}"]
+    read = 900e6 + 4 * 512 * 50_000
+    assert share["decode, cache 512, batch 4"] == [f"{100 * read / 0.1 / 20e9:.0f}", "–"]
+    assert "- absent: not there" in text
+    json.dumps(result)
+
+
+def test_bars_are_as_long_as_the_sides_are_fast() -> None:
+    result = made_up_result()
+    result["points"] = result["points"][1:2]
+    drawing = ElementTree.fromstring(chart.draw(result, frozenset({"ours"})))
+    bars = [node for node in drawing if node.tag.endswith("rect")][1:]
+    lengths = [float(bar.get("width", "nan")) for bar in bars]
+    assert lengths[0] == pytest.approx(2 * lengths[1], rel=1e-3)
+    assert bars[0].get("fill") != bars[1].get("fill")
