@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from engines.bundle import BUNDLE_MANIFEST_NAME, DECODER, PREFILL, VISION, Bundle
-from engines.external_data import Progress, check_disk_space, weight_bytes, write_model
+from engines.external_data import Progress, advance_of, check_disk_space, weight_bytes, write_model
 from engines.lower import lower
 from engines.target import Target
 from runtime import __version__
@@ -47,7 +47,7 @@ def build_engine(
         output: The engine folder.
         with_weights: False writes the lowered graphs alone, which nothing can open.
         runnable: False leaves the manifest out: a folder of lowered graphs to look at.
-        progress: Called with the number of weight bytes written since the last call.
+        progress: Called while the weights are written.
 
     Raises:
         UsageError: `output` holds something that is no engine.
@@ -61,10 +61,11 @@ def build_engine(
     for name, model in bundle.graphs.items():
         graphs[name] = lower(model, target, bundle.config, target.passes())
     num_bytes = sum(map(weight_bytes, graphs.values())) if with_weights else 0
+    advance = advance_of(progress, num_bytes)
     with output_folder(output, num_bytes) as folder:
         files: dict[str, FileRecord] = {}
         for name, model in graphs.items():
-            files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, progress=progress)
+            files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, advance=advance)
         for name, contents in bundle.assets.items():
             (folder / name).write_bytes(contents)
             files[name] = FileRecord(len(contents), sha256_of(folder / name))

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from engines.external_data import Progress, weight_bytes, write_model
+from engines.external_data import Progress, advance_of, weight_bytes, write_model
 from runtime.errors import BundleError
 from runtime.manifest import FileRecord
 from runtime.model_config import ModelConfig
@@ -73,9 +73,10 @@ class Bundle:
         The graphs refer to what was written afterwards, so a bundle is written or built once.
         """
         self.check()
+        advance = advance_of(progress, self.weight_bytes)
         files: dict[str, FileRecord] = {}
         for name, model in self.graphs.items():
-            files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, progress=progress)
+            files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, advance=advance)
         for name, contents in self.assets.items():
             (folder / name).write_bytes(contents)
         manifest = {

@@ -19,7 +19,11 @@ from runtime.manifest import FileRecord, sha256_of
 # ONNX asks for page-aligned offsets so that a runtime can map the file.
 _ALIGNMENT_BYTES = 4096
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]
+"""Takes the number of weight bytes written since the last call."""
+
+Progress = Callable[[int, int], None]
+"""Takes that number and the bytes of all weights to write."""
 
 
 def streamed_tensors(model: ir.Model) -> dict[str, StreamedTensor]:
@@ -34,6 +38,11 @@ def streamed_tensors(model: ir.Model) -> dict[str, StreamedTensor]:
 def weight_bytes(model: ir.Model) -> int:
     """Return the bytes that the streamed weights of a model take on disk, without alignment."""
     return sum(tensor.nbytes for tensor in streamed_tensors(model).values())
+
+
+def advance_of(progress: Progress | None, num_bytes: int) -> Advance | None:
+    """Return what tells `progress` of `num_bytes` in all."""
+    return None if progress is None else lambda written: progress(written, num_bytes)
 
 
 def check_disk_space(folder: Path, num_bytes: int) -> None:
@@ -51,7 +60,7 @@ def check_disk_space(folder: Path, num_bytes: int) -> None:
 
 
 def write_model(
-    model: ir.Model, path: Path, *, with_weights: bool, progress: Progress | None = None
+    model: ir.Model, path: Path, *, with_weights: bool, advance: Advance | None = None
 ) -> dict[str, FileRecord]:
     """Write `model` to `path` and its streamed weights to `<path>.data`.
 
@@ -59,7 +68,7 @@ def write_model(
         model: The model; its initializers are replaced by references to the written file.
         path: The `.onnx` file to write.
         with_weights: False writes the graph alone: it refers to a data file that is not there.
-        progress: Called with the number of bytes written since the last call.
+        advance: Told of what is written.
 
     Returns:
         A record for each file written.
@@ -72,7 +81,7 @@ def write_model(
     tensors = streamed_tensors(model)
     try:
         if tensors and with_weights:
-            records[data_name] = _write_weights(tensors, path.with_name(data_name), progress)
+            records[data_name] = _write_weights(tensors, path.with_name(data_name), advance)
         offset, offsets = 0, {}
         for tensor in tensors.values():
             offsets[id(tensor)] = offset
@@ -102,7 +111,7 @@ def write_model(
     return records
 
 
-def _write_weights(tensors: dict[str, StreamedTensor], path: Path, progress: Progress | None) -> FileRecord:
+def _write_weights(tensors: dict[str, StreamedTensor], path: Path, advance: Advance | None) -> FileRecord:
     digest = hashlib.sha256()
     position = 0
     with path.open("wb", buffering=0) as file:
@@ -120,8 +129,8 @@ def _write_weights(tensors: dict[str, StreamedTensor], path: Path, progress: Pro
             start = position
             for block in tensor.blocks():
                 put(block.view(np.uint8).data)
-                if progress is not None:
-                    progress(block.nbytes)
+                if advance is not None:
+                    advance(block.nbytes)
             assert position - start == tensor.nbytes, (
                 f"{tensor.name}: wrote {position - start} of {tensor.nbytes} bytes"
             )

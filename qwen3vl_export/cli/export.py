@@ -77,15 +77,18 @@ def export(
 
     made = make_bundle(checkpoint)
     traced_s = time.perf_counter() - started
-    weight_bytes = made.weight_bytes if weights else 0
     is_engine = bundle is None and weights and compile
-    with _progress(weight_bytes) as advance:
+    with _progress() as progress:
         if bundle is not None:
+            weight_bytes = made.weight_bytes if weights else 0
             with output_folder(destination, weight_bytes) as folder:
-                made.write(folder, with_weights=weights, progress=advance)
+                made.write(folder, with_weights=weights, progress=progress)
         else:
             # ONNX Runtime compiles when it opens the graph, so for it the lowered graph is the engine.
-            build_engine(made, chosen, destination, with_weights=weights, runnable=is_engine, progress=advance)
+            manifest = build_engine(
+                made, chosen, destination, with_weights=weights, runnable=is_engine, progress=progress
+            )
+            weight_bytes = manifest.weight_bytes
     result = {
         "output": str(destination),
         "target": None if bundle is not None else chosen.name,
@@ -100,17 +103,17 @@ def export(
         print(f"{destination}  ({weight_bytes / 1e6:.1f} MB of weights, {result['total_s']} s)")
 
 
-def _progress(total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Return a context that shows a bar on stderr and gives the function that advances it."""
+def _progress() -> AbstractContextManager[Callable[[int, int], None]]:
+    """Return a context that shows a bar on stderr, and the function that tells it of written and of all bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     @contextmanager
-    def shown() -> Iterator[Callable[[int], None]]:
+    def shown() -> Iterator[Callable[[int, int], None]]:
         columns = TextColumn("writing weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("weights", total=total_bytes)
-            yield lambda num_bytes: progress.advance(task, num_bytes)
+            task = progress.add_task("weights", total=None)
+            yield lambda written, total: progress.update(task, advance=written, total=total)
 
     return shown()
 
