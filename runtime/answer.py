@@ -12,7 +12,10 @@ from runtime.errors import UsageError
 
 @dataclass(frozen=True)
 class Stats:
-    """Timings of one answer: seconds, tokens, bytes. `ttft_s` runs from the call to the first token."""
+    """Timings of one answer: seconds, tokens, bytes. `ttft_s` runs from the call to the first token.
+
+    `drafted_tokens` and `accepted_tokens` are those of prompt lookup; 0 without it.
+    """
 
     preprocess_s: float
     vision_s: float
@@ -24,6 +27,8 @@ class Stats:
     visual_tokens: int
     new_tokens: int
     peak_cache_bytes: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def to_dict(self) -> dict[str, float]:
         """Return plain values."""

@@ -6,6 +6,7 @@ Shapes: S prompt tokens, V visual rows, D DeepStack levels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -61,6 +62,16 @@ def prefill(
     return np.concatenate(pieces)
 
 
+class Drafter(Protocol):
+    """Guess the tokens that come next, such as `runtime.prompt_lookup.PromptLookup`."""
+
+    def append(self, token_id: int) -> None:
+        """Take the next token of the answer."""
+
+    def draft(self, room: int) -> list[int]:
+        """Return at most `room` tokens; asked once before each call of the decoder."""
+
+
 def decode_steps(
     session: Session,
     cache: KVCache,
@@ -69,30 +80,53 @@ def decode_steps(
     delta: int,
     dummy_embeds: Floats,
     choose: Callable[[Floats], int],
+    drafter: Drafter | None = None,
 ) -> Iterator[int]:
     """Yield tokens for ever: choose one from the last logits, and run it only when the next one is asked for.
 
+    With a drafter, a call runs the last token and the drafted ones behind it, which gives the logits behind each.
+    `choose` is asked position by position as without, and a draft is kept while it is what `choose` returned: the
+    logits behind a right draft are those of plain decoding, so penalties, draws of a seeded sampler and tokens are the
+    same too. For sampling this is speculative sampling (Leviathan et al. 2023, arXiv:2211.17192) with a draft
+    distribution of one point: a draft is accepted with its probability under the model, and a token chosen in its
+    place follows the rest of that distribution. The next call overwrites the rows of the cache behind a wrong draft.
+
+    The same up to rounding, that is: a call of several positions sums in another order, so near-ties of the logits
+    may fall otherwise, the more so where activations are quantised. A kernel with one activation scale for the whole
+    call (DynamicQuantizeMatMul) lets a draft change the logits before it by its quantisation error.
+
     Args:
         session: The engine.
-        cache: Holds `num_cached` rows; one more is written before each token but the first.
+        cache: Holds `num_cached` rows; the row of each token but the last is written before the next is yielded.
         logits_V: Logits behind the prompt, [vocab].
         num_cached: Valid rows of the cache.
         delta: Position of a token minus its index (`PromptPositions.delta`).
         dummy_embeds: [1+D, 1, hidden], since a generated token takes no visual row.
         choose: Sampler.
+        drafter: Knows the prompt already; None decodes token by token.
     """
-    no_row = np.full((1, 1), -1, np.int64)
-    only = np.zeros((1, 1), np.int64)
+    drafts: list[int] = []
+    logits_LV = logits_V[None]
+    num_tokens = num_cached
     while True:
-        token = choose(logits_V)
-        yield token
-        logits_V = session.decode(
-            np.array([[token]], np.int64),
-            np.full((3, 1, 1), num_cached + delta, np.int64),
-            no_row,
+        for row_V, draft in zip(logits_LV, [*drafts, None], strict=True):
+            token = choose(row_V)
+            if drafter is not None:
+                drafter.append(token)
+            yield token
+            num_tokens += 1
+            if token != draft:
+                break
+        # The last token has no row yet, and nobody wants logits behind the last position that the cache holds.
+        past = num_tokens - 1
+        drafts = [] if drafter is None else drafter.draft(max(0, cache.capacity - past - 2))
+        num_new = 1 + len(drafts)
+        logits_LV = session.decode(
+            np.array([[token, *drafts]], np.int64),
+            np.broadcast_to(np.arange(past, past + num_new) + delta, (3, 1, num_new)),
+            np.full((1, num_new), -1, np.int64),
             dummy_embeds,
-            np.array([num_cached], np.int64),
-            only,
+            np.array([past], np.int64),
+            np.arange(num_new)[None],
             cache,
-        )[0, 0]
-        num_cached += 1
+        )[0]

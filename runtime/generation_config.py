@@ -94,6 +94,8 @@ class GenerationOptions:
         frequency_penalty: The same, times the number of occurrences in the answer so far, in [-2, 2]; 0 is off.
         stop: Generation ends before the first of these strings in the text.
         seed: Of the random generator; None takes fresh entropy.
+        prompt_lookup_num_tokens: Most tokens that are drafted for one call of the decoder by looking up the last tokens
+            in prompt and answer; 0 is off. It changes the speed alone, up to rounding (`runtime.generation`).
         eos_token_ids: Token ids that end the answer.
     """
 
@@ -108,6 +110,7 @@ class GenerationOptions:
     frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    prompt_lookup_num_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -248,6 +251,14 @@ def _seed(name: str, value: Any) -> int | None:
     return None if value is None else _integer(name, value, 0)
 
 
+def _prompt_lookup_num_tokens(name: str, value: Any) -> int:
+    length = _integer(name, value, 0)
+    # Each takes a row of logits: 64 of them 40 MB with Qwen's vocabulary.
+    if length > 64:
+        raise UsageError(f"{name} must be at most 64, got {value}", remedy="10 suits most texts; 0 switches it off")
+    return length
+
+
 def _eos_token_ids(name: str, value: Any) -> tuple[int, ...]:
     ids = (value,) if isinstance(value, numbers.Integral) else value
     if isinstance(ids, str) or not isinstance(ids, Sequence):
@@ -267,5 +278,6 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "frequency_penalty": _additive_penalty,
     "stop": _stop,
     "seed": _seed,
+    "prompt_lookup_num_tokens": _prompt_lookup_num_tokens,
     "eos_token_ids": _eos_token_ids,
 }

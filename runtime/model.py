@@ -35,6 +35,7 @@ from runtime.memory import (
 )
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.prompt import Prompt, PromptBuilder
+from runtime.prompt_lookup import PromptLookup
 from runtime.sampling import Sampler
 from runtime.session import Floats, Session, open_session
 from runtime.stopping import StopStringFilter
@@ -230,6 +231,14 @@ class Qwen3VLModel:
             needed[LOGITS] = logits_bytes(self.config, capacity)
         check_fits(needed, self.max_memory)
 
+    def _lookup(self, prompt_ids: list[int], num_tokens: int) -> PromptLookup | None:
+        # From this many tokens on a call runs in another decoder, and other logits would give other tokens.
+        other_decoder = self.manifest.capabilities.get("prefill_min_tokens")
+        if other_decoder is not None:
+            num_tokens = min(num_tokens, int(other_decoder) - 2)
+        never = (self.config.image_token_id, self.config.video_token_id)
+        return PromptLookup(prompt_ids, num_tokens, never) if num_tokens > 0 else None
+
     def _run(self, messages: Any, options: GenerationOptions) -> Generator[str, None, Generation]:
         with self._turn:
             return (yield from self._generate(messages, options))
@@ -256,9 +265,9 @@ class Qwen3VLModel:
         logits = prefill(self.session, cache, prompt_ids, prepared.positions, embeds)[-1]
         sampler = Sampler(options)
         sampler.start(prompt_ids)
-        steps = decode_steps(
-            self.session, cache, logits, len(prompt_ids), prepared.positions.delta, embeds[:, :1], sampler.next
-        )
+        lookup = self._lookup(prompt_ids, options.prompt_lookup_num_tokens)
+        delta = prepared.positions.delta
+        steps = decode_steps(self.session, cache, logits, len(prompt_ids), delta, embeds[:, :1], sampler.next, lookup)
         decoder, stops = self.tokenizer.stream_decoder(), StopStringFilter(options.stop)
         token_ids: list[int] = []
         pieces: list[str] = []
@@ -295,6 +304,8 @@ class Qwen3VLModel:
             visual_tokens=visual_tokens,
             new_tokens=len(token_ids),
             peak_cache_bytes=cache.num_bytes,
+            drafted_tokens=lookup.num_drafted if lookup else 0,
+            accepted_tokens=lookup.num_accepted if lookup else 0,
         )
         return Generation("".join(pieces), token_ids, finish_reason, stats)
 

@@ -122,7 +122,7 @@ def test_every_option_arrives(model: FakeModel, qwen3vl: Any) -> None:
     args = (
         "run folder Read. --image a.png --image https://x/b.png --max-new-tokens 7 --do-sample "
         "--temperature 0.5 --top-k 0 --top-p 0.9 --min-p 0 --repetition-penalty 1.1 --presence-penalty -1 "
-        "--frequency-penalty 0.2 --seed 0 --stop x --stop y --min-pixels 1024 --max-pixels 4096 "
+        "--frequency-penalty 0.2 --seed 0 --prompt-lookup 4 --stop x --stop y --min-pixels 1024 --max-pixels 4096 "
         "--max-context 99 --max-memory 1.5 --threads 1 --check"
     )
     assert qwen3vl(*args.split())[0] == 0
@@ -148,6 +148,7 @@ def test_every_option_arrives(model: FakeModel, qwen3vl: Any) -> None:
         "presence_penalty": -1.0,
         "frequency_penalty": 0.2,
         "seed": 0,
+        "prompt_lookup_num_tokens": 4,
         "stop": ("x", "y"),
     }
     assert qwen3vl("run", "folder", "Read.", "--greedy")[0] == 0

@@ -46,6 +46,7 @@ _API_OPTIONS = (
     "min_p",
     "min_pixels",
     "presence_penalty",
+    "prompt_lookup_num_tokens",
     "repetition_penalty",
     "top_k",
     "top_p",

@@ -48,6 +48,8 @@ def print_stats(stats: Stats) -> None:
         ("speed", f"{stats.tokens_per_s:.1f} tokens/s"),
         ("peak cache", _size(stats.peak_cache_bytes)),
     ]
+    if stats.drafted_tokens:
+        rows.append(("prompt lookup", f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted"))
     for line in columns(rows):
         note(line)
 

@@ -17,10 +17,12 @@ import typer
 from qwen3vl_export.cli.conversation import Conversation
 from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
 from qwen3vl_export.cli.output import columns, manifest_text, print_json, print_stats, print_stream
-from runtime.errors import ParityError
+from runtime.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
     from engines.target import Target
+    from qwen3vl_export.parity.report import Report
+    from qwen3vl_export.parity.task_report import TaskReport
     from runtime.model import Qwen3VLModel
 
 HASH_NOTE = "hashes catch damage and mix-ups, not malice"
@@ -60,6 +62,15 @@ PresencePenalty = Annotated[float | None, typer.Option(help="Taken from each tok
 FrequencyPenalty = Annotated[float | None, typer.Option(help="The same, for each time it occurred; 0 is off.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed draws the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeat for several.")]
+PromptLookupNumTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--prompt-lookup-num-tokens",
+        "--prompt-lookup",
+        metavar="N",
+        help="Draft up to N tokens by looking up the last ones in prompt and answer: faster where the answer copies.",
+    ),
+]
 MinPixels = Annotated[int | None, typer.Option(help="Enlarge images below this many pixels.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Shrink images above this many pixels: faster, less detail.")]
 MaxContext = Annotated[int | None, typer.Option(help="Room of the KV cache: prompt, images and answer, in tokens.")]
@@ -89,6 +100,7 @@ def run(
     frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    prompt_lookup_num_tokens: PromptLookupNumTokens = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     max_context: MaxContext = None,
@@ -102,7 +114,8 @@ def run(
 
     --json prints one object at the end: text, token_ids (of the answer), finish_reason (eos, stop or length), and
     stats with preprocess_s, vision_s, prefill_s, ttft_s (time to first token), tpot_s (time per later token),
-    tokens_per_s, prompt_tokens, visual_tokens, new_tokens, peak_cache_bytes.
+    tokens_per_s, prompt_tokens, visual_tokens, new_tokens, peak_cache_bytes, drafted_tokens and accepted_tokens (of
+    prompt lookup).
 
     \b
     Examples:
@@ -126,6 +139,7 @@ def run(
         frequency_penalty=frequency_penalty,
         seed=seed,
         stop=tuple(stop) if stop else None,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
     )
     model = _open(
         engine,
@@ -161,6 +175,7 @@ def chat(
     do_sample: DoSample = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    prompt_lookup_num_tokens: PromptLookupNumTokens = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     max_context: MaxContext = None,
@@ -182,7 +197,13 @@ def chat(
     Example:
       qwen3vl chat demo-engine --image note.png
     """
-    options = _given(max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, seed=seed)
+    options = _given(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        seed=seed,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+    )
     model = _open(
         engine,
         check=check,
@@ -262,20 +283,39 @@ def verify(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Greedy tokens to compare for each prompt. [default: 64]")
     ] = None,
+    tasks: Annotated[
+        bool, typer.Option("--tasks", help="Compare answers to the demo's held-out questions, with float32.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: only the first N canvases of 2000.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --tasks: draw each layer's error as .svg or .png.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare an engine with PyTorch in float32 on the same pixels; exit code 9 if a tolerance fails.
 
-    Needs the packages of the export extra (torch, transformers).
+    --tasks asks the demo's questions instead: four of each held-out canvas, of the engine and of a float32 engine that
+    it builds from the checkpoint. It prints exact matches, their paired difference in points with a 95 % interval,
+    divergence, agreement and perplexity on the true answers, and fails if a task loses more points than it may.
+
+    Needs the packages of the export extra (torch, transformers); --tasks scikit-learn too, --plot matplotlib.
 
     \b
     Examples:
       qwen3vl verify demo-engine --checkpoint demo
       qwen3vl verify ENGINE --checkpoint Qwen/Qwen3-VL-2B-Instruct --json > parity.json
+      qwen3vl verify demo-engine --checkpoint demo --tasks --limit 300 --plot layers.svg
     """
-    from qwen3vl_export.parity.verify import verify as compare
+    if tasks and max_new_tokens is not None:
+        raise UsageError("--tasks takes no --max-new-tokens", remedy="leave one of them out")
+    if not tasks and (limit is not None or plot is not None):
+        raise UsageError("--limit and --plot belong to --tasks", remedy="add --tasks")
+    if tasks:
+        report: TaskReport | Report = _compare_tasks(engine, checkpoint, limit, plot)
+    else:
+        from qwen3vl_export.parity.verify import verify as compare
 
-    report = compare(engine, checkpoint, **_given(max_new_tokens=max_new_tokens))
+        report = compare(engine, checkpoint, **_given(max_new_tokens=max_new_tokens))
     if as_json:
         print_json(report.to_dict())
     else:
@@ -294,6 +334,30 @@ def main() -> None:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _compare_tasks(engine: Path, checkpoint: str, limit: int | None, plot: Path | None) -> TaskReport:
+    """Ask the held-out questions, with a bar on stderr, and draw the plot."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from qwen3vl_export.parity.layers import check_plot, plot_layers
+    from qwen3vl_export.parity.tasks import run_tasks
+
+    if plot is not None:
+        check_plot(plot)  # before the minutes of work
+    shown = TextColumn("canvases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*shown, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("canvases", total=None)
+        report = run_tasks(
+            engine,
+            checkpoint,
+            limit=limit,
+            on_canvas=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    if plot is not None:
+        plot_layers({report.target: report.layers}, plot)
+    return report
 
 
 def _open(engine: Path, *, check: bool, **options: Any) -> Qwen3VLModel:
