@@ -13,7 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from qwen3vl_export.safetensors_reader import CheckpointTensor, FileHeader, TensorEntry, read_header
+from engines.quantize.tensors import row_chunks
+from engines.weights import StreamedTensor
+from qwen3vl_export.quantized import join_parts
+from qwen3vl_export.quantized.parts import QuantizedEntry
+from qwen3vl_export.safetensors_reader import FileHeader, TensorEntry, read_header
 from runtime.errors import CheckpointError
 from runtime.model_config import ModelConfig
 
@@ -146,8 +150,12 @@ class Checkpoint:
         return headers
 
     @cached_property
-    def entries(self) -> dict[str, TensorEntry]:
-        """Every tensor of the checkpoint by key."""
+    def entries(self) -> dict[str, TensorEntry | QuantizedEntry]:
+        """Every tensor of the checkpoint by key; the parts of a quantised weight are one entry, under the weight's key.
+
+        Raises:
+            CheckpointError: A key is in two files, or weights are quantised in a form that is not read.
+        """
         entries: dict[str, TensorEntry] = {}
         for name, header in self.headers.items():
             for key, entry in header.tensors.items():
@@ -157,10 +165,10 @@ class Checkpoint:
                         remedy="the shards are of different checkpoints: download all of them again",
                     )
                 entries[key] = entry
-        return entries
+        return join_parts(entries, self.hf_config, self.folder)
 
-    def tensor(self, key: str, shape: Iterable[int], *, view: tuple[int, ...] | None = None) -> CheckpointTensor:
-        """Refer to one tensor, to be read later.
+    def tensor(self, key: str, shape: Iterable[int], *, view: tuple[int, ...] | None = None) -> StreamedTensor:
+        """Refer to one tensor, to be read later, and dequantised if it is quantised.
 
         Args:
             key: The checkpoint key.
@@ -181,7 +189,7 @@ class Checkpoint:
                 f"{entry.path}: {key} has shape {list(entry.shape)}, config.json implies {list(shape)}",
                 remedy="the weights do not belong to this config.json: take both from one checkpoint",
             )
-        return CheckpointTensor(key, entry, view)
+        return entry.tensor(key, view)
 
     def check_keys(self, used: Iterable[str]) -> None:
         """Raise unless every key is used, or on the ignore list, or the tied head's copy of the embedding.
@@ -205,11 +213,7 @@ class Checkpoint:
         head, embedding = self.entries[HEAD_KEY], self.entries[EMBEDDING_KEY]
         same = head.shape == embedding.shape and all(
             np.array_equal(a, b)
-            for a, b in zip(
-                CheckpointTensor(HEAD_KEY, head).blocks(),
-                CheckpointTensor(EMBEDDING_KEY, embedding).blocks(),
-                strict=True,
-            )
+            for a, b in zip(row_chunks(head.tensor(HEAD_KEY)), row_chunks(embedding.tensor(EMBEDDING_KEY)), strict=True)
         )
         if not same:
             raise CheckpointError(

@@ -43,6 +43,14 @@ class TensorEntry:
     shape: tuple[int, ...]
     dtype: str
 
+    def tensor(self, key: str, view: tuple[int, ...] | None = None) -> StreamedTensor:
+        """Refer to the tensor by its name in the graph, to be read later, in another shape if `view` is given.
+
+        Raises:
+            CheckpointError: It is not of floats.
+        """
+        return CheckpointTensor(key, self, view)
+
 
 @dataclass(frozen=True)
 class FileHeader:
