@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.quantize.blockwise import Codes, Floats
-from qwen3vl_export.quantized.parts import GroupedWeight, Module, QuantizedEntry, column_bands, unsupported
-from qwen3vl_export.safetensors_reader import read_columns, read_rows
+from qwen3vl_export.quantized.parts import GroupedWeight, Module, QuantizedEntry, column_slices, unsupported
+from qwen3vl_export.safetensors_reader import read_rows
 from runtime.errors import CheckpointError
 
 METHOD = "awq"
@@ -62,10 +62,9 @@ class AwqForm:
 
 
 class _AwqWeight(GroupedWeight):
-    def bands(self) -> Iterator[Codes]:
-        entry = self.module.parts["qweight"]
-        for first, count in column_bands(entry):
-            yield _unpack(read_columns(entry, first, count))
+    def chunks(self) -> Iterator[Codes]:
+        for words_KW in column_slices(self.module.parts["qweight"], 8 * self.shape[1]):
+            yield _unpack(words_KW)
 
     def read_scales(self) -> Floats:
         return np.ascontiguousarray(self.module.scales(self.module.parts["scales"]).T)

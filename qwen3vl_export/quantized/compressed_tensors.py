@@ -9,7 +9,6 @@ actorder "group". A weight is (code - zero point) · scale.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,8 @@ from qwen3vl_export.quantized.parts import (
     GroupedWeight,
     Module,
     QuantizedEntry,
+    as_object,
+    matches,
     unpack_codes,
     unsupported,
 )
@@ -42,7 +43,7 @@ class CompressedTensorsForm:
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self._where = where
-        sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+        sparsity = as_object(config.get("sparsity_config"), where, "sparsity_config").get("format", "dense")
         if sparsity != "dense":
             raise unsupported(where, "sparsity_config.format", sparsity, '"dense"')
         if config.get("kv_cache_scheme") is not None:
@@ -57,7 +58,7 @@ class CompressedTensorsForm:
                 raise unsupported(where, f"format of {name}", stored, f'"{_FORMAT}"')
             if group.get("input_activations") is not None or group.get("output_activations") is not None:
                 raise unsupported(where, f"activations of {name}", "quantised", "none: only weights are imported")
-            weights = group.get("weights") or {}
+            weights = as_object(group.get("weights"), where, f"weights of {name}")
             self._check_weights(weights, name)
             self._schemes.append((list(group.get("targets") or []), weights))
 
@@ -110,7 +111,7 @@ class CompressedTensorsForm:
         """Return the scheme of a module: by name, by pattern, else the one for its class (`match_targets`)."""
         ranks = (
             lambda target: target == name,
-            lambda target: target.startswith("re:") and re.match(target.removeprefix("re:"), name) is not None,
+            lambda target: target.startswith("re:") and matches(target[3:], name, self._where),
             lambda target: target == "Linear",
         )
         for fits in ranks:
@@ -128,7 +129,7 @@ class _PackedWeight(GroupedWeight):
         super().__init__(*arguments)
         self._is_symmetric = is_symmetric
 
-    def bands(self) -> Iterator[Codes]:
+    def chunks(self) -> Iterator[Codes]:
         entry, (num_rows, num_columns) = self.module.parts["weight_packed"], self.shape
         count = max(1, CHUNK_WEIGHTS // num_columns)
         for first in range(0, num_rows, count):

@@ -38,7 +38,7 @@ class Fp8Form:
             ("scale_fmt", "float", "float"),
             ("activation_scheme", "dynamic", "dynamic"),
         ):
-            found = config.get(field, default)
+            found = default if config.get(field) is None else config[field]
             if found != expected:
                 raise unsupported(where, field, found, f"{expected}")
 

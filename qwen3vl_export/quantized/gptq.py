@@ -8,7 +8,6 @@ A weight is (code - zero point) · scale.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,11 +18,12 @@ from qwen3vl_export.quantized.parts import (
     GroupedWeight,
     Module,
     QuantizedEntry,
-    column_bands,
+    column_slices,
+    matches,
     unpack_codes,
     unsupported,
 )
-from qwen3vl_export.safetensors_reader import read_columns, read_rows
+from qwen3vl_export.safetensors_reader import read_rows
 
 METHOD = "gptq"
 # One in every code of a word.
@@ -78,11 +78,11 @@ class GptqForm:
         values = dict(self._config)
         # GPTQModel, `dynamic_get`: the first pattern that matches; "-:" marks modules that are not quantised.
         for pattern, overrides in self._dynamic.items():
-            if isinstance(overrides, dict) and re.match(pattern.removeprefix("+:"), name):
+            if isinstance(overrides, dict) and matches(pattern.removeprefix("+:"), name, self._where):
                 values |= overrides
                 break
         bits, group = values.get("bits"), values.get("group_size", 128)
-        if bits not in _ONES:
+        if type(bits) is not int or bits not in _ONES:
             raise unsupported(self._where, "bits", bits, "4 or 8")
         if type(group) is not int or not (group > 0 or group == -1):
             raise unsupported(self._where, "group_size", group, "a number of columns, or -1 for all")
@@ -94,10 +94,9 @@ class _GptqWeight(GroupedWeight):
         super().__init__(*arguments)
         self._is_v1 = is_v1
 
-    def bands(self) -> Iterator[Codes]:
-        entry = self.module.parts["qweight"]
-        for first, count in column_bands(entry):
-            yield unpack_codes(read_columns(entry, first, count).T, self.bits)
+    def chunks(self) -> Iterator[Codes]:
+        for words in column_slices(self.module.parts["qweight"], self.shape[1]):
+            yield unpack_codes(words.T, self.bits)
 
     def read_scales(self) -> Floats:
         return np.ascontiguousarray(self.module.scales(self.module.parts["scales"]).T)

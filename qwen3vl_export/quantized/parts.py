@@ -1,12 +1,13 @@
-"""What the formats share: the parts of one weight, and weights whose codes are read a band of rows at a time.
+"""What the formats share: the parts of one weight, and weights whose codes are read a few rows at a time.
 
-Shapes: N rows (outputs) and K columns (inputs) of a weight, J groups of a row, R rows of a band.
+Shapes: N rows (outputs) and K columns (inputs) of a weight, J groups of a row, R rows of a chunk.
 """
 
 from __future__ import annotations
 
 import abc
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,11 @@ from engines.quantize.blockwise import Codes, Floats, QuantizedBlocks
 from engines.quantize.formats import BLOCK_SIZES
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.weights import StreamedTensor
-from qwen3vl_export.safetensors_reader import TensorEntry, read_floats, read_rows
+from qwen3vl_export.safetensors_reader import TensorEntry, read_columns, read_floats, read_rows
 from runtime.errors import CheckpointError
 
-# Weights dequantised at a time: 4 MB as float32.
-CHUNK_WEIGHTS = 1 << 20
+# Weights dequantised at a time: 1 MiB as float32, which stays in the cache (engines.weights.BLOCK_BYTES).
+CHUNK_WEIGHTS = 1 << 18
 # Read at a time of a matrix whose columns are wanted: the widest of 2B and 8B come whole or in two bands, so a page of
 # the file is seldom read twice.
 _BAND_BYTES = 32 << 20
@@ -161,8 +162,8 @@ class GroupedWeight(abc.ABC):
         return -(-self.shape[1] // self.group)
 
     @abc.abstractmethod
-    def bands(self) -> Iterator[Codes]:
-        """Yield codes [R, K] of whole rows, in order."""
+    def chunks(self) -> Iterator[Codes]:
+        """Yield codes [R, K] of whole rows, in order, about `CHUNK_WEIGHTS` at a time."""
 
     @abc.abstractmethod
     def read_scales(self) -> Floats:
@@ -198,7 +199,7 @@ class _Blocks(GroupQuantizedTensor):
         group_of_block = np.arange(num_blocks) * self.block // weight.group
         scales_NJ, zeros_NJ = weight.read_scales(), weight.read_zero_points()
         done = 0
-        for codes_RK in chunks(weight.bands(), num_columns):
+        for codes_RK in weight.chunks():
             rows = slice(done, done + len(codes_RK))
             done += len(codes_RK)
             zeros_RB = zeros_NJ[rows][:, group_of_block]
@@ -224,7 +225,7 @@ class _Scattered(StreamedTensor):
             group_of_column = np.arange(num_columns) // weight.group
         scales_NJ, zeros_NJ = weight.read_scales(), weight.read_zero_points()
         done = 0
-        for codes_RK in chunks(weight.bands(), num_columns):
+        for codes_RK in weight.chunks():
             rows = slice(done, done + len(codes_RK))
             done += len(codes_RK)
             steps_RK = codes_RK.astype(np.float32) - zeros_NJ[rows][:, group_of_column]
@@ -232,20 +233,20 @@ class _Scattered(StreamedTensor):
             yield steps_RK.reshape(-1)
 
 
-def chunks(bands: Iterator[NDArray[Any]], num_columns: int) -> Iterator[NDArray[Any]]:
-    """Cut bands of rows into chunks that a core's cache holds."""
-    num_rows = max(1, CHUNK_WEIGHTS // num_columns)
-    for band in bands:
-        for start in range(0, len(band), num_rows):
-            yield band[start : start + num_rows]
+def column_slices(entry: TensorEntry, num_codes: int) -> Iterator[NDArray[np.int32]]:
+    """Yield all columns of a matrix of words, as many at a time as hold the codes of one chunk.
 
-
-def column_bands(entry: TensorEntry) -> Iterator[tuple[int, int]]:
-    """Yield first column and number of columns of the bands to read a matrix in."""
+    Args:
+        entry: The matrix.
+        num_codes: Codes in one of its columns.
+    """
     num_rows, num_columns = entry.shape
-    width = max(1, _BAND_BYTES // (num_rows * (entry.num_bytes // (num_rows * num_columns))))
-    for first in range(0, num_columns, width):
-        yield first, min(width, num_columns - first)
+    band = max(1, _BAND_BYTES // (num_rows * 4))
+    width = max(1, CHUNK_WEIGHTS // num_codes)
+    for first in range(0, num_columns, band):
+        words = read_columns(entry, first, min(band, num_columns - first))
+        for start in range(0, words.shape[1], width):
+            yield words[:, start : start + width]
 
 
 def unpack_codes(words: NDArray[np.int32], bits: int) -> Codes:
@@ -265,6 +266,32 @@ def unsupported(where: str, field: str, found: object, expected: str) -> Checkpo
         f"{where}: {field} is {json_like(found)}, expected {expected}",
         remedy=UNQUANTIZED,
     )
+
+
+def as_object(value: object, where: str, field: str) -> Mapping[str, Any]:
+    """Return an object of config.json, empty for null.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    if value is not None and not isinstance(value, dict):
+        raise unsupported(where, field, value, "an object")
+    return value or {}
+
+
+def matches(pattern: str, name: str, where: str) -> bool:
+    """Say whether a pattern of config.json fits the beginning of a module's name.
+
+    Raises:
+        CheckpointError: It is no regular expression.
+    """
+    try:
+        return re.match(pattern, name) is not None
+    except re.error as error:
+        raise CheckpointError(
+            f"{where}: {json_like(pattern)} is no regular expression ({error})",
+            remedy="correct the pattern in config.json",
+        ) from error
 
 
 def json_like(value: object) -> str:
