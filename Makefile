@@ -6,7 +6,7 @@ ENGINE ?= out/demo-ort-cpu-fp32
 IMAGE ?=
 MODEL ?= qwen3-vl-2b
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench compare-setup
 
 setup: $(STAMP)
 
@@ -38,3 +38,7 @@ bench: setup
 	$(BIN)/python -m benchmarks run --model $(MODEL) --checkpoint out/bench --work-dir out
 	$(BIN)/python -m benchmarks report
 	rm -r out/bench
+
+compare-setup: setup
+	@echo "Setting up build/peers: environments of onnxruntime-genai and OpenVINO, each with a PyTorch of its own."
+	$(BIN)/python -m benchmarks compare-setup

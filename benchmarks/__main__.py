@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks {synthetic,export,run,import,report}`."""
+"""Command line of the benchmarks: `python -m benchmarks {synthetic,export,run,import,compare,compare-setup,report}`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import imports, inference, measure, report, status, synthetic
+from benchmarks.compare.command import compare, compare_setup
 from runtime.errors import Qwen3VLError, UsageError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(compare)
+app.command("compare-setup")(compare_setup)
 
 Model = Annotated[str, typer.Option(help="Shape in configs/models, such as qwen3-vl-2b.")]
 Target = Annotated[str, typer.Option(help="Target to build.")]

@@ -11,7 +11,7 @@ from benchmarks.report import PHASES, speed
 _LEFT, _WIDTH, _RIGHT = 330, 400, 60
 _BAR, _ROW, _GROUP_GAP, _TOP, _BOTTOM = 16, 22, 16, 46, 24
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b")
-_INK, _PAPER = "#333333", "#ffffff"
+_INK, PAPER = "#333333", "#ffffff"
 
 
 def speeds(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -27,27 +27,27 @@ def speeds(runs: Sequence[Mapping[str, Any]]) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="13">',
-        f'<rect width="{width}" height="{height}" fill="{_PAPER}"/>',
-        _text(12, 20, "speed, PyTorch fp32 on the same machine = 1 (longer is faster)", weight="bold"),
+        f'<rect width="{width}" height="{height}" fill="{PAPER}"/>',
+        text(12, 20, "speed, PyTorch fp32 on the same machine = 1 (longer is faster)", weight="bold"),
     ]
     y = _TOP
     for run in runs:
-        parts.append(_text(12, y + _ROW + 10, f"{run['model']}, {run['target']}"))
+        parts.append(text(12, y + _ROW + 10, f"{run['model']}, {run['target']}"))
         for phase, colour in zip(PHASES, _COLOURS, strict=True):
             value = speed(run, phase)
             parts.append(f'<rect x="{_LEFT}" y="{y}" width="{value * scale:.1f}" height="{_BAR}" fill="{colour}"/>')
-            parts.append(_text(_LEFT - 6, y + 13, phase, anchor="end"))
-            parts.append(_text(_LEFT + value * scale + 5, y + 13, f"{value:.2f}"))
+            parts.append(text(_LEFT - 6, y + 13, phase, anchor="end"))
+            parts.append(text(_LEFT + value * scale + 5, y + 13, f"{value:.2f}"))
             y += _ROW
         y += _GROUP_GAP
     line = f"{_LEFT + scale:.1f}"
     parts.append(f'<path d="M {line} {_TOP - 12} V {y}" stroke="{_INK}" stroke-dasharray="4 3"/>')
-    parts.append(_text(_LEFT + scale, y + 14, "PyTorch", anchor="middle"))
+    parts.append(text(_LEFT + scale, y + 14, "PyTorch", anchor="middle"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "normal") -> str:
+def text(x: float, y: float, words: str, *, anchor: str = "start", weight: str = "normal") -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" fill="{_INK}" text-anchor="{anchor}" font-weight="{weight}">'
-        f"{escape(text)}</text>"
+        f"{escape(words)}</text>"
     )

@@ -1,6 +1,7 @@
 """Write results as JSON, and their tables; a table is made from the JSON alone, so it can be made again.
 
-The kind of a result is the first part of its name: `export-MODEL-TARGET`, `run-MODEL-TARGET`, `import`.
+The kind of a result is the first part of its name: `export-MODEL-TARGET`, `run-MODEL-TARGET`, `import`,
+`compare-MODEL`.
 """
 
 from __future__ import annotations
@@ -113,6 +114,13 @@ def import_table(result: Mapping[str, Any]) -> str:
     )
 
 
+def comparison(result: Mapping[str, Any]) -> str:
+    """Return the tables of a comparison with peers."""
+    from benchmarks.compare import tables  # which takes `table` from this file
+
+    return tables.render(result)
+
+
 def _environment_line(environment: Mapping[str, Any]) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in environment["libraries"].items())
     return (
@@ -122,4 +130,4 @@ def _environment_line(environment: Mapping[str, Any]) -> str:
     )
 
 
-_TABLES = {"export": export_table, "run": inference_table, "import": import_table}
+_TABLES = {"export": export_table, "run": inference_table, "import": import_table, "compare": comparison}

@@ -15,6 +15,7 @@ from typing import Any
 
 import configs
 from benchmarks import plot, report
+from benchmarks.compare import chart
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = "demo checkpoint"
@@ -127,6 +128,7 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     results = report.load(folder)
     files = {folder / f"{name}.md": report.render(name, result) for name, result in results.items()}
     files[folder / "speed.svg"] = plot.speeds([r for name, r in results.items() if report.kind(name) == "run"])
+    files |= {folder / f"{name}.svg": chart.draw(r) for name, r in results.items() if report.kind(name) == "compare"}
     blocks = {
         root / "README.md": ("what works", works_table(results, read_accuracies(root / "docs"))),
         root / "docs" / "benchmarks.md": ("figures", goals_table(results)),

@@ -183,7 +183,7 @@ def test_driver_process_measures_speed_and_image(tiny_engine: Path, tmp_path: Pa
     assert np.load(tmp_path / "logits.npy").shape[0] == 5
     assert speed["versions"]["onnxruntime"]
     image = measure(request | {"mode": IMAGE_MODE})
-    assert image["has_vision"] and len(image["image"]["all_s"]) == 3
+    assert image["has_vision"] and len(image["image"]["all_s"]) == 1
     assert image["peak_rss_bytes"] > image["cache_bytes"] > 0
 
 
@@ -227,6 +227,7 @@ def made_up_result() -> dict[str, Any]:
     points = [Point(VISION, 784), Point(PREFILL, 512), Point(DECODE, 512, 4)]
     seconds = (2.0, 4.0, 0.1)
     side: dict[str, Any] = {
+        "is_ours": True,
         "export": {"wall_s": 45.4, "cpu_s": 50.0, "peak_rss_bytes": 1.5e9, "size_bytes": 1.3e9, "is_of_this_run": True},
         "load_s": 1.25,
         "points": {p.name: {"median_s": s, "all_s": [s]} for p, s in zip(points, seconds, strict=True)},
@@ -238,7 +239,11 @@ def made_up_result() -> dict[str, Any]:
         "peak_rss_bytes": 1_900_000_000,
         "divergence": {"mean_kl": 0.238, "top1": 0.5},
     }
-    blind = side | {"has_vision": False, "points": {points[1].name: {"median_s": 8.0, "all_s": [8.0]}}}
+    blind = side | {
+        "is_ours": False,
+        "has_vision": False,
+        "points": {points[1].name: {"median_s": 8.0, "all_s": [8.0]}},
+    }
     blind["export"] = side["export"] | {"is_of_this_run": False}
     return {
         "model": "qwen3-vl-2b",
@@ -280,7 +285,7 @@ def test_report_shows_speeds_shares_and_what_is_missing() -> None:
 def test_bars_are_as_long_as_the_sides_are_fast() -> None:
     result = made_up_result()
     result["points"] = result["points"][1:2]
-    drawing = ElementTree.fromstring(chart.draw(result, frozenset({"ours"})))
+    drawing = ElementTree.fromstring(chart.draw(result))
     bars = [node for node in drawing if node.tag.endswith("rect")][1:]
     lengths = [float(bar.get("width", "nan")) for bar in bars]
     assert lengths[0] == pytest.approx(2 * lengths[1], rel=1e-3)

@@ -7,8 +7,7 @@ from typing import Any
 
 from benchmarks.compare.tables import title, tokens_per_s
 from benchmarks.compare.workloads import VISION, Point
-from benchmarks.plot import _PAPER as PAPER
-from benchmarks.plot import _text as text
+from benchmarks.plot import PAPER, text
 
 _SHOWN = ("vision-784-b1", "vision-3072-b1", "prefill-512-b1", "decode-512-b1", "decode-512-b4")
 _LEFT, _WIDTH, _RIGHT = 140, 420, 90
@@ -16,13 +15,8 @@ _BAR, _ROW, _TITLE, _GAP = 14, 19, 24, 14
 _OURS, _THEIRS = "#4c78a8", "#bab0ac"
 
 
-def draw(result: Mapping[str, Any], ours: frozenset[str]) -> str:
-    """Return a panel for each of a few points: images or tokens a second; longer is faster.
-
-    Args:
-        result: A comparison.
-        ours: Names of our sides, which get a colour of their own.
-    """
+def draw(result: Mapping[str, Any]) -> str:
+    """Return a panel for each of a few points: images or tokens a second; our sides have a colour of their own."""
     points = [point for point in (Point(**values) for values in result["points"]) if point.name in _SHOWN]
     panel = _TITLE + len(result["sides"]) * _ROW + _GAP
     width, height = _LEFT + _WIDTH + _RIGHT, len(points) * panel + _GAP
@@ -40,7 +34,7 @@ def draw(result: Mapping[str, Any], ours: frozenset[str]) -> str:
         for row, (name, rate) in enumerate(rates.items()):
             y = top + _TITLE - 6 + row * _ROW
             length = _WIDTH * (rate or 0.0) / longest
-            colour = _OURS if name in ours else _THEIRS
+            colour = _OURS if result["sides"][name]["is_ours"] else _THEIRS
             parts.append(text(_LEFT - 6, y + 11, name, anchor="end"))
             parts.append(f'<rect x="{_LEFT}" y="{y}" width="{length:.1f}" height="{_BAR}" fill="{colour}"/>')
             parts.append(text(_LEFT + length + 5, y + 11, f"{rate:.3g}" if rate else "not measured"))

@@ -42,8 +42,7 @@ def compare(
     settings = comparison.Settings(threads, budget_s, max_repeats, keep_engines)
     result = {"model": model} | comparison.compare(checkpoint.absolute(), work, chosen, points, settings)
     path = report.write(f"compare-{model}", result, results)
-    ours = frozenset(each.name for each in chosen if each.is_ours)
-    path.with_suffix(".svg").write_text(chart.draw(result, ours), encoding="utf-8")
+    path.with_suffix(".svg").write_text(chart.draw(result), encoding="utf-8")
     typer.echo(path.read_text(encoding="utf-8"))
 
 

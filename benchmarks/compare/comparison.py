@@ -62,6 +62,8 @@ def compare(
             except subprocess.CalledProcessError as error:
                 command = " ".join(map(str, error.cmd[1:4]))
                 result["missing"][side.name] = f"{command} ended with exit code {error.returncode}"
+            # Half an hour of measurements: an interruption leaves those of the sides before.
+            (work / "partial.json").write_text(json.dumps(result), encoding="utf-8")
         _add_divergences(result["sides"], scratch)
     return result
 
@@ -92,7 +94,7 @@ def _measure_side(
         "max_repeats": settings.max_repeats,
     }
     measured = {mode: _run_driver(side, request | {"mode": mode}, scratch) for mode in (IMAGE_MODE, SPEED_MODE)}
-    return {"export": cost, **measured[SPEED_MODE], **measured[IMAGE_MODE]}
+    return {"is_ours": side.is_ours, "export": cost, **measured[SPEED_MODE], **measured[IMAGE_MODE]}
 
 
 def prompt(checkpoint: Path) -> str:
@@ -148,5 +150,6 @@ def _add_divergences(sides: dict[str, Any], scratch: Path) -> None:
         return
     reference_NV = np.load(reference, mmap_mode="r")
     for name, values in sides.items():
-        if name != REFERENCE:
-            values["divergence"] = divergence(reference_NV, np.load(scratch / f"{name}.npy", mmap_mode="r"))
+        path = scratch / f"{name}.npy"
+        if name != REFERENCE and path.is_file():
+            values["divergence"] = divergence(reference_NV, np.load(path, mmap_mode="r"))

@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,17 +28,15 @@ if TYPE_CHECKING:
 Call = Callable[[], object]
 
 SPEED_MODE, IMAGE_MODE = "speed", "image"
-_IMAGE_REPEATS = 3
 
 
 @dataclass(frozen=True)
 class FirstToken:
-    """One answer to an image: seconds to its first token, preprocessing included, and the bytes of its KV cache.
+    """One answer to an image: the bytes of its KV cache.
 
     A side without a vision tower answers a text of as many tokens, which is good for its memory alone.
     """
 
-    ttft_s: float
     cache_bytes: int
     has_vision: bool = True
 
@@ -62,7 +60,7 @@ class Driver(Protocol):
     def first_token(self, image: str, prompt: str) -> FirstToken:
         """Answer an image file with one token, preprocessing included."""
 
-    def logits(self, input_ids: Sequence[int]) -> np.ndarray[Any, Any]:
+    def logits(self, input_ids: Sequence[int]) -> np.ndarray[Any, Any] | None:
         """Return the logits of every position of a text, float32 [tokens, vocab]."""
 
     def decoder_bytes(self) -> int:
@@ -124,16 +122,20 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     driver: Driver = module.load(Path(request["path"]), request["threads"], request["mode"], **request["options"])
     result: dict[str, Any] = {"load_s": time.perf_counter() - start, "versions": module.versions()}
     if request["mode"] == IMAGE_MODE:
-        answers = [driver.first_token(request["image"], request["prompt"]) for _ in range(_IMAGE_REPEATS)]
-        result["image"] = summarise([answer.ttft_s for answer in answers])
-        result |= {"cache_bytes": answers[0].cache_bytes, "peak_rss_bytes": peak_rss_bytes()}
-        return result | {"has_vision": answers[0].has_vision}
+
+        def call() -> FirstToken:
+            return driver.first_token(request["image"], request["prompt"])
+
+        first = call()  # reads the weights' pages; behind it even a single timed call is warm
+        result["image"] = time_call(call, budget_s=request["budget_s"], max_repeats=request["max_repeats"])
+        return result | {"peak_rss_bytes": peak_rss_bytes(), **asdict(first)}
     points = [Point(**point) for point in request["points"]]
     result["points"] = time_points(driver, points, budget_s=request["budget_s"], max_repeats=request["max_repeats"])
-    if request["texts"]:
+    logits = [found for found in map(driver.logits, request["texts"]) if found is not None]
+    if logits:
         import numpy as np
 
-        np.save(request["logits"], np.concatenate([driver.logits(ids) for ids in request["texts"]]))
+        np.save(request["logits"], np.concatenate(logits))
     result |= {"decoder_bytes": driver.decoder_bytes(), "cache_token_bytes": driver.cache_token_bytes()}
     return result
 

@@ -63,10 +63,12 @@ def _engine(target: str) -> Side:
     return Side(target, "engine", export=export, is_ours=True)
 
 
-def _genai(name: str, *options: str) -> Side:
+def _genai(name: str, *options: str, is_pruned: bool = False) -> Side:
     builder = ("-m", "onnxruntime_genai.models.builder", "-m", "{checkpoint}", "-o", "{output}")
+    options += ("prune_lm_head=true",) * is_pruned
     extra = ("--extra_options", *options) if options else ()
-    return Side(name, "genai", "genai", (*builder, "-p", "int4", "-e", "cpu", "-c", "{output}-cache", *extra))
+    command = (*builder, "-p", "int4", "-e", "cpu", "-c", "{output}-cache", *extra)
+    return Side(name, "genai", "genai", command, {"is_pruned": is_pruned})
 
 
 _PYTORCH = (
@@ -77,6 +79,8 @@ _OPENVINO_EXPORT = ("-m", "optimum.commands.optimum_cli", "export", "openvino", 
 _PEERS = (
     _genai("genai-int4-b32"),
     _genai("genai-int4-b128", "block_size=128"),
+    # Logits of the last position alone, as our engines compute them.
+    _genai("genai-int4-b128-pruned", "block_size=128", is_pruned=True),
     Side(
         "openvino-int4",
         "openvino",

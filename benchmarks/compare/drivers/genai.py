@@ -8,7 +8,6 @@ no vision tower.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ Cache = dict[str, ort.OrtValue]
 class GenaiDriver:
     """The decoder in a folder of the builder."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, is_pruned: bool) -> None:
+        self._is_pruned = is_pruned
         self._path = folder / "model.onnx"
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -42,7 +42,7 @@ class GenaiDriver:
         """Return nothing: there is no vision tower."""
 
     def prefill(self, batch: int, length: int) -> Call:
-        """Prepare a first prefill; the graph computes the logits of all positions."""
+        """Prepare a first prefill; without a pruned head the graph computes the logits of all positions."""
         ids = np.random.default_rng(0).integers(0, self._vocab_size, (batch, length))
         cache = self._new_cache(batch, length)
         return lambda: self._run(ids, 0, cache)
@@ -55,14 +55,14 @@ class GenaiDriver:
 
     def first_token(self, image: str, prompt: str) -> FirstToken:
         """Answer a text as long as image and prompt are."""
-        start = time.perf_counter()
         cache = self._new_cache(1, IMAGE_TOKENS + PROMPT_TOKENS)
         self._run(np.full((1, IMAGE_TOKENS + PROMPT_TOKENS), TOKEN), 0, cache)
-        seconds = time.perf_counter() - start
-        return FirstToken(seconds, round((IMAGE_TOKENS + PROMPT_TOKENS) * self.cache_token_bytes()), has_vision=False)
+        return FirstToken(round((IMAGE_TOKENS + PROMPT_TOKENS) * self.cache_token_bytes()), has_vision=False)
 
-    def logits(self, input_ids: Sequence[int]) -> np.ndarray[Any, Any]:
-        """Run one prefill."""
+    def logits(self, input_ids: Sequence[int]) -> np.ndarray[Any, Any] | None:
+        """Run one prefill; a pruned head gives the logits of the last position alone."""
+        if self._is_pruned:
+            return None
         return self._run(np.asarray([input_ids]), 0, self._new_cache(1, len(input_ids)))[0]
 
     def decoder_bytes(self) -> int:
@@ -93,9 +93,9 @@ class GenaiDriver:
         return logits
 
 
-def load(folder: Path, threads: int, mode: str) -> GenaiDriver:
-    """Open a folder of the builder."""
-    return GenaiDriver(folder, threads)
+def load(folder: Path, threads: int, mode: str, is_pruned: bool = False) -> GenaiDriver:
+    """Open a folder of the builder; `is_pruned` as its option `prune_lm_head`."""
+    return GenaiDriver(folder, threads, is_pruned)
 
 
 def versions() -> dict[str, str]:
