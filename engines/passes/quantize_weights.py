@@ -34,7 +34,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
 
     def __init__(self, plan: WeightPlan) -> None:
         super().__init__()
-        self._plan = plan
+        self.plan = plan
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Quantise every weight that the plan has a format for."""
@@ -42,19 +42,19 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         products: list[MatMulWeight] = []
         for node in list(model.graph):
             found = find_weight(node)
-            if found is not None and self._plan.format_of(found.key).kind != FLOAT:
+            if found is not None and self.plan.format_of(found.key).kind != FLOAT:
                 products.append(found)
             elif node.op_type == "Gather" and node.domain == "" and _streamed_matrix(node.inputs[0]):
                 lookups.setdefault(node.inputs[0], []).append(node)  # type: ignore[arg-type]
         modified = bool(products)
         for found in products:
-            weight_format = self._plan.format_of(found.key)
+            weight_format = self.plan.format_of(found.key)
             if weight_format.kind == BLOCKWISE:
                 self._blockwise(model, found, weight_format, lookups.pop(found.value, []))
             else:
                 _rowwise(model, found, weight_format)
         for value, nodes in lookups.items():
-            weight_format = self._plan.format_of(str(value.name))
+            weight_format = self.plan.format_of(str(value.name))
             source = value.const_value
             assert isinstance(source, StreamedTensor)
             if weight_format.kind == BLOCKWISE:
@@ -69,7 +69,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     def _blockwise(
         self, model: ir.Model, found: MatMulWeight, weight_format: WeightFormat, lookups: list[ir.Node]
     ) -> None:
-        block = _dividing_block(found.tensor, weight_format) if lookups else weight_format.block
+        block = stored_block(found, weight_format)
         weight = BlockwiseWeight(found.tensor, weight_format.bits, block)
         inputs = [found.x, *(add_initializer(model, t) for t in (weight.packed, weight.scales, weight.zero_points))]
         node = ir.node(
@@ -91,6 +91,12 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
             table = ViewTensor(f"{weight.packed.name}.table", weight.packed, (num_rows, math.prod(row)))
             _look_up(model, lookups, weight, table)
         found.replace(model, [node], node.outputs[0])
+
+
+def stored_block(found: MatMulWeight, weight_format: WeightFormat) -> int:
+    """Return the block that a blockwise weight gets: a smaller one than the format's if it is a table too."""
+    is_table = any(node.op_type == "Gather" for node, _ in found.value.uses())
+    return _dividing_block(found.tensor, weight_format) if is_table else weight_format.block
 
 
 def _rowwise(model: ir.Model, found: MatMulWeight, weight_format: WeightFormat) -> None:

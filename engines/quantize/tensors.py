@@ -16,7 +16,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines.quantize.blockwise import QuantizedBlocks, pack_codes, quantize_blocks, quantize_rows_int8
-from engines.weights import StreamedTensor
+from engines.quantize.imported import GroupQuantizedTensor
+from engines.weights import ConcatenatedTensor, StreamedTensor
 from runtime.errors import BundleError
 
 # Weights handed to one thread at a time: a few passes of the search.
@@ -59,12 +60,20 @@ class BlockwiseWeight:
 
     def _pack(self) -> Iterator[NDArray[Any]]:
         self._side = {"scales": [], "zero_points": []}
-        for quantized in map_ahead(self._quantize, row_chunks(self._source)):
+        for quantized in self._quantized_rows():
             scales_RJ = quantized.scales.reshape(-1, self._num_blocks)
             zeros_RJ = quantized.zero_points.reshape(-1, self._num_blocks)
             self._side["scales"].append(scales_RJ)
             self._side["zero_points"].append(pack_codes(zeros_RJ, self.bits))
             yield pack_codes(quantized.codes, self.bits).reshape(-1)
+
+    def _quantized_rows(self) -> Iterator[QuantizedBlocks]:
+        """Yield the blocks of whole rows: as the source holds them if its format is this one, else by search."""
+        for part in self._source.parts if isinstance(self._source, ConcatenatedTensor) else (self._source,):
+            if isinstance(part, GroupQuantizedTensor) and (part.bits, part.block) == (self.bits, self.block):
+                yield from part.quantized_rows()
+            else:
+                yield from map_ahead(self._quantize, row_chunks(part))
 
     def _quantize(self, weights_RK: NDArray[np.float32]) -> QuantizedBlocks:
         missing = self._num_blocks * self.block - weights_RK.shape[1]
@@ -132,14 +141,14 @@ class _Produced(StreamedTensor):
         return self._produce()
 
 
-def row_chunks(source: StreamedTensor) -> Iterator[NDArray[np.float32]]:
-    """Yield whole rows of a float32 weight [N, K] as fresh arrays [R, K].
+def row_chunks(source: StreamedTensor, chunk_weights: int = _CHUNK_WEIGHTS) -> Iterator[NDArray[np.float32]]:
+    """Yield whole rows of a float32 weight [N, K] as fresh arrays [R, K] of about `chunk_weights` elements.
 
     Raises:
         BundleError: A weight is NaN or infinite.
     """
     num_rows, num_columns = (int(n) for n in source.shape.numpy())
-    chunk_rows = max(1, _CHUNK_WEIGHTS // num_columns)
+    chunk_rows = max(1, chunk_weights // num_columns)
     chunk, filled, first_row = np.empty(0, np.float32), 0, 0
     for block in source.blocks():
         done = 0

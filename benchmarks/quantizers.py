@@ -1,0 +1,121 @@
+"""Compare quantisers on the demo checkpoint: KL to float32 over the prompts of held-out canvases.
+
+Only the decoder is quantised, so that nothing else adds to the divergence. Calibration sees training canvases alone.
+The table of docs/quantization.md is the output of `python -m benchmarks.quantizers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines import registry
+from engines.build import build_engine
+from engines.passes.fuse_shared_input import FuseSharedInputPass
+from engines.passes.quantize_weights import QuantizeWeightsPass
+from engines.quantize.blockwise import QuantizedBlocks
+from engines.quantize.calibration import Rounding, calibrate
+from engines.quantize.calibration_data import CalibrationPrompt
+from engines.quantize.formats import WeightPlan
+from engines.quantize.gptq import Floats, InputMetric, quantize_rows
+from engines.target import Target
+from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.demo.data import canvas_at, example_of, held_out
+from qwen3vl_export.export import make_bundle
+from qwen3vl_export.parity.metrics import kl_divergence
+from runtime.model import Qwen3VLModel
+
+BLOCKS = (32, 64, 128)
+_TRAINING_SEED = 7
+
+
+def importance_alone(weights_NK: Floats, metric: InputMetric, bits: int) -> QuantizedBlocks:
+    """Search with each column's error weighted by the mean square of its input, the diagonal of H = R Rᵀ."""
+    diagonal_K = (metric.factor_KK**2).sum(1)
+    return quantize_rows(weights_NK, replace(metric, factor_KK=np.diag(np.sqrt(diagonal_K))), bits)
+
+
+METHODS: dict[str, Rounding | None] = {
+    "round to nearest, search": None,
+    "search weighted by the inputs": importance_alone,
+    "GPTQ": quantize_rows,
+}
+
+
+def decoder_target(bits: int, block: int) -> Target:
+    """Return a target whose decoder is in blocks, and whose vision tower is float32."""
+    rules: list[dict[str, Any]] = [
+        {"match": ["model.visual.*"], "kind": "float32"},
+        {"match": ["*"], "kind": "blockwise", "bits": bits, "block": block},
+    ]
+    plan = WeightPlan.from_rules(rules)
+    return replace(
+        registry.get("ort-cpu-int4"), passes=lambda: [FuseSharedInputPass(plan.format_of), QuantizeWeightsPass(plan)]
+    )
+
+
+def training_prompts(num_canvases: int) -> list[CalibrationPrompt]:
+    """Ask one task, in turn, of each training canvas, and answer it."""
+    prompts = []
+    for index in range(num_canvases):
+        example = example_of(index, canvas_at(_TRAINING_SEED, index, "train"))
+        question, answer = list(example.tasks.values())[index % len(example.tasks)]
+        messages = [*_ask(example.image, question), {"role": "assistant", "content": answer}]
+        prompts.append(CalibrationPrompt(f"training canvas {index}", messages))
+    return prompts
+
+
+def held_out_logits(engine: Path, num_canvases: int) -> Iterator[Floats]:
+    """Yield the logits of every prompt, [S, vocab]."""
+    model = Qwen3VLModel.from_engine(engine)
+    for index in range(num_canvases):
+        example = held_out(index)
+        for question, _ in example.tasks.values():
+            yield model.logits(_ask(example.image, question))
+
+
+def build(folder: Path, target: Target, rounding: Rounding | None, num_calibration: int) -> Path:
+    """Build an engine of the demo checkpoint."""
+    bundle = make_bundle(Checkpoint.open("demo"))
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        if rounding is not None:
+            calibrate(bundle, target, training_prompts(num_calibration), Path(work), rounding=rounding)
+        build_engine(bundle, target, folder / "engine")
+    return folder / "engine"
+
+
+def _ask(image: Any, question: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--canvases", type=int, default=100, help="held-out canvases, four prompts each")
+    parser.add_argument("--calibration", type=int, default=128, help="training canvases, one prompt each")
+    parser.add_argument("--bits", type=int, default=4)
+    arguments = parser.parse_args()
+    print("| decoder | " + " | ".join(f"block {block}" for block in BLOCKS) + " |")
+    print("|---|" + "---:|" * len(BLOCKS))
+    with tempfile.TemporaryDirectory() as name:
+        engine = build(Path(name), registry.get("ort-cpu-fp32"), None, 0)
+        expected = list(held_out_logits(engine, arguments.canvases))
+        for method, rounding in METHODS.items():
+            cells = []
+            for block in BLOCKS:
+                target = decoder_target(arguments.bits, block)
+                engine = build(Path(name), target, rounding, arguments.calibration)
+                found = held_out_logits(engine, arguments.canvases)
+                divergences = [kl_divergence(f, e) for f, e in zip(found, expected, strict=True)]
+                cells.append(f"{np.mean(np.concatenate(divergences)):.5f}")
+            print(f"| {method} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""Calibrated quantisation: round blockwise weights by what prompts of the user put into their products (GPTQ).
+
+The graphs run in float32, slice by slice (`engines.quantize.slices`), over all prompts. Before a slice hands its
+results on, its weights are quantised with the Gram matrices of their inputs, and stand in the graph as codes from then
+on: the passes of the target find them there and write them as they are.
+
+Memory, beside the runtime's own: the inputs of the next slice for all tokens (the hidden state: 4 · hidden bytes a
+token); `SLICE_BYTES` of weights and Gram matrices, or one product's if that is more; as much again while a Gram matrix
+is factorised. Disk: one slice's weights, or the embedding's, in float32, and a byte for each quantised weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from engines.bundle import DECODER, VISION, VISION_INPUTS, Bundle
+from engines.external_data import check_disk_space
+from engines.lower import lower
+from engines.passes.matmul_weight import MatMulWeight, find_weight
+from engines.passes.quantize_weights import QuantizeWeightsPass, stored_block
+from engines.quantize.blockwise import QuantizedBlocks
+from engines.quantize.calibration_data import CalibrationPrompt
+from engines.quantize.formats import BLOCKWISE, WeightPlan
+from engines.quantize.gptq import Floats, InputMetric, factorize, quantize_rows
+from engines.quantize.imported import GroupQuantizedTensor
+from engines.quantize.slices import Arrays, cut
+from engines.quantize.tensors import row_chunks
+from engines.target import Target
+from engines.weights import StreamedTensor
+from runtime.errors import BundleError, Qwen3VLError, UsageError
+from runtime.manifest import Manifest
+from runtime.session import Session
+
+Rounding: TypeAlias = Callable[[Floats, InputMetric, int], QuantizedBlocks]
+"""Signature of `gptq.quantize_rows`."""
+
+METHOD = "gptq"
+_EMBEDS = "visual_embeds"
+SLICE_BYTES = 1 << 30
+MAX_PROMPT_TOKENS = 4096
+MAX_TOKENS = 1 << 16
+"""Of all prompts together: the hidden states of a 2B model take 0.5 GB then."""
+# Rows of one product of activations: less, and adding a Gram matrix of 6144 columns costs as much as computing it.
+_GRAM_ROWS = 1024
+# Weights that are rounded at a time.
+_CHUNK_WEIGHTS = 1 << 23
+
+
+def calibrate(
+    bundle: Bundle,
+    target: Target,
+    prompts: Sequence[CalibrationPrompt],
+    folder: Path,
+    *,
+    rounding: Rounding = quantize_rows,
+) -> None:
+    """Exchange, in a bundle, the weights that `target` stores blockwise for codes chosen by GPTQ.
+
+    Weights that the checkpoint already holds as codes stay. What was done is added to `bundle.source`.
+
+    Args:
+        bundle: Exchanged in place; build the engine while `folder` exists.
+        target: The target that the engine will be built for.
+        prompts: At least one.
+        folder: An empty folder for the codes and one slice of the graph.
+        rounding: Another one, to compare with.
+
+    Raises:
+        UsageError: No prompt, prompts that are too long, or a target that calibration does not change.
+        BundleError: An activation is NaN or infinite.
+    """
+    plan = _plan_of(target)
+    if not prompts:
+        raise UsageError("the calibration set is empty", remedy="give at least one prompt")
+    record = _record(bundle, target, prompts, folder)
+    _quantize(bundle, VISION, target, plan, record.images, folder, rounding)
+    embeds = iter([sample[_EMBEDS] for sample in record.images])
+    for sample, num_images in zip(record.prompts, record.num_images, strict=True):
+        if num_images:
+            sample[_EMBEDS] = np.concatenate([next(embeds) for _ in range(num_images)], axis=1)
+    del embeds
+    record.images.clear()
+    _quantize(bundle, DECODER, target, plan, record.prompts, folder, rounding)
+    calibration = {"method": METHOD, "prompts": len(prompts), "tokens": record.num_tokens, "sha256": record.sha256}
+    bundle.source = {**bundle.source, "calibration": calibration}
+
+
+def _plan_of(target: Target) -> WeightPlan:
+    for each in target.passes():
+        if isinstance(each, QuantizeWeightsPass) and any(form.kind == BLOCKWISE for _, form in each.plan.rules):
+            return each.plan
+    raise UsageError(
+        f"{target.name} stores no weights in blocks, so calibration would change nothing",
+        remedy="choose a target with few bits (see: qwen3vl targets), or leave the calibration out",
+    )
+
+
+@dataclass
+class _Record:
+    """Inputs of the graphs for all prompts.
+
+    Attributes:
+        images: Of the vision graph, one sample an image.
+        prompts: Of the decoder, one sample a prompt, with a dummy in place of its images' embeddings.
+        num_images: Of each prompt.
+        num_tokens: Of all prompts.
+        sha256: Digest of token ids and pixels, in order.
+    """
+
+    images: list[Arrays] = field(default_factory=list)
+    prompts: list[Arrays] = field(default_factory=list)
+    num_images: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    sha256: str = ""
+
+
+class _RecordingSession:
+    """In place of an engine's vision tower: keep the inputs, return zeros."""
+
+    def __init__(self, images: list[Arrays]) -> None:
+        self._images = images
+
+    def vision(self, *inputs: NDArray[Any]) -> Floats:
+        self._images.append(dict(zip(VISION_INPUTS, inputs, strict=True)))
+        return np.zeros((1, 1, 1), np.float32)
+
+
+def _record(bundle: Bundle, target: Target, prompts: Sequence[CalibrationPrompt], folder: Path) -> _Record:
+    """Prepare every prompt as the runtime does."""
+    from runtime.chat import ChatTemplate
+    from runtime.generation_config import GenerationOptions
+    from runtime.image_processor import ImageProcessorConfig
+    from runtime.memory import machine_bytes
+    from runtime.model import Qwen3VLModel
+    from runtime.tokenizer import Tokenizer
+
+    for name, contents in bundle.assets.items():
+        (folder / name).write_bytes(contents)
+    record = _Record()
+    text = bundle.config.text
+    model = Qwen3VLModel(
+        Manifest(target.name, target.session, target.capabilities, bundle.config, {}, {}, {}),
+        cast(Session, _RecordingSession(record.images)),
+        Tokenizer.from_file(folder / "tokenizer.json"),
+        ChatTemplate.from_folder(folder),
+        ImageProcessorConfig.from_dict(json.loads(bundle.assets["preprocessor_config.json"])),
+        GenerationOptions(),
+        text.max_positions,
+        machine_bytes(),
+    )
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        try:
+            prepared = model.prepare(prompt.messages)
+        except Qwen3VLError as error:
+            raise type(error)(f"{prompt.place}: {error.message}", remedy=error.remedy) from error
+        ids = np.asarray(prepared.prompt.input_ids, np.int64)
+        record.num_tokens += len(ids)
+        for found, limit, what in (
+            (len(ids), MAX_PROMPT_TOKENS, "this prompt has"),
+            (record.num_tokens, MAX_TOKENS, "the calibration set up to here has"),
+        ):
+            if found > limit:
+                raise UsageError(
+                    f"{prompt.place}: {what} {found} tokens, at most {limit} are taken",
+                    remedy="shorten it, leave prompts out, or make the images smaller",
+                )
+        digest.update(ids.tobytes())
+        for image in prepared.images:
+            digest.update(image.pixel_values.tobytes())
+        record.num_images.append(len(prepared.images))
+        # Zeros without memory of their own: every layer's cache, as long as the prompt.
+        empty = np.broadcast_to(np.zeros((), target.cache_dtype), (1, text.num_kv_heads, len(ids), text.head_dim))
+        record.prompts.append(
+            {
+                "input_ids": ids[None],
+                "position_ids": prepared.positions.position_ids,
+                "visual_rows": prepared.positions.visual_rows,
+                _EMBEDS: model.encode_images(prepared.images),
+                "past_lengths": np.zeros(1, np.int64),
+                "logits_positions": np.arange(len(ids))[None],
+                **{f"past_key_values.{i}.{kind}": empty for i in range(text.num_layers) for kind in ("key", "value")},
+            }
+        )
+    record.sha256 = digest.hexdigest()
+    return record
+
+
+def _quantize(
+    bundle: Bundle, name: str, target: Target, plan: WeightPlan, samples: list[Arrays], folder: Path, rounding: Rounding
+) -> None:
+    """Run one graph over its samples, quantising on the way; the samples become outputs of the vision graph."""
+    if not samples:
+        return
+    model = lower(bundle.graphs[name].clone(), target, bundle.config, ())
+    products: dict[ir.Value, list[MatMulWeight]] = {}
+    for node in model.graph:
+        found = find_weight(node)
+        # An input of the graph is watched by no slice: such a weight is left to the search.
+        if found is None or found.x.producer() is None or isinstance(found.tensor, GroupQuantizedTensor):
+            continue
+        if plan.format_of(found.key).kind == BLOCKWISE:
+            products.setdefault(found.x, []).append(found)
+    num_weights = sum(found.tensor.size for group in products.values() for found in group)
+    check_disk_space(
+        folder, num_weights + max(SLICE_BYTES, 4 * bundle.config.text.vocab_size * bundle.config.text.hidden_size)
+    )
+    watched = {x: 4 * group[0].num_inputs ** 2 for x, group in products.items()}
+    outputs = model.graph.outputs if name == VISION else ()
+    for part in cut(model.graph, watched, outputs, SLICE_BYTES):
+        opened = part.open(samples[0], folder)
+        if part.watched:
+            grams = {str(x.name): Gram(products[x][0].num_inputs) for x in part.watched}
+            for sample in samples:
+                found_arrays = opened.run(sample)
+                for x_name, gram in grams.items():
+                    gram.add(found_arrays[x_name])
+            del opened
+            for x in part.watched:
+                gram_KK = grams.pop(str(x.name)).total()
+                if not np.isfinite(gram_KK.sum()):
+                    key = products[x][0].key
+                    raise BundleError(
+                        f"{key}: its input is not finite for a calibration prompt",
+                        remedy="check the checkpoint with another prompt: its activations overflow float32",
+                    )
+                metrics: dict[int, InputMetric] = {}
+                for found in products[x]:
+                    weight_format = plan.format_of(found.key)
+                    block = stored_block(found, weight_format)
+                    if block not in metrics:
+                        metrics[block] = factorize(gram_KK, block)
+                    codes = _StoredCodes(found.tensor, weight_format.bits, block, folder)
+                    for rows_RK in row_chunks(found.tensor, _CHUNK_WEIGHTS):
+                        codes.append(rounding(rows_RK, metrics[block], weight_format.bits))
+                    _exchange(model.graph, found.tensor, codes)
+                    _exchange(bundle.graphs[name].graph, found.tensor, _Calibrated(codes, found.tensor))
+            opened = part.open(samples[0], folder)
+        for sample in samples:
+            opened.advance(sample)
+
+
+def _exchange(graph: ir.Graph, old: StreamedTensor, new: StreamedTensor) -> None:
+    for value in graph.initializers.values():
+        if value.const_value is old:
+            value.const_value = new
+
+
+class _StoredCodes(GroupQuantizedTensor):
+    """Codes in files, a file for each stretch of rows."""
+
+    def __init__(self, source: StreamedTensor, bits: int, block: int, folder: Path) -> None:
+        super().__init__(str(source.name), source.shape.numpy(), bits, block)
+        self._folder = folder
+        self._files: list[Path] = []
+
+    def append(self, quantized: QuantizedBlocks) -> None:
+        """Write the blocks of the next rows."""
+        path = self._folder / f"{self.name}.{len(self._files)}.npz"
+        np.savez(path, codes=quantized.codes, scales=quantized.scales, zero_points=quantized.zero_points)
+        self._files.append(path)
+
+    def quantized_rows(self) -> Iterator[QuantizedBlocks]:
+        """Yield what was written."""
+        for path in self._files:
+            with np.load(path) as arrays:
+                yield QuantizedBlocks(**arrays)
+
+
+class _Calibrated(GroupQuantizedTensor):
+    """Codes for the format that they were chosen for, and the unrounded weights for any other, such as 8 bits a row."""
+
+    def __init__(self, codes: GroupQuantizedTensor, source: StreamedTensor) -> None:
+        super().__init__(str(source.name), source.shape.numpy(), codes.bits, codes.block)
+        self._codes, self._source = codes, source
+
+    def quantized_rows(self) -> Iterator[QuantizedBlocks]:
+        """Yield the codes."""
+        return self._codes.quantized_rows()
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """Yield the unrounded weights."""
+        return self._source.blocks()
+
+
+class Gram:
+    """H = Σ x xᵀ, float32 [K, K], over inputs that come a few rows at a time."""
+
+    def __init__(self, num_columns: int) -> None:
+        self._sum_KK = np.zeros((num_columns, num_columns), np.float32)
+        self._waiting: list[Floats] = []
+
+    def add(self, x: Floats) -> None:
+        """Add inputs [..., K]."""
+        self._waiting.append(x.reshape(-1, len(self._sum_KK)))
+        if sum(map(len, self._waiting)) >= _GRAM_ROWS:
+            self._flush()
+
+    def total(self) -> Floats:
+        """Return the sum."""
+        self._flush()
+        return self._sum_KK
+
+    def _flush(self) -> None:
+        if self._waiting:
+            x_MK = np.concatenate(self._waiting)
+            self._sum_KK += x_MK.T @ x_MK
+            self._waiting = []

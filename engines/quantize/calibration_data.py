@@ -1,0 +1,107 @@
+"""Read calibration prompts from a folder.
+
+`*.jsonl`: a conversation a line, as a list of messages in the Hugging Face chat format or as {"messages": […]}; image
+paths are relative to the file. Answers in it run teacher-forced.
+
+`prompts.txt`: a question a line. Images in the folder (by the name's ending) are asked one question each, in turn, both
+in order and the shorter list repeated; without images the questions stand alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import UsageError
+from runtime.urls import scheme_of
+
+_PROMPTS_NAME = "prompts.txt"
+_IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_LAYOUT = "put *.jsonl files with messages into it, or prompts.txt and images"
+
+
+@dataclass(frozen=True)
+class CalibrationPrompt:
+    """A conversation, and where it stands, for error messages."""
+
+    place: str
+    messages: list[dict[str, Any]]
+
+
+def read_prompts(folder: Path) -> list[CalibrationPrompt]:
+    """Read all prompts of a folder, in the order of the file names.
+
+    Raises:
+        UsageError: There is none, or a line is not what it should be; the message names file and line.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder of calibration prompts", remedy=_LAYOUT)
+    prompts: list[CalibrationPrompt] = []
+    for path in sorted(folder.glob("*.jsonl")):
+        prompts += _read_conversations(path)
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_ENDINGS)
+    questions = folder / _PROMPTS_NAME
+    if questions.is_file():
+        prompts += _ask(images, questions)
+    elif images and not prompts:
+        raise UsageError(
+            f"{folder}: images without {_PROMPTS_NAME}", remedy=f"write a question a line into {questions}"
+        )
+    if not prompts:
+        raise UsageError(f"{folder}: the calibration set is empty", remedy=_LAYOUT)
+    return prompts
+
+
+def _read_conversations(path: Path) -> Iterator[CalibrationPrompt]:
+    for number, line in _lines(path):
+        place = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(
+                f"{place}: not readable as JSON ({error})", remedy="write a conversation a line"
+            ) from error
+        messages = value.get("messages") if isinstance(value, dict) else value
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise UsageError(f"{place}: expected a list of messages, or an object that holds one under 'messages'")
+        yield CalibrationPrompt(place, [_resolve(message, path.parent) for message in messages])
+
+
+def _resolve(message: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Let relative image paths begin at the file's folder."""
+    if not isinstance(message.get("content"), list):
+        return message
+    parts = []
+    for part in message["content"]:
+        is_image = isinstance(part, dict) and part.get("type") == "image"
+        for key in ("image", "path", "url") if is_image else ():
+            source = part.get(key)
+            if isinstance(source, str) and scheme_of(source) is None:
+                part = {**part, key: str(folder / source)}
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _ask(images: list[Path], questions: Path) -> Iterator[CalibrationPrompt]:
+    lines = list(_lines(questions))
+    if not lines:
+        raise UsageError(f"{questions}: empty", remedy="write a question a line")
+    for i in range(max(len(images), len(lines))):
+        number, text = lines[i % len(lines)]
+        content = [{"type": "image", "image": str(images[i % len(images)])}] if images else []
+        message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+        yield CalibrationPrompt(f"{questions}:{number}", [message])
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, with their numbers."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not readable as UTF-8 text ({error})") from error
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.strip()
