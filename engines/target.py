@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
     from runtime.model_config import ModelConfig
 
@@ -38,6 +40,8 @@ class Target:
         prefill_passes: Makes the passes of a second lowering of the decoder for many tokens at once, on another form of
             the weights; None if one graph does both.
         prefill_min_tokens: Fewest new tokens of a call that is faster in that second graph.
+        cache_pass: Makes the pass that stores the KV cache in 8 or 4 bits by scales [L, 2, K, H], keys before values;
+            None if no kernel of the target reads such a cache.
         availability: Finds out what this machine can do.
     """
 
@@ -53,6 +57,7 @@ class Target:
     availability: Callable[[], Availability]
     prefill_passes: Callable[[], Sequence[ir.passes.InPlacePass]] | None = None
     prefill_min_tokens: int = 0
+    cache_pass: Callable[[int, NDArray[np.float32]], ir.passes.InPlacePass] | None = None
 
     @property
     def capabilities(self) -> dict[str, Any]:

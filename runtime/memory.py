@@ -11,8 +11,11 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from runtime.errors import CapacityError
 from runtime.generation import PREFILL_CHUNK
+from runtime.manifest import Manifest
 from runtime.model_config import ModelConfig
 
 # Parts of an estimate, each with the option that shrinks it.
@@ -38,10 +41,16 @@ def machine_bytes(cgroup_limits: Sequence[Path] = _CGROUP_LIMITS) -> int:
     return min(limits)
 
 
-def cache_bytes(config: ModelConfig, capacity: int, itemsize: int) -> int:
+def cache_bits(manifest: Manifest) -> int:
+    """Return the bits that an element of the engine's KV cache takes."""
+    whole = 8 * np.dtype(str(manifest.capabilities["cache_dtype"])).itemsize
+    return int(manifest.capabilities.get("cache_bits", whole))
+
+
+def cache_bytes(manifest: Manifest, capacity: int) -> int:
     """Return the bytes of a KV cache of one sequence: keys and values of all layers."""
-    text = config.text
-    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * capacity * itemsize
+    text = manifest.model.text
+    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * capacity * cache_bits(manifest) // 8
 
 
 def prefill_bytes(config: ModelConfig, num_tokens: int) -> int:

@@ -311,10 +311,9 @@ class Qwen3VLModel:
 
 
 def _decoder_needs(manifest: Manifest, capacity: int) -> dict[str, int]:
-    itemsize = np.dtype(str(manifest.capabilities["cache_dtype"])).itemsize
     return {
         WEIGHTS: manifest.weight_bytes,
-        CACHE: cache_bytes(manifest.model, capacity, itemsize),
+        CACHE: cache_bytes(manifest, capacity),
         PREFILL: prefill_bytes(manifest.model, capacity),
     }
 

@@ -17,7 +17,9 @@ from engines.quantize.formats import WeightPlan
 from engines.target import Availability, Target
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
     from runtime.model_config import ModelConfig
 
@@ -89,9 +91,16 @@ def _passes(plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
     ]
 
 
+def _cache_pass(bits: int, scales_L2KH: NDArray[np.float32]) -> ir.passes.InPlacePass:
+    from engines.passes.quantize_cache import QuantizeCachePass
+
+    return QuantizeCachePass(bits, scales_L2KH)
+
+
 def _availability() -> Availability:
     runs = importlib.util.find_spec("onnxruntime") is not None
-    builds = importlib.util.find_spec("onnx_ir") is not None
+    # An engine is built of what torch and transformers trace, although nothing here imports them.
+    builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "torch", "transformers"))
     missing = [extra for extra, found in (("cpu", runs), ("export", builds)) if not found]
     reason = f"install the extras: pip install 'qwen3vl-export[{','.join(missing)}]'" if missing else ""
     return Availability(can_build=builds, can_run=runs, reason=reason)
@@ -112,6 +121,7 @@ def _target(precision: str, description: str) -> Target:
         passes=lambda: _passes(plan),
         prefill_passes=(lambda: _passes(prefill_plan)) if prefill_plan.rules else None,
         prefill_min_tokens=settings.get("prefill_min_tokens", 0),
+        cache_pass=_cache_pass,
         libraries=("onnx-ir",),
         availability=_availability,
     )

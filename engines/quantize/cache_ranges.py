@@ -1,0 +1,124 @@
+"""Quantise the KV cache of an engine, by the largest keys and values that calibration prompts put into it.
+
+Shapes: L layers, B batch, K kv heads, T cache capacity, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from engines.bundle import DECODER, PREFILL
+from engines.target import Target
+from runtime.errors import BundleError, UsageError
+from runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, sha256_of
+
+if TYPE_CHECKING:
+    from engines.quantize.calibration_data import CalibrationPrompt
+
+SCALES_NAME = "cache_scales.npy"
+CACHE_BITS = {"int8": 8, "int4": 4}
+MARGINS = {8: 1.25, 4: 1.0}
+"""Range of the codes over the largest magnitude that calibration saw, by bits: what is beyond is cut off.
+
+Demo, ranges from 16 prompts, 100 others: mean KL in 8 bits at 1, 1.25, 1.5 and 2: 1.7e-4, 3.8e-5, 3.9e-5 and 9.6e-5,
+where 9e-4, 5e-5, 7e-6 and none of the values are cut off. In 4 bits a wider step costs more than what it saves: at 0.7,
+0.85, 1 and 1.25: 1.5e-2, 5.6e-3, 5.5e-3 and 1.0e-2.
+"""
+_DTYPE_NAMES = {8: "int8", 4: "uint8"}  # two of 4 bits a byte
+
+
+@dataclass(frozen=True)
+class CacheQuantization:
+    """How many bits an element of the KV cache takes, 8 or 4, and the prompts its scales come from."""
+
+    bits: int
+    prompts: Sequence[CalibrationPrompt]
+
+
+def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, target: Target) -> Manifest:
+    """Run the prompts on a finished engine and rewrite its decoder graphs for a cache in few bits.
+
+    Weights stay as they are. The engine is opened, so its memory is needed.
+
+    Args:
+        folder: Its graphs and weights; the graphs are rewritten, the scales are added, `engine.json` is not left.
+        manifest: What describes it so far.
+        wanted: Bits and prompts.
+        target: What the engine was built for.
+
+    Returns:
+        The manifest of the rewritten engine.
+
+    Raises:
+        UsageError: No prompt, or the target has no such cache.
+        CapacityError: A prompt is longer than the context, or the engine does not fit into memory.
+        BundleError: A key or a value is NaN or infinite.
+    """
+    if target.cache_pass is None:
+        raise UsageError(
+            f"{target.name} has no KV cache in {wanted.bits} bits",
+            remedy="leave out --kv-cache, or choose another target",
+        )
+    if not wanted.prompts:
+        raise UsageError("no calibration prompts for the KV cache", remedy="give at least one")
+    manifest.write(folder)
+    ranges_L2KH = cache_ranges(folder, wanted.prompts)
+    (folder / MANIFEST_NAME).unlink()
+    scales_L2KH = scales_of(ranges_L2KH, wanted.bits)
+    files = dict(manifest.files)
+    for path in (folder / f"{name}.onnx" for name in (DECODER, PREFILL)):
+        if path.name in files:
+            model = ir.load(path)
+            target.cache_pass(wanted.bits, scales_L2KH)(model)
+            ir.save(model, path)
+            files[path.name] = _record(path)
+    np.save(folder / SCALES_NAME, scales_L2KH)
+    files[SCALES_NAME] = _record(folder / SCALES_NAME)
+    cache = {"cache_dtype": _DTYPE_NAMES[wanted.bits], "cache_bits": wanted.bits, "cache_scales": SCALES_NAME}
+    return replace(manifest, capabilities={**manifest.capabilities, **cache}, files=files)
+
+
+def cache_ranges(engine: Path, prompts: Sequence[CalibrationPrompt]) -> NDArray[np.float32]:
+    """Return the largest magnitude of each channel of the keys and values of all prompt tokens, [L, 2, K, H].
+
+    Keys as the cache holds them: behind norm and rotary embedding.
+    """
+    from runtime.generation import prefill
+    from runtime.model import Qwen3VLModel
+
+    model = Qwen3VLModel.from_engine(engine)
+    text = model.config.text
+    largest_L2KH = np.zeros((text.num_layers, 2, text.num_kv_heads, text.head_dim), np.float32)
+    for prompt in prompts:
+        prepared = model.prepare(prompt.messages)
+        ids = prepared.prompt.input_ids
+        cache = model.session.new_cache(len(ids))
+        prefill(model.session, cache, ids, prepared.positions, model.encode_images(prepared.images))
+        for layer, largest_2KH in enumerate(largest_L2KH):
+            for largest_KH, values_BKTH in zip(largest_2KH, cache.layer(layer), strict=True):
+                np.maximum(largest_KH, np.abs(values_BKTH).max(axis=(0, 2)), out=largest_KH)
+        if not np.isfinite(largest_L2KH).all():
+            raise BundleError(
+                f"{prompt.place}: this prompt gives keys or values that are NaN or infinite",
+                remedy="check the checkpoint's weights, or leave the prompt out",
+            )
+    return largest_L2KH
+
+
+def scales_of(ranges_L2KH: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Return the step between two codes of each channel; a channel that was always 0 takes its head's largest."""
+    heads = ranges_L2KH.max(axis=-1, keepdims=True)
+    filled = np.where(ranges_L2KH > 0, ranges_L2KH, np.where(heads > 0, heads, 1.0))
+    largest_code = 2 ** (bits - 1) - 1
+    return np.asarray(filled * (MARGINS[bits] / largest_code), np.float32)
+
+
+def _record(path: Path) -> FileRecord:
+    return FileRecord(path.stat().st_size, sha256_of(path))
