@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from runtime.model_config import ModelConfig
 MANIFEST_NAME = "engine.json"
 FORMAT_VERSION = 1
 _BLOCK_BYTES = 1 << 20
+_DIGEST = "sha256"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class Manifest:
     source: Mapping[str, Any]
     files: Mapping[str, FileRecord]
     format_version: int = FORMAT_VERSION
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def weight_bytes(self) -> int:
@@ -61,6 +61,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write the manifest into `folder`; it is the last file of an engine to be written."""
         values = asdict(self) | {"model": self.model.to_dict()}
+        values[_DIGEST] = _digest_of(values)
         (folder / MANIFEST_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -90,6 +91,11 @@ class Manifest:
                 f"{path}: format version {version!r}, expected {FORMAT_VERSION}",
                 remedy="build the engine again with this version, or install the version that wrote it",
             )
+        if values.pop(_DIGEST, None) != _digest_of(values):
+            raise EngineError(
+                f"{path}: altered since it was written: its own SHA-256 does not fit",
+                remedy="copy the engine folder again, or build it again",
+            )
         try:
             files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
             return cls(model=ModelConfig.from_dict(values.pop("model")), files=files, **values)
@@ -101,10 +107,14 @@ class Manifest:
     def check(self, folder: Path, *, full: bool = False) -> None:
         """Compare the folder with the manifest: weight files by size, or by hash if `full`; all others by hash.
 
+        Only names inside the folder are looked at.
+
         Raises:
             EngineError: A file is missing, has another size, or other contents; the message names it.
         """
         for name, record in self.files.items():
+            if Path(name).name != name or name == "..":
+                raise EngineError(f"{folder / MANIFEST_NAME}: {name!r} is no name of a file in the engine's folder")
             path = folder / name
             if not path.is_file():
                 raise EngineError(f"{path}: missing", remedy="copy the whole engine folder, or build it again")
@@ -119,6 +129,11 @@ class Manifest:
                     f"{path}: its SHA-256 is not the one in {MANIFEST_NAME}",
                     remedy="the file was altered: copy the folder again, or build it again",
                 )
+
+
+def _digest_of(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's entries, whatever their order and spacing."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

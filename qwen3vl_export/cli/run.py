@@ -224,7 +224,7 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
     Hashes catch damage and mix-ups, not malice: whoever can write the folder can write its manifest.
 
     --json prints one object: target, session, capabilities, model, versions, source, files (num_bytes, sha256,
-    is_weights), format_version, extra, weight_bytes, check (passed, compared, note).
+    is_weights), format_version, weight_bytes, check (passed, compared, note).
 
     \b
     Examples:
