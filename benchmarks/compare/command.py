@@ -28,6 +28,7 @@ def compare(
     budget_s: Annotated[float, typer.Option(help="Seconds of timed calls at each point.")] = 10.0,
     max_repeats: Annotated[int, typer.Option(help="Most timed calls at each point.")] = 9,
     keep_engines: Annotated[bool, typer.Option(help="Use our engines of an earlier comparison.")] = False,
+    max_minutes: Annotated[float, typer.Option(help="Begin no side after that.")] = 600.0,
     work_dir: Annotated[Path, typer.Option(help="Where checkpoint and exports stay.")] = Path("build/compare"),
     results: Annotated[Path, typer.Option(help="Folder of the JSON file, the tables and the plot.")] = report.RESULTS,
 ) -> None:
@@ -39,7 +40,7 @@ def compare(
         checkpoint = work / "checkpoint"
         if not (checkpoint / "config.json").is_file():
             synthetic.write_checkpoint(checkpoint, model)
-    settings = comparison.Settings(threads, budget_s, max_repeats, keep_engines)
+    settings = comparison.Settings(threads, budget_s, max_repeats, keep_engines, max_minutes)
     result = {"model": model} | comparison.compare(checkpoint.absolute(), work, chosen, points, settings)
     path = report.write(f"compare-{model}", result, results)
     path.with_suffix(".svg").write_text(chart.draw(result), encoding="utf-8")

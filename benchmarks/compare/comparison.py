@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,12 +32,14 @@ class Settings:
         budget_s: Seconds of timed calls at a point, after one call of warm-up.
         max_repeats: Most timed calls at a point.
         keep_engines: Use our engines of an earlier comparison.
+        max_minutes: No side is begun after that.
     """
 
     threads: int = 2
     budget_s: float = 10.0
     max_repeats: int = 9
     keep_engines: bool = False
+    max_minutes: float = 600.0
 
 
 def compare(
@@ -44,6 +47,7 @@ def compare(
 ) -> dict[str, Any]:
     """Measure all sides on one checkpoint and return the result."""
     work.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * settings.max_minutes
     result: dict[str, Any] = {"environment": measure.environment(), "settings": asdict(settings), "missing": {}}
     result["config"] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     result["points"] = [asdict(point) for point in points]
@@ -53,7 +57,8 @@ def compare(
         result["ceilings"] = _ceilings(settings.threads, scratch)
         result["sides"] = {}
         for side in sides:
-            if reason := side.missing():
+            reason = side.missing() or ("the time was over" if time.monotonic() > end else "")
+            if reason:
                 result["missing"][side.name] = reason
                 continue
             print(f"== {side.name}", file=sys.stderr, flush=True)
@@ -63,8 +68,8 @@ def compare(
                 command = " ".join(map(str, error.cmd[1:4]))
                 result["missing"][side.name] = f"{command} ended with exit code {error.returncode}"
             # Half an hour of measurements: an interruption leaves those of the sides before.
+            _add_divergences(result["sides"], scratch)
             (work / "partial.json").write_text(json.dumps(result), encoding="utf-8")
-        _add_divergences(result["sides"], scratch)
     return result
 
 
@@ -151,5 +156,5 @@ def _add_divergences(sides: dict[str, Any], scratch: Path) -> None:
     reference_NV = np.load(reference, mmap_mode="r")
     for name, values in sides.items():
         path = scratch / f"{name}.npy"
-        if name != REFERENCE and path.is_file():
+        if name != REFERENCE and path.is_file() and "divergence" not in values:
             values["divergence"] = divergence(reference_NV, np.load(path, mmap_mode="r"))
