@@ -45,7 +45,7 @@ def difference(found: Floats, expected: Floats) -> Difference:
 
 def kl_divergence(found_SV: Floats, expected_SV: Floats) -> NDArray[np.float64]:
     """Return KL(reference ‖ engine) of the distributions at every position, in nats, [S]."""
-    p, q = _log_softmax(expected_SV), _log_softmax(found_SV)
+    p, q = log_softmax(expected_SV), log_softmax(found_SV)
     values: NDArray[np.float64] = np.sum(np.exp(p) * (p - q), axis=-1)
     return values
 
@@ -83,7 +83,8 @@ def agreement(tokens_S: NDArray[np.int64], expected_SV: Floats, near_tie_gap: fl
     )
 
 
-def _log_softmax(logits_SV: Floats) -> NDArray[np.float64]:
+def log_softmax(logits_SV: Floats) -> NDArray[np.float64]:
+    """Return the logarithms of the probabilities, [S, vocab]."""
     shifted = logits_SV.astype(np.float64) - logits_SV.max(-1, keepdims=True)
     values: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return values

@@ -1,0 +1,122 @@
+"""The error of each layer and visual level of an engine, summed over prompts, and its plot."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3vl_export.parity.metrics import Floats
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """Norm of the difference over the norm of float32, over all prompts together.
+
+    Attributes:
+        visual_levels: Of the vision tower's embeddings (0) and of each DeepStack level.
+        keys: Of each layer's keys behind the prompt.
+        values: Of each layer's values.
+    """
+
+    visual_levels: tuple[float, ...]
+    keys: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+class LayerSums:
+    """Collects squares of differences and of reference values."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[tuple[str, int], NDArray[np.float64]] = defaultdict(lambda: np.zeros(2))
+
+    def add_levels(self, found: Floats, expected: Floats) -> None:
+        """Take the visual embeddings [1+D, V, hidden] of one prompt."""
+        for level in range(len(expected)):
+            self._add("visual_levels", level, found[level], expected[level])
+
+    def add_layer(
+        self,
+        layer: int,
+        found: tuple[NDArray[Any], NDArray[Any]],
+        expected: tuple[NDArray[Any], NDArray[Any]],
+        num_rows: int,
+    ) -> None:
+        """Take the first rows of keys and values [B, K, T, H] of one layer."""
+        for name, ours, theirs in zip(("keys", "values"), found, expected, strict=True):
+            self._add(name, layer, ours[:, :, :num_rows], theirs[:, :, :num_rows])
+
+    def errors(self) -> LayerErrors:
+        """Return what was collected."""
+        names = sorted(self._sums)
+        return LayerErrors(
+            **{
+                kind: tuple(_relative(self._sums[name]) for name in names if name[0] == kind)
+                for kind in ("visual_levels", "keys", "values")
+            }
+        )
+
+    def _add(self, name: str, index: int, found: NDArray[Any], expected: NDArray[Any]) -> None:
+        theirs = expected.astype(np.float64)
+        self._sums[name, index] += (np.square(found - theirs).sum(), np.square(theirs).sum())
+
+
+def check_plot(file: Path) -> None:
+    """Check that `plot_layers` can write a file.
+
+    Raises:
+        UsageError: matplotlib is not installed, or the suffix is not one it draws.
+    """
+    from runtime.errors import UsageError
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "a plot needs the Python package 'matplotlib', which is not installed",
+            remedy="install this project with its extra [plot]",
+        )
+    if file.suffix not in (".png", ".svg"):
+        raise UsageError(f"{file}: a plot is a .png or a .svg file", remedy="give the file one of these suffixes")
+
+
+def plot_layers(errors: Mapping[str, LayerErrors], file: Path) -> None:
+    """Draw the errors, one line for each target, as the suffix of `file` says (.svg, .png).
+
+    Raises:
+        UsageError: matplotlib is not installed, or the suffix is not one it draws.
+    """
+    check_plot(file)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # The same errors give the same file: no date, and names that do not depend on a random salt.
+    with matplotlib.rc_context({"svg.hashsalt": "layers", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        panels = figure.subplots(1, 3, sharey=True)
+        for panel, kind, label in zip(
+            panels, ("visual_levels", "keys", "values"), ("visual level", "layer", "layer"), strict=True
+        ):
+            for target, of_target in errors.items():
+                series = getattr(of_target, kind)
+                panel.plot(range(len(series)), series, marker="o", label=target)
+            panel.set_title(kind.replace("_", " "))
+            panel.set_xlabel(label)
+            panel.set_yscale("log")
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.grid(alpha=0.3, which="both")
+        panels[0].set_ylabel("relative error against float32")
+        panels[-1].legend()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else {})
+
+
+def _relative(sums: NDArray[np.float64]) -> float:
+    difference, reference = (float(value) for value in sums)
+    if not np.isfinite(difference):
+        return float("inf")
+    return float(np.sqrt(difference / reference)) if reference else float("inf") if difference else 0.0

@@ -1,0 +1,218 @@
+"""Ask an engine and the float32 engine of its checkpoint the held-out questions, on the same pixels.
+
+The reference is an ort-cpu-fp32 engine built from the checkpoint for the occasion: `qwen3vl verify` holds that one to
+PyTorch, and it answers several times faster. Both engines get the same prepared prompt, so what differs is the engine.
+
+Each question runs once: the prompt, then the true answer token by token. The logits in front of each true token give
+divergence, agreement and perplexity; while the most likely token is the true one, they are also those of greedy
+decoding, and from the first other one on the engine goes on alone. Nothing is batched, and the true answer is not
+joined to the prompt: kernels that quantise activations round otherwise for other numbers of tokens.
+
+Shapes: T tokens of a true answer, its end included; V vocab.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3vl_export.demo.data import HELD_OUT_COUNT, Example, held_out
+from qwen3vl_export.demo.evaluate import MAX_NEW_TOKENS
+from qwen3vl_export.parity.layers import LayerErrors, LayerSums
+from qwen3vl_export.parity.metrics import Floats, kl_divergence, log_softmax
+from qwen3vl_export.parity.task_report import TaskReport
+
+if TYPE_CHECKING:
+    from qwen3vl_export.checkpoint import Checkpoint
+    from runtime.model import Prepared, Qwen3VLModel
+    from runtime.session import KVCache
+
+REFERENCE_TARGET = "ort-cpu-fp32"
+# The demo is so small that two threads wait for each other: on two busy cores, 270 ms a canvas against 60 ms with one.
+_THREADS = 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, what both engines answered, and how they predicted the tokens of the true answer.
+
+    Attributes:
+        index: The canvas.
+        expected: Answer of the float32 engine.
+        answer: Answer of the engine.
+        kl: Sum over the true tokens of KL(float32 ‖ engine), in nats.
+        same_top1: True tokens where both engines hold the same token most likely.
+        expected_nll: Sum over the true tokens of the float32 engine's negative log-likelihood, in nats.
+        nll: The same of the engine.
+        tokens: True tokens, the end included.
+    """
+
+    index: int
+    task: str
+    question: str
+    truth: str
+    expected: str
+    answer: str
+    kl: float
+    same_top1: int
+    expected_nll: float
+    nll: float
+    tokens: int
+
+    @property
+    def was_right(self) -> bool:
+        """Whether float32 answers with the truth."""
+        return self.expected.strip() == self.truth
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the engine answers with the truth."""
+        return self.answer.strip() == self.truth
+
+
+def run_tasks(
+    engine: Path, checkpoint: str, *, limit: int | None = None, on_canvas: Callable[[int, int], None] | None = None
+) -> TaskReport:
+    """Compare an engine's answers with those of float32.
+
+    Args:
+        engine: The engine folder.
+        checkpoint: What `Checkpoint.open` takes: what the engine was built from.
+        limit: Only the first canvases; by default all.
+        on_canvas: Called with the number of canvases that are done, and of all.
+
+    Raises:
+        CheckpointError, EngineError: One of the two does not open.
+        ParityError: The two are of different shapes, or there is no limit for the engine's precision.
+    """
+    import configs
+    from qwen3vl_export.checkpoint import Checkpoint
+    from runtime.errors import ParityError
+    from runtime.model import Qwen3VLModel
+
+    source = Checkpoint.open(checkpoint)
+    model = Qwen3VLModel.from_engine(engine, threads=_THREADS)
+    # A target is named <file>-<precision>.
+    precision = model.manifest.target.rpartition("-")[2]
+    limits = configs.load("tolerances").get(precision, {})
+    if "task_loss_points" not in limits:
+        raise ParityError(
+            f"configs/tolerances.toml has no task_loss_points in [{precision}]", remedy="add it, with its reason"
+        )
+    if model.config != source.config:
+        raise ParityError(
+            f"{engine} was built from a model of another shape than {checkpoint}",
+            remedy="give the checkpoint that `qwen3vl inspect` names as its source",
+        )
+    count = HELD_OUT_COUNT if limit is None else min(limit, HELD_OUT_COUNT)
+
+    def finished(done: int) -> None:
+        if on_canvas:
+            on_canvas(done, count)
+
+    finished(0)
+    with tempfile.TemporaryDirectory() as folder:
+        reference = _reference(source, Path(folder) / "engine")
+        questions, layers = ask_all(model, reference, map(held_out, range(count)), finished)
+    return TaskReport.of(model.manifest, checkpoint, questions, limits["task_loss_points"], layers)
+
+
+def ask_all(
+    model: Qwen3VLModel, reference: Qwen3VLModel, examples: Iterable[Example], finished: Callable[[int], None]
+) -> tuple[list[Question], LayerErrors]:
+    """Ask both engines every question of the examples, and compare their layers on the first question of each."""
+    questions: list[Question] = []
+    sums = LayerSums()
+    for done, example in enumerate(examples, 1):
+        first, *others = _prepare(reference, example)
+        embeds, expected_embeds = (side.encode_images(first.images) for side in (model, reference))
+        for prepared, (task, (question, truth)) in zip((first, *others), example.tasks.items(), strict=True):
+            # Whoever ends an answer chooses among the ends of the sequence; the first one is the chat template's.
+            truth_ids = [*model.tokenizer.encode(truth), model.defaults.eos_token_ids[0]]
+            ids, logits_TV, cache = ask(model, prepared, embeds, truth_ids)
+            expected_ids, expected_TV, expected_cache = ask(reference, prepared, expected_embeds, truth_ids)
+            questions.append(
+                Question(
+                    index=example.index,
+                    task=task,
+                    question=question,
+                    truth=truth,
+                    expected=model.tokenizer.decode(expected_ids),
+                    answer=model.tokenizer.decode(ids),
+                    kl=float(kl_divergence(logits_TV, expected_TV).sum()),
+                    same_top1=int((logits_TV.argmax(-1) == expected_TV.argmax(-1)).sum()),
+                    expected_nll=_nll(expected_TV, truth_ids),
+                    nll=_nll(logits_TV, truth_ids),
+                    tokens=len(truth_ids),
+                )
+            )
+            if prepared is first:
+                num_rows = len(first.prompt.input_ids)
+                sums.add_levels(embeds, expected_embeds)
+                for layer in range(model.config.text.num_layers):
+                    sums.add_layer(layer, cache.layer(layer), expected_cache.layer(layer), num_rows)
+        finished(done)
+    return questions, sums.errors()
+
+
+def ask(
+    model: Qwen3VLModel, prepared: Prepared, embeds: Floats, truth_ids: Sequence[int]
+) -> tuple[list[int], Floats, KVCache]:
+    """Return the engine's greedy answer, the logits [T, V] in front of each true token, and the cache."""
+    from runtime.generation import decode_steps, prefill
+
+    session, ids, positions = model.session, prepared.prompt.input_ids, prepared.positions
+    cache = session.new_cache(len(ids) + max(len(truth_ids), MAX_NEW_TOKENS))
+    behind_prompt = prefill(session, cache, ids, positions, embeds)[-1]
+    seen: list[Floats] = []
+
+    def take_true(logits_V: Floats) -> int:
+        seen.append(logits_V.copy())
+        return truth_ids[len(seen) - 1]
+
+    def take_likeliest(logits_V: Floats) -> int:
+        return int(logits_V.argmax())
+
+    steps = decode_steps(session, cache, behind_prompt, len(ids), positions.delta, embeds[:, :1], take_true)
+    for _ in truth_ids:
+        next(steps)
+    logits_TV = np.stack(seen)
+    differs = np.flatnonzero(logits_TV.argmax(-1) != truth_ids)
+    if not differs.size:
+        return list(truth_ids), logits_TV, cache
+    # Goes back to the first difference: the rows of the true tokens behind it are overwritten before they are read.
+    start = int(differs[0])
+    answer = list(truth_ids[:start])
+    steps = decode_steps(
+        session, cache, logits_TV[start], len(ids) + start, positions.delta, embeds[:, :1], take_likeliest
+    )
+    while len(answer) < MAX_NEW_TOKENS and (not answer or answer[-1] not in model.defaults.eos_token_ids):
+        answer.append(next(steps))
+    return answer, logits_TV, cache
+
+
+def _prepare(model: Qwen3VLModel, example: Example) -> list[Prepared]:
+    from runtime.messages import user_message
+
+    return [model.prepare(user_message(question, [example.image])) for question, _ in example.tasks.values()]
+
+
+def _nll(logits_TV: Floats, tokens: Sequence[int]) -> float:
+    values: NDArray[np.float64] = log_softmax(logits_TV)[np.arange(len(tokens)), tokens]
+    return -float(values.sum())
+
+
+def _reference(source: Checkpoint, folder: Path) -> Qwen3VLModel:
+    from engines import registry
+    from engines.build import build_engine
+    from qwen3vl_export.export import make_bundle
+    from runtime.model import Qwen3VLModel
+
+    build_engine(make_bundle(source), registry.get(REFERENCE_TARGET), folder)
+    return Qwen3VLModel.from_engine(folder, threads=_THREADS)
