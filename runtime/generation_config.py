@@ -20,6 +20,10 @@ from runtime.errors import UsageError
 # Only looked at when tokens are sampled: passing one of them to a greedy generation is a contradiction.
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 
+# Temperature and repetition penalty scale float32 logits, whose largest is 3.4e38: beyond these, both together could
+# make infinities of ordinary logits.
+_SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-15, 1e15
+
 # Keys of a generation_config.json that change no token: identity, caches, what `generate` returns, padding of batches.
 _METADATA = frozenset(
     {
@@ -85,11 +89,12 @@ class GenerationOptions:
         max_new_tokens: Upper limit on generated tokens, the end token included. The default, 512, is ours:
             transformers counts 20 tokens with the prompt, which ends most answers in the middle.
         do_sample: Draw from the distribution; False takes the most likely token.
-        temperature: Logits are divided by it, > 0.
+        temperature: Logits are divided by it, in [1e-15, 1e15].
         top_k: Keep the k most likely tokens; 0 keeps all. 50 when a configuration does not say, as in transformers.
         top_p: Keep the smallest set of most likely tokens whose probabilities reach it, in (0, 1]; 1 keeps all.
         min_p: Keep tokens at least this likely relative to the most likely one, in [0, 1]; 0 keeps all.
-        repetition_penalty: > 0; above 1 makes tokens of the prompt and of the answer less likely, 1 is off.
+        repetition_penalty: In [1e-15, 1e15]; above 1 makes tokens of the prompt and of the answer less likely, 1 is
+            off.
         presence_penalty: Subtracted from the logit of every token in the answer so far, in [-2, 2]; 0 is off.
         frequency_penalty: The same, times the number of occurrences in the answer so far, in [-2, 2]; 0 is off.
         stop: Generation ends before the first of these strings in the text.
@@ -203,6 +208,11 @@ def _real(name: str, value: Any, interval: str, is_inside: Callable[[float], boo
     return float(value)
 
 
+def _factor(name: str, value: Any, remedy: str) -> float:
+    interval = f"in [{_SMALLEST_FACTOR:g}, {_LARGEST_FACTOR:g}]"
+    return _real(name, value, interval, lambda x: _SMALLEST_FACTOR <= x <= _LARGEST_FACTOR, remedy)
+
+
 def _max_new_tokens(name: str, value: Any) -> int:
     return _integer(name, value, 1)
 
@@ -215,7 +225,7 @@ def _do_sample(name: str, value: Any) -> bool:
 
 def _temperature(name: str, value: Any) -> float:
     # transformers refuses 0 as well: as a limit it means greedy, which has its own option.
-    return _real(name, value, "above 0", lambda x: x > 0, "for greedy decoding pass do_sample=False")
+    return _factor(name, value, "for greedy decoding pass do_sample=False")
 
 
 def _top_k(name: str, value: Any) -> int:
@@ -231,7 +241,7 @@ def _min_p(name: str, value: Any) -> float:
 
 
 def _repetition_penalty(name: str, value: Any) -> float:
-    return _real(name, value, "above 0", lambda x: x > 0, "repetition_penalty=1.0 switches it off")
+    return _factor(name, value, "repetition_penalty=1.0 switches it off")
 
 
 def _additive_penalty(name: str, value: Any) -> float:

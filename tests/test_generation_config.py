@@ -10,6 +10,7 @@ import pytest
 
 from runtime.errors import UsageError
 from runtime.generation_config import GenerationOptions
+from runtime.sampling import Sampler
 
 # As in Qwen3-VL's Instruct checkpoints.
 INSTRUCT_CONFIG: dict[str, Any] = {
@@ -128,6 +129,8 @@ def test_an_unknown_option_lists_the_known_ones() -> None:
         {"temperature": -1.0},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
+        {"temperature": 1e-40},
+        {"temperature": 1e40},
         {"temperature": "hot"},
         {"temperature": True},
         {"top_k": -1},
@@ -137,6 +140,8 @@ def test_an_unknown_option_lists_the_known_ones() -> None:
         {"min_p": -0.1},
         {"min_p": 1.1},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 1e40},
         {"presence_penalty": 2.1},
         {"frequency_penalty": -2.1},
         {"stop": [""]},
@@ -156,8 +161,18 @@ def test_values_out_of_range_are_refused(option: dict[str, Any]) -> None:
 
 
 def test_temperature_zero_points_to_greedy() -> None:
-    with pytest.raises(UsageError, match=r"temperature must be above 0.*\n.*do_sample=False"):
+    with pytest.raises(UsageError, match=r"temperature must be in \[1e-15, 1e\+15\], got 0.*\n.*do_sample=False"):
         GenerationOptions(do_sample=True).replace(temperature=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-15, 1e15])
+@pytest.mark.parametrize("penalty", [1e-15, 1e15])
+def test_factors_at_their_ends_keep_logits_finite(temperature: float, penalty: float) -> None:
+    options = GenerationOptions(do_sample=True, temperature=temperature, repetition_penalty=penalty, seed=0)
+    sampler = Sampler(options)
+    sampler.start([0, 1])
+    # Larger than those of any model: a token is drawn and the engine is not blamed.
+    assert sampler.next(np.array([1e7, -1e7, 0, 1, -1], np.float32)) in range(5)
 
 
 def test_both_names_of_the_end_tokens_at_once_are_refused() -> None:
