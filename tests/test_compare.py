@@ -230,6 +230,7 @@ def made_up_result() -> dict[str, Any]:
         "is_ours": True,
         "export": {"wall_s": 45.4, "cpu_s": 50.0, "peak_rss_bytes": 1.5e9, "size_bytes": 1.3e9, "is_of_this_run": True},
         "load_s": 1.25,
+        "versions": {"runner": "1.2"},
         "points": {p.name: {"median_s": s, "all_s": [s]} for p, s in zip(points, seconds, strict=True)},
         "decoder_bytes": 900_000_000,
         "cache_token_bytes": 50_000.0,
@@ -279,6 +280,7 @@ def test_report_shows_speeds_shares_and_what_is_missing() -> None:
     read = 900e6 + 4 * 512 * 50_000
     assert share["decode, cache 512, batch 4"] == [f"{100 * read / 0.1 / 20e9:.0f}", "–"]
     assert "- absent: not there" in text
+    assert "Libraries of the sides: runner 1.2." in text
     json.dumps(result)
 
 

@@ -29,6 +29,7 @@ def render(result: Mapping[str, Any]) -> str:
         _intro(result),
         "## Cost and accuracy\n",
         costs_table(result),
+        _versions(result),
         "## Speed\n\nVision in seconds; prefill and decode in tokens a second, of all sequences together.\n",
         points_table(result, _speed),
         "## Share of the measured ceilings, %\n\n"
@@ -127,6 +128,12 @@ def _intro(result: Mapping[str, Any]) -> str:
         "1024 × 768 pixels; pages of mapped files count. onnxruntime-genai's builder writes no vision tower: there it "
         "is a text of as many tokens.\n"
     )
+
+
+def _versions(result: Mapping[str, Any]) -> str:
+    sides = result["sides"].items()
+    listed = {", ".join(f"{name} {version}" for name, version in side["versions"].items()): None for _, side in sides}
+    return f"Libraries of the sides: {'; '.join(listed)}.\n"
 
 
 def _missing(result: Mapping[str, Any]) -> list[str]:
