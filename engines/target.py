@@ -29,6 +29,7 @@ class Target:
 
     Attributes:
         name: `<file>-<precision>` with dashes, such as `ort-cpu-fp32`.
+        precision: Names the tolerances of `verify` in configs/tolerances.toml.
         description: One line for `qwen3vl targets`.
         session: Module of `runtime.sessions` that opens its engines.
         cache_dtype: numpy name of the KV cache's dtype.
@@ -46,6 +47,7 @@ class Target:
     """
 
     name: str
+    precision: str
     description: str
     session: str
     cache_dtype: str
@@ -63,6 +65,7 @@ class Target:
     def capabilities(self) -> dict[str, Any]:
         """What a session may rely on, as plain values for the manifest."""
         return {
+            "precision": self.precision,
             "cache_dtype": self.cache_dtype,
             "updates_cache_in_place": self.updates_cache_in_place,
             "batched_chunks": self.batched_chunks,

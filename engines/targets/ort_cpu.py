@@ -112,6 +112,7 @@ def _target(precision: str, description: str) -> Target:
     prefill_plan = WeightPlan.from_rules(settings.get("prefill_weights", []))
     return Target(
         name=f"ort-cpu-{precision}",
+        precision=precision,
         description=description,
         session="ort_cpu",
         cache_dtype="float32",

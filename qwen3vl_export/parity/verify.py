@@ -59,8 +59,7 @@ def verify(engine: Path, checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_T
 
     source = Checkpoint.open(checkpoint)
     model = Qwen3VLModel.from_engine(engine)
-    # A target is named <file>-<precision>.
-    precision = model.manifest.target.rpartition("-")[2]
+    precision = str(model.manifest.capabilities["precision"])
     tolerances = configs.load("tolerances")
     if precision not in tolerances:
         raise ParityError(f"configs/tolerances.toml has no table [{precision}]", remedy="add it, with its reasons")
