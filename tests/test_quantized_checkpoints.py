@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import quantized_fixtures as fixtures
 from quantized_fixtures import FORMS, Form
@@ -17,7 +19,8 @@ from quantized_fixtures import FORMS, Form
 from engines import registry
 from engines.build import build_engine
 from engines.quantize.imported import GroupQuantizedTensor
-from engines.weights import StreamedTensor
+from engines.quantize.tensors import BlockwiseWeight
+from engines.weights import ConcatenatedTensor, StreamedTensor
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.export import make_bundle
 from qwen3vl_export.quantized import compressed_tensors, fp8, join_parts, parts
@@ -343,3 +346,35 @@ def test_a_tied_head_may_be_stored_again_in_another_dtype(tiny_checkpoint: Path,
         checkpoint = Checkpoint.open(str(tmp_path / "c"))
         with contextlib.nullcontext() if ties else pytest.raises(CheckpointError, match="differs from"):
             checkpoint.check_keys(set(tensors))
+
+
+@pytest.mark.parametrize(
+    "form", [Form("awq", group=32), Form("gptq", group=64), Form("gptq_v2", bits=8, group=32), Form("pack", group=32)]
+)
+def test_a_blockwise_target_multiplies_with_the_stored_codes(tmp_path: Path, form: Form) -> None:
+    layers, expected = [], []
+    for i, num_rows in enumerate((40, 16)):
+        expected.append(fixtures.write_layer(tmp_path / str(i), form, (num_rows, 96)))
+        layers.append(layer(tmp_path / str(i)))
+    weight = BlockwiseWeight(ConcatenatedTensor("joined", layers), form.bits, form.group)
+    tensors = (weight.packed, weight.scales, weight.zero_points)
+    found = product_of_identity(*(tensor.numpy() for tensor in tensors), bits=form.bits, block=form.group)
+    np.testing.assert_array_equal(found, np.concatenate(expected).T)
+
+
+def product_of_identity(
+    packed: np.ndarray, scales: np.ndarray, zero_points: np.ndarray, *, bits: int, block: int
+) -> np.ndarray:
+    """What ONNX Runtime's kernel multiplies by, [K, N]."""
+    num_columns = 96
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [num_columns, num_columns])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    sizes = {"K": num_columns, "N": len(packed), "bits": bits, "block_size": block, "accuracy_level": 0}
+    node = onnx.helper.make_node("MatMulNBits", ["x", "q", "s", "z"], ["y"], domain="com.microsoft", **sizes)
+    arrays = {"q": packed, "s": scales, "z": zero_points}
+    initializers = [onnx.numpy_helper.from_array(np.array(array), name) for name, array in arrays.items()]
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph([node], "product", [x], [y], initializers)
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": np.eye(num_columns, dtype=np.float32)})[0]
