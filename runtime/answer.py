@@ -84,32 +84,46 @@ class Stream(Iterator[str]):
             self._steps.close()
 
 
-class Turn:
-    """The right to use an engine: one call at a time. Threads wait for each other; a thread never waits for itself."""
+class Call:
+    """One call's place in the queue for an engine, and the thread that goes on with it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._thread: int | None = None
+        self.thread = threading.get_ident()
+        self.gate = threading.Lock()
 
-    def __enter__(self) -> None:
+
+class Turn:
+    """The right to use an engine: one call at a time. Threads wait for each other; a thread never waits for itself.
+
+    A call takes its turn inside the `try` whose `finally` leaves it, so that Ctrl-C, at whichever instruction, leaves
+    no turn behind. A lock would be left behind: an interrupt can come between `acquire` and the block that
+    releases it. The queue changes in single steps of the interpreter (`list.append`, `list.remove`), so it needs none.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[Call] = []  # the first has the turn
+
+    def take(self, call: Call) -> None:
         """Wait for the turn.
 
         Raises:
             UsageError: This thread has it already, in a stream that it left open.
         """
-        if self._thread == threading.get_ident():
+        if any(other.thread == threading.get_ident() for other in self._calls.copy()):
             raise UsageError(
                 "a stream of this model is still open in this thread, so another call would wait for ever",
                 remedy="read the stream to its end, or close() it, before the next call",
             )
-        self._lock.acquire()
-        self.keep()
+        self._calls.append(call)
+        call.gate.acquire()
+        while self._calls[0] is not call:
+            call.gate.acquire()  # until a call that leaves opens it
 
-    def keep(self) -> None:
-        """Note the thread that goes on with a call: a stream may be read by another one than began it."""
-        self._thread = threading.get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        """End the turn, in whichever thread."""
-        self._thread = None
-        self._lock.release()
+    def leave(self, call: Call) -> None:
+        """End the turn of a call, in whichever thread, or its wait for one."""
+        if call in self._calls:
+            self._calls.remove(call)
+        for first in self._calls[:1]:
+            # RuntimeError: it is open, so its call is about to look, or has been let through.
+            with contextlib.suppress(RuntimeError):
+                first.gate.release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.answer import Generation, Stats, Stream, Turn
+from runtime.answer import Call, Generation, Stats, Stream, Turn
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.generation import decode_steps, prefill
@@ -175,12 +176,17 @@ class Qwen3VLModel:
 
     def logits(self, messages: Any) -> Floats:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
-        with self._turn:
+        call = Call()
+        try:
+            self._turn.take(call)
             prepared = self.prepare(messages)
-            self._check_memory(prepared, len(prepared.prompt.input_ids), all_logits=True)
+            input_ids = prepared.prompt.input_ids
+            self._check_memory(prepared, len(input_ids), all_logits=True)
             embeds = self.encode_images(prepared.images)
-            cache = self.session.new_cache(len(prepared.prompt.input_ids))
-            return prefill(self.session, cache, prepared.prompt.input_ids, prepared.positions, embeds, all_logits=True)
+            cache = self.session.new_cache(len(input_ids))
+            return prefill(self.session, cache, input_ids, prepared.positions, embeds, all_logits=True)
+        finally:
+            self._turn.leave(call)
 
     def prepare(self, messages: Any) -> Prepared:
         """Render, tokenise, process the images and number the positions."""
@@ -240,10 +246,14 @@ class Qwen3VLModel:
         return PromptLookup(prompt_ids, num_tokens, never) if num_tokens > 0 else None
 
     def _run(self, messages: Any, options: GenerationOptions) -> Generator[str, None, Generation]:
-        with self._turn:
-            return (yield from self._generate(messages, options))
+        call = Call()
+        try:
+            self._turn.take(call)
+            return (yield from self._generate(call, messages, options))
+        finally:
+            self._turn.leave(call)
 
-    def _generate(self, messages: Any, options: GenerationOptions) -> Generator[str, None, Generation]:
+    def _generate(self, call: Call, messages: Any, options: GenerationOptions) -> Generator[str, None, Generation]:
         started = time.perf_counter()
         prepared = self.prepare(messages)
         prompt_ids = prepared.prompt.input_ids
@@ -287,7 +297,7 @@ class Qwen3VLModel:
                     piece += stops.flush()
             pieces.append(piece)
             yield piece
-            self._turn.keep()
+            call.thread = threading.get_ident()  # a stream may be read by another thread than began it
             if is_done:
                 break
         ended = time.perf_counter()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 
 import configs
 from qwen3vl_export.demo import IMAGES
+from runtime.answer import Turn
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
 from runtime.manifest import Manifest
 from runtime.memory import cache_bytes, machine_bytes, prefill_bytes, vision_bytes
@@ -94,6 +98,44 @@ def test_a_dropped_stream_frees_the_model(model: Qwen3VLModel) -> None:
     assert model.generate(messages).text == answer
     model.stream(messages)  # never begun: takes no turn
     assert model.generate(messages).text == answer
+
+
+def test_an_interrupt_leaves_no_turn_behind(model: Qwen3VLModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at each instruction on the way to the turn and behind it, as the signal handler would raise it."""
+    monkeypatch.setattr(model, "_generate", lambda *_: (piece for piece in ("a", "b")))
+    traced = (Turn.take.__code__, Qwen3VLModel._run.__code__)
+    for count in itertools.count(1):
+        left = count
+
+        def interrupt(frame: types.FrameType, event: str, _: object) -> object:
+            nonlocal left
+            if frame.f_code not in traced:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return interrupt
+
+        stream = model.stream("Hi")
+        previous = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            next(stream)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(previous)
+        stream.close()
+        if left > 0:
+            break  # there were fewer instructions than that
+        answers: list[list[str]] = []
+        other = threading.Thread(target=lambda: answers.append(list(model.stream("Hi"))), daemon=True)  # noqa: B023
+        other.start()
+        other.join(60)
+        assert answers == [["a", "b"]], f"instruction {count}"
+    assert count > 20
 
 
 def test_a_stream_may_be_read_and_closed_by_another_thread(model: Qwen3VLModel) -> None:
