@@ -15,6 +15,7 @@ import numpy as np
 
 from engines.quantize.tensors import row_chunks
 from engines.weights import StreamedTensor
+from qwen3vl_export.assets import check_assets, read_assets
 from qwen3vl_export.quantized import join_parts
 from qwen3vl_export.quantized.parts import QuantizedEntry
 from qwen3vl_export.safetensors_reader import FileHeader, TensorEntry, read_header
@@ -225,30 +226,11 @@ class Checkpoint:
         """Read the small files that a runtime needs, by the name they get in an engine.
 
         Raises:
-            CheckpointError: The tokenizer, the chat template or the image processor's settings are missing.
+            CheckpointError: A file is missing, or not what the runtime reads, or belongs to another model.
         """
-        assets = {"chat_template.jinja": self._chat_template().encode()}
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-            path = self.folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path}: missing", remedy="give a complete Hugging Face folder")
-            assets[name] = path.read_bytes()
-        generation = self.folder / "generation_config.json"
-        assets[generation.name] = generation.read_bytes() if generation.is_file() else b"{}"
+        assets = read_assets(self.folder, self.read_json)
+        check_assets(assets, self.config, self.folder)
         return assets
-
-    def _chat_template(self) -> str:
-        path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            template = self.read_json(name).get("chat_template") if (self.folder / name).is_file() else None
-            if isinstance(template, str):
-                return template
-        raise CheckpointError(
-            f"{self.folder}: no chat template",
-            remedy="expected chat_template.jinja, or chat_template in tokenizer_config.json",
-        )
 
     def describe(self) -> Mapping[str, Any]:
         """Return what an engine's manifest says of its source."""

@@ -42,6 +42,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo = Checkpoint.open("demo")
     ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     values = copy.deepcopy(configs.load("models/tiny")) | {key: demo.hf_config[key] for key in ids}
+    values["text_config"]["eos_token_id"] = demo.hf_config["text_config"]["eos_token_id"]
     torch.manual_seed(0)
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**values)).eval()
     for parameter in model.parameters():

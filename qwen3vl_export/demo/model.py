@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen3vl_export.assets import split_processor_config
 from qwen3vl_export.demo.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tokenizer
 
 if TYPE_CHECKING:
@@ -76,9 +77,7 @@ def build_config(tokenizer: Tokenizer) -> Qwen3VLConfig:
 def _split_processor_config(folder: Path) -> None:
     """Write the processor's settings as the two files of the Hub's Qwen3-VL folders instead of transformers 5's one."""
     settings = json.loads((folder / "processor_config.json").read_text())
-    names = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
-    for part, name in names.items():
-        content = {**settings[part], "processor_class": settings["processor_class"]}
+    for name, content in split_processor_config(settings).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "processor_config.json").unlink()
 

@@ -1,0 +1,171 @@
+"""The small files of a checkpoint that an engine holds: found, completed, and opened once as the runtime opens them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from runtime.chat import IMAGE_TOKEN, ChatTemplate
+from runtime.errors import CheckpointError, Qwen3VLError
+from runtime.generation_config import GenerationOptions
+from runtime.image_processor import ImageProcessorConfig
+from runtime.model_config import ModelConfig
+from runtime.prompt import PromptBuilder
+from runtime.tokenizer import Tokenizer
+
+_TEMPLATE = "chat_template.jinja"
+_PREPROCESSOR = "preprocessor_config.json"
+_PROCESSOR = "processor_config.json"
+_GENERATION = "generation_config.json"
+_GENERATION_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+_COMPLETE = "give a complete Hugging Face folder"
+
+# Parts of transformers 5's processor_config.json, and the file of the Hub's Qwen3-VL folders that holds the same.
+_PROCESSOR_PARTS = {"image_processor": _PREPROCESSOR, "video_processor": "video_preprocessor_config.json"}
+
+
+def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dict[str, bytes]:
+    """Read the files by the name they get in an engine; what is spread over several becomes one.
+
+    Args:
+        folder: The checkpoint.
+        read_json: Reads a JSON object from a file of it.
+
+    Raises:
+        CheckpointError: A file is missing or not readable, or no token ends an answer.
+    """
+    assets = {_TEMPLATE: _chat_template(folder, read_json).encode()}
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assets[name] = _read_bytes(folder / name)
+    read_json("tokenizer_config.json")  # whose special tokens the template takes
+    assets[_PREPROCESSOR] = _as_json(_preprocessor_config(folder, read_json))
+    generation = read_json(_GENERATION) if (folder / _GENERATION).is_file() else {}
+    assets[_GENERATION] = _as_json(_with_token_ids(generation, read_json("config.json"), folder))
+    return assets
+
+
+def check_assets(assets: Mapping[str, bytes], config: ModelConfig, folder: Path) -> None:
+    """Open the files as the runtime will, and compare them with the shape of the model.
+
+    Args:
+        assets: What `read_assets` returned.
+        config: Shape of the model.
+        folder: Where they came from, for messages.
+
+    Raises:
+        CheckpointError: The runtime does not read one of them, or they belong to another model.
+    """
+    with _naming(folder / "tokenizer.json"):
+        tokenizer = Tokenizer(assets["tokenizer.json"], name="the file")
+        _check_ids(tokenizer, config)
+    with _naming(folder / _TEMPLATE):
+        PromptBuilder(tokenizer, ChatTemplate(assets[_TEMPLATE].decode()))
+    with _naming(folder / _PREPROCESSOR):
+        _check_patches(ImageProcessorConfig.from_dict(json.loads(assets[_PREPROCESSOR])), config)
+    with _naming(folder / _GENERATION):
+        options = GenerationOptions.from_generation_config(json.loads(assets[_GENERATION]))
+        _expect_below("eos_token_id", max(options.eos_token_ids), config.text.vocab_size)
+
+
+def split_processor_config(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Take transformers 5's `processor_config.json` apart into the files of the Hub's Qwen3-VL folders, by name."""
+    kind = {"processor_class": settings["processor_class"]} if "processor_class" in settings else {}
+    parts = {name: settings.get(part) for part, name in _PROCESSOR_PARTS.items()}
+    return {name: {**part, **kind} for name, part in parts.items() if isinstance(part, Mapping)}
+
+
+def _preprocessor_config(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    # transformers reads both, and takes the newer file if it holds this part.
+    settings = read_json(_PROCESSOR) if (folder / _PROCESSOR).is_file() else {}
+    return split_processor_config(settings).get(_PREPROCESSOR) or read_json(_PREPROCESSOR)
+
+
+def _with_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Fill ids that are not set from config.json, from its top or its text_config, in transformers' order."""
+    text = config.get("text_config")
+    filled = dict(generation)
+    for name in _GENERATION_IDS:
+        for source in (config, text if isinstance(text, Mapping) else {}):
+            if filled.get(name) is None and source.get(name) is not None:
+                filled[name] = source[name]
+    if filled.get("eos_token_id") in (None, []):
+        raise CheckpointError(
+            f"{folder}: eos_token_id is neither in {_GENERATION} nor in config.json, so no answer would end",
+            remedy=f"add {_GENERATION} with the ids of <|im_end|> and <|endoftext|> as eos_token_id",
+        )
+    return filled
+
+
+def _chat_template(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> str:
+    path = folder / _TEMPLATE
+    if path.is_file():
+        try:
+            return _read_bytes(path).decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path}: not readable as UTF-8 ({error})", remedy=_COMPLETE) from error
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = read_json(name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(template, str):
+            return template
+    raise CheckpointError(
+        f"{folder}: no chat template",
+        remedy="expected chat_template.jinja, or chat_template in tokenizer_config.json",
+    )
+
+
+def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if tokenizer.num_tokens > config.text.vocab_size:
+        raise CheckpointError(
+            f"it has {tokenizer.num_tokens} tokens, config.json a vocab_size of {config.text.vocab_size}"
+        )
+    for name, token in (
+        ("image_token_id", IMAGE_TOKEN),
+        ("video_token_id", "<|video_pad|>"),
+        ("vision_start_token_id", "<|vision_start|>"),
+        ("vision_end_token_id", "<|vision_end|>"),
+    ):
+        found, expected = tokenizer.token_id(token), getattr(config, name)
+        if found != expected:
+            raise CheckpointError(f"{token} has the id {found}, config.json says {name} = {expected}")
+
+
+def _check_patches(found: ImageProcessorConfig, config: ModelConfig) -> None:
+    vision = config.vision
+    for name, value, key, expected in (
+        ("patch_size", found.patch_size, "patch_size", vision.patch_size),
+        ("temporal_patch_size", found.temporal_patch_size, "temporal_patch_size", vision.temporal_patch_size),
+        ("merge_size", found.merge_size, "spatial_merge_size", vision.spatial_merge_size),
+    ):
+        if value != expected:
+            raise CheckpointError(f"{name} is {value}, config.json says vision_config.{key} = {expected}")
+
+
+def _expect_below(name: str, value: int, limit: int) -> None:
+    if value >= limit:
+        raise CheckpointError(f"{name}: {value} is not below config.json's vocab_size, {limit}")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of an error which file it is about; the runtime's own advice speaks of engines."""
+    try:
+        yield
+    except Qwen3VLError as error:
+        message = error.message.removeprefix(f"{path.name} ")
+        raise CheckpointError(
+            f"{path}: {message}", remedy="take all files from one complete Qwen3-VL checkpoint, or repair this one"
+        ) from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing", remedy=_COMPLETE) from error
+
+
+def _as_json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
