@@ -15,8 +15,9 @@ from engines.external_data import write_model
 from engines.initializers import add_initializer
 from engines.passes.fuse_shared_input import FuseSharedInputPass
 from engines.passes.quantize_weights import QuantizeWeightsPass
-from engines.quantize.blockwise import pack_codes, quantize_blocks, quantize_rows_int8
+from engines.quantize.blockwise import QuantizedBlocks, pack_codes, quantize_blocks, quantize_rows_int8
 from engines.quantize.formats import WeightFormat, WeightPlan
+from engines.quantize.imported import GroupQuantizedTensor
 from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight, row_chunks
 from engines.weights import StreamedTensor
 from runtime.errors import BundleError, TargetError
@@ -295,3 +296,33 @@ def test_products_of_different_formats_stay_apart() -> None:
     model = product_model({"a.q.weight": normal(16, 32), "a.k.weight": normal(8, 32)})
     assert not FuseSharedInputPass(lambda key: "q" in key)(model).modified
     assert op_types(model).count("MatMul") == 2
+
+
+class HeldTensor(GroupQuantizedTensor):
+    """Codes that a checkpoint holds, of an array that blocks of 4 bits stand for exactly."""
+
+    def __init__(self, name: str, array: np.ndarray, block: int) -> None:
+        super().__init__(name, array.shape, 4, block)
+        self.quantized = quantize_blocks(array.reshape(-1, block), 4)
+
+    def quantized_rows(self) -> Iterator[QuantizedBlocks]:
+        yield self.quantized
+
+
+@pytest.mark.parametrize("block", [32, 64])
+def test_codes_that_a_checkpoint_holds_are_kept_in_their_own_blocks(block: int, tmp_path: Path) -> None:
+    held = HeldTensor("w", normal(16, 128), block)
+    model = product_model({"w": np.zeros((16, 128), np.float32)})
+    model.graph.initializers["w"].const_value = held
+    QuantizeWeightsPass(plan(kind="blockwise", bits=4, block=128))(model)
+    (node,) = model.graph
+    assert node.attributes["block_size"].as_int() == block
+    packed = model.graph.initializers["w.q4"].const_value.numpy()
+    assert np.array_equal(unpack(packed, 4).reshape(-1, block), held.quantized.codes)
+
+
+def test_weights_held_in_different_blocks_are_not_joined() -> None:
+    model = product_model({f"a.{name}.weight": np.zeros((8, 64), np.float32) for name in "qk"})
+    for name, block in (("q", 32), ("k", 64)):
+        model.graph.initializers[f"a.{name}.weight"].const_value = HeldTensor(f"a.{name}.weight", normal(8, 64), block)
+    assert not FuseSharedInputPass()(model).modified

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 import onnx_ir as ir
 
 from engines.initializers import add_initializer, add_integers
-from engines.passes.matmul_weight import MatMulWeight, find_weight
+from engines.passes.matmul_weight import MatMulWeight, find_weight, held_blocks
 from engines.weights import ConcatenatedTensor
 
 
@@ -37,7 +37,8 @@ class FuseSharedInputPass(ir.passes.InPlacePass):
         for node in model.graph:
             found = find_weight(node)
             if found is not None and found.bias is None and len(found.value.uses()) == 1:
-                groups.setdefault((found.x, found.num_inputs, self._kind_of(found.key)), []).append(found)
+                kind = (self._kind_of(found.key), frozenset(held_blocks(found.tensor)))
+                groups.setdefault((found.x, found.num_inputs, kind), []).append(found)
         yield from groups.values()
 
 

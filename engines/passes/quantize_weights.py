@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from engines.initializers import add_initializer, add_integers
 from engines.passes.fuse_transposed_matmul import MICROSOFT
-from engines.passes.matmul_weight import MatMulWeight, find_weight
+from engines.passes.matmul_weight import MatMulWeight, find_weight, held_blocks
 from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, FLOAT, WeightFormat, WeightPlan
 from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
 from engines.weights import StreamedTensor, ViewTensor
@@ -94,8 +94,17 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
 
 
 def stored_block(found: MatMulWeight, weight_format: WeightFormat) -> int:
-    """Return the block that a blockwise weight gets: a smaller one than the format's if it is a table too."""
+    """Return the block that a blockwise weight gets.
+
+    The format's; but that of the codes which the checkpoint already holds in as many bits, so that nothing is rounded
+    again; and one that divides the rows if the weight is a table too.
+    """
     is_table = any(node.op_type == "Gather" for node, _ in found.value.uses())
+    held = held_blocks(found.tensor)
+    if len(held) == 1 and (codes := held.pop()) is not None:
+        bits, block = codes
+        if bits == weight_format.bits and not (is_table and found.num_inputs % block):
+            return block
     return _dividing_block(found.tensor, weight_format) if is_table else weight_format.block
 
 
