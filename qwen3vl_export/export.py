@@ -18,7 +18,7 @@ def make_bundle(checkpoint: Checkpoint) -> Bundle:
     Raises:
         CheckpointError: A file or a key is missing, left over, or not what config.json implies.
     """
-    checkpoint.headers  # noqa: B018  (a damaged file is found before the seconds of tracing)
+    checkpoint.entries  # noqa: B018  (a damaged file, or a form that is not read, is found before the seconds of tracing)
     assets = checkpoint.assets()
     pieces = trace_pieces(checkpoint)
     vision, vision_keys = build_vision(pieces, checkpoint)
