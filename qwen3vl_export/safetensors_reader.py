@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,8 @@ def read_header(path: Path) -> FileHeader:
         header.pop("__metadata__", None)
         tensors = {}
         for key, entry in header.items():
-            begin, end = entry["data_offsets"]
-            shape = tuple(int(n) for n in entry["shape"])
+            begin, end = map(_natural, entry["data_offsets"])
+            shape = tuple(map(_natural, entry["shape"]))
             tensors[key] = TensorEntry(path, 8 + length + begin, end - begin, shape, entry["dtype"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the header is not readable ({error})", remedy=again) from error
@@ -96,7 +96,28 @@ def read_header(path: Path) -> FileHeader:
                 f"{path}: {key} has {tensor.num_bytes} bytes, {tensor.dtype} {list(tensor.shape)} needs another number",
                 remedy=again,
             )
+    _check_layout(path, 8 + length, size, tensors, again)
     return FileHeader(tensors, size, hashlib.sha256(raw).hexdigest())
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a non-negative integer, got {value!r}")
+    return value
+
+
+def _check_layout(path: Path, start: int, size: int, tensors: Mapping[str, TensorEntry], remedy: str) -> None:
+    """Check that the tensors follow each other and fill the file, which the format requires: no overlap, no gap."""
+    position = start
+    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if tensor.offset != position:
+            raise CheckpointError(
+                f"{path}: {key} begins at byte {tensor.offset}, what lies before it ends at byte {position}",
+                remedy=remedy,
+            )
+        position += tensor.num_bytes
+    if position != size:
+        raise CheckpointError(f"{path}: the tensors end at byte {position}, the file has {size}", remedy=remedy)
 
 
 class CheckpointTensor(StreamedTensor):
