@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,7 @@ from qwen3vl_export.assets import check_assets, read_assets
 from qwen3vl_export.quantized import join_parts
 from qwen3vl_export.quantized.parts import QuantizedEntry
 from qwen3vl_export.safetensors_reader import FileHeader, TensorEntry, read_header
-from runtime.errors import CheckpointError
+from runtime.errors import CapacityError, CheckpointError
 from runtime.model_config import ModelConfig
 
 DEMO = "demo"
@@ -57,6 +58,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: There is no such folder, or the Hub cannot be reached.
+            CapacityError: The disk is too small for the download.
         """
         folder = Path(source).expanduser()
         if folder.is_dir():
@@ -78,6 +80,11 @@ class Checkpoint:
         try:
             folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(_HUB_FILES)))
         except Exception as error:  # the Hub client raises errors of several libraries
+            if _is_disk_full(error):
+                raise CapacityError(
+                    f"{source}: the disk became full while downloading",
+                    remedy="free space, or choose another disk for the Hub's cache with HF_HOME",
+                ) from error
             reason = " ".join(str(error).split())  # some are paragraphs
             raise CheckpointError(
                 f"{source}: neither a folder here nor on the Hub ({type(error).__name__}: {reason})",
@@ -126,13 +133,13 @@ class Checkpoint:
         Raises:
             CheckpointError: A file is missing, truncated or unreadable, or the index contradicts the files.
         """
-        if not (self.folder / _INDEX_NAME).is_file():
-            if not (self.folder / _SINGLE_NAME).is_file():
-                raise CheckpointError(
-                    f"{self.folder}: {_SINGLE_NAME} and {_INDEX_NAME} are missing",
-                    remedy="give a complete Hugging Face folder; without weights, too, their headers are read",
-                )
+        if (self.folder / _SINGLE_NAME).is_file():  # wins over an index, as in transformers
             return {_SINGLE_NAME: read_header(self.folder / _SINGLE_NAME)}
+        if not (self.folder / _INDEX_NAME).is_file():
+            raise CheckpointError(
+                f"{self.folder}: {_SINGLE_NAME} and {_INDEX_NAME} are missing",
+                remedy="give a complete Hugging Face folder; without weights, too, their headers are read",
+            )
         weight_map = self.read_json(_INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or not all(type(n) is str for n in weight_map.values()):
             raise CheckpointError(f"{self.folder / _INDEX_NAME}: no weight_map of file names", remedy=_DOWNLOAD_AGAIN)
@@ -212,11 +219,9 @@ class Checkpoint:
 
     def _check_tied_head(self) -> None:
         head, embedding = self.entries[HEAD_KEY], self.entries[EMBEDDING_KEY]
-        same = head.shape == embedding.shape and all(
-            np.array_equal(a, b)
-            for a, b in zip(row_chunks(head.tensor(HEAD_KEY)), row_chunks(embedding.tensor(EMBEDDING_KEY)), strict=True)
-        )
-        if not same:
+        # Chunks of as many rows from both, however each is stored: the blocks of a bf16 and a float32 tensor differ.
+        chunks = row_chunks(head.tensor(HEAD_KEY)), row_chunks(embedding.tensor(EMBEDDING_KEY))
+        if head.shape != embedding.shape or not all(map(np.array_equal, *chunks)):
             raise CheckpointError(
                 f"{head.path}: {HEAD_KEY} differs from {EMBEDDING_KEY}, but config.json ties them",
                 remedy="set tie_word_embeddings to false in config.json if the head was trained apart",
@@ -236,3 +241,12 @@ class Checkpoint:
         """Return what an engine's manifest says of its source."""
         files = {name: {"num_bytes": h.num_bytes, "header_sha256": h.sha256} for name, h in self.headers.items()}
         return {"name": self.name, "revision": self.revision, "weight_files": files}
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Look through the chain: the client raises its own errors behind those of the system."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
