@@ -27,6 +27,26 @@ def prefill(
     all_logits: bool = False,
     chunk: int = PREFILL_CHUNK,
 ) -> Floats:
+    """Run all of `prefill_chunks`, with the same arguments.
+
+    Returns:
+        float32 [S, vocab], or [1, vocab].
+    """
+    chunks = prefill_chunks(session, cache, input_ids, positions, visual_embeds, all_logits=all_logits, chunk=chunk)
+    pieces = list(chunks)
+    return np.concatenate(pieces) if all_logits else pieces[-1]
+
+
+def prefill_chunks(
+    session: Session,
+    cache: KVCache,
+    input_ids: list[int],
+    positions: PromptPositions,
+    visual_embeds: Floats,
+    *,
+    all_logits: bool = False,
+    chunk: int = PREFILL_CHUNK,
+) -> Iterator[Floats]:
     """Run the prompt through the decoder in chunks, writing rows 0 … S - 1 of `cache`.
 
     Args:
@@ -35,20 +55,18 @@ def prefill(
         input_ids: The prompt.
         positions: Its positions and visual rows.
         visual_embeds: [1+D, V, hidden], V ≥ 1.
-        all_logits: Return the logits of every position, not of the last one alone.
+        all_logits: Yield the logits of every position, not those of each chunk's last alone.
         chunk: Most new tokens of one call.
 
-    Returns:
-        float32 [S, vocab], or [1, vocab].
+    Yields:
+        float32 [tokens of the chunk, vocab], or [1, vocab].
     """
     ids = np.asarray(input_ids, np.int64)[None]
-    pieces = []
     for start in range(0, ids.shape[1], chunk):
         part = slice(start, min(start + chunk, ids.shape[1]))
         num_new = part.stop - part.start
-        is_last = part.stop == ids.shape[1]
         asked = np.arange(num_new)[None] if all_logits else np.array([[num_new - 1]])
-        logits = session.decode(
+        yield session.decode(
             ids[:, part],
             positions.position_ids[:, :, part],
             positions.visual_rows[:, part],
@@ -56,10 +74,7 @@ def prefill(
             np.array([start], np.int64),
             asked,
             cache,
-        )
-        if all_logits or is_last:
-            pieces.append(logits[0])
-    return np.concatenate(pieces)
+        )[0]
 
 
 class Drafter(Protocol):

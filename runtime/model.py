@@ -17,7 +17,7 @@ import numpy as np
 from runtime.answer import Call, Generation, Stats, Stream, Turn
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, UsageError
-from runtime.generation import decode_steps, prefill
+from runtime.generation import decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
 from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
 from runtime.manifest import Manifest
@@ -209,9 +209,12 @@ class Qwen3VLModel:
 
     def encode_images(self, images: Sequence[ProcessedImage]) -> Floats:
         """Run the vision tower on each image: [1+D, V, hidden], in order; one zero row if none."""
-        if not images:
+        return self._join([self._encode(image) for image in images])
+
+    def _join(self, embeds: Sequence[Floats]) -> Floats:
+        if not embeds:
             return np.zeros((self.config.num_visual_levels, 1, self.config.text.hidden_size), np.float32)
-        return np.concatenate([self._encode(image) for image in images], axis=1)
+        return np.concatenate(embeds, axis=1)
 
     def _encode(self, image: ProcessedImage) -> Floats:
         vision = self.config.vision
@@ -269,10 +272,17 @@ class Qwen3VLModel:
         if visual_tokens > MANY_VISUAL_TOKENS:
             _LOGGER.warning("%s", self._advice(visual_tokens, len(prepared.images)))
         preprocessed = time.perf_counter()
-        embeds = self.encode_images(prepared.images)
+        # Behind each image and each chunk of the prompt an empty piece, at which `Stream.close` can stop.
+        parts = []
+        for image in prepared.images:
+            parts.append(self._encode(image))
+            yield ""
+        embeds = self._join(parts)
         encoded = time.perf_counter()
         cache = self.session.new_cache(len(prompt_ids) + max_new_tokens)
-        logits = prefill(self.session, cache, prompt_ids, prepared.positions, embeds)[-1]
+        for logits_LV in prefill_chunks(self.session, cache, prompt_ids, prepared.positions, embeds):
+            logits = logits_LV[-1]
+            yield ""
         sampler = Sampler(options)
         sampler.start(prompt_ids)
         lookup = self._lookup(prompt_ids, options.prompt_lookup_num_tokens)

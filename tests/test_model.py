@@ -16,6 +16,7 @@ import configs
 from qwen3vl_export.demo import IMAGES
 from runtime.answer import Turn
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
+from runtime.generation import PREFILL_CHUNK
 from runtime.manifest import Manifest
 from runtime.memory import cache_bytes, machine_bytes, prefill_bytes, vision_bytes
 from runtime.messages import user_message
@@ -163,6 +164,29 @@ def test_a_stream_may_be_read_and_closed_by_another_thread(model: Qwen3VLModel) 
         model.session.decode = decode
     assert len(pieces) == 1 and stream.result is None
     assert model.generate(messages).text == answer
+
+
+@pytest.mark.parametrize("method", ["vision", "decode"])
+def test_closing_stops_between_images_and_between_chunks(
+    model: Qwen3VLModel, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    picture = np.zeros((64, 64, 3), np.uint8)
+    messages = user_message("Hi " * 1200, [picture, picture])
+    assert len(model.prepare(messages).prompt.input_ids) > 2 * PREFILL_CHUNK
+    stream, steps = model.stream(messages, max_new_tokens=1), []
+    whole = getattr(model.session, method)
+
+    def close_in_the_second(*arguments):
+        steps.append(arguments)
+        if len(steps) == 2:
+            stream.close()  # as another thread would
+        return whole(*arguments)
+
+    monkeypatch.setattr(model.session, method, close_in_the_second)
+    assert list(stream) == [] and stream.result is None
+    assert len(steps) == 2
+    monkeypatch.undo()
+    assert model.generate(messages, max_new_tokens=1).stats.new_tokens == 1
 
 
 def test_stop_strings_and_length(model: Qwen3VLModel) -> None:
