@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from engines.build import build_engine
 from engines.bundle import DECODER, VISION, Bundle
 from engines.lower import lower
 from engines.quantize.blockwise import QuantizedBlocks, quantize_blocks
-from engines.quantize.calibration import Rounding, calibrate
+from engines.quantize.calibration import Rounding, _record, calibrate
 from engines.quantize.calibration_data import CalibrationPrompt, read_prompts
 from engines.quantize.gptq import InputMetric, factorize, quantize_rows
 from engines.quantize.slices import cut
@@ -24,7 +25,6 @@ from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.export import make_bundle
 from qwen3vl_export.parity.metrics import kl_divergence
 from runtime.errors import Qwen3VLError, UsageError
-from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 
 RNG = np.random.default_rng(11)
@@ -146,46 +146,59 @@ def question(index: int) -> list[dict[str, object]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def divergence(demo: Bundle, demo_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Mean KL to float32 on held-out canvases: not calibrated, calibrated, calibrated on shuffled channels."""
+@dataclass(frozen=True)
+class Outcome:
+    """Mean KL to float32 on held-out canvases, and what the manifest says of the calibration."""
 
+    divergence: float
+    record: dict[str, object] | None
+
+
+@pytest.fixture(scope="module")
+def outcomes(demo: Bundle, demo_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     def shuffled(weights: np.ndarray, metric: InputMetric, bits: int) -> QuantizedBlocks:
         order = np.random.default_rng(0).permutation(weights.shape[1])
-        return quantize_rows(
-            weights, factorize((metric.factor_KK @ metric.factor_KK.T)[np.ix_(order, order)], 128), bits
-        )
+        gram = (metric.factor_KK @ metric.factor_KK.T)[np.ix_(order, order)]
+        return quantize_rows(weights, factorize(gram, metric.block), bits)
 
     reference = Qwen3VLModel.from_engine(demo_engine)
-    expected = [reference.logits(question(index)) for index in range(8)]
+    expected = [reference.logits(question(index)) for index in range(6)]
+    prompts = training_prompts(12)
     result = {}
-    for name, prompts, rounding in (
+    for name, chosen, rounding in (
         ("plain", None, quantize_rows),
-        ("calibrated", training_prompts(24), quantize_rows),
-        ("shuffled", training_prompts(24), shuffled),
+        ("calibrated", prompts, quantize_rows),
+        ("shuffled", prompts, shuffled),
     ):
-        model = Qwen3VLModel.from_engine(build(demo, tmp_path_factory.mktemp(name), prompts, rounding))
-        found = [model.logits(question(index)) for index in range(8)]
-        result[name] = float(np.mean([kl_divergence(f, e).mean() for f, e in zip(found, expected, strict=True)]))
-        if prompts is not None:
-            assert model.manifest.source["calibration"]["prompts"] == 24
+        model = Qwen3VLModel.from_engine(build(demo, tmp_path_factory.mktemp(name), chosen, rounding))
+        found = [model.logits(question(index)) for index in range(6)]
+        divergence = np.mean([kl_divergence(f, e).mean() for f, e in zip(found, expected, strict=True)])
+        result[name] = Outcome(float(divergence), model.manifest.source.get("calibration"))
     return result
 
 
-def test_calibration_brings_the_demo_closer_to_float32(divergence: dict[str, float]) -> None:
-    assert divergence["calibrated"] < 0.5 * divergence["plain"]
+def test_calibration_brings_the_demo_closer_to_float32(outcomes: dict[str, Outcome]) -> None:
+    assert outcomes["calibrated"].divergence < 0.5 * outcomes["plain"].divergence
 
 
-def test_the_demo_on_shuffled_channels_is_further_away(divergence: dict[str, float]) -> None:
-    assert divergence["shuffled"] > divergence["plain"]
+def test_the_demo_on_shuffled_channels_is_further_away(outcomes: dict[str, Outcome]) -> None:
+    assert outcomes["shuffled"].divergence > outcomes["plain"].divergence
+
+
+def test_the_manifest_records_the_calibration(outcomes: dict[str, Outcome], demo: Bundle, tmp_path: Path) -> None:
+    assert outcomes["plain"].record is None
+    of_twelve = _record(demo, TARGET, training_prompts(12), tmp_path)
+    of_eleven = _record(demo, TARGET, training_prompts(11), tmp_path)
+    num_tokens = sum(sample["input_ids"].size for sample in of_twelve.prompts)
+    expected = {"method": "gptq", "prompts": 12, "tokens": num_tokens, "sha256": of_twelve.sha256}
+    assert outcomes["calibrated"].record == outcomes["shuffled"].record == expected
+    assert len(of_eleven.sha256) == 64 and of_eleven.sha256 != of_twelve.sha256
 
 
 @pytest.mark.parametrize("max_bytes", [200_000, 1 << 30])
 def test_a_sliced_run_computes_what_the_engine_computes(
     max_bytes: int, demo: Bundle, demo_engine: Path, tmp_path: Path
 ) -> None:
-    from engines.quantize.calibration import _record
-
     prompt = CalibrationPrompt("here", question(3))
     fp32 = registry.get("ort-cpu-fp32")
     record = _record(demo, fp32, [prompt], tmp_path)
@@ -201,17 +214,6 @@ def test_a_sliced_run_computes_what_the_engine_computes(
             samples[DECODER]["visual_embeds"] = samples[name]["visual_embeds"]
     model = Qwen3VLModel.from_engine(demo_engine)
     np.testing.assert_allclose(samples[DECODER]["logits"][0], model.logits(prompt.messages), atol=2e-4)
-
-
-def test_the_manifest_records_the_calibration(demo: Bundle, tmp_path: Path) -> None:
-    records = []
-    for i, text in enumerate(["Read the digits.", "Read the digits.", "Count the digits."]):
-        prompts = [CalibrationPrompt("here", [{"role": "user", "content": text}])]
-        records.append(Manifest.read(build(demo, tmp_path / str(i), prompts)).source["calibration"])
-    assert records[0] == records[1]
-    assert (records[0]["method"], records[0]["prompts"]) == ("gptq", 1)
-    assert records[0]["tokens"] > 8
-    assert len(records[0]["sha256"]) == 64 and records[0]["sha256"] != records[2]["sha256"]
 
 
 def test_a_target_without_blocks_and_an_empty_set_are_refused(demo: Bundle, tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_a_target_without_blocks_and_an_empty_set_are_refused(demo: Bundle, tmp_
             ],
             ":2: .*no.png",
         ),
-        (['[{"role": "user", "content": "' + "a b " * 1500 + '"}]'] * 30, "the calibration set up to here has"),
+        (['[{"role": "user", "content": "' + "a b " * 1000 + '"}]'] * 30, "the calibration set up to here has"),
     ],
 )
 def test_a_prompt_that_cannot_be_taken_is_named(lines: list[str], message: str, demo: Bundle, tmp_path: Path) -> None:

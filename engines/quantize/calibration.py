@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,12 @@ def calibrate(
         UsageError: No prompt, prompts that are too long, or a target that calibration does not change.
         BundleError: An activation is NaN or infinite.
     """
-    plan = _plan_of(target)
+    plan = blockwise_plan(target)
+    if plan is None:
+        raise UsageError(
+            f"{target.name} stores no weights in blocks, so calibration would change nothing",
+            remedy="choose a target with few bits (see: qwen3vl targets), or leave the calibration out",
+        )
     if not prompts:
         raise UsageError("the calibration set is empty", remedy="give at least one prompt")
     record = _record(bundle, target, prompts, folder)
@@ -94,14 +100,12 @@ def calibrate(
     bundle.source = {**bundle.source, "calibration": calibration}
 
 
-def _plan_of(target: Target) -> WeightPlan:
+def blockwise_plan(target: Target) -> WeightPlan | None:
+    """Return the formats of a target's weights, or None if it stores none in blocks."""
     for each in target.passes():
         if isinstance(each, QuantizeWeightsPass) and any(form.kind == BLOCKWISE for _, form in each.plan.rules):
             return each.plan
-    raise UsageError(
-        f"{target.name} stores no weights in blocks, so calibration would change nothing",
-        remedy="choose a target with few bits (see: qwen3vl targets), or leave the calibration out",
-    )
+    return None
 
 
 @dataclass
@@ -154,7 +158,7 @@ def _record(bundle: Bundle, target: Target, prompts: Sequence[CalibrationPrompt]
         ChatTemplate.from_folder(folder),
         ImageProcessorConfig.from_dict(json.loads(bundle.assets["preprocessor_config.json"])),
         GenerationOptions(),
-        text.max_positions,
+        sys.maxsize,
         machine_bytes(),
     )
     digest = hashlib.sha256()
@@ -166,7 +170,7 @@ def _record(bundle: Bundle, target: Target, prompts: Sequence[CalibrationPrompt]
         ids = np.asarray(prepared.prompt.input_ids, np.int64)
         record.num_tokens += len(ids)
         for found, limit, what in (
-            (len(ids), MAX_PROMPT_TOKENS, "this prompt has"),
+            (len(ids), min(MAX_PROMPT_TOKENS, text.max_positions), "this prompt has"),
             (record.num_tokens, MAX_TOKENS, "the calibration set up to here has"),
         ):
             if found > limit:

@@ -6,16 +6,22 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
 from runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from engines.bundle import Bundle
+    from engines.quantize.calibration_data import CalibrationPrompt
+    from engines.target import Target
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -30,6 +36,23 @@ def export(
     bundle: Annotated[
         Path | None,
         typer.Option(help="Write the target-neutral graphs and weights here instead of building an engine."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Round the weights of few bits by what the prompts of this folder put into their products (GPTQ): "
+            "*.jsonl with messages, or prompts.txt and images.",
+            metavar="DIR",
+        ),
+    ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep keys and values in int8 or int4, by scales from the prompts of --calibration. "
+            "[default: the target's]",
+            metavar="KIND",
+            show_default=False,
+        ),
     ] = None,
     compile: Annotated[
         bool,
@@ -60,25 +83,45 @@ def export(
     Examples:
       qwen3vl-export demo --output out/demo
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-fp32 --output engines/2b
+      qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-int4 --calibration ./prompts
+      qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-int4 --calibration ./prompts --kv-cache int8
       qwen3vl-export Qwen/Qwen3-VL-4B-Instruct@main --no-weights --json
     """
     from engines import registry
-    from engines.build import build_engine, output_folder
+    from engines.build import build_engine
+    from engines.output import check_output, output_folder
+    from engines.quantize.cache_ranges import wanted_cache
+    from engines.quantize.calibration import blockwise_plan
+    from engines.quantize.calibration_data import read_prompts
     from qwen3vl_export.checkpoint import Checkpoint
 
     started = time.perf_counter()
     if bundle is not None and output is not None:
         raise UsageError("--bundle and --output exclude each other", remedy="run the command twice")
+    if calibration is not None and (bundle is not None or not weights):
+        raise UsageError(
+            "--calibration changes weights, which --bundle keeps and --no-weights leaves out",
+            remedy="leave --calibration out",
+        )
+    if kv_cache is not None and (bundle is not None or not weights):
+        raise UsageError(
+            "--kv-cache runs the engine, which --bundle and --no-weights do not build", remedy="leave --kv-cache out"
+        )
     chosen = registry.get(target)
+    prompts = read_prompts(calibration) if calibration is not None else []
+    cache = None if kv_cache is None else wanted_cache(kv_cache, prompts, chosen)
+    # For a cache alone, a target may keep its weights whole.
+    weight_prompts = prompts if cache is None or blockwise_plan(chosen) is not None else []
     checkpoint = Checkpoint.open(model)
     destination = bundle or output or Path("out") / f"{checkpoint.short_name}-{chosen.name}"
+    check_output(destination)
     print(f"tracing {checkpoint.name}", file=sys.stderr)
     from qwen3vl_export.export import make_bundle  # loads torch, so only once there is something to trace
 
     made = make_bundle(checkpoint)
     traced_s = time.perf_counter() - started
     is_engine = bundle is None and weights and compile
-    with _progress() as progress:
+    with _calibrated(made, chosen, weight_prompts, destination), _progress() as progress:
         if bundle is not None:
             weight_bytes = made.weight_bytes if weights else 0
             with output_folder(destination, weight_bytes) as folder:
@@ -86,7 +129,7 @@ def export(
         else:
             # ONNX Runtime compiles when it opens the graph, so for it the lowered graph is the engine.
             manifest = build_engine(
-                made, chosen, destination, with_weights=weights, runnable=is_engine, progress=progress
+                made, chosen, destination, with_weights=weights, runnable=is_engine, progress=progress, cache=cache
             )
             weight_bytes = manifest.weight_bytes
     result = {
@@ -101,6 +144,22 @@ def export(
         print(json.dumps(result))
     else:
         print(f"{destination}  ({weight_bytes / 1e6:.1f} MB of weights, {result['total_s']} s)")
+
+
+@contextmanager
+def _calibrated(made: Bundle, target: Target, prompts: list[CalibrationPrompt], destination: Path) -> Iterator[None]:
+    """Calibrate with the prompts, if there are any; the rounded weights last as long as the context."""
+    if not prompts:
+        yield
+        return
+    from engines.quantize.calibration import calibrate
+
+    print(f"calibrating on {len(prompts)} prompts", file=sys.stderr)
+    parent = destination.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-calibration-", dir=parent) as work:
+        calibrate(made, target, prompts, Path(work))
+        yield
 
 
 def _progress() -> AbstractContextManager[Callable[[int, int], None]]:
