@@ -14,7 +14,6 @@ from command_line import call
 from damage import altered, png_of_size, rewrite
 from PIL import Image
 
-from engines import external_data
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.cli.export import app as export_app
 from qwen3vl_export.cli.run import app as run_app
@@ -27,6 +26,7 @@ from runtime.errors import (
     TargetError,
     UsageError,
 )
+from runtime.manifest import FileRecord
 
 NORM = "model.language_model.norm.weight"
 INDEX = "model.safetensors.index.json"
@@ -146,9 +146,12 @@ def test_a_folder_of_something_else_is_not_replaced(tiny_checkpoint: Path, tmp_p
 
 @pytest.mark.usefixtures("traced_once")
 def test_disk_space_is_checked_first(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_model(*_: object, **__: object) -> dict[str, FileRecord]:
+        raise AssertionError("written before the space was checked")
+
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
-    monkeypatch.setattr(external_data.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(external_data, "write_model", None)  # would fail if it were reached
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("engines.build.write_model", write_model)
     code, out, err = call(export_app, str(tiny_checkpoint), "--output", str(older_engine(tmp_path)))
     assert (code, out) == (CapacityError.exit_code, "")
     assert_clear(err, "0.00 GB are free")
@@ -166,6 +169,31 @@ def test_an_equal_copy_of_the_tied_head_is_accepted(tiny_checkpoint: Path, tmp_p
     code, out, err = call(run_app, "run", str(tmp_path / "engine"), "Read.")
     assert (code, out) == (EngineError.exit_code, "")
     assert_clear(err, "engine.json is missing, so this is no engine folder")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors and model.safetensors.index.json"),
+        (lambda folder: cut(folder / "model.safetensors"), "the file has"),
+        (shard, "model-00001-of-00002.safetensors: missing"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json: the file cannot be read as a"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json: missing"),
+        (
+            retensor(lambda t: t.pop(NORM)),
+            f"1 weights are missing or of another shape than config.json implies: {NORM}",
+        ),
+        (retensor(lambda t: t.update({NORM: np.ones(7, np.float32)})), "1 weights are missing or of another shape"),
+    ],
+)
+def test_verify_against_bad_checkpoints(
+    tiny_engine: Path, tiny_checkpoint: Path, tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    checkpoint = altered(tiny_checkpoint, tmp_path / "checkpoint")
+    damage(checkpoint)
+    code, out, err = call(run_app, "verify", str(tiny_engine), "--checkpoint", str(checkpoint), "--json")
+    assert (code, out) == (CheckpointError.exit_code, "")
+    assert_clear(err, words)
 
 
 def flip_a_byte(path: Path) -> None:

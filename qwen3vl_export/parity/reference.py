@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.errors import CheckpointError
+
 Floats = NDArray[np.float32]
 
 
@@ -42,15 +44,32 @@ class Reference:
 
     Attributes:
         has_processor: Whether `inputs` works: transformers' processor needs torchvision.
+
+    Raises:
+        CheckpointError: Weights are missing or of another shape, which transformers would fill at random.
     """
 
     def __init__(self, folder: Path) -> None:
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self._model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-        ).eval()
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below
+        )
+        lost = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+        if lost:
+            raise CheckpointError(
+                f"{folder}: {len(lost)} weights are missing or of another shape than config.json implies: "
+                + ", ".join(lost[:5]),
+                remedy="give the checkpoint that the engine was built from, with all its files",
+            )
+        self._model: Any = model.eval()
         self.has_processor = importlib.util.find_spec("torchvision") is not None
         if self.has_processor:
             self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)

@@ -58,6 +58,8 @@ def verify(engine: Path, checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_T
     from runtime.model import Qwen3VLModel
 
     source = Checkpoint.open(checkpoint)
+    source.entries  # noqa: B018  (transformers' own messages about damaged files help nobody)
+    source.assets()
     model = Qwen3VLModel.from_engine(engine)
     precision = str(model.manifest.capabilities["precision"])
     tolerances = configs.load("tolerances")
