@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
 
 from runtime.errors import CheckpointError
 
@@ -96,7 +97,7 @@ class ModelConfig:
         """Read the contents of a checkpoint's `config.json`.
 
         Raises:
-            CheckpointError: Another architecture, a missing key, or a form of rotary embedding that is not exported.
+            CheckpointError: Another architecture, a missing or wrong value, or a rotary embedding that is not exported.
         """
         model_type = config.get("model_type")
         if model_type != SUPPORTED_MODEL_TYPE:
@@ -106,38 +107,40 @@ class ModelConfig:
             )
         text, vision = _section(config, "text_config"), _section(config, "vision_config")
         _check_rope(text)
-        if text.get("attention_bias"):
+        if text.boolean("attention_bias", default=False):
             raise CheckpointError("config.json: text_config.attention_bias is true, expected false")
-        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        top = _Section(config, "")
         result = cls(
             text=TextConfig(
-                vocab_size=_int(text, "text_config", "vocab_size"),
-                hidden_size=_int(text, "text_config", "hidden_size"),
-                intermediate_size=_int(text, "text_config", "intermediate_size"),
-                num_layers=_int(text, "text_config", "num_hidden_layers"),
-                num_heads=_int(text, "text_config", "num_attention_heads"),
-                num_kv_heads=_int(text, "text_config", "num_key_value_heads"),
-                head_dim=_int(text, "text_config", "head_dim", default=128),
-                max_positions=_int(text, "text_config", "max_position_embeddings"),
-                rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-                tie_word_embeddings=bool(tied),
+                vocab_size=text.size("vocab_size"),
+                hidden_size=text.size("hidden_size"),
+                intermediate_size=text.size("intermediate_size"),
+                num_layers=text.size("num_hidden_layers"),
+                num_heads=text.size("num_attention_heads"),
+                num_kv_heads=text.size("num_key_value_heads"),
+                head_dim=text.size("head_dim", default=128),
+                max_positions=text.size("max_position_embeddings"),
+                rms_norm_eps=text.positive("rms_norm_eps", default=1e-6),
+                tie_word_embeddings=top.boolean(
+                    "tie_word_embeddings", default=text.boolean("tie_word_embeddings", default=False)
+                ),
             ),
             vision=VisionConfig(
-                depth=_int(vision, "vision_config", "depth"),
-                hidden_size=_int(vision, "vision_config", "hidden_size"),
-                intermediate_size=_int(vision, "vision_config", "intermediate_size"),
-                num_heads=_int(vision, "vision_config", "num_heads"),
-                in_channels=_int(vision, "vision_config", "in_channels", default=3),
-                patch_size=_int(vision, "vision_config", "patch_size", default=16),
-                temporal_patch_size=_int(vision, "vision_config", "temporal_patch_size", default=2),
-                spatial_merge_size=_int(vision, "vision_config", "spatial_merge_size", default=2),
-                num_position_embeddings=_int(vision, "vision_config", "num_position_embeddings"),
-                deepstack_layers=tuple(int(i) for i in vision.get("deepstack_visual_indexes", (8, 16, 24))),
+                depth=vision.size("depth"),
+                hidden_size=vision.size("hidden_size"),
+                intermediate_size=vision.size("intermediate_size"),
+                num_heads=vision.size("num_heads"),
+                in_channels=vision.size("in_channels", default=3),
+                patch_size=vision.size("patch_size", default=16),
+                temporal_patch_size=vision.size("temporal_patch_size", default=2),
+                spatial_merge_size=vision.size("spatial_merge_size", default=2),
+                num_position_embeddings=vision.size("num_position_embeddings"),
+                deepstack_layers=vision.indices("deepstack_visual_indexes", default=(8, 16, 24)),
             ),
-            image_token_id=_int(config, "", "image_token_id", default=151655),
-            video_token_id=_int(config, "", "video_token_id", default=151656),
-            vision_start_token_id=_int(config, "", "vision_start_token_id", default=151652),
-            vision_end_token_id=_int(config, "", "vision_end_token_id", default=151653),
+            image_token_id=top.index("image_token_id", default=151655),
+            video_token_id=top.index("video_token_id", default=151656),
+            vision_start_token_id=top.index("vision_start_token_id", default=151652),
+            vision_end_token_id=top.index("vision_end_token_id", default=151653),
         )
         result._check()
         return result
@@ -158,6 +161,12 @@ class ModelConfig:
                 f"config.json: vision_config.hidden_size = {vision.hidden_size} is no multiple of "
                 f"num_heads = {vision.num_heads}"
             )
+        # Rotary embeddings turn pairs of elements; those of the vision tower, pairs for rows and for columns.
+        for name, head_dim, factor in (("text_config", text.head_dim, 2), ("vision_config", vision.head_dim, 4)):
+            if head_dim % factor:
+                raise CheckpointError(
+                    f"config.json: {name}: heads of {head_dim} elements, expected a multiple of {factor}"
+                )
         if len(vision.deepstack_layers) > text.num_layers or any(i >= vision.depth for i in vision.deepstack_layers):
             raise CheckpointError(
                 f"config.json: deepstack_visual_indexes {list(vision.deepstack_layers)} do not fit a vision tower of "
@@ -165,23 +174,75 @@ class ModelConfig:
             )
 
 
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = config.get(name)
-    if not isinstance(section, Mapping):
+class _Section:
+    """Typed values of one object of `config.json`; without a default, a key must be there.
+
+    Every method raises `CheckpointError` if the value is of another type or out of range.
+    """
+
+    def __init__(self, values: Mapping[str, Any], name: str) -> None:
+        self._values = values
+        self._name = name
+
+    def size(self, key: str, *, default: int | None = None) -> int:
+        """Return an integer of at least 1."""
+        value = self.get(key, default)
+        return value if _is_integer(value, 1) else self._refuse(key, "an integer of at least 1")
+
+    def index(self, key: str, *, default: int) -> int:
+        """Return an integer of at least 0."""
+        value = self.get(key, default)
+        return value if _is_integer(value, 0) else self._refuse(key, "a non-negative integer")
+
+    def indices(self, key: str, *, default: tuple[int, ...]) -> tuple[int, ...]:
+        """Return different integers of at least 0."""
+        value = self.get(key, default)
+        is_valid = isinstance(value, list | tuple) and all(_is_integer(i, 0) for i in value)
+        if not is_valid or len(set(value)) < len(value):
+            self._refuse(key, "a list of different non-negative integers")
+        return tuple(value)
+
+    def positive(self, key: str, *, default: float) -> float:
+        """Return a finite number above 0."""
+        value = self.get(key, default)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number and 0 < value < math.inf else self._refuse(key, "a number above 0")
+
+    def boolean(self, key: str, *, default: bool) -> bool:
+        """Return true or false."""
+        value = self.get(key, default)
+        return value if isinstance(value, bool) else self._refuse(key, "true or false")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return any value."""
+        return self._values.get(key, default)
+
+    def _refuse(self, key: str, expected: str) -> NoReturn:
+        path = f"{self._name}.{key}" if self._name else key
+        found = repr(self._values[key]) if key in self._values else "missing"
+        raise CheckpointError(
+            f"config.json: {path} is {found}, expected {expected}", remedy="take config.json from the original model"
+        )
+
+
+def _is_integer(value: object, minimum: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _section(config: Mapping[str, Any], name: str) -> _Section:
+    values = config.get(name)
+    if not isinstance(values, Mapping):
         raise CheckpointError(f"config.json: {name} is missing", remedy="give the folder of a Qwen3-VL checkpoint")
-    return section
+    return _Section(values, name)
 
 
-def _int(section: Mapping[str, Any], where: str, key: str, *, default: int | None = None) -> int:
-    value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        path = f"{where}.{key}" if where else key
-        raise CheckpointError(f"config.json: {path} is {value!r}, expected a non-negative integer")
-    return value
-
-
-def _check_rope(text: Mapping[str, Any]) -> None:
+def _check_rope(text: _Section) -> None:
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(
+            f"config.json: text_config.rope_parameters is {rope!r}, expected an object",
+            remedy="take config.json from the original model",
+        )
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope"):
         raise CheckpointError(
