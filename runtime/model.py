@@ -198,10 +198,7 @@ class Qwen3VLModel:
 
         prompt = self._builder.build(messages, num_visual_tokens)
         if len(prompt.input_ids) > self.max_context:
-            raise CapacityError(
-                f"the prompt has {len(prompt.input_ids)} tokens, max_context is {self.max_context}",
-                remedy=f"raise max_context above {len(prompt.input_ids)}, lower max_pixels, or shorten the prompt",
-            )
+            raise self._too_long(prompt)
         spans = [
             VisualSpan(start, image.merged_grid_thw) for (start, _), image in zip(prompt.spans, images, strict=True)
         ]
@@ -226,11 +223,31 @@ class Qwen3VLModel:
 
     def _advice(self, visual_tokens: int, num_images: int) -> str:
         """Say which `max_pixels` would keep the images of this prompt within `MANY_VISUAL_TOKENS`."""
-        limit = max(1, MANY_VISUAL_TOKENS // num_images) * self.image_config.factor**2
+        limit = self._pixels_for(MANY_VISUAL_TOKENS, num_images)
         images = "the image gives" if num_images == 1 else f"the {num_images} images give"
         return (
             f"note: {images} {visual_tokens} visual tokens, so the answer begins late; max_pixels={limit} would limit "
             f"them to {MANY_VISUAL_TOKENS}, with less detail"
+        )
+
+    def _pixels_for(self, visual_tokens: int, num_images: int) -> int:
+        """Return the `max_pixels` that limits so many images to so many tokens together."""
+        return max(1, visual_tokens // num_images) * self.image_config.factor**2
+
+    def _too_long(self, prompt: Prompt) -> CapacityError:
+        """Say how much of a prompt is images, and which options make room for it and an answer."""
+        num_tokens, num_images = len(prompt.input_ids), len(prompt.spans)
+        visual_tokens = sum(length for _, length in prompt.spans)
+        free = self.max_context - (num_tokens - visual_tokens)
+        answer = min(self.defaults.max_new_tokens, free // 2)
+        remedies = [f"raise max_context above {num_tokens}", "shorten the prompt"]
+        if num_images and free - answer >= num_images:
+            limit = self._pixels_for(free - answer, num_images)
+            remedies[:0] = [f"pass max_pixels={limit}, which leaves {answer} tokens for the answer, with less detail"]
+        return CapacityError(
+            f"the prompt has {num_tokens} tokens, {visual_tokens} of them visual, and no answer fits behind it: "
+            f"max_context is {self.max_context}",
+            remedy=", or ".join(remedies),
         )
 
     def _check_memory(self, prepared: Prepared, capacity: int, *, all_logits: bool = False) -> None:
@@ -263,10 +280,7 @@ class Qwen3VLModel:
         visual_tokens = sum(image.num_visual_tokens for image in prepared.images)
         room = self.max_context - len(prompt_ids)
         if room < 1:
-            raise CapacityError(
-                f"the prompt fills max_context = {self.max_context}",
-                remedy="raise max_context, lower max_pixels, or shorten the prompt",
-            )
+            raise self._too_long(prepared.prompt)
         max_new_tokens = min(options.max_new_tokens, room)
         self._check_memory(prepared, len(prompt_ids) + max_new_tokens)
         if visual_tokens > MANY_VISUAL_TOKENS:

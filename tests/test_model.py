@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import threading
 import types
@@ -327,3 +328,36 @@ def test_many_visual_tokens_are_told_with_what_is_faster(
         # The advice keeps its promise: no further note.
         assert reduced.generate(user_message("Hi", images), max_new_tokens=1).stats.visual_tokens <= 20
         assert caplog.messages == []
+
+
+@pytest.mark.parametrize("shapes", [[(480, 640)], [(480, 640), (64, 320), (300, 100)]])
+def test_a_prompt_that_is_too_long_says_what_fits(demo_engine: Path, shapes: list[tuple[int, int]]) -> None:
+    messages = user_message("What is this?", [np.zeros((*shape, 3), np.uint8) for shape in shapes])
+    whole = Qwen3VLModel.from_engine(demo_engine).prepare(messages)
+    num_tokens = len(whole.prompt.input_ids)
+    visual = sum(image.num_visual_tokens for image in whole.images)
+    for max_context in (num_tokens, num_tokens - 1, num_tokens // 2):
+        model = Qwen3VLModel.from_engine(demo_engine, max_context=max_context)
+        with pytest.raises(CapacityError) as caught:
+            model.generate(messages)
+        said = f"the prompt has {num_tokens} tokens, {visual} of them visual, .*max_context is {max_context}$"
+        assert re.match(said, caught.value.message)
+        limit, room = map(
+            int, re.match(r"pass max_pixels=(\d+), which leaves (\d+) tokens", caught.value.remedy).groups()
+        )
+        fitting = Qwen3VLModel.from_engine(demo_engine, max_context=max_context, max_pixels=limit)
+        prepared = fitting.prepare(messages)
+        assert len(prepared.prompt.input_ids) + room <= max_context
+        # The value is no smaller than it must be: half the room that images and answer share.
+        assert room == min(fitting.defaults.max_new_tokens, (max_context - num_tokens + visual) // 2)
+        assert sum(image.num_visual_tokens for image in prepared.images) > 0
+        assert fitting.generate(messages, max_new_tokens=1).stats.new_tokens == 1
+
+
+def test_a_text_that_is_too_long_names_no_pixels(demo_engine: Path) -> None:
+    picture = np.zeros((64, 64, 3), np.uint8)
+    model = Qwen3VLModel.from_engine(demo_engine, max_context=60)
+    for images in ([], [picture]):
+        with pytest.raises(CapacityError) as caught:
+            model.generate(user_message("Hi " * 200, images))
+        assert re.fullmatch(r"raise max_context above \d+, or shorten the prompt", caught.value.remedy)
