@@ -70,9 +70,6 @@ class ChatTemplate:
     def from_folder(cls, folder: str | Path) -> ChatTemplate:
         """Read template and special tokens from a checkpoint or engine folder.
 
-        The template is `chat_template.jinja`, else the entry in `chat_template.json`, else the one in
-        `tokenizer_config.json` (of several the one named "default").
-
         Raises:
             EngineError: There is no template, or a file cannot be read.
         """
@@ -84,23 +81,7 @@ class ChatTemplate:
             content = token.get("content") if isinstance(token, dict) else token
             if isinstance(content, str):
                 special_tokens[name] = content
-        path = folder / "chat_template.jinja"
-        source: Any
-        if path.is_file():
-            try:
-                source = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise EngineError(f"cannot read {path}: {error}") from error
-        else:
-            source = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
-            if isinstance(source, list):
-                source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-        if not isinstance(source, str):
-            raise EngineError(
-                f"{folder} has no chat template",
-                remedy="add a chat_template.jinja, as the Instruct and Thinking checkpoints have",
-            )
-        return cls(source, special_tokens=special_tokens)
+        return cls(template_source(folder), special_tokens=special_tokens)
 
     def render(
         self,
@@ -205,6 +186,34 @@ class ChatTemplate:
         if "tools" not in self.variables:
             raise UsageError("the chat template knows no tools", remedy="leave tools out")
         return [plain_data(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+
+
+def template_source(folder: Path) -> str:
+    """Find the template of a checkpoint or engine folder.
+
+    It is `chat_template.jinja`, else the entry in `chat_template.json`, else the one in `tokenizer_config.json`; of
+    several in one file the one named "default".
+
+    Raises:
+        EngineError: There is none, or a file cannot be read.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise EngineError(f"cannot read {path}: {error}") from error
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        source = _read_json(folder / name).get("chat_template")
+        if isinstance(source, list):
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            source = named.get("default")
+        if isinstance(source, str):
+            return source
+    raise EngineError(
+        f"{folder} has no chat template",
+        remedy="add a chat_template.jinja, as the Instruct and Thinking checkpoints have",
+    )
 
 
 class _GenerationTag(jinja2.ext.Extension):

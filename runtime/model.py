@@ -7,8 +7,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,14 @@ class Qwen3VLModel:
         assert stream.result is not None
         return stream.result
 
-    def stream(self, messages: Any, **options: Any) -> Stream:
+    def stream(
+        self,
+        messages: Any,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Stream:
         """Answer messages piece by piece, cut at UTF-8 boundaries.
 
         Work begins with the first piece. Until the stream is exhausted or closed, calls of other threads wait, and a
@@ -163,16 +171,20 @@ class Qwen3VLModel:
 
         Args:
             messages: Hugging Face chat format; an image is a path, bytes, a data URL, a PIL image or an array.
+            tools: JSON schemas of functions, for chat templates that know tools.
+            chat_template_kwargs: Further variables of the chat template, such as `enable_thinking`.
             **options: Generation options with Hugging Face's names; defaults come from generation_config.json.
 
         Raises:
-            UsageError: A message or an option is not valid, or this thread left another stream open.
+            UsageError: A message or an option is not valid, the template does not know a variable, or this thread left
+                another stream open.
             ImageError: An image cannot be read.
             CapacityError: The prompt leaves no room in `max_context`, or the estimated memory exceeds `max_memory`. An
                 answer that fills `max_context` ends with finish_reason "length".
         """
         chosen = self.defaults.replace(**options)
-        return Stream(self._run(messages, chosen))
+        prepare = partial(self.prepare, messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        return Stream(self._run(prepare, chosen))
 
     def logits(self, messages: Any) -> Floats:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
@@ -188,15 +200,23 @@ class Qwen3VLModel:
         finally:
             self._turn.leave(call)
 
-    def prepare(self, messages: Any) -> Prepared:
-        """Render, tokenise, process the images and number the positions."""
+    def prepare(
+        self,
+        messages: Any,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prepared:
+        """Render, tokenise, process the images and number the positions; the arguments are those of `stream`."""
         images: list[ProcessedImage] = []
 
         def num_visual_tokens(source: Any) -> int:
             images.append(process_image(source, self.image_config))
             return images[-1].num_visual_tokens
 
-        prompt = self._builder.build(messages, num_visual_tokens)
+        prompt = self._builder.build(
+            messages, num_visual_tokens, tools=tools, chat_template_kwargs=chat_template_kwargs
+        )
         if len(prompt.input_ids) > self.max_context:
             raise self._too_long(prompt)
         spans = [
@@ -265,17 +285,19 @@ class Qwen3VLModel:
         never = (self.config.image_token_id, self.config.video_token_id)
         return PromptLookup(prompt_ids, num_tokens, never) if num_tokens > 0 else None
 
-    def _run(self, messages: Any, options: GenerationOptions) -> Generator[str, None, Generation]:
+    def _run(self, prepare: Callable[[], Prepared], options: GenerationOptions) -> Generator[str, None, Generation]:
         call = Call()
         try:
             self._turn.take(call)
-            return (yield from self._generate(call, messages, options))
+            return (yield from self._generate(call, prepare, options))
         finally:
             self._turn.leave(call)
 
-    def _generate(self, call: Call, messages: Any, options: GenerationOptions) -> Generator[str, None, Generation]:
+    def _generate(
+        self, call: Call, prepare: Callable[[], Prepared], options: GenerationOptions
+    ) -> Generator[str, None, Generation]:
         started = time.perf_counter()
-        prepared = self.prepare(messages)
+        prepared = prepare()
         prompt_ids = prepared.prompt.input_ids
         visual_tokens = sum(image.num_visual_tokens for image in prepared.images)
         room = self.max_context - len(prompt_ids)

@@ -16,6 +16,7 @@ import pytest
 import configs
 from qwen3vl_export.demo import IMAGES
 from runtime.answer import Turn
+from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
 from runtime.generation import PREFILL_CHUNK
 from runtime.manifest import Manifest
@@ -23,6 +24,7 @@ from runtime.memory import cache_bytes, machine_bytes, prefill_bytes, vision_byt
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
+from runtime.prompt import PromptBuilder
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +215,22 @@ def test_text_only_and_typed_image_tokens(model: Qwen3VLModel) -> None:
     logits = model.logits(user_message(typed))
     assert logits.shape == (len(prepared.prompt.input_ids), model.config.text.vocab_size)
     assert np.isfinite(logits).all()
+
+
+def test_tools_and_variables_reach_the_template(model: Qwen3VLModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (
+        "{% for tool in tools or [] %}{{ tool.name }}:{% endfor %}"
+        "{% if enable_thinking %}<think>{% endif %}{{ messages[0].content[0].text }}"
+    )
+    monkeypatch.setattr(model, "_builder", PromptBuilder(model.tokenizer, ChatTemplate(source)))
+    given = {"tools": [{"name": "search"}], "chat_template_kwargs": {"enable_thinking": True}}
+    assert model.prepare("Hi").prompt.text == "Hi"
+    prepared = model.prepare("Hi", **given)
+    assert prepared.prompt.text == "search:<think>Hi"
+    stats = model.generate("Hi", max_new_tokens=1, **given).stats
+    assert stats.prompt_tokens == len(prepared.prompt.input_ids)
+    with pytest.raises(UsageError, match="no variable 'depth'"):
+        model.generate("Hi", chat_template_kwargs={"depth": 3})
 
 
 @pytest.mark.parametrize(
