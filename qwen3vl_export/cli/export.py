@@ -67,7 +67,7 @@ def export(
         typer.Option(
             "--weights/--no-weights",
             help="--no-weights writes the graphs only, which nothing opens; of the checkpoint's weights it reads the "
-            "headers.",
+            "headers, though from the Hub it downloads them whole.",
         ),
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")] = False,
