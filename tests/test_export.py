@@ -19,6 +19,7 @@ from qwen3vl_export.export import make_bundle
 from runtime.generation import prefill
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
+from runtime.vision_inputs import position_interpolation, vision_rotary
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -117,6 +118,13 @@ def test_bundle_passes_the_checker_and_runs_unlowered(tiny_checkpoint: Path, tin
     model = Qwen3VLModel.from_engine(tiny_engine, threads=2)
     prepared = model.prepare(user_message("Count.", [picture(96, 64)]))
     embeds = model.encode_images(prepared.images)
+    (image,) = prepared.images
+    vision, (_, height, width) = model.config.vision, image.grid_thw
+    indices, weights = position_interpolation(height, width, vision.num_grid_per_side, vision.spatial_merge_size)
+    cos, sin = vision_rotary(height, width, vision.head_dim, vision.spatial_merge_size)
+    values = (image.pixel_values[None], indices, weights, cos, sin)
+    (found,) = sessions["vision"].run(["visual_embeds"], dict(zip(VISION_INPUTS, values, strict=True)))
+    np.testing.assert_allclose(found, embeds, atol=1e-4)
     num_tokens, text = len(prepared.prompt.input_ids), model.config.text
     empty = np.zeros((1, text.num_kv_heads, num_tokens, text.head_dim), np.float32)
     feeds = {
