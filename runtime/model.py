@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -47,6 +48,8 @@ from runtime.vision_inputs import position_interpolation, vision_rotary
 
 DEFAULT_MAX_CONTEXT = 4096
 MANY_VISUAL_TOKENS = 2000
+# More only slow the engine down, and a mistyped number of them takes minutes to start.
+_MAX_THREADS_PER_CORE = 8
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
 
@@ -125,6 +128,12 @@ class Qwen3VLModel:
                 f"max_context = {max_context}, expected 1 to {limit}, what the model was trained for",
                 remedy=f"leave max_context out for {min(DEFAULT_MAX_CONTEXT, limit)}",
             )
+        most_threads = _MAX_THREADS_PER_CORE * (os.cpu_count() or 1)
+        if threads is not None and not 1 <= threads <= most_threads:
+            raise UsageError(
+                f"threads = {threads}, expected 1 to {most_threads}, {_MAX_THREADS_PER_CORE} for each core",
+                remedy="leave threads out for one for each core",
+            )
         if max_memory is not None and max_memory < 1:
             raise UsageError(
                 f"max_memory = {max_memory}, expected at least one byte",
@@ -135,7 +144,7 @@ class Qwen3VLModel:
         image_config = ImageProcessorConfig.from_dict(_read_json(folder / "preprocessor_config.json"))
         if min_pixels is not None or max_pixels is not None:
             if min_pixels is None and max_pixels is not None:
-                min_pixels = min(image_config.min_pixels, max_pixels)
+                min_pixels = max(1, min(image_config.min_pixels, max_pixels))  # of a bad max_pixels, that is named
             image_config = image_config.with_limits(min_pixels, max_pixels)
         return cls(
             manifest,

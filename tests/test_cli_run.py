@@ -155,6 +155,21 @@ def test_every_option_arrives(model: FakeModel, qwen3vl: Any) -> None:
     assert model.calls[1][1] == {"do_sample": False}
 
 
+@pytest.mark.parametrize("memory", ["nan", "inf", "-inf"])
+def test_a_memory_that_is_no_number_is_refused(model: FakeModel, qwen3vl: Any, memory: str) -> None:
+    for command in (["run", "folder", "Read."], ["chat", "folder"]):
+        code, out, err = qwen3vl(*command, "--max-memory", memory)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: --max-memory {memory}: expected a number of GB\n  remedy: ")
+    assert model.opened == []
+
+
+def test_inspect_refuses_a_url(qwen3vl: Any) -> None:
+    code, out, err = qwen3vl("inspect", "https://host/engine")
+    assert (code, out) == (2, "")
+    assert "found a URL of scheme 'https'; nothing is fetched" in err
+
+
 def test_answer_on_stdout_statistics_on_stderr(model: FakeModel, qwen3vl: Any) -> None:
     assert qwen3vl("run", "folder", "Read.") == (0, "4 7é\n", "")
     code, out, err = qwen3vl("run", "folder", "Read.", "--stats")

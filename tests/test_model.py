@@ -253,8 +253,12 @@ def test_bad_calls(model: Qwen3VLModel, messages: list, options: dict, error: ty
 def test_options_of_the_engine(demo_engine: Path) -> None:
     with pytest.raises(UsageError, match="max_context"):
         Qwen3VLModel.from_engine(demo_engine, max_context=0)
-    with pytest.raises(UsageError, match="threads"):
-        Qwen3VLModel.from_engine(demo_engine, threads=0)
+    for threads in (0, 100_000):
+        with pytest.raises(UsageError, match=rf"threads = {threads}, expected 1 to \d+"):
+            Qwen3VLModel.from_engine(demo_engine, threads=threads)
+    for max_pixels in (0, -1):
+        with pytest.raises(UsageError, match=rf"^max_pixels: .* found {max_pixels}$"):
+            Qwen3VLModel.from_engine(demo_engine, max_pixels=max_pixels)
     with pytest.raises(UsageError, match="max_memory"):
         Qwen3VLModel.from_engine(demo_engine, max_memory=0)
     small = Qwen3VLModel.from_engine(demo_engine, max_pixels=4096, max_context=40)

@@ -9,6 +9,7 @@ passed on, so that the defaults are those of the checkpoint and of the runtime.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -146,7 +147,7 @@ def run(
         check=check,
         threads=threads,
         max_context=max_context,
-        max_memory=None if max_memory is None else round(max_memory * 1e9),
+        max_memory=_bytes(max_memory),
         min_pixels=min_pixels,
         max_pixels=max_pixels,
     )
@@ -209,7 +210,7 @@ def chat(
         check=check,
         threads=threads,
         max_context=max_context,
-        max_memory=None if max_memory is None else round(max_memory * 1e9),
+        max_memory=_bytes(max_memory),
         min_pixels=min_pixels,
         max_pixels=max_pixels,
     )
@@ -232,7 +233,9 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
       qwen3vl inspect demo-engine --check --json
     """
     from runtime.manifest import Manifest
+    from runtime.urls import check_local
 
+    check_local(engine, "engine")
     manifest = Manifest.read(engine)
     if not as_json:
         # Before the check: what the folder says it is helps to understand what is wrong with it.
@@ -334,6 +337,15 @@ def main() -> None:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    """Return the value of --max-memory in bytes."""
+    if gigabytes is None:
+        return None
+    if not math.isfinite(gigabytes):
+        raise UsageError(f"--max-memory {gigabytes}: expected a number of GB", remedy="leave it out for the machine's")
+    return round(gigabytes * 1e9)
 
 
 def _compare_tasks(engine: Path, checkpoint: str, limit: int | None, plot: Path | None) -> TaskReport:
