@@ -6,6 +6,12 @@ ENGINE ?= out/demo-ort-cpu-fp32
 IMAGE ?=
 MODEL ?= qwen3-vl-2b
 
+# The environment holds an editable install, so one that two checkouts shared would run the code of the last to install.
+OWNER := $(shell cat '$(STAMP)' 2>/dev/null)
+ifneq ($(or $(OWNER),$(CURDIR)),$(CURDIR))
+$(error $(VENV) runs the code of $(OWNER), not of this checkout; choose another folder with VENV=... or remove it)
+endif
+
 .PHONY: setup demo test lint bench compare-setup
 
 setup: $(STAMP)
@@ -17,7 +23,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[export,cpu,dev]'
-	@touch $@
+	@echo '$(CURDIR)' > $@
 
 demo: setup
 	$(BIN)/python scripts/demo.py --output $(ENGINE) $(if $(IMAGE),--image '$(IMAGE)')
