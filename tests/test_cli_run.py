@@ -24,7 +24,8 @@ from PIL import Image
 from qwen3vl_export.cli.errors import run_app, spell_options
 from qwen3vl_export.cli.run import app
 from runtime.answer import Generation, Stats
-from runtime.errors import CapacityError, CheckpointError, EngineError, ParityError
+from runtime.errors import CapacityError, CheckpointError, EngineError, ImageError, ParityError
+from runtime.image_processor import ImageProcessorConfig
 from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.model_config import ModelConfig, TextConfig, VisionConfig
 
@@ -40,6 +41,7 @@ class FakeModel:
     calls: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     failure: BaseException | None = None
     num_closed: int = 0
+    image_config: ImageProcessorConfig = field(default_factory=ImageProcessorConfig)
 
     def from_engine(self, path: Any, **options: Any) -> FakeModel:
         self.opened.append((path, options))
@@ -209,6 +211,11 @@ def test_an_error_in_the_middle_of_an_answer(model: FakeModel, qwen3vl: Any) -> 
     assert qwen3vl("run", "folder", "Read.") == (8, "4 \n", "error: too long\n  remedy: shorten it\n")
 
 
+def _picture(path: Path, width: int = 6, height: int = 4) -> str:
+    Image.new("RGB", (width, height)).save(path)
+    return str(path)
+
+
 def _chat(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
@@ -216,15 +223,15 @@ def _chat(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 def test_chat_carries_the_turns_and_takes_images(
     model: FakeModel, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    picture = tmp_path / "a picture.png"
-    Image.new("RGB", (6, 4)).save(picture)
+    picture = _picture(tmp_path / "a picture.png")
+    first_picture = _picture(tmp_path / "first.png")
     _chat(monkeypatch, "One", "", f"/image {picture}", "Two", "/reset", "Three", "/quit", "Four")
-    code, out, err = qwen3vl("chat", "folder", "--image", "first.png")
+    code, out, err = qwen3vl("chat", "folder", "--image", first_picture)
     assert (code, out) == (0, "4 7é\n" * 3)
     assert f"{picture}: 6 x 4 pixels" in err
     shown = [[_brief(turn) for turn in messages] for messages, _ in model.calls]
-    first = [("user", ["first.png", "One"]), ("assistant", "4 7é")]
-    assert shown == [first[:1], [*first, ("user", [str(picture), "Two"])], [("user", ["Three"])]]
+    first = [("user", [first_picture, "One"]), ("assistant", "4 7é")]
+    assert shown == [first[:1], [*first, ("user", [picture, "Two"])], [("user", ["Three"])]]
 
 
 def _brief(turn: dict[str, Any]) -> tuple[str, Any]:
@@ -242,17 +249,33 @@ def _brief(turn: dict[str, Any]) -> tuple[str, Any]:
     ],
 )
 def test_a_failed_turn_leaves_no_trace(
-    failure: BaseException, message: str, model: FakeModel, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch
+    failure: BaseException,
+    message: str,
+    model: FakeModel,
+    qwen3vl: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    picture, line = _picture(tmp_path / "first.png"), _picture(tmp_path / "line.png", width=201, height=1)
     model.failure = failure
-    _chat(monkeypatch, "One", "/image missing.png", "/what", "Two")
-    code, _, err = qwen3vl("chat", "folder", "--image", "first.png")
+    _chat(monkeypatch, "One", "/image missing.png", f"/image {line}", "/what", "Two")
+    code, _, err = qwen3vl("chat", "folder", "--image", picture)
     assert code == 0
     assert message in err
     assert "'missing.png': no such file" in err
+    assert "image of 201 x 1: expected sides of a ratio of at most 200" in err
     assert "unknown command /what" in err
-    assert [_brief(turn) for turn in model.calls[1][0]] == [("user", ["first.png", "Two"])]
+    assert [_brief(turn) for turn in model.calls[1][0]] == [("user", [picture, "Two"])]
     assert model.num_closed == 1
+
+
+def test_a_first_image_that_is_missing_ends_the_chat(
+    model: FakeModel, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _chat(monkeypatch, "One")
+    code, out, err = qwen3vl("chat", "folder", "--image", "nope.png")
+    assert (code, out, model.calls) == (ImageError.exit_code, "", [])
+    assert err.startswith("error: ") and "'nope.png': no such file" in err
 
 
 def test_inspect_prints_the_manifest(engine: Path, qwen3vl: Any) -> None:

@@ -14,14 +14,20 @@ if TYPE_CHECKING:
 
 
 class Conversation:
-    """A chat in progress: the turns so far and the images that wait for the next one."""
+    """A chat in progress: the turns so far and the images that wait for the next one.
+
+    Raises:
+        ImageError, UsageError: One of the first images cannot be shown.
+    """
 
     def __init__(self, model: Qwen3VLModel, options: dict[str, Any], images: list[str], *, has_stats: bool) -> None:
         self._model = model
         self._options = options
         self._has_stats = has_stats
         self._turns: list[dict[str, Any]] = []
-        self._images = list(images)
+        self._images: list[str] = []
+        for path in images:
+            self._attach(path)
 
     def loop(self) -> None:
         """Read and answer until /quit or the end of the input."""
@@ -59,9 +65,11 @@ class Conversation:
 
         if not path:
             raise UsageError("/image needs a path", remedy="/image picture.png")
-        pixels_HWC = load_image(path)  # said now, not after the question was typed
+        # What is wrong with it is said now: an image that is attached stays until a turn succeeds.
+        height, width = load_image(path).shape[:2]
+        self._model.image_config.target_size(height, width)
         self._images.append(path)
-        note(f"{path}: {pixels_HWC.shape[1]} x {pixels_HWC.shape[0]} pixels, shown with the next turn")
+        note(f"{path}: {width} x {height} pixels, shown with the next turn")
 
     def _answer(self, prompt: str) -> None:
         """Generate one turn; a turn that fails or is stopped leaves no trace, and its images stay attached."""
