@@ -349,6 +349,13 @@ def test_verify_exit_code_follows_the_report(passed: bool, qwen3vl: Any, monkeyp
     assert asked == [(Path("folder"), "demo")] * 2
 
 
+def test_verify_without_torchvision_fails(qwen3vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # as if it were not installed
+    code, out, err = qwen3vl("verify", "folder", "--checkpoint", "demo")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: this command needs the Python package 'torchvision', which is not installed")
+
+
 def _failing_app(error: BaseException) -> typer.Typer:
     failing = typer.Typer(pretty_exceptions_enable=False)
 

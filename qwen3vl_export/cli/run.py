@@ -9,6 +9,7 @@ passed on, so that the defaults are those of the checkpoint and of the runtime.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -301,7 +302,8 @@ def verify(
     it builds from the checkpoint. It prints exact matches, their paired difference in points with a 95 % interval,
     divergence, agreement and perplexity on the true answers, and fails if a task loses more points than it may.
 
-    Needs the packages of the export extra (torch, transformers); --tasks scikit-learn too, --plot matplotlib.
+    Needs the packages of the export extra (torch, torchvision, transformers); --tasks scikit-learn too, --plot
+    matplotlib.
 
     \b
     Examples:
@@ -316,6 +318,9 @@ def verify(
     if tasks:
         report: TaskReport | Report = _compare_tasks(engine, checkpoint, limit, plot)
     else:
+        if importlib.util.find_spec("torchvision") is None:
+            # Without it transformers has no processor, and nobody would see that prompt and pixels were not compared.
+            raise ModuleNotFoundError(name="torchvision")
         from qwen3vl_export.parity.verify import verify as compare
 
         report = compare(engine, checkpoint, **_given(max_new_tokens=max_new_tokens))
