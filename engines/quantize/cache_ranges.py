@@ -42,6 +42,30 @@ class CacheQuantization:
     prompts: Sequence[CalibrationPrompt]
 
 
+def wanted_cache(name: str, prompts: Sequence[CalibrationPrompt], target: Target) -> CacheQuantization:
+    """Return what `--kv-cache` asks for.
+
+    Raises:
+        UsageError: No such kind of cache, none of the target's, or no prompts to find its scales.
+    """
+    if name not in CACHE_BITS:
+        kinds = ", ".join(CACHE_BITS)
+        raise UsageError(
+            f"--kv-cache {name}: unknown",
+            remedy=f"the kinds are {kinds}; leave the option out for {target.cache_dtype}",
+        )
+    if target.cache_pass is None:
+        raise UsageError(
+            f"{target.name} has no {name} KV cache", remedy="leave out --kv-cache, or choose another target"
+        )
+    if not prompts:
+        raise UsageError(
+            f"--kv-cache {name} needs prompts: its scales are the ranges of the keys and values that they give",
+            remedy="add --calibration DIR",
+        )
+    return CacheQuantization(CACHE_BITS[name], prompts)
+
+
 def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, target: Target) -> Manifest:
     """Run the prompts on a finished engine and rewrite its decoder graphs for a cache in few bits.
 
@@ -57,17 +81,10 @@ def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, 
         The manifest of the rewritten engine.
 
     Raises:
-        UsageError: No prompt, or the target has no such cache.
         CapacityError: A prompt is longer than the context, or the engine does not fit into memory.
         BundleError: A key or a value is NaN or infinite.
     """
-    if target.cache_pass is None:
-        raise UsageError(
-            f"{target.name} has no KV cache in {wanted.bits} bits",
-            remedy="leave out --kv-cache, or choose another target",
-        )
-    if not wanted.prompts:
-        raise UsageError("no calibration prompts for the KV cache", remedy="give at least one")
+    assert target.cache_pass is not None
     manifest.write(folder)
     ranges_L2KH = cache_ranges(folder, wanted.prompts)
     (folder / MANIFEST_NAME).unlink()
@@ -82,7 +99,8 @@ def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, 
     np.save(folder / SCALES_NAME, scales_L2KH)
     files[SCALES_NAME] = _record(folder / SCALES_NAME)
     cache = {"cache_dtype": _DTYPE_NAMES[wanted.bits], "cache_bits": wanted.bits, "cache_scales": SCALES_NAME}
-    return replace(manifest, capabilities={**manifest.capabilities, **cache}, files=files)
+    source = {**manifest.source, "cache_calibration": {"prompts": len(wanted.prompts)}}
+    return replace(manifest, capabilities={**manifest.capabilities, **cache}, source=source, files=files)
 
 
 def cache_ranges(engine: Path, prompts: Sequence[CalibrationPrompt]) -> NDArray[np.float32]:
