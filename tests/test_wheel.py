@@ -1,9 +1,10 @@
-"""The wheel holds all that it needs: export in one empty environment, run in another without torch."""
+"""The wheel holds all that it needs: export in one empty environment, run that engine in another without torch."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,12 @@ def run(*command: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT, cwd=folder)
+    # A copy of what git tracks: setuptools would take whatever an earlier build left in build/.
+    for name in run("git", "ls-files", "-z", cwd=ROOT).split("\0"):
+        if (ROOT / name).is_file():  # a link is copied as a file; what was deleted since is left out
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / "source" / name)
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, folder / "source", cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -45,21 +51,27 @@ def ask(binaries: Path, engine: Path, cwd: Path) -> tuple[str, str]:
     return answer.strip(), entry["answer"]
 
 
-def test_cpu_extra_alone_runs_an_engine(wheel: Path, demo_engine: Path, tmp_path: Path) -> None:
-    binaries = environment(tmp_path / "env", wheel, "cpu")
-    installed = {entry["name"] for entry in json.loads(run(binaries / "pip", "list", "--format", "json", cwd=tmp_path))}
-    assert not installed & {"torch", "transformers", "onnx", "onnx-ir"}
-    answer, truth = ask(binaries, demo_engine, tmp_path)
-    assert answer == truth
-
-
-def test_export_extra_exports_the_demo(wheel: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def exported(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Commands of an environment with the wheel and its extras [export,cpu], and the engine that they exported."""
     import torch
 
     # The torch that is pinned here: the newest one may be another build of several gigabytes.
     torch_version = torch.__version__.split("+")[0]
-    binaries = environment(tmp_path / "env", wheel, "export,cpu", f"torch=={torch_version}")
-    engine = tmp_path / "engine"
-    run(binaries / "qwen3vl-export", "demo", "--output", engine, cwd=tmp_path)
-    answer, truth = ask(binaries, engine, tmp_path)
+    folder = tmp_path_factory.mktemp("export")
+    binaries = environment(folder / "env", wheel, "export,cpu", f"torch=={torch_version}")
+    run(binaries / "qwen3vl-export", "demo", "--output", folder / "engine", cwd=folder)
+    return binaries, folder / "engine"
+
+
+def test_export_extra_exports_the_demo(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    answer, truth = ask(*exported, tmp_path)
+    assert answer == truth
+
+
+def test_cpu_extra_alone_runs_that_engine(wheel: Path, exported: tuple[Path, Path], tmp_path: Path) -> None:
+    binaries = environment(tmp_path / "env", wheel, "cpu")
+    installed = {entry["name"] for entry in json.loads(run(binaries / "pip", "list", "--format", "json", cwd=tmp_path))}
+    assert not installed & {"torch", "torchvision", "transformers", "onnx", "onnx-ir"}
+    answer, truth = ask(binaries, exported[1], tmp_path)
     assert answer == truth
