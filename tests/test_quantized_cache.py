@@ -22,6 +22,7 @@ from engines.quantize.calibration_data import CalibrationPrompt, read_prompts
 from qwen3vl_export.cli import export, run
 from qwen3vl_export.demo.data import canvas_at, example_of, held_out
 from qwen3vl_export.parity.metrics import kl_divergence
+from qwen3vl_export.parity.verify import verify, wider_limits
 from runtime.errors import UsageError
 from runtime.generation import prefill
 from runtime.manifest import Manifest
@@ -215,6 +216,27 @@ def test_answers_of_the_8_bit_cache_are_those_of_the_float_one(engine_of_bits: d
         for question, _ in example.tasks.values():
             messages = user_message(question, [example.image])
             assert few.generate(messages).text == whole.generate(messages).text
+
+
+def test_verify_passes_8_bits_and_refuses_far_too_wide_steps(
+    engine_of_bits: dict[int, Path],
+    demo_engine: Path,
+    calibration: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    report = verify(engine_of_bits[8], "demo", max_new_tokens=1)
+    assert report.passed and report.precision == "fp32 with cache_int8"
+    monkeypatch.setitem(MARGINS, 8, 8 * MARGINS[8])
+    coarse = requantized(demo_engine, tmp_path / "coarse", 8, read_prompts(calibration))
+    failed = {check.name for check in verify(coarse, "demo", max_new_tokens=1).checks if not check.passed}
+    assert {"keys", "values"} <= failed
+
+
+def test_the_wider_of_two_limits_counts() -> None:
+    limits = {"logits_scaled": 0.1, "top1_agreement": 0.9, "pixel_levels": 1.0}
+    assert wider_limits(limits, {"logits_scaled": 0.2, "top1_agreement": 1.0}) == {**limits, "logits_scaled": 0.2}
+    assert wider_limits(limits, {"logits_scaled": 0.0, "top1_agreement": 0.5}) == {**limits, "top1_agreement": 0.5}
 
 
 def test_chunks_see_the_same_cache_as_a_whole_prompt(engine_of_bits: dict[int, Path]) -> None:
