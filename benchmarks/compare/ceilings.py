@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-_READ_BYTES = 1 << 30  # some thirty times the caches of the largest server processors' core groups
+_READ_BYTES = 3 << 30  # server processors show caches of up to half a gigabyte
 _M, _K, _N = 512, 2048, 6144  # a prompt of 512 tokens at the 2B model's up projection
 _REPEATS = 7
 

@@ -119,7 +119,7 @@ def _intro(result: Mapping[str, Any]) -> str:
     return (
         f"One synthetic checkpoint ({result['model']}), {settings['threads']} threads, each side in a process of its "
         f"own, one after the other; medians of up to {settings['max_repeats']} calls within {settings['budget_s']:g} s "
-        "behind one call of warm-up (a warm-up longer than that is itself the figure).\n\n"
+        "behind one call of warm-up (a prompt or image that takes longer is measured once).\n\n"
         f"Measured ceilings: memory {ceilings['memory_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"products {ceilings['fp32_operations_per_s'] / 1e9:.0f} (fp32) and "
         f"{ceilings['int8_operations_per_s'] / 1e9:.0f} (int8) giga-operations a second.\n\n"
