@@ -296,3 +296,15 @@ def test_bars_are_as_long_as_the_sides_are_fast() -> None:
     lengths = [float(bar.get("width", "nan")) for bar in bars]
     assert lengths[0] == pytest.approx(2 * lengths[1], rel=1e-3)
     assert bars[0].get("fill") != bars[1].get("fill")
+
+
+def test_synthetic_checkpoints_take_the_image_at_full_size(tmp_path: Path) -> None:
+    from benchmarks.compare.command import allow_large_images
+    from runtime.image_processor import ImageProcessorConfig, process_image
+
+    synthetic.write_checkpoint(tmp_path, "tiny", sparse=True)
+    allow_large_images(tmp_path)
+    config = ImageProcessorConfig.from_dict(json.loads((tmp_path / "preprocessor_config.json").read_text()))
+    width, height = workloads.IMAGE_SIZE
+    image = process_image(np.zeros((height, width, 3), np.uint8), config)
+    assert image.num_visual_tokens == workloads.IMAGE_TOKENS

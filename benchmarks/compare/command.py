@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -40,11 +41,20 @@ def compare(
         checkpoint = work / "checkpoint"
         if not (checkpoint / "config.json").is_file():
             synthetic.write_checkpoint(checkpoint, model)
+            allow_large_images(checkpoint)
     settings = comparison.Settings(threads, budget_s, max_repeats, keep_engines, max_minutes)
     result = {"model": model} | comparison.compare(checkpoint.absolute(), work, chosen, points, settings)
     path = report.write(f"compare-{model}", result, results)
     path.with_suffix(".svg").write_text(chart.draw(result), encoding="utf-8")
     typer.echo(path.read_text(encoding="utf-8"))
+
+
+def allow_large_images(checkpoint: Path) -> None:
+    """Give a synthetic checkpoint Qwen's limits of an image; the demo's, which it has, shrink 1024 × 768 pixels."""
+    path = checkpoint / "preprocessor_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["size"] = {"shortest_edge": 65536, "longest_edge": 16777216}
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def compare_setup() -> None:
