@@ -95,6 +95,7 @@ class Qwen3VLModel:
         *,
         check: bool = False,
         threads: int | None = None,
+        huge_pages: bool = False,
         max_context: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -106,6 +107,7 @@ class Qwen3VLModel:
             path: The folder.
             check: Compare the hashes of the weight files too; otherwise only their sizes.
             threads: Threads of the engine; the machine's cores by default.
+            huge_pages: Move the weights to huge pages: seconds to open, faster tokens (`runtime.huge_pages`).
             max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for.
             min_pixels: Smaller images are enlarged to this area.
             max_pixels: Larger images are reduced to this area.
@@ -148,7 +150,7 @@ class Qwen3VLModel:
             image_config = image_config.with_limits(min_pixels, max_pixels)
         return cls(
             manifest,
-            open_session(folder, manifest, threads=threads),
+            open_session(folder, manifest, threads=threads, huge_pages=huge_pages),
             Tokenizer.from_file(folder / "tokenizer.json"),
             ChatTemplate.from_folder(folder),
             image_config,

@@ -63,8 +63,14 @@ class Session(Protocol):
         """
 
 
-def open_session(folder: Path, manifest: Manifest, *, threads: int | None = None) -> Session:
+def open_session(folder: Path, manifest: Manifest, *, threads: int | None = None, huge_pages: bool = False) -> Session:
     """Open an engine folder whose manifest was read and checked.
+
+    Args:
+        folder: The folder.
+        manifest: Its manifest.
+        threads: Threads of the engine; the machine's cores by default.
+        huge_pages: Spend seconds to move the weights to huge pages (`runtime.huge_pages`).
 
     Raises:
         EngineError: No session of that kind exists here.
@@ -78,5 +84,5 @@ def open_session(folder: Path, manifest: Manifest, *, threads: int | None = None
                 remedy="install the extra of this target, such as pip install 'qwen3vl-export[cpu]'",
             ) from error
         raise EngineError(f"{folder}: unknown kind of session {manifest.session!r}") from error
-    session: Session = module.open_session(folder, manifest, threads=threads)
+    session: Session = module.open_session(folder, manifest, threads=threads, huge_pages=huge_pages)
     return session

@@ -57,6 +57,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
     runs: Annotated[int, typer.Option(min=1, help="Answers to time, behind one that warms up.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
+    huge_pages: Annotated[bool, typer.Option("--huge-pages", help="Move the weights to huge pages first.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")] = False,
 ) -> None:
     """Time answers on this machine: time to first token (TTFT), time per later token (TPOT), tokens a second.
@@ -78,7 +79,7 @@ def bench(
 
     size = parse_size(image_size)
     start = time.perf_counter()
-    model = Qwen3VLModel.from_engine(engine, threads=threads)
+    model = Qwen3VLModel.from_engine(engine, threads=threads, huge_pages=huge_pages)
     loaded = time.perf_counter() - start
     speed = measure(model, size, prompt_tokens, new_tokens, runs)
     where = {"device": device(), "threads": threads or "all cores", "target": model.manifest.target, "load_s": loaded}

@@ -1,0 +1,40 @@
+"""Huge pages: contents stay, and only new memory is touched."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.huge_pages import anonymous_regions, use_huge_pages
+from runtime.model import Qwen3VLModel
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux alone")
+
+
+@linux
+def test_contents_stay_and_what_was_there_before_is_left_alone() -> None:
+    before = anonymous_regions()
+    array = np.random.default_rng(0).integers(0, 255, 16 << 20, np.uint8)
+    copy = array[::-1].copy()
+    exchanged = use_huge_pages(before)
+    assert np.array_equal(array[::-1], copy)
+    assert 0 <= exchanged < 256 << 20
+    assert use_huge_pages(anonymous_regions()) == 0
+
+
+@linux
+def test_regions_are_those_of_memory_without_a_file() -> None:
+    regions = anonymous_regions()
+    address = id(sys.modules)
+    assert any(start <= address < end for start, end in regions)
+    assert all(start < end for start, end in regions)
+
+
+def test_an_engine_answers_the_same(demo_engine: Path) -> None:
+    messages = [{"role": "user", "content": "Read the digits."}]
+    plain = Qwen3VLModel.from_engine(demo_engine)
+    huge = Qwen3VLModel.from_engine(demo_engine, huge_pages=True)
+    assert np.array_equal(plain.logits(messages), huge.logits(messages))
