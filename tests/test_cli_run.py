@@ -125,12 +125,13 @@ def test_every_option_arrives(model: FakeModel, qwen3vl: Any) -> None:
         "run folder Read. --image a.png --image https://x/b.png --max-new-tokens 7 --do-sample "
         "--temperature 0.5 --top-k 0 --top-p 0.9 --min-p 0 --repetition-penalty 1.1 --presence-penalty -1 "
         "--frequency-penalty 0.2 --seed 0 --prompt-lookup 4 --stop x --stop y --min-pixels 1024 --max-pixels 4096 "
-        "--max-context 99 --max-memory 1.5 --threads 1 --check"
+        "--max-context 99 --max-memory 1.5 --threads 1 --huge-pages --check"
     )
     assert qwen3vl(*args.split())[0] == 0
     assert model.opened[0][1] == {
         "check": True,
         "threads": 1,
+        "huge_pages": True,
         "max_context": 99,
         "max_memory": 1_500_000_000,
         "min_pixels": 1024,

@@ -25,11 +25,13 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE, what shells report for a tool whose reader h
 # Extra of pyproject.toml that installs a module.
 _EXTRAS = {
     "huggingface_hub": "export",
+    "matplotlib": "plot",
     "onnx": "export",
     "onnx_ir": "export",
     "onnxruntime": "cpu",
     "onnxscript": "export",
     "safetensors": "export",
+    "sklearn": "dev",
     "torch": "export",
     "torchvision": "export",
     "transformers": "export",
@@ -39,6 +41,7 @@ _EXTRAS = {
 _API_OPTIONS = (
     "do_sample",
     "frequency_penalty",
+    "huge_pages",
     "max_context",
     "max_memory",
     "max_new_tokens",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen3vl_export.cli.bench import bench
 from qwen3vl_export.cli.conversation import Conversation
 from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
 from qwen3vl_export.cli.output import columns, manifest_text, print_json, print_stats, print_stream
@@ -151,7 +152,7 @@ def run(
         engine,
         check=check,
         threads=threads,
-        huge_pages=huge_pages,
+        huge_pages=huge_pages or None,
         max_context=max_context,
         max_memory=_bytes(max_memory),
         min_pixels=min_pixels,
@@ -216,7 +217,7 @@ def chat(
         engine,
         check=check,
         threads=threads,
-        huge_pages=huge_pages,
+        huge_pages=huge_pages or None,
         max_context=max_context,
         max_memory=_bytes(max_memory),
         min_pixels=min_pixels,
@@ -340,6 +341,9 @@ def verify(
             f"{engine} does not agree with {checkpoint} within the tolerances",
             remedy="see the failed rows; check that the engine was built from this checkpoint, or build it again",
         )
+
+
+app.command()(bench)
 
 
 def main() -> None:
