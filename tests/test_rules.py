@@ -89,5 +89,6 @@ def test_entry_points_and_extras() -> None:
         "qwen3vl-export": "qwen3vl_export.cli.export:main",
         "qwen3vl": "qwen3vl_export.cli.run:main",
     }
-    assert set(project["optional-dependencies"]) == {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "dev"}
+    extras = {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "plot", "dev"}
+    assert set(project["optional-dependencies"]) == extras
     assert HEAVY.isdisjoint(project["dependencies"])

@@ -172,14 +172,6 @@ def _dequantize(codes: NDArray[Any], scales_KH: Floats) -> Floats:
     return np.asarray(codes * scales_KH[:, None], np.float32)
 
 
-def _dequantize(codes: NDArray[Any], scales_KH: Floats) -> Floats:
-    """Return the values of codes [B, K, T, H], or [B, K, T, H / 2] if two share a byte."""
-    if codes.dtype == np.uint8:
-        halves = np.stack((codes & 15, codes >> 4), axis=-1)
-        codes = halves.reshape(*codes.shape[:-1], -1).astype(np.int8) - 8
-    return np.asarray(codes * scales_KH[:, None], np.float32)
-
-
 def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(str(path), options, providers=[_PROVIDER])

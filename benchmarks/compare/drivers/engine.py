@@ -22,7 +22,8 @@ class EngineDriver:
 
     def __init__(self, folder: Path, threads: int) -> None:
         self._folder = folder
-        self._model = Qwen3VLModel.from_engine(folder, threads=threads)
+        # As a service would: the seconds of the exchange are in the load time.
+        self._model = Qwen3VLModel.from_engine(folder, threads=threads, huge_pages=True)
         config = self._model.config
         self._no_visual = np.zeros((config.num_visual_levels, 1, config.text.hidden_size), np.float32)
 
