@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.quantizers import decoder_target, training_prompts
+from benchmarks.quantizers import copy_of, decoder_target, training_prompts
 from engines import registry
 from engines.build import build_engine
 from engines.bundle import DECODER, VISION, Bundle
@@ -121,11 +121,6 @@ def test_padding_stands_for_zero_and_a_dead_column_is_rounded() -> None:
 @pytest.fixture(scope="module")
 def demo() -> Bundle:
     return make_bundle(Checkpoint.open("demo"))
-
-
-def copy_of(bundle: Bundle) -> Bundle:
-    graphs = {name: model.clone() for name, model in bundle.graphs.items()}
-    return Bundle(bundle.config, graphs, bundle.assets, bundle.source, bundle.versions)
 
 
 def build(

@@ -4,9 +4,10 @@ The graphs run in float32, slice by slice (`engines.quantize.slices`), over all 
 results on, its weights are quantised with the Gram matrices of their inputs, and stand in the graph as codes from then
 on: the passes of the target find them there and write them as they are.
 
-Memory, beside the runtime's own: the inputs of the next slice for all tokens (the hidden state: 4 · hidden bytes a
-token); `SLICE_BYTES` of weights and Gram matrices, or one product's if that is more; as much again while a Gram matrix
-is factorised. Disk: one slice's weights, or the embedding's, in float32, and a byte for each quantised weight.
+Memory, beside the runtime's own: what the next slice takes for all tokens (2B: 41 kB a visual token before the first
+layers, 8 kB a token later), `SLICE_BYTES` of weights and Gram matrices, or one product's if that is more, and three
+times the largest Gram matrix while it is factorised. Disk: a slice's weights, or the embedding's, in float32, and a
+byte for each quantised weight.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _EMBEDS = "visual_embeds"
 SLICE_BYTES = 1 << 30
 MAX_PROMPT_TOKENS = 4096
 MAX_TOKENS = 1 << 16
-"""Of all prompts together: the hidden states of a 2B model take 0.5 GB then."""
+"""Of all prompts together: it bounds the memory for their activations."""
 # Rows of one product of activations: less, and adding a Gram matrix of 6144 columns costs as much as computing it.
 _GRAM_ROWS = 1024
 # Weights that are rounded at a time.
@@ -248,6 +249,8 @@ def _quantize(
                         codes.append(rounding(rows_RK, metrics[block], weight_format.bits))
                     _exchange(model.graph, found.tensor, codes)
                     _exchange(bundle.graphs[name].graph, found.tensor, _Calibrated(codes, found.tensor))
+            if not part.later:
+                continue
             opened = part.open(samples[0], folder)
         for sample in samples:
             opened.advance(sample)
