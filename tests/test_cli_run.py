@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import json
 import logging
@@ -25,6 +26,7 @@ from qwen3vl_export.cli.errors import run_app, spell_options
 from qwen3vl_export.cli.run import app
 from runtime.answer import Generation, Stats
 from runtime.errors import CapacityError, CheckpointError, EngineError, ImageError, ParityError
+from runtime.generation_config import GenerationOptions
 from runtime.image_processor import ImageProcessorConfig
 from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.model_config import ModelConfig, TextConfig, VisionConfig
@@ -430,11 +432,16 @@ def test_messages_spell_options_as_the_command_line_does(text: str, expected: st
 
 
 def test_every_option_of_the_api_is_spelled() -> None:
+    from runtime.model import Qwen3VLModel
+
+    api = {*inspect.signature(Qwen3VLModel.from_engine).parameters, *GenerationOptions.__dataclass_fields__}
+    spelled = set()
     for command in typer.main.get_command(app).commands.values():
         for option in command.params:
-            if "_" in option.name and option.name not in ("as_json", "engine"):
-                spelled = option.opts[0]
-                assert spell_options(f"lower {option.name}") == f"lower {spelled}"
+            if "_" in option.name and option.name in api:
+                spelled.add(option.name)
+                assert spell_options(f"lower {option.name}") == f"lower {option.opts[0]}"
+    assert {"max_pixels", "max_context", "huge_pages", "top_k"} <= spelled
 
 
 def test_errors_and_notes_of_the_runtime_are_spelled(
