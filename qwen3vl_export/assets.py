@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.chat import IMAGE_TOKEN, ChatTemplate
+from runtime.chat import IMAGE_TOKEN, ChatTemplate, template_source
 from runtime.errors import CheckpointError, Qwen3VLError
 from runtime.generation_config import GenerationOptions
 from runtime.image_processor import ImageProcessorConfig
@@ -37,7 +37,8 @@ def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dic
     Raises:
         CheckpointError: A file is missing or not readable, or no token ends an answer.
     """
-    assets = {_TEMPLATE: _chat_template(folder, read_json).encode()}
+    with _naming(folder):
+        assets = {_TEMPLATE: template_source(folder).encode()}
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assets[name] = _read_bytes(folder / name)
     read_json("tokenizer_config.json")  # whose special tokens the template takes
@@ -97,23 +98,6 @@ def _with_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], fo
             remedy=f"add {_GENERATION} with the ids of <|im_end|> and <|endoftext|> as eos_token_id",
         )
     return filled
-
-
-def _chat_template(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> str:
-    path = folder / _TEMPLATE
-    if path.is_file():
-        try:
-            return _read_bytes(path).decode()
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{path}: not readable as UTF-8 ({error})", remedy=_COMPLETE) from error
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        template = read_json(name).get("chat_template") if (folder / name).is_file() else None
-        if isinstance(template, str):
-            return template
-    raise CheckpointError(
-        f"{folder}: no chat template",
-        remedy="expected chat_template.jinja, or chat_template in tokenizer_config.json",
-    )
 
 
 def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:

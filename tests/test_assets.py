@@ -106,7 +106,7 @@ def other_ids(folder: Path) -> None:
             "has 399 tokens, config.json a vocab_size of 398",
         ),
         (text("chat_template.jinja", "{% if %}"), "chat_template.jinja", "not valid jinja2"),
-        (text("chat_template.jinja", b"\xff"), "chat_template.jinja", "not readable as UTF-8"),
+        (text("chat_template.jinja", b"\xff"), "chat_template.jinja", "can.t decode byte"),
         (text(PREPROCESSOR, "{"), PREPROCESSOR, "not readable as JSON"),
         (lambda folder: (folder / PREPROCESSOR).unlink(), PREPROCESSOR, "missing"),
         (values(PREPROCESSOR, image_std=[0, 1, 1]), PREPROCESSOR, "image_std"),

@@ -23,6 +23,7 @@ from engines.quantize.tensors import BlockwiseWeight
 from engines.weights import ConcatenatedTensor, StreamedTensor
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.export import make_bundle
+from qwen3vl_export.parity.verify import verify
 from qwen3vl_export.quantized import compressed_tensors, fp8, join_parts, parts
 from qwen3vl_export.safetensors_reader import read_header
 from runtime.errors import CheckpointError
@@ -158,6 +159,8 @@ def test_engine_equals_transformers_on_the_dequantised_weights(tiny_checkpoint: 
     found = model.logits(messages)
     np.testing.assert_allclose(found, expected, atol=1e-3 * max(1.0, float(expected.std())))
     assert (found.argmax(-1) == expected.argmax(-1)).all()
+    report = verify(tmp_path / "engine", str(folder), max_new_tokens=2)
+    assert report.passed, report.render()
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -6,6 +6,7 @@ N steps, V vocab.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3vl_export.checkpoint import Checkpoint
 from runtime.errors import CheckpointError
 
 Floats = NDArray[np.float32]
@@ -50,25 +52,10 @@ class Reference:
     """
 
     def __init__(self, folder: Path) -> None:
-        import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoProcessor
 
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below
-        )
-        lost = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
-        if lost:
-            raise CheckpointError(
-                f"{folder}: {len(lost)} weights are missing or of another shape than config.json implies: "
-                + ", ".join(lost[:5]),
-                remedy="give the checkpoint that the engine was built from, with all its files",
-            )
+        checkpoint = Checkpoint.open(str(folder))
+        model = _dequantised(checkpoint) if "quantization_config" in checkpoint.hf_config else _as_it_is(folder)
         self._model: Any = model.eval()
         self.has_processor = importlib.util.find_spec("torchvision") is not None
         if self.has_processor:
@@ -127,3 +114,42 @@ class Reference:
                     step = self._model(input_ids=next_id, past_key_values=cache, use_cache=True)
                     last = step.logits[0, -1]
         return ReferenceOutput(visual, output.logits[0].numpy(), layers, tokens, np.stack(steps))
+
+
+def _as_it_is(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported below
+    )
+    lost = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+    if lost:
+        raise CheckpointError(
+            f"{folder}: {len(lost)} weights are missing or of another shape than config.json implies: "
+            + ", ".join(lost[:5]),
+            remedy="give the checkpoint that the engine was built from, with all its files",
+        )
+    return model
+
+
+def _dequantised(checkpoint: Checkpoint) -> Any:
+    """Load what a quantised checkpoint's codes stand for; transformers would ask for a package for each form."""
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    values = {key: value for key, value in checkpoint.hf_config.items() if key != "quantization_config"}
+    config = Qwen3VLConfig.from_dict(copy.deepcopy(values))
+    model = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="eager")
+    weights = {key: checkpoint.tensor(key, entry.shape).numpy() for key, entry in checkpoint.entries.items()}
+    missing, _ = model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, strict=False)
+    lost = sorted(set(missing) - {"lm_head.weight"})
+    if lost:
+        raise CheckpointError(f"{checkpoint.folder}: {len(lost)} weights are missing: {', '.join(lost[:5])}")
+    return model

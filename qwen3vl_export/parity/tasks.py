@@ -98,8 +98,7 @@ def run_tasks(
 
     source = Checkpoint.open(checkpoint)
     model = Qwen3VLModel.from_engine(engine, threads=_THREADS)
-    # A target is named <file>-<precision>.
-    precision = model.manifest.target.rpartition("-")[2]
+    precision = str(model.manifest.capabilities["precision"])
     limits = configs.load("tolerances").get(precision, {})
     if "task_loss_points" not in limits:
         raise ParityError(
