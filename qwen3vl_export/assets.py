@@ -37,7 +37,7 @@ def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dic
     Raises:
         CheckpointError: A file is missing or not readable, or no token ends an answer.
     """
-    with _naming(folder):
+    with _naming(folder / _TEMPLATE):
         assets = {_TEMPLATE: template_source(folder).encode()}
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assets[name] = _read_bytes(folder / name)
