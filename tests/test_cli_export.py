@@ -66,7 +66,7 @@ def test_ctrl_c_leaves_the_older_engine(older_engine: Path) -> None:
     try:
         # The first weights are on the disk; at 0.2 s a block the rest takes seconds.
         given_up = time.monotonic() + 300
-        while not any(path.stat().st_size for path in older_engine.parent.glob(".engine-*/new/*.data")):
+        while not any(path.stat().st_size for path in older_engine.parent.glob(".qwen3vl-*/new/*.data")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < given_up
             time.sleep(0.02)
