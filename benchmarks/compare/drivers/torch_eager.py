@@ -20,11 +20,11 @@ class TorchDriver:
 
     def __init__(self, checkpoint: Path, threads: int, dtype: str) -> None:
         torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
         self._dtype = getattr(torch, dtype)
         self._model = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=self._dtype, attn_implementation="sdpa"
         ).eval()
+        self._model.requires_grad_(False)
         self._text = self._model.config.text_config
         self._processor = AutoProcessor.from_pretrained(checkpoint)
 
