@@ -26,7 +26,7 @@ class DraftLength:
     With an acceptance rate a per token, a draft of k tokens makes one call give 1 + a + … + a^k tokens at the cost of
     1 + DRAFT_COST · k calls (Leviathan et al. 2023, arXiv:2211.17192, equation 1 and theorem 3.8). The k that gives
     most tokens at that cost is taken. If that is 0, one token is drafted now and then, to see whether the text has
-    changed: each rejection in a row doubles the number of calls that pass before the next such probe. So an answer of
+    changed: each such probe that is rejected doubles the number of calls that pass before the next one. So an answer of
     which every draft is wrong costs a number of drafted tokens that grows with the logarithm of its length.
 
     The rate is an exponential average over the tokens that were judged: the accepted ones and the first rejected one.
@@ -34,6 +34,7 @@ class DraftLength:
 
     def __init__(self) -> None:
         self.rate = FIRST_RATE
+        self._is_probe = False
         self._pause = 0
         self._calls_to_probe = 0
 
@@ -45,6 +46,7 @@ class DraftLength:
             if tokens / (1 + DRAFT_COST * length) <= most:
                 break  # the gain has one maximum
             best, most = length, tokens / (1 + DRAFT_COST * length)
+        self._is_probe = not best
         if best or limit < 1:
             return best
         if self._calls_to_probe:
@@ -55,7 +57,10 @@ class DraftLength:
     def judge(self, is_accepted: bool) -> None:
         """Learn whether the next token of a draft was accepted; what stands behind a rejected one is never judged."""
         self.rate += RATE_WEIGHT * (is_accepted - self.rate)
-        self._pause = 0 if is_accepted else max(1, 2 * self._pause)
+        if is_accepted:
+            self._pause = 0
+        elif self._is_probe:
+            self._pause = max(1, 2 * self._pause)
         self._calls_to_probe = self._pause
 
 
