@@ -85,6 +85,8 @@ class OrtCpuSession:
         ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED}))
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.enable_mem_pattern = False
+        # Threads spin while they wait, ONNX Runtime's default: a decode step of 2B in 4 bits takes 49.2 ms so, 51.7 ms
+        # without. Pinned to cores it takes 46.7 ms, but two processes pinned to the same cores would halve each other.
         options.intra_op_num_threads = threads or os.cpu_count() or 1
         self._config = manifest.model
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
