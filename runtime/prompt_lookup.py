@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 NGRAM_SIZES = (4, 3, 2, 1)
 # Cost of one more position in a call, as a share of the cost of a call of one position: 2B shape, int4, 2 cores.
 # A constant and not a clock: were the length of a draft measured, the same seed would not always give the same bits.
-DRAFT_COST = 0.16
+DRAFT_COST = 0.2
 # Weight of the newest drafted token in the running acceptance rate: some ten tokens are remembered.
 RATE_WEIGHT = 0.2
 FIRST_RATE = 0.5

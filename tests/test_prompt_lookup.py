@@ -359,6 +359,6 @@ def test_texts_are_cut_without_loss_and_copies_are_found() -> None:
     pieces = ['{"', "unit", "_price", '":', " ", "1", "2", ".", "5", "}\n"]
     assert ocr_texts._PIECES.findall('{"unit_price": 12.5}\n') == pieces
     speeds = {text.name: speculation.expected_speed(text, NGRAM_SIZES, 10) for text in ocr_texts.texts()}
-    assert speeds["page read back, corrected"] > 2
+    assert speeds["page read back, corrected"] > 1.8
     assert speeds["receipt as JSON"] > 1.2 < speeds["receipt as HTML table"]
     assert 0.97 < speeds["description in prose"] <= 1
