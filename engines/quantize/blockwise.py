@@ -39,7 +39,12 @@ class QuantizedBlocks:
 
 
 def quantize_blocks(
-    weights_MG: Floats, bits: int, *, importance_G: Floats | None = None, shrinks: tuple[float, ...] | None = None
+    weights_MG: Floats,
+    bits: int,
+    *,
+    importance_G: Floats | None = None,
+    shrinks: tuple[float, ...] | None = None,
+    symmetric: bool = False,
 ) -> QuantizedBlocks:
     """Choose scale and zero point of each block by search, to the smallest squared error.
 
@@ -51,6 +56,7 @@ def quantize_blocks(
         bits: 2 to 8.
         importance_G: Weight of each column's squared error, such as the mean square of its activation; equal if None.
         shrinks: Shares of the range to try; by default those that suit the bits.
+        symmetric: Every zero point is 2^(bits - 1), for kernels that have none.
     """
     num_blocks, size = weights_MG.shape
     tried = shrinks if shrinks is not None else _SHRINKS.get(bits, (1.0,))
@@ -60,7 +66,7 @@ def quantize_blocks(
     step = max(1, _PASS_WEIGHTS // size)
     for start in range(0, num_blocks, step):
         part = slice(start, start + step)
-        search = _Search(weights_MG[part], (1 << bits) - 1, importance_G)
+        search = _Search(weights_MG[part], (1 << bits) - 1, importance_G, symmetric)
         for shrink in tried:
             search.try_range(shrink)
         result.codes[part], result.scales[part], result.zero_points[part] = search.best()
@@ -70,9 +76,10 @@ def quantize_blocks(
 class _Search:
     """The search over the blocks of one pass; its buffers are reused by every try."""
 
-    def __init__(self, weights_MG: Floats, top: int, importance_G: Floats | None) -> None:
+    def __init__(self, weights_MG: Floats, top: int, importance_G: Floats | None, symmetric: bool) -> None:
         self._w = np.ascontiguousarray(weights_MG)
         self._top = np.float32(top)
+        self._middle = np.float32((top + 1) // 2) if symmetric else None
         self._importance = importance_G
         # Zero must be a code: padding, and the blocks that are all zero, stay exact.
         self._low = np.minimum(self._w.min(1), 0)
@@ -86,8 +93,15 @@ class _Search:
 
     def try_range(self, shrink: float) -> None:
         """Start from a share of each block's range and refit."""
-        scale = np.maximum(self._span * np.float32(shrink) / self._top, np.float32(1e-30))
-        zero = np.clip(np.rint(-self._low * np.float32(shrink) / scale), 0, self._top)
+        share, smallest = np.float32(shrink), np.float32(1e-30)
+        if self._middle is None:
+            scale = np.maximum(self._span * share / self._top, smallest)
+            zero = np.clip(np.rint(-self._low * share / scale), 0, self._top)
+        else:
+            high = self._low + self._span
+            widest = np.maximum(-self._low / self._middle, high / (self._top - self._middle))
+            scale = np.maximum(widest * share, smallest)
+            zero = np.full_like(scale, self._middle)
         for _ in range(_REFITS + 1):
             steps = self._round(scale, zero)
             squares = self._sum(steps, steps)
