@@ -12,7 +12,7 @@ from engines.output import output_folder
 from engines.quantize.cache_ranges import CacheQuantization, quantize_cache
 from engines.target import Target
 from runtime import __version__
-from runtime.manifest import FileRecord, Manifest, sha256_of
+from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, FileRecord, Manifest, sha256_of
 
 _OWN_DISTRIBUTION = "qwen3vl-export"
 
@@ -34,7 +34,7 @@ def build_engine(
         target: What to build for.
         output: The engine folder.
         with_weights: False writes the lowered graphs alone, which nothing can open.
-        runnable: False leaves the manifest out: a folder of lowered graphs to look at.
+        runnable: False names the manifest `lowered.json`: lowered graphs to look at, which only `qwen3vl verify` runs.
         progress: Called while the weights are written.
         cache: Store the KV cache in few bits. Not without weights: the engine is opened to find the scales.
 
@@ -70,6 +70,6 @@ def build_engine(
         )
         if cache is not None:
             manifest = quantize_cache(folder, manifest, cache, target)
-        if with_weights and runnable:
-            manifest.write(folder)
+        if with_weights:
+            manifest.write(folder, MANIFEST_NAME if runnable else LOWERED_NAME)
     return manifest

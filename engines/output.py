@@ -14,7 +14,7 @@ from types import FrameType
 from engines.bundle import BUNDLE_MANIFEST_NAME, DECODER, PREFILL, VISION
 from engines.external_data import check_disk_space
 from runtime.errors import UsageError
-from runtime.manifest import MANIFEST_NAME
+from runtime.manifest import LOWERED_NAME, MANIFEST_NAME
 
 # Graphs, tokenizer and manifest; the largest seen is a tokenizer of 11 MB.
 _SMALL_FILES_BYTES = 64 << 20
@@ -22,7 +22,8 @@ _GRAPHS = frozenset({f"{VISION}.onnx", f"{DECODER}.onnx"})
 _OWN_NAMES = (
     _GRAPHS
     | {f"{PREFILL}.onnx", *(f"{graph}.onnx.data" for graph in (VISION, DECODER, PREFILL)), "cache_scales.npy"}
-    | {MANIFEST_NAME, BUNDLE_MANIFEST_NAME, "config.json", "generation_config.json", "preprocessor_config.json"}
+    | {MANIFEST_NAME, LOWERED_NAME, BUNDLE_MANIFEST_NAME}
+    | {"config.json", "generation_config.json", "preprocessor_config.json"}
     | {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 )
 
@@ -79,7 +80,7 @@ def _is_ours(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {entry.name for entry in os.scandir(folder)}
-    has_mark = bool(names & {MANIFEST_NAME, BUNDLE_MANIFEST_NAME}) or names >= _GRAPHS
+    has_mark = bool(names & {MANIFEST_NAME, LOWERED_NAME, BUNDLE_MANIFEST_NAME}) or names >= _GRAPHS
     return not names or (has_mark and names <= _OWN_NAMES)
 
 

@@ -16,6 +16,8 @@ from runtime.errors import EngineError
 from runtime.model_config import ModelConfig
 
 MANIFEST_NAME = "engine.json"
+LOWERED_NAME = "lowered.json"
+"""The manifest of a folder that holds the lowered graphs of a target and not its engine: nothing generates with it."""
 FORMAT_VERSION = 1
 _BLOCK_BYTES = 1 << 20
 _DIGEST = "sha256"
@@ -58,27 +60,32 @@ class Manifest:
         """Bytes of all weight files."""
         return sum(record.num_bytes for record in self.files.values() if record.is_weights)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, name: str = MANIFEST_NAME) -> None:
         """Write the manifest into `folder`; it is the last file of an engine to be written."""
         values = asdict(self) | {"model": self.model.to_dict()}
         values[_DIGEST] = _digest_of(values)
-        (folder / MANIFEST_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read the manifest of an engine folder.
+    def read(cls, folder: Path, name: str = MANIFEST_NAME) -> Manifest:
+        """Read the manifest of an engine folder, or of a folder of lowered graphs.
 
         Raises:
             EngineError: The folder or its manifest is missing or damaged, or a newer version wrote it.
         """
-        path = folder / MANIFEST_NAME
+        path = folder / name
         if not folder.is_dir():
             raise EngineError(
                 f"{folder}: no such engine folder", remedy="build one with: qwen3vl-export MODEL --output DIR"
             )
         if not path.is_file():
+            if (folder / LOWERED_NAME).is_file():
+                raise EngineError(
+                    f"{folder}: a folder of lowered graphs ({LOWERED_NAME}), as --no-compile leaves it, and no engine",
+                    remedy="`qwen3vl verify` reads it; for an engine, leave --no-compile out of the export",
+                )
             raise EngineError(
-                f"{folder}: {MANIFEST_NAME} is missing, so this is no engine folder",
+                f"{folder}: {name} is missing, so this is no engine folder",
                 remedy="give the folder that qwen3vl-export wrote, or build it again",
             )
         try:
@@ -104,7 +111,7 @@ class Manifest:
                 f"{path}: an entry is missing or unknown ({error})", remedy="build the engine again"
             ) from error
 
-    def check(self, folder: Path, *, full: bool = False) -> None:
+    def check(self, folder: Path, name: str = MANIFEST_NAME, *, full: bool = False) -> None:
         """Compare the folder with the manifest: weight files by size, or by hash if `full`; all others by hash.
 
         Only names inside the folder are looked at.
@@ -112,10 +119,10 @@ class Manifest:
         Raises:
             EngineError: A file is missing, has another size, or other contents; the message names it.
         """
-        for name, record in self.files.items():
-            if Path(name).name != name or name == "..":
-                raise EngineError(f"{folder / MANIFEST_NAME}: {name!r} is no name of a file in the engine's folder")
-            path = folder / name
+        for file, record in self.files.items():
+            if Path(file).name != file or file == "..":
+                raise EngineError(f"{folder / name}: {file!r} is no name of a file in the engine's folder")
+            path = folder / file
             if not path.is_file():
                 raise EngineError(f"{path}: missing", remedy="copy the whole engine folder, or build it again")
             found = path.stat().st_size
@@ -126,7 +133,7 @@ class Manifest:
                 )
             if (full or not record.is_weights) and sha256_of(path) != record.sha256:
                 raise EngineError(
-                    f"{path}: its SHA-256 is not the one in {MANIFEST_NAME}",
+                    f"{path}: its SHA-256 is not the one in {name}",
                     remedy="the file was altered: copy the folder again, or build it again",
                 )
 

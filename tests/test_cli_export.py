@@ -15,8 +15,9 @@ import pytest
 from command_line import call
 
 from qwen3vl_export.cli.export import app
-from runtime.errors import CapacityError, CheckpointError
-from runtime.manifest import Manifest
+from runtime.errors import CapacityError, CheckpointError, EngineError
+from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, Manifest
+from runtime.model import Qwen3VLModel
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,10 +101,26 @@ def test_graphs_alone_are_no_engine(tiny_checkpoint: Path, tmp_path: Path) -> No
     assert err.startswith(f"tracing {tiny_checkpoint}\n")
     names = {path.name for path in output.iterdir()}
     assert {"decoder.onnx", "vision.onnx", "tokenizer.json"} <= names
-    assert not names & {"engine.json", "decoder.onnx.data", "vision.onnx.data"}
+    assert not names & {MANIFEST_NAME, LOWERED_NAME, "decoder.onnx.data", "vision.onnx.data"}
     documented = call(app, "--help")[1]
     paragraph = documented[documented.index("--json prints") : documented.index("Examples:")]
     assert set(result) <= set(re.findall(r"\w+", paragraph))
+
+
+def test_lowered_graphs_are_no_engine(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "lowered"
+    for _ in range(2):  # the second replaces the first
+        code, out, _ = call(app, str(tiny_checkpoint), "--no-compile", "--json", "--output", str(output))
+        assert (code, json.loads(out)["is_engine"]) == (0, False)
+    names = {path.name for path in output.iterdir()}
+    assert {"decoder.onnx", "decoder.onnx.data", "vision.onnx", "vision.onnx.data", LOWERED_NAME} <= names
+    assert MANIFEST_NAME not in names
+    manifest = Manifest.read(output, LOWERED_NAME)
+    manifest.check(output, LOWERED_NAME, full=True)
+    assert (manifest.target, {*manifest.files} | {LOWERED_NAME}) == ("ort-cpu-fp32", names)
+    with pytest.raises(EngineError, match="a folder of lowered graphs") as raised:
+        Qwen3VLModel.from_engine(output)
+    assert "`qwen3vl verify` reads it" in str(raised.value.remedy)
 
 
 def test_debug_is_told_once_and_is_no_option() -> None:

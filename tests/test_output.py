@@ -89,7 +89,9 @@ def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
         check_output(tmp_path / ("x" * 300))
 
 
-@pytest.mark.parametrize("names", [["engine.json"], ["bundle.json"], ["decoder.onnx", "vision.onnx"], []])
+@pytest.mark.parametrize(
+    "names", [["engine.json"], ["lowered.json"], ["bundle.json"], ["decoder.onnx", "vision.onnx"], []]
+)
 def test_what_the_exporter_writes_may_be_replaced(names: list[str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     for name in names:
