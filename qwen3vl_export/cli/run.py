@@ -19,11 +19,11 @@ import typer
 from qwen3vl_export.cli.bench import bench
 from qwen3vl_export.cli.conversation import Conversation
 from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
-from qwen3vl_export.cli.output import columns, manifest_text, print_json, print_stats, print_stream
+from qwen3vl_export.cli.output import manifest_text, print_json, print_stats, print_stream
+from qwen3vl_export.cli.targets import targets
 from runtime.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
-    from engines.target import Target
     from qwen3vl_export.parity.report import Report
     from qwen3vl_export.parity.task_report import TaskReport
     from runtime.model import Qwen3VLModel
@@ -260,33 +260,6 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
 
 
 @app.command()
-def targets(as_json: AsJson = False) -> None:
-    """List the targets: which of them this machine can build and run, and why not otherwise.
-
-    --json prints a list of objects: name, description, can_build, can_run, reason.
-
-    \b
-    Examples:
-      qwen3vl targets
-      qwen3vl targets --json
-    """
-    from engines.registry import all_targets
-
-    rows = [_target_row(target) for target in all_targets()]
-    if as_json:
-        print_json(rows)
-        return
-    cells = [("TARGET", "BUILD", "RUN", "DESCRIPTION")]
-    cells += [(row["name"], _yes(row["can_build"]), _yes(row["can_run"]), row["description"]) for row in rows]
-    lines = columns(cells)
-    print(lines[0])
-    for row, line in zip(rows, lines[1:], strict=True):
-        print(line)
-        if row["reason"]:
-            print(f"  {row['reason']}")
-
-
-@app.command()
 def verify(
     engine: Engine,
     checkpoint: Annotated[
@@ -344,6 +317,7 @@ def verify(
 
 
 app.command()(bench)
+app.command()(targets)
 
 
 def main() -> None:
@@ -392,18 +366,6 @@ def _open(engine: Path, *, check: bool, **options: Any) -> Qwen3VLModel:
     from runtime.model import Qwen3VLModel
 
     return Qwen3VLModel.from_engine(engine, check=check, **_given(**options))
-
-
-def _target_row(target: Target) -> dict[str, Any]:
-    return {
-        "name": target.name,
-        "description": target.description,
-        **dataclasses.asdict(target.availability()),
-    }
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 if __name__ == "__main__":
