@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from engines.build_options import BuildOptions
 from engines.bundle import DECODER, PREFILL, Bundle
 from engines.external_data import Progress, advance_of, weight_bytes, write_model
 from engines.lower import lower
 from engines.output import output_folder
+from engines.passes.fold_static_shapes import fix_capacity
 from engines.quantize.cache_ranges import CacheQuantization, quantize_cache
 from engines.target import Target
 from runtime import __version__
+from runtime.errors import UsageError
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, FileRecord, Manifest, sha256_of
 
 _OWN_DISTRIBUTION = "qwen3vl-export"
@@ -26,6 +31,7 @@ def build_engine(
     runnable: bool = True,
     progress: Progress | None = None,
     cache: CacheQuantization | None = None,
+    options: BuildOptions | None = None,
 ) -> Manifest:
     """Build `output`; until it is complete, what was there before stays.
 
@@ -37,12 +43,23 @@ def build_engine(
         runnable: False names the manifest `lowered.json`: lowered graphs to look at, which only `qwen3vl verify` runs.
         progress: Called while the weights are written.
         cache: Store the KV cache in few bits. Not without weights: the engine is opened to find the scales.
+        options: Sizes of an engine that is compiled for fixed ones.
 
     Raises:
-        UsageError: `output` holds something that is no engine.
+        UsageError: `output` holds something that is no engine, or an option is out of range.
+        TargetError: The target's compiler refuses a graph.
         CapacityError: The disk has too little room.
     """
     bundle.check()
+    sizes = options or BuildOptions()
+    if target.compile is not None:
+        sizes.check(bundle.config.text.max_positions, bundle.config.vision.spatial_merge_size)
+        fix_capacity(bundle.graphs[DECODER], sizes.max_context)
+    elif options is not None:
+        raise UsageError(
+            f"{target.name} is built for no fixed sizes, so options of compiled engines change nothing",
+            remedy="leave them out; the runtime takes max_context when it opens the engine",
+        )
     graphs = {}
     if target.prefill_passes is not None:
         copy = bundle.graphs[DECODER].clone()  # weights are references, so they are not copied
@@ -55,6 +72,10 @@ def build_engine(
         files: dict[str, FileRecord] = {}
         for name, model in graphs.items():
             files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, advance=advance)
+        compiled: Mapping[str, Any] = {}
+        if target.compile is not None and with_weights and runnable:
+            made = target.compile(folder, graphs, bundle.config, sizes)
+            files, compiled = {**made.files, **(files if made.keeps_graphs else {})}, made.capabilities
         for name, contents in bundle.assets.items():
             (folder / name).write_bytes(contents)
             files[name] = FileRecord(len(contents), sha256_of(folder / name))
@@ -62,7 +83,7 @@ def build_engine(
         manifest = Manifest(
             target=target.name,
             session=target.session,
-            capabilities=target.capabilities,
+            capabilities={**target.capabilities(bundle.config, sizes), **compiled},
             model=bundle.config,
             versions={**bundle.versions, **versions},
             source=bundle.source,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engines.build_options import BuildOptions
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from runtime.manifest import FileRecord
     from runtime.model_config import ModelConfig
 
 
@@ -21,6 +25,30 @@ class Availability:
     can_build: bool
     can_run: bool
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of the lowered graphs.
+
+    Attributes:
+        files: What it wrote, by name.
+        capabilities: What the session has to know of it.
+        keeps_graphs: The lowered graphs belong to the engine, as the source of weights that the plans leave out.
+    """
+
+    files: Mapping[str, FileRecord]
+    capabilities: Mapping[str, Any]
+    keeps_graphs: bool = False
+
+
+class Compiler(Protocol):
+    """Compiles lowered graphs into files beside them."""
+
+    def __call__(
+        self, folder: Path, graphs: Mapping[str, ir.Model], config: ModelConfig, options: BuildOptions
+    ) -> Compiled:
+        """Compile `<name>.onnx` in `folder` for each of `graphs`, which are the same graphs in memory."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +71,8 @@ class Target:
         prefill_min_tokens: Fewest new tokens of a call that is faster in that second graph.
         cache_pass: Makes the pass that stores the KV cache in 8 or 4 bits by scales [L, 2, K, H], keys before values;
             None if no kernel of the target reads such a cache.
+        top_k: Candidates of the next token that the decoder gives beside the logits; 0 for none.
+        compile: Makes an engine of the lowered graphs, with a cache of fixed capacity; None if they are the engine.
         availability: Finds out what this machine can do.
     """
 
@@ -60,14 +90,22 @@ class Target:
     prefill_passes: Callable[[], Sequence[ir.passes.InPlacePass]] | None = None
     prefill_min_tokens: int = 0
     cache_pass: Callable[[int, NDArray[np.float32]], ir.passes.InPlacePass] | None = None
+    top_k: int = 0
+    compile: Compiler | None = None
 
-    @property
-    def capabilities(self) -> dict[str, Any]:
-        """What a session may rely on, as plain values for the manifest."""
+    def capabilities(self, config: ModelConfig, options: BuildOptions) -> dict[str, Any]:
+        """Return what a session may rely on, as plain values for the manifest."""
+        fixed = {
+            "capacity": options.max_context,
+            "max_batch": options.max_batch,
+            "prefill_chunk": options.prefill_chunk,
+        }
         return {
             "precision": self.precision,
             "cache_dtype": self.cache_dtype,
             "updates_cache_in_place": self.updates_cache_in_place,
             "batched_chunks": self.batched_chunks,
             **({"prefill_min_tokens": self.prefill_min_tokens} if self.prefill_passes is not None else {}),
+            **({"top_k": min(self.top_k, config.text.vocab_size)} if self.top_k else {}),
+            **(fixed if self.compile is not None else {}),
         }

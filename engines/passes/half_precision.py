@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -11,7 +13,7 @@ from engines.weights import CastTensor, StreamedTensor
 
 # The float32 places of the bundle's graphs, by op. Norms: `Qwen3VLTextRMSNorm` casts to float32 and back, torch's
 # LayerNorm sums in float32. Rotary embedding: its tables are made in float32 (`Qwen3VLTextRotaryEmbedding`), and the
-# vision tower also rotates in float32 (`apply_rotary_pos_emb_vision`). The softmax of a router (`Qwen3VLMoeTextTopKRouter`).
+# vision tower also rotates in float32 (`apply_rotary_pos_emb_vision`). A router's softmax (`Qwen3VLMoeTextTopKRouter`).
 # The softmax and the sums inside a fused attention are the kernel's own and float32 there.
 FLOAT32_OPS = frozenset({"RMSNormalization", "LayerNormalization", "RotaryEmbedding", "Cos", "Sin", "Softmax"})
 # All that their operands are computed of is float32 too: an angle is a position times a frequency, and float16 holds no
@@ -20,8 +22,9 @@ _WITH_OPERANDS = frozenset({"Cos", "Sin"})
 # These move elements and compute nothing, so they run in the type of what they are given.
 _MOVES = frozenset(
     {"Concat", "Expand", "Flatten", "Gather", "GatherElements", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
-    | {"Transpose", "Unsqueeze"}
+    | {"Pad", "Transpose", "Unsqueeze"}
 )
+_ANY_TYPE = frozenset({"Shape", "Size"})
 _CACHE_INPUTS = "past_key_values."
 
 
@@ -94,7 +97,9 @@ class _Conversion:
             value.type = ir.TensorType(dtype)
 
     def _wanted(self, node: ir.Node) -> ir.DataType | None:
-        """Return the float type that a node computes in, None for the one it is given."""
+        """Return the float type that a node computes in, None if it takes any."""
+        if node.op_type in _ANY_TYPE:
+            return None
         if node in self._float32_nodes:
             return ir.DataType.FLOAT
         if node.op_type in _MOVES:
@@ -148,9 +153,9 @@ class _Conversion:
                 self._graph.register_initializer(cast)
 
 
-def _ancestors(nodes: object) -> set[ir.Node]:
+def _ancestors(nodes: Iterable[ir.Node]) -> set[ir.Node]:
     found: set[ir.Node] = set()
-    waiting = list(nodes)  # type: ignore[call-overload]
+    waiting = list(nodes)
     while waiting:
         for value in waiting.pop().inputs:
             producer = None if value is None else value.producer()

@@ -39,6 +39,8 @@ def output_types(
             bound.setdefault(constraint.type_param_str, _parse(constraint.allowed_type_strs[0]))
     if node.op_type == "Cast":
         return [ir.DataType(node.attributes["to"].as_int())]
+    if node.op_type == "DequantizeLinear" and input_types[1] is not None:
+        return [input_types[1]]  # unless output_dtype says otherwise, which nothing here does
     types = []
     for index in range(len(node.outputs)):
         formal = schema.outputs[min(index, len(schema.outputs) - 1)]

@@ -24,9 +24,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, VISION_INPUTS, Bundle
 from engines.external_data import check_disk_space
 from engines.lower import lower
+from engines.passes.dequantize_weights import DequantizeWeightsPass
 from engines.passes.matmul_weight import MatMulWeight, find_weight
 from engines.passes.quantize_weights import QuantizeWeightsPass, stored_block
 from engines.quantize.blockwise import QuantizedBlocks
@@ -104,7 +106,9 @@ def calibrate(
 def blockwise_plan(target: Target) -> WeightPlan | None:
     """Return the formats of a target's weights, or None if it stores none in blocks."""
     for each in target.passes():
-        if isinstance(each, QuantizeWeightsPass) and any(form.kind == BLOCKWISE for _, form in each.plan.rules):
+        if isinstance(each, QuantizeWeightsPass | DequantizeWeightsPass) and any(
+            form.kind == BLOCKWISE for _, form in each.plan.rules
+        ):
             return each.plan
     return None
 
@@ -152,8 +156,9 @@ def _record(bundle: Bundle, target: Target, prompts: Sequence[CalibrationPrompt]
         (folder / name).write_bytes(contents)
     record = _Record()
     text = bundle.config.text
+    capabilities = target.capabilities(bundle.config, BuildOptions())
     model = Qwen3VLModel(
-        Manifest(target.name, target.session, target.capabilities, bundle.config, {}, {}, {}),
+        Manifest(target.name, target.session, capabilities, bundle.config, {}, {}, {}),
         cast(Session, _RecordingSession(record.images)),
         Tokenizer.from_file(folder / "tokenizer.json"),
         ChatTemplate.from_folder(folder),
@@ -184,7 +189,7 @@ def _record(bundle: Bundle, target: Target, prompts: Sequence[CalibrationPrompt]
             digest.update(image.pixel_values.tobytes())
         record.num_images.append(len(prepared.images))
         # Zeros without memory of their own: every layer's cache, as long as the prompt.
-        empty = np.broadcast_to(np.zeros((), target.cache_dtype), (1, text.num_kv_heads, len(ids), text.head_dim))
+        empty = np.broadcast_to(np.float32(0), (1, text.num_kv_heads, len(ids), text.head_dim))
         record.prompts.append(
             {
                 "input_ids": ids[None],
@@ -238,15 +243,16 @@ def _quantize(
                         f"{key}: its input is not finite for a calibration prompt",
                         remedy="check the checkpoint with another prompt: its activations overflow float32",
                     )
-                metrics: dict[int, InputMetric] = {}
+                metrics: dict[tuple[int, bool], InputMetric] = {}
                 for found in products[x]:
                     weight_format = plan.format_of(found.key)
                     block = stored_block(found, weight_format)
-                    if block not in metrics:
-                        metrics[block] = factorize(gram_KK, block)
+                    kind = block, weight_format.symmetric
+                    if kind not in metrics:
+                        metrics[kind] = factorize(gram_KK, block, symmetric=weight_format.symmetric)
                     codes = _StoredCodes(found.tensor, weight_format.bits, block, folder)
                     for rows_RK in row_chunks(found.tensor, _CHUNK_WEIGHTS):
-                        codes.append(rounding(rows_RK, metrics[block], weight_format.bits))
+                        codes.append(rounding(rows_RK, metrics[kind], weight_format.bits))
                     _exchange(model.graph, found.tensor, codes)
                     _exchange(bundle.graphs[name].graph, found.tensor, _Calibrated(codes, found.tensor))
             if not part.later:

@@ -27,19 +27,21 @@ class WeightFormat:
         bits: 4 or 8, for blockwise.
         block: Weights of a block, for blockwise; the last block of a row may be padded.
         activations: `tensor` or `token`, for rowwise: one scale for all activations of a call, or one for each token.
+        symmetric: For blockwise: no zero points, since the kernel has none.
     """
 
     kind: str
     bits: int = 0
     block: int = 0
     activations: str = "tensor"
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise TargetError(f"weight format {self.kind!r}, expected one of {', '.join(_KINDS)}")
         if self.kind == BLOCKWISE and (self.bits not in (4, 8) or self.block not in BLOCK_SIZES):
             raise TargetError(
-                f"blockwise format of {self.bits} bits in blocks of {self.block}: no kernel of ONNX Runtime reads it",
+                f"blockwise format of {self.bits} bits in blocks of {self.block}: no kernel reads it",
                 remedy=f"choose 4 or 8 bits and a block of {', '.join(map(str, BLOCK_SIZES))}",
             )
 
@@ -48,7 +50,7 @@ class WeightFormat:
 
     def __str__(self) -> str:
         if self.kind == BLOCKWISE:
-            return f"int{self.bits}, block {self.block}"
+            return f"int{self.bits}, block {self.block}" + (", symmetric" if self.symmetric else "")
         return {ROWWISE: f"int8, one scale a row, activations by {self.activations}", FLOAT: "float32"}[self.kind]
 
     @property

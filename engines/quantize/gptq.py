@@ -36,14 +36,16 @@ class InputMetric:
             of H, so that the largest inputs are rounded while most columns can still make up for it; here it is that
             of the blocks, by their mean, and of the columns inside each: where codes are stored stays the same.
         factor_KK: R, float32, of H in that order.
+        symmetric: Blocks have no zero points of their own.
     """
 
     block: int
     columns: tuple[NDArray[np.int64], ...]
     factor_KK: Floats
+    symmetric: bool = False
 
 
-def factorize(gram_KK: Floats, block: int, *, dampening: float = DAMPENING) -> InputMetric:
+def factorize(gram_KK: Floats, block: int, *, dampening: float = DAMPENING, symmetric: bool = False) -> InputMetric:
     """Return R with R Rᵀ = H / m + dampening · I, m the mean of H's diagonal, and the order of its columns.
 
     Dividing by m changes no code. H of zeros counts as the identity.
@@ -60,7 +62,7 @@ def factorize(gram_KK: Floats, block: int, *, dampening: float = DAMPENING) -> I
     damped_KK /= mean if mean > 0 else 1.0
     damped_KK[np.diag_indices_from(damped_KK)] += dampening
     factor_KK = np.linalg.cholesky(damped_KK).astype(np.float32)[::-1, ::-1]
-    return InputMetric(block, ordered, np.ascontiguousarray(factor_KK))
+    return InputMetric(block, ordered, np.ascontiguousarray(factor_KK), symmetric)
 
 
 def quantize_rows(weights_NK: Floats, metric: InputMetric, bits: int) -> QuantizedBlocks:
@@ -90,7 +92,7 @@ def quantize_rows(weights_NK: Floats, metric: InputMetric, bits: int) -> Quantiz
         weights_NG = weights_NK[:, columns_G]
         owed_NG = errors_KN[:first].T @ factor_KK[:first, first:last]
         targets_NG = weights_NG + owed_NG @ np.linalg.inv(factor_GG)
-        found = _quantize_block(targets_NG, factor_GG, bits, block)
+        found = _quantize_block(targets_NG, factor_GG, bits, metric)
         np.subtract(weights_NG.T, found.dequantize().T[: len(columns_G)], out=errors_KN[first:last])
         j = int(columns_G[0]) // block
         codes[:, j] = found.zero_points[:, None]
@@ -100,15 +102,18 @@ def quantize_rows(weights_NK: Floats, metric: InputMetric, bits: int) -> Quantiz
     return QuantizedBlocks(codes.reshape(-1, block), scales.reshape(-1), zeros.reshape(-1))
 
 
-def _quantize_block(targets_NG: Floats, factor_GG: Floats, bits: int, block: int) -> QuantizedBlocks:
+def _quantize_block(targets_NG: Floats, factor_GG: Floats, bits: int, metric: InputMetric) -> QuantizedBlocks:
     """Return the codes of one block of every row, from what its weights should be."""
     size = len(factor_GG)
     importance_G = np.diagonal(factor_GG) ** 2
     # To 1 exactly where all are equal, so that the search is the plain one there.
     importance_G = importance_G / importance_G.mean()
-    padding = (0, block - size)
+    padding = (0, metric.block - size)
     searched = quantize_blocks(
-        np.pad(targets_NG, ((0, 0), padding)), bits, importance_G=np.pad(importance_G, padding).astype(np.float32)
+        np.pad(targets_NG, ((0, 0), padding)),
+        bits,
+        importance_G=np.pad(importance_G, padding).astype(np.float32),
+        symmetric=metric.symmetric,
     )
     scales, zeros = searched.scales, searched.zero_points.astype(np.float32)
     per_scale, lowest, highest = 1 / scales, -zeros, np.float32((1 << bits) - 1) - zeros

@@ -47,11 +47,11 @@ class BlockwiseWeight:
         name = str(source.name)
         block_bytes = block * bits // 8
         shape = (num_rows, num_blocks * block_bytes) if is_table else (num_rows, num_blocks, block_bytes)
-        self.packed = _Produced(f"{name}.q{bits}", shape, ir.DataType.UINT8, self._pack)
-        self.scales = _Produced(
+        self.packed = ProducedTensor(f"{name}.q{bits}", shape, ir.DataType.UINT8, self._pack)
+        self.scales = ProducedTensor(
             f"{name}.scales", (num_rows, num_blocks), ir.DataType.FLOAT, lambda: self._take("scales")
         )
-        self.zero_points = _Produced(
+        self.zero_points = ProducedTensor(
             f"{name}.zero_points",
             (num_rows, -(-num_blocks * bits // 8)),
             ir.DataType.UINT8,
@@ -105,8 +105,10 @@ class RowwiseWeight:
         self._source = source
         num_rows, num_columns = (int(n) for n in source.shape.numpy())
         self._scales: list[NDArray[np.float32]] = []
-        self.transposed = _Produced(f"{source.name}.s8", (num_columns, num_rows), ir.DataType.INT8, self._transpose)
-        self.scales = _Produced(f"{source.name}.scales", (num_rows,), ir.DataType.FLOAT, self._take_scales)
+        self.transposed = ProducedTensor(
+            f"{source.name}.s8", (num_columns, num_rows), ir.DataType.INT8, self._transpose
+        )
+        self.scales = ProducedTensor(f"{source.name}.scales", (num_rows,), ir.DataType.FLOAT, self._take_scales)
 
     def _transpose(self) -> Iterator[NDArray[Any]]:
         num_columns, num_rows = (int(n) for n in self.transposed.shape.numpy())
@@ -127,7 +129,7 @@ class RowwiseWeight:
         self._scales = []
 
 
-class _Produced(StreamedTensor):
+class ProducedTensor(StreamedTensor):
     """A streamed tensor whose blocks a function produces."""
 
     def __init__(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from engines.build_options import BuildOptions
     from engines.bundle import Bundle
     from engines.quantize.calibration_data import CalibrationPrompt
     from engines.target import Target
@@ -54,6 +55,39 @@ def export(
             show_default=False,
         ),
     ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="Compiled targets: tokens that the KV cache holds. [default: 4096]", min=2)
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Compiled targets: most sequences of a decode step. [default: 1]", min=1)
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(help="Compiled targets: most new tokens of one call. [default: 512]", min=2)
+    ] = None,
+    max_patches: Annotated[
+        int | None,
+        typer.Option(
+            help="Compiled targets: most patches of 16 x 16 pixels of one image; profiles for 1024, 4096 and 16384 up "
+            "to it. [default: 16384]",
+            min=4,
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="trt-rtx-*: build for this GPU generation, such as 8.6; repeatable. [default: all]"),
+    ] = None,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="trt*: leave the weights out of the plans; refitted when opened.")
+    ] = False,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="trt*: weights may stay in host memory, for small GPUs.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="trt*: newer versions of the library open the plans.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="trt-*: newer GPUs run the plans, slower.")
+    ] = False,
     compile: Annotated[
         bool,
         typer.Option(
@@ -85,10 +119,13 @@ def export(
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-fp32 --output engines/2b
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-int4 --calibration ./prompts
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-int4 --calibration ./prompts --kv-cache int8
+      qwen3vl-export ./Qwen3-VL-2B-Instruct --target trt-rtx-fp16 --max-context 8192 --max-batch 4
+      qwen3vl-export ./Qwen3-VL-2B-Instruct --target trt-fp16 --no-compile
       qwen3vl-export Qwen/Qwen3-VL-4B-Instruct@main --no-weights --json
     """
     from engines import registry
     from engines.build import build_engine
+    from engines.build_options import BuildOptions
     from engines.output import check_output, output_folder
     from engines.quantize.cache_ranges import wanted_cache
     from engines.quantize.calibration import blockwise_plan
@@ -110,6 +147,20 @@ def export(
     chosen = registry.get(target)
     prompts = read_prompts(calibration) if calibration is not None else []
     cache = None if kv_cache is None else wanted_cache(kv_cache, prompts, chosen)
+    is_engine = bundle is None and weights and compile
+    if is_engine:
+        _check_can_build(chosen)
+    options = _build_options(
+        max_context=max_context,
+        max_batch=max_batch,
+        prefill_chunk=prefill_chunk,
+        patch_buckets=None if max_patches is None else BuildOptions.buckets_up_to(max_patches),
+        compute_capabilities=tuple(compute_capability) if compute_capability else None,
+        strip_weights=strip_weights or None,
+        weight_streaming=weight_streaming or None,
+        version_compatible=version_compatible or None,
+        hardware_compatible=hardware_compatible or None,
+    )
     # For a cache alone, a target may keep its weights whole.
     weight_prompts = prompts if cache is None or blockwise_plan(chosen) is not None else []
     checkpoint = Checkpoint.open(model)
@@ -120,7 +171,6 @@ def export(
 
     made = make_bundle(checkpoint)
     traced_s = time.perf_counter() - started
-    is_engine = bundle is None and weights and compile
     with _calibrated(made, chosen, weight_prompts, destination), _progress() as progress:
         if bundle is not None:
             weight_bytes = made.weight_bytes if weights else 0
@@ -129,7 +179,14 @@ def export(
         else:
             # ONNX Runtime compiles when it opens the graph, so for it the lowered graph is the engine.
             manifest = build_engine(
-                made, chosen, destination, with_weights=weights, runnable=is_engine, progress=progress, cache=cache
+                made,
+                chosen,
+                destination,
+                with_weights=weights,
+                runnable=is_engine,
+                progress=progress,
+                cache=cache,
+                options=options,
             )
             weight_bytes = manifest.weight_bytes
     result = {
@@ -144,6 +201,27 @@ def export(
         print(json.dumps(result))
     else:
         print(f"{destination}  ({weight_bytes / 1e6:.1f} MB of weights, {result['total_s']} s)")
+
+
+def _check_can_build(target: Target) -> None:
+    """Raise before any work if this machine cannot compile for the target.
+
+    Raises:
+        TargetError: With the command that produces the lowered graphs instead, where the hardware is what lacks.
+    """
+    from runtime.errors import TargetError
+
+    available = target.availability()
+    if not available.can_build:
+        raise TargetError(f"{target.name} cannot be built on this machine", remedy=available.reason)
+
+
+def _build_options(**values: Any) -> BuildOptions | None:
+    """Return the options that were given, or None if none was."""
+    from engines.build_options import BuildOptions
+
+    given = {name: value for name, value in values.items() if value is not None}
+    return BuildOptions(**given) if given else None
 
 
 @contextmanager

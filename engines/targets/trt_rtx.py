@@ -1,0 +1,81 @@
+"""TensorRT-RTX: plans that are built without a GPU, ahead of time, and specialised when they are opened.
+
+The library is `tensorrt-rtx-cu12` of the package index, in Python `tensorrt_rtx`; its API is TensorRT's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines.hardware import probe
+from engines.target import Availability, Compiled, Target
+from engines.tensorrt import lowering
+from runtime.errors import TargetError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from engines.build_options import BuildOptions
+    from runtime.model_config import ModelConfig
+
+_LIBRARY = "tensorrt_rtx"
+# All that the library builds for. One plan serves them all; 7.5 adds 0.6 MB (tensorrt_rtx 1.7.1).
+_COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+# Older GPUs lack the type: tensorrt_rtx 1.7.1 refuses to compile int4 for 7.5 ("HW-specific datatypes").
+_FIRST = {"int4": "8.0", "bf16": "8.0", "fp8": "8.9"}
+
+
+def _compile(
+    precision: str, folder: Path, graphs: Mapping[str, ir.Model], config: ModelConfig, options: BuildOptions
+) -> Compiled:
+    import tensorrt_rtx
+
+    from engines.tensorrt.compiler import compile_plans
+
+    offered = [each for each in _COMPUTE_CAPABILITIES if float(each) >= float(_FIRST.get(precision, "0"))]
+    unknown = sorted(set(options.compute_capabilities) - set(offered))
+    if unknown:
+        raise TargetError(
+            f"compute capability {', '.join(unknown)}: trt-rtx-{precision} is built for {', '.join(offered)}",
+            remedy="choose one of these; the trt-* targets build for the GPU of the machine",
+        )
+    chosen = options.compute_capabilities or tuple(offered)
+    return compile_plans(tensorrt_rtx, folder, graphs, config, options, chosen)
+
+
+def _availability() -> Availability:
+    has_gpu = bool(probe().gpus)
+    if importlib.util.find_spec(_LIBRARY) is None:
+        return Availability(False, False, "install the extras: pip install 'qwen3vl-export[export,tensorrt-rtx]'")
+    builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "torch", "transformers"))
+    if not builds:
+        return Availability(False, has_gpu, "install the extra: pip install 'qwen3vl-export[export]'")
+    return Availability(True, has_gpu, "" if has_gpu else "builds here; needs an NVIDIA GPU to run")
+
+
+TARGETS = tuple(
+    Target(
+        name=f"trt-rtx-{precision}",
+        precision=precision,
+        description=f"TensorRT-RTX, {description}",
+        session="tensorrt",
+        cache_dtype=lowering.cache_dtype(precision),
+        updates_cache_in_place=True,
+        batched_chunks=False,
+        native_ops={"CausalAttention": lowering.causal_attention},
+        passes=partial(lowering.passes, precision),
+        libraries=("onnx-ir",),
+        availability=_availability,
+        top_k=lowering.TOP_K,
+        compile=partial(_compile, precision),
+    )
+    for precision, description in (
+        ("fp16", "float16, norms and rotary embedding in float32; built without a GPU"),
+        ("bf16", "bfloat16, norms and rotary embedding in float32; built without a GPU"),
+        ("int4", "float16 with a decoder of 4-bit weights in symmetric blocks of 128; built without a GPU"),
+    )
+)

@@ -1,0 +1,167 @@
+"""Build plans of lowered graphs.
+
+`trt` is `tensorrt` or `tensorrt_rtx`, given as an argument: both have one API, and both can be loaded at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx_ir as ir
+
+from engines.build_options import BuildOptions
+from engines.target import Compiled
+from engines.tensorrt.checks import check_network, check_plan_size, graph_facts
+from engines.tensorrt.profiles import Profile, profiles_of
+from runtime.errors import CapacityError, TargetError
+from runtime.manifest import FileRecord, sha256_of
+from runtime.model_config import ModelConfig
+
+_SHOWN_ERRORS = 3
+
+
+def compile_plans(
+    trt: Any,
+    folder: Path,
+    graphs: Mapping[str, ir.Model],
+    config: ModelConfig,
+    options: BuildOptions,
+    compute_capabilities: tuple[str, ...],
+) -> Compiled:
+    """Build a plan of each lowered graph in `folder` and remove the graph, unless it is needed for refitting.
+
+    Args:
+        trt: The library.
+        folder: Holds `<name>.onnx` and its weights.
+        graphs: The same graphs in memory.
+        config: Shape of the model.
+        options: Sizes and switches.
+        compute_capabilities: GPUs to build for, such as "8.6"; empty where the library builds for that of this machine.
+
+    Raises:
+        TargetError: The library refuses a graph, or makes something else of it.
+        CapacityError: Memory runs out while building.
+    """
+    files: dict[str, FileRecord] = {}
+    profiles = {}
+    for name, model in graphs.items():
+        print(f"compiling {name} with {trt.__name__} {trt.__version__}", file=sys.stderr)
+        facts = graph_facts(model)
+        shapes = {
+            str(value.name): [dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()]
+            for value in model.graph.inputs
+        }
+        chosen = profiles_of(name, shapes, config, options)
+        source = folder / f"{name}.onnx"
+        builder = _PlanBuilder(trt, source)
+        check_network(trt, builder.network, facts, name)
+        path = folder / f"{name}.plan"
+        builder.build(path, chosen, options, compute_capabilities)
+        check_plan_size(path.stat().st_size, facts, name, stripped=options.strip_weights)
+        files[path.name] = FileRecord(path.stat().st_size, sha256_of(path), is_weights=True)
+        profiles[name] = [profile.to_dict() for profile in chosen]
+        del builder
+    if not options.strip_weights:
+        for name in graphs:
+            for path in (folder / f"{name}.onnx", folder / f"{name}.onnx.data"):
+                path.unlink(missing_ok=True)
+    capabilities = {
+        "library": trt.__name__,
+        "library_version": trt.__version__,
+        "compute_capabilities": list(compute_capabilities),
+        "profiles": profiles,
+        "version_compatible": options.version_compatible,
+        "weight_streaming": options.weight_streaming,
+        "stripped": options.strip_weights,
+    }
+    return Compiled(files, capabilities, keeps_graphs=options.strip_weights)
+
+
+class _PlanBuilder:
+    """One graph's way through the library."""
+
+    def __init__(self, trt: Any, source: Path) -> None:
+        self._trt = trt
+        self._source = source
+        self._log = _logger(trt)
+        self._builder = trt.Builder(self._log)
+        self.network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(self.network, self._log)
+        if not parser.parse_from_file(str(source)):
+            errors = "; ".join(parser.get_error(i).desc() for i in range(min(parser.num_errors, _SHOWN_ERRORS)))
+            raise TargetError(
+                f"{source.name}: {trt.__name__} {trt.__version__} does not parse it: {errors}",
+                remedy="install the version of the library that docs/targets.md names",
+            )
+
+    def build(
+        self, path: Path, profiles: list[Profile], options: BuildOptions, compute_capabilities: tuple[str, ...]
+    ) -> None:
+        """Write the plan."""
+        trt, config = self._trt, self._builder.create_builder_config()
+        for flag, is_set in (
+            (trt.BuilderFlag.STRIP_PLAN, options.strip_weights),
+            (trt.BuilderFlag.WEIGHT_STREAMING, options.weight_streaming),
+            (trt.BuilderFlag.VERSION_COMPATIBLE, options.version_compatible),
+        ):
+            if is_set:
+                config.set_flag(flag)
+        if options.hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        if compute_capabilities:
+            config.num_compute_capabilities = len(compute_capabilities)
+            for index, capability in enumerate(compute_capabilities):
+                member = getattr(trt.ComputeCapability, "SM" + capability.replace(".", ""))
+                config.set_compute_capability(member, index)
+        for profile in profiles:
+            config.add_optimization_profile(self._profile(profile))
+        with path.open("wb") as file:
+            writer = _stream_writer(trt, file)
+            if not self._builder.build_serialized_network_to_stream(self.network, config, writer):
+                raise self._failure()
+
+    def _profile(self, profile: Profile) -> Any:
+        built = self._builder.create_optimization_profile()
+        for name, shape in profile.min.items():
+            built.set_shape(name, shape, profile.opt[name], profile.max[name])
+        return built
+
+    def _failure(self) -> TargetError | CapacityError:
+        said = "; ".join(self._log.errors[:_SHOWN_ERRORS]) or "it does not say why"
+        message = f"{self._source.name}: {self._trt.__name__} {self._trt.__version__} builds no plan: {said}"
+        if "out of memory" in said.lower() or "outofmemory" in said.lower():
+            return CapacityError(
+                message, remedy="lower --max-context, --max-batch or --max-patches, or use a larger GPU"
+            )
+        return TargetError(message, remedy="run with --no-compile and look at the lowered graph")
+
+
+def _stream_writer(trt: Any, file: BinaryIO) -> Any:
+    """Return what takes a plan piece by piece, so that it is never in memory as a whole beside the network."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return file.write(data)
+
+    return Writer()
+
+
+def _logger(trt: Any) -> Any:
+    """Return a logger that keeps the errors: the builder itself gives no reason when it fails."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Logger()
