@@ -1,0 +1,214 @@
+"""The choice of a target: bytes held against real engines, order and refusals against recorded machines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+import configs
+from benchmarks import synthetic
+from engines import choose
+from engines.build_options import BuildOptions
+from engines.bundle import Bundle
+from engines.choose import AUTO, Request, choose_target, consider, device_of, estimate, resolve_target, weight_bytes
+from engines.hardware import Gpu, Hardware
+from engines.registry import all_targets, get
+from engines.target import Availability, Target
+from engines.weight_shapes import weight_shapes
+from runtime.errors import CapacityError, TargetError
+from runtime.memory import CACHE, LOGITS, PREFILL, VISION, WEIGHTS, prefill_bytes, vision_bytes
+from runtime.model_config import ModelConfig
+from tests.conftest import build
+
+DENSE = [name for name in configs.names("models") if "num_experts" not in configs.load(f"models/{name}")["text_config"]]
+ADA = Gpu("Test RTX", "8.9", 24 << 30, 22 << 30, "570.1")
+CPU_ONLY = Hardware("Abacus", ("avx2",), 2, 32 << 30)
+
+
+def shape(name: str) -> ModelConfig:
+    return ModelConfig.from_hf(synthetic.hf_config(name))
+
+
+def like(name: str, new_name: str, *, builds: bool = True, runs: bool = True) -> Target:
+    """A target of the registry under another name, on a machine where it is available or not."""
+    return replace(get(name), name=new_name, availability=lambda: Availability(builds, runs, "for a reason"))
+
+
+GPU_FP16, GPU_INT4 = like("ort-cpu-fp32", "trt-fp16"), like("ort-cpu-int4", "trt-int4")
+CPU_INT8, CPU_INT4 = like("ort-cpu-int8", "ort-cpu-int8"), like("ort-cpu-int4", "ort-cpu-int4")
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_shapes_are_those_of_a_checkpoint(name: str) -> None:
+    expected = synthetic.tensor_shapes(synthetic.hf_config(name))
+    assert list(weight_shapes(shape(name)).items()) == list(expected.items())
+
+
+def stored_bytes(engine: Path) -> int:
+    """Bytes of all tensors in the weight files, each once, without what aligns them."""
+    total = 0
+    for path in engine.glob("*.onnx"):
+        graph = onnx.load(path, load_external_data=False).graph
+        places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in graph.initializer]
+        total += sum({place["offset"]: int(place["length"]) for place in places if place}.values())
+    return total
+
+
+@pytest.mark.parametrize("name", ["ort-cpu-fp32", "ort-cpu-int8", "ort-cpu-int4", "ort-cpu-int4p8"])
+def test_weights_are_estimated_to_the_byte(name: str, demo_bundle: Bundle, tmp_path: Path) -> None:
+    engine = build(demo_bundle, name, tmp_path / "engine")
+    assert weight_bytes(get(name), demo_bundle.config) == stored_bytes(engine)
+
+
+def test_half_precision_takes_two_bytes_a_weight() -> None:
+    from onnx_ir import DataType
+
+    from engines.passes.half_precision import HalfPrecisionPass
+
+    config = shape("qwen3-vl-2b")
+    half = replace(get("ort-cpu-fp32"), passes=lambda: [HalfPrecisionPass(DataType.FLOAT16)])
+    vectors = sum(sizes[0] for sizes in weight_shapes(config).values() if len(sizes) == 1)
+    assert weight_bytes(half, config) == weight_bytes(get("ort-cpu-fp32"), config) // 2 + 2 * vectors
+
+
+def test_parts_of_an_estimate() -> None:
+    config, target = shape("qwen3-vl-2b"), get("ort-cpu-fp32")
+    options, request = BuildOptions(max_context=1000, max_batch=2), Request(image_patches=784, gpu_library_bytes=7)
+    parts = estimate(target, config, options=options, request=request)
+    # 28 layers, keys and values, 8 heads of 128, float32.
+    assert parts[CACHE] == 2 * 1000 * 28 * 2 * 8 * 128 * 4
+    assert parts[PREFILL] == prefill_bytes(config, 1000)
+    assert parts[VISION] == vision_bytes(config, [784])
+    assert parts[WEIGHTS] == weight_bytes(target, config)
+    assert LOGITS not in parts and parts[choose.LIBRARY] == 0
+    assert estimate(GPU_FP16, config, options=options, request=request)[choose.LIBRARY] == 7
+    # A context beyond what the model was trained for is never allocated.
+    long = estimate(target, shape("tiny"), options=BuildOptions(max_context=1 << 20))
+    assert long[CACHE] == estimate(target, shape("tiny"), options=BuildOptions(max_context=config_positions()))[CACHE]
+
+
+def config_positions() -> int:
+    return shape("tiny").text.max_positions
+
+
+def test_the_largest_precision_that_fits_the_gpu_comes_first() -> None:
+    config, targets = shape("qwen3-vl-2b"), [CPU_INT4, CPU_INT8, GPU_INT4, GPU_FP16]
+    large = replace(CPU_ONLY, gpus=(ADA,))
+    choice = choose_target(large, config, targets=targets)
+    assert choice.target is GPU_FP16
+    assert [(each.target, each.refusal) for each in choice.candidates] == [
+        ("trt-fp16", ""),
+        ("trt-int4", "trt-fp16 is preferred"),
+        ("ort-cpu-int8", "trt-fp16 is preferred"),
+        ("ort-cpu-int4", "trt-fp16 is preferred"),
+    ]
+    needed = choice.candidates[0].total_bytes
+    exact = replace(CPU_ONLY, gpus=(replace(ADA, free_bytes=needed),))
+    assert choose_target(exact, config, targets=targets).target is GPU_FP16
+    small = replace(CPU_ONLY, gpus=(replace(ADA, free_bytes=needed - 100_000),))
+    choice = choose_target(small, config, targets=targets)
+    assert choice.target is GPU_INT4
+    assert choice.candidates[0].refusal == "too large by 0.1 MB"
+
+
+def test_a_gpu_that_is_too_small_leaves_the_cpu() -> None:
+    machine = replace(CPU_ONLY, gpus=(replace(ADA, free_bytes=1 << 20),))
+    assert choose_target(machine, shape("tiny"), targets=[GPU_FP16, GPU_INT4, CPU_INT8]).target is CPU_INT8
+
+
+def test_a_gpu_without_memory_of_its_own_has_the_machines() -> None:
+    shared = replace(CPU_ONLY, gpus=(replace(ADA, total_bytes=0, free_bytes=0),))
+    choice = choose_target(shared, shape("qwen3-vl-2b"), targets=[GPU_FP16])
+    assert choice.candidates[0].limit_bytes == CPU_ONLY.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("target", "hardware", "reason"),
+    [
+        (GPU_FP16, CPU_ONLY, "no GPU on this machine"),
+        (
+            like("ort-cpu-int8", "trt-fp8"),
+            replace(CPU_ONLY, gpus=(replace(ADA, compute_capability="8.6"),)),
+            "needs SM 8.9, the Test RTX has 8.6",
+        ),
+        (
+            like("ort-cpu-int4", "trt-nvfp4"),
+            replace(CPU_ONLY, gpus=(replace(ADA, compute_capability="9.0"),)),
+            "needs SM 10.0, the Test RTX has 9.0",
+        ),
+        (
+            like("ort-cpu-fp32", "trt-fp16", runs=False),
+            replace(CPU_ONLY, gpus=(ADA,)),
+            "cannot be run here: for a reason",
+        ),
+        (
+            like("ort-cpu-fp32", "trt-fp16", builds=False),
+            replace(CPU_ONLY, gpus=(ADA,)),
+            "cannot be built here: for a reason",
+        ),
+        (like("ort-cpu-int8", "ort-cpu-int2"), CPU_ONLY, "only by name: configs/choice.toml does not rank it"),
+        (like("ort-cpu-int8", "abacus-int2"), CPU_ONLY, "only by name: configs/choice.toml does not rank it"),
+    ],
+)
+def test_why_a_target_is_refused(target: Target, hardware: Hardware, reason: str) -> None:
+    choice = consider(hardware, shape("tiny"), targets=[target, CPU_INT8])
+    assert {each.target: each.refusal for each in choice.candidates}[target.name] == reason
+    assert choice.target is CPU_INT8
+    assert reason in choice.render()
+
+
+def test_compute_capabilities_are_compared_as_numbers() -> None:
+    blackwell = replace(CPU_ONLY, gpus=(replace(ADA, compute_capability="10.0"),))
+    target = like("ort-cpu-int8", "trt-fp8")
+    assert consider(blackwell, shape("tiny"), targets=[target]).target is target
+
+
+def test_nothing_fits() -> None:
+    config, tiny_machine = shape("qwen3-vl-2b"), replace(CPU_ONLY, memory_bytes=1 << 30)
+    with pytest.raises(CapacityError) as caught:
+        choose_target(tiny_machine, config, targets=[CPU_INT8, CPU_INT4, GPU_FP16])
+    table = consider(tiny_machine, config, targets=[CPU_INT8, CPU_INT4, GPU_FP16])
+    assert table.target is None
+    assert table.render() in caught.value.message
+    needed = estimate(CPU_INT8, config)[WEIGHTS]
+    assert f"{needed / 1e6:,.1f}" in caught.value.message
+
+
+def test_nothing_is_available() -> None:
+    with pytest.raises(TargetError, match="trt-fp16: no GPU on this machine"):
+        choose_target(CPU_ONLY, shape("tiny"), targets=[GPU_FP16, like("ort-cpu-int8", "ort-cpu-int8", runs=False)])
+
+
+def test_a_limit_of_ones_own() -> None:
+    request = replace(choose.default_request(), max_memory=1)
+    with pytest.raises(CapacityError):
+        choose_target(CPU_ONLY, shape("tiny"), request=request, targets=[CPU_INT8])
+
+
+def test_every_target_has_a_place_and_a_device() -> None:
+    for target in all_targets():
+        assert device_of(target) == ("cpu" if target.session == "ort_cpu" else "gpu")
+        (candidate,) = consider(CPU_ONLY, shape("tiny"), targets=[target]).candidates
+        assert "does not rank it" not in candidate.refusal
+        assert min(candidate.parts[part] for part in (WEIGHTS, CACHE, PREFILL, VISION)) > 0
+
+
+def test_resolving_a_name_reads_no_checkpoint() -> None:
+    def unread() -> Any:
+        raise AssertionError
+
+    assert resolve_target("ort-cpu-int8", unread, report=lambda text: None).name == "ort-cpu-int8"
+    with pytest.raises(TargetError, match="did you mean"):
+        resolve_target("ort-cpu-int9", unread, report=lambda text: None)
+
+
+def test_auto_reports_the_table() -> None:
+    said: list[str] = []
+    target = resolve_target(AUTO, lambda: shape("tiny"), report=said.append, hardware=CPU_ONLY)
+    choice = choose_target(CPU_ONLY, shape("tiny"))
+    assert target.name == "ort-cpu-int8"
+    assert said == [f"{choice.render()}\n--target auto: ort-cpu-int8"]
