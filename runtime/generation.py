@@ -5,13 +5,13 @@ Shapes: S prompt tokens, V visual rows, D DeepStack levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from runtime.positions import PromptPositions
-from runtime.session import Floats, KVCache, Session
+from runtime.session import Floats, KVCache, Session, TopLogits, TopLogitsSession
 
 # A chunk bounds the activations of a long prompt; the products reach their full speed well below it.
 PREFILL_CHUNK = 512
@@ -94,8 +94,9 @@ def decode_steps(
     num_cached: int,
     delta: int,
     dummy_embeds: Floats,
-    choose: Callable[[Floats], int],
+    choose: Callable[[Any], int],
     drafter: Drafter | None = None,
+    top: bool = False,
 ) -> Iterator[int]:
     """Yield tokens for ever: choose one from the last logits, and run it only when the next one is asked for.
 
@@ -117,15 +118,17 @@ def decode_steps(
         num_cached: Valid rows of the cache.
         delta: Position of a token minus its index (`PromptPositions.delta`).
         dummy_embeds: [1+D, 1, hidden], since a generated token takes no visual row.
-        choose: Sampler.
+        choose: Sampler; it gets a row of logits.
         drafter: Knows the prompt already; None decodes token by token.
+        top: Leave the logits on the device and give `choose` a `TopLogits` instead (but for the first token); the
+            session is a `TopLogitsSession`.
     """
     drafts: list[int] = []
-    logits_LV = logits_V[None]
+    rows: Sequence[Floats | TopLogits] | Floats = logits_V[None]
     num_tokens = num_cached
     while True:
-        for row_V, draft in zip(logits_LV, [*drafts, None], strict=True):
-            token = choose(row_V)
+        for row, draft in zip(rows, [*drafts, None], strict=True):
+            token = choose(row)
             if drafter is not None:
                 drafter.append(token)
             yield token
@@ -136,7 +139,8 @@ def decode_steps(
         past = num_tokens - 1
         drafts = [] if drafter is None else drafter.draft(max(0, cache.capacity - past - 2))
         num_new = 1 + len(drafts)
-        logits_LV = session.decode(
+        run = cast(TopLogitsSession, session).decode_top if top else session.decode
+        rows = run(
             np.array([[token, *drafts]], np.int64),
             np.broadcast_to(np.arange(past, past + num_new) + delta, (3, 1, num_new)),
             np.full((1, num_new), -1, np.int64),

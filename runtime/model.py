@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from runtime.answer import Call, Generation, Stats, Stream, Turn
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, UsageError
-from runtime.generation import decode_steps, prefill, prefill_chunks
+from runtime.generation import PREFILL_CHUNK, decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
 from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
 from runtime.manifest import Manifest
@@ -87,6 +88,7 @@ class Qwen3VLModel:
         self.max_memory = max_memory
         self._builder = PromptBuilder(tokenizer, template)
         self._turn = Turn()
+        self._chunk = int(manifest.capabilities.get("prefill_chunk", PREFILL_CHUNK))
 
     @classmethod
     def from_engine(
@@ -108,11 +110,13 @@ class Qwen3VLModel:
             check: Compare the hashes of the weight files too; otherwise only their sizes.
             threads: Threads of the engine; the machine's cores by default.
             huge_pages: Move the weights to huge pages: seconds to open, faster tokens (`runtime.huge_pages`).
-            max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for.
+            max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for,
+                or the capacity that the engine was built with.
             min_pixels: Smaller images are enlarged to this area.
             max_pixels: Larger images are reduced to this area.
             max_memory: Most bytes that weights, cache and workspace may take together, by estimate; the machine's
-                memory, or the container's, by default.
+                memory, or the container's, by default. An engine with a capacity of its own lives in the memory of a
+                device, which refuses by itself, so there is no default.
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -123,12 +127,17 @@ class Qwen3VLModel:
         folder = Path(path)
         manifest = Manifest.read(folder)
         manifest.check(folder, full=check)
-        limit = manifest.model.text.max_positions
+        capacity = manifest.capabilities.get("capacity")
+        trained = manifest.model.text.max_positions
+        limit = trained if capacity is None else min(int(capacity), trained)
         max_context = min(DEFAULT_MAX_CONTEXT, limit) if max_context is None else max_context
         if not 1 <= max_context <= limit:
+            is_trained = limit == trained
+            reason = "what the model was trained for" if is_trained else "the capacity that the engine was built with"
+            rebuild = "" if is_trained else ", or build the engine again with qwen3vl-export ... --max-context"
             raise UsageError(
-                f"max_context = {max_context}, expected 1 to {limit}, what the model was trained for",
-                remedy=f"leave max_context out for {min(DEFAULT_MAX_CONTEXT, limit)}",
+                f"max_context = {max_context}, expected 1 to {limit}, {reason}",
+                remedy=f"leave max_context out for {min(DEFAULT_MAX_CONTEXT, limit)}{rebuild}",
             )
         most_threads = _MAX_THREADS_PER_CORE * (os.cpu_count() or 1)
         if threads is not None and not 1 <= threads <= most_threads:
@@ -141,7 +150,8 @@ class Qwen3VLModel:
                 f"max_memory = {max_memory}, expected at least one byte",
                 remedy="leave max_memory out for the machine's memory",
             )
-        max_memory = machine_bytes() if max_memory is None else max_memory
+        if max_memory is None:
+            max_memory = machine_bytes() if capacity is None else sys.maxsize
         check_fits(_decoder_needs(manifest, max_context), max_memory)
         image_config = ImageProcessorConfig.from_dict(_read_json(folder / "preprocessor_config.json"))
         if min_pixels is not None or max_pixels is not None:
@@ -207,7 +217,9 @@ class Qwen3VLModel:
             self._check_memory(prepared, len(input_ids), all_logits=True)
             embeds = self.encode_images(prepared.images)
             cache = self.session.new_cache(len(input_ids))
-            return prefill(self.session, cache, input_ids, prepared.positions, embeds, all_logits=True)
+            return prefill(
+                self.session, cache, input_ids, prepared.positions, embeds, all_logits=True, chunk=self._chunk
+            )
         finally:
             self._turn.leave(call)
 
@@ -289,6 +301,7 @@ class Qwen3VLModel:
         check_fits(needed, self.max_memory)
 
     def _lookup(self, prompt_ids: list[int], num_tokens: int) -> PromptLookup | None:
+        num_tokens = min(num_tokens, self._chunk - 1)
         # From this many tokens on a call runs in another decoder, and other logits would give other tokens.
         other_decoder = self.manifest.capabilities.get("prefill_min_tokens")
         if other_decoder is not None:
@@ -327,14 +340,17 @@ class Qwen3VLModel:
         embeds = self._join(parts)
         encoded = time.perf_counter()
         cache = self.session.new_cache(len(prompt_ids) + max_new_tokens)
-        for logits_LV in prefill_chunks(self.session, cache, prompt_ids, prepared.positions, embeds):
+        for logits_LV in prefill_chunks(self.session, cache, prompt_ids, prepared.positions, embeds, chunk=self._chunk):
             logits = logits_LV[-1]
             yield ""
         sampler = Sampler(options)
         sampler.start(prompt_ids)
         lookup = self._lookup(prompt_ids, options.prompt_lookup_num_tokens)
         delta = prepared.positions.delta
-        steps = decode_steps(self.session, cache, logits, len(prompt_ids), delta, embeds[:, :1], sampler.next, lookup)
+        top = sampler.can_use_top(int(self.manifest.capabilities.get("top_k", 0)))
+        steps = decode_steps(
+            self.session, cache, logits, len(prompt_ids), delta, embeds[:, :1], sampler.next, lookup, top
+        )
         decoder, stops = self.tokenizer.stream_decoder(), StopStringFilter(options.stop)
         token_ids: list[int] = []
         pieces: list[str] = []
@@ -378,6 +394,7 @@ class Qwen3VLModel:
 
 
 def _decoder_needs(manifest: Manifest, capacity: int) -> dict[str, int]:
+    capacity = int(manifest.capabilities.get("capacity", capacity))
     return {
         WEIGHTS: manifest.weight_bytes,
         CACHE: cache_bytes(manifest, capacity),

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from runtime.errors import EngineError
 from runtime.generation_config import GenerationOptions
+from runtime.session import TopLogits
 
 Logits = npt.NDArray[np.float32]
 
@@ -313,20 +314,55 @@ class Sampler:
         self._history = TokenHistory(prompt_ids)
         self._rng = np.random.default_rng(self.options.seed)
 
-    def next(self, logits_V: Logits) -> int:
+    def can_use_top(self, num_top: int) -> bool:
+        """Return whether so many largest logits, ties aside, decide the next token whatever the others are.
+
+        Greedy decoding needs one, sampling the `top_k` of the options. A penalty may raise any other token above
+        them, and `min_p` sums the exponentials of the whole row, in which the order of the summands shows.
+        """
+        o = self.options
+        if (o.repetition_penalty, o.presence_penalty, o.frequency_penalty) != (1.0, 0.0, 0.0):
+            return False
+        return 0 < self._num_kept < num_top and not (o.do_sample and o.min_p > 0.0)
+
+    def next(self, logits: Logits | TopLogits) -> int:
         """Return the next token of the answer and remember it.
 
         Args:
-            logits_V: float32 [V], as the engine gives them; not written to.
+            logits: float32 [V], as the engine gives them; not written to. Or the largest of them, if `can_use_top`:
+                the token is the same, and only where a tie reaches beyond them is the whole row fetched.
 
         Raises:
             EngineError: A logit is not finite.
         """
-        if not np.isfinite(logits_V).all():
-            raise _bad_logits(logits_V)
-        processed_1V: Logits = np.asarray(logits_V, dtype=np.float32)[None]
+        if isinstance(logits, TopLogits):
+            row, ids = self._candidates(logits)
+        else:
+            row, ids = logits, None
+        if not np.isfinite(row).all():
+            raise _bad_logits(row)
+        processed: Logits = np.asarray(row, dtype=np.float32)[None]
         for processor in self._processors:
-            processed_1V = processor(processed_1V, (self._history,))
-        token_id = sample(processed_1V[0], self._rng) if self.options.do_sample else greedy(processed_1V[0])
+            processed = processor(processed, (self._history,))
+        index = sample(processed[0], self._rng) if self.options.do_sample else greedy(processed[0])
+        token_id = index if ids is None else int(ids[index])
         self._history.append(token_id)
         return token_id
+
+    @property
+    def _num_kept(self) -> int:
+        return self.options.top_k if self.options.do_sample else 1
+
+    def _candidates(self, top: TopLogits) -> tuple[Logits, npt.NDArray[np.int64] | None]:
+        """Return a row that leads to the token of the whole row, with the ids of its columns; None for all ids.
+
+        Dividing by the temperature keeps the order but may make unequal logits equal. If what is kept last is still
+        above the smallest one here, then so is it above all that are not here, and top-k drops those. The order of
+        the ids is restored, since ties and sums follow it.
+        """
+        scaled = top.values / np.float32(self.options.temperature) if self.options.do_sample else top.values
+        is_decided = np.isfinite(top.values).all() and scaled[self._num_kept - 1] > scaled[-1]
+        if not is_decided:
+            return top.fetch(), None
+        order = np.argsort(top.ids)
+        return top.values[order], top.ids[order]

@@ -7,6 +7,8 @@ H head dim.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,6 +63,39 @@ class Session(Protocol):
         Returns:
             Logits of the asked positions, [B, L, vocab].
         """
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """The largest logits behind one position, and a way to all of them.
+
+    Attributes:
+        ids: Distinct token ids, int64 [k].
+        values: Their logits, float32 [k], falling; no other token has a larger one than the last of them.
+        vocab_size: Number of all logits.
+        fetch: Copies all logits from the device, float32 [vocab]; only until the session's next call.
+    """
+
+    ids: Ints
+    values: Floats
+    vocab_size: int
+    fetch: Callable[[], Floats]
+
+
+class TopLogitsSession(Session, Protocol):
+    """A session whose engine finds the largest logits itself; its capabilities say how many: `top_k`."""
+
+    def decode_top(
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        visual_rows: Ints,
+        visual_embeds: Floats,
+        past_lengths: Ints,
+        logits_positions: Ints,
+        cache: KVCache,
+    ) -> list[list[TopLogits]]:
+        """Run the decoder as `decode` does, and leave the logits on the device: the largest of each, [B][L]."""
 
 
 def open_session(folder: Path, manifest: Manifest, *, threads: int | None = None, huge_pages: bool = False) -> Session:

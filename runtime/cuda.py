@@ -1,0 +1,238 @@
+"""The CUDA boundary: everything that the runtime asks of a GPU, as a protocol, and NVIDIA's driver behind it.
+
+Addresses, streams and graphs are plain integers. Copies are asynchronous: an array given to one must come from
+`pinned`, and must be neither written, read nor freed before its stream was synchronised.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import CapacityError, EngineError
+
+Bytes = NDArray[np.uint8]
+
+_INSTALL = "install the extra of this target, such as pip install 'qwen3vl-export[tensorrt]'"
+
+
+class Device(Protocol):
+    """One GPU.
+
+    Attributes:
+        name: Its name, such as `NVIDIA H200`.
+        compute_capability: Its SM version, such as `9.0`.
+        driver_version: The newest CUDA version that the driver knows, such as `13.0`.
+    """
+
+    name: str
+    compute_capability: str
+    driver_version: str
+
+    def memory_info(self) -> tuple[int, int]:
+        """Return free and total bytes of device memory."""
+
+    def alloc(self, num_bytes: int) -> int:
+        """Return the address of new device memory, aligned to 256 bytes; its contents are undefined.
+
+        Raises:
+            CapacityError: The device has not so much left.
+        """
+
+    def free(self, address: int) -> None:
+        """Free device memory."""
+
+    def pinned(self, num_bytes: int) -> Bytes:
+        """Return page-locked host memory, aligned to 256 bytes; views of it may be given to copies too."""
+
+    def free_pinned(self, array: Bytes) -> None:
+        """Free what `pinned` returned; no view of it may be used any more."""
+
+    def new_stream(self) -> int:
+        """Return a new stream: work enqueued on it runs in order."""
+
+    def free_stream(self, stream: int) -> None:
+        """Destroy a stream."""
+
+    def synchronize(self, stream: int) -> None:
+        """Wait until everything enqueued on the stream is done.
+
+        Raises:
+            EngineError: Something enqueued has failed.
+        """
+
+    def to_device(self, address: int, array: NDArray[Any], stream: int) -> None:
+        """Enqueue a copy of a contiguous pinned array to device memory."""
+
+    def to_host(self, array: NDArray[Any], address: int, stream: int) -> None:
+        """Enqueue a copy of device memory into a contiguous pinned array."""
+
+    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
+        """Enqueue a copy between two places of device memory that do not overlap."""
+
+    def fill(self, address: int, byte: int, num_bytes: int, stream: int) -> None:
+        """Enqueue the setting of each byte of device memory."""
+
+    def begin_capture(self, stream: int) -> None:
+        """Record what is enqueued on the stream from here on, and do not run it."""
+
+    def end_capture(self, stream: int) -> int:
+        """Return the recorded work as a graph that can be launched."""
+
+    def launch(self, graph: int, stream: int) -> None:
+        """Enqueue all work of a graph, with the addresses it was recorded with."""
+
+    def free_graph(self, graph: int) -> None:
+        """Destroy a graph."""
+
+
+class CudaDevice:
+    """The GPU that the driver lists first; `CUDA_VISIBLE_DEVICES` decides which that is.
+
+    Raises:
+        EngineError: Package, driver or GPU is missing.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._cuda = importlib.import_module("cuda.bindings.runtime")
+        except ModuleNotFoundError as error:
+            raise EngineError(
+                "this engine runs on an NVIDIA GPU and needs the Python package cuda-bindings, which is not installed",
+                remedy=_INSTALL,
+            ) from error
+        driver = int(self._call("cudaDriverGetVersion"))
+        if driver == 0:
+            raise EngineError(
+                "this engine runs on an NVIDIA GPU, and no NVIDIA driver is loaded on this machine",
+                remedy="install the driver, or export for this machine's CPU: qwen3vl-export ... --target ort-cpu-int4",
+            )
+        self.driver_version = f"{driver // 1000}.{driver % 1000 // 10}"
+        self._call("cudaGetDeviceCount")
+        self._call("cudaSetDevice", 0)
+        attribute = self._cuda.cudaDeviceAttr
+        major, minor = (
+            int(self._call("cudaDeviceGetAttribute", getattr(attribute, f"cudaDevAttrComputeCapability{part}"), 0))
+            for part in ("Major", "Minor")
+        )
+        self.compute_capability = f"{major}.{minor}"
+        self.name = bytes(self._call("cudaGetDeviceProperties", 0).name).split(b"\0")[0].decode()
+        # The binding takes handles as its own classes; the integers given out are their addresses.
+        self._streams: dict[int, Any] = {}
+        self._graphs: dict[int, Any] = {}
+
+    def memory_info(self) -> tuple[int, int]:
+        """See `Device.memory_info`."""
+        free, total = self._call("cudaMemGetInfo")
+        return int(free), int(total)
+
+    def alloc(self, num_bytes: int) -> int:
+        """See `Device.alloc`; cudaMalloc aligns to 256 bytes (CUDA C++ Programming Guide, device memory accesses)."""
+        return int(self._call("cudaMalloc", num_bytes, asked_bytes=num_bytes))
+
+    def free(self, address: int) -> None:
+        """See `Device.free`."""
+        self._call("cudaFree", address)
+
+    def pinned(self, num_bytes: int) -> Bytes:
+        """See `Device.pinned`; page-locked memory begins with a page."""
+        address = int(self._call("cudaHostAlloc", num_bytes, self._cuda.cudaHostAllocDefault, asked_bytes=num_bytes))
+        return np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), np.uint8)
+
+    def free_pinned(self, array: Bytes) -> None:
+        """See `Device.free_pinned`."""
+        self._call("cudaFreeHost", array.ctypes.data)
+
+    def new_stream(self) -> int:
+        """See `Device.new_stream`; it does not wait for the default stream, in which nothing of ours runs."""
+        stream = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        self._streams[int(stream)] = stream
+        return int(stream)
+
+    def free_stream(self, stream: int) -> None:
+        """See `Device.free_stream`."""
+        self._call("cudaStreamDestroy", self._streams.pop(stream))
+
+    def synchronize(self, stream: int) -> None:
+        """See `Device.synchronize`."""
+        self._call("cudaStreamSynchronize", stream)
+
+    def to_device(self, address: int, array: NDArray[Any], stream: int) -> None:
+        """See `Device.to_device`."""
+        self._copy(address, _address(array), array.nbytes, "HostToDevice", stream)
+
+    def to_host(self, array: NDArray[Any], address: int, stream: int) -> None:
+        """See `Device.to_host`."""
+        self._copy(_address(array), address, array.nbytes, "DeviceToHost", stream)
+
+    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
+        """See `Device.copy`."""
+        self._copy(target, source, num_bytes, "DeviceToDevice", stream)
+
+    def fill(self, address: int, byte: int, num_bytes: int, stream: int) -> None:
+        """See `Device.fill`."""
+        self._call("cudaMemsetAsync", address, byte, num_bytes, stream)
+
+    def begin_capture(self, stream: int) -> None:
+        """See `Device.begin_capture`; other threads of the process may allocate meanwhile."""
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", stream, mode)
+
+    def end_capture(self, stream: int) -> int:
+        """See `Device.end_capture`."""
+        recorded = self._call("cudaStreamEndCapture", stream)
+        try:
+            graph = self._call("cudaGraphInstantiate", recorded, 0)
+        finally:
+            self._call("cudaGraphDestroy", recorded)
+        self._graphs[int(graph)] = graph
+        return int(graph)
+
+    def launch(self, graph: int, stream: int) -> None:
+        """See `Device.launch`."""
+        self._call("cudaGraphLaunch", self._graphs[graph], stream)
+
+    def free_graph(self, graph: int) -> None:
+        """See `Device.free_graph`."""
+        self._call("cudaGraphExecDestroy", self._graphs.pop(graph))
+
+    def _copy(self, target: int, source: int, num_bytes: int, kind: str, stream: int) -> None:
+        direction = getattr(self._cuda.cudaMemcpyKind, f"cudaMemcpy{kind}")
+        self._call("cudaMemcpyAsync", target, source, num_bytes, direction, stream)
+
+    def _call(self, name: str, *args: Any, asked_bytes: int = 0) -> Any:
+        """Call a function of the CUDA runtime; every one returns its error code first, then its results."""
+        code, *results = getattr(self._cuda, name)(*args)
+        if code != self._cuda.cudaError_t.cudaSuccess:
+            raise self._error(name, code, asked_bytes)
+        return results[0] if len(results) == 1 else results
+
+    def _error(self, name: str, code: Any, asked_bytes: int) -> CapacityError | EngineError:
+        errors = self._cuda.cudaError_t
+        text = f"{code.name}: {self._cuda.cudaGetErrorString(code)[1].decode()}"
+        if code == errors.cudaErrorMemoryAllocation:
+            asked = f" of {asked_bytes / 1e9:.2f} GB" if asked_bytes else ""
+            free, total = self._cuda.cudaMemGetInfo()[1:] if asked_bytes else (None, None)
+            left = f"; {free / 1e9:.2f} of {total / 1e9:.2f} GB are free" if free is not None else ""
+            return CapacityError(
+                f"the GPU is out of memory: {name}{asked} failed ({text}){left}",
+                remedy="end other programs that use the GPU, or build the engine for less: --max-context, --max-batch",
+            )
+        if code in (errors.cudaErrorNoDevice, errors.cudaErrorInsufficientDriver):
+            return EngineError(
+                f"this engine runs on an NVIDIA GPU, and none can be used here ({name}: {text})",
+                remedy="install a driver for this CUDA version (nvidia-smi shows it), or check CUDA_VISIBLE_DEVICES",
+            )
+        return EngineError(
+            f"CUDA failed: {name}: {text}",
+            remedy="start the program again, since an error of the GPU stays until then; then report it",
+        )
+
+
+def _address(array: NDArray[Any]) -> int:
+    assert array.flags.c_contiguous, "copies are of contiguous arrays"
+    return int(array.ctypes.data)
