@@ -320,7 +320,7 @@ def test_targets_lists_the_registry(qwen3vl: Any) -> None:
     from engines.registry import all_targets
 
     code, out, _ = qwen3vl("targets", "--json")
-    rows = json.loads(out)
+    rows = json.loads(out)["targets"]
     assert code == 0
     assert [row["name"] for row in rows] == [target.name for target in all_targets()]
     assert all(isinstance(row["can_build"], bool) and isinstance(row["can_run"], bool) for row in rows)

@@ -153,8 +153,10 @@ def test_documented_json_of_engine_commands(demo_engine: Path) -> None:
     assert list(answer["stats"]) == documented_fields("its `stats`")
     inspected = json.loads(call(["qwen3vl", "inspect", str(demo_engine), "--json"], ROOT))
     assert set(inspected) == set(documented_fields("`qwen3vl inspect`"))
-    for row in json.loads(call(["qwen3vl", "targets", "--json"], ROOT)):
-        assert list(row) == documented_fields("`qwen3vl targets`")
+    listed = json.loads(call(["qwen3vl", "targets", "--model", "demo", "--json"], ROOT))
+    assert list(listed) == documented_fields("`qwen3vl targets`")
+    for row in listed["targets"]:
+        assert list(row) == documented_fields("its `targets`")
 
 
 def test_documented_json_of_verify() -> None:

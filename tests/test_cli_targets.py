@@ -1,0 +1,85 @@
+"""`qwen3vl targets`: the probe, the estimates and the choice, as people and as programs see them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from engines import hardware
+from engines.choose import choose_target, consider
+from engines.hardware import Gpu, Hardware
+from qwen3vl_export.cli.run import app
+from qwen3vl_export.cli.targets import model_shape
+from runtime.errors import UsageError
+
+ROOT = Path(__file__).parents[1]
+MACHINE = Hardware(
+    cpu="Abacus",
+    cpu_features=("avx2",),
+    num_cores=3,
+    memory_bytes=32_000_000_000,
+    gpus=(Gpu("Test RTX", "8.6", 8_000_000_000, 6_000_000_000, "570.1"),),
+    versions={"torch": "2.14.1"},
+    notes=("a note of the probe",),
+)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "probe", lambda: MACHINE)
+
+
+def call(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["targets", *arguments], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
+def test_the_machine_is_shown() -> None:
+    text = call()
+    for expected in (
+        "Abacus, 3 cores (avx2)",
+        "32.0 GB",
+        "Test RTX, SM 8.6, 6.0 of 8.0 GB free, driver 570.1",
+        "torch 2.14.1",
+        "a note of the probe",
+    ):
+        assert expected in text
+    assert "MB" not in text
+
+
+def test_json_of_the_machine() -> None:
+    values: dict[str, Any] = json.loads(call("--json"))
+    assert list(values) == ["machine", "targets"]
+    assert values["machine"]["gpus"][0]["compute_capability"] == "8.6"
+    assert values["machine"]["memory_bytes"] == 32_000_000_000
+
+
+def test_estimates_of_a_size() -> None:
+    expected = consider(MACHINE, model_shape("qwen3-vl-2b"))
+    assert expected.target is not None
+    assert call("--model", "qwen3-vl-2b").endswith(f"\n{expected.render()}\n--target auto: {expected.target.name}\n")
+    choice = json.loads(call("--model", "qwen3-vl-2b", "--json"))["choice"]
+    assert choice["target"] == choose_target(MACHINE, model_shape("qwen3-vl-2b")).target.name  # type: ignore[union-attr]
+    assert choice["candidates"] == json.loads(json.dumps([each.to_dict() for each in expected.candidates]))
+    assert all(each["total_bytes"] == sum(each["parts"].values()) for each in choice["candidates"])
+
+
+def test_a_model_that_fits_nowhere_is_shown_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "probe", lambda: Hardware("Abacus", (), 1, 1000))
+    assert call("--model", "qwen3-vl-32b").endswith("--target auto: none fits\n")
+    assert json.loads(call("--model", "qwen3-vl-32b", "--json"))["choice"]["target"] is None
+
+
+def test_a_folder_is_a_model_too() -> None:
+    folder = ROOT / "qwen3vl_export" / "demo" / "checkpoint"
+    assert model_shape(str(folder)) == model_shape("demo")
+
+
+def test_another_name_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"Qwen/Qwen3-VL-2B-Instruct: no such folder(.|\n)*qwen3-vl-2b"):
+        model_shape("Qwen/Qwen3-VL-2B-Instruct")
