@@ -28,7 +28,7 @@ class BuildOptions:
     """
 
     max_context: int = 4096
-    max_batch: int = 1
+    max_batch: int = 4
     prefill_chunk: int = 512
     patch_buckets: tuple[int, ...] = DEFAULT_PATCH_BUCKETS
     compute_capabilities: tuple[str, ...] = field(default=())

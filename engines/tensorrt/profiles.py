@@ -41,8 +41,11 @@ def profiles_of(
         options: The sizes to build for.
     """
     if graph == "decoder":
-        chunk, context, batch = options.prefill_chunk, options.max_context, options.max_batch
-        decode = [{"B": b, "S": 1, "L": 1, "V": 1} for b in (1, 1, batch)]
+        chunk, context = options.prefill_chunk, options.max_context
+        # Never a batch of exactly 1: for a decode profile without a dynamic size, tensorrt_rtx 1.7.1 lays the weights
+        # behind a norm out anew, and a plan with a prefill profile holds them twice: 1.57 times the bytes of all weights,
+        # 1.01 times with this (4 layers of the 2B shape, float16).
+        decode = [{"B": b, "S": 1, "L": 1, "V": 1} for b in (1, 1, max(2, options.max_batch))]
         # A chunk runs one sequence at a time. Its last position alone gets logits, unless all are asked for.
         rows = max(1, context)
         prefill = [

@@ -59,7 +59,7 @@ def export(
         int | None, typer.Option(help="Compiled targets: tokens that the KV cache holds. [default: 4096]", min=2)
     ] = None,
     max_batch: Annotated[
-        int | None, typer.Option(help="Compiled targets: most sequences of a decode step. [default: 1]", min=1)
+        int | None, typer.Option(help="Compiled targets: most sequences of a decode step. [default: 4]", min=1)
     ] = None,
     prefill_chunk: Annotated[
         int | None, typer.Option(help="Compiled targets: most new tokens of one call. [default: 512]", min=2)
