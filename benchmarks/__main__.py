@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks {synthetic,export,run,import,compare,compare-setup,report}`."""
+"""Command line of the benchmarks: `python -m benchmarks --help` lists them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ import typer
 
 from benchmarks import imports, inference, measure, report, status, synthetic
 from benchmarks.compare.command import compare, compare_setup
+from benchmarks.race import race
+from benchmarks.speculation import speculation
 from runtime.errors import Qwen3VLError, UsageError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(compare)
 app.command("compare-setup")(compare_setup)
+app.command()(race)
+app.command()(speculation)
 
 Model = Annotated[str, typer.Option(help="Shape in configs/models, such as qwen3-vl-2b.")]
 Target = Annotated[str, typer.Option(help="Target to build.")]

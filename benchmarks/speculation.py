@@ -1,4 +1,4 @@
-"""Prompt lookup on an engine: `python -m benchmarks.speculation ENGINE`.
+"""Prompt lookup on an engine: `python -m benchmarks speculation ENGINE`.
 
 Three questions: what a call of several positions costs; how fast an answer comes if a given share of the drafted
 tokens is right; and what share is right in OCR-like texts. The tokens of every answer are given beforehand: `choose`
@@ -265,7 +265,3 @@ def speculation(
     path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     path.write_text(table(result), encoding="utf-8")
     typer.echo(path.read_text(encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    typer.run(speculation)

@@ -233,6 +233,16 @@ def test_verify_passes_8_bits_and_refuses_far_too_wide_steps(
     assert {"keys", "values"} <= failed
 
 
+def test_verify_passes_weights_and_cache_in_few_bits_together(calibration: Path, tmp_path: Path) -> None:
+    output = tmp_path / "engine"
+    arguments = ("demo", "--target", "ort-cpu-int4", "--kv-cache", "int8", "--calibration", str(calibration))
+    code, _, err = call(export.app, *arguments, "--output", str(output))
+    assert code == 0, err
+    report = verify(output, "demo", max_new_tokens=8)
+    assert report.precision == "int4 with cache_int8"
+    assert report.passed, [check for check in report.checks if not check.passed]
+
+
 def test_the_wider_of_two_limits_counts() -> None:
     limits = {"logits_scaled": 0.1, "top1_agreement": 0.9, "pixel_levels": 1.0}
     assert wider_limits(limits, {"logits_scaled": 0.2, "top1_agreement": 1.0}) == {**limits, "logits_scaled": 0.2}

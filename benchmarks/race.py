@@ -1,0 +1,94 @@
+"""Race engines of one model against each other: they take turns call by call, so that noise hits all alike."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks import measure, report
+from benchmarks.speculation import Engine
+from runtime.errors import UsageError
+
+CACHED = (20, 512, 3000)
+
+
+def decode_step(engine: Engine, num_cached: int, num_new: int, cache: Any) -> float:
+    """Return the seconds of one call of `num_new` tokens behind `num_cached`."""
+    places = np.arange(num_cached, num_cached + num_new)
+    start = time.perf_counter()
+    engine.session.decode(
+        (places % engine.config.text.vocab_size)[None],
+        np.broadcast_to(places, (3, 1, num_new)),
+        np.full((1, num_new), -1, np.int64),
+        np.zeros((engine.config.num_visual_levels, 1, engine.config.text.hidden_size), np.float32),
+        np.array([num_cached], np.int64),
+        np.array([[num_new - 1]]),
+        cache,
+    )
+    return time.perf_counter() - start
+
+
+def run(engines: Mapping[str, Engine], repeats: int) -> list[dict[str, Any]]:
+    """Time single tokens behind `CACHED` positions, and a prompt of 512 tokens."""
+    works = [(f"decode@{cached}", cached, 1, repeats) for cached in CACHED] + [("prefill 512", 0, 512, 3)]
+    rng = random.Random(0)
+    rows = []
+    for work, cached, num_new, turns in works:
+        caches = {name: engine.session.new_cache(cached + num_new) for name, engine in engines.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in engines}
+        for turn in range(turns + 2):
+            for name in rng.sample(list(engines), len(engines)):
+                taken = decode_step(engines[name], cached, num_new, caches[name])
+                if turn >= 2:
+                    seconds[name].append(taken)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        rows.append({"work": work, "median_s": medians, "cache_bytes": {n: c.num_bytes for n, c in caches.items()}})
+    return rows
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return the Markdown page of a result."""
+    first = result["engines"][0]
+    head = ("work", *result["engines"], *(f"{name}, × as fast as {first}" for name in result["engines"][1:]))
+    rows = []
+    for row in result["rows"]:
+        medians = row["median_s"]
+        cells = [f"{medians[name] * 1000:.1f} ms" for name in result["engines"]]
+        rows.append((row["work"], *cells, *(f"{medians[first] / medians[n]:.2f}" for n in result["engines"][1:])))
+    environment = result["environment"]
+    return f"""# {result["name"]}
+
+{report.table([head, *rows])}
+{environment["cpu"]}, {result["threads"]} threads, onnxruntime {environment["libraries"]["onnxruntime"]}; \
+load average before the run {environment["load_average_1min"]:.1f}. Medians; the engines take turns.
+"""
+
+
+def race(
+    engines: Annotated[list[Path], typer.Argument(help="Engine folders of one model, the first to compare with.")],
+    name: Annotated[str, typer.Option(help="Names the result: race-NAME.")],
+    threads: int = 2,
+    repeats: int = 40,
+    results: Annotated[Path, typer.Option(help="Folder for the JSON file and the table.")] = report.RESULTS,
+) -> None:
+    """Race engines of one model: single tokens behind short and long caches, and a prompt."""
+    environment = measure.environment()
+    opened = {folder.absolute().name: Engine(folder, threads, 0) for folder in engines}
+    if len(opened) < len(engines):
+        raise UsageError("two engine folders have the same name, which names them in the table")
+    rows = run(opened, repeats)
+    result = {"name": f"race-{name}", "engines": list(opened), "threads": threads, "rows": rows}
+    result["environment"] = environment
+    path = results / f"{result['name']}.md"
+    results.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path.write_text(table(result), encoding="utf-8")
+    typer.echo(path.read_text(encoding="utf-8"))
