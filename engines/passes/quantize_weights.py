@@ -30,11 +30,16 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     |---|---|---|
     | blockwise | MatMulNBits | GatherBlockQuantized, on the same bytes of the file |
     | rowwise | DynamicQuantizeMatMul | |
+
+    Args:
+        plan: The formats.
+        accuracy_level: Of MatMulNBits: 4 lets the CPU round the input to 8 bits; 0 computes in the input's own type.
     """
 
-    def __init__(self, plan: WeightPlan) -> None:
+    def __init__(self, plan: WeightPlan, accuracy_level: int = _INT8_PRODUCTS) -> None:
         super().__init__()
         self.plan = plan
+        self._accuracy_level = accuracy_level
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Quantise every weight that the plan has a format for."""
@@ -80,7 +85,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
                 "N": found.num_outputs,
                 "bits": weight_format.bits,
                 "block_size": block,
-                "accuracy_level": _INT8_PRODUCTS,
+                "accuracy_level": self._accuracy_level,
             },
             domain=MICROSOFT,
             name=found.nodes[0].name,
