@@ -12,7 +12,7 @@ ifneq ($(or $(OWNER),$(CURDIR)),$(CURDIR))
 $(error $(VENV) runs the code of $(OWNER), not of this checkout; choose another folder with VENV=... or remove it)
 endif
 
-.PHONY: setup demo test lint bench compare-setup
+.PHONY: setup demo test lint bench compare-setup gpu-check
 
 setup: $(STAMP)
 
@@ -48,3 +48,7 @@ bench: setup
 compare-setup: setup
 	@echo "Setting up build/peers: environments of onnxruntime-genai and OpenVINO, each with a PyTorch of its own."
 	$(BIN)/python -m benchmarks compare-setup
+
+# Beside the demo, the model that is asked for: MODEL=FOLDER, MODEL=owner/name, or MODEL=qwen3-vl-2b for random weights.
+gpu-check: setup
+	$(BIN)/python scripts/gpu_check.py $(if $(filter file,$(origin MODEL)),,--model '$(MODEL)')
