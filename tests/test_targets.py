@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from engines.registry import all_targets
 from engines.target import Target
@@ -61,7 +62,7 @@ def test_a_held_out_picture_is_read(target: Target, engines: Engines) -> None:
 def test_the_manifest_repeats_the_capability_record(target: Target, engines: Engines) -> None:
     manifest = engines(target).manifest
     assert manifest.target == target.name
-    assert dict(manifest.capabilities) == target.capabilities
+    assert dict(manifest.capabilities) == target.capabilities(manifest.model, BuildOptions())
     assert set(target.libraries) <= set(manifest.versions)
 
 

@@ -61,7 +61,7 @@ TARGETS = tuple(
     Target(
         name=f"trt-rtx-{precision}",
         precision=precision,
-        description=f"TensorRT-RTX, {description}",
+        description=f"TensorRT-RTX, built without a GPU, {description}",
         session="tensorrt",
         cache_dtype=lowering.cache_dtype(precision),
         updates_cache_in_place=True,
@@ -73,9 +73,5 @@ TARGETS = tuple(
         top_k=lowering.TOP_K,
         compile=partial(_compile, precision),
     )
-    for precision, description in (
-        ("fp16", "float16, norms and rotary embedding in float32; built without a GPU"),
-        ("bf16", "bfloat16, norms and rotary embedding in float32; built without a GPU"),
-        ("int4", "float16 with a decoder of 4-bit weights in symmetric blocks of 128; built without a GPU"),
-    )
+    for precision, description in lowering.PRECISIONS.items()
 )

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from engines.build_options import BuildOptions
 from engines.target import Compiled
 from engines.tensorrt.checks import check_network, check_plan_size, graph_facts
-from engines.tensorrt.profiles import Profile, profiles_of
+from engines.tensorrt.profiles import LOGITS_CHUNK, Profile, profiles_of
 from runtime.errors import CapacityError, TargetError
 from runtime.manifest import FileRecord, sha256_of
 from runtime.model_config import ModelConfig
@@ -30,6 +30,8 @@ def compile_plans(
     config: ModelConfig,
     options: BuildOptions,
     compute_capabilities: tuple[str, ...],
+    *,
+    sets_capabilities: bool = True,
 ) -> Compiled:
     """Build a plan of each lowered graph in `folder` and remove the graph, unless it is needed for refitting.
 
@@ -39,7 +41,8 @@ def compile_plans(
         graphs: The same graphs in memory.
         config: Shape of the model.
         options: Sizes and switches.
-        compute_capabilities: GPUs to build for, such as "8.6"; empty where the library builds for that of this machine.
+        compute_capabilities: GPUs that the plans will run on, such as "8.6".
+        sets_capabilities: The library is told of them; else it builds for the GPU that it finds.
 
     Raises:
         TargetError: The library refuses a graph, or makes something else of it.
@@ -59,7 +62,7 @@ def compile_plans(
         builder = _PlanBuilder(trt, source)
         check_network(trt, builder.network, facts, name)
         path = folder / f"{name}.plan"
-        builder.build(path, chosen, options, compute_capabilities)
+        builder.build(path, chosen, options, compute_capabilities if sets_capabilities else ())
         check_plan_size(path.stat().st_size, facts, name, stripped=options.strip_weights)
         files[path.name] = FileRecord(path.stat().st_size, sha256_of(path), is_weights=True)
         profiles[name] = [profile.to_dict() for profile in chosen]
@@ -72,6 +75,7 @@ def compile_plans(
         "library": trt.__name__,
         "library_version": trt.__version__,
         "compute_capabilities": list(compute_capabilities),
+        "logits_chunk": min(options.prefill_chunk, LOGITS_CHUNK),
         "profiles": profiles,
         "version_compatible": options.version_compatible,
         "weight_streaming": options.weight_streaming,

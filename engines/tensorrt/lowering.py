@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 TOP_K = 64
 """Candidates of the next token that a step brings back from the device; Qwen3-VL's own sampling takes 20."""
 
+PRECISIONS = {
+    "fp16": "float16; norms and rotary embedding in float32",
+    "bf16": "bfloat16; norms and rotary embedding in float32",
+    "int4": "float16, with a decoder of 4-bit weights in symmetric blocks of 128",
+}
+
 
 def causal_attention(config: ModelConfig) -> str:
     """Return the portable cell with a mask that all layers share.

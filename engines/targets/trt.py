@@ -1,0 +1,74 @@
+"""TensorRT: plans for the GPU of the machine that builds them.
+
+The library is `tensorrt` of the package index. Its builder measures kernels, so it needs the GPU; without one, the
+lowered graphs can still be made, looked at and verified (`--no-compile`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines.hardware import probe
+from engines.target import Availability, Compiled, Target
+from engines.tensorrt import lowering
+from runtime.errors import TargetError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from engines.build_options import BuildOptions
+    from runtime.model_config import ModelConfig
+
+_LIBRARY = "tensorrt"
+
+
+def _compile(
+    precision: str, folder: Path, graphs: Mapping[str, ir.Model], config: ModelConfig, options: BuildOptions
+) -> Compiled:
+    import tensorrt
+
+    from engines.tensorrt.compiler import compile_plans
+
+    here = probe().gpus[0].compute_capability
+    if any(each != here for each in options.compute_capabilities):
+        raise TargetError(
+            f"compute capability {', '.join(options.compute_capabilities)}: TensorRT builds for this machine's GPU, {here}",
+            remedy="build on such a GPU, or choose a trt-rtx-* target",
+        )
+    return compile_plans(tensorrt, folder, graphs, config, options, (here,), sets_capabilities=False)
+
+
+def _availability(precision: str) -> Availability:
+    name = f"trt-{precision}"
+    lowered = f"for the lowered graphs alone: qwen3vl-export MODEL --target {name} --no-compile"
+    if not probe().gpus:
+        return Availability(False, False, f"an NVIDIA GPU is needed, to build and to run; {lowered}")
+    if importlib.util.find_spec(_LIBRARY) is None:
+        reason = f"install the extras: pip install 'qwen3vl-export[export,tensorrt]'; {lowered}"
+        return Availability(False, False, reason)
+    builds = all(importlib.util.find_spec(each) is not None for each in ("onnx_ir", "torch", "transformers"))
+    return Availability(builds, True, "" if builds else "install the extra: pip install 'qwen3vl-export[export]'")
+
+
+TARGETS = tuple(
+    Target(
+        name=f"trt-{precision}",
+        precision=precision,
+        description=f"TensorRT, {description}",
+        session="tensorrt",
+        cache_dtype=lowering.cache_dtype(precision),
+        updates_cache_in_place=True,
+        batched_chunks=False,
+        native_ops={"CausalAttention": lowering.causal_attention},
+        passes=partial(lowering.passes, precision),
+        libraries=("onnx-ir",),
+        availability=partial(_availability, precision),
+        top_k=lowering.TOP_K,
+        compile=partial(_compile, precision),
+    )
+    for precision, description in lowering.PRECISIONS.items()
+)
