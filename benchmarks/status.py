@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ from benchmarks import plot, report
 from benchmarks.compare import chart
 from benchmarks.compare.tables import bytes_per_s
 from benchmarks.compare.workloads import Point
+from engines.choose import GPU, device_of
+from engines.registry import all_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = "demo checkpoint"
 TASKS = ("read", "count", "where", "json")
 _ACCURACY = "demo_accuracy"
 _NOT_SHOWN = "tiny"  # a shape of the tests
+_PASSED = "passed"  # as scripts/gpu_check.py writes it
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -234,6 +237,81 @@ def works_table(results: Results, accuracies: Mapping[str, Mapping[str, float]])
     return report.table(rows)
 
 
+def target_states(
+    devices: Mapping[str, str],
+    results: Results,
+    accuracies: Mapping[str, Mapping[str, float]],
+    checks: Sequence[Mapping[str, Any]],
+    builds: Sequence[Mapping[str, Any]],
+) -> str:
+    """Return one row for each target: whether it was run, built, or neither, and what shows it.
+
+    Args:
+        devices: `cpu` or `gpu` by target.
+        results: What `report.load` returns: an engine that was timed has run.
+        accuracies: Shares of right answers by target: an engine that was asked has run.
+        checks: Results of `make gpu-check`, each of one model and target on one GPU.
+        builds: Results with `plan_bytes`: plans that were compiled, not executed.
+    """
+    timed = {str(r["target"]) for name, r in results.items() if report.kind(name) == "run"}
+    timed |= {side for name, r in results.items() if report.kind(name) == "compare" for side in r["sides"]}
+    rows = [("target", "status", "shown by")]
+    for target, device in sorted(devices.items()):
+        checked = [each for each in checks if each["target"] == target]
+        built = [each for each in builds if each["target"] == target]
+        passed = [each for each in checked if each["result"] == _PASSED]
+        state, shown = ("**needs a GPU to run**" if device == GPU else "not run"), ""
+        if passed:
+            state, shown = f"run on {_gpus(passed)}", "<br>".join(_timed(each) for each in passed)
+        elif target in timed | set(accuracies):
+            state, shown = "run here", "the table above"
+        elif checked:
+            state = f"**fails on {_gpus(checked)}**"
+            shown = "<br>".join(f"{each['model']}: {each['why']}" for each in checked)
+        elif built:
+            state = "built here, needs a GPU to run"
+            shown = "<br>".join(f"{each['model']}: {_plan_bytes(each) / 1e6:,.1f} MB of plans" for each in built)
+        rows.append((f"`{target}`", state, shown))
+    return report.table(rows) + (
+        "\n`run`: engines of it answered, on the machine of the result files or on the GPU that is named. `built here`:"
+        "\nits plans were compiled for real on a machine without a GPU, and not executed. `make gpu-check` on a machine"
+        "\nwith a GPU runs the rest.\n"
+    )
+
+
+def read_checks(folder: Path) -> list[dict[str, Any]]:
+    """Return the results of `make gpu-check`, of each model, GPU and target the latest."""
+    latest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*_*_*_*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        key = result["model"], result["gpu"], result["target"]
+        if key not in latest or latest[key]["date"] <= result["date"]:
+            latest[key] = result
+    return list(latest.values())
+
+
+def read_builds(folder: Path) -> list[dict[str, Any]]:
+    """Return the results of builds that compiled plans."""
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("build-*.json")))
+    return [result for result in found if "plan_bytes" in result]
+
+
+def _gpus(checks: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(sorted({each["gpu"] for each in checks}))
+
+
+def _timed(check: Mapping[str, Any]) -> str:
+    bench = check["values"]["bench"]
+    speed = f"TTFT {1e3 * bench['ttft_p50_s']:.0f} ms, {bench['tokens_per_s']:.1f} tokens/s"
+    return f"{check['model']}: {speed} ({check['gpu']}, {check['date']})"
+
+
+def _plan_bytes(build: Mapping[str, Any]) -> int:
+    """Return the bytes of all plans; a result holds their sum, or the bytes of each by name."""
+    plans = build["plan_bytes"]
+    return sum(plans.values()) if isinstance(plans, Mapping) else plans
+
+
 def _compared(sides: Mapping[str, Any], target: str) -> str:
     """Return export and speed of one of our sides of a comparison, PyTorch fp32 = 1."""
     ours, torch = sides[target], sides["pytorch-fp32"]
@@ -266,8 +344,11 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     files = {folder / f"{name}.md": report.render(name, result) for name, result in results.items()}
     files[folder / "speed.svg"] = plot.speeds([r for name, r in results.items() if report.kind(name) == "run"])
     files |= {folder / f"{name}.svg": chart.draw(r) for name, r in results.items() if report.kind(name) == "compare"}
+    accuracies = read_accuracies(root / "docs")
+    devices = {target.name: device_of(target) for target in all_targets()}
+    states = target_states(devices, results, accuracies, read_checks(folder), read_builds(folder))
     blocks = {
-        root / "README.md": ("what works", works_table(results, read_accuracies(root / "docs"))),
+        root / "README.md": ("what works", f"{works_table(results, accuracies)}\n{states}"),
         root / "docs" / "benchmarks.md": ("figures", goals_table(results)),
     }
     for path, (name, body) in blocks.items():

@@ -1,0 +1,92 @@
+"""README's state of each target: from results alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report, status
+from engines.hardware import Gpu, Hardware
+from scripts import gpu_check
+
+DEVICES = {"ort-cpu-fp32": "cpu", "ort-cpu-new": "cpu", "trt-fp16": "gpu"}
+
+
+def check(target: str = "trt-fp16", *, model: str = "demo", gpu: str = "NVIDIA H200", **values: Any) -> dict[str, Any]:
+    bench = {"ttft_p50_s": 0.0421, "tokens_per_s": 87.65}
+    result = {"model": model, "target": target, "gpu": gpu, "date": "2026-11-24", "result": "passed", "why": ""}
+    return {**result, "values": {"bench": bench}, **values}
+
+
+def rows(checks: list[dict[str, Any]] | None = None, builds: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    accuracies = {"": {"read": 0.9}, "ort-cpu-fp32": {"read": 0.9}}
+    text = status.target_states(DEVICES, {}, accuracies, checks or [], builds or [])
+    cells = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return {name.strip(" `"): (state.strip(), shown.strip()) for name, state, shown in cells}
+
+
+def test_without_results() -> None:
+    assert rows() == {
+        "ort-cpu-fp32": ("run here", "the table above"),
+        "ort-cpu-new": ("not run", ""),
+        "trt-fp16": ("**needs a GPU to run**", ""),
+    }
+
+
+def test_a_timed_engine_has_run() -> None:
+    results = {"run-x-ort-cpu-new": {"target": "ort-cpu-new"}, "compare-x": {"sides": {"trt-fp16": {}}}}
+    text = status.target_states(DEVICES, results, {}, [], [])
+    assert "| `ort-cpu-new` | run here |" in text and "| `trt-fp16` | run here |" in text
+    assert "| `ort-cpu-fp32` | not run |" in text
+
+
+def test_plans_are_built_here() -> None:
+    built = [
+        {"model": "demo", "target": "trt-fp16", "plan_bytes": 12_340_000},
+        {"model": "qwen3-vl-2b", "target": "trt-fp16", "plan_bytes": {"decoder": 4_000_000_000, "vision": 1_000_000}},
+    ]
+    state, shown = rows(builds=built)["trt-fp16"]
+    assert state == "built here, needs a GPU to run"
+    assert shown == "demo: 12.3 MB of plans<br>qwen3-vl-2b: 4,001.0 MB of plans"
+
+
+def test_a_check_that_passed_is_a_run_on_that_gpu() -> None:
+    checks = [check(), check(model="qwen3-vl-2b", gpu="NVIDIA L4"), check(model="8b", result="FAILED", why="build: x")]
+    built = [{"model": "demo", "target": "trt-fp16", "plan_bytes": 1}]
+    state, shown = rows(checks, built)["trt-fp16"]
+    assert state == "run on NVIDIA H200, NVIDIA L4"
+    assert shown == (
+        "demo: TTFT 42 ms, 87.7 tokens/s (NVIDIA H200, 2026-11-24)"
+        "<br>qwen3-vl-2b: TTFT 42 ms, 87.7 tokens/s (NVIDIA L4, 2026-11-24)"
+    )
+
+
+def test_a_check_that_failed_is_no_run() -> None:
+    checks = [check(result="FAILED", why="verify: does not agree")]
+    assert rows(checks)["trt-fp16"] == ("**fails on NVIDIA H200**", "demo: verify: does not agree")
+
+
+def test_files_of_the_gpu_check_are_read(tmp_path: Path) -> None:
+    machine = Hardware("Abacus", (), 2, 1, (Gpu("NVIDIA H200", "9.0", 1, 1, "570.1"),))
+    outcome = gpu_check.Outcome("demo", "trt-fp16", values={"bench": {"ttft_p50_s": 1.0, "tokens_per_s": 2.0}})
+    gpu_check.write_result(outcome, machine, tmp_path, "2026-11-25")
+    outcome.result, outcome.why = "FAILED", "older"
+    gpu_check.write_result(outcome, machine, tmp_path, "2026-11-24")
+    (read,) = status.read_checks(tmp_path)
+    assert rows([read])["trt-fp16"][0] == "run on NVIDIA H200"
+    assert report.load(tmp_path) == {}
+
+
+def test_builds_without_plans_are_none(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"model": "demo", "target": "trt-fp16"}
+    (tmp_path / "build-demo-a.json").write_text(json.dumps(values))
+    (tmp_path / "build-demo-b.json").write_text(json.dumps({**values, "plan_bytes": 7}))
+    assert status.read_builds(tmp_path) == [{**values, "plan_bytes": 7}]
+
+
+def test_every_target_of_the_registry_has_a_row() -> None:
+    from engines.registry import all_targets
+
+    text = status.generated()[status.ROOT / "README.md"]
+    assert all(f"\n| `{target.name}` | " in text for target in all_targets())
