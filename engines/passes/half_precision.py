@@ -25,7 +25,7 @@ _MOVES = frozenset(
     | {"Pad", "Transpose", "Unsqueeze"}
 )
 _ANY_TYPE = frozenset({"Shape", "Size"})
-_CACHE_INPUTS = "past_key_values."
+_CACHE_INPUTS, _CACHE_OUTPUTS = "past_key_values.", "present_key_values."
 
 
 class HalfPrecisionPass(ir.passes.InPlacePass):
@@ -64,6 +64,7 @@ class _Conversion:
         self._float32_nodes |= _ancestors(node for node in self._graph if node.op_type in _WITH_OPERANDS)
 
     def run(self) -> None:
+        declared = [value.dtype for value in self._graph.outputs]
         for value in self._graph.inputs:
             if str(value.name).startswith(_CACHE_INPUTS):
                 value.type = ir.TensorType(self._half)
@@ -74,13 +75,11 @@ class _Conversion:
             self._types[value] = value.dtype
         for node in list(self._graph):
             self._convert(node)
-        for index, value in enumerate(self._graph.outputs):
-            assert value.dtype is not None
-            wanted = self._half if _is_cache_output(self._graph, index) else value.dtype
+        for index, value in enumerate(list(self._graph.outputs)):
+            wanted = self._half if str(value.name).startswith(_CACHE_OUTPUTS) else declared[index]
+            assert wanted is not None
             if self._types[value] != wanted:
                 self._cast_output(index, value, wanted)
-            else:
-                value.type = ir.TensorType(wanted)
         self._remove_unused_weights()
 
     def _convert(self, node: ir.Node) -> None:
@@ -163,10 +162,6 @@ def _ancestors(nodes: Iterable[ir.Node]) -> set[ir.Node]:
                 found.add(producer)
                 waiting.append(producer)
     return found
-
-
-def _is_cache_output(graph: ir.Graph, index: int) -> bool:
-    return str(graph.outputs[index].name).startswith("present_key_values.")
 
 
 def _cast_tensor(value: ir.Value, dtype: ir.DataType) -> ir.TensorProtocol:

@@ -36,7 +36,7 @@ def _compile(
     here = probe().gpus[0].compute_capability
     if any(each != here for each in options.compute_capabilities):
         raise TargetError(
-            f"compute capability {', '.join(options.compute_capabilities)}: TensorRT builds for this machine's GPU, {here}",
+            f"compute capability {', '.join(options.compute_capabilities)}: TensorRT builds for {here}, this machine's",
             remedy="build on such a GPU, or choose a trt-rtx-* target",
         )
     return compile_plans(tensorrt, folder, graphs, config, options, (here,), sets_capabilities=False)
