@@ -3,7 +3,8 @@
 GPUs are asked of `nvidia-smi` and not of the driver through a binding. It comes with every driver, so no Python package
 is needed to find that there is no GPU; it makes no CUDA context, which would take some hundred megabytes of the memory
 that is being measured; and a driver that hangs or crashes takes a child process with it and not this one. What it
-cannot say: it ignores `CUDA_VISIBLE_DEVICES`, and for a GPU divided into MIG instances it gives the whole.
+cannot say: it ignores `CUDA_VISIBLE_DEVICES`, it orders different GPUs by bus where CUDA puts the fastest first, and for
+a GPU divided into MIG instances it gives the whole.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Hardware:
         cpu_features: Those of its features that kernels are chosen by, in the words of /proc/cpuinfo.
         num_cores: Logical cores that this process may use.
         memory_bytes: Of the machine, or of the container if that is less.
-        gpus: In the driver's order; empty is a normal result.
+        gpus: In the driver's order, by bus; empty is a normal result.
         versions: Installed libraries, by distribution name.
         notes: What could not be found out, and why.
     """
@@ -79,8 +80,8 @@ class Hardware:
 
     @property
     def gpu(self) -> Gpu | None:
-        """The GPU with the most free memory, the first of equals; engines run on one."""
-        return max(self.gpus, key=lambda gpu: gpu.free_bytes, default=None)
+        """The first GPU: engines are built for it and run on it."""
+        return self.gpus[0] if self.gpus else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values."""

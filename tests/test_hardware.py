@@ -43,7 +43,7 @@ def test_gpus_are_those_the_driver_lists() -> None:
     first = Gpu("NVIDIA H200", "9.0", 143771 << 20, 143163 << 20, "570.86.10")
     second = Gpu("NVIDIA RTX A2000", "8.6", 6138 << 20, 6000 << 20, "570.86.10")
     assert probe_gpus(says(text)) == ((first, second), ())
-    assert Hardware("", (), 1, 1, (second, first)).gpu == first
+    assert Hardware("", (), 1, 1, (second, first)).gpu == second
     assert Hardware("", (), 1, 1).gpu is None
 
 
