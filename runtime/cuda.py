@@ -141,7 +141,7 @@ class CudaDevice:
     def pinned(self, num_bytes: int) -> Bytes:
         """See `Device.pinned`; page-locked memory begins with a page."""
         address = int(self._call("cudaHostAlloc", num_bytes, self._cuda.cudaHostAllocDefault, asked_bytes=num_bytes))
-        return np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
 
     def free_pinned(self, array: Bytes) -> None:
         """See `Device.free_pinned`."""
@@ -178,8 +178,11 @@ class CudaDevice:
         self._call("cudaMemsetAsync", address, byte, num_bytes, stream)
 
     def begin_capture(self, stream: int) -> None:
-        """See `Device.begin_capture`; other threads of the process may allocate meanwhile."""
-        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        """See `Device.begin_capture`.
+
+        Relaxed, since Python may collect a cache meanwhile, and freeing its memory would end a stricter recording.
+        """
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         self._call("cudaStreamBeginCapture", stream, mode)
 
     def end_capture(self, stream: int) -> int:
@@ -216,8 +219,8 @@ class CudaDevice:
         text = f"{code.name}: {self._cuda.cudaGetErrorString(code)[1].decode()}"
         if code == errors.cudaErrorMemoryAllocation:
             asked = f" of {asked_bytes / 1e9:.2f} GB" if asked_bytes else ""
-            free, total = self._cuda.cudaMemGetInfo()[1:] if asked_bytes else (None, None)
-            left = f"; {free / 1e9:.2f} of {total / 1e9:.2f} GB are free" if free is not None else ""
+            _, free, total = self._cuda.cudaMemGetInfo()
+            left = f"; {free / 1e9:.2f} of {total / 1e9:.2f} GB are free" if total else ""
             return CapacityError(
                 f"the GPU is out of memory: {name}{asked} failed ({text}){left}",
                 remedy="end other programs that use the GPU, or build the engine for less: --max-context, --max-batch",

@@ -1,0 +1,141 @@
+"""Device memory that grows, and pinned host memory on the way to it and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from runtime.cuda import Device
+from runtime.errors import CapacityError
+
+# TensorRT asks for it of every tensor's address.
+_ALIGNMENT = 256
+# Pinned memory is taken from the whole machine, so large arrays pass through a small buffer piece by piece.
+_STAGING_BYTES = 8 << 20
+
+Shape = tuple[int, ...]
+
+
+def aligned(num_bytes: int) -> int:
+    """Round up, so that another tensor may lie behind so many bytes."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class DeviceBuffer:
+    """Device memory that is replaced by a larger one when more is asked for; its contents are then lost."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._num_bytes = 0
+        self.address = 0
+
+    def reserve(self, num_bytes: int) -> int:
+        """Return an address with room for so many bytes; nothing enqueued may use the one before any more.
+
+        Raises:
+            CapacityError: The device has not so much left; the buffer is then empty.
+        """
+        if num_bytes > self._num_bytes:
+            self.close()
+            self.address = self._device.alloc(num_bytes)
+            self._num_bytes = num_bytes
+        return self.address
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self._num_bytes:
+            self._device.free(self.address)
+        self._num_bytes = self.address = 0
+
+
+class Staging:
+    """Copies between device memory and ordinary arrays of any size; each returns when it is done.
+
+    Args:
+        device: Where.
+        stream: The copies wait for what is enqueued on it.
+        num_bytes: Of the pinned memory.
+    """
+
+    def __init__(self, device: Device, stream: int, num_bytes: int = _STAGING_BYTES) -> None:
+        self._device = device
+        self.stream = stream
+        self._pinned = device.pinned(num_bytes)
+
+    def upload(self, address: int, array: NDArray[np.generic]) -> None:
+        """Copy an array to device memory."""
+        source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        for start, stop in self._pieces(source.nbytes):
+            piece = self._pinned[: stop - start]
+            piece[:] = source[start:stop]
+            self._device.to_device(address + start, piece, self.stream)
+            self._device.synchronize(self.stream)
+
+    def download(self, address: int, shape: Shape, dtype: DTypeLike) -> NDArray[np.generic]:
+        """Return a copy of device memory, once all that is enqueued has run."""
+        result: NDArray[np.generic] = np.empty(shape, dtype)
+        target = result.reshape(-1).view(np.uint8)
+        for start, stop in self._pieces(target.nbytes):
+            piece = self._pinned[: stop - start]
+            self._device.to_host(piece, address + start, self.stream)
+            self._device.synchronize(self.stream)
+            target[start:stop] = piece
+        return result
+
+    def close(self) -> None:
+        """Free the pinned memory."""
+        self._device.free_pinned(self._pinned)
+
+    def _pieces(self, num_bytes: int) -> list[tuple[int, int]]:
+        step = self._pinned.nbytes
+        return [(start, min(start + step, num_bytes)) for start in range(0, num_bytes, step)]
+
+
+class Block:
+    """Small tensors side by side, at the same offsets in pinned and in device memory: one copy moves all of them.
+
+    Args:
+        device: Where.
+        tensors: Largest shape and dtype of each tensor, by name.
+    """
+
+    def __init__(self, device: Device, tensors: Mapping[str, tuple[Shape, DTypeLike]]) -> None:
+        self._device = device
+        self._dtypes = {name: np.dtype(dtype) for name, (_, dtype) in tensors.items()}
+        self._offsets: dict[str, int] = {}
+        num_bytes = 0
+        for name, (shape, _) in tensors.items():
+            self._offsets[name] = num_bytes
+            size = math.prod(shape) * self._dtypes[name].itemsize
+            num_bytes += aligned(size)
+        self._address = device.alloc(num_bytes)
+        try:
+            self._pinned = device.pinned(num_bytes)
+        except CapacityError:
+            device.free(self._address)
+            raise
+
+    def array(self, name: str, shape: Shape) -> NDArray[np.generic]:
+        """Return a tensor's pinned memory as an array of this shape, which lies at the start of its place."""
+        start, dtype = self._offsets[name], self._dtypes[name]
+        return self._pinned[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+    def addresses(self) -> dict[str, int]:
+        """Return the device address of every tensor."""
+        return {name: self._address + offset for name, offset in self._offsets.items()}
+
+    def enqueue_upload(self, stream: int) -> None:
+        """Enqueue the copy to the device."""
+        self._device.to_device(self._address, self._pinned, stream)
+
+    def enqueue_download(self, stream: int) -> None:
+        """Enqueue the copy from the device."""
+        self._device.to_host(self._pinned, self._address, stream)
+
+    def close(self) -> None:
+        """Free both memories."""
+        self._device.free(self._address)
+        self._device.free_pinned(self._pinned)

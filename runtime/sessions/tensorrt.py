@@ -1,0 +1,357 @@
+"""Run an engine of TensorRT or TensorRT-RTX plans; the KV cache lives on the device and is updated in place.
+
+A decode step of text is recorded once per cache and batch size as a CUDA graph (inputs to the device, decoder, largest
+logits to the host) and launched from then on. Everything else is enqueued call by call.
+
+Shapes: see runtime/session.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.cuda import CudaDevice, Device
+from runtime.device_buffers import Block, DeviceBuffer, Staging, aligned
+from runtime.device_cache import DeviceKVCache, cache_names
+from runtime.errors import CapacityError, EngineError, Qwen3VLError
+from runtime.manifest import Manifest
+from runtime.profiles import Profile, Shape, choose, read_profiles
+from runtime.session import Floats, Ints, KVCache, TopLogits
+from runtime.tensorrt_plan import Library, Plan
+
+_TOP_IDS, _TOP_LOGITS = "top_ids", "top_logits"
+_CACHE_TYPES = {"float16": "HALF", "bfloat16": "BF16"}
+_FLOAT_BYTES = 4
+
+
+# Types of the inputs and outputs, as TensorRT names them.
+_VISION_TENSORS = {
+    "pixel_values": "FLOAT",
+    "pos_indices": "INT64",
+    "pos_weights": "FLOAT",
+    "rope_cos": "FLOAT",
+    "rope_sin": "FLOAT",
+    "visual_embeds": "FLOAT",
+}
+_DECODER_TENSORS = {
+    "input_ids": "INT64",
+    "position_ids": "INT64",
+    "visual_rows": "INT64",
+    "visual_embeds": "FLOAT",
+    "past_lengths": "INT64",
+    "logits_positions": "INT64",
+    "logits": "FLOAT",
+    "top_logits": "FLOAT",
+    "top_ids": "INT64",
+}
+_CACHE_TYPES = {"float16": "HALF", "bfloat16": "BF16"}
+_FLOAT_BYTES = 4
+
+
+class TensorRtSession:
+    """The two plans of an engine on one GPU and one stream; every call returns when its work is done."""
+
+    def __init__(self, folder: Path, manifest: Manifest, device: Device) -> None:
+        self._device = device
+        self._config = manifest.model
+        capabilities = manifest.capabilities
+        self._cache_dtype = str(capabilities["cache_dtype"])
+        self._capacity = int(capabilities["capacity"])
+        self._max_batch = int(capabilities["max_batch"])
+        self._num_top = int(capabilities["top_k"])
+        self._num_calls = 0
+        text = self._config.text
+        cache_type = _CACHE_TYPES[self._cache_dtype]
+        caches = {name: cache_type for pair in cache_names(text.num_layers) for name in pair}
+        library = Library(manifest, device)
+        with ExitStack() as stack:
+            self._stream = device.new_stream()
+            stack.callback(device.free_stream, self._stream)
+            self._staging = Staging(device, self._stream)
+            stack.callback(self._staging.close)
+            self._buffers: dict[str, DeviceBuffer] = {}
+            stack.callback(self._free_buffers)
+            plans: dict[str, Plan] = {}
+            for graph, tensors in (("vision", _VISION_TENSORS), ("decoder", _DECODER_TENSORS | caches)):
+                name = f"{graph}.plan"
+                profiles = read_profiles(capabilities, graph)
+                plans[graph] = library.open_plan(folder / name, manifest.files[name].num_bytes, tensors, profiles)
+                stack.callback(plans[graph].close)
+            self._vision, self._decoder = plans["vision"], plans["decoder"]
+            self._check_in_place(folder / "decoder.plan")
+            # What a decode step is recorded with never moves: made once, for the largest batch.
+            batch = self._max_batch
+            self._inputs = Block(
+                device,
+                {
+                    "input_ids": ((batch, 1), np.int64),
+                    "position_ids": ((3, batch, 1), np.int64),
+                    "visual_rows": ((batch, 1), np.int64),
+                    "past_lengths": ((batch,), np.int64),
+                    "logits_positions": ((batch, 1), np.int64),
+                },
+            )
+            stack.callback(self._inputs.close)
+            top = (batch, 1, self._num_top)
+            self._tops = Block(device, {"top_ids": (top, np.int64), "top_logits": (top, np.float32)})
+            stack.callback(self._tops.close)
+            self._step_logits = self._buffer("step_logits", batch * text.vocab_size * _FLOAT_BYTES)
+            # Text takes no visual row, but the graph wants one.
+            row_bytes = self._config.num_visual_levels * text.hidden_size * _FLOAT_BYTES
+            self._step_embeds = self._buffer("step_embeds", row_bytes)
+            device.fill(self._step_embeds, 0, row_bytes, self._stream)
+            self._closing = stack.pop_all()
+
+    def close(self) -> None:
+        """Free everything but caches, which free themselves."""
+        self._closing.close()
+
+    def vision(
+        self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
+    ) -> Floats:
+        """Run the vision tower; see `runtime.session.Session.vision`.
+
+        Raises:
+            CapacityError: The image has more patches than the engine was built for.
+        """
+        inputs: dict[str, NDArray[Any]] = {
+            "pixel_values": pixel_values,
+            "pos_indices": pos_indices,
+            "pos_weights": pos_weights,
+            "rope_cos": rope_cos,
+            "rope_sin": rope_sin,
+        }
+        shapes = _shapes_of(inputs)
+        profile = choose(self._vision.profiles, shapes)
+        num_rows = pixel_values.shape[0] * pixel_values.shape[1] // self._config.vision.patches_per_token
+        shape = (self._config.num_visual_levels, num_rows, self._config.text.hidden_size)
+        addresses = self._run(self._vision, profile, inputs, {"visual_embeds": shape}, shapes, {})
+        return self._floats(addresses["visual_embeds"], shape)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> DeviceKVCache:
+        """Allocate a cache of zeros; its capacity is that of the engine, which is at least the one asked for.
+
+        Raises:
+            CapacityError: The engine was built for less, or the GPU is out of memory.
+        """
+        if capacity > self._capacity or batch > self._max_batch:
+            raise CapacityError(
+                f"this engine was built for {self._capacity} tokens and {self._max_batch} sequences, "
+                f"asked for {capacity} and {batch}",
+                remedy="build the engine again with a larger --max-context or --max-batch: qwen3vl-export ...",
+            )
+        text = self._config.text
+        shape = (batch, text.num_kv_heads, self._capacity, text.head_dim)
+        return DeviceKVCache(self._device, self._staging, text.num_layers, shape, self._cache_dtype)
+
+    def decode(
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        visual_rows: Ints,
+        visual_embeds: Floats,
+        past_lengths: Ints,
+        logits_positions: Ints,
+        cache: KVCache,
+    ) -> Floats:
+        """Run the decoder; see `runtime.session.Session.decode`."""
+        addresses, _, _ = self._decode(
+            input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions, cache
+        )
+        shape = (logits_positions.shape[1], self._config.text.vocab_size)
+        return np.stack([self._floats(address, shape) for address in addresses])
+
+    def decode_top(
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        visual_rows: Ints,
+        visual_embeds: Floats,
+        past_lengths: Ints,
+        logits_positions: Ints,
+        cache: KVCache,
+    ) -> list[list[TopLogits]]:
+        """Run the decoder; see `runtime.session.TopLogitsSession.decode_top`."""
+        addresses, ids_BLk, values_BLk = self._decode(
+            input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions, cache
+        )
+        call, size = self._num_calls, self._config.text.vocab_size
+
+        def fetch(address: int) -> Floats:
+            assert call == self._num_calls, "the logits of an earlier call are gone"
+            return self._floats(address, (size,))
+
+        return [
+            [
+                TopLogits(ids_k, values_k, size, partial(fetch, address + i * size * _FLOAT_BYTES))
+                for i, (ids_k, values_k) in enumerate(zip(ids_Lk, values_Lk, strict=True))
+            ]
+            for address, ids_Lk, values_Lk in zip(addresses, ids_BLk, values_BLk, strict=True)
+        ]
+
+    def _floats(self, address: int, shape: Shape) -> Floats:
+        return np.asarray(self._staging.download(address, shape, np.float32), np.float32)
+
+    def _decode(
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        visual_rows: Ints,
+        visual_embeds: Floats,
+        past_lengths: Ints,
+        logits_positions: Ints,
+        cache: KVCache,
+    ) -> tuple[list[int], Ints, Floats]:
+        """Run the decoder: the device address of each sequence's logits, and the largest of them, [B, L, k]."""
+        assert isinstance(cache, DeviceKVCache)
+        batch, num_new = input_ids.shape
+        assert batch == cache.batch, "a call runs all sequences of its cache"
+        assert int(past_lengths.max()) + num_new <= cache.capacity, "past_lengths + S exceeds the cache"
+        assert batch == 1 or num_new == 1 or not past_lengths.any(), "a chunk with a past is one sequence"
+        self._num_calls += 1
+        ints = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "visual_rows": visual_rows,
+            "past_lengths": past_lengths,
+            "logits_positions": logits_positions,
+        }
+        if num_new == 1 and (visual_rows < 0).all():
+            return self._step(ints, cache)
+        # A chunk fills the GPU with one sequence, so the engine has no profile for several.
+        stride = aligned(logits_positions.shape[1] * self._config.text.vocab_size * _FLOAT_BYTES)
+        logits = self._buffer("logits", batch * stride)
+        addresses = [logits + b * stride for b in range(batch)]
+        tops = [
+            self._chunk(
+                {name: _sequence(name, array, b) for name, array in ints.items()}, visual_embeds, address, cache, b
+            )
+            for b, address in enumerate(addresses)
+        ]
+        return addresses, np.concatenate([ids for ids, _ in tops]), np.concatenate([values for _, values in tops])
+
+    def _chunk(
+        self, ints: Mapping[str, Ints], visual_embeds: Floats, logits: int, cache: DeviceKVCache, sequence: int
+    ) -> tuple[Ints, Floats]:
+        """Run new tokens of one sequence; the logits go to the address `logits`."""
+        rows, embeds = _rows_of_call(ints["visual_rows"], visual_embeds)
+        inputs: dict[str, NDArray[Any]] = {**ints, "visual_rows": rows, "visual_embeds": embeds}
+        shapes = _shapes_of(inputs) | dict.fromkeys(cache.past_names, (1, *cache.shape_BKTH[1:]))
+        profile = choose(self._decoder.profiles, shapes)
+        top = (*ints["logits_positions"].shape, self._num_top)
+        outputs = {"top_ids": top, "top_logits": top}
+        bound = cache.bindings(sequence) | {"logits": logits}
+        addresses = self._run(self._decoder, profile, inputs, outputs, shapes, bound)
+        ids = np.asarray(self._staging.download(addresses["top_ids"], top, np.int64), np.int64)
+        return ids, self._floats(addresses["top_logits"], top)
+
+    def _run(
+        self,
+        plan: Plan,
+        profile: Profile,
+        inputs: Mapping[str, NDArray[Any]],
+        outputs: Mapping[str, Shape],
+        shapes: Mapping[str, Shape],
+        bound: Mapping[str, int],
+    ) -> dict[str, int]:
+        """Upload the inputs and enqueue a run; return the addresses of all tensors, `bound` among them."""
+        addresses = dict(bound)
+        for name, array in inputs.items():
+            dtype = np.int64 if np.issubdtype(array.dtype, np.integer) else np.float32
+            addresses[name] = self._buffer(name, array.size * np.dtype(dtype).itemsize)
+            self._staging.upload(addresses[name], np.asarray(array, dtype))
+        for name, shape in outputs.items():
+            addresses[name] = self._buffer(name, math.prod(shape) * (8 if name == "top_ids" else _FLOAT_BYTES))
+        plan.enqueue(profile, shapes, addresses, self._stream)
+        return addresses
+
+    def _step(self, ints: Mapping[str, Ints], cache: DeviceKVCache) -> tuple[list[int], Ints, Floats]:
+        """Run a decode step of text, as a CUDA graph where there is or can be one; returns what `_decode` does."""
+        for name, array in ints.items():
+            self._inputs.array(name, array.shape)[:] = array
+        embeds = (self._config.num_visual_levels, 1, self._config.text.hidden_size)
+        shapes = _shapes_of(ints) | {"visual_embeds": embeds} | dict.fromkeys(cache.past_names, cache.shape_BKTH)
+        profile = choose(self._decoder.profiles, shapes)
+        addresses = self._inputs.addresses() | self._tops.addresses() | cache.bindings()
+        addresses |= {"visual_embeds": self._step_embeds, "logits": self._step_logits}
+        # TensorRT sets up lazily what a new shape needs, which must not happen while a graph is recorded.
+        is_set_up = not cache.graphs and self._decoder.has_run(profile, shapes)
+        if is_set_up and self._decoder.can_be_captured(profile, self._stream):
+            cache.graphs.append(self._capture(profile, shapes, addresses))
+        if cache.graphs:
+            self._device.launch(cache.graphs[0], self._stream)
+        else:
+            self._enqueue_step(profile, shapes, addresses)
+        self._device.synchronize(self._stream)
+        top = (cache.batch, 1, self._num_top)
+        # Copies, since the next step overwrites the block.
+        ids, values = (self._tops.array(name, top).copy() for name in ("top_ids", "top_logits"))
+        row_bytes = self._config.text.vocab_size * _FLOAT_BYTES
+        logits = [self._step_logits + b * row_bytes for b in range(cache.batch)]
+        return logits, np.asarray(ids, np.int64), np.asarray(values, np.float32)
+
+    def _capture(self, profile: Profile, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> int:
+        self._device.begin_capture(self._stream)
+        try:
+            self._enqueue_step(profile, shapes, addresses)
+        except Qwen3VLError:
+            # The stream must leave its recording, whatever that says of it.
+            with suppress(Qwen3VLError):
+                self._device.free_graph(self._device.end_capture(self._stream))
+            raise
+        return self._device.end_capture(self._stream)
+
+    def _enqueue_step(self, profile: Profile, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
+        self._inputs.enqueue_upload(self._stream)
+        self._decoder.enqueue(profile, shapes, addresses, self._stream)
+        self._tops.enqueue_download(self._stream)
+
+    def _buffer(self, name: str, num_bytes: int) -> int:
+        return self._buffers.setdefault(name, DeviceBuffer(self._device)).reserve(num_bytes)
+
+    def _free_buffers(self) -> None:
+        for buffer in self._buffers.values():
+            buffer.close()
+
+    def _check_in_place(self, path: Path) -> None:
+        """Raise unless the plan updates the cache in place, since past and present are bound to one address."""
+        for past, present in cache_names(self._config.text.num_layers):
+            if not self._decoder.is_in_place(present, past):
+                raise EngineError(
+                    f"{path}: {present} is not written into the memory of {past}",
+                    remedy="build the engine again with a version of the library that updates the cache in place",
+                )
+
+
+def open_session(
+    folder: Path, manifest: Manifest, *, threads: int | None = None, huge_pages: bool = False
+) -> TensorRtSession:
+    """Open an engine folder on the GPU; see `runtime.session.open_session`. Threads and huge pages are of CPUs."""
+    return TensorRtSession(folder, manifest, CudaDevice())
+
+
+def _shapes_of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Shape]:
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _sequence(name: str, array: Ints, index: int) -> Ints:
+    """Return the part of one sequence of a decoder input."""
+    return array[:, index : index + 1] if name == "position_ids" else array[index : index + 1]
+
+
+def _rows_of_call(visual_rows: Ints, visual_embeds: Floats) -> tuple[Ints, Floats]:
+    """Cut the visual rows down to those that a call takes, so that a chunk uploads its own alone."""
+    used = visual_rows[visual_rows >= 0]
+    if not used.size:
+        return visual_rows, visual_embeds[:, :1]
+    first, last = int(used.min()), int(used.max())
+    assert last < visual_embeds.shape[1], "a visual row that is not there"
+    return np.where(visual_rows < 0, -1, visual_rows - first), visual_embeds[:, first : last + 1]

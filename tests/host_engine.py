@@ -1,0 +1,69 @@
+"""An engine folder for the TensorRT session whose plans `tests.host_tensorrt` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from engines import registry
+from engines.build import build_engine
+from engines.build_options import BuildOptions
+from engines.bundle import Bundle
+from engines.tensorrt.profiles import profiles_of
+from runtime.manifest import LOWERED_NAME, FileRecord, Manifest, sha256_of
+from tests.host_tensorrt import __version__, write_plan
+
+GRAPHS = ("vision", "decoder")
+TARGET = "trt-rtx-fp16"
+
+
+def build_host_engine(bundle: Bundle, folder: Path, options: BuildOptions, target: str = TARGET) -> Path:
+    """Lower the bundle as for `target`, with the profiles that would be compiled, and write plans for the host."""
+    import onnx
+
+    copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
+    manifest = build_engine(copy, registry.get(target), folder, options=options, runnable=False)
+    (folder / LOWERED_NAME).unlink()
+    files, profiles = dict(manifest.files), {}
+    for name in GRAPHS:
+        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+        _give_float32(model)
+        onnx.save(model, folder / f"{name}.onnx")
+        graph = model.graph
+        inputs = {
+            value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            for value in graph.input
+        }
+        profiles[name] = [each.to_dict() for each in profiles_of(name, inputs, bundle.config, options)]
+        plan = folder / f"{name}.plan"
+        write_plan(plan, folder / f"{name}.onnx", profiles[name])
+        files[plan.name] = FileRecord(plan.stat().st_size, sha256_of(plan), is_weights=True)
+    capabilities = {
+        **manifest.capabilities,
+        "library": "tests.host_tensorrt",
+        "library_version": __version__,
+        "compute_capabilities": ["8.6", "8.9"],
+        "profiles": profiles,
+    }
+    dataclasses.replace(manifest, files=files, capabilities=capabilities).write(folder)
+    return folder
+
+
+def _give_float32(model: Any) -> None:
+    """Convert the outputs that the graph contract calls float32, should the lowering have left them in half."""
+    import onnx
+
+    for output in model.graph.output:
+        element = output.type.tensor_type
+        if element.elem_type == onnx.TensorProto.FLOAT16 and not output.name.startswith("present_"):
+            for node in model.graph.node:
+                for names in (node.input, node.output):
+                    names[:] = [f"{name}.half" if name == output.name else name for name in names]
+            cast = onnx.helper.make_node("Cast", [f"{output.name}.half"], [output.name], to=onnx.TensorProto.FLOAT)
+            model.graph.node.append(cast)
+            element.elem_type = onnx.TensorProto.FLOAT
+
+
+def with_capabilities(manifest: Manifest, **changes: Any) -> Manifest:
+    return dataclasses.replace(manifest, capabilities={**manifest.capabilities, **changes})
