@@ -179,11 +179,17 @@ def check_placement(model: ir.Model, listing: KernelListing) -> Placement:
 
 
 class CheckPlacementPass(ir.passes.InPlacePass):
-    """Raise if a node of a flat graph would run on the CPU; changes nothing."""
+    """Raise if a node of a flat graph would run on the CPU, or a value be copied to or from it; changes nothing."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Check the main graph; see `check_placement`."""
-        check_placement(model, KernelListing.load())
+        copies = check_placement(model, KernelListing.load()).copies
+        if copies:
+            names = ", ".join(repr(value.name) for value in copies)
+            raise TargetError(
+                f"{names} would be copied between CPU and GPU in every run, so the graph could not be captured",
+                remedy="compute shapes on the CPU and everything else on the GPU, or build for another target",
+            )
         return ir.passes.PassResult(model, False)
 
 

@@ -11,11 +11,13 @@ answer "done" and know no device. No kernel can run in that process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # The calls that onnxruntime-gpu 1.31.1 makes until its kernels are listed. Another version that makes more of them ends
@@ -96,7 +98,9 @@ wheel = "onnxruntime-gpu {version}\""""
 OWN_OPERATORS = ("SimplifiedLayerNormalization",)
 
 
-def list_kernels(python: str) -> dict[str, list]:
+@contextlib.contextmanager
+def without_gpu() -> Iterator[dict[str, str]]:
+    """Give the environment of a child process in which onnxruntime-gpu makes its CUDA provider without a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "stand_ins.c"
         source.write_text(STAND_INS)
@@ -105,8 +109,12 @@ def list_kernels(python: str) -> dict[str, list]:
                 ["cc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}", str(source), "-o", str(Path(folder) / name)],
                 check=True,
             )
-        # For this child alone: the stand-ins come before the libraries of the same name.
-        environment = os.environ | {"LD_LIBRARY_PATH": folder, "LD_PRELOAD": str(Path(folder) / LIBRARIES[0])}
+        # The stand-ins come before the libraries of the same name.
+        yield os.environ | {"LD_LIBRARY_PATH": folder, "LD_PRELOAD": str(Path(folder) / LIBRARIES[0])}
+
+
+def list_kernels(python: str) -> dict[str, list]:
+    with without_gpu() as environment:
         found = subprocess.run([python, "-c", LISTING], env=environment, capture_output=True, text=True)
     if found.returncode != 0:
         raise SystemExit(f"{python}: cannot list its kernels (exit {found.returncode})\n{found.stderr}")

@@ -21,6 +21,7 @@ from runtime import generation
 from runtime.errors import EngineError, TargetError, UsageError
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
+from runtime.model_config import ModelConfig
 from runtime.session import Floats
 from runtime.sessions import ort_cuda
 from runtime.sessions.ort_cuda import Device, OrtCudaSession, OrtDeviceCache
@@ -131,6 +132,25 @@ def test_an_operator_without_a_kernel_stops_the_build(demo_bundle: Bundle) -> No
     error = caught.value if isinstance(caught.value, TargetError) else caught.value.__cause__
     assert isinstance(error, TargetError)
     assert re.match(r"node '.+', Atanh: no kernel of that operator", error.message)
+
+
+def test_a_copy_in_every_step_stops_the_build(demo_bundle: Bundle) -> None:
+    target = registry.get("ort-cuda-fp16")
+
+    def body(config: ModelConfig) -> str:
+        # The length of the longest sequence, as the CPU target has it, is computed on the device and read on the host.
+        text, capacity = target.native_ops["CausalAttention"](config), "Cast <to = 6> (capacity)"
+        assert capacity in text
+        return text.replace(capacity, "Cast <to = 6> (longest)").replace(
+            "capacity = Shape <start = 2, end = 3> (past_key)", "longest = ReduceMax <keepdims = 0> (total)"
+        )
+
+    sabotaged = dataclasses.replace(target, native_ops={**target.native_ops, "CausalAttention": body})
+    with pytest.raises((TargetError, ir.passes.PassError)) as caught:
+        lowered(demo_bundle, DECODER, sabotaged)
+    error = caught.value if isinstance(caught.value, TargetError) else caught.value.__cause__
+    assert isinstance(error, TargetError)
+    assert "'total_sequence_length' would be copied" in error.message
 
 
 def test_a_graph_for_the_cpu_is_refused(demo_bundle: Bundle, listing: KernelListing) -> None:
