@@ -43,7 +43,8 @@ def machine_bytes(cgroup_limits: Sequence[Path] = _CGROUP_LIMITS) -> int:
 
 def cache_bits(manifest: Manifest) -> int:
     """Return the bits that an element of the engine's KV cache takes."""
-    whole = 8 * np.dtype(str(manifest.capabilities["cache_dtype"])).itemsize
+    dtype = str(manifest.capabilities["cache_dtype"])
+    whole = 16 if dtype == "bfloat16" else 8 * np.dtype(dtype).itemsize  # numpy has no bfloat16
     return int(manifest.capabilities.get("cache_bits", whole))
 
 
