@@ -44,6 +44,18 @@ def _compile(
             remedy="choose one of these; the trt-* targets build for the GPU of the machine",
         )
     chosen = options.compute_capabilities or tuple(offered)
+    # tensorrt_rtx 1.7.1 compiles a stripped plan's kernels while it builds: for one kind of GPU, on that GPU.
+    if options.strip_weights and (len(chosen) > 1 or not probe().gpus):
+        raise TargetError(
+            "--strip-weights: TensorRT-RTX builds a stripped plan on the GPU that it is for, and for no other",
+            remedy="on such a machine, name it too (--compute-capability 8.9); or leave --strip-weights out",
+        )
+    if options.version_compatible or options.hardware_compatible:
+        name = "--version-compatible" if options.version_compatible else "--hardware-compatible"
+        raise TargetError(
+            f"{name}: TensorRT-RTX has no such plans; its wheel comes without the lean runtime that they need",
+            remedy="leave it out: a plan serves all kinds of GPUs, and is built again in minutes for another version",
+        )
     return compile_plans(tensorrt_rtx, folder, graphs, config, options, chosen)
 
 

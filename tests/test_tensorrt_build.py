@@ -1,0 +1,187 @@
+"""TensorRT-RTX plans of the demo, really built: no GPU is needed for that."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.build import build_engine
+from engines.build_options import BuildOptions
+from engines.bundle import DECODER, VISION, Bundle
+from engines.registry import get
+from engines.tensorrt.checks import GraphFacts, check_network, check_plan_size, graph_facts
+from engines.tensorrt.profiles import profiles_of
+from qwen3vl_export.cli import export
+from runtime.errors import TargetError, UsageError
+from runtime.manifest import Manifest
+from tests.command_line import call
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+SMALL = BuildOptions(max_context=256, prefill_chunk=64, patch_buckets=(64, 256), max_batch=2)
+
+
+def built(bundle: Bundle, target: str, output: Path, options: BuildOptions = SMALL, **more: Any) -> Path:
+    copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
+    build_engine(copy, get(target), output, options=options, **more)
+    return output
+
+
+@pytest.fixture(scope="module")
+def lowered(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(demo_bundle, "trt-rtx-int4", tmp_path_factory.mktemp("lowered") / "folder", runnable=False)
+
+
+@pytest.fixture(scope="module")
+def parsed(lowered: Path) -> Iterator[tuple[Any, GraphFacts]]:
+    """The decoder's network, and what its graph says."""
+    import onnx_ir as ir
+
+    log = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse_from_file(str(lowered / "decoder.onnx"))
+    yield network, graph_facts(ir.load(lowered / "decoder.onnx"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4"])
+def test_the_demo_becomes_plans(precision: str, demo_bundle: Bundle, tmp_path: Path) -> None:
+    engine = built(demo_bundle, f"trt-rtx-{precision}", tmp_path / "engine")
+    manifest = Manifest.read(engine)
+    manifest.check(engine, full=True)
+    assert {"vision.plan", "decoder.plan"} <= {path.name for path in engine.iterdir()}
+    assert not list(engine.glob("*.onnx*"))
+    found = manifest.capabilities
+    assert (found["library"], found["library_version"]) == ("tensorrt_rtx", trt.__version__)
+    assert (found["capacity"], found["max_batch"], found["prefill_chunk"]) == (256, 2, 64)
+    assert found["cache_dtype"] == ("bfloat16" if precision == "bf16" else "float16")
+    assert ("7.5" in found["compute_capabilities"]) == (precision == "fp16")
+    decode, prefill = found["profiles"]["decoder"]
+    assert decode["max"]["input_ids"] == [2, 1] and prefill["max"]["input_ids"] == [2, 64]
+    assert decode["max"]["past_key_values.0.key"] == [2, 2, 256, 64]
+    assert [profile["max"]["pixel_values"][1] for profile in found["profiles"]["vision"]] == [64, 256]
+
+
+def test_one_bucket_begins_where_the_last_ends(demo_bundle: Bundle) -> None:
+    inputs = {"pixel_values": ["I", "P", 8], "rope_cos": ["P", 4]}
+    profiles = profiles_of(VISION, inputs, demo_bundle.config, SMALL)
+    assert [(p.min["pixel_values"], p.max["pixel_values"]) for p in profiles] == [
+        ((1, 4, 8), (1, 64, 8)),
+        ((1, 68, 8), (1, 256, 8)),
+    ]
+    assert profiles[1].opt["rope_cos"] == (256, 4)
+
+
+def test_the_network_is_the_graph(parsed: tuple[Any, GraphFacts]) -> None:
+    network, facts = parsed
+    assert facts.attentions == 4 and facts.cache_updates == 8
+    assert set(facts.weights.values()) == {"FLOAT", "FLOAT16", "INT4", "INT64"} - {"INT64"}
+    check_network(trt, network, facts, DECODER)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda facts: {"attentions": facts.attentions + 1}, "ATTENTION_INPUT"),
+        (lambda facts: {"cache_updates": facts.cache_updates - 2}, "KV_CACHE_UPDATE"),
+        (lambda facts: {"casts": frozenset(sorted(facts.casts)[1:])}, "which the graph does not"),
+        (
+            lambda facts: {"weights": {name: "FLOAT16" for name in facts.weights}},
+            "is FLOAT in the network|is INT4 in the network",
+        ),
+        (lambda facts: {"weights": {**facts.weights, "model.extra": "FLOAT16"}}, "model.extra is missing"),
+    ],
+)
+def test_a_network_that_differs_is_refused(parsed: tuple[Any, GraphFacts], change: Any, message: str) -> None:
+    network, facts = parsed
+    with pytest.raises(TargetError, match=message):
+        check_network(trt, network, dataclasses.replace(facts, **change(facts)), DECODER)
+
+
+def test_a_plan_that_is_too_large_or_too_small_is_refused() -> None:
+    facts = GraphFacts({}, frozenset(), 0, 0, weight_bytes=10**9)
+    check_plan_size(1_020_000_000, facts, DECODER, stripped=False)
+    check_plan_size(5_000_000, facts, DECODER, stripped=True)
+    for num_bytes, stripped in ((1_570_000_000, False), (500_000_000, False), (1_000_000_000, True)):
+        with pytest.raises(TargetError, match="expected"):
+            check_plan_size(num_bytes, facts, DECODER, stripped=stripped)
+
+
+def test_an_older_engine_stays_when_a_build_fails(demo_bundle: Bundle, tmp_path: Path) -> None:
+    engine = built(demo_bundle, "ort-cpu-fp32", tmp_path / "engine", options=None)  # type: ignore[arg-type]
+    before = {path.name: path.read_bytes() for path in engine.iterdir()}
+    options = dataclasses.replace(SMALL, compute_capabilities=("7.5",))
+    with pytest.raises(TargetError, match=r"compute capability 7\.5.*built for 8\.0"):
+        built(demo_bundle, "trt-rtx-int4", engine, options)
+    assert {path.name: path.read_bytes() for path in engine.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_context": 1}, "max_context = 1"),
+        ({"max_context": 10**9}, "max_context = 1000000000, expected 2 to"),
+        ({"prefill_chunk": 512}, "prefill_chunk = 512, expected 2 to 256"),
+        ({"max_batch": 0}, "max_batch = 0"),
+        ({"patch_buckets": ()}, "patch buckets"),
+        ({"patch_buckets": (63,)}, "multiples of 4"),
+        ({"patch_buckets": (256, 64)}, "ascending"),
+    ],
+)
+def test_sizes_out_of_range_are_said_before_any_work(
+    changes: dict[str, Any], message: str, demo_bundle: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        built(demo_bundle, "trt-rtx-fp16", tmp_path / "engine", dataclasses.replace(SMALL, **changes))
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--strip-weights",), "--strip-weights: TensorRT-RTX builds a stripped plan on the GPU that it is for"),
+        (("--version-compatible",), "--version-compatible: TensorRT-RTX has no such plans"),
+        (("--hardware-compatible",), "--hardware-compatible: TensorRT-RTX has no such plans"),
+        (("--compute-capability", "9.0"), "compute capability 9.0: trt-rtx-fp16 is built for 7.5"),
+    ],
+)
+def test_what_the_library_cannot_is_said_in_our_words(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    output = tmp_path / "engine"
+    code, _, err = call(export.app, "demo", "--target", "trt-rtx-fp16", "--output", str(output), *options)
+    assert code == 6 and message in err and "remedy" in err
+    assert not output.exists()
+
+
+def test_sizes_for_a_target_that_has_none_are_refused(tmp_path: Path) -> None:
+    code, _, err = call(export.app, "demo", "--max-batch", "2", "--output", str(tmp_path / "engine"))
+    assert code == 2 and "ort-cpu-fp32 is built for no fixed sizes" in err
+
+
+def test_the_command_passes_the_sizes_on(tmp_path: Path) -> None:
+    sizes = ("--max-context", "128", "--prefill-chunk", "32", "--max-batch", "3", "--max-patches", "64")
+    more = ("--compute-capability", "8.6", "--compute-capability", "12.0", "--weight-streaming")
+    output = tmp_path / "engine"
+    code, out, err = call(
+        export.app, "demo", "--target", "trt-rtx-fp16", "--output", str(output), "--json", *sizes, *more
+    )
+    assert code == 0, err
+    assert json.loads(out)["is_engine"] is True
+    found = Manifest.read(output).capabilities
+    assert (found["capacity"], found["prefill_chunk"], found["max_batch"]) == (128, 32, 3)
+    assert found["compute_capabilities"] == ["8.6", "12.0"] and found["weight_streaming"] is True
+    assert [profile["name"] for profile in found["profiles"]["vision"]] == ["patches-64"]
+
+
+def test_without_a_gpu_the_enterprise_library_is_refused_before_any_work(tmp_path: Path) -> None:
+    target = get("trt-fp16")
+    if target.availability().can_build:
+        pytest.skip("this machine has a GPU and TensorRT")
+    code, _, err = call(export.app, "no/such-model", "--target", "trt-fp16", "--output", str(tmp_path / "engine"))
+    assert code != 0
+    assert "trt-fp16 cannot be built on this machine" in err and "--target trt-fp16 --no-compile" in err
