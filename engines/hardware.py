@@ -3,7 +3,7 @@
 GPUs are asked of `nvidia-smi` and not of the driver through a binding. It comes with every driver, so no Python package
 is needed to find that there is no GPU; it makes no CUDA context, which would take some hundred megabytes of the memory
 that is being measured; and a driver that hangs or crashes takes a child process with it and not this one. What it
-cannot say: it ignores `CUDA_VISIBLE_DEVICES`, it orders different GPUs by bus where CUDA puts the fastest first, and for
+cannot say: it ignores `CUDA_VISIBLE_DEVICES`, orders different GPUs by bus where CUDA puts the fastest first, and for
 a GPU divided into MIG instances it gives the whole.
 """
 

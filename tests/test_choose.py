@@ -12,6 +12,7 @@ import pytest
 import configs
 from benchmarks import synthetic
 from engines import choose
+from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from engines.choose import AUTO, Request, choose_target, consider, device_of, estimate, resolve_target, weight_bytes
@@ -22,7 +23,6 @@ from engines.weight_shapes import weight_shapes
 from runtime.errors import CapacityError, TargetError
 from runtime.memory import CACHE, LOGITS, PREFILL, VISION, WEIGHTS, prefill_bytes, vision_bytes
 from runtime.model_config import ModelConfig
-from tests.conftest import build
 
 DENSE = [name for name in configs.names("models") if "num_experts" not in configs.load(f"models/{name}")["text_config"]]
 ADA = Gpu("Test RTX", "8.9", 24 << 30, 22 << 30, "570.1")
@@ -58,10 +58,13 @@ def stored_bytes(engine: Path) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", ["ort-cpu-fp32", "ort-cpu-int8", "ort-cpu-int4", "ort-cpu-int4p8"])
-def test_weights_are_estimated_to_the_byte(name: str, demo_bundle: Bundle, tmp_path: Path) -> None:
-    engine = build(demo_bundle, name, tmp_path / "engine")
-    assert weight_bytes(get(name), demo_bundle.config) == stored_bytes(engine)
+@pytest.mark.parametrize("target", all_targets(), ids=lambda target: target.name)
+def test_weights_are_estimated_to_the_byte(target: Target, demo_bundle: Bundle, tmp_path: Path) -> None:
+    copy = replace(demo_bundle, graphs={name: graph.clone() for name, graph in demo_bundle.graphs.items()})
+    build_engine(copy, target, tmp_path / "graphs", runnable=False)
+    stored, estimated = stored_bytes(tmp_path / "graphs"), weight_bytes(target, demo_bundle.config)
+    # In half precision the estimate counts all biases and norms as float32, so it is a little too high.
+    assert stored <= estimated <= (stored if device_of(target) == "cpu" else 1.01 * stored)
 
 
 def test_half_precision_takes_two_bytes_a_weight() -> None:
