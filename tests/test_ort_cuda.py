@@ -218,6 +218,24 @@ def test_an_operator_without_a_kernel_is_named(listing: KernelListing) -> None:
         placed(text, listing)
 
 
+def test_zero_points_of_a_table_fill_whole_bytes(demo_bundle: Bundle) -> None:
+    # 192 columns are three blocks of 64, whose 4-bit zero points end in the middle of a byte; CUDA's kernel would take
+    # those of the second row from there, the CPU's from the next byte, so no run on the CPU would show it.
+    blocks = {}
+    for name in ("ort-cuda-int4", "ort-cpu-int4"):
+        model = lowered(demo_bundle, DECODER, registry.get(name))
+        (lookup,) = (node for node in model.graph if node.op_type == "GatherBlockQuantized")
+        (product,) = (
+            node for node in model.graph if node.op_type == "MatMulNBits" and node.inputs[2] is lookup.inputs[2]
+        )
+        blocks[name] = lookup.attributes["block_size"].as_int()
+        num_rows, num_bytes = lookup.inputs[3].shape.numpy()
+        if name == "ort-cuda-int4":
+            assert 2 * num_rows * num_bytes * blocks[name] == num_rows * 192
+            assert product.attributes["block_size"].as_int() == blocks[name]
+    assert blocks == {"ort-cuda-int4": 32, "ort-cpu-int4": 64}
+
+
 @pytest.mark.parametrize(
     ("text", "running", "not_running"),
     # An open range means the version it was written for: a later one may mean something else.

@@ -34,12 +34,17 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     Args:
         plan: The formats.
         accuracy_level: Of MatMulNBits: 4 lets the CPU round the input to 8 bits; 0 computes in the input's own type.
+        table_in_whole_bytes: Give a table blocks of which a row's zero points fill whole bytes. GatherBlockQuantized on
+            CUDA numbers them through from row to row (gather_block_quantized.cu), on the CPU a row begins with a byte.
     """
 
-    def __init__(self, plan: WeightPlan, accuracy_level: int = _INT8_PRODUCTS) -> None:
+    def __init__(
+        self, plan: WeightPlan, accuracy_level: int = _INT8_PRODUCTS, *, table_in_whole_bytes: bool = False
+    ) -> None:
         super().__init__()
         self.plan = plan
         self._accuracy_level = accuracy_level
+        self._table_in_whole_bytes = table_in_whole_bytes
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Quantise every weight that the plan has a format for."""
@@ -63,7 +68,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
             source = value.const_value
             assert isinstance(source, StreamedTensor)
             if weight_format.kind == BLOCKWISE:
-                block = _dividing_block(source, weight_format)
+                block = _dividing_block(source, weight_format, self._table_in_whole_bytes)
                 weight = BlockwiseWeight(source, weight_format.bits, block, is_table=True)
                 _look_up(model, nodes, weight, weight.packed)
                 modified = True
@@ -74,7 +79,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     def _blockwise(
         self, model: ir.Model, found: MatMulWeight, weight_format: WeightFormat, lookups: list[ir.Node]
     ) -> None:
-        block = stored_block(found, weight_format)
+        block = stored_block(found, weight_format, table_in_whole_bytes=self._table_in_whole_bytes)
         weight = BlockwiseWeight(found.tensor, weight_format.bits, block)
         inputs = [found.x, *(add_initializer(model, t) for t in (weight.packed, weight.scales, weight.zero_points))]
         node = ir.node(
@@ -98,7 +103,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         found.replace(model, [node], node.outputs[0])
 
 
-def stored_block(found: MatMulWeight, weight_format: WeightFormat) -> int:
+def stored_block(found: MatMulWeight, weight_format: WeightFormat, *, table_in_whole_bytes: bool = False) -> int:
     """Return the block that a blockwise weight gets.
 
     The format's; but that of the codes which the checkpoint already holds in as many bits, so that nothing is rounded
@@ -108,9 +113,11 @@ def stored_block(found: MatMulWeight, weight_format: WeightFormat) -> int:
     held = held_blocks(found.tensor)
     if len(held) == 1 and (codes := held.pop()) is not None:
         bits, block = codes
-        if bits == weight_format.bits and not (is_table and found.num_inputs % block):
+        if bits == weight_format.bits and not (
+            is_table and found.num_inputs % _unit(block, bits, table_in_whole_bytes)
+        ):
             return block
-    return _dividing_block(found.tensor, weight_format) if is_table else weight_format.block
+    return _dividing_block(found.tensor, weight_format, table_in_whole_bytes) if is_table else weight_format.block
 
 
 def _rowwise(model: ir.Model, found: MatMulWeight, weight_format: WeightFormat) -> None:
@@ -159,10 +166,19 @@ def _streamed_matrix(value: ir.Value | None) -> bool:
     return value is not None and isinstance(value.const_value, StreamedTensor) and len(value.const_value.shape) == 2
 
 
-def _dividing_block(tensor: StreamedTensor, weight_format: WeightFormat) -> int:
+def _unit(block: int, bits: int, in_whole_bytes: bool) -> int:
+    """Return the columns that a table's row has a multiple of: a block, or those whose zero points fill a byte."""
+    return block * (8 // bits) if in_whole_bytes else block
+
+
+def _dividing_block(tensor: StreamedTensor, weight_format: WeightFormat, in_whole_bytes: bool) -> int:
     """Return the largest block up to the format's that divides a row: a table's rows have no padding."""
     num_columns = int(tensor.shape.numpy()[1])
-    fitting = [size for size in BLOCK_SIZES if size <= weight_format.block and num_columns % size == 0]
+    fitting = [
+        size
+        for size in BLOCK_SIZES
+        if size <= weight_format.block and num_columns % _unit(size, weight_format.bits, in_whole_bytes) == 0
+    ]
     if not fitting:
         raise TargetError(
             f"{tensor.name}: no block of {', '.join(map(str, BLOCK_SIZES))} divides its {num_columns} columns",

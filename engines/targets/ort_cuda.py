@@ -108,7 +108,7 @@ def _passes(dtype: str, plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
 
     return [
         FuseSharedInputPass(plan.format_of),
-        QuantizeWeightsPass(plan, _PLAIN_PRODUCTS),
+        QuantizeWeightsPass(plan, _PLAIN_PRODUCTS, table_in_whole_bytes=True),
         AddTopKPass(_TOP_K),
         HalfPrecisionPass(ir.DataType[dtype.upper()], _FLOAT32_OPS[dtype]),
         FuseTransposedMatMulPass(),
