@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	@echo "About 3 GB to fetch on a first run, 6 GB on disk, most of it PyTorch's CUDA libraries."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[export,cpu,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[export,cpu,tensorrt-rtx,dev]'
 	@echo '$(CURDIR)' > $@
 
 demo: setup

@@ -18,6 +18,7 @@ from benchmarks.compare.command import compare, compare_setup
 from benchmarks.race import race
 from benchmarks.speculation import speculation
 from runtime.errors import Qwen3VLError, UsageError
+from runtime.manifest import Manifest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(compare)
@@ -75,6 +76,40 @@ def export(
     }
     suffix = "-no-weights" if no_weights else ""
     _print(report.write(f"export-{model}-{target}{suffix}", result, results))
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Option(help="A shape in configs/models, or `demo`.")],
+    target: Annotated[str, typer.Option(help="A target that compiles plans, such as trt-rtx-fp16.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint instead of a synthetic one.")] = None,
+    results: Results = report.RESULTS,
+    work_dir: WorkDir = None,
+) -> None:
+    """Measure the build of a compiled engine, tracing included: time, peak memory, bytes of plans and of weights."""
+    environment = measure.environment()
+    with tempfile.TemporaryDirectory(dir=work_dir) as name:
+        engine, source = Path(name) / "engine", checkpoint or Path(name) / "checkpoint"
+        if model == "demo":
+            source = Path("demo")
+        elif checkpoint is None:
+            synthetic.write_checkpoint(source, model)
+        cost = _export(source, engine, target, no_weights=False)
+        manifest = Manifest.read(engine)
+    plans = {name: record.num_bytes for name, record in manifest.files.items() if name.endswith(".plan")}
+    if not plans:
+        raise UsageError(f"{target} compiles no plans", remedy="measure it with: python -m benchmarks export")
+    kept = ("library", "library_version", "compute_capabilities", "capacity", "max_batch", "prefill_chunk")
+    result = {
+        "model": model,
+        "target": target,
+        **asdict(cost),
+        "plan_bytes": plans,
+        "weight_bytes": manifest.capabilities["graph_weight_bytes"],
+        "options": {name: manifest.capabilities[name] for name in kept},
+        "environment": environment,
+    }
+    _print(report.write(f"build-{model}-{target}", result, results))
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Write results as JSON, and their tables; a table is made from the JSON alone, so it can be made again.
 
-The kind of a result is the first part of its name: `export-MODEL-TARGET`, `run-MODEL-TARGET`, `import`,
-`compare-MODEL`.
+The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`,
+`run-MODEL-TARGET`, `import`, `compare-MODEL`.
 """
 
 from __future__ import annotations
@@ -84,6 +84,22 @@ def export_table(result: Mapping[str, Any]) -> str:
     )
 
 
+def build_table(result: Mapping[str, Any]) -> str:
+    """Return what one build of plans took, and how its bytes compare with the weights of the lowered graphs."""
+    rows = [("graph", "weights, MB", "plan, MB", "plan / weights")]
+    for graph, weights in result["weight_bytes"].items():
+        plan = result["plan_bytes"][f"{graph}.plan"]
+        rows.append((graph, f"{weights / 1e6:.1f}", f"{plan / 1e6:.1f}", f"{plan / weights:.2f}"))
+    options = result["options"]
+    return (
+        f"{result['model']}, {result['target']}: {result['wall_s']:.0f} s, {result['cpu_s']:.0f} s of CPU, "
+        f"{result['peak_rss_bytes'] / 1e9:.1f} GB at the peak, tracing included. {options['library']} "
+        f"{options['library_version']}, no GPU, for SM {', '.join(options['compute_capabilities'])}; "
+        f"{options['capacity']} positions, batch {options['max_batch']}, chunks of {options['prefill_chunk']}."
+        f"\n\n{table(rows)}"
+    )
+
+
 def inference_table(result: Mapping[str, Any]) -> str:
     """Return one row for each phase, engine against PyTorch."""
     engine, torch = result["engine"], result["torch"]
@@ -130,4 +146,10 @@ def _environment_line(environment: Mapping[str, Any]) -> str:
     )
 
 
-_TABLES = {"export": export_table, "run": inference_table, "import": import_table, "compare": comparison}
+_TABLES = {
+    "export": export_table,
+    "build": build_table,
+    "run": inference_table,
+    "import": import_table,
+    "compare": comparison,
+}

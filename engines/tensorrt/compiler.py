@@ -49,7 +49,7 @@ def compile_plans(
         CapacityError: Memory runs out while building.
     """
     files: dict[str, FileRecord] = {}
-    profiles = {}
+    profiles, weight_bytes = {}, {}
     for name, model in graphs.items():
         print(f"compiling {name} with {trt.__name__} {trt.__version__}", file=sys.stderr)
         facts = graph_facts(model)
@@ -65,6 +65,7 @@ def compile_plans(
         builder.build(path, chosen, options, compute_capabilities if sets_capabilities else ())
         check_plan_size(path.stat().st_size, facts, name, stripped=options.strip_weights)
         files[path.name] = FileRecord(path.stat().st_size, sha256_of(path), is_weights=True)
+        weight_bytes[name] = facts.weight_bytes
         profiles[name] = [profile.to_dict() for profile in chosen]
         del builder
     if not options.strip_weights:
@@ -77,6 +78,7 @@ def compile_plans(
         "compute_capabilities": list(compute_capabilities),
         "logits_chunk": min(options.prefill_chunk, LOGITS_CHUNK),
         "profiles": profiles,
+        "graph_weight_bytes": weight_bytes,
         "version_compatible": options.version_compatible,
         "weight_streaming": options.weight_streaming,
         "stripped": options.strip_weights,
