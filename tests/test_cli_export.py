@@ -150,3 +150,17 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
     assert error.endswith("Please check your connection.)")
     assert remedy.startswith("  remedy: check the spelling and the connection")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_says_what_it_considered_and_builds_what_it_chose(tmp_path: Path) -> None:
+    output = tmp_path / "engine"
+    code, out, err = call(app, "demo", "--target", "auto", "--max-context", "2048", "--output", str(output), "--json")
+    assert code == 0, err
+    chosen = json.loads(out)["target"]
+    assert f"--target auto: {chosen}" in err and Manifest.read(output).target == chosen
+    assert all(name in err for name in ("trt-fp16", "ort-cpu-int8", "limit MB"))
+
+
+def test_a_mistyped_target_is_found_before_the_model_is_opened(tmp_path: Path) -> None:
+    code, _, err = call(app, "no/such-model", "--target", "trt-fp61", "--output", str(tmp_path / "engine"))
+    assert code == 6 and "did you mean trt-fp16" in err

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from engines.bundle import Bundle
     from engines.quantize.calibration_data import CalibrationPrompt
     from engines.target import Target
+    from runtime.model_config import ModelConfig
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -32,7 +33,7 @@ def export(
     model: Annotated[
         str, typer.Argument(help="A Hugging Face folder, a Hub id (owner/name[@revision]), or 'demo'.", metavar="MODEL")
     ],
-    target: Annotated[str, typer.Option(help="What to build for; `qwen3vl targets` lists them.")] = "ort-cpu-fp32",
+    target: Annotated[str, typer.Option(help="What to build for: of `qwen3vl targets`, or auto.")] = "ort-cpu-fp32",
     output: Annotated[Path | None, typer.Option(help="Engine folder to write. [default: out/MODEL-TARGET]")] = None,
     bundle: Annotated[
         Path | None,
@@ -116,6 +117,7 @@ def export(
     \b
     Examples:
       qwen3vl-export demo --output out/demo
+      qwen3vl-export ./Qwen3-VL-2B-Instruct --target auto
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-fp32 --output engines/2b
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-int4 --calibration ./prompts
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-int4 --calibration ./prompts --kv-cache int8
@@ -123,9 +125,9 @@ def export(
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target trt-fp16 --no-compile
       qwen3vl-export Qwen/Qwen3-VL-4B-Instruct@main --no-weights --json
     """
-    from engines import registry
     from engines.build import build_engine
     from engines.build_options import BuildOptions
+    from engines.choose import AUTO, resolve_target
     from engines.output import check_output, output_folder
     from engines.quantize.cache_ranges import wanted_cache
     from engines.quantize.calibration import blockwise_plan
@@ -144,12 +146,6 @@ def export(
         raise UsageError(
             "--kv-cache runs the engine, which --bundle and --no-weights do not build", remedy="leave --kv-cache out"
         )
-    chosen = registry.get(target)
-    prompts = read_prompts(calibration) if calibration is not None else []
-    cache = None if kv_cache is None else wanted_cache(kv_cache, prompts, chosen)
-    is_engine = bundle is None and weights and compile
-    if is_engine:
-        _check_can_build(chosen)
     options = _build_options(
         max_context=max_context,
         max_batch=max_batch,
@@ -161,6 +157,18 @@ def export(
         version_compatible=version_compatible or None,
         hardware_compatible=hardware_compatible or None,
     )
+
+    def shape() -> ModelConfig:
+        return Checkpoint.open(model).config
+
+    chosen = resolve_target(target, shape, report=lambda text: print(text, file=sys.stderr), options=options)
+    if target == AUTO and chosen.compile is None:
+        options = None  # they said how much has to fit
+    is_engine = bundle is None and weights and compile
+    if is_engine:
+        _check_can_build(chosen)
+    prompts = read_prompts(calibration) if calibration is not None else []
+    cache = None if kv_cache is None else wanted_cache(kv_cache, prompts, chosen)
     # For a cache alone, a target may keep its weights whole.
     weight_prompts = prompts if cache is None or blockwise_plan(chosen) is not None else []
     checkpoint = Checkpoint.open(model)
