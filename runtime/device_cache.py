@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.cuda import Device
 from runtime.device_buffers import Staging
+from runtime.errors import CapacityError
 
 
 class DeviceKVCache:
@@ -51,10 +52,16 @@ class DeviceKVCache:
         self._addresses: list[int] = []
         self.close = weakref.finalize(self, _free, device, self._addresses, self.graphs)
         self.close.atexit = False  # the driver frees what a process leaves
-        for _ in self._names:
-            self._addresses.append(device.alloc(buffer_bytes))
+        try:
+            for _ in self._names:
+                self._addresses.append(device.alloc(buffer_bytes))
+        except CapacityError:
+            self.close()
+            raise
+        for address in self._addresses:
             # Attention multiplies the rows that it must not see by 0, which gives NaN if one of them is.
-            device.fill(self._addresses[-1], 0, buffer_bytes, staging.stream)
+            device.fill(address, 0, buffer_bytes, staging.stream)
+        device.synchronize(staging.stream)  # it may be dropped unused
 
     def bindings(self, sequence: int = 0) -> dict[str, int]:
         """Return the device address of every past and present, from the rows of a sequence on."""

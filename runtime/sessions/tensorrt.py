@@ -108,6 +108,7 @@ class TensorRtSession:
             row_bytes = self._config.num_visual_levels * text.hidden_size * _FLOAT_BYTES
             self._step_embeds = self._buffer("step_embeds", row_bytes)
             device.fill(self._step_embeds, 0, row_bytes, self._stream)
+            device.synchronize(self._stream)
             self._closing = stack.pop_all()
 
     def close(self) -> None:
