@@ -239,8 +239,11 @@ def limit_bytes(hardware: Hardware, device: str) -> int:
 def estimate(
     target: Target, config: ModelConfig, *, options: BuildOptions | None = None, request: Request | None = None
 ) -> dict[str, int]:
-    """Estimate the bytes of its device's memory that an engine takes while it answers, by part."""
-    options, request = options or BuildOptions(), request or default_request()
+    """Estimate the bytes of its device's memory that an engine takes while it answers, by part.
+
+    Without options, one prompt at a time: an engine for batches allocates no cache for those that do not come.
+    """
+    options, request = options or BuildOptions(max_batch=1), request or default_request()
     capacity = min(options.max_context, config.text.max_positions)
     capabilities = target.capabilities(config, options)
     shape = Manifest(target.name, target.session, capabilities, config, versions={}, source={}, files={})

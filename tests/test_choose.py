@@ -215,3 +215,10 @@ def test_auto_reports_the_table() -> None:
     choice = choose_target(CPU_ONLY, shape("tiny"))
     assert target.name == "ort-cpu-int8"
     assert said == [f"{choice.render()}\n--target auto: ort-cpu-int8"]
+
+
+def test_a_batch_that_is_asked_for_counts() -> None:
+    target, config = get("ort-cpu-fp32"), shape("qwen3-vl-2b")
+    alone = estimate(target, config)[CACHE]
+    assert alone == estimate(target, config, options=BuildOptions(max_batch=1))[CACHE]
+    assert estimate(target, config, options=BuildOptions(max_batch=3))[CACHE] == 3 * alone
