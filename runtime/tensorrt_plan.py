@@ -40,7 +40,8 @@ class Library:
         except ModuleNotFoundError as error:
             raise EngineError(
                 f"this engine needs the Python package {name} {built_with}, which is not installed",
-                remedy=f"install {name} {built_with}, or export for this machine's CPU: --target ort-cpu-int4",
+                remedy=f"install {name} {built_with}, or export for this machine's CPU: qwen3vl-export ... "
+                "--target ort-cpu-int4",
             ) from error
         found = str(self.trt.__version__)
         self._is_compatible = bool(capabilities.get("version_compatible"))

@@ -328,7 +328,7 @@ class TensorRtSession:
             if not self._decoder.is_in_place(present, past):
                 raise EngineError(
                     f"{path}: {present} is not written into the memory of {past}",
-                    remedy="build the engine again with a version of the library that updates the cache in place",
+                    remedy="build the engine again, with a library that updates the cache in place: qwen3vl-export ...",
                 )
 
 

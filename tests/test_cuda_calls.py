@@ -1,0 +1,130 @@
+"""`CudaDevice` against the names and signatures of cuda-bindings, and its errors, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.cuda import CudaDevice
+from runtime.errors import CapacityError, EngineError
+
+real = pytest.importorskip("cuda.bindings.runtime")
+OK = real.cudaError_t.cudaSuccess
+_MEMORY = ctypes.create_string_buffer(4096)
+RESULTS: dict[str, tuple[Any, ...]] = {
+    "cudaDriverGetVersion": (13010,),
+    "cudaGetDeviceCount": (1,),
+    "cudaDeviceGetAttribute": (8,),
+    "cudaGetDeviceProperties": (SimpleNamespace(name=b"Test GPU\0\0"),),
+    "cudaMemGetInfo": (3_000_000_000, 8_000_000_000),
+    "cudaMalloc": (4096,),
+    "cudaHostAlloc": (ctypes.addressof(_MEMORY),),
+    "cudaStreamCreateWithFlags": (5,),
+    "cudaStreamEndCapture": (6,),
+    "cudaGraphInstantiate": (7,),
+}
+
+
+class FakeRuntime(ModuleType):
+    """The functions of cuda-bindings, which only count their arguments; other names are the real ones."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda.bindings.runtime")
+        self.failing: dict[str, Any] = {}
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(real, name)  # AttributeError: the binding has no such name
+        if not callable(found) or isinstance(found, type) or name == "cudaGetErrorString":
+            return found
+        signature = found.__doc__.splitlines()[0]
+        inside = signature[signature.index("(") + 1 : signature.rindex(")")]
+        num_expected = len(inside.split(",")) if inside.strip() else 0
+
+        def call(*args: Any) -> tuple[Any, ...]:
+            assert len(args) == num_expected, signature
+            self.calls.append(name)
+            return (self.failing.get(name, OK), *RESULTS.get(name, ()))
+
+        return call
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    fake = FakeRuntime()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
+    return fake
+
+
+def test_every_call_has_the_arguments_that_the_binding_takes(cuda: FakeRuntime) -> None:
+    device = CudaDevice()
+    assert (device.name, device.compute_capability, device.driver_version) == ("Test GPU", "8.8", "13.1")
+    assert device.memory_info() == (3_000_000_000, 8_000_000_000)
+    address, stream, array = device.alloc(4096), device.new_stream(), device.pinned(4096)
+    assert (address, stream, array.dtype, array.shape) == (4096, 5, np.uint8, (4096,))
+    device.begin_capture(stream)
+    device.to_device(address, array, stream)
+    device.to_host(array, address, stream)
+    device.copy(address, address, 8, stream)
+    device.fill(address, 0, 8, stream)
+    graph = device.end_capture(stream)
+    device.launch(graph, stream)
+    device.synchronize(stream)
+    device.free_graph(graph)
+    device.free_stream(stream)
+    device.free_pinned(array)
+    device.free(address)
+    assert cuda.calls.count("cudaMemcpyAsync") == 3
+    for freed in ("cudaFree", "cudaFreeHost", "cudaStreamDestroy", "cudaGraphDestroy", "cudaGraphExecDestroy"):
+        assert cuda.calls.count(freed) == 1
+
+
+def test_out_of_memory_says_how_much_there_is(cuda: FakeRuntime) -> None:
+    device = CudaDevice()
+    cuda.failing["cudaMalloc"] = real.cudaError_t.cudaErrorMemoryAllocation
+    with pytest.raises(CapacityError, match=r"cudaMalloc of 5.00 GB failed .*; 3.00 of 8.00 GB are free") as caught:
+        device.alloc(5_000_000_000)
+    assert "--max-context, --max-batch" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("code", ["cudaErrorNoDevice", "cudaErrorInsufficientDriver"])
+def test_no_gpu_is_said(cuda: FakeRuntime, code: str) -> None:
+    cuda.failing["cudaGetDeviceCount"] = getattr(real.cudaError_t, code)
+    with pytest.raises(EngineError, match=f"none can be used here .*{code}"):
+        CudaDevice()
+
+
+def test_no_driver_is_said(cuda: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RESULTS, "cudaDriverGetVersion", (0,))
+    with pytest.raises(EngineError, match="no NVIDIA driver is loaded"):
+        CudaDevice()
+
+
+def test_a_missing_binding_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(EngineError, match="cuda-bindings, which is not installed"):
+        CudaDevice()
+
+
+def test_a_failure_inside_a_graph_or_a_kernel_is_an_engine_error(cuda: FakeRuntime) -> None:
+    device = CudaDevice()
+    cuda.failing["cudaStreamSynchronize"] = real.cudaError_t.cudaErrorIllegalAddress
+    with pytest.raises(EngineError, match="cudaStreamSynchronize: cudaErrorIllegalAddress"):
+        device.synchronize(5)
+
+
+def test_a_graph_that_cannot_be_made_leaves_no_recording_behind(cuda: FakeRuntime) -> None:
+    device = CudaDevice()
+    cuda.failing["cudaGraphInstantiate"] = real.cudaError_t.cudaErrorInvalidValue
+    with pytest.raises(EngineError, match="cudaGraphInstantiate"):
+        device.end_capture(5)
+    assert cuda.calls[-1] == "cudaGraphDestroy"
