@@ -18,7 +18,7 @@ from qwen3vl_export.parity.cases import make_cases, picture
 from qwen3vl_export.parity.metrics import agreement, difference, kl_divergence
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.verify import verify
-from runtime.errors import ParityError
+from runtime.errors import ParityError, UsageError
 from runtime.model import Qwen3VLModel
 
 
@@ -151,16 +151,14 @@ def test_each_use_of_a_near_tie_is_reported(
     assert f"near_ties (position {ties[0]['position']}, gap {ties[0]['gap']:.3g})" in line
 
 
-def test_without_torchvision_the_report_says_what_is_missing(
+def test_without_torchvision_nothing_is_compared(
     tiny_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setattr(reference, "importlib", absent)
-    report = verify(tiny_engine, str(tiny_checkpoint), max_new_tokens=1)
-    assert report.passed
-    assert not any("processor" in check.name or "pixels" in check.name for check in report.checks)
-    assert report.notes == ("prompt and pixels were not compared: torchvision is not installed",)
-    assert report.notes[0] in report.render()
+    with pytest.raises(UsageError, match="'torchvision', which is not installed") as raised:
+        verify(tiny_engine, str(tiny_checkpoint), max_new_tokens=1)
+    assert "[export]" in str(raised.value.remedy)
 
 
 def test_another_checkpoint_is_an_error(tiny_engine: Path) -> None:

@@ -9,7 +9,6 @@ passed on, so that the defaults are those of the checkpoint and of the runtime.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +23,7 @@ from qwen3vl_export.cli.targets import targets
 from runtime.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
+    from qwen3vl_export.parity.range_report import RangeReport
     from qwen3vl_export.parity.report import Report
     from qwen3vl_export.parity.task_report import TaskReport
     from runtime.model import Qwen3VLModel
@@ -261,27 +261,46 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
 
 @app.command()
 def verify(
-    engine: Engine,
     checkpoint: Annotated[
         str, typer.Option(metavar="CKPT", help="What the engine was built from: folder, Hub id[@revision], or demo.")
     ],
+    engine: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="ENGINE",
+            help="Engine folder, or lowered graphs of --no-compile; not with --ranges.",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Greedy tokens to compare for each prompt. [default: 64]")
     ] = None,
     tasks: Annotated[
         bool, typer.Option("--tasks", help="Compare answers to the demo's held-out questions, with float32.")
     ] = False,
+    ranges: Annotated[
+        bool, typer.Option("--ranges", help="Compare every tensor of the checkpoint with the end of float16, 65504.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: only the first N canvases of 2000.")] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --tasks: draw each layer's error as .svg or .png.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --tasks: each layer's error, with --ranges its range, as .svg or .png."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare an engine with PyTorch in float32 on the same pixels; exit code 9 if a tolerance fails.
 
+    ENGINE may be the lowered graphs that --no-compile writes for a target whose device is not here: ONNX Runtime's CPU
+    provider runs them, which proves the graphs and not how the device rounds.
+
     --tasks asks the demo's questions instead: four of each held-out canvas, of the engine and of a float32 engine that
     it builds from the checkpoint. It prints exact matches, their paired difference in points with a 95 % interval,
     divergence, agreement and perplexity on the true answers, and fails if a task loses more points than it may.
+
+    --ranges takes no engine: it runs the checkpoint in float32 and lists the largest magnitude of each tensor, and how
+    many times that fits below 65504. Exit code 9 if one does not: then float16 does not hold this checkpoint.
 
     Needs the packages of the export extra (torch, torchvision, transformers); --tasks scikit-learn too, --plot
     matplotlib.
@@ -291,17 +310,24 @@ def verify(
       qwen3vl verify demo-engine --checkpoint demo
       qwen3vl verify ENGINE --checkpoint Qwen/Qwen3-VL-2B-Instruct --json > parity.json
       qwen3vl verify demo-engine --checkpoint demo --tasks --limit 300 --plot layers.svg
+      qwen3vl verify --checkpoint demo --ranges
     """
+    if ranges and (engine is not None or tasks):
+        raise UsageError("--ranges looks at the checkpoint alone", remedy="leave ENGINE and --tasks out")
     if tasks and max_new_tokens is not None:
         raise UsageError("--tasks takes no --max-new-tokens", remedy="leave one of them out")
-    if not tasks and (limit is not None or plot is not None):
-        raise UsageError("--limit and --plot belong to --tasks", remedy="add --tasks")
-    if tasks:
-        report: TaskReport | Report = _compare_tasks(engine, checkpoint, limit, plot)
+    if limit is not None and not tasks:
+        raise UsageError("--limit belongs to --tasks", remedy="add --tasks")
+    if plot is not None and not (tasks or ranges):
+        raise UsageError("--plot belongs to --tasks or --ranges", remedy="add one of them")
+    if engine is None and not ranges:
+        raise UsageError("ENGINE is missing", remedy="give an engine folder, or --ranges for the checkpoint alone")
+    report: Report | TaskReport | RangeReport
+    if engine is None:
+        report = _measure_ranges(checkpoint, plot, **_given(max_new_tokens=max_new_tokens))
+    elif tasks:
+        report = _compare_tasks(engine, checkpoint, limit, plot)
     else:
-        if importlib.util.find_spec("torchvision") is None:
-            # Without it transformers has no processor, and nobody would see that prompt and pixels were not compared.
-            raise ModuleNotFoundError(name="torchvision")
         from qwen3vl_export.parity.verify import verify as compare
 
         report = compare(engine, checkpoint, **_given(max_new_tokens=max_new_tokens))
@@ -309,6 +335,10 @@ def verify(
         print_json(report.to_dict())
     else:
         print(report.render(), flush=True)
+    if ranges and not report.passed:
+        raise ParityError(
+            f"float16 does not hold every tensor of {checkpoint}", remedy="take a target that computes in bfloat16"
+        )
     if not report.passed:
         raise ParityError(
             f"{engine} does not agree with {checkpoint} within the tolerances",
@@ -359,6 +389,20 @@ def _compare_tasks(engine: Path, checkpoint: str, limit: int | None, plot: Path 
         )
     if plot is not None:
         plot_layers({report.target: report.layers}, plot)
+    return report
+
+
+def _measure_ranges(checkpoint: str, plot: Path | None, **options: int) -> RangeReport:
+    """Measure, and draw the plot."""
+    from qwen3vl_export.parity.layers import check_plot
+    from qwen3vl_export.parity.range_report import plot_ranges
+    from qwen3vl_export.parity.ranges import measure_ranges
+
+    if plot is not None:
+        check_plot(plot)  # before the minutes of work
+    report = measure_ranges(checkpoint, **options)
+    if plot is not None:
+        plot_ranges(report, plot)
     return report
 
 

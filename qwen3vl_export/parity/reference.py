@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3vl_export.checkpoint import Checkpoint
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, UsageError
 
 Floats = NDArray[np.float32]
 
@@ -41,11 +41,21 @@ class ReferenceOutput:
     step_logits: Floats
 
 
+def check_processor() -> None:
+    """Raise if transformers' processor of Qwen3-VL does not work here: prompt and pixels could not be compared.
+
+    Raises:
+        UsageError: torchvision is not installed.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        raise UsageError(
+            "the Hugging Face processor needs the Python package 'torchvision', which is not installed",
+            remedy="install this project with its extra [export]",
+        )
+
+
 class Reference:
     """Transformers' model and processor of a checkpoint folder.
-
-    Attributes:
-        has_processor: Whether `inputs` works: transformers' processor needs torchvision.
 
     Raises:
         CheckpointError: Weights are missing or of another shape, which transformers would fill at random.
@@ -57,9 +67,7 @@ class Reference:
         checkpoint = Checkpoint.open(str(folder))
         model = _dequantised(checkpoint) if "quantization_config" in checkpoint.hf_config else _as_it_is(folder)
         self._model: Any = model.eval()
-        self.has_processor = importlib.util.find_spec("torchvision") is not None
-        if self.has_processor:
-            self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
 
     def inputs(self, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
         """Return what the processor makes of messages."""

@@ -35,7 +35,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons of one engine; `notes` say what was not compared, and why."""
+    """All comparisons of one engine; `notes` say what they do not prove."""
 
     target: str
     checkpoint: str

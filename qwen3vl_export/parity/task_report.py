@@ -96,6 +96,7 @@ class TaskReport:
         canvases: Held-out canvases, each with one question of every task.
         limit_points: Points that a task may lose.
         differing: Questions of which one engine answers right and the other wrong.
+        notes: What the comparison does not prove.
     """
 
     target: str
@@ -107,6 +108,7 @@ class TaskReport:
     differing: tuple[Mapping[str, Any], ...]
     weight_bytes: int
     versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -116,6 +118,7 @@ class TaskReport:
         questions: Sequence[Question],
         limit_points: float,
         layers: LayerErrors,
+        notes: tuple[str, ...] = (),
     ) -> TaskReport:
         """Sum up all questions."""
         tasks = dict.fromkeys(q.task for q in questions)
@@ -130,17 +133,19 @@ class TaskReport:
             differing=tuple({name: getattr(q, name) for name in shown} for q in questions if q.was_right != q.is_right),
             weight_bytes=manifest.weight_bytes,
             versions=manifest.versions,
+            notes=notes,
         )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TaskReport:
         """Read what `to_dict` returned."""
+        values = {"notes": (), **values}  # older files have none
         fields = {name: values[name] for name in cls.__dataclass_fields__}
         nan = {name: math.nan for name in ("kl", "perplexity", "expected_perplexity")}
         rows = [{name: row[name] for name in TaskRow.__dataclass_fields__} for row in values["rows"]]
         fields["rows"] = tuple(TaskRow(**{k: nan.get(k) if v is None else v for k, v in row.items()}) for row in rows)
         fields["layers"] = LayerErrors(**{k: tuple(_infinite(x) for x in v) for k, v in values["layers"].items()})
-        fields["differing"] = tuple(values["differing"])
+        fields["differing"], fields["notes"] = tuple(values["differing"]), tuple(values["notes"])
         return cls(**fields)
 
     @property
@@ -166,7 +171,7 @@ class TaskReport:
         rows = [_HEADER, *map(_cells, self.rows)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([*lines, self._verdict()])
+        return "\n".join([*lines, *self.notes, self._verdict()])
 
     def markdown(self) -> str:
         """Return the table and a sentence in Markdown."""
@@ -176,7 +181,12 @@ class TaskReport:
         built = ", ".join(
             f"{name} {self.versions[name]}" for name in ("torch", "transformers") if name in self.versions
         )
-        note = f"{self._verdict()}. Weights {self.weight_bytes / 1e6:.1f} MB; exported with {built}."
+        note = " ".join(
+            [
+                f"{self._verdict()}. Weights {self.weight_bytes / 1e6:.1f} MB; exported with {built}.",
+                *(f"{note[0].upper()}{note[1:]}." for note in self.notes),
+            ]
+        )
         return "\n".join([head, f"|{rule}|", *body, "", note])
 
     def _verdict(self) -> str:

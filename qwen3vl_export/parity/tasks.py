@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from qwen3vl_export.demo.data import HELD_OUT_COUNT, Example, held_out
 from qwen3vl_export.demo.evaluate import MAX_NEW_TOKENS
 from qwen3vl_export.parity.layers import LayerErrors, LayerSums
+from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model
 from qwen3vl_export.parity.metrics import Floats, kl_divergence, log_softmax
 from qwen3vl_export.parity.task_report import TaskReport
 
@@ -82,22 +83,22 @@ def run_tasks(
     """Compare an engine's answers with those of float32.
 
     Args:
-        engine: The engine folder.
+        engine: The engine folder, or one of lowered graphs.
         checkpoint: What `Checkpoint.open` takes: what the engine was built from.
         limit: Only the first canvases; by default all.
         on_canvas: Called with the number of canvases that are done, and of all.
 
     Raises:
         CheckpointError, EngineError: One of the two does not open.
-        ParityError: The two are of different shapes, or there is no limit for the engine's precision.
+        ParityError: The two are of different shapes, there is no limit for the engine's precision, or lowered graphs do
+            not run on the CPU.
     """
     import configs
     from qwen3vl_export.checkpoint import Checkpoint
     from runtime.errors import ParityError
-    from runtime.model import Qwen3VLModel
 
     source = Checkpoint.open(checkpoint)
-    model = Qwen3VLModel.from_engine(engine, threads=_THREADS)
+    model = open_model(engine, threads=_THREADS)
     precision = str(model.manifest.capabilities["precision"])
     limits = configs.load("tolerances").get(precision, {})
     if "task_loss_points" not in limits:
@@ -119,7 +120,8 @@ def run_tasks(
     with tempfile.TemporaryDirectory() as folder:
         reference = _reference(source, Path(folder) / "engine")
         questions, layers = ask_all(model, reference, map(held_out, range(count)), finished)
-    return TaskReport.of(model.manifest, checkpoint, questions, limits["task_loss_points"], layers)
+    notes = (CPU_NOTE,) if is_lowered(engine) else ()
+    return TaskReport.of(model.manifest, checkpoint, questions, limits["task_loss_points"], layers, notes)
 
 
 def ask_all(

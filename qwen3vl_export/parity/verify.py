@@ -1,4 +1,4 @@
-"""Compare an engine with untouched transformers on the same pixels, prompt by prompt.
+"""Compare an engine, or lowered graphs, with untouched transformers on the same pixels, prompt by prompt.
 
 Compared are prompt and pixels with those of the Hugging Face processor; every level of the vision graph; the decoder
 layer by layer; the logits of every prompt token and of greedy steps behind the reference's tokens; and the tokens of
@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen3vl_export.parity.cases import Case, make_cases
+from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence
-from qwen3vl_export.parity.reference import Floats, Reference, ReferenceOutput
+from qwen3vl_export.parity.reference import Floats, Reference, ReferenceOutput, check_processor
 from qwen3vl_export.parity.report import Check, Report
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 64
 # Laid over the checkpoint's own defaults: the most likely token each time, the end of the sequence like any other.
-_PLAIN_GREEDY: dict[str, Any] = {
+PLAIN_GREEDY: dict[str, Any] = {
     "do_sample": False,
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -45,23 +46,25 @@ def verify(engine: Path, checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_T
     """Compare an engine with the checkpoint it was built from.
 
     Args:
-        engine: The engine folder.
+        engine: The engine folder, or one of lowered graphs.
         checkpoint: What `Checkpoint.open` takes.
         max_new_tokens: Greedy tokens of each case, at least 1.
 
     Raises:
         CheckpointError, EngineError: One of the two does not open.
-        ParityError: The two are of different shapes, or there are no tolerances for the engine's precision.
+        ParityError: The two are of different shapes, there are no tolerances for the engine's precision, or lowered
+            graphs do not run on the CPU.
+        UsageError: torchvision is not installed.
     """
     import configs
     from qwen3vl_export.checkpoint import Checkpoint
     from runtime.errors import ParityError
-    from runtime.model import Qwen3VLModel
 
+    check_processor()
     source = Checkpoint.open(checkpoint)
     source.entries  # noqa: B018  (transformers' own messages about damaged files help nobody)
     source.assets()
-    model = Qwen3VLModel.from_engine(engine)
+    model = open_model(engine)
     precision = str(model.manifest.capabilities["precision"])
     tolerances = configs.load("tolerances")
     if precision not in tolerances:
@@ -80,7 +83,7 @@ def verify(engine: Path, checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_T
     with tempfile.TemporaryDirectory() as folder:
         for case in make_cases(Path(folder)):
             checks += _Comparison(case, model, reference, limits).run(max_new_tokens)
-    notes = () if reference.has_processor else ("prompt and pixels were not compared: torchvision is not installed",)
+    notes = (CPU_NOTE,) if is_lowered(engine) else ()
     return Report(model.manifest.target, checkpoint, precision, tuple(checks), notes)
 
 
@@ -102,7 +105,7 @@ class _Comparison:
 
     def run(self, num_steps: int) -> list[Check]:
         prepared = self._model.prepare(self._case.messages)
-        if self._reference.has_processor and not self._compare_inputs(prepared):
+        if not self._compare_inputs(prepared):
             return self._checks  # of another prompt, nothing else can be compared
         expected = self._reference.run(
             prepared.prompt.input_ids,
@@ -175,6 +178,8 @@ class _Comparison:
         diff = difference(found, expected)
         detail = {"max_abs": diff.max_abs, "relative": diff.relative, "cosine": diff.cosine}
         self._add(f"{name} logits", diff.scaled, self._limits["logits_scaled"], detail=detail)
+        if (least := self._limits.get("logits_cosine")) is not None:
+            self._add(f"{name} logits cosine", diff.cosine, least, is_minimum=True)
         kl = kl_divergence(found, expected)
         self._add(f"{name} KL, nats", float(kl.max()), detail={"mean": float(kl.mean())})
         same = agreement(found.argmax(-1), expected, self._limits["near_tie_gap"])
@@ -184,7 +189,7 @@ class _Comparison:
     def _compare_answer(self, expected: ReferenceOutput) -> None:
         """Compare the tokens of `generate` up to the first that differs; if that is a near-tie, all agree."""
         total = len(expected.tokens)
-        found = self._model.generate(self._case.messages, max_new_tokens=total, **_PLAIN_GREEDY).token_ids
+        found = self._model.generate(self._case.messages, max_new_tokens=total, **PLAIN_GREEDY).token_ids
         num_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(found, expected.tokens, strict=True)))
         compared = slice(num_same + 1)
         same = agreement(np.array(found[compared]), expected.step_logits[compared], self._limits["near_tie_gap"])

@@ -1,0 +1,262 @@
+"""Open what `verify` compares: an engine, or the lowered graphs of a target whose device is not here.
+
+Lowered graphs run with ONNX Runtime's CPU provider, node by node as they are written: its optimisations would fold a
+DequantizeLinear into a product of its own kind, which no device of the target computes. Most of its kernels know no
+float16. It computes those nodes in float32 between two casts, and drops the casts between two such nodes, optimisations
+or not (1.32): the square of 300 is then 90000 and not infinite. So each tensor is held by two Identities, which have
+the type that the graph says; one alone, between two casts, would be computed in float32 too. Then every tensor is
+rounded to float16 as on the device, and infinite beyond its end; what is inside a node, such as the sums of a product,
+stays in float32.
+
+Shapes: see runtime/session.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bundle import DECODER, VISION
+from runtime.errors import CapacityError, ParityError
+from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, Manifest
+from runtime.session import Floats, Ints, KVCache, TopLogits
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+    from runtime.model import Qwen3VLModel
+    from runtime.sessions.ort_cpu import OrtKVCache
+
+CPU_NOTE = (
+    "these are the lowered graphs, run by ONNX Runtime's CPU provider: every tensor has the type of the graph, but "
+    "kernels may compute in float32 inside, so this proves the graphs and not how a GPU rounds"
+)
+_DECODER_INPUTS = (
+    "input_ids",
+    "position_ids",
+    "visual_rows",
+    "visual_embeds",
+    "past_lengths",
+    "logits_positions",
+)
+_PROVIDER = "CPUExecutionProvider"
+
+
+class LoweredSession:
+    """The graphs of a folder of lowered graphs, with the protocol of `runtime.session.Session`."""
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
+        self._text = manifest.model.text
+        self._cache_dtype = str(manifest.capabilities["cache_dtype"])
+        self._folder = folder
+        self._graphs = {graph: open_graph(folder / f"{graph}.onnx", threads) for graph in (VISION, DECODER)}
+        (shape,) = (node.shape for node in self._graphs[DECODER].get_inputs() if node.name == "past_key_values.0.key")
+        # TensorRT takes no other cache than one of a fixed capacity, so there it is a number.
+        self.capacity = shape[2] if isinstance(shape[2], int) else None
+
+    def vision(
+        self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
+    ) -> Floats:
+        """Run the vision tower; see `runtime.session.Session.vision`."""
+        inputs = {
+            "pixel_values": pixel_values,
+            "pos_indices": pos_indices,
+            "pos_weights": pos_weights,
+            "rope_cos": rope_cos,
+            "rope_sin": rope_sin,
+        }
+        (embeds,) = self._run(VISION, inputs, ("visual_embeds",))
+        return np.asarray(embeds, np.float32)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> OrtKVCache:
+        """Allocate a cache of zeros, of the graph's own capacity where that is fixed.
+
+        Raises:
+            CapacityError: The graph's capacity is less.
+        """
+        from runtime.sessions.ort_cpu import OrtKVCache
+
+        if self.capacity is not None and capacity > self.capacity:
+            raise CapacityError(
+                f"prompt and answer take {capacity} positions, the lowered graph has {self.capacity}",
+                remedy="compare fewer tokens (--max-new-tokens), or lower for a larger capacity",
+            )
+        shape = (batch, self._text.num_kv_heads, self.capacity or capacity, self._text.head_dim)
+        return OrtKVCache(self._text.num_layers, shape, self._cache_dtype)
+
+    def decode(
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        visual_rows: Ints,
+        visual_embeds: Floats,
+        past_lengths: Ints,
+        logits_positions: Ints,
+        cache: KVCache,
+    ) -> Floats:
+        """Run the decoder; see `runtime.session.Session.decode`."""
+        given = (input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions)
+        (logits,) = self._decode(given, cache, ("logits",))
+        return logits
+
+    def decode_top(
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        visual_rows: Ints,
+        visual_embeds: Floats,
+        past_lengths: Ints,
+        logits_positions: Ints,
+        cache: KVCache,
+    ) -> list[list[TopLogits]]:
+        """Run the decoder; see `runtime.session.TopLogitsSession.decode_top`."""
+        given = (input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions)
+        logits_BLV, values_BLk, ids_BLk = self._decode(given, cache, ("logits", "top_logits", "top_ids"))
+        return [
+            [
+                TopLogits(ids_k, values_k, logits_V.size, lambda whole=logits_V: whole)  # type: ignore[misc]
+                for logits_V, values_k, ids_k in zip(*rows, strict=True)
+            ]
+            for rows in zip(logits_BLV, values_BLk, ids_BLk, strict=True)
+        ]
+
+    def _decode(self, given: tuple[Any, ...], cache: KVCache, names: Sequence[str]) -> list[NDArray[Any]]:
+        inputs = dict(zip(_DECODER_INPUTS, given, strict=True))
+        last = int(inputs["past_lengths"].max()) + inputs["input_ids"].shape[1]
+        assert last <= cache.capacity, "past_lengths + S exceeds the cache"
+        return self._run(DECODER, inputs, names, cache)
+
+    def _run(
+        self, graph: str, inputs: Mapping[str, NDArray[Any]], names: Sequence[str], cache: KVCache | None = None
+    ) -> list[NDArray[Any]]:
+        """Run a graph and return the outputs of these names; the cache is read and written in place."""
+        session = self._graphs[graph]
+        binding = session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in names:
+            binding.bind_output(name, "cpu")
+        for i, pair in enumerate(cache.values if cache is not None else ()):  # type: ignore[attr-defined]
+            for kind, value in zip(("key", "value"), pair, strict=True):
+                binding.bind_ortvalue_input(f"past_key_values.{i}.{kind}", value)
+                binding.bind_ortvalue_output(f"present_key_values.{i}.{kind}", value)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
+            raise _refusal(self._folder / f"{graph}.onnx", error) from error
+        values = binding.get_outputs_as_ortvaluevector()  # in the order in which they were bound
+        return [values[i].numpy() for i in range(len(names))]
+
+
+def open_graph(path: Path, threads: int | None = None) -> ort.InferenceSession:
+    """Open a graph so that its nodes run as they are and its tensors have the types that it says.
+
+    Raises:
+        ParityError: ONNX Runtime's CPU provider has no kernel for an op or a type.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what it logs is also in what it raises
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    # The graph comes as bytes, so its weights' folder must be named.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        return ort.InferenceSession(_held(path), options, providers=[_PROVIDER])
+    except Exception as error:  # see above
+        raise _refusal(path, error) from error
+
+
+def open_model(folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
+    """Open an engine with its own session, or a folder of lowered graphs with `LoweredSession`.
+
+    Raises:
+        EngineError: The folder is neither, or a file of it is missing or altered.
+        ParityError: The CPU cannot execute the lowered graphs.
+    """
+    from runtime.model import Qwen3VLModel
+    from runtime.urls import check_local
+
+    check_local(folder, "engine")
+    if not is_lowered(folder):
+        return Qwen3VLModel.from_engine(folder, threads=threads)
+    manifest = Manifest.read(folder, LOWERED_NAME)
+    manifest.check(folder, LOWERED_NAME)
+    return model_of(folder, manifest, LoweredSession(folder, manifest, threads))
+
+
+def model_of(folder: Path, manifest: Manifest, session: LoweredSession) -> Qwen3VLModel:
+    """Put tokenizer, chat template and image processor of a folder around a session."""
+    from runtime.chat import ChatTemplate
+    from runtime.generation_config import GenerationOptions
+    from runtime.image_processor import ImageProcessorConfig
+    from runtime.memory import machine_bytes
+    from runtime.model import DEFAULT_MAX_CONTEXT, Qwen3VLModel
+    from runtime.tokenizer import Tokenizer
+
+    return Qwen3VLModel(
+        manifest,
+        session,
+        Tokenizer.from_file(folder / "tokenizer.json"),
+        ChatTemplate.from_folder(folder),
+        ImageProcessorConfig.from_dict(json.loads((folder / "preprocessor_config.json").read_text("utf-8"))),
+        GenerationOptions.from_generation_config(json.loads((folder / "generation_config.json").read_text("utf-8"))),
+        min(session.capacity or DEFAULT_MAX_CONTEXT, manifest.model.text.max_positions),
+        machine_bytes(),
+    )
+
+
+def is_lowered(folder: Path) -> bool:
+    """Whether the folder holds lowered graphs and no engine."""
+    return (folder / LOWERED_NAME).is_file() and not (folder / MANIFEST_NAME).is_file()
+
+
+def _held(path: Path) -> bytes:
+    """Return the graph of a file with two Identities behind each tensor that a node computes."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    outputs = {value.name for value in model.graph.output}
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        for i, name in enumerate(node.output):
+            if name and name not in outputs:  # what leaves the graph has its type anyway
+                node.output[i] = f"{name}/computed"
+                nodes.append(onnx.helper.make_node("Identity", [node.output[i]], [f"{name}/held"]))
+                nodes.append(onnx.helper.make_node("Identity", [f"{name}/held"], [name]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model.SerializeToString()
+
+
+def _refusal(path: Path, error: Exception) -> ParityError:
+    """Return the error that names the op and the types that the CPU provider lacks, or what is wrong."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", " ".join(str(error).split()))
+    node = re.search(r"node with name '([^']*)'", text)
+    if "NOT_IMPLEMENTED" not in text or node is None:
+        return ParityError(f"{path}: ONNX Runtime refuses it ({text})", remedy="the graph is wrong: lower it again")
+    return ParityError(
+        f"{path}: ONNX Runtime's CPU provider has no kernel for {_op_and_types(path, node[1])}",
+        remedy="it needs its own device: build the engine there and give `verify` that",
+    )
+
+
+def _op_and_types(path: Path, name: str) -> str:
+    """Return the op of a node and the types of its inputs, such as `MatMul (bfloat16, bfloat16)`."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    node = next(node for node in graph.node if node.name == name)
+    known = (types[value] for value in node.input if value in types)
+    return f"{node.op_type} ({', '.join(onnx.TensorProto.DataType.Name(dtype).lower() for dtype in known)})"
