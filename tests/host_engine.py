@@ -27,10 +27,7 @@ def build_host_engine(bundle: Bundle, folder: Path, options: BuildOptions, targe
     (folder / LOWERED_NAME).unlink()
     files, profiles = dict(manifest.files), {}
     for name in GRAPHS:
-        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
-        _give_float32(model)
-        onnx.save(model, folder / f"{name}.onnx")
-        graph = model.graph
+        graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
         inputs = {
             value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
             for value in graph.input
@@ -48,21 +45,6 @@ def build_host_engine(bundle: Bundle, folder: Path, options: BuildOptions, targe
     }
     dataclasses.replace(manifest, files=files, capabilities=capabilities).write(folder)
     return folder
-
-
-def _give_float32(model: Any) -> None:
-    """Convert the outputs that the graph contract calls float32, should the lowering have left them in half."""
-    import onnx
-
-    for output in model.graph.output:
-        element = output.type.tensor_type
-        if element.elem_type == onnx.TensorProto.FLOAT16 and not output.name.startswith("present_"):
-            for node in model.graph.node:
-                for names in (node.input, node.output):
-                    names[:] = [f"{name}.half" if name == output.name else name for name in names]
-            cast = onnx.helper.make_node("Cast", [f"{output.name}.half"], [output.name], to=onnx.TensorProto.FLOAT)
-            model.graph.node.append(cast)
-            element.elem_type = onnx.TensorProto.FLOAT
 
 
 def with_capabilities(manifest: Manifest, **changes: Any) -> Manifest:

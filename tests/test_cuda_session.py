@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -248,7 +249,7 @@ def test_the_largest_logits_are_those_of_the_row_and_of_this_call_alone(model: Q
             np.array([ids]), positions, np.full(shape, -1), embeds, np.array([past]), asked, cache
         )[0]
 
-    last = None
+    last, last_ids = None, None
     for past, ids in ((0, [16, 17, 18]), (3, [19]), (4, [20]), (5, [21])):
         rows = top(ids, past)
         assert len(rows) == len(ids)
@@ -260,7 +261,8 @@ def test_the_largest_logits_are_those_of_the_row_and_of_this_call_alone(model: Q
         if last is not None:
             with pytest.raises(AssertionError, match="an earlier call"):
                 last.fetch()
-        last = rows[0]
+            assert np.array_equal(last.ids, last_ids), "the next call has overwritten what this one returned"
+        last, last_ids = rows[0], rows[0].ids.copy()
 
 
 def test_a_missing_wait_shows(model: Qwen3VLModel, device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +316,18 @@ def test_a_context_beyond_the_engine_is_refused_at_once(folder: Path) -> None:
 
 def test_the_default_context_is_the_engines(model: Qwen3VLModel) -> None:
     assert model.max_context == CAPACITY
+
+
+def test_an_engine_that_nobody_holds_is_freed(
+    folder: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_session, "CudaDevice", lambda: device)
+    model = Qwen3VLModel.from_engine(folder)
+    model.generate(READ)
+    assert device.leaks()
+    del model
+    gc.collect()
+    assert device.leaks() == []
 
 
 def test_too_little_memory_for_a_cache_leaves_nothing_behind(model: Qwen3VLModel, device: HostDevice) -> None:

@@ -9,6 +9,7 @@ Shapes: see runtime/session.py.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -57,7 +58,19 @@ _FLOAT_BYTES = 4
 
 
 class TensorRtSession:
-    """The two plans of an engine on one GPU and one stream; every call returns when its work is done."""
+    """The two plans of an engine on one GPU and one stream; every call returns when its work is done.
+
+    Everything but caches, which free themselves, is freed with the last reference, or by `close`.
+
+    Args:
+        folder: The engine.
+        manifest: Its manifest.
+        device: The GPU.
+
+    Raises:
+        EngineError: The engine is not for this library or this GPU, or is damaged.
+        CapacityError: The GPU is out of memory.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, device: Device) -> None:
         self._device = device
@@ -78,7 +91,7 @@ class TensorRtSession:
             self._staging = Staging(device, self._stream)
             stack.callback(self._staging.close)
             self._buffers: dict[str, DeviceBuffer] = {}
-            stack.callback(self._free_buffers)
+            stack.callback(_close_all, self._buffers)
             plans: dict[str, Plan] = {}
             for graph, tensors in (("vision", _VISION_TENSORS), ("decoder", _DECODER_TENSORS | caches)):
                 name = f"{graph}.plan"
@@ -109,11 +122,8 @@ class TensorRtSession:
             self._step_embeds = self._buffer("step_embeds", row_bytes)
             device.fill(self._step_embeds, 0, row_bytes, self._stream)
             device.synchronize(self._stream)
-            self._closing = stack.pop_all()
-
-    def close(self) -> None:
-        """Free everything but caches, which free themselves."""
-        self._closing.close()
+            self.close = weakref.finalize(self, stack.pop_all().close)
+            self.close.atexit = False  # the driver frees what a process leaves
 
     def vision(
         self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
@@ -318,10 +328,6 @@ class TensorRtSession:
     def _buffer(self, name: str, num_bytes: int) -> int:
         return self._buffers.setdefault(name, DeviceBuffer(self._device)).reserve(num_bytes)
 
-    def _free_buffers(self) -> None:
-        for buffer in self._buffers.values():
-            buffer.close()
-
     def _check_in_place(self, path: Path) -> None:
         """Raise unless the plan updates the cache in place, since past and present are bound to one address."""
         for past, present in cache_names(self._config.text.num_layers):
@@ -337,6 +343,11 @@ def open_session(
 ) -> TensorRtSession:
     """Open an engine folder on the GPU; see `runtime.session.open_session`. Threads and huge pages are of CPUs."""
     return TensorRtSession(folder, manifest, CudaDevice())
+
+
+def _close_all(buffers: Mapping[str, DeviceBuffer]) -> None:
+    for buffer in buffers.values():
+        buffer.close()
 
 
 def _shapes_of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Shape]:
