@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import imports, inference, measure, report, status, synthetic
+from benchmarks import imports, inference, lowered, measure, report, status, synthetic
 from benchmarks.compare.command import compare, compare_setup
 from benchmarks.race import race
 from benchmarks.speculation import speculation
@@ -157,6 +157,14 @@ def time_imports(repeats: int = 11, results: Results = report.RESULTS) -> None:
     """Measure what importing the Python package costs, in fresh interpreters."""
     environment = measure.environment()
     _print(report.write("import", imports.time_imports(repeats=repeats) | {"environment": environment}, results))
+
+
+@app.command("lowered")
+def verify_lowered(checkpoint: str = "demo", max_new_tokens: int = 64, results: Results = report.RESULTS) -> None:
+    """Execute the lowered graphs of every GPU target on the CPU and compare them with PyTorch."""
+    environment = measure.environment()
+    found = lowered.measure(checkpoint, max_new_tokens, lambda name: typer.echo(name, err=True))
+    _print(report.write("lowered", found | {"environment": environment}, results))
 
 
 @app.command("report")

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import lowered
+
 RESULTS = Path(__file__).with_name("results")
 PHASES = ("vision", "prefill", "decode")
 
@@ -152,4 +154,5 @@ _TABLES = {
     "run": inference_table,
     "import": import_table,
     "compare": comparison,
+    "lowered": lowered.table_of,
 }

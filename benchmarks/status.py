@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import configs
-from benchmarks import plot, report
+from benchmarks import lowered, plot, report
 from benchmarks.compare import chart
 from benchmarks.compare.tables import bytes_per_s
 from benchmarks.compare.workloads import Point
@@ -351,6 +351,8 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
         root / "README.md": ("what works", f"{works_table(results, accuracies)}\n{states}"),
         root / "docs" / "benchmarks.md": ("figures", goals_table(results)),
     }
+    if "lowered" in results:
+        blocks[root / "docs" / "accuracy.md"] = "lowered graphs", lowered.table_of(results["lowered"])
     for path, (name, body) in blocks.items():
         files[path] = replace_block(path.read_text(encoding="utf-8"), name, body)
     return files
