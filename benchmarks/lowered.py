@@ -1,0 +1,97 @@
+"""Execute the lowered graphs of every GPU target on the CPU and compare them with PyTorch: `qwen3vl verify` of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engines.build import build_engine
+from engines.build_options import BuildOptions
+from engines.choose import GPU, device_of
+from engines.registry import all_targets
+from runtime.errors import ParityError
+
+if TYPE_CHECKING:
+    from engines.bundle import Bundle
+    from engines.target import Target
+    from qwen3vl_export.parity.report import Report
+
+# Prompts and answers take 150 positions; a portable cell on the CPU costs all that the cache holds.
+_CAPACITY = 256
+
+
+def measure(checkpoint: str, max_new_tokens: int, on_target: Callable[[str], None]) -> dict[str, Any]:
+    """Return for each target whether its graphs were executed, and how near they came, or why not.
+
+    Args:
+        checkpoint: What `Checkpoint.open` takes.
+        max_new_tokens: Greedy tokens of each prompt.
+        on_target: Told each target's name before its turn.
+    """
+    from qwen3vl_export.checkpoint import Checkpoint
+    from qwen3vl_export.export import make_bundle
+
+    bundle = make_bundle(Checkpoint.open(checkpoint))
+    results = {}
+    for target in all_targets():
+        if device_of(target) == GPU:
+            on_target(target.name)
+            results[target.name] = _verified(bundle, target, checkpoint, max_new_tokens)
+    return {"model": checkpoint, "max_new_tokens": max_new_tokens, "targets": results}
+
+
+def table_of(result: Mapping[str, Any]) -> str:
+    """Return one row for each target."""
+    from benchmarks.report import table  # which takes this from here
+
+    rows = [("target", "executed", "least cosine", "logits", "top-1, prompt", "top-1, greedy", "within its tolerances")]
+    for name, each in result["targets"].items():
+        if each["is_executed"]:
+            cells = (
+                "yes",
+                f"{each['least_cosine']:.7f}",
+                f"{each['logits_scaled']:.2g}",
+                f"{100 * each['prompt_top1']:.1f} %",
+                f"{100 * each['greedy_top1']:.1f} %",
+                "yes" if each["passed"] else "**no**",
+            )
+        else:
+            cells = (f"no: {each['reason']}", "", "", "", "", "not known")
+        rows.append((f"`{name}`", *cells))
+    return (
+        f"Lowered graphs of {result['model']}, {result['max_new_tokens']} greedy tokens behind each prompt, against "
+        f"PyTorch in float32; of all prompts the worst.\n\n{table(rows)}"
+    )
+
+
+def _verified(bundle: Bundle, target: Target, checkpoint: str, max_new_tokens: int) -> dict[str, Any]:
+    from qwen3vl_export.parity.verify import verify
+
+    options = BuildOptions(max_context=_CAPACITY, prefill_chunk=_CAPACITY) if target.compile is not None else None
+    copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / target.name
+        build_engine(copy, target, folder, runnable=False, options=options)
+        try:
+            report = verify(folder, checkpoint, max_new_tokens=max_new_tokens)
+        except ParityError as error:
+            return {"is_executed": False, "reason": error.message.replace(f"{folder}/", "")}
+    return {"is_executed": True, **_worst(report)}
+
+
+def _worst(report: Report) -> dict[str, Any]:
+    values = {name: [check.value for check in report.checks if check.name == name] for name in _NAMES}
+    return {
+        "passed": report.passed,
+        "precision": report.precision,
+        "least_cosine": min(check.detail["cosine"] for check in report.checks if "cosine" in check.detail),
+        "logits_scaled": max(values["prompt logits"] + values["greedy logits"]),
+        "prompt_top1": min(values["prompt tokens agree"]),
+        "greedy_top1": min(values["greedy tokens agree"]),
+    }
+
+
+_NAMES = ("prompt logits", "greedy logits", "prompt tokens agree", "greedy tokens agree")
