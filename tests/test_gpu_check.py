@@ -360,3 +360,14 @@ def test_plans_of_an_engine_are_inspected(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "a_library", FakeLibrary(opens=False))
     with pytest.raises(TargetError, match=r"vision.plan: a_library 10.1 does not open it"):
         gpu_check.inspect_plans(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_commands_for_real_on_a_target_of_the_cpu(tmp_path: Path) -> None:
+    target = get("ort-cpu-int8")
+    (outcome,), (result,), _ = check(tmp_path, gpu_check.run_command, target)
+    assert (outcome.result, outcome.why) == (PASSED, "")
+    assert list(outcome.steps) == [BUILD, VERIFY, BENCH]
+    assert result["values"][VERIFY]["num_checks"] > 10 and result["values"][VERIFY]["failed"] == []
+    assert result["values"][BENCH]["target"] == target.name
+    assert "passed" in gpu_check.report([outcome], MACHINE)
