@@ -130,11 +130,11 @@ class _Step:
         self._inputs = {
             name: ort.OrtValue.ortvalue_from_numpy(array.copy(), buffers.device) for name, array in inputs.items()
         }
-        shapes = {output.name: output for output in session.get_outputs()}
+        known = {output.name: output for output in session.get_outputs()}
         rows = inputs["logits_positions"].shape
         self.outputs = {
             name: ort.OrtValue.ortvalue_from_shape_and_type(
-                [*rows, shapes[name].shape[-1]], _numpy_type(shapes[name].type), buffers.device
+                [*rows, known[name].shape[-1]], _numpy_type(known[name].type), buffers.device
             )
             for name in (LOGITS, TOP_LOGITS, TOP_IDS)
         }
