@@ -34,6 +34,8 @@ CPU, GPU = "cpu", "gpu"
 LIBRARY = "library"
 _PARTS = (WEIGHTS, CACHE, PREFILL, VISION, LIBRARY)
 _CHOSEN = "chosen"
+# Kinds of weight formats that are stored as floats of 8 and 4 bits; of the latter, 16 share a scale of 8 bits.
+_FLOAT8, _NVFP4, _NVFP4_BLOCK = "float8", "nvfp4", 16
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,7 @@ def _forms(passes: Sequence[object]) -> tuple[WeightPlan, int]:
     from engines.passes.half_precision import HalfPrecisionPass
 
     plans = [each.plan for each in passes if isinstance(getattr(each, "plan", None), WeightPlan)]  # type: ignore[attr-defined]
-    assert len(plans) <= 1, "two passes store weights"
+    assert len(set(plans)) <= 1, "the passes store weights by different plans"
     is_half = any(isinstance(each, HalfPrecisionPass) for each in passes)
     return (plans[0] if plans else WeightPlan(())), 2 if is_half else 4
 
@@ -330,22 +332,26 @@ def _stored(key: str, shape: Shape, plan: WeightPlan, float_bytes: int, config: 
         return float_bytes * elements
     if form.kind == ROWWISE:
         return elements + 4 * matrix[0]
-    assert form.kind == BLOCKWISE, form.kind
-    if key != EMBEDDING_KEY:
-        return _blockwise(matrix, form, form.block, float_bytes)
-    # A table of rows to look up has no padding. Block DequantizeLinear, the symmetric form, has no lookup: the table
-    # stays as it is, and a tied head is a quantised copy.
-    if form.symmetric:
-        head = _blockwise(matrix, form, form.block, float_bytes) if config.text.tie_word_embeddings else 0
-        return float_bytes * elements + head
-    block = max(size for size in BLOCK_SIZES if size <= form.block and matrix[1] % size == 0)
-    return _blockwise(matrix, form, block, float_bytes)
+    has_lookup = form.kind == BLOCKWISE and not form.symmetric
+    if key == EMBEDDING_KEY and not has_lookup:
+        # What DequantizeLinear reads has no lookup: the table stays as it is, and a tied head is a quantised copy.
+        return float_bytes * elements + (_few_bits(matrix, form, float_bytes) if config.text.tie_word_embeddings else 0)
+    if key == EMBEDDING_KEY:
+        # A table of rows to look up has no padding.
+        form = replace(form, block=max(size for size in BLOCK_SIZES if size <= form.block and matrix[1] % size == 0))
+    return _few_bits(matrix, form, float_bytes)
 
 
-def _blockwise(matrix: tuple[int, int], form: WeightFormat, block: int, float_bytes: int) -> int:
+def _few_bits(matrix: tuple[int, int], form: WeightFormat, float_bytes: int) -> int:
     """Return codes, scales and zero points of a weight [N, K]."""
     rows, columns = matrix
-    blocks = -(-columns // block)
-    codes = rows * blocks * block * form.bits // 8
+    if form.kind == _FLOAT8:
+        return rows * columns + float_bytes * rows
+    if form.kind == _NVFP4:
+        blocks = -(-columns // _NVFP4_BLOCK)
+        return rows * blocks * (_NVFP4_BLOCK // 2 + 1) + float_bytes
+    assert form.kind == BLOCKWISE, form.kind
+    blocks = -(-columns // form.block)
+    codes = rows * blocks * form.block * form.bits // 8
     zero_points = 0 if form.symmetric else rows * -(-blocks * form.bits // 8)
     return codes + float_bytes * rows * blocks + zero_points
