@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ if str(ROOT) not in sys.path:  # run as a script, Python looks beside it
     sys.path.insert(0, str(ROOT))
 
 import configs  # noqa: E402
-from engines.choose import GPU, device_of, estimate, limit_bytes  # noqa: E402
+from engines.choose import GPU, device_of, estimate, limit_bytes, needs_calibration  # noqa: E402
 from engines.hardware import Hardware, probe  # noqa: E402
 from engines.registry import all_targets  # noqa: E402
 from runtime.errors import CheckpointError, Qwen3VLError, TargetError  # noqa: E402
@@ -110,7 +111,15 @@ def run_command(command: Sequence[str], timeout_s: float) -> Done:
         return Done(exit_code, out.read(), err.read(), time.monotonic() - start)
 
 
-def check_target(model: str, source: str, target: str, folder: Path, run: Runner, limit_s: float = LIMIT_S) -> Outcome:
+def check_target(
+    model: str,
+    source: str,
+    target: str,
+    folder: Path,
+    run: Runner,
+    limit_s: float = LIMIT_S,
+    calibration: Path | None = None,
+) -> Outcome:
     """Take one target through all steps.
 
     Without an engine nothing follows; an engine that is not in parity is still inspected and timed.
@@ -122,10 +131,11 @@ def check_target(model: str, source: str, target: str, folder: Path, run: Runner
         folder: Where the engine goes.
         run: Runs a command for so many seconds at most.
         limit_s: For all steps together.
+        calibration: Prompts for a target that needs them.
     """
     outcome = Outcome(model, target)
     deadline = time.monotonic() + limit_s
-    for name, command in _steps(source, target, folder):
+    for name, command in _steps(source, target, folder, calibration):
         done = run(command, max(0.0, deadline - time.monotonic()))
         failure = _failure(name, done, limit_s)
         values = None if done.exit_code is None else _last_json(done.stdout)
@@ -144,11 +154,11 @@ def check_target(model: str, source: str, target: str, folder: Path, run: Runner
     return outcome
 
 
-def _steps(source: str, target: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
+def _steps(source: str, target: str, folder: Path, calibration: Path | None) -> Iterator[tuple[str, list[str]]]:
     """Yield name and command of each step; those behind the build follow from what it wrote."""
     python = [sys.executable, "-m"]
     build = [f"{_COMMANDS}.export", source, "--target", target, "--output", str(folder), "--json"]
-    yield BUILD, [*python, *build]
+    yield BUILD, [*python, *build, *(["--calibration", str(calibration)] if calibration is not None else [])]
     yield VERIFY, [*python, f"{_COMMANDS}.run", "verify", str(folder), "--checkpoint", source, "--json"]
     if any(folder.glob("*.plan")):
         yield INSPECT, [sys.executable, str(Path(__file__).resolve()), "--inspect-plans", str(folder)]
@@ -343,10 +353,27 @@ def check(
             print(f"{outcome.model} {target.name}", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(dir=work) as folder:
                 outcomes[-1] = check_target(
-                    outcome.model, checkpoint, target.name, Path(folder) / "engine", run, limit_s
+                    outcome.model,
+                    checkpoint,
+                    target.name,
+                    Path(folder) / "engine",
+                    run,
+                    limit_s,
+                    _calibration(work) if needs_calibration(target) else None,
                 )
             write_result(outcomes[-1], hardware, results, date)
     return outcomes
+
+
+def _calibration(work: Path) -> Path:
+    """Return a folder of calibration prompts made of the demo's pictures."""
+    folder = work / "calibration"
+    if not folder.is_dir():
+        folder.mkdir()
+        for path in sorted((ROOT / "qwen3vl_export" / "demo" / "images").glob("*.png")):
+            shutil.copy(path, folder)
+        (folder / "prompts.txt").write_text("Read the digits.\nHow many digits are there?\n", encoding="utf-8")
+    return folder
 
 
 def _is_shape(source: str) -> bool:

@@ -371,3 +371,19 @@ def test_the_commands_for_real_on_a_target_of_the_cpu(tmp_path: Path) -> None:
     assert result["values"][VERIFY]["num_checks"] > 10 and result["values"][VERIFY]["failed"] == []
     assert result["values"][BENCH]["target"] == target.name
     assert "passed" in gpu_check.report([outcome], MACHINE)
+
+
+def test_a_target_that_needs_calibration_gets_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engines.quantize.calibration_data import read_prompts
+
+    monkeypatch.setattr(gpu_check, "needs_calibration", lambda target: target.name == "trt-fp8")
+    commands, counted = Commands(), []
+
+    def run(command: Sequence[str], timeout_s: float) -> Done:
+        if "--calibration" in command:
+            counted.append(len(read_prompts(Path(command[command.index("--calibration") + 1]))))
+        return commands(command, timeout_s)
+
+    outcomes, _, _ = check(tmp_path, run, named("trt-fp8"), named("trt-fp16"))
+    assert [each.result for each in outcomes] == [PASSED, PASSED]
+    assert len(counted) == 1 and counted[0] >= 2
