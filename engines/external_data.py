@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from engines.weights import StreamedTensor, ViewTensor
-from runtime.errors import CapacityError
+from runtime.errors import BundleError, CapacityError
 from runtime.manifest import FileRecord, sha256_of
 
 # ONNX asks for page-aligned offsets so that a runtime can map the file.
@@ -128,6 +129,8 @@ def _write_weights(tensors: dict[str, StreamedTensor], path: Path, advance: Adva
             put(memoryview(bytes(_aligned(position) - position)))
             start = position
             for block in tensor.blocks():
+                if block.dtype == np.float32:
+                    _check_finite(block, str(tensor.name), (position - start) // block.itemsize)
                 put(block.view(np.uint8).data)
                 if advance is not None:
                     advance(block.nbytes)
@@ -135,6 +138,24 @@ def _write_weights(tensors: dict[str, StreamedTensor], path: Path, advance: Adva
                 f"{tensor.name}: wrote {position - start} of {tensor.nbytes} bytes"
             )
     return FileRecord(position, digest.hexdigest(), is_weights=True)
+
+
+def _check_finite(block: NDArray[np.float32], name: str, first: int) -> None:
+    """Raise if an element is NaN or infinite: kernels that round activations to 8 bits would hide it.
+
+    Raises:
+        BundleError: One is; `first` is the index of the block's first element.
+    """
+    # The sum of squares is finite unless an element is not, or is beyond 1e19: one cheap pass before the exact one.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.dot(block, block)):
+            return
+    bad = np.flatnonzero(~np.isfinite(block))
+    if len(bad):
+        raise BundleError(
+            f"{name}: {block[bad[0]]} at element {first + bad[0]}; {len(bad)} weights of this part are not finite",
+            remedy="the checkpoint is damaged, or was saved after a training that diverged: get it again",
+        )
 
 
 def _aligned(offset: int) -> int:

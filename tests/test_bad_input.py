@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from command_line import call
 from damage import altered, png_of_size, rewrite
 from PIL import Image
 
+from engines.external_data import write_model
+from engines.initializers import add_initializer
+from engines.quantize.tensors import BlockwiseWeight
+from engines.weights import StreamedTensor
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.cli.export import app as export_app
 from qwen3vl_export.cli.run import app as run_app
 from runtime.errors import (
+    BundleError,
     CapacityError,
     CheckpointError,
     EngineError,
@@ -296,3 +302,44 @@ def test_typed_image_tokens_are_text(demo_engine: Path, tmp_path: Path) -> None:
         assert (code, err) == (0, "")
         stats = json.loads(out)["stats"]
         assert (stats["visual_tokens"], stats["new_tokens"]) == (4 if images else 0, 2)
+
+
+def test_a_norm_that_is_no_number_stops_a_quantised_export_too(tmp_path: Path) -> None:
+    # Kernels that round activations to 8 bits would turn it into a plausible answer.
+    source = shutil.copytree(Checkpoint.open("demo").folder, tmp_path / "checkpoint")
+    key = "model.language_model.layers.2.input_layernorm.weight"
+    rewrite(source, lambda tensors: tensors[key].__setitem__(5, np.nan))
+    output = tmp_path / "engine"
+    code, _, err = call(export_app, str(source), "--target", "ort-cpu-int4", "--output", str(output))
+    assert code == BundleError.exit_code
+    assert f"{key}: nan at element 5" in err and "get it again" in err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_streamed_weight_that_is_no_number_is_named(value: float, tmp_path: Path) -> None:
+    class Weight(StreamedTensor):
+        def blocks(self) -> Iterator[np.ndarray]:
+            yield np.full(6, 3e38, np.float32)  # large, but a number
+            yield np.float32([0, 1, value, 3, 4, 5])
+
+    weight = Weight("layer.bias", (12,), ir.DataType.FLOAT)
+    model = ir.Model(ir.Graph([], [], nodes=[], name="g", opset_imports={"": 24}), ir_version=11)
+    add_initializer(model, weight)
+    with pytest.raises(BundleError, match=r"layer\.bias: -?(nan|inf) at element 8; 1 weights"):
+        write_model(model, tmp_path / "model.onnx", with_weights=True)
+
+
+def test_a_weight_beyond_what_can_be_squared_is_not_quantised_to_rubbish() -> None:
+    rows = np.ones((2, 32), np.float32)
+    rows[1, 7] = 3e38
+
+    class Weight(StreamedTensor):
+        def blocks(self) -> Iterator[np.ndarray]:
+            yield rows.reshape(-1)
+
+    weight = BlockwiseWeight(Weight("layer.weight", rows.shape, ir.DataType.FLOAT), 4, 32)
+    with pytest.raises(
+        BundleError, match=r"layer\.weight: 3.*e\+38 at row 1, column 7: no number that can be quantised"
+    ):
+        list(weight.packed.blocks())

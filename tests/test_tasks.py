@@ -29,7 +29,7 @@ from runtime.positions import VisualSpan, mrope_positions
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 CANVASES = 300
 FEW = 20
-PRECISIONS = ("int8", "int4")
+PRECISIONS = ("int8", "int4", "int4p8")
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,9 @@ def _read_conversations(path: Path) -> Iterator[CalibrationPrompt]:
             ) from error
         messages = value.get("messages") if isinstance(value, dict) else value
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise UsageError(f"{place}: expected a list of messages, or an object that holds one under 'messages'")
+            raise UsageError(
+                f"{place}: expected a list of messages, or an object that holds one under 'messages'", remedy=_LAYOUT
+            )
         yield CalibrationPrompt(place, [_resolve(message, path.parent) for message in messages])
 
 
@@ -101,7 +103,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not readable as UTF-8 text ({error})") from error
+        raise UsageError(f"{path}: not readable as UTF-8 text ({error})", remedy="save it as UTF-8") from error
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line.strip()

@@ -92,30 +92,39 @@ class BlockwiseWeight:
 
 
 class RowwiseWeight:
-    """A weight [N, K] as int8 with one scale a row, transposed to the [K, N] that DynamicQuantizeMatMul takes.
+    """A weight [N, K] in 8 bits with one scale a row, transposed to the [K, N] that a product takes.
 
     The codes of the whole weight are in memory while it is written, since they are written column by column.
 
+    Args:
+        source: The weight.
+        dtype: Of the codes.
+        quantize: Makes codes [R, K] and scales [R] of some rows.
+
     Attributes:
-        transposed: int8 [K, N].
+        transposed: Codes [K, N].
         scales: float32 [N].
     """
 
-    def __init__(self, source: StreamedTensor) -> None:
-        self._source = source
+    def __init__(
+        self,
+        source: StreamedTensor,
+        dtype: ir.DataType = ir.DataType.INT8,
+        quantize: Callable[[NDArray[np.float32]], tuple[NDArray[Any], NDArray[np.float32]]] = quantize_rows_int8,
+    ) -> None:
+        self._source, self._quantize = source, quantize
         num_rows, num_columns = (int(n) for n in source.shape.numpy())
         self._scales: list[NDArray[np.float32]] = []
-        self.transposed = ProducedTensor(
-            f"{source.name}.s8", (num_columns, num_rows), ir.DataType.INT8, self._transpose
-        )
+        suffix = "s8" if dtype == ir.DataType.INT8 else "f8"
+        self.transposed = ProducedTensor(f"{source.name}.{suffix}", (num_columns, num_rows), dtype, self._transpose)
         self.scales = ProducedTensor(f"{source.name}.scales", (num_rows,), ir.DataType.FLOAT, self._take_scales)
 
     def _transpose(self) -> Iterator[NDArray[Any]]:
         num_columns, num_rows = (int(n) for n in self.transposed.shape.numpy())
-        codes_KN = np.empty((num_columns, num_rows), np.int8)
+        codes_KN = np.empty((num_columns, num_rows), self.transposed.dtype.numpy())
         self._scales = []
         done = 0
-        for codes_RK, scales in map_ahead(quantize_rows_int8, row_chunks(self._source)):
+        for codes_RK, scales in map_ahead(self._quantize, row_chunks(self._source)):
             codes_KN[:, done : done + len(scales)] = codes_RK.T
             self._scales.append(scales)
             done += len(scales)
@@ -181,15 +190,16 @@ def map_ahead(function: Callable[[Any], T], items: Iterator[Any]) -> Iterator[T]
 
 
 def _check_finite(rows: NDArray[np.float32], name: str, first_row: int) -> None:
-    # The sum is finite unless a weight is not, or it overflows: one cheap pass before the exact one.
+    # The sum of squares, which the search takes of every block, is finite unless a weight is not, or is beyond 1e19.
+    flat = rows.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(rows.sum(dtype=np.float32)):
+        if np.isfinite(np.dot(flat, flat)):
             return
     bad = np.argwhere(~np.isfinite(rows))
-    if len(bad):
-        row, column = (int(i) for i in bad[0])
-        raise BundleError(
-            f"{name}: {rows[row, column]} at row {first_row + row}, column {column}; "
-            f"{len(bad)} weights of this part are not finite",
-            remedy="the checkpoint is damaged, or was saved after a training that diverged: get it again",
-        )
+    if not len(bad):
+        bad = np.argwhere(np.abs(rows) == np.abs(rows).max())
+    row, column = (int(i) for i in bad[0])
+    raise BundleError(
+        f"{name}: {rows[row, column]} at row {first_row + row}, column {column}: no number that can be quantised",
+        remedy="the checkpoint is damaged, or was saved after a training that diverged: get it again",
+    )

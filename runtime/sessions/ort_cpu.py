@@ -5,6 +5,7 @@ Shapes: see runtime/session.py.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from runtime.manifest import Manifest
 from runtime.memory import cache_bits
 from runtime.session import Floats, Ints, KVCache
 
+# Python shows warnings on stderr if the program sets up no logging of its own.
+_LOGGER = logging.getLogger(__name__)
 _PROVIDER = "CPUExecutionProvider"
 _AS_REQUESTED = 1  # of onnxruntime's ArenaExtendStrategy; 0 doubles
 
@@ -99,7 +102,8 @@ class OrtCpuSession:
         # Some engines hold the decoder twice: this one is faster for that many new tokens or more.
         self._prefill_min_tokens = manifest.capabilities.get("prefill_min_tokens")
         self._prefill = self._decoder if self._prefill_min_tokens is None else _open(folder / "prefill.onnx", options)
-        self.huge_page_bytes = use_huge_pages(before) if huge_pages else 0
+        if huge_pages and not use_huge_pages(before):
+            _LOGGER.warning("note: the kernel gave no huge pages, so tokens come as they would without")
 
     def vision(
         self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
