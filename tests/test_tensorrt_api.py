@@ -73,7 +73,7 @@ ELSEWHERE = {
 }
 # Names that the code holds as text: types of layers and tensors, and the members that getattr takes.
 AS_TEXT = {
-    "LayerType": ("ATTENTION_INPUT", "KV_CACHE_UPDATE"),
+    "LayerType": ("ATTENTION_INPUT", "DEQUANTIZE", "KV_CACHE_UPDATE", "QUANTIZE"),
     "DataType": ("FLOAT", "HALF", "BF16", "INT4", "FP8", "FP4", "INT8", "INT64", "INT32", "BOOL"),
     "IExecutionContext": ("is_stream_capturable",),
     "ComputeCapability": ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121"),
