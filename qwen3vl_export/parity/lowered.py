@@ -167,6 +167,8 @@ def open_graph(path: Path, threads: int | None = None) -> ort.InferenceSession:
     options.log_severity_level = 4  # what it logs is also in what it raises
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads or os.cpu_count() or 1
+    # Nobody times these runs, and on busy cores waiting threads that spin take the time of those that work.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The graph comes as bytes, so its weights' folder must be named.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
