@@ -1,4 +1,7 @@
-"""Calibrated quantisation: round blockwise weights by what prompts of the user put into their products (GPTQ).
+"""Calibration: what prompts of the user put into the products decides how these are quantised.
+
+Weights in blocks are rounded by it (GPTQ, below); activations in 8 bits take their scales from it
+(`engines.quantize.input_ranges`).
 
 The graphs run in float32, slice by slice (`engines.quantize.slices`), over all prompts. Before a slice hands its
 results on, its weights are quantised with the Gram matrices of their inputs, and stand in the graph as codes from then
@@ -21,26 +24,24 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, VISION_INPUTS, Bundle
 from engines.external_data import check_disk_space
-from engines.lower import lower
-from engines.passes.dequantize_weights import DequantizeWeightsPass
-from engines.passes.matmul_weight import MatMulWeight, find_weight
-from engines.passes.quantize_weights import QuantizeWeightsPass, stored_block
+from engines.passes.quantize_weights import stored_block
 from engines.quantize.blockwise import QuantizedBlocks
 from engines.quantize.calibration_data import CalibrationPrompt
-from engines.quantize.formats import BLOCKWISE, WeightPlan
+from engines.quantize.formats import BLOCKWISE, FLOAT8, WeightPlan
 from engines.quantize.gptq import Floats, InputMetric, factorize, quantize_rows
 from engines.quantize.imported import GroupQuantizedTensor
+from engines.quantize.input_ranges import attach_ranges
+from engines.quantize.products import exchange, largest_slice_bytes, not_finite, products_by_input
 from engines.quantize.slices import Arrays, cut
 from engines.quantize.tensors import row_chunks
 from engines.target import Target
 from engines.weights import StreamedTensor
-from runtime.errors import BundleError, Qwen3VLError, UsageError
+from runtime.errors import Qwen3VLError, UsageError
 from runtime.manifest import Manifest
 from runtime.session import Session
 
@@ -48,6 +49,7 @@ Rounding: TypeAlias = Callable[[Floats, InputMetric, int], QuantizedBlocks]
 """Signature of `gptq.quantize_rows`."""
 
 METHOD = "gptq"
+RANGES_METHOD = "input ranges"
 _EMBEDS = "visual_embeds"
 SLICE_BYTES = 1 << 30
 MAX_PROMPT_TOKENS = 4096
@@ -67,9 +69,10 @@ def calibrate(
     *,
     rounding: Rounding = quantize_rows,
 ) -> None:
-    """Exchange, in a bundle, the weights that `target` stores blockwise for codes chosen by GPTQ.
+    """Exchange, in a bundle, what calibration changes of the weights of `target`.
 
-    Weights that the checkpoint already holds as codes stay. What was done is added to `bundle.source`.
+    Weights in blocks become codes chosen by GPTQ, but those that the checkpoint already holds as codes stay; weights of
+    products whose activations are float8 get the range of these. What was done is added to `bundle.source`.
 
     Args:
         bundle: Exchanged in place; build the engine while `folder` exists.
@@ -82,35 +85,63 @@ def calibrate(
         UsageError: No prompt, prompts that are too long, or a target that calibration does not change.
         BundleError: An activation is NaN or infinite.
     """
-    plan = blockwise_plan(target)
+    method, plan = _method(target)
     if plan is None:
         raise UsageError(
-            f"{target.name} stores no weights in blocks, so calibration would change nothing",
-            remedy="choose a target with few bits (see: qwen3vl targets), or leave the calibration out",
+            f"{target.name} stores no weights in blocks of integers and no activations in float8, so calibration would "
+            "change nothing",
+            remedy="choose a target that it changes (docs/quantization.md), or leave the calibration out",
         )
     if not prompts:
         raise UsageError("the calibration set is empty", remedy="give at least one prompt")
     record = _record(bundle, target, prompts, folder)
-    _quantize(bundle, VISION, target, plan, record.images, folder, rounding)
+
+    def run(name: str, samples: list[Arrays]) -> None:
+        if method == METHOD:
+            _quantize(bundle, name, target, plan, samples, folder, rounding)
+        else:
+            attach_ranges(bundle, name, target, plan, samples, folder, SLICE_BYTES)
+
+    run(VISION, record.images)
     embeds = iter([sample[_EMBEDS] for sample in record.images])
     for sample, num_images in zip(record.prompts, record.num_images, strict=True):
         if num_images:
             sample[_EMBEDS] = np.concatenate([next(embeds) for _ in range(num_images)], axis=1)
     del embeds
     record.images.clear()
-    _quantize(bundle, DECODER, target, plan, record.prompts, folder, rounding)
-    calibration = {"method": METHOD, "prompts": len(prompts), "tokens": record.num_tokens, "sha256": record.sha256}
+    run(DECODER, record.prompts)
+    calibration = {"method": method, "prompts": len(prompts), "tokens": record.num_tokens, "sha256": record.sha256}
     bundle.source = {**bundle.source, "calibration": calibration}
 
 
 def blockwise_plan(target: Target) -> WeightPlan | None:
-    """Return the formats of a target's weights, or None if it stores none in blocks."""
-    for each in target.passes():
-        if isinstance(each, QuantizeWeightsPass | DequantizeWeightsPass) and any(
-            form.kind == BLOCKWISE for _, form in each.plan.rules
-        ):
-            return each.plan
-    return None
+    """Return the formats of a target's weights, or None if it stores none in blocks of integers."""
+    return _plan_with(target, BLOCKWISE)
+
+
+def check_prompts(target: Target, prompts: Sequence[CalibrationPrompt]) -> None:
+    """Raise before any work if a target needs calibration prompts and there are none.
+
+    Raises:
+        UsageError: It computes with float8 activations.
+    """
+    if not prompts and _plan_with(target, FLOAT8) is not None:
+        raise UsageError(
+            f"{target.name} needs calibration prompts: it computes with float8 activations, whose scales are the "
+            "ranges that prompts give",
+            remedy="add --calibration DIR, a folder with *.jsonl conversations, or with prompts.txt and images",
+        )
+
+
+def _method(target: Target) -> tuple[str, WeightPlan | None]:
+    """Return how calibration changes a target's products, and the formats of its weights; None if it does not."""
+    blockwise = blockwise_plan(target)
+    return (METHOD, blockwise) if blockwise is not None else (RANGES_METHOD, _plan_with(target, FLOAT8))
+
+
+def _plan_with(target: Target, kind: str) -> WeightPlan | None:
+    plans = [plan for each in target.passes() if isinstance(plan := getattr(each, "plan", None), WeightPlan)]
+    return next((plan for plan in plans if any(form.kind == kind for _, form in plan.rules)), None)
 
 
 @dataclass
@@ -211,19 +242,14 @@ def _quantize(
     """Run one graph over its samples, quantising on the way; the samples become outputs of the vision graph."""
     if not samples:
         return
-    model = lower(bundle.graphs[name].clone(), target, bundle.config, ())
-    products: dict[ir.Value, list[MatMulWeight]] = {}
-    for node in model.graph:
-        found = find_weight(node)
-        # An input of the graph is watched by no slice: such a weight is left to the search.
-        if found is None or found.x.producer() is None or isinstance(found.tensor, GroupQuantizedTensor):
-            continue
-        if plan.format_of(found.key).kind == BLOCKWISE:
-            products.setdefault(found.x, []).append(found)
+    model, products = products_by_input(bundle, name, target, plan, BLOCKWISE)
+    products = {
+        x: kept
+        for x, group in products.items()
+        if (kept := [found for found in group if not isinstance(found.tensor, GroupQuantizedTensor)])
+    }
     num_weights = sum(found.tensor.size for group in products.values() for found in group)
-    check_disk_space(
-        folder, num_weights + max(SLICE_BYTES, 4 * bundle.config.text.vocab_size * bundle.config.text.hidden_size)
-    )
+    check_disk_space(folder, num_weights + largest_slice_bytes(bundle, SLICE_BYTES))
     watched = {x: 4 * group[0].num_inputs ** 2 for x, group in products.items()}
     outputs = model.graph.outputs if name == VISION else ()
     for part in cut(model.graph, watched, outputs, SLICE_BYTES):
@@ -238,11 +264,7 @@ def _quantize(
             for x in part.watched:
                 gram_KK = grams.pop(str(x.name)).total()
                 if not np.isfinite(gram_KK.sum()):
-                    key = products[x][0].key
-                    raise BundleError(
-                        f"{key}: its input is not finite for a calibration prompt",
-                        remedy="check the checkpoint with another prompt: its activations overflow float32",
-                    )
+                    raise not_finite(products[x][0].key)
                 metrics: dict[tuple[int, bool], InputMetric] = {}
                 for found in products[x]:
                     weight_format = plan.format_of(found.key)
@@ -253,19 +275,13 @@ def _quantize(
                     codes = _StoredCodes(found.tensor, weight_format.bits, block, folder)
                     for rows_RK in row_chunks(found.tensor, _CHUNK_WEIGHTS):
                         codes.append(rounding(rows_RK, metrics[kind], weight_format.bits))
-                    _exchange(model.graph, found.tensor, codes)
-                    _exchange(bundle.graphs[name].graph, found.tensor, _Calibrated(codes, found.tensor))
+                    exchange(model.graph, found.tensor, codes)
+                    exchange(bundle.graphs[name].graph, found.tensor, _Calibrated(codes, found.tensor))
             if not part.later:
                 continue
             opened = part.open(samples[0], folder)
         for sample in samples:
             opened.advance(sample)
-
-
-def _exchange(graph: ir.Graph, old: StreamedTensor, new: StreamedTensor) -> None:
-    for value in graph.initializers.values():
-        if value.const_value is old:
-            value.const_value = new
 
 
 class _StoredCodes(GroupQuantizedTensor):

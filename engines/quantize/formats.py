@@ -12,8 +12,8 @@ from typing import Any
 
 from runtime.errors import TargetError
 
-BLOCKWISE, ROWWISE, FLOAT = "blockwise", "rowwise", "float32"
-_KINDS = (BLOCKWISE, ROWWISE, FLOAT)
+BLOCKWISE, ROWWISE, FLOAT8, NVFP4, FLOAT = "blockwise", "rowwise", "float8", "nvfp4", "float32"
+_KINDS = (BLOCKWISE, ROWWISE, FLOAT8, NVFP4, FLOAT)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -23,7 +23,9 @@ class WeightFormat:
 
     Attributes:
         kind: `blockwise` (bits, one scale and zero point for each block of a row), `rowwise` (int8, one scale for each
-            row; the activations are quantised to 8 bits) or `float32`.
+            row; the activations are quantised to 8 bits), `float8` (E4M3, one scale for each row; the activations are
+            E4M3 too, by a scale that calibration finds), `nvfp4` (E2M1, an E4M3 scale for each 16 weights of a row, and
+            one scale for all of these) or `float32`.
         bits: 4 or 8, for blockwise.
         block: Weights of a block, for blockwise; the last block of a row may be padded.
         activations: `tensor` or `token`, for rowwise: one scale for all activations of a call, or one for each token.
@@ -51,7 +53,12 @@ class WeightFormat:
     def __str__(self) -> str:
         if self.kind == BLOCKWISE:
             return f"int{self.bits}, block {self.block}" + (", symmetric" if self.symmetric else "")
-        return {ROWWISE: f"int8, one scale a row, activations by {self.activations}", FLOAT: "float32"}[self.kind]
+        return {
+            ROWWISE: f"int8, one scale a row, activations by {self.activations}",
+            FLOAT8: "float8 (E4M3), one scale a row, activations too",
+            NVFP4: "float4 (E2M1), block 16, scales in float8",
+            FLOAT: "float32",
+        }[self.kind]
 
     @property
     def has_scale_per_token(self) -> bool:

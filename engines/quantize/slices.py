@@ -80,12 +80,13 @@ class OpenSlice:
         found = self.session.run(names, {str(value.name): sample[str(value.name)] for value in self.slice.inputs})
         return dict(zip(names, found, strict=True))
 
-    def advance(self, sample: Arrays) -> None:
-        """Run one sample and turn it, in place, into what later slices need."""
+    def advance(self, sample: Arrays) -> Arrays:
+        """Run one sample, turn it, in place, into what later slices need, and return the slice's outputs."""
         found = self.run(sample)
         later = {name: array for name, array in {**sample, **found}.items() if name in self.slice.later}
         sample.clear()
         sample.update(later)
+        return found
 
 
 def cut(

@@ -39,6 +39,12 @@ def _compile(
             f"compute capability {', '.join(options.compute_capabilities)}: TensorRT builds for {here}, this machine's",
             remedy="build on such a GPU, or choose a trt-rtx-* target",
         )
+    first = lowering.FIRST_COMPUTE_CAPABILITY.get(precision, "0")
+    if float(here) < float(first):
+        raise TargetError(
+            f"compute capability {here}, this machine's: trt-{precision} needs {first} at least",
+            remedy="choose trt-fp16",
+        )
     return compile_plans(tensorrt, folder, graphs, config, options, (here,), sets_capabilities=False)
 
 

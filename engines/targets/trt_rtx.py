@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 _LIBRARY = "tensorrt_rtx"
 # All that the library builds for. One plan serves them all; 7.5 adds 0.6 MB (tensorrt_rtx 1.7.1).
 _COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-# Older GPUs lack the type: tensorrt_rtx 1.7.1 refuses to compile int4 for 7.5 ("HW-specific datatypes").
-_FIRST = {"int4": "8.0", "bf16": "8.0", "fp8": "8.9"}
 
 
 def _compile(
@@ -36,7 +34,8 @@ def _compile(
 
     from engines.tensorrt.compiler import compile_plans
 
-    offered = [each for each in _COMPUTE_CAPABILITIES if float(each) >= float(_FIRST.get(precision, "0"))]
+    first = float(lowering.FIRST_COMPUTE_CAPABILITY.get(precision, "0"))
+    offered = [each for each in _COMPUTE_CAPABILITIES if float(each) >= first]
     unknown = sorted(set(options.compute_capabilities) - set(offered))
     if unknown:
         raise TargetError(

@@ -32,6 +32,8 @@ class GraphFacts:
         casts: Names of the Cast nodes between float types.
         attentions: Attention nodes.
         cache_updates: TensorScatter nodes.
+        quantizations: QuantizeLinear nodes.
+        dequantizations: DequantizeLinear nodes.
         weight_bytes: Bytes of all weights.
     """
 
@@ -40,6 +42,8 @@ class GraphFacts:
     attentions: int
     cache_updates: int
     weight_bytes: int
+    quantizations: int = 0
+    dequantizations: int = 0
 
 
 def check_network(trt: Any, network: Any, facts: GraphFacts, place: str) -> None:
@@ -67,7 +71,12 @@ def check_network(trt: Any, network: Any, facts: GraphFacts, place: str) -> None
             is_conversion = {given, made} <= _FLOATS and given != made and not _is_scalar(layer.get_input(0))
             if is_conversion and layer.name not in facts.casts:
                 raise TargetError(f"{place}: {layer.name!r} converts {given} to {made}, which the graph does not")
-    for kind, expected in (("ATTENTION_INPUT", facts.attentions), ("KV_CACHE_UPDATE", facts.cache_updates)):
+    for kind, expected in (
+        ("ATTENTION_INPUT", facts.attentions),
+        ("KV_CACHE_UPDATE", facts.cache_updates),
+        ("QUANTIZE", facts.quantizations),
+        ("DEQUANTIZE", facts.dequantizations),
+    ):
         if kinds[kind] != expected:
             raise TargetError(f"{place}: the network has {kinds[kind]} layers {kind}, the graph {expected}")
     for name, dtype in facts.weights.items():
@@ -114,4 +123,12 @@ def graph_facts(model: Any) -> GraphFacts:
             if given is not None and given.name in _FLOATS and node.outputs[0].dtype.name in _FLOATS:
                 casts.add(node.name)
     count = Counter(node.op_type for node in model.graph)
-    return GraphFacts(weights, frozenset(casts), count["Attention"], count["TensorScatter"], num_bytes)
+    return GraphFacts(
+        weights,
+        frozenset(casts),
+        count["Attention"],
+        count["TensorScatter"],
+        num_bytes,
+        count["QuantizeLinear"],
+        count["DequantizeLinear"],
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import configs
@@ -19,8 +19,13 @@ TOP_K = 64
 PRECISIONS = {
     "fp16": "float16; norms and rotary embedding in float32",
     "bf16": "bfloat16; norms and rotary embedding in float32",
+    "fp8": "float16, with products of 8-bit floats; activations by calibration",
     "int4": "float16, with a decoder of 4-bit weights in symmetric blocks of 128",
+    "nvfp4": "float16, with a decoder of 4-bit float weights in blocks of 16",
 }
+
+FIRST_COMPUTE_CAPABILITY = {"bf16": "8.0", "int4": "8.0", "fp8": "8.9", "nvfp4": "10.0"}
+"""Of the GPUs that have a precision's type: tensorrt_rtx 1.7.1 compiles int4 for no older ("HW-specific datatypes")."""
 
 
 def causal_attention(config: ModelConfig) -> str:
@@ -83,15 +88,22 @@ def passes(precision: str) -> Sequence[ir.passes.InPlacePass]:
     from onnx_ir.passes import common
 
     from engines.passes.add_top_k import AddTopKPass
+    from engines.passes.dequantize_nvfp4 import DequantizeNvfp4Pass
     from engines.passes.dequantize_weights import DequantizeWeightsPass
     from engines.passes.fold_static_shapes import FoldStaticShapesPass
     from engines.passes.half_precision import HalfPrecisionPass
+    from engines.passes.quantize_float8 import QuantizeFloat8Pass
 
+    in_few_bits: dict[str, Callable[[WeightPlan], ir.passes.InPlacePass]] = {
+        "int4": DequantizeWeightsPass,
+        "fp8": QuantizeFloat8Pass,
+        "nvfp4": DequantizeNvfp4Pass,
+    }
     plan = WeightPlan.from_rules(configs.load("targets/tensorrt").get(precision, {}).get("weights", []))
     return [
         FoldStaticShapesPass(),
         common.CommonSubexpressionEliminationPass(),
-        DequantizeWeightsPass(plan),
+        *([in_few_bits[precision](plan)] if precision in in_few_bits else []),
         AddTopKPass(TOP_K),
         HalfPrecisionPass(ir.DataType[cache_dtype(precision).upper()]),
     ]

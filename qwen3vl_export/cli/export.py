@@ -42,8 +42,8 @@ def export(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Round the weights of few bits by what the prompts of this folder put into their products (GPTQ): "
-            "*.jsonl with messages, or prompts.txt and images.",
+            help="Round the weights of few bits by what the prompts of this folder put into their products (GPTQ), or, "
+            "for fp8, which needs it, scale activations by it: *.jsonl with messages, or prompts.txt and images.",
             metavar="DIR",
         ),
     ] = None,
@@ -130,7 +130,7 @@ def export(
     from engines.choose import AUTO, resolve_target
     from engines.output import check_output, output_folder
     from engines.quantize.cache_ranges import wanted_cache
-    from engines.quantize.calibration import blockwise_plan
+    from engines.quantize.calibration import blockwise_plan, check_prompts
     from engines.quantize.calibration_data import read_prompts
     from qwen3vl_export.checkpoint import Checkpoint
 
@@ -168,6 +168,8 @@ def export(
     if is_engine:
         _check_can_build(chosen)
     prompts = read_prompts(calibration) if calibration is not None else []
+    if bundle is None and weights:
+        check_prompts(chosen, prompts)
     cache = None if kv_cache is None else wanted_cache(kv_cache, prompts, chosen)
     # For a cache alone, a target may keep its weights whole.
     weight_prompts = prompts if cache is None or blockwise_plan(chosen) is not None else []

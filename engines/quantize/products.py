@@ -1,0 +1,49 @@
+"""The products whose inputs calibration watches."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from engines.bundle import Bundle
+from engines.lower import lower
+from engines.passes.matmul_weight import MatMulWeight, find_weight
+from engines.quantize.formats import WeightPlan
+from engines.target import Target
+from engines.weights import StreamedTensor
+from runtime.errors import BundleError
+
+
+def products_by_input(
+    bundle: Bundle, name: str, target: Target, plan: WeightPlan, kind: str
+) -> tuple[ir.Model, dict[ir.Value, list[MatMulWeight]]]:
+    """Return a copy of a graph in float32, and its products with weights of a kind, by their input: q, k, v share one.
+
+    Left out are products of the graph's own inputs, which no slice computes.
+    """
+    model = lower(bundle.graphs[name].clone(), target, bundle.config, ())
+    products: dict[ir.Value, list[MatMulWeight]] = {}
+    for node in model.graph:
+        found = find_weight(node)
+        if found is not None and found.x.producer() is not None and plan.format_of(found.key).kind == kind:
+            products.setdefault(found.x, []).append(found)
+    return model, products
+
+
+def exchange(graph: ir.Graph, old: StreamedTensor, new: StreamedTensor) -> None:
+    """Put another tensor in the place of a weight."""
+    for value in graph.initializers.values():
+        if value.const_value is old:
+            value.const_value = new
+
+
+def largest_slice_bytes(bundle: Bundle, slice_bytes: int) -> int:
+    """Return the bytes of the largest slice's weights: the embedding is one node, so one slice."""
+    return max(slice_bytes, 4 * bundle.config.text.vocab_size * bundle.config.text.hidden_size)
+
+
+def not_finite(key: str) -> BundleError:
+    """Return the error for a product whose input overflows."""
+    return BundleError(
+        f"{key}: its input is not finite for a calibration prompt",
+        remedy="check the checkpoint with another prompt: its activations overflow float32",
+    )
