@@ -9,6 +9,7 @@ from onnx_ir.passes import common
 
 from engines.passes.replace_functions import ReplaceFunctionsPass
 from engines.target import Target
+from runtime.errors import Qwen3VLError
 from runtime.model_config import ModelConfig
 
 
@@ -19,6 +20,9 @@ def lower(
 
     Returns:
         The same model, without functions; its inputs, outputs and weights are those of the bundle.
+
+    Raises:
+        TargetError: A pass of the target finds something that its kernels do not take.
     """
     bodies = {name: body(config) for name, body in target.native_ops.items()}
     passes: list[ir.passes.PassBase] = [
@@ -35,5 +39,10 @@ def lower(
         common.TopologicalSortPass(),
         common.NameFixPass(),
     ]
-    result = ir.passes.Sequential(*passes)(model)
-    return result.model
+    try:
+        return ir.passes.Sequential(*passes)(model).model
+    except ir.passes.PassError as error:
+        # onnx_ir says which pass failed; a user wants to know why.
+        if isinstance(error.__cause__, Qwen3VLError):
+            raise error.__cause__ from None
+        raise
