@@ -59,13 +59,15 @@ def _compile(
 
 
 def _availability() -> Availability:
-    has_gpu = bool(probe().gpus)
+    gpu = probe().gpu
+    runs = gpu is not None and gpu.compute_capability in _COMPUTE_CAPABILITIES
+    where = f"an NVIDIA GPU of SM {', '.join(_COMPUTE_CAPABILITIES)}" + (f", not {gpu.name}" if gpu else "")
     if importlib.util.find_spec(_LIBRARY) is None:
         return Availability(False, False, "install the extras: pip install 'qwen3vl-export[export,tensorrt-rtx]'")
     builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "torch", "transformers"))
     if not builds:
-        return Availability(False, has_gpu, "install the extra: pip install 'qwen3vl-export[export]'")
-    return Availability(True, has_gpu, "" if has_gpu else "builds here; needs an NVIDIA GPU to run")
+        return Availability(False, runs, "install the extra: pip install 'qwen3vl-export[export]'")
+    return Availability(True, runs, "" if runs else f"builds here; to run, it needs {where}")
 
 
 TARGETS = tuple(

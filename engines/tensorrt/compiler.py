@@ -108,6 +108,8 @@ class _PlanBuilder:
     ) -> None:
         """Write the plan."""
         trt, config = self._trt, self._builder.create_builder_config()
+        # So that the inspector on a GPU machine shows the types of what each layer gives.
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         for flag, is_set in (
             (trt.BuilderFlag.STRIP_PLAN, options.strip_weights),
             (trt.BuilderFlag.WEIGHT_STREAMING, options.weight_streaming),
