@@ -85,6 +85,8 @@ class ICudaEngine:
         self.inputs = {value.name: _TYPES[value.type] for value in self.graph.get_inputs()}
         self.outputs = {value.name: _TYPES[value.type] for value in self.graph.get_outputs()}
         self.profiles_in_use: set[int] = set()
+        self.refitted_from: str | None = None
+        self.weight_streaming_budget_v2 = 0
         self.log = log
         self._in_place = plan["in_place"]
 
@@ -106,11 +108,38 @@ class ICudaEngine:
         is_cache = name.startswith("present_key_values.") and self._in_place
         return name.replace("present_", "past_") if is_cache else None
 
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return 1 << 20
+
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig()
 
     def create_execution_context(self, config: IRuntimeConfig) -> IExecutionContext:
         return IExecutionContext(self, config)
+
+
+class Refitter:
+    """Takes the weights of the graph that the engine was made of, and no other's."""
+
+    def __init__(self, engine: ICudaEngine, logger: Any) -> None:
+        self.engine = engine
+        self.given: str | None = None
+
+    def refit_cuda_engine(self) -> bool:
+        self.engine.refitted_from = self.given
+        return True
+
+
+class OnnxParserRefitter:
+    def __init__(self, refitter: Refitter, logger: Any) -> None:
+        self._refitter = refitter
+
+    def refit_from_file(self, model: str) -> bool:
+        if not Path(model).is_file():
+            self._refitter.engine.log(f"Failed to open {model}")
+            return False
+        self._refitter.given = model
+        return True
 
 
 class IRuntimeConfig:

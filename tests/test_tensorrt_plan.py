@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import runtime.sessions.tensorrt as tensorrt_session
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from runtime.cuda import CudaDevice
+from runtime.device_buffers import Staging
+from runtime.device_cache import DeviceKVCache
 from runtime.errors import CapacityError, EngineError
 from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.profiles import Profile, choose
@@ -126,6 +129,44 @@ def test_a_plan_that_copies_its_cache_is_refused(folder: Path, engine: Path) -> 
     assert "present_key_values.0.key is not written into the memory of past_key_values.0.key" in message
 
 
+def test_a_stripped_plan_takes_the_weights_of_the_graph_beside_it(folder: Path, engine: Path) -> None:
+    manifest = with_capabilities(Manifest.read(folder), stripped=True)
+    message = refusal(folder, manifest).message
+    assert "vision.onnx: the plan beside it does not take its weights (Failed to open" in message
+    for name in ("vision.onnx", "decoder.onnx"):
+        shutil.copy(engine / name, folder / name)
+    session = TensorRtSession(folder, manifest, HostDevice())
+    assert session._decoder._engine.refitted_from == str(folder / "decoder.onnx")
+    session.close()
+
+
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_weights_are_streamed_where_the_plan_allows_it(folder: Path, is_streaming: bool) -> None:
+    manifest = with_capabilities(Manifest.read(folder), weight_streaming=is_streaming)
+    session = TensorRtSession(folder, manifest, HostDevice())
+    assert bool(session._decoder._engine.weight_streaming_budget_v2) == is_streaming
+    session.close()
+
+
+def test_a_bfloat16_cache_is_read_as_float32() -> None:
+    device = HostDevice()
+    stream = device.new_stream()
+    staging = Staging(device, stream)
+    cache = DeviceKVCache(device, staging, 2, (1, 2, 3, 4), "bfloat16")
+    values = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4) - 12  # exact in bfloat16
+    bindings = cache.bindings()
+    staging.upload(bindings["past_key_values.1.value"], (values.view(np.uint32) >> 16).astype(np.uint16))
+    key, value = cache.layer(1)
+    assert np.array_equal(value, values)
+    assert not key.any()
+    assert cache.num_bytes == 2 * 2 * 24 * 2
+    assert bindings["present_key_values.1.value"] == bindings["past_key_values.1.value"]
+    del cache
+    staging.close()
+    device.free_stream(stream)
+    assert device.leaks() == []
+
+
 def test_without_a_driver_the_error_says_so(folder: Path) -> None:
     try:
         CudaDevice()
@@ -146,8 +187,6 @@ def test_out_of_memory_in_the_library_is_a_capacity_error(folder: Path, monkeypa
     device = HostDevice()
     session = TensorRtSession(folder, Manifest.read(folder), device)
     try:
-        import numpy as np
-
         pixels, patches = np.zeros((1, 4, 1536), np.float32), np.zeros((4, 4), np.int64)
         table = np.zeros((4, 12), np.float32)
         with pytest.raises(CapacityError, match=r"no execution context for profile patches-64: the GPU is out of mem"):
