@@ -4,6 +4,7 @@
     python scripts/train_demo.py --work DIR             # a new run; DIR gets state.pt, train.log and checkpoint/
     python scripts/train_demo.py --work DIR --resume    # go on after a stop
     python scripts/train_demo.py --work DIR --init-from qwen3vl_export/demo/checkpoint   # the last stage once more
+    python scripts/train_demo.py --work DIR --experts   # demo-moe: a mixture of experts, started from the dense demo
     python scripts/train_demo.py --work DIR --smoke     # every stage for two steps
 
 The state and `checkpoint/`, a Hugging Face folder with the averaged weights in bfloat16, are rewritten at every report;
@@ -20,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+DENSE = ROOT / "qwen3vl_export" / "demo" / "checkpoint"
 
 
 class ThreadGovernor:
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the state, the log and the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from WORK/state.pt")
     parser.add_argument("--init-from", type=Path, help="start the last stage from a checkpoint folder")
+    parser.add_argument("--experts", action="store_true", help="upcycle the dense demo and train the experts")
     parser.add_argument("--smoke", action="store_true", help="two steps of every stage")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--share", action="store_true", help="one thread only while other processes want the cores")
@@ -70,7 +73,8 @@ def main() -> None:
     from transformers.utils import logging
 
     from qwen3vl_export.demo.model import save_checkpoint
-    from qwen3vl_export.demo.training import CURRICULUM, SMOKE, Trainer
+    from qwen3vl_export.demo.training import CURRICULUM, EXPERTS, SMOKE, SMOKE_EXPERTS, Trainer
+    from qwen3vl_export.demo.upcycle import upcycled
 
     logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
@@ -82,13 +86,19 @@ def main() -> None:
         with (options.work / "train.log").open("a") as file:
             file.write(stamped + "\n")
 
-    trainer = Trainer(SMOKE if options.smoke else CURRICULUM, options.work, log)
+    if options.experts:
+        from transformers import Qwen3VLForConditionalGeneration
+
+        dense = Qwen3VLForConditionalGeneration.from_pretrained(DENSE)
+        trainer = Trainer(SMOKE_EXPERTS if options.smoke else EXPERTS, options.work, log, model=upcycled(dense))
+    else:
+        trainer = Trainer(SMOKE if options.smoke else CURRICULUM, options.work, log)
     if options.resume:
         trainer.resume()
         log(f"resume at stage {trainer.stage}, step {trainer.step}")
     elif options.init_from:
         trainer.start_from(options.init_from)
-    card = (ROOT / "docs" / "demo.md").read_text()
+    card = (ROOT / "docs" / ("demo_moe.md" if options.experts else "demo.md")).read_text()
     every, count = (2, 2) if options.smoke else (options.report_every, options.validation)
     trainer.run(
         lambda: save_checkpoint(trainer.trainee.model, options.work / "checkpoint", card),

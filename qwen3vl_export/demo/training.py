@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from qwen3vl_export.demo.forward import text_forward, vision_forward
 from qwen3vl_export.demo.model import build_config
 from qwen3vl_export.demo.tasks import TASKS
 from qwen3vl_export.demo.tokenizer import build_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VALIDATION_SEED = 7
 
@@ -42,10 +46,11 @@ class Stage:
         max_patches: Most patches in a batch.
         max_images: Most canvases in a batch.
         language: Train the language model too.
-        vision_rate: Factor on the vision tower's learning rate.
+        vision_rate: Factor on the vision tower's learning rate; 0 leaves the tower as it is.
         free_sides: Sides that are not multiples of 32, resized as the processor does.
         min_distractors: Least number of distractors.
-        dense: Weight of the throw-away heads' loss.
+        dense: Weight of the throw-away heads' loss; 0 leaves the heads as they are.
+        balance: Weight of the loss that spreads the tokens over the experts.
         conversations: Share of the batches whose questions are turns of one conversation.
     """
 
@@ -61,6 +66,7 @@ class Stage:
     free_sides: bool = True
     min_distractors: int = 2
     dense: float = 1.0
+    balance: float = 0.0
     conversations: float = 0.0
 
 
@@ -70,6 +76,14 @@ CURRICULUM = [
     Stage("vision-large", 1500, 2.5e-3, 1.5e-3, 512, 6144, 32, False),
     Stage("language", 1200, 3e-3, 2e-3, 192, 4096, 32, True, vision_rate=0.3),
     Stage("full", 3500, 2.5e-3, 5e-5, 512, 6144, 32, True, conversations=0.15),
+]
+EXPERTS = [
+    Stage(
+        "experts", 3000, 2e-3, 5e-5, 512, 6144, 32, True, vision_rate=0.0, dense=0.0, balance=0.01, conversations=0.15
+    )
+]
+SMOKE_EXPERTS = [
+    Stage("experts", 2, 1e-3, 1e-4, 160, 512, 4, True, vision_rate=0.0, dense=0.0, balance=0.01, conversations=0.5)
 ]
 SMOKE = [
     Stage("cells", 2, 1e-3, 1e-3, 96, 512, 4, False, free_sides=False, min_distractors=0),
@@ -82,22 +96,34 @@ SMOKE = [
 class Trainee(nn.Module):
     """The model with its throw-away heads."""
 
-    def __init__(self, seed: int) -> None:
-        """Start from random weights, with a low-frequency cosine basis as the patch embedding."""
+    def __init__(self, seed: int, model: PreTrainedModel | None = None) -> None:
+        """Start from `model`, or from random weights with a low-frequency cosine basis as the patch embedding."""
         super().__init__()
         from transformers import Qwen3VLForConditionalGeneration
 
         torch.manual_seed(seed)
         self.tokenizer = build_tokenizer()
-        self.model = Qwen3VLForConditionalGeneration(build_config(self.tokenizer))
+        if model is None:
+            model = Qwen3VLForConditionalGeneration(build_config(self.tokenizer))
+            proj = model.model.visual.patch_embed.proj
+            proj.weight.data.copy_(torch.from_numpy(_cosine_kernels(proj.weight.shape[0])))
+        self.model = model
         self.model.config.use_cache = True
-        proj = self.model.model.visual.patch_embed.proj
-        proj.weight.data.copy_(torch.from_numpy(_cosine_kernels(proj.weight.shape[0])))
         self.heads = nn.Linear(192, NO_DIGIT + 1 + 4 + 9)
+        self._router_logits: list[torch.Tensor] = []
+        for layer in self.model.model.language_model.layers:
+            if hasattr(layer.mlp, "gate"):  # a mixture of experts
+                layer.mlp.gate.register_forward_hook(lambda _, __, output: self._router_logits.append(output[0]))
 
-    def losses(self, batch: Batch, dense_weight: float) -> tuple[torch.Tensor, dict[str, float]]:
+    def losses(self, batch: Batch, stage: Stage) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the loss to minimise and its parts."""
-        levels = vision_forward(self.model.model.visual, batch.patches_BPE, batch.rows, batch.cols)
+        self._router_logits.clear()
+        with torch.set_grad_enabled(stage.vision_rate > 0):
+            levels = vision_forward(self.model.model.visual, batch.patches_BPE, batch.rows, batch.cols)
+        if not stage.dense:
+            logits, targets = self.answer_logits(batch, levels)
+            text, balance = F.cross_entropy(logits, targets), self._imbalance()
+            return text + stage.balance * balance, {"text": float(text.detach()), "balance": float(balance.detach())}
         classes, ranks, places = self.heads(levels[0]).split([NO_DIGIT + 1, 4, 9], -1)
         # An empty cell weighs 0.1 of a digit's: there are about twenty of them to a digit.
         weight = torch.full((NO_DIGIT + 1,), 1.0)
@@ -107,12 +133,25 @@ class Trainee(nn.Module):
             "rank": F.cross_entropy(ranks.flatten(0, 1), batch.ranks_BV.flatten(), ignore_index=IGNORE),
             "place": F.cross_entropy(places.flatten(0, 1), batch.places_BV.flatten(), ignore_index=IGNORE),
         }
-        loss = dense_weight * (parts["class"] + 0.5 * parts["rank"] + 0.3 * parts["place"])
+        loss = stage.dense * (parts["class"] + 0.5 * parts["rank"] + 0.3 * parts["place"])
         if batch.ids_BS is not None:
             logits, targets = self.answer_logits(batch, levels)
             parts["text"] = F.cross_entropy(logits, targets)
             loss = loss + parts["text"]
         return loss, {k: float(v.detach()) for k, v in parts.items()}
+
+    def _imbalance(self) -> torch.Tensor:
+        """Return E · Σ_e (share of the tokens that expert e gets) · (mean probability of e), mean over the layers.
+
+        1 if all experts get the same (Fedus et al. 2021, arXiv:2101.03961, equation 4).
+        """
+        losses = []
+        for logits_TE in self._router_logits:
+            probabilities_TE = logits_TE.float().softmax(-1)
+            chosen_TK = probabilities_TE.topk(self.model.config.text_config.num_experts_per_tok).indices
+            shares_E = torch.bincount(chosen_TK.flatten(), minlength=logits_TE.shape[1]) / chosen_TK.numel()
+            losses.append(logits_TE.shape[1] * (shares_E * probabilities_TE.mean(0)).sum())
+        return torch.stack(losses).mean()
 
     def answer_logits(self, batch: Batch, levels: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits [n, vocab] of all answer tokens of the batch and the tokens [n] they must predict."""
@@ -164,12 +203,13 @@ def make_optimizer(trainee: Trainee, stage: Stage) -> list[torch.optim.Optimizer
     matrices: dict[float, list[nn.Parameter]] = {stage.vision_rate: [], 1.0: []}
     rest: dict[float, list[nn.Parameter]] = {stage.vision_rate: [], 1.0: []}
     for module, rate in ((visual, stage.vision_rate), (text, 1.0)):
-        if module is text and not stage.language:
+        if (module is text and not stage.language) or not rate:
             continue
         for name, parameter in module.named_parameters():
             inner = parameter.ndim == 2 and "embed" not in name
             (matrices if inner else rest)[rate].append(parameter)
-    rest[1.0] += list(trainee.heads.parameters())
+    if stage.dense:
+        rest[1.0] += list(trainee.heads.parameters())
     adam = [{"params": p, "rate": r} for r, p in rest.items() if p]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adam, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))]
     groups = [{"params": p, "rate": r} for r, p in matrices.items() if p]
@@ -232,7 +272,15 @@ def accuracy_on(trainee: Trainee, half: str, seed: int, count: int) -> dict[str,
 class Trainer:
     """Run the stages; save and resume."""
 
-    def __init__(self, stages: list[Stage], folder: Path, log: Callable[[str], None], *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        stages: list[Stage],
+        folder: Path,
+        log: Callable[[str], None],
+        *,
+        seed: int = 0,
+        model: PreTrainedModel | None = None,
+    ) -> None:
         """Set up at the first step of the first stage.
 
         Args:
@@ -240,9 +288,10 @@ class Trainer:
             folder: Where the state file goes.
             log: Takes one line of text.
             seed: Of the weights and of every batch.
+            model: Where to start, such as `upcycled`; random weights if not given.
         """
         self.stages, self.folder, self.log, self.seed = stages, folder, log, seed
-        self.trainee = Trainee(seed)
+        self.trainee = Trainee(seed, model)
         self.average = Average(self.trainee)
         self.stage, self.step = 0, 0
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -316,7 +365,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
             optimizer.zero_grad()
-        loss, parts = self.trainee.losses(batch, stage.dense)
+        loss, parts = self.trainee.losses(batch, stage)
         loss.backward()
         nn.utils.clip_grad_norm_(self.trainee.parameters(), 1.0)
         for optimizer in self.optimizers:
