@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,6 +24,7 @@ from qwen3vl_export.parity.tasks import Question, ask, run_tasks
 from qwen3vl_export.parity.verify import verify
 from runtime.errors import ParityError, UsageError
 from runtime.generation import prefill
+from runtime.manifest import Manifest
 from runtime.messages import user_message
 from runtime.model import Prepared, Qwen3VLModel
 from runtime.positions import VisualSpan, mrope_positions
@@ -84,7 +87,7 @@ def question(index: int, expected: str, answer: str, **fields: float) -> Questio
 
 
 def report(*questions: Question, limit: float = 2.0, target: str = "ort-cpu-int4") -> TaskReport:
-    manifest = SimpleNamespace(target=target, weight_bytes=1500000, versions={})
+    manifest = SimpleNamespace(target=target, weight_bytes=1500000, versions={}, capabilities={}, source={})
     errors = LayerErrors((0.1,), (0.2, 0.4), (0.1, 0.3))
     return TaskReport.of(manifest, "demo", questions, limit, errors)  # type: ignore[arg-type]
 
@@ -257,3 +260,20 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     assert (code, "--max-new-tokens" in err) == (2, True)
     code, _, err = call(app, *base, "--tasks", "--plot", "plot.pdf")
     assert (code, "plot.pdf" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "source", "name"),
+    [
+        ({}, {}, "ort-cpu-int4"),
+        ({"cache_bits": 4}, {}, "ort-cpu-int4, int4 cache"),
+        ({"cache_bits": 8}, {"calibration": {"method": "gptq"}}, "ort-cpu-int4, calibrated, int8 cache"),
+    ],
+)
+def test_a_report_names_calibration_and_cache(
+    capabilities: dict[str, Any], source: dict[str, Any], name: str, demo_engine: Path
+) -> None:
+    manifest = dataclasses.replace(
+        Manifest.read(demo_engine), target="ort-cpu-int4", capabilities=capabilities, source=source
+    )
+    assert TaskReport.of(manifest, "demo", [], 2.0, LayerErrors((), (), ())).target == name

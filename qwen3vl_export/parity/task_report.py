@@ -93,6 +93,7 @@ class TaskReport:
     """All tasks of one engine.
 
     Attributes:
+        target: Name of the target; calibration and a cache in few bits are added to it.
         canvases: Held-out canvases, each with one question of every task.
         limit_points: Points that a task may lose.
         differing: Questions of which one engine answers right and the other wrong.
@@ -124,7 +125,7 @@ class TaskReport:
         tasks = dict.fromkeys(q.task for q in questions)
         shown = ("index", "task", "question", "truth", "expected", "answer")
         return cls(
-            target=manifest.target,
+            target=_variant(manifest),
             checkpoint=checkpoint,
             canvases=len({q.index for q in questions}),
             limit_points=limit_points,
@@ -232,6 +233,13 @@ def main() -> None:
     reports = [TaskReport.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in options.reports]
     write_sections(options.document, reports)
     plot_layers({report.target: report.layers for report in reports}, options.reports[0].parent / "layers.svg")
+
+
+def _variant(manifest: Manifest) -> str:
+    """Return the target and what else was chosen for this engine, so that its figures are not taken for the plain ones."""
+    bits = manifest.capabilities.get("cache_bits")
+    parts = [manifest.target, *(["calibrated"] if "calibration" in manifest.source else [])]
+    return ", ".join([*parts, *([f"int{bits} cache"] if bits is not None else [])])
 
 
 def _cells(row: TaskRow) -> tuple[str, ...]:
