@@ -236,7 +236,7 @@ def main() -> None:
 
 
 def _variant(manifest: Manifest) -> str:
-    """Return the target and what else was chosen for this engine, so that its figures are not taken for the plain ones."""
+    """Return the target and what else was chosen, so that nobody takes the figures for those of the plain target."""
     bits = manifest.capabilities.get("cache_bits")
     parts = [manifest.target, *(["calibrated"] if "calibration" in manifest.source else [])]
     return ", ".join([*parts, *([f"int{bits} cache"] if bits is not None else [])])
