@@ -15,7 +15,8 @@ VISION_PREFIX = "model.visual."
 def weight_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Return the shape of every tensor that a float checkpoint of this model holds, in the order of the network.
 
-    Keys and shapes are those of transformers' `Qwen3VLForConditionalGeneration`.
+    Keys and shapes are those of transformers' models. Its mixtures of experts hold the experts of a layer stacked,
+    [experts, out, in]; a checkpoint may hold them in other layouts, of as many elements.
     """
     return dict([*_vision(config), *_text(config)])
 
@@ -70,9 +71,16 @@ def _text(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield f"{layer}.self_attn.o_proj.weight", (hidden, queries)
         yield f"{layer}.self_attn.q_norm.weight", (head,)
         yield f"{layer}.self_attn.k_norm.weight", (head,)
-        yield f"{layer}.mlp.gate_proj.weight", (inner, hidden)
-        yield f"{layer}.mlp.up_proj.weight", (inner, hidden)
-        yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
+        experts = text.experts_of(index)
+        if experts is None:
+            yield f"{layer}.mlp.gate_proj.weight", (inner, hidden)
+            yield f"{layer}.mlp.up_proj.weight", (inner, hidden)
+            yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
+        else:
+            count, width = experts.num_experts, experts.intermediate_size
+            yield f"{layer}.mlp.experts.gate_up_proj", (count, 2 * width, hidden)
+            yield f"{layer}.mlp.experts.down_proj", (count, hidden, width)
+            yield f"{layer}.mlp.gate.weight", (count, hidden)
     yield f"{prefix}.norm.weight", (hidden,)
     if not text.tie_word_embeddings:
         yield "lm_head.weight", (text.vocab_size, hidden)

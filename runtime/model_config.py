@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeGuard
 from runtime.errors import CheckpointError
 
 SUPPORTED_MODEL_TYPE = "qwen3_vl"
+EXPERTS_MODEL_TYPE = "qwen3_vl_moe"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,30 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """Shape of the mixture of experts that stands in the place of a layer's feed-forward network.
+
+    Attributes:
+        num_experts: Experts of a layer.
+        top_k: Experts that a token goes through.
+        intermediate_size: Width of one expert.
+        dense_layers: Layers that have an ordinary feed-forward network, in order.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    dense_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class TextConfig:
-    """Shape of the decoder; sizes are numbers of elements. `head_dim` is independent of hidden_size / num_heads."""
+    """Shape of the decoder; sizes are numbers of elements. `head_dim` is independent of hidden_size / num_heads.
+
+    Attributes:
+        intermediate_size: Width of the feed-forward network of a dense layer.
+        experts: None for a dense model.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -62,6 +85,11 @@ class TextConfig:
     max_positions: int
     rms_norm_eps: float
     tie_word_embeddings: bool
+    experts: ExpertsConfig | None = None
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """Return the experts of one layer, or None if its feed-forward network is dense."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
 
 @dataclass(frozen=True)
@@ -89,8 +117,12 @@ class ModelConfig:
         """Rebuild a config from what `to_dict` returned."""
         vision = dict(values["vision"])
         vision["deepstack_layers"] = tuple(vision["deepstack_layers"])
+        text = dict(values["text"])
+        experts = text.get("experts")
+        if experts is not None:
+            text["experts"] = ExpertsConfig(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
         rest = {key: value for key, value in values.items() if key not in ("text", "vision")}
-        return cls(text=TextConfig(**values["text"]), vision=VisionConfig(**vision), **rest)
+        return cls(text=TextConfig(**text), vision=VisionConfig(**vision), **rest)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -100,11 +132,13 @@ class ModelConfig:
             CheckpointError: Another architecture, a missing or wrong value, or a rotary embedding that is not exported.
         """
         model_type = config.get("model_type")
-        if model_type != SUPPORTED_MODEL_TYPE:
+        if model_type not in (SUPPORTED_MODEL_TYPE, EXPERTS_MODEL_TYPE):
             raise CheckpointError(
-                f"config.json: model_type is {model_type!r}, expected {SUPPORTED_MODEL_TYPE!r}",
-                remedy="give a dense Qwen3-VL checkpoint (2B, 4B, 8B, 32B); mixture-of-experts is not supported yet",
+                f"config.json: model_type is {model_type!r}, "
+                f"expected {SUPPORTED_MODEL_TYPE!r} or {EXPERTS_MODEL_TYPE!r}",
+                remedy="give a Qwen3-VL checkpoint (2B, 4B, 8B, 32B, 30B-A3B, 235B-A22B)",
             )
+        has_experts = model_type == EXPERTS_MODEL_TYPE
         text, vision = _section(config, "text_config"), _section(config, "vision_config")
         _check_rope(text)
         if text.boolean("attention_bias", default=False):
@@ -118,12 +152,17 @@ class ModelConfig:
                 num_layers=text.size("num_hidden_layers"),
                 num_heads=text.size("num_attention_heads"),
                 num_kv_heads=text.size("num_key_value_heads"),
-                head_dim=text.size("head_dim", default=128),
+                # transformers' own defaults, which differ between the two families.
+                head_dim=text.size(
+                    "head_dim",
+                    default=text.size("hidden_size") // text.size("num_attention_heads") if has_experts else 128,
+                ),
                 max_positions=text.size("max_position_embeddings"),
                 rms_norm_eps=text.positive("rms_norm_eps", default=1e-6),
                 tie_word_embeddings=top.boolean(
                     "tie_word_embeddings", default=text.boolean("tie_word_embeddings", default=False)
                 ),
+                experts=_experts(text) if has_experts else None,
             ),
             vision=VisionConfig(
                 depth=vision.size("depth"),
@@ -234,6 +273,29 @@ def _section(config: Mapping[str, Any], name: str) -> _Section:
     if not isinstance(values, Mapping):
         raise CheckpointError(f"config.json: {name} is missing", remedy="give the folder of a Qwen3-VL checkpoint")
     return _Section(values, name)
+
+
+def _experts(text: _Section) -> ExpertsConfig:
+    """Read the experts; which layers have them follows `Qwen3VLMoeTextDecoderLayer.__init__` of transformers 5.23."""
+    # transformers 5 writes num_experts under its other name.
+    num_experts = text.size("num_experts" if text.get("num_experts") is not None else "num_local_experts")
+    num_layers, top_k = text.size("num_hidden_layers"), text.size("num_experts_per_tok")
+    if top_k > num_experts:
+        raise CheckpointError(
+            f"config.json: text_config.num_experts_per_tok is {top_k}, expected at most num_experts = {num_experts}",
+            remedy="take config.json from the original model",
+        )
+    if text.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"config.json: text_config.hidden_act is {text.get('hidden_act')!r}, expected 'silu'")
+    if not text.boolean("norm_topk_prob", default=True):
+        raise CheckpointError(
+            "config.json: text_config.norm_topk_prob is false, expected true",
+            remedy="transformers renormalises the routing weights whatever this says: set it to true to get the same",
+        )
+    dense = set(text.indices("mlp_only_layers", default=()) if text.get("mlp_only_layers") is not None else ())
+    step = text.size("decoder_sparse_step", default=1)
+    dense_layers = tuple(i for i in range(num_layers) if i in dense or (i + 1) % step)
+    return ExpertsConfig(num_experts, top_k, text.size("moe_intermediate_size"), dense_layers)
 
 
 def _check_rope(text: _Section) -> None:
