@@ -5,7 +5,7 @@ Shapes: S prompt tokens, V visual rows, D DeepStack levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -15,6 +15,17 @@ from runtime.session import Floats, KVCache, Session, TopLogits, TopLogitsSessio
 
 # A chunk bounds the activations of a long prompt; the products reach their full speed well below it.
 PREFILL_CHUNK = 512
+
+
+def chunk_limit(capabilities: Mapping[str, Any], *, all_logits: bool = False) -> int:
+    """Return the most new tokens of one call of an engine: of its own sizes, or `PREFILL_CHUNK` if it has none.
+
+    Args:
+        capabilities: Of the engine's manifest.
+        all_logits: Each of the tokens gets logits.
+    """
+    chunk = int(capabilities.get("prefill_chunk", PREFILL_CHUNK))
+    return min(chunk, int(capabilities.get("logits_chunk", chunk))) if all_logits else chunk
 
 
 def prefill(

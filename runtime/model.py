@@ -20,7 +20,7 @@ import numpy as np
 from runtime.answer import Call, Generation, Stats, Stream, Turn
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, UsageError
-from runtime.generation import PREFILL_CHUNK, decode_steps, prefill, prefill_chunks
+from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
 from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
 from runtime.manifest import Manifest
@@ -88,7 +88,8 @@ class Qwen3VLModel:
         self.max_memory = max_memory
         self._builder = PromptBuilder(tokenizer, template)
         self._turn = Turn()
-        self._chunk = int(manifest.capabilities.get("prefill_chunk", PREFILL_CHUNK))
+        self._chunk = chunk_limit(manifest.capabilities)
+        self._logits_chunk = chunk_limit(manifest.capabilities, all_logits=True)
 
     @classmethod
     def from_engine(
@@ -218,7 +219,7 @@ class Qwen3VLModel:
             embeds = self.encode_images(prepared.images)
             cache = self.session.new_cache(len(input_ids))
             return prefill(
-                self.session, cache, input_ids, prepared.positions, embeds, all_logits=True, chunk=self._chunk
+                self.session, cache, input_ids, prepared.positions, embeds, all_logits=True, chunk=self._logits_chunk
             )
         finally:
             self._turn.leave(call)
@@ -301,7 +302,7 @@ class Qwen3VLModel:
         check_fits(needed, self.max_memory)
 
     def _lookup(self, prompt_ids: list[int], num_tokens: int) -> PromptLookup | None:
-        num_tokens = min(num_tokens, self._chunk - 1)
+        num_tokens = min(num_tokens, self._logits_chunk - 1)
         # From this many tokens on a call runs in another decoder, and other logits would give other tokens.
         other_decoder = self.manifest.capabilities.get("prefill_min_tokens")
         if other_decoder is not None:

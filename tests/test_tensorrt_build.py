@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 
+from benchmarks.quantizers import copy_of, training_prompts
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, Bundle
+from engines.hardware import Gpu, Hardware
+from engines.quantize.calibration import calibrate
 from engines.registry import get
+from engines.targets import trt as trt_target
 from engines.tensorrt.checks import GraphFacts, check_network, check_plan_size, graph_facts
 from engines.tensorrt.profiles import profiles_of
-from qwen3vl_export.cli import export
-from runtime.errors import TargetError, UsageError
+from qwen3vl_export.cli import export, run
+from runtime.errors import EngineError, TargetError, UsageError
 from runtime.manifest import Manifest
 from tests.command_line import call
 
@@ -27,8 +31,7 @@ SMALL = BuildOptions(max_context=256, prefill_chunk=64, patch_buckets=(64, 256),
 
 
 def built(bundle: Bundle, target: str, output: Path, options: BuildOptions = SMALL, **more: Any) -> Path:
-    copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
-    build_engine(copy, get(target), output, options=options, **more)
+    build_engine(copy_of(bundle), get(target), output, options=options, **more)
     return output
 
 
@@ -50,9 +53,14 @@ def parsed(lowered: Path) -> Iterator[tuple[Any, GraphFacts]]:
     yield network, graph_facts(ir.load(lowered / "decoder.onnx"))
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4"])
-def test_the_demo_becomes_plans(precision: str, demo_bundle: Bundle, tmp_path: Path) -> None:
-    engine = built(demo_bundle, f"trt-rtx-{precision}", tmp_path / "engine")
+@pytest.mark.parametrize(
+    ("precision", "first"), [("fp16", "7.5"), ("bf16", "8.0"), ("int4", "8.0"), ("fp8", "8.9"), ("nvfp4", "12.0")]
+)
+def test_the_demo_becomes_plans(precision: str, first: str, demo_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = copy_of(demo_bundle)
+    if precision == "fp8":
+        calibrate(bundle, get("trt-rtx-fp8"), training_prompts(2), tmp_path)
+    engine = built(bundle, f"trt-rtx-{precision}", tmp_path / "engine")
     manifest = Manifest.read(engine)
     manifest.check(engine, full=True)
     assert {"vision.plan", "decoder.plan"} <= {path.name for path in engine.iterdir()}
@@ -61,7 +69,7 @@ def test_the_demo_becomes_plans(precision: str, demo_bundle: Bundle, tmp_path: P
     assert (found["library"], found["library_version"]) == ("tensorrt_rtx", trt.__version__)
     assert (found["capacity"], found["max_batch"], found["prefill_chunk"]) == (256, 2, 64)
     assert found["cache_dtype"] == ("bfloat16" if precision == "bf16" else "float16")
-    assert ("7.5" in found["compute_capabilities"]) == (precision == "fp16")
+    assert found["compute_capabilities"][0] == first and found["compute_capabilities"][-1] == "12.1"
     decode, prefill = found["profiles"]["decoder"]
     assert decode["max"]["input_ids"] == [2, 1] and prefill["max"]["input_ids"] == [2, 64]
     assert decode["max"]["past_key_values.0.key"] == [2, 2, 256, 64]
@@ -81,6 +89,7 @@ def test_one_bucket_begins_where_the_last_ends(demo_bundle: Bundle) -> None:
 def test_the_network_is_the_graph(parsed: tuple[Any, GraphFacts]) -> None:
     network, facts = parsed
     assert facts.attentions == 4 and facts.cache_updates == 8
+    assert facts.quantizations == 0 < facts.dequantizations == list(facts.weights.values()).count("INT4")
     assert set(facts.weights.values()) == {"FLOAT", "FLOAT16", "INT4", "INT64"} - {"INT64"}
     check_network(trt, network, facts, DECODER)
 
@@ -90,6 +99,8 @@ def test_the_network_is_the_graph(parsed: tuple[Any, GraphFacts]) -> None:
     [
         (lambda facts: {"attentions": facts.attentions + 1}, "ATTENTION_INPUT"),
         (lambda facts: {"cache_updates": facts.cache_updates - 2}, "KV_CACHE_UPDATE"),
+        (lambda facts: {"quantizations": facts.quantizations + 1}, "layers QUANTIZE"),
+        (lambda facts: {"dequantizations": facts.dequantizations - 1}, "layers DEQUANTIZE"),
         (lambda facts: {"casts": frozenset(sorted(facts.casts)[1:])}, "which the graph does not"),
         (
             lambda facts: {"weights": {name: "FLOAT16" for name in facts.weights}},
@@ -178,6 +189,18 @@ def test_the_command_passes_the_sizes_on(tmp_path: Path) -> None:
     assert [profile["name"] for profile in found["profiles"]["vision"]] == ["patches-64"]
 
 
+@pytest.mark.parametrize(("precision", "needs"), [("fp8", "8.9"), ("nvfp4", "10.0")])
+def test_a_gpu_without_the_type_is_refused(
+    precision: str, needs: str, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ampere = Hardware("Abacus", (), 2, 1 << 30, gpus=(Gpu("Test RTX", "8.6", 1 << 30, 1 << 30, "570.1"),))
+    monkeypatch.setattr(trt_target, "probe", lambda: ampere)
+    compile_plans = get(f"trt-{precision}").compile
+    assert compile_plans is not None
+    with pytest.raises(TargetError, match=rf"compute capability 8\.6.*trt-{precision} needs {needs}"):
+        compile_plans(tmp_path, {}, demo_bundle.config, SMALL)
+
+
 def test_without_a_gpu_the_enterprise_library_is_refused_before_any_work(tmp_path: Path) -> None:
     target = get("trt-fp16")
     if target.availability().can_build:
@@ -185,3 +208,25 @@ def test_without_a_gpu_the_enterprise_library_is_refused_before_any_work(tmp_pat
     code, _, err = call(export.app, "no/such-model", "--target", "trt-fp16", "--output", str(tmp_path / "engine"))
     assert code != 0
     assert "trt-fp16 cannot be built on this machine" in err and "--target trt-fp16 --no-compile" in err
+
+
+def test_inspect_shows_the_profiles_and_says_that_a_plan_is_code(demo_bundle: Bundle, tmp_path: Path) -> None:
+    engine = built(demo_bundle, "trt-rtx-fp16", tmp_path / "engine")
+    code, out, err = call(run.app, "inspect", str(engine), "--check")
+    assert code == 0, err
+    assert "profile decoder decode" in out and "[2, 1]" in out and "a plan is code" in out
+    assert max(map(len, out.splitlines())) < 400
+    code, _, err = call(run.app, "run", str(engine), "Read the digits.")
+    if not get("trt-rtx-fp16").availability().can_run:
+        assert code != 0 and "NVIDIA" in err and "remedy" in err
+
+
+def test_a_damaged_or_exchanged_plan_is_found(demo_bundle: Bundle, tmp_path: Path) -> None:
+    engine = built(demo_bundle, "trt-rtx-fp16", tmp_path / "engine")
+    plan = (engine / "decoder.plan").read_bytes()
+    (engine / "decoder.plan").write_bytes(plan[:-100])
+    with pytest.raises(EngineError, match=r"decoder\.plan: .* bytes, expected"):
+        Manifest.read(engine).check(engine)
+    (engine / "decoder.plan").write_bytes(plan[:100] + bytes([plan[100] ^ 1]) + plan[101:])
+    with pytest.raises(EngineError, match=r"decoder\.plan: its SHA-256"):
+        Manifest.read(engine).check(engine, full=True)

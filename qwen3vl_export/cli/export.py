@@ -231,6 +231,8 @@ def _build_options(**values: Any) -> BuildOptions | None:
     from engines.build_options import BuildOptions
 
     given = {name: value for name, value in values.items() if value is not None}
+    if "max_context" in given:
+        given.setdefault("prefill_chunk", min(BuildOptions.prefill_chunk, given["max_context"]))
     return BuildOptions(**given) if given else None
 
 

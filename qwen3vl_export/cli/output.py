@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ def print_stats(stats: Stats) -> None:
         note(line)
 
 
+PROFILES = "profiles"
+
+
 def manifest_text(manifest: Manifest) -> str:
     """Return what `qwen3vl inspect` shows of an engine."""
     text, vision = manifest.model.text, manifest.model.vision
@@ -72,7 +75,8 @@ def manifest_text(manifest: Manifest) -> str:
         ("vision", tower),
         ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         *((f"source {name}", _plain(value)) for name, value in manifest.source.items()),
-        *((f"can {name}", _plain(value)) for name, value in manifest.capabilities.items()),
+        *((f"can {name}", _plain(value)) for name, value in manifest.capabilities.items() if name != PROFILES),
+        *_profile_rows(manifest.capabilities.get(PROFILES, {})),
     ]
     files = [
         (f"  {name}", f"{record.num_bytes} bytes", "weights" if record.is_weights else "", record.sha256)
@@ -81,6 +85,14 @@ def manifest_text(manifest: Manifest) -> str:
     total = sum(record.num_bytes for record in manifest.files.values())
     summary = f"files      {len(files)}, {_size(total)}, of it weights {_size(manifest.weight_bytes)}; SHA-256:"
     return "\n".join([*columns(rows), summary, *columns(files)])
+
+
+def _profile_rows(profiles: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[tuple[str, str]]:
+    """Yield the largest shape of each graph's first input, profile by profile; --json has all shapes."""
+    for graph, entries in profiles.items():
+        for profile in entries:
+            first = next(iter(profile["max"]))
+            yield f"profile {graph} {profile['name']}", f"{first} {profile['min'][first]} to {profile['max'][first]}"
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -257,6 +257,8 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
         print_json({**values, "check": {"passed": True, "compared": compared, "note": HASH_NOTE}})
     else:
         print(f"check      passed: {compared} ({HASH_NOTE})")
+        if any(name.endswith(".plan") for name in manifest.files):
+            print("note       a plan is code that the library runs: open only engines that you trust")
 
 
 @app.command()

@@ -166,11 +166,12 @@ def ask(
     model: Qwen3VLModel, prepared: Prepared, embeds: Floats, truth_ids: Sequence[int]
 ) -> tuple[list[int], Floats, KVCache]:
     """Return the engine's greedy answer, the logits [T, V] in front of each true token, and the cache."""
-    from runtime.generation import decode_steps, prefill
+    from runtime.generation import chunk_limit, decode_steps, prefill
 
     session, ids, positions = model.session, prepared.prompt.input_ids, prepared.positions
     cache = session.new_cache(len(ids) + max(len(truth_ids), MAX_NEW_TOKENS))
-    behind_prompt = prefill(session, cache, ids, positions, embeds)[-1]
+    chunk = chunk_limit(model.manifest.capabilities)
+    behind_prompt = prefill(session, cache, ids, positions, embeds, chunk=chunk)[-1]
     seen: list[Floats] = []
 
     def take_true(logits_V: Floats) -> int:

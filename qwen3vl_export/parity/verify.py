@@ -156,7 +156,8 @@ class _Comparison:
         session, ids, positions = self._model.session, prepared.prompt.input_ids, prepared.positions
         num_steps = len(expected.tokens)
         cache = session.new_cache(len(ids) + num_steps)
-        logits = generation.prefill(session, cache, ids, positions, embeds, all_logits=True, chunk=self._case.chunk)
+        chunk = min(self._case.chunk, generation.chunk_limit(self._model.manifest.capabilities, all_logits=True))
+        logits = generation.prefill(session, cache, ids, positions, embeds, all_logits=True, chunk=chunk)
         for layer, pair in enumerate(expected.layers):
             for name, found, wanted in zip(("keys", "values"), cache.layer(layer), pair, strict=True):
                 rows = found[:, :, : len(ids)].astype(np.float32)
