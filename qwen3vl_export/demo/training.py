@@ -79,7 +79,7 @@ CURRICULUM = [
 ]
 EXPERTS = [
     Stage(
-        "experts", 3000, 2e-3, 5e-5, 512, 6144, 32, True, vision_rate=0.0, dense=0.0, balance=0.01, conversations=0.15
+        "experts", 1500, 2e-3, 5e-5, 512, 6144, 32, True, vision_rate=0.0, dense=0.0, balance=0.01, conversations=0.15
     )
 ]
 SMOKE_EXPERTS = [
