@@ -15,6 +15,7 @@ import typer
 
 from benchmarks import imports, inference, lowered, measure, report, status, synthetic
 from benchmarks.compare.command import compare, compare_setup
+from benchmarks.overhead import overhead
 from benchmarks.race import race
 from benchmarks.speculation import speculation
 from runtime.errors import Qwen3VLError, UsageError
@@ -23,6 +24,7 @@ from runtime.manifest import Manifest
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(compare)
 app.command("compare-setup")(compare_setup)
+app.command()(overhead)
 app.command()(race)
 app.command()(speculation)
 
@@ -167,6 +169,16 @@ def verify_lowered(checkpoint: str = "demo", max_new_tokens: int = 64, results: 
     _print(report.write("lowered", found | {"environment": environment}, results))
 
 
+@app.command()
+def quantizers(canvases: int = 100, calibration: int = 128, bits: int = 4, results: Results = report.RESULTS) -> None:
+    """Compare ways to round the demo's decoder to few bits: KL to float32 on held-out canvases."""
+    from benchmarks.quantizers import measure as compare_quantizers  # takes PyTorch and the exporter
+
+    environment = measure.environment()
+    found = compare_quantizers(canvases, calibration, bits, lambda text: typer.echo(text, err=True))
+    _print(report.write("quantizers", found | {"environment": environment}, results))
+
+
 @app.command("report")
 def write_report() -> None:
     """Write all tables again from the result files: of each result, in README.md and in docs/benchmarks.md."""
@@ -194,7 +206,8 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except subprocess.CalledProcessError as error:
-        typer.echo(f"error: {error.cmd[2]} ended with exit code {error.returncode}", err=True)
+        last = f": {error.output}" if error.output else ""
+        typer.echo(f"error: {error.cmd[2]} ended with exit code {error.returncode}{last}", err=True)
         sys.exit(1)
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,21 +33,29 @@ class ChildCost:
     peak_rss_bytes: int
 
 
-def run_child(command: Sequence[str]) -> ChildCost:
-    """Run a command to its end and measure it; its output goes to stderr.
+def run_child(command: Sequence[str], folder: Path | None = None) -> ChildCost:
+    """Run a command to its end, in a folder if one is given, and measure it; its output goes to stderr.
 
     The kernel hands the parent's peak on to a spawned child, so the caller should be a small process.
 
     Raises:
-        subprocess.CalledProcessError: It exits with a code other than 0.
+        subprocess.CalledProcessError: It exits with a code other than 0; `output` is its last line.
     """
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=2)
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    last = ""
+    assert process.stdout is not None
+    with process.stdout as lines:
+        for line in lines:
+            print(line, end="", file=sys.stderr, flush=True)
+            last = line.strip() or last
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)  # Popen must not wait for a process that is gone
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+        raise subprocess.CalledProcessError(process.returncode, command, output=last)
     return ChildCost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 

@@ -1,14 +1,13 @@
 """Compare quantisers on the demo checkpoint: KL to float32 over the prompts of held-out canvases.
 
 Only the decoder is quantised, so that nothing else adds to the divergence. Calibration sees training canvases alone.
-The table of docs/quantization.md is the output of `python -m benchmarks.quantizers`.
+`python -m benchmarks quantizers` runs it.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,29 +99,26 @@ def _ask(image: Any, question: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--canvases", type=int, default=100, help="held-out canvases, four prompts each")
-    parser.add_argument("--calibration", type=int, default=128, help="training canvases, one prompt each")
-    parser.add_argument("--bits", type=int, default=4)
-    arguments = parser.parse_args()
-    print("| decoder | " + " | ".join(f"block {block}" for block in BLOCKS) + " |")
-    print("|---|" + "---:|" * len(BLOCKS))
+def measure(num_canvases: int, num_calibration: int, bits: int, on_cell: Callable[[str], None]) -> dict[str, Any]:
+    """Return the mean KL in nats of each method and block size, over all positions of all prompts.
+
+    Args:
+        num_canvases: Held-out canvases, four prompts each.
+        num_calibration: Training canvases, one prompt each.
+        bits: Bits of a weight.
+        on_cell: Told what has just been measured.
+    """
     traced = make_bundle(Checkpoint.open("demo"))
+    methods: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         engine = build(Path(name), traced, registry.get("ort-cpu-fp32"), None, 0)
-        expected = list(held_out_logits(engine, arguments.canvases))
+        expected = list(held_out_logits(engine, num_canvases))
         for method, rounding in METHODS.items():
-            cells = []
+            methods[method] = {}
             for block in BLOCKS:
-                target = decoder_target(arguments.bits, block)
-                engine = build(Path(name), traced, target, rounding, arguments.calibration)
-                found = held_out_logits(engine, arguments.canvases)
+                engine = build(Path(name), traced, decoder_target(bits, block), rounding, num_calibration)
+                found = held_out_logits(engine, num_canvases)
                 divergences = [kl_divergence(f, e) for f, e in zip(found, expected, strict=True)]
-                cells.append(f"{np.mean(np.concatenate(divergences)):.5f}")
-            print(f"| {method} | " + " | ".join(cells) + " |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+                methods[method][str(block)] = float(np.mean(np.concatenate(divergences)))
+                on_cell(f"{method}, block {block}: {methods[method][str(block)]:.5f}")
+    return {"canvases": num_canvases, "calibration": num_calibration, "bits": bits, "methods": methods}

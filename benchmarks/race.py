@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -55,7 +54,7 @@ def run(engines: Mapping[str, Engine], repeats: int) -> list[dict[str, Any]]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Return the Markdown page of a result."""
+    """Return the body of the result's page."""
     first = result["engines"][0]
     head = ("work", *result["engines"], *(f"{name}, × as fast as {first}" for name in result["engines"][1:]))
     rows = []
@@ -63,13 +62,7 @@ def table(result: Mapping[str, Any]) -> str:
         medians = row["median_s"]
         cells = [f"{medians[name] * 1000:.1f} ms" for name in result["engines"]]
         rows.append((row["work"], *cells, *(f"{medians[first] / medians[n]:.2f}" for n in result["engines"][1:])))
-    environment = result["environment"]
-    return f"""# {result["name"]}
-
-{report.table([head, *rows])}
-{environment["cpu"]}, {result["threads"]} threads, onnxruntime {environment["libraries"]["onnxruntime"]}; \
-load average before the run {environment["load_average_1min"]:.1f}. Medians; the engines take turns.
-"""
+    return f"{result['threads']} threads. Medians; the engines take turns.\n\n{report.table([head, *rows])}"
 
 
 def race(
@@ -85,10 +78,6 @@ def race(
     if len(opened) < len(engines):
         raise UsageError("two engine folders have the same name, which names them in the table")
     rows = run(opened, repeats)
-    result = {"name": f"race-{name}", "engines": list(opened), "threads": threads, "rows": rows}
-    result["environment"] = environment
-    path = results / f"{result['name']}.md"
-    results.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    path.write_text(table(result), encoding="utf-8")
+    result = {"engines": list(opened), "threads": threads, "rows": rows, "environment": environment}
+    path = report.write(f"race-{name}", result, results)
     typer.echo(path.read_text(encoding="utf-8"))

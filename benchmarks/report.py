@@ -1,7 +1,8 @@
 """Write results as JSON, and their tables; a table is made from the JSON alone, so it can be made again.
 
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`,
-`run-MODEL-TARGET`, `import`, `compare-MODEL`.
+`run-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `quantizers`,
+`speculation-NAME`, `race-NAME`, `overhead-NAME`.
 """
 
 from __future__ import annotations
@@ -132,11 +133,51 @@ def import_table(result: Mapping[str, Any]) -> str:
     )
 
 
+def quantizers_table(result: Mapping[str, Any]) -> str:
+    """Return one row for each way to round, one column for each block size."""
+    blocks = list(next(iter(result["methods"].values())))
+    rows = [("decoder", *(f"block {block}" for block in blocks))]
+    rows += [(method, *(f"{kl[block]:.5f}" for block in blocks)) for method, kl in result["methods"].items()]
+    return (
+        f"Mean KL to float32 in nats, over all positions of the four prompts of {result['canvases']} held-out canvases "
+        f"of the demo;\n{result['bits']} bits, decoder only; calibrated on {result['calibration']} training canvases, "
+        f"one prompt each.\n\n{table(rows)}"
+    )
+
+
 def comparison(result: Mapping[str, Any]) -> str:
     """Return the tables of a comparison with peers."""
     from benchmarks.compare import tables  # which takes `table` from this file
 
     return tables.render(result)
+
+
+def speculation(result: Mapping[str, Any]) -> str:
+    """Return the tables of prompt lookup."""
+    from benchmarks.speculation import table as body
+
+    return body(result)
+
+
+def race(result: Mapping[str, Any]) -> str:
+    """Return the table of a race of engines."""
+    from benchmarks.race import table as body
+
+    return body(result)
+
+
+def overhead(result: Mapping[str, Any]) -> str:
+    """Return what of a decode step is spent outside the graph."""
+    rows = [("", "median, ms", "share of a step, %")]
+    step = result["step"]["median_s"]
+    for name, part in (("step", "step"), ("graph", "inside"), ("host", "outside")):
+        median = result[part]["median_s"]
+        rows.append((name, f"{1e3 * median:.3f}", f"{100 * median / step:.2f}"))
+    return (
+        f"{result['target']}, {result['threads']} threads, {len(result['step']['all_s'])} steps behind "
+        f"{result['num_cached']} positions. A step is a turn of the loop: `Session.decode` and the greedy choice; "
+        f"graph is `run_with_iobinding` in it, host the rest of each step.\n\n{table(rows)}"
+    )
 
 
 def _environment_line(environment: Mapping[str, Any]) -> str:
@@ -155,4 +196,8 @@ _TABLES = {
     "import": import_table,
     "compare": comparison,
     "lowered": lowered.table_of,
+    "quantizers": quantizers_table,
+    "speculation": speculation,
+    "race": race,
+    "overhead": overhead,
 }

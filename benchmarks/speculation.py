@@ -10,7 +10,6 @@ Contenders take turns token by token, in an order drawn anew each turn: what els
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -188,7 +187,7 @@ def summary(passes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Return the text of the result's .md file."""
+    """Return the body of the result's page."""
     costs = [("positions", "s", "calls of one position")]
     costs += [(f"{c['positions']}", f"{c['median_s']:.4f}", f"{c['cost']:.2f}") for c in result["costs"]]
     head = ("× plain", "least", "most", "tokens/s", "drafted", "accepted")
@@ -196,11 +195,9 @@ def table(result: Mapping[str, Any]) -> str:
     texts = [("text", *head), *((name, *_cells(values["lookup"])) for name, values in result["natural"].items())]
     sizes = [("n-grams", *result["natural"])]
     sizes += [(name, *(f"{speed:.2f}" for speed in speeds.values())) for name, speeds in result["sizes"].items()]
-    environment = result["environment"]
-    return f"""# {result["name"]}
-
-{result["target"]}, {result["threads"]} threads, {result["num_cached"]} positions in the cache, drafts of at most
-{result["max_drafts"]} tokens. The tokens of all answers are given; the contenders of a race take turns token by token.
+    return f"""{result["target"]}, {result["threads"]} threads, {result["num_cached"]} positions in the cache, drafts of
+at most {result["max_drafts"]} tokens. The tokens of all answers are given; the contenders of a race take turns token by
+token.
 
 Cost of a call, all positions of which get logits (prompt lookup reckons with 1 + {DRAFT_COST} a drafted token):
 
@@ -213,10 +210,7 @@ Texts in pieces of Qwen's pre-tokenizer, looked up in prompt and answer, one rac
 {report.table(texts)}
 Expected speed by the n-grams that are looked up, from the cost above, mean of {result["sets"]} sets of texts:
 
-{report.table(sizes)}
-{environment["cpu"]}, {environment["cores"]} cores, onnxruntime {environment["libraries"]["onnxruntime"]}; \
-load average before the run {environment["load_average_1min"]:.1f}.
-"""
+{report.table(sizes)}"""
 
 
 def _cells(values: Mapping[str, float]) -> tuple[str, ...]:
@@ -240,7 +234,6 @@ def speculation(
     opened = Engine(engine, threads, num_cached)
     sets = [ocr_texts.texts(seed) for seed in range(NUM_SETS)]
     result = {
-        "name": f"speculation-{name or engine.resolve().name}",
         "target": opened.target,
         "threads": threads,
         "num_cached": num_cached,
@@ -260,8 +253,5 @@ def speculation(
         },
         "environment": environment,
     }
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"{result['name']}.md"
-    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    path.write_text(table(result), encoding="utf-8")
+    path = report.write(f"speculation-{name or engine.resolve().name}", result, results)
     typer.echo(path.read_text(encoding="utf-8"))

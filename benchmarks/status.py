@@ -16,8 +16,9 @@ from typing import Any
 import configs
 from benchmarks import lowered, plot, report
 from benchmarks.compare import chart
+from benchmarks.compare.sides import REFERENCE
 from benchmarks.compare.tables import bytes_per_s
-from benchmarks.compare.workloads import Point
+from benchmarks.compare.workloads import DECODE, Point
 from engines.choose import GPU, device_of
 from engines.registry import all_targets
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = "demo checkpoint"
 TASKS = ("read", "count", "where", "json")
 _ACCURACY = "demo_accuracy"
-_NOT_SHOWN = "tiny"  # a shape of the tests
+_NOT_SHOWN = "tiny"  # how the names of the tests' shapes begin
 _PASSED = "passed"  # as scripts/gpu_check.py writes it
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -42,6 +43,7 @@ class Goal:
         inputs: Names of the results that `value` takes.
         value: The figure reached.
         is_minimum: More is better.
+        on_huge_pages: The same figure of the same engine on huge pages; it is shown, and not judged.
     """
 
     what: str
@@ -50,18 +52,29 @@ class Goal:
     inputs: tuple[str, ...]
     value: Callable[..., float]
     is_minimum: bool = False
+    on_huge_pages: Callable[..., float] | None = None
 
     def row(self, results: Results) -> tuple[str, str, str, str]:
         """Return the cells what, asked, reached, verdict."""
         asked = f"{'≥' if self.is_minimum else '≤'} {self.limit:g}{self.unit}"
-        if not results.keys() >= set(self.inputs):
-            return self.what, asked, "not measured", ""
-        try:
-            value = self.value(*(results[name] for name in self.inputs))
-        except KeyError:  # a side that was not there
-            return self.what, asked, "not measured", ""
+        value, other = (self._of(results, function) for function in (self.value, self.on_huge_pages))
+        reached = "not measured" if value is None else self._text(value)
+        if other is not None:
+            reached += f"; huge pages {self._text(other)}"
+        if value is None:
+            return self.what, asked, reached, ""
         is_reached = value >= self.limit if self.is_minimum else value <= self.limit
-        return self.what, asked, f"{value:.3g}{self.unit}", "yes" if is_reached else "**no**"
+        return self.what, asked, reached, "yes" if is_reached else "**no**"
+
+    def _of(self, results: Results, function: Callable[..., float] | None) -> float | None:
+        try:
+            return None if function is None else function(*(results[name] for name in self.inputs))
+        except KeyError:  # a result or a side that is not there
+            return None
+
+    def _text(self, value: float) -> str:
+        is_near = abs(value - self.limit) < 0.02 * self.limit  # where two decimals could hide the verdict
+        return f"{value:.{4 if is_near else 3}g}{self.unit}"
 
 
 _FP32 = "ort-cpu-fp32"
@@ -93,59 +106,106 @@ GOALS = (
     ),
 )
 
-_COMPARE = "compare-qwen3-vl-2b"
+_COMPARE, _SPECULATION, _OVERHEAD = "compare-qwen3-vl-2b", "speculation-2b-int4", "overhead-2b-int4"
 _INT4, _INT4P8 = "ort-cpu-int4", "ort-cpu-int4p8"
 _BLOCK_32, _BLOCK_128 = ("genai-int4-b32",), ("genai-int4-b128", "genai-int4-b128-pruned")
 _OPENVINO = ("openvino-int4",)
 
+OfComparison = Callable[[Mapping[str, Any]], float]
 
-def _times(side: str, peers: tuple[str, ...], point: str) -> Callable[[Mapping[str, Any]], float]:
-    """Return how many times as fast as the fastest of some peers one of our engines is."""
 
-    def value(result: Mapping[str, Any]) -> float:
-        fastest = min(_median(result, peer, point) for peer in peers)
-        return fastest / _median(result, side, point)
+def _goal(
+    what: str,
+    limit: float,
+    unit: str,
+    target: str,
+    value: Callable[..., float],
+    *more: Any,
+    is_minimum: bool = False,
+    depends_on_pages: bool = True,
+) -> Goal:
+    """Return a goal of the comparison; `value` takes the result, the name of one of our sides, and `more`."""
 
-    return value
+    def of(side: str) -> OfComparison:
+        return lambda result: value(result, side, *more)
+
+    on_huge_pages = of(f"{target}-huge-pages") if depends_on_pages else None
+    return Goal(f"2B, `{target}`: {what}", limit, unit, (_COMPARE,), of(target), is_minimum, on_huge_pages)
+
+
+def _times_as_fast(result: Mapping[str, Any], side: str, peers: tuple[str, ...], point: str) -> float:
+    """Return how many times as fast as the fastest of some peers one of our sides is."""
+    return min(_median(result, peer, point) for peer in peers) / _median(result, side, point)
+
+
+def _time_over(result: Mapping[str, Any], side: str, peers: tuple[str, ...], point: str) -> float:
+    return 1 / _times_as_fast(result, side, peers, point)
 
 
 def _median(result: Mapping[str, Any], side: str, point: str) -> float:
-    timing = result["sides"][side]["image"] if point == "image" else result["sides"][side]["points"][point]
-    return float(timing["median_s"])
+    return float(result["sides"][side]["points"][point]["median_s"])
 
 
-def _divergence(result: Mapping[str, Any], side: str) -> float:
-    return float(result["sides"][side]["divergence"]["mean_kl"])
+def _divergence_ratio(result: Mapping[str, Any], side: str, peer: str) -> float:
+    ours, theirs = (result["sides"][name]["divergence"]["mean_kl"] for name in (side, peer))
+    return float(ours / theirs)
 
 
-def _memory_share(result: Mapping[str, Any]) -> float:
-    point = next(Point(**each) for each in result["points"] if Point(**each).name == "decode-0-b1")
-    return 100 * bytes_per_s(point, result["sides"][_INT4]) / float(result["ceilings"]["memory_bytes_per_s"])
+def _memory_share(result: Mapping[str, Any], side: str, point: Point) -> float:
+    ceiling = float(result["ceilings"]["memory_bytes_per_s"])
+    return 100 * bytes_per_s(point, result["sides"][side]) / ceiling
 
 
-def _first_token(side: str) -> Callable[[Mapping[str, Any]], float]:
-    """Return our time from an image to the first token over that of the fastest peer that sees the same image."""
+def _first_token(result: Mapping[str, Any], side: str) -> float:
+    """Return our time from an image to the first token over that of the fastest peer that sees the same image.
 
-    def value(result: Mapping[str, Any]) -> float:
-        peers = [each for each in result["sides"].values() if not each["is_ours"] and each["has_vision"]]
-        # The image has 3072 patches: a side that is done before its own vision tower could be has shrunk it.
-        same = [each for each in peers if each["image"]["median_s"] > each["points"]["vision-3072-b1"]["median_s"]]
-        return _median(result, side, "image") / min(each["image"]["median_s"] for each in same)
+    Raises:
+        KeyError: No such peer was measured.
+    """
+    peers = [each for each in result["sides"].values() if not each["is_ours"] and each["has_vision"]]
+    # The image has 3072 patches: a side that is done before its own vision tower could be has shrunk it.
+    same = [each for each in peers if each["image"]["median_s"] > each["points"]["vision-3072-b1"]["median_s"]]
+    if not same:
+        raise KeyError("no peer sees the same image")
+    ours = float(result["sides"][side]["image"]["median_s"])
+    return ours / min(float(each["image"]["median_s"]) for each in same)
 
-    return value
+
+def _load(result: Mapping[str, Any], side: str) -> float:
+    return float(result["sides"][side]["load_s"])
+
+
+def _rss_without_cache(result: Mapping[str, Any], side: str) -> float:
+    values = result["sides"][side]
+    return float(values["peak_rss_bytes"] - values["cache_bytes"]) / 1e9
+
+
+def _export(result: Mapping[str, Any], side: str, value: str, unit: float) -> float:
+    return float(result["sides"][side]["export"][value]) / unit
+
+
+def _nothing_accepted(result: Mapping[str, Any]) -> float:
+    """Return the least speed of prompt lookup on a text of which no draft was right."""
+    races = [race["lookup"] for race in result["natural"].values()]
+    speeds = [float(race["speed"]) for race in races if not race["accepted"]]
+    if not speeds:
+        raise KeyError("something is accepted in every text")
+    return min(speeds)
 
 
 QUANTISED_GOALS = (
     *(
-        Goal(
-            f"2B, `{ours}` against onnxruntime-genai {build}: {what}",
+        _goal(
+            f"{what} against onnxruntime-genai {build}",
             least,
             " ×",
-            (_COMPARE,),
-            _times(ours, peers, point),
-            True,
+            target,
+            _times_as_fast,
+            peers,
+            point,
+            is_minimum=True,
         )
-        for ours in (_INT4, _INT4P8)
+        for target in (_INT4, _INT4P8)
         for build, peers, what, point, least in (
             ("block 128", _BLOCK_128, "decode behind 512 tokens", "decode-512-b1", 1.1),
             ("block 128", _BLOCK_128, "prefill of 512 tokens", "prefill-512-b1", 1.25),
@@ -153,51 +213,61 @@ QUANTISED_GOALS = (
             ("block 32", _BLOCK_32, "prefill of 512 tokens", "prefill-512-b1", 1.8),
         )
     ),
-    Goal("2B, `ort-cpu-int4`: decode, share of the memory ceiling", 80, " %", (_COMPARE,), _memory_share, True),
-    Goal(
-        "2B, `ort-cpu-int4`: mean KL to float32, over that of onnxruntime-genai block 32",
+    *(
+        _goal(
+            f"decode behind {size} tokens, share of the memory ceiling",
+            80,
+            " %",
+            _INT4,
+            _memory_share,
+            Point(DECODE, size),
+            is_minimum=True,
+        )
+        for size in (0, 512)
+    ),
+    _goal(
+        "mean KL to float32, over that of onnxruntime-genai block 32",
         1,
         " ×",
-        (_COMPARE,),
-        lambda r: _divergence(r, _INT4) / _divergence(r, *_BLOCK_32),
+        _INT4,
+        _divergence_ratio,
+        *_BLOCK_32,
+        depends_on_pages=False,
     ),
-    Goal(
-        "2B, `ort-cpu-int4`: vision, 3072 patches, over OpenVINO",
-        1.2,
-        " ×",
-        (_COMPARE,),
-        lambda r: 1 / _times(_INT4, _OPENVINO, "vision-3072-b1")(r),
-    ),
+    _goal("vision, 3072 patches, over OpenVINO", 1.2, " ×", _INT4, _time_over, _OPENVINO, "vision-3072-b1"),
     *(
-        Goal(
-            f"2B, `{ours}`: image to first token, over the fastest peer on the same image",
-            1,
-            " ×",
-            (_COMPARE,),
-            _first_token(ours),
+        goal
+        for target in (_INT4, _INT4P8)
+        for goal in (
+            _goal("image to first token, over the fastest peer on the same image", 1, " ×", target, _first_token),
+            _goal("ready, files in the page cache", 3, " s", target, _load),
+            _goal("peak RSS but the KV cache", 1.8, " GB", target, _rss_without_cache),
+            _goal("wall time of the export", 60, " s", target, _export, "wall_s", 1, depends_on_pages=False),
+            _goal("peak RSS of the export", 2, " GB", target, _export, "peak_rss_bytes", 1e9, depends_on_pages=False),
         )
-        for ours in (_INT4, _INT4P8)
     ),
     Goal(
-        "2B, `ort-cpu-int4`: peak RSS but the KV cache",
-        1.8,
-        " GB",
-        (_COMPARE,),
-        lambda r: (r["sides"][_INT4]["peak_rss_bytes"] - r["sides"][_INT4]["cache_bytes"]) / 1e9,
+        "2B, `ort-cpu-int4`: host, share of a decode step behind 512 tokens",
+        1,
+        " %",
+        (_OVERHEAD,),
+        lambda r: 100 * r["outside"]["median_s"] / r["step"]["median_s"],
     ),
     Goal(
-        "2B, export to `ort-cpu-int4`: wall time",
-        60,
-        " s",
-        (_COMPARE,),
-        lambda r: r["sides"][_INT4]["export"]["wall_s"],
+        "2B, `ort-cpu-int4`: prompt lookup, every draft wrong, 256 tokens",
+        0.97,
+        " × plain",
+        (_SPECULATION,),
+        lambda r: r["forced"]["0%"]["speed"],
+        True,
     ),
     Goal(
-        "2B, export to `ort-cpu-int4`: peak RSS",
-        2,
-        " GB",
-        (_COMPARE,),
-        lambda r: r["sides"][_INT4]["export"]["peak_rss_bytes"] / 1e9,
+        "2B, `ort-cpu-int4`: prompt lookup, a text of which nothing is accepted",
+        0.97,
+        " × plain",
+        (_SPECULATION,),
+        _nothing_accepted,
+        True,
     ),
 )
 
@@ -224,14 +294,12 @@ def works_table(results: Results, accuracies: Mapping[str, Mapping[str, float]])
     models = {result["model"] for result in measured} | set(configs.names("models"))
     rows = [("model", *(f"`{target}`" for target in targets))]
     rows.append((DEMO, *(_accuracy(accuracies.get(target), accuracies.get("")) for target in targets)))
-    for model in sorted(models - {_NOT_SHOWN}, key=_natural):
+    for model in sorted((name for name in models if not name.startswith(_NOT_SHOWN)), key=_natural):
         cells = []
         for target in targets:
             here = [_shown(r) for r in measured if (r["model"], r["target"]) == (model, target)]
             # A target that has a measurement of its own needs no line of the comparison.
-            here = here or [
-                _compared(r["sides"], target) for r in compared if r["model"] == model and target in r["sides"]
-            ]
+            here = here or [line for r in compared if r["model"] == model for line in _compared(r["sides"], target)]
             cells.append("<br>".join(here) or "not measured")
         rows.append((f"`{model}`", *cells))
     return report.table(rows)
@@ -254,7 +322,8 @@ def target_states(
         builds: Results with `plan_bytes`: plans that were compiled, not executed.
     """
     timed = {str(r["target"]) for name, r in results.items() if report.kind(name) == "run"}
-    timed |= {side for name, r in results.items() if report.kind(name) == "compare" for side in r["sides"]}
+    compared = [r["sides"] for name, r in results.items() if report.kind(name) == "compare"]
+    timed |= {side.get("target", name) for sides in compared for name, side in sides.items()}
     rows = [("target", "status", "shown by")]
     for target, device in sorted(devices.items()):
         checked = [each for each in checks if each["target"] == target]
@@ -312,16 +381,25 @@ def _plan_bytes(build: Mapping[str, Any]) -> int:
     return sum(plans.values()) if isinstance(plans, Mapping) else plans
 
 
-def _compared(sides: Mapping[str, Any], target: str) -> str:
-    """Return export and speed of one of our sides of a comparison, PyTorch fp32 = 1."""
-    ours, torch = sides[target], sides["pytorch-fp32"]
-    export = f"export: {ours['export']['wall_s']:.0f} s, {ours['export']['peak_rss_bytes'] / 1e9:.1f} GB peak"
+def _compared(sides: Mapping[str, Any], target: str) -> list[str]:
+    """Return export and speeds of our sides of a target in a comparison, PyTorch fp32 = 1."""
     points = {"vision": "vision-784-b1", "prefill": "prefill-512-b1", "decode": "decode-512-b1"}
-    speeds = (
-        f"{name} {torch['points'][point]['median_s'] / ours['points'][point]['median_s']:.2f} ×"
-        for name, point in points.items()
-    )
-    return f"{export}<br>speed: {', '.join(speeds)}"
+    lines: list[str] = []
+    for side in sides.values():
+        if side.get("target") != target:
+            continue
+        if not lines:
+            export = side["export"]
+            lines.append(f"export: {export['wall_s']:.0f} s, {export['peak_rss_bytes'] / 1e9:.1f} GB peak")
+        speeds = [
+            f"{name} {sides[REFERENCE]['points'][point]['median_s'] / side['points'][point]['median_s']:.2f} ×"
+            for name, point in points.items()
+            if REFERENCE in sides and point in side["points"] and point in sides[REFERENCE]["points"]
+        ]
+        if speeds:
+            pages = ", huge pages" if side["options"]["huge_pages"] else ""
+            lines.append(f"speed (`compare`{pages}): {', '.join(speeds)}")
+    return lines
 
 
 def read_accuracies(folder: Path) -> dict[str, dict[str, float]]:
@@ -353,6 +431,8 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     }
     if "lowered" in results:
         blocks[root / "docs" / "accuracy.md"] = "lowered graphs", lowered.table_of(results["lowered"])
+    if "quantizers" in results:
+        blocks[root / "docs" / "quantization.md"] = "quantizers", report.quantizers_table(results["quantizers"])
     for path, (name, body) in blocks.items():
         files[path] = replace_block(path.read_text(encoding="utf-8"), name, body)
     return files
@@ -383,7 +463,7 @@ def _accuracy(shares: Mapping[str, float] | None, reference: Mapping[str, float]
 
 def _shown(result: Mapping[str, Any]) -> str:
     if "engine" in result:
-        return "speed: " + ", ".join(f"{phase} {report.speed(result, phase):.2f} ×" for phase in report.PHASES)
+        return "speed (`run`): " + ", ".join(f"{phase} {report.speed(result, phase):.2f} ×" for phase in report.PHASES)
     wall = f"{report.export_median(result, 'wall_s'):.0f} s"
     if result["no_weights"]:
         return f"graphs: {wall}"

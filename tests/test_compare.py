@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,16 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks import synthetic
+from benchmarks.__main__ import app
 from benchmarks.compare import builds, chart, comparison, divergence, sides, tables, workloads
 from benchmarks.compare.driver import IMAGE_MODE, SPEED_MODE, FirstToken, measure, time_call, time_points
 from benchmarks.compare.onnx_bytes import bytes_of_products
 from benchmarks.compare.sides import Side
 from benchmarks.compare.workloads import DECODE, PREFILL, VISION, Point, operations
+from runtime.errors import UsageError
 
 CONFIG = synthetic.hf_config("qwen3-vl-2b")
 
@@ -54,19 +58,16 @@ def test_vision_multiplies_each_patch_or_token_with_its_weights() -> None:
 
 
 def test_names_of_points_are_unique() -> None:
-    assert len({point.name for point in workloads.POINTS}) == len(workloads.POINTS) == 14
+    assert len({point.name for point in workloads.POINTS}) == len(workloads.POINTS) == 13
 
 
 @pytest.mark.parametrize(
-    ("budget_s", "max_repeats", "is_cold", "calls", "timed"),
-    [(0.0, 9, False, 1, 1), (0.0, 9, True, 2, 1), (60.0, 3, False, 4, 3), (60.0, 1, True, 2, 1)],
+    ("budget_s", "min_repeats", "max_repeats", "timed"), [(0.0, 3, 9, 3), (60.0, 3, 9, 9), (60.0, 1, 1, 1)]
 )
-def test_a_call_is_repeated_within_its_budget(
-    budget_s: float, max_repeats: int, is_cold: bool, calls: int, timed: int
-) -> None:
+def test_a_call_is_warmed_up_and_repeated(budget_s: float, min_repeats: int, max_repeats: int, timed: int) -> None:
     made: list[int] = []
-    found = time_call(lambda: made.append(1), budget_s=budget_s, max_repeats=max_repeats, is_cold=is_cold)
-    assert (len(made), len(found["all_s"])) == (calls, timed)
+    found = time_call(lambda: made.append(1), budget_s=budget_s, min_repeats=min_repeats, max_repeats=max_repeats)
+    assert (len(made), len(found["all_s"])) == (timed + 1, timed)
 
 
 class Recorder:
@@ -102,9 +103,10 @@ class Recorder:
 def test_points_that_a_side_cannot_do_stay_out() -> None:
     driver = Recorder()
     points = [Point(VISION, 3072), Point(PREFILL, 128, 4), Point(DECODE, 512)]
-    results = time_points(driver, points, budget_s=0.0, max_repeats=1)
+    results = time_points(driver, points, budget_s=0.0, min_repeats=3, max_repeats=9)
     assert driver.asked == [(VISION, 48, 64), (PREFILL, 4, 128), (DECODE, 1, 512)]
-    assert list(results) == ["prefill-128-b4", "decode-512-b1"]
+    counts = {name: len(values["all_s"]) for name, values in results.items()}
+    assert counts == {"prefill-128-b4": 1, "decode-512-b1": 3}  # several long prompts are timed once
 
 
 def test_divergence_of_known_distributions() -> None:
@@ -172,9 +174,10 @@ def test_driver_process_measures_speed_and_image(tiny_engine: Path, tmp_path: Pa
     request = {
         "driver": "engine",
         "path": str(tiny_engine),
-        "options": {},
+        "options": {"huge_pages": True},
         "threads": 2,
         "budget_s": 0.0,
+        "min_repeats": 1,
         "max_repeats": 1,
         "points": [{"phase": PREFILL, "size": 4, "batch": 2}, {"phase": DECODE, "size": 3, "batch": 4}],
         "texts": [[1, 2, 3], [4, 5]],
@@ -200,17 +203,85 @@ def test_prompt_has_as_many_tokens_as_fit(tiny_checkpoint: Path) -> None:
     assert 0.7 * workloads.PROMPT_TOKENS <= len(tokenizer.encode(found).ids) <= workloads.PROMPT_TOKENS
 
 
-def test_a_kept_export_keeps_its_cost(tmp_path: Path) -> None:
+def test_a_kept_export_keeps_its_cost_and_is_of_the_same_checkpoint(tmp_path: Path) -> None:
+    synthetic.write_checkpoint(tmp_path / "seed 0", "tiny")
+    shutil.copytree(tmp_path / "seed 0", tmp_path / "moved")
     write = "import pathlib, sys, time; p = pathlib.Path(sys.argv[2]); p.mkdir(); (p / 'w').write_bytes(b'x' * 7)"
     side = Side("maker", "engine", export=("-c", write, "{checkpoint}", "{output}"))
-    folder, first = builds.build(side, tmp_path, tmp_path, keep=True)
-    assert first is not None and first["is_of_this_run"] and first["size_bytes"] == 7
-    (folder / "mark").touch()
-    _, second = builds.build(side, tmp_path, tmp_path, keep=True)
-    assert second == first | {"is_of_this_run": False} and (folder / "mark").is_file()
-    builds.build(side, tmp_path, tmp_path, keep=False)
-    assert not (folder / "mark").is_file()
+    folder, first = builds.build(side, tmp_path / "seed 0", tmp_path, keep=True)
+    assert first is not None and first["size_bytes"] == 7 and first["wall_s"] > 0
+    mark = folder / "mark"
+    mark.touch()
+    assert builds.build(side, tmp_path / "seed 0", tmp_path, keep=True) == (folder, first) and mark.is_file()
+    builds.build(side, tmp_path / "moved", tmp_path, keep=True)
+    assert not mark.is_file()
+    mark.touch()
+    builds.build(side, tmp_path / "moved", tmp_path, keep=False)
+    assert not mark.is_file()
+    mark.touch()
+    synthetic.write_checkpoint(tmp_path / "moved", "tiny", seed=1)
+    builds.build(side, tmp_path / "moved", tmp_path, keep=True)
+    assert not mark.is_file()
+    mark.touch()
+    (tmp_path / "maker.json").write_text(json.dumps(first))  # of a version that recorded no checkpoint
+    builds.build(side, tmp_path / "moved", tmp_path, keep=True)
+    assert not mark.is_file()
     assert builds.build(Side("as is", "engine"), tmp_path, tmp_path, keep=False) == (tmp_path, None)
+
+
+def test_one_export_serves_both_kinds_of_pages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    write = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(); (p / 'w').touch(); print('exported')"
+    export = ("-c", write, "{output}")
+    ours = [
+        Side(f"ours{suffix}", "engine", export=export, options={"huge_pages": bool(suffix)}, target="ours")
+        for suffix in ("", "-huge-pages")
+    ]
+    requests = []
+
+    def measured(side: Side, request: dict[str, Any], scratch: Path) -> dict[str, Any]:
+        requests.append((side.name, request["mode"], request["path"], request["options"]))
+        return {"load_s": {IMAGE_MODE: 9.0, SPEED_MODE: 1.0}[request["mode"]]}
+
+    monkeypatch.setattr(comparison, "_run_driver", measured)
+    monkeypatch.setattr(comparison, "_ceilings", lambda threads, scratch: {})
+    for keep, is_new in ((False, True), (True, False)):
+        requests.clear()
+        found = comparison.compare(tiny_checkpoint, tmp_path, ours, [], comparison.Settings(keep_engines=keep))
+        assert requests == [
+            (side.name, mode, str(tmp_path / "ours"), side.options)
+            for side in ours
+            for mode in (IMAGE_MODE, SPEED_MODE)
+        ]
+        assert not found["failed"] and not found["missing"]
+        for name in ("ours", "ours-huge-pages"):
+            values = found["sides"][name]
+            assert (values["target"], values["load_s"]) == ("ours", 1.0)
+            assert values["export"]["is_of_this_run"] == is_new
+    assert str(tiny_checkpoint) not in json.dumps(found)
+
+
+def run_compare(monkeypatch: pytest.MonkeyPatch, side: Side, *options: str) -> Any:
+    monkeypatch.setattr(sides, "all_sides", lambda: (side,))
+    monkeypatch.setattr(comparison, "_ceilings", lambda threads, scratch: made_up_result()["ceilings"])
+    return CliRunner().invoke(app, ["compare", "--model", "tiny", "--side", side.name, *options])
+
+
+def test_a_side_that_fails_is_an_error_with_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fail = "import sys; sys.exit('first\\nno module named abacus')"
+    side = Side("peer", "genai", export=("-c", fail, "{checkpoint}"))
+    done = run_compare(monkeypatch, side, "--work-dir", str(tmp_path / "work"), "--results", str(tmp_path / "results"))
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].endswith("exit code 1: no module named abacus")
+    assert "- peer: " in (tmp_path / "results" / "compare-tiny.md").read_text()
+
+
+def test_a_part_does_not_replace_the_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(comparison, "compare", None)
+    done = run_compare(monkeypatch, Side("peer", "genai"), "--work-dir", str(tmp_path))
+    assert isinstance(done.exception, UsageError) and "--results" in str(done.exception)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sides_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -218,6 +289,8 @@ def test_sides_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     found = {side.name: side for side in sides.all_sides()}
     assert {"ort-cpu-fp32", "ort-cpu-int4", sides.REFERENCE, "genai-int4-b128", "openvino-int4"} <= set(found)
     assert not found["ort-cpu-int4"].missing() and found["ort-cpu-int4"].is_ours
+    pages = {name: side.options["huge_pages"] for name, side in found.items() if side.target == "ort-cpu-int4"}
+    assert pages == {"ort-cpu-int4": False, "ort-cpu-int4-huge-pages": True}
     assert "make compare-setup" in found["genai-int4-b128"].missing()
     (tmp_path / "genai" / "bin").mkdir(parents=True)
     (tmp_path / "genai" / "bin" / "python").symlink_to(sys.executable)
@@ -225,12 +298,14 @@ def test_sides_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     command = found["genai-int4-b128"].export_command(Path("/c"), Path("/o"))
     assert command[0] == str(tmp_path / "genai" / "bin" / "python") and command[-1] == "block_size=128"
     assert not any("{" in part for part in command)
+    assert all("benchmarks.compare.drivers" in side.import_command()[2] and side.exporter for side in sides._PEERS)
 
 
 def made_up_result() -> dict[str, Any]:
     points = [Point(VISION, 784), Point(PREFILL, 512), Point(DECODE, 512, 4)]
     seconds = (2.0, 4.0, 0.1)
     side: dict[str, Any] = {
+        "target": "ours",
         "is_ours": True,
         "export": {"wall_s": 45.4, "cpu_s": 50.0, "peak_rss_bytes": 1.5e9, "size_bytes": 1.3e9, "is_of_this_run": True},
         "load_s": 1.25,
@@ -238,22 +313,23 @@ def made_up_result() -> dict[str, Any]:
         "points": {p.name: {"median_s": s, "all_s": [s]} for p, s in zip(points, seconds, strict=True)},
         "decoder_bytes": 900_000_000,
         "cache_token_bytes": 50_000.0,
-        "image": {"median_s": 21.5},
+        "image": {"median_s": 21.5, "all_s": [21.0, 21.5, 22.0]},
         "has_vision": True,
         "cache_bytes": 200_000_000,
         "peak_rss_bytes": 1_900_000_000,
         "divergence": {"mean_kl": 0.238, "top1": 0.5},
     }
     blind = side | {
+        "target": "",
         "is_ours": False,
         "has_vision": False,
-        "points": {points[1].name: {"median_s": 8.0, "all_s": [8.0]}},
+        "points": {points[1].name: {"median_s": 8.0, "all_s": [8.0] * 3}},
     }
     blind["export"] = side["export"] | {"is_of_this_run": False}
     return {
         "model": "qwen3-vl-2b",
         "config": CONFIG,
-        "settings": {"threads": 2, "budget_s": 10.0, "max_repeats": 9},
+        "settings": {"threads": 2, "budget_s": 10.0, "min_repeats": 3, "max_repeats": 9},
         "ceilings": {"memory_bytes_per_s": 20e9, "fp32_operations_per_s": 1e11, "int8_operations_per_s": 6e11},
         "points": [{"phase": p.phase, "size": p.size, "batch": p.batch} for p in points],
         "sides": {"ours": side, "blind": blind},
@@ -268,7 +344,7 @@ def cells(table: str) -> dict[str, list[str]]:
 
 def test_cost_table() -> None:
     found = cells(tables.costs_table(made_up_result()))
-    assert found["ours"] == ["45", "1.5", "1.30", "1.2", "21.50", "1.70", "0.20", "0.24", "50.0"]
+    assert found["ours"] == ["45", "1.5", "1.30", "1.2", "21.50 (3)", "1.70", "0.20", "0.24", "50.0"]
     assert found["blind"][0] == "45 (earlier)" and found["blind"][4] == "–"
 
 
@@ -276,13 +352,13 @@ def test_report_shows_speeds_shares_and_what_is_missing() -> None:
     result = made_up_result()
     text = tables.render(result)
     speed, share = (cells(part.split("\n\n")[2]) for part in text.split("## ")[2:4])
-    assert speed["vision, 784 patches"] == ["2.00", "–"]
-    assert speed["prefill 512"] == ["128.0", "64.0"]
-    assert speed["decode, cache 512, batch 4"] == ["40.0", "–"]
+    assert speed["vision, 784 patches"] == ["1", "2.00", "–"]
+    assert speed["prefill 512"] == ["1–3", "128.0", "64.0"]
+    assert speed["decode, cache 512, batch 4"] == ["1", "40.0", "–"]
     prefill = 100 * operations(Point(PREFILL, 512), CONFIG) / 4.0 / 6e11
-    assert share["prefill 512"] == [f"{prefill:.0f}", f"{prefill / 2:.0f}"]
+    assert share["prefill 512"] == ["1–3", f"{prefill:.0f}", f"{prefill / 2:.0f}"]
     read = 900e6 + 4 * 512 * 50_000
-    assert share["decode, cache 512, batch 4"] == [f"{100 * read / 0.1 / 20e9:.0f}", "–"]
+    assert share["decode, cache 512, batch 4"] == ["1", f"{100 * read / 0.1 / 20e9:.0f}", "–"]
     assert "- absent: not there" in text
     assert "Libraries of the sides: runner 1.2." in text
     json.dumps(result)

@@ -10,7 +10,7 @@ from benchmarks.compare.workloads import VISION, Point
 from benchmarks.plot import PAPER, text
 
 _SHOWN = ("vision-784-b1", "vision-3072-b1", "prefill-512-b1", "decode-512-b1", "decode-512-b4")
-_LEFT, _WIDTH, _RIGHT = 140, 420, 90
+_LEFT, _WIDTH, _RIGHT = 190, 420, 90
 _BAR, _ROW, _TITLE, _GAP = 14, 19, 24, 14
 _OURS, _THEIRS = "#4c78a8", "#bab0ac"
 

@@ -26,14 +26,23 @@ def compare(
     side: Annotated[list[str] | None, typer.Option(help="Measure this side only; repeat for several.")] = None,
     point: Annotated[list[str] | None, typer.Option(help="Such as decode-512-b1; repeat for several.")] = None,
     threads: int = 2,
-    budget_s: Annotated[float, typer.Option(help="Seconds of timed calls at each point.")] = 10.0,
+    budget_s: Annotated[float, typer.Option(help="Seconds of timed calls at each point.")] = 3.0,
+    min_repeats: Annotated[int, typer.Option(help="Least timed calls at each point, however long they take.")] = 3,
     max_repeats: Annotated[int, typer.Option(help="Most timed calls at each point.")] = 9,
     keep_engines: Annotated[bool, typer.Option(help="Use our engines of an earlier comparison.")] = False,
     max_minutes: Annotated[float, typer.Option(help="Begin no side after that.")] = 600.0,
     work_dir: Annotated[Path, typer.Option(help="Where checkpoint and exports stay.")] = Path("build/compare"),
-    results: Annotated[Path, typer.Option(help="Folder of the JSON file, the tables and the plot.")] = report.RESULTS,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of the JSON file, the tables and the plot; needed with --side, --point.")
+    ] = None,
 ) -> None:
     """Measure our targets beside PyTorch and the installed peers on one synthetic checkpoint."""
+    if results is None and (side or point):
+        raise UsageError(
+            "--side or --point without --results: a part would replace the whole comparison",
+            remedy=f"give another folder, or --results {report.RESULTS.relative_to(sides.ROOT)} if that is meant",
+        )
+    results = results or report.RESULTS
     chosen = _choose("side", {each.name: each for each in sides.all_sides()}, side)
     points = _choose("point", {each.name: each for each in POINTS}, point)
     work = (work_dir / model).absolute()
@@ -42,11 +51,15 @@ def compare(
         if not (checkpoint / "config.json").is_file():
             synthetic.write_checkpoint(checkpoint, model)
             allow_large_images(checkpoint)
-    settings = comparison.Settings(threads, budget_s, max_repeats, keep_engines, max_minutes)
+    settings = comparison.Settings(threads, budget_s, min_repeats, max_repeats, keep_engines, max_minutes)
     result = {"model": model} | comparison.compare(checkpoint.absolute(), work, chosen, points, settings)
     path = report.write(f"compare-{model}", result, results)
     path.with_suffix(".svg").write_text(chart.draw(result), encoding="utf-8")
     typer.echo(path.read_text(encoding="utf-8"))
+    for name in result["failed"]:
+        typer.echo(f"error: {name}: {result['missing'][name]}", err=True)
+    if result["failed"]:
+        raise typer.Exit(1)
 
 
 def allow_large_images(checkpoint: Path) -> None:
@@ -58,13 +71,18 @@ def allow_large_images(checkpoint: Path) -> None:
 
 
 def compare_setup() -> None:
-    """Install each peer into a virtual environment of its own in build/peers."""
+    """Install each peer into a virtual environment of its own in build/peers, and see that it starts."""
+    typer.echo("About 3 GB to fetch on a first run, most of it PyTorch's CUDA libraries; that takes minutes.")
     for requirements in sorted(_REQUIREMENTS.glob("requirements-*.txt")):
         folder = sides.PEERS / requirements.stem.removeprefix("requirements-")
         if not (folder / "bin" / "python").is_file():
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "-r", str(requirements)], check=True)
+        for side in sides.all_sides():
+            if side.environment == folder.name:
+                # It has no `--help` to ask instead: the one of onnxruntime-genai 0.18.0 raises.
+                subprocess.run(side.import_command(), cwd=sides.ROOT, check=True)
         typer.echo(f"{folder}: installed")
 
 

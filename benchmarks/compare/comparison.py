@@ -30,13 +30,15 @@ class Settings:
     Attributes:
         threads: Threads of every side.
         budget_s: Seconds of timed calls at a point, after one call of warm-up.
+        min_repeats: Least timed calls at a point, however long they take.
         max_repeats: Most timed calls at a point.
         keep_engines: Use our engines of an earlier comparison.
         max_minutes: No side is begun after that.
     """
 
     threads: int = 2
-    budget_s: float = 10.0
+    budget_s: float = 3.0
+    min_repeats: int = 3
     max_repeats: int = 9
     keep_engines: bool = False
     max_minutes: float = 600.0
@@ -49,6 +51,7 @@ def compare(
     work.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * settings.max_minutes
     result: dict[str, Any] = {"environment": measure.environment(), "settings": asdict(settings), "missing": {}}
+    result["failed"] = []
     result["config"] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     result["points"] = [asdict(point) for point in points]
     result["texts"] = encode_texts(checkpoint)
@@ -56,6 +59,7 @@ def compare(
         scratch = Path(name)
         result["ceilings"] = _ceilings(settings.threads, scratch)
         result["sides"] = {}
+        built: set[str] = set()
         for side in sides:
             reason = side.missing() or ("the time was over" if time.monotonic() > end else "")
             if reason:
@@ -63,10 +67,11 @@ def compare(
                 continue
             print(f"== {side.name}", file=sys.stderr, flush=True)
             try:
-                result["sides"][side.name] = _measure_side(side, checkpoint, work, scratch, result, settings)
+                result["sides"][side.name] = _measure_side(side, checkpoint, work, scratch, result, settings, built)
             except subprocess.CalledProcessError as error:
-                command = " ".join(map(str, error.cmd[1:4]))
-                result["missing"][side.name] = f"{command} ended with exit code {error.returncode}"
+                last = str(error.output).replace(f"{work}/", "").replace(f"{ROOT}/", "")
+                result["missing"][side.name] = f"{error.cmd[2]} ended with exit code {error.returncode}: {last}"
+                result["failed"].append(side.name)
             # Half an hour of measurements: an interruption leaves those of the sides before.
             _add_divergences(result["sides"], scratch)
             (work / "partial.json").write_text(json.dumps(result), encoding="utf-8")
@@ -82,9 +87,20 @@ def encode_texts(checkpoint: Path) -> list[list[int]]:
 
 
 def _measure_side(
-    side: Side, checkpoint: Path, work: Path, scratch: Path, result: dict[str, Any], settings: Settings
+    side: Side,
+    checkpoint: Path,
+    work: Path,
+    scratch: Path,
+    result: dict[str, Any],
+    settings: Settings,
+    built: set[str],
 ) -> dict[str, Any]:
-    path, cost = build(side, checkpoint, work, keep=settings.keep_engines or not side.is_ours)
+    keep = settings.keep_engines or not side.is_ours or side.target in built
+    path, cost = build(side, checkpoint, work, keep=keep)
+    if not keep:
+        built.add(side.target)
+    if cost is not None:
+        cost |= {"is_of_this_run": side.target in built}
     request = {
         "driver": side.driver,
         "path": str(path),
@@ -96,10 +112,13 @@ def _measure_side(
         "logits": str(scratch / f"{side.name}.npy"),
         "threads": settings.threads,
         "budget_s": settings.budget_s,
+        "min_repeats": settings.min_repeats,
         "max_repeats": settings.max_repeats,
     }
     measured = {mode: _run_driver(side, request | {"mode": mode}, scratch) for mode in (IMAGE_MODE, SPEED_MODE)}
-    return {"is_ours": side.is_ours, "export": cost, **measured[SPEED_MODE], **measured[IMAGE_MODE]}
+    # Of what both processes measure, the load time, that of the second counts: the files are in the page cache.
+    kind = {"target": side.target, "is_ours": side.is_ours, "options": dict(side.options)}
+    return {**kind, "export": cost, **measured[IMAGE_MODE], **measured[SPEED_MODE]}
 
 
 def prompt(checkpoint: Path) -> str:
@@ -142,7 +161,7 @@ def _ceilings(threads: int, scratch: Path) -> dict[str, float]:
 
 def _run(command: list[str]) -> None:
     # From the repository's root, where the environments of the peers find the package of the drivers.
-    subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
+    measure.run_child(command, ROOT)
 
 
 def _add_divergences(sides: dict[str, Any], scratch: Path) -> None:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from benchmarks.compare.workloads import DECODE, PREFILL, VISION, Point
+from benchmarks.compare.workloads import PREFILL, VISION, Point
 from benchmarks.measure import summarise
 
 if TYPE_CHECKING:
@@ -70,22 +70,19 @@ class Driver(Protocol):
         """Return the bytes of keys and values of one token."""
 
 
-def time_call(call: Call, *, budget_s: float, max_repeats: int, is_cold: bool = False) -> dict[str, Any]:
-    """Time a call after one warm-up, until `budget_s` are spent or `max_repeats` are reached, and at least once.
-
-    A call that takes longer than the budget is measured without warm-up, since shorter ones came before it, but not
-    if `is_cold`: then the first call is never the measurement.
-    """
-    times = [_seconds(call)]
-    if times[0] <= budget_s or is_cold:
-        times = [_seconds(call)]
-    while len(times) < max_repeats and sum(times) + times[-1] < budget_s:
+def time_call(call: Call, *, budget_s: float, min_repeats: int, max_repeats: int) -> dict[str, Any]:
+    """Time a call behind one of warm-up: `min_repeats` times, and up to `max_repeats` within `budget_s`."""
+    call()
+    times = []
+    while len(times) < min_repeats or (len(times) < max_repeats and sum(times) + times[-1] < budget_s):
         times.append(_seconds(call))
     return summarise(times)
 
 
-def time_points(driver: Driver, points: Sequence[Point], *, budget_s: float, max_repeats: int) -> dict[str, Any]:
-    """Time all points that the driver can do, by name."""
+def time_points(
+    driver: Driver, points: Sequence[Point], *, budget_s: float, min_repeats: int, max_repeats: int
+) -> dict[str, Any]:
+    """Time all points that the driver can do, by name; those that `is_timed_once` once."""
     from benchmarks.compare.workloads import GRIDS
 
     results: dict[str, Any] = {}
@@ -97,9 +94,8 @@ def time_points(driver: Driver, points: Sequence[Point], *, budget_s: float, max
         else:
             call = driver.decode(point.batch, point.size)
         if call is not None:
-            # The first step maps the pages of its cache: 5 s for the 3.8 GB of four sequences of 4096 positions.
-            is_cold = point.phase == DECODE
-            results[point.name] = time_call(call, budget_s=budget_s, max_repeats=max_repeats, is_cold=is_cold)
+            least, most = (1, 1) if point.is_timed_once else (min_repeats, max_repeats)
+            results[point.name] = time_call(call, budget_s=budget_s, min_repeats=least, max_repeats=most)
             print(f"{point.name}: {results[point.name]['median_s']:.4f} s", file=sys.stderr, flush=True)
         del call  # its buffers must be gone before those of the next point are made
     return results
@@ -123,16 +119,15 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     driver: Driver = module.load(Path(request["path"]), request["threads"], request["mode"], **request["options"])
     result: dict[str, Any] = {"load_s": time.perf_counter() - start, "versions": module.versions()}
+    repeats = {name: request[name] for name in ("budget_s", "min_repeats", "max_repeats")}
     if request["mode"] == IMAGE_MODE:
-
-        def call() -> FirstToken:
-            return driver.first_token(request["image"], request["prompt"])
-
-        first = call()  # its sizes; behind it even a single timed call is warm
-        result["image"] = time_call(call, budget_s=request["budget_s"], max_repeats=request["max_repeats"])
-        return result | {"peak_rss_bytes": peak_rss_bytes(), **asdict(first)}
+        answers: list[FirstToken] = []
+        result["image"] = time_call(
+            lambda: answers.append(driver.first_token(request["image"], request["prompt"])), **repeats
+        )
+        return result | {"peak_rss_bytes": peak_rss_bytes(), **asdict(answers[0])}
     points = [Point(**point) for point in request["points"]]
-    result["points"] = time_points(driver, points, budget_s=request["budget_s"], max_repeats=request["max_repeats"])
+    result["points"] = time_points(driver, points, **repeats)
     logits = [found for found in map(driver.logits, request["texts"]) if found is not None]
     if logits:
         import numpy as np

@@ -15,7 +15,7 @@ _COSTS = (
     "export peak, GB",
     "size, GB",
     "load, s",
-    "image to first token, s",
+    "image to first token, s (n)",
     "peak RSS less KV cache, GB",
     "KV cache, GB",
     "mean KL",
@@ -55,7 +55,7 @@ def costs_table(result: Mapping[str, Any]) -> str:
                 _EMPTY if export is None else f"{export['peak_rss_bytes'] / 1e9:.1f}",
                 _EMPTY if export is None else f"{export['size_bytes'] / 1e9:.2f}",
                 f"{side['load_s']:.1f}",
-                f"{side['image']['median_s']:.2f}" if side["has_vision"] else _EMPTY,
+                f"{side['image']['median_s']:.2f} ({len(side['image']['all_s'])})" if side["has_vision"] else _EMPTY,
                 f"{without_cache / 1e9:.2f}",
                 f"{side['cache_bytes'] / 1e9:.2f}",
                 f"{divergence['mean_kl']:.2g}" if divergence else _EMPTY,
@@ -66,14 +66,17 @@ def costs_table(result: Mapping[str, Any]) -> str:
 
 
 def points_table(result: Mapping[str, Any], cell: Callable[[Point, Mapping[str, Any], Mapping[str, Any]], str]) -> str:
-    """Return one row for each point and one column for each side; `cell` takes point, side and result."""
-    rows = [("", *result["sides"])]
+    """Return one row for each point and one column for each side; `cell` takes point, side and result.
+
+    The second column, n, has the least and the greatest number of timed calls of a side.
+    """
+    rows = [("", "n", *result["sides"])]
     for values in result["points"]:
         point = Point(**values)
         cells = (
             cell(point, side, result) if point.name in side["points"] else _EMPTY for side in result["sides"].values()
         )
-        rows.append((title(point), *cells))
+        rows.append((title(point), _calls(point, result), *cells))
     return table(rows)
 
 
@@ -101,6 +104,12 @@ def bytes_per_s(point: Point, side: Mapping[str, Any]) -> float:
     return float(read / side["points"][point.name]["median_s"])
 
 
+def _calls(point: Point, result: Mapping[str, Any]) -> str:
+    sides = [side["points"] for side in result["sides"].values()]
+    counts = {len(points[point.name]["all_s"]) for points in sides if point.name in points}
+    return "–".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else _EMPTY
+
+
 def _speed(point: Point, side: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     if point.phase == VISION:
         return f"{side['points'][point.name]['median_s']:.2f}"
@@ -118,8 +127,13 @@ def _intro(result: Mapping[str, Any]) -> str:
     ceilings, settings = result["ceilings"], result["settings"]
     return (
         f"One synthetic checkpoint ({result['model']}), {settings['threads']} threads, each side in a process of its "
-        f"own, one after the other; medians of up to {settings['max_repeats']} calls within {settings['budget_s']:g} s "
-        "behind one call of warm-up (a prompt or image that takes longer is measured once).\n\n"
+        f"own, one after the other; medians of n calls behind one of warm-up: {settings['min_repeats']} at least, "
+        f"more up to {settings['max_repeats']} while they take less than {settings['budget_s']:g} s; prompts of 2048 "
+        "tokens or of several sequences once.\n\n"
+        f"{result.get('note', '')}"
+        "All run on the pages that the system gives them, but for those that are called huge-pages: they open the "
+        "same engine with `huge_pages`, the seconds of which are in the load time. Load is that of a process behind "
+        "another one that read the same files.\n\n"
         f"Measured ceilings: memory {ceilings['memory_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"products {ceilings['fp32_operations_per_s'] / 1e9:.0f} (fp32) and "
         f"{ceilings['int8_operations_per_s'] / 1e9:.0f} (int8) giga-operations a second.\n\n"

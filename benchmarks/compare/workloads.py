@@ -46,13 +46,18 @@ class Point:
         """Key in the results, such as `decode-512-b4`."""
         return f"{self.phase}-{self.size}-b{self.batch}"
 
+    @property
+    def is_timed_once(self) -> bool:
+        """A prompt of 2048 tokens, or of several sequences: up to half a minute a call."""
+        return self.phase == PREFILL and (self.size > 512 or self.batch > 1)
 
-# A prefill of four times 2048 tokens is left out: it takes minutes at every peer, and a graph that computes the logits
-# of all positions needs 5 GB for them.
+
+# Prompts of four times 512 tokens and more are left out: a minute a call at some peers, and a graph that computes the
+# logits of all positions needs 5 GB for those of four times 2048.
 POINTS = (
     *(Point(VISION, size) for size in GRIDS),
     *(Point(PREFILL, size) for size in (128, 512, 2048)),
-    *(Point(PREFILL, size, 4) for size in (128, 512)),
+    Point(PREFILL, 128, 4),
     *(Point(DECODE, size, batch) for batch in (1, 4) for size in (0, 512, 4096)),
 )
 

@@ -20,10 +20,9 @@ _CACHE_POSITIONS = 128
 class EngineDriver:
     """An engine folder."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, huge_pages: bool) -> None:
         self._folder = folder
-        # As a service would: the seconds of the exchange are in the load time.
-        self._model = Qwen3VLModel.from_engine(folder, threads=threads, huge_pages=True)
+        self._model = Qwen3VLModel.from_engine(folder, threads=threads, huge_pages=huge_pages)
         config = self._model.config
         self._no_visual = np.zeros((config.num_visual_levels, 1, config.text.hidden_size), np.float32)
 
@@ -77,9 +76,9 @@ class EngineDriver:
         )
 
 
-def load(folder: Path, threads: int, mode: str) -> EngineDriver:
-    """Open an engine folder."""
-    return EngineDriver(folder, threads)
+def load(folder: Path, threads: int, mode: str, huge_pages: bool = False) -> EngineDriver:
+    """Open an engine folder; what `huge_pages` takes is in the load time."""
+    return EngineDriver(folder, threads, huge_pages)
 
 
 def versions() -> dict[str, str]:
