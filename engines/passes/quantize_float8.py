@@ -18,6 +18,11 @@ from engines.quantize.input_ranges import RangedWeight
 from engines.quantize.tensors import ProducedTensor, RowwiseWeight
 from runtime.errors import UsageError
 
+# Range of the codes over the largest magnitude that calibration saw. What other prompts put beyond is cut off, and a
+# wider range costs nothing until small values become subnormal: demo, all layers in float8, mean KL with 1, 2, 4 and 8
+# times 0.00145, 0.00144, 0.00140 and 0.00144; with half of it 0.015.
+_MARGIN = 2.0
+
 
 class QuantizeFloat8Pass(ir.passes.InPlacePass):
     """Exchange x · Wᵀ + b for MatMul(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(codes [K, N])) + b.
@@ -44,7 +49,7 @@ class QuantizeFloat8Pass(ir.passes.InPlacePass):
 
 def _round_input(model: ir.Model, found: MatMulWeight) -> ir.Value:
     """Return x as float8 holds it."""
-    scale = add_initializer(model, _input_scale(found))
+    scale = add_initializer(model, _scale_of(found))
     zero = ir.Tensor(np.zeros((), ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN, name="quantize.float8_zero")
     zero_point = add_initializer(model, zero)
     name, producer = found.nodes[0].name, found.x.producer()
@@ -68,8 +73,13 @@ def _quantize(model: ir.Model, found: MatMulWeight, x: ir.Value) -> None:
     found.replace(model, nodes, nodes[-1].outputs[0])
 
 
-def _input_scale(found: MatMulWeight) -> ProducedTensor:
-    """Return the scale of x, float32 that float16 holds."""
+def input_scale(largest: float) -> NDArray[np.float32]:
+    """Return the scale for inputs of which calibration saw `largest`, [1], float32 that float16 holds."""
+    return half_scale(np.asarray([largest * _MARGIN], np.float32), E4M3_MAX)
+
+
+def _scale_of(found: MatMulWeight) -> ProducedTensor:
+    """Return the scale of x."""
 
     def produce() -> Iterator[NDArray[Any]]:
         if not isinstance(found.tensor, RangedWeight):
@@ -77,6 +87,6 @@ def _input_scale(found: MatMulWeight) -> ProducedTensor:
                 f"{found.key}: no calibration prompt has shown the range of its input",
                 remedy="calibrate before the engine is built (--calibration DIR), with an image in a prompt",
             )
-        yield half_scale(np.asarray([found.tensor.largest_input], np.float32), E4M3_MAX)
+        yield input_scale(found.tensor.largest_input)
 
     return ProducedTensor(f"{found.key}.input_scale", (), ir.DataType.FLOAT, produce)

@@ -29,10 +29,6 @@ _LIBRARY = "tensorrt"
 def _compile(
     precision: str, folder: Path, graphs: Mapping[str, ir.Model], config: ModelConfig, options: BuildOptions
 ) -> Compiled:
-    import tensorrt
-
-    from engines.tensorrt.compiler import compile_plans
-
     here = probe().gpus[0].compute_capability
     if any(each != here for each in options.compute_capabilities):
         raise TargetError(
@@ -45,6 +41,10 @@ def _compile(
             f"compute capability {here}, this machine's: trt-{precision} needs {first} at least",
             remedy="choose trt-fp16",
         )
+    import tensorrt
+
+    from engines.tensorrt.compiler import compile_plans
+
     return compile_plans(tensorrt, folder, graphs, config, options, (here,), sets_capabilities=False)
 
 
