@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from engines.onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_VERSION, parse_function
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
-from qwen3vl_export.ops import causal_attention, vision_attention
+from qwen3vl_export.ops import causal_attention, mixture_of_experts, vision_attention
 from qwen3vl_export.tracing.pieces import Piece, Pieces
 
 _VISUAL = "model.visual"
@@ -164,9 +164,9 @@ def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set
     (hidden,) = builder.call(pieces.embed, [ids, rows, embeds], f"{_LANGUAGE}.embed_tokens")
     present = []
     for i in range(text.num_layers):
-        hidden, *new = builder.call(
-            pieces.decoder_layer, [hidden, cos, sin, *past[i], past_lengths], f"{_LANGUAGE}.layers.{i}"
-        )
+        layer = pieces.dense_layer if text.experts_of(i) is None else pieces.sparse_layer
+        assert layer is not None
+        hidden, *new = builder.call(layer, [hidden, cos, sin, *past[i], past_lengths], f"{_LANGUAGE}.layers.{i}")
         present.append(new)
         if i < len(config.vision.deepstack_layers):
             level = builder.constant(f"deepstack_level.{i + 1}", np.array([i + 1]))
@@ -184,4 +184,5 @@ def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set
     for i, pair in enumerate(present):
         for kind, value in zip(("key", "value"), pair, strict=True):
             builder.output(value, f"present_key_values.{i}.{kind}", _FLOAT, cache)
-    return builder.model([causal_attention.BODY]), builder.used_keys
+    bodies = [causal_attention.BODY, *([mixture_of_experts.BODY] if text.experts is not None else [])]
+    return builder.model(bodies), builder.used_keys

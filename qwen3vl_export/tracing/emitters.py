@@ -18,17 +18,16 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def emitting() -> Iterator[None]:
     """Trace with the emitters in place; the classes of transformers are as before afterwards."""
-    from transformers.models.qwen3_vl import modeling_qwen3_vl as modeling
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as dense
+    from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as moe
 
-    swaps = {
-        modeling.Qwen3VLTextRMSNorm: _rms_norm,
-        modeling.Qwen3VLTextAttention: _text_attention,
-        modeling.Qwen3VLTextRotaryEmbedding: _text_rotary,
-        modeling.Qwen3VLVisionAttention: _vision_attention,
-        modeling.Qwen3VLVisionPatchEmbed: _patch_embed,
-    }
+    swaps: list[tuple[type, Any]] = [(moe.Qwen3VLMoeTextSparseMoeBlock, _experts)]
+    # transformers writes every class once more for the models with experts.
+    for modeling, prefix in ((dense, "Qwen3VL"), (moe, "Qwen3VLMoe")):
+        for name, forward in _FORWARDS.items():
+            swaps.append((getattr(modeling, prefix + name), forward))
     with contextlib.ExitStack() as stack:
-        for module, forward in swaps.items():
+        for module, forward in swaps:
             stack.enter_context(mock.patch.object(module, "forward", forward))
         yield
 
@@ -103,3 +102,21 @@ def _patch_embed(self: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.nn.functional.linear(pixel_values, self.proj.weight, self.proj.bias)
+
+
+def _experts(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    from qwen3vl_export.ops import mixture_of_experts
+
+    experts = self.experts
+    return mixture_of_experts.emit(
+        hidden_states, self.gate.weight, experts.gate_up_proj, experts.down_proj, top_k=self.gate.top_k
+    )
+
+
+_FORWARDS = {
+    "TextRMSNorm": _rms_norm,
+    "TextAttention": _text_attention,
+    "TextRotaryEmbedding": _text_rotary,
+    "VisionAttention": _vision_attention,
+    "VisionPatchEmbed": _patch_embed,
+}

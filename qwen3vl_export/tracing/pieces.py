@@ -42,7 +42,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pieces:
-    """All pieces of one model, and the two constants that no checkpoint holds."""
+    """All pieces of one model, and the two constants that no checkpoint holds.
+
+    `dense_layer` and `sparse_layer` are decoder layers with a feed-forward network and with experts; a piece that the
+    model does not have is None.
+    """
 
     patch_embed: Piece
     vision_block: Piece
@@ -50,7 +54,8 @@ class Pieces:
     deepstack_merger: Piece | None
     embed: Piece
     rotary: Piece
-    decoder_layer: Piece
+    dense_layer: Piece | None
+    sparse_layer: Piece | None
     add_deepstack: Piece
     head: Piece
     inv_freq: np.ndarray[Any, Any]
@@ -61,21 +66,23 @@ def trace_pieces(checkpoint: Checkpoint) -> Pieces:
     """Trace a model of one layer of each kind under fake tensors; no weight is read."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
     values = copy.deepcopy(checkpoint.hf_config)
     shape = checkpoint.config
     values["text_config"]["num_hidden_layers"] = 1
+    if shape.text.experts is not None:  # layer 0 dense, layer 1 with experts
+        values["text_config"] |= {"num_hidden_layers": 2, "mlp_only_layers": [0], "decoder_sparse_step": 1}
     values["text_config"].pop("layer_types", None)
     values["vision_config"]["depth"] = 1
     values["vision_config"]["deepstack_visual_indexes"] = [0] if shape.vision.deepstack_layers else []
-    config = Qwen3VLConfig.from_dict(values)
+    config = AutoConfig.for_model(**values)
     rotary = Qwen3VLTextRotaryEmbedding(config.text_config)
     # The `meta` device does not work here: ops made by torch.onnx.ops.symbolic put their outputs on the CPU.
     mode = FakeTensorMode()
     with mode:
-        model = Qwen3VLForConditionalGeneration(config).eval()
+        model = AutoModelForImageTextToText.from_config(config).eval()
     language, visual = model.model.language_model, model.model.visual
     head_dim, vision, text = shape.text.head_dim, shape.vision, shape.text
     tracer = _Tracer(mode)
@@ -84,6 +91,24 @@ def trace_pieces(checkpoint: Checkpoint) -> Pieces:
         return torch.zeros(*size, dtype=torch.int64)
 
     floats = torch.empty
+
+    def decoder_layer(name: str, index: int) -> Piece:
+        return tracer.trace(
+            name,
+            {"": language.layers[index]},
+            _decoder_layer,
+            {
+                "hidden_states": (lambda: floats(_B, _S, text.hidden_size), "B S _"),
+                "cos": (lambda: floats(_B, _S, head_dim // 2), "B S _"),
+                "sin": (lambda: floats(_B, _S, head_dim // 2), "B S _"),
+                "past_key": (lambda: floats(_B, text.num_kv_heads, _T, head_dim), "B _ T _"),
+                "past_value": (lambda: floats(_B, text.num_kv_heads, _T, head_dim), "B _ T _"),
+                "past_lengths": (lambda: integers(_B), "B"),
+            },
+            ["hidden_states_out", "present_key", "present_value"],
+        )
+
+    is_sparse = {text.experts_of(layer) is not None for layer in range(text.num_layers)}
     with emitting():
         return Pieces(
             patch_embed=tracer.trace(
@@ -143,20 +168,8 @@ def trace_pieces(checkpoint: Checkpoint) -> Pieces:
                 },
                 ["cos", "sin"],
             ),
-            decoder_layer=tracer.trace(
-                "DecoderLayer",
-                {"": language.layers[0]},
-                _decoder_layer,
-                {
-                    "hidden_states": (lambda: floats(_B, _S, text.hidden_size), "B S _"),
-                    "cos": (lambda: floats(_B, _S, head_dim // 2), "B S _"),
-                    "sin": (lambda: floats(_B, _S, head_dim // 2), "B S _"),
-                    "past_key": (lambda: floats(_B, text.num_kv_heads, _T, head_dim), "B _ T _"),
-                    "past_value": (lambda: floats(_B, text.num_kv_heads, _T, head_dim), "B _ T _"),
-                    "past_lengths": (lambda: integers(_B), "B"),
-                },
-                ["hidden_states_out", "present_key", "present_value"],
-            ),
+            dense_layer=decoder_layer("DecoderLayer", 0) if False in is_sparse else None,
+            sparse_layer=decoder_layer("SparseDecoderLayer", 1) if True in is_sparse else None,
             add_deepstack=tracer.trace(
                 "AddDeepStack",
                 {},

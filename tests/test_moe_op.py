@@ -1,0 +1,102 @@
+"""`MixtureOfExperts`: its body in standard ops, its reference, and transformers' own block agree; ties go one way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from engines.onnx_text import DOMAIN, parse_function
+from qwen3vl_export.ops import mixture_of_experts
+
+E, D, WIDTH = 7, 24, 20
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def random_inputs(num_tokens: tuple[int, int], seed: int = 0) -> Arrays:
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray[Any, Any]:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    return {
+        "x": normal(*num_tokens, D),
+        "router_weight": normal(E, D),
+        "gate_up": normal(E, 2 * WIDTH, D),
+        "down": normal(E, D, WIDTH),
+    }
+
+
+def run_body(inputs: Arrays, top_k: int) -> np.ndarray[Any, Any]:
+    function = parse_function(mixture_of_experts.BODY)
+    values = [
+        ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
+        for name, array in inputs.items()
+    ]
+    node = ir.node(function.name, values, attributes={"top_k": top_k}, domain=DOMAIN)
+    out = node.outputs[0]
+    out.name, out.shape, out.type = "out", ir.Shape(inputs["x"].shape), ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(values, [out], nodes=[node], opset_imports={"": 24, DOMAIN: 1}, name="g")
+    proto = ir.to_proto(ir.Model(graph, ir_version=11, functions=[function]))
+    onnx.checker.check_model(proto, full_check=True)
+    (found,) = ort.InferenceSession(proto.SerializeToString()).run(None, inputs)
+    return found
+
+
+@pytest.mark.parametrize("top_k", [1, 3, E])
+@pytest.mark.parametrize("num_tokens", [(1, 1), (3, 1), (2, 9)])
+def test_body_equals_reference(num_tokens: tuple[int, int], top_k: int) -> None:
+    inputs = random_inputs(num_tokens, top_k)
+    expected = mixture_of_experts.reference(**inputs, top_k=top_k)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(run_body(inputs, top_k), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_reference_equals_transformers(top_k: int) -> None:
+    import torch
+    from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock
+
+    config = Qwen3VLMoeTextConfig(
+        hidden_size=D, moe_intermediate_size=WIDTH, num_experts=E, num_experts_per_tok=top_k, num_attention_heads=2
+    )
+    config._experts_implementation = "eager"
+    inputs = random_inputs((2, 6))
+    block = Qwen3VLMoeTextSparseMoeBlock(config)
+    names = {"gate.weight": "router_weight", "experts.gate_up_proj": "gate_up", "experts.down_proj": "down"}
+    block.load_state_dict({key: torch.from_numpy(inputs[name]) for key, name in names.items()})
+    with torch.no_grad():
+        expected = block(torch.from_numpy(inputs["x"])).numpy()
+    found = mixture_of_experts.reference(**inputs, top_k=top_k)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def with_ties(inputs: Arrays) -> Arrays:
+    """Give experts 1, 2, 4 and 6 one router weight that beats all others, so that every token ties between four."""
+    weight = np.zeros_like(inputs["router_weight"])
+    weight[[1, 2, 4, 6], 0] = 1
+    return {**inputs, "x": np.abs(inputs["x"]) + 0.5, "router_weight": weight}
+
+
+def test_the_lower_index_wins_a_tie() -> None:
+    inputs = with_ties(random_inputs((1, 5)))
+    found = run_body(inputs, 3)
+    # Without experts 1, 2 and 4 the result would be another; without 6 it is not.
+    np.testing.assert_allclose(found, mixture_of_experts.reference(**inputs, top_k=3), rtol=1e-4, atol=1e-4)
+    inputs["down"][6] = 0
+    np.testing.assert_array_equal(run_body(inputs, 3), found)
+    for expert in (1, 2, 4):
+        broken = {**inputs, "down": inputs["down"].copy()}
+        broken["down"][expert] = 0
+        assert np.abs(run_body(broken, 3) - found).max() > 0.1
+
+
+def test_experts_that_no_token_chose_are_not_read() -> None:
+    inputs = with_ties(random_inputs((1, 5)))
+    inputs["gate_up"][[0, 3, 5, 6]] = np.nan
+    assert np.isfinite(run_body(inputs, 3)).all()
