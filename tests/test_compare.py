@@ -209,10 +209,11 @@ def test_a_kept_export_keeps_its_cost_and_is_of_the_same_checkpoint(tmp_path: Pa
     write = "import pathlib, sys, time; p = pathlib.Path(sys.argv[2]); p.mkdir(); (p / 'w').write_bytes(b'x' * 7)"
     side = Side("maker", "engine", export=("-c", write, "{checkpoint}", "{output}"))
     folder, first = builds.build(side, tmp_path / "seed 0", tmp_path, keep=True)
-    assert first is not None and first["size_bytes"] == 7 and first["wall_s"] > 0
+    assert first is not None and first["is_of_this_run"] and first["size_bytes"] == 7 and first["wall_s"] > 0
     mark = folder / "mark"
     mark.touch()
-    assert builds.build(side, tmp_path / "seed 0", tmp_path, keep=True) == (folder, first) and mark.is_file()
+    _, second = builds.build(side, tmp_path / "seed 0", tmp_path, keep=True)
+    assert second == first | {"is_of_this_run": False} and mark.is_file()
     builds.build(side, tmp_path / "moved", tmp_path, keep=True)
     assert not mark.is_file()
     mark.touch()

@@ -25,7 +25,8 @@ def build(side: Side, checkpoint: Path, work: Path, *, keep: bool) -> tuple[Path
         keep: Use an earlier export of this checkpoint; otherwise it is made anew.
 
     Returns:
-        The folder; and wall and CPU seconds, peak memory and size. A side that runs the checkpoint itself has no cost.
+        The folder; and wall and CPU seconds, peak memory, size, and whether it is of this run. A side that runs the
+        checkpoint itself has no cost.
 
     Raises:
         subprocess.CalledProcessError: The export failed; nothing is kept.
@@ -37,14 +38,14 @@ def build(side: Side, checkpoint: Path, work: Path, *, keep: bool) -> tuple[Path
     if keep and folder.is_dir() and record.is_file():
         kept = json.loads(record.read_text(encoding="utf-8"))
         if kept.get("source") == source:
-            return folder, kept["cost"]
+            return folder, kept["cost"] | {"is_of_this_run": False}
     for path in (folder, work / f"{name}-cache"):
         shutil.rmtree(path, ignore_errors=True)
     record.unlink(missing_ok=True)
     cost: dict[str, Any] = asdict(measure.run_child(side.export_command(checkpoint, folder)))
     cost["size_bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     record.write_text(json.dumps({"cost": cost, "source": source}), encoding="utf-8")
-    return folder, cost
+    return folder, cost | {"is_of_this_run": True}
 
 
 def source_of(checkpoint: Path) -> dict[str, str]:

@@ -97,10 +97,10 @@ def _measure_side(
 ) -> dict[str, Any]:
     keep = settings.keep_engines or not side.is_ours or side.target in built
     path, cost = build(side, checkpoint, work, keep=keep)
-    if not keep:
-        built.add(side.target)
-    if cost is not None:
-        cost |= {"is_of_this_run": side.target in built}
+    if cost is not None and side.is_ours:
+        cost["is_of_this_run"] |= side.target in built
+        if cost["is_of_this_run"]:
+            built.add(side.target)
     request = {
         "driver": side.driver,
         "path": str(path),
