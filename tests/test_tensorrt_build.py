@@ -16,8 +16,9 @@ from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, Bundle
 from engines.hardware import Gpu, Hardware
 from engines.quantize.calibration import calibrate
-from engines.registry import get
+from engines.registry import get, load_family
 from engines.targets import trt as trt_target
+from engines.targets import trt_rtx as trt_rtx_target
 from engines.tensorrt.checks import GraphFacts, check_network, check_plan_size, graph_facts
 from engines.tensorrt.profiles import profiles_of
 from qwen3vl_export.cli import export, run
@@ -190,15 +191,25 @@ def test_the_command_passes_the_sizes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "needs"), [("fp8", "8.9"), ("nvfp4", "10.0")])
-def test_a_gpu_without_the_type_is_refused(
-    precision: str, needs: str, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_without_the_type_is_said_before_any_work(
+    precision: str, needs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ampere = Hardware("Abacus", (), 2, 1 << 30, gpus=(Gpu("Test RTX", "8.6", 1 << 30, 1 << 30, "570.1"),))
     monkeypatch.setattr(trt_target, "probe", lambda: ampere)
-    compile_plans = get(f"trt-{precision}").compile
-    assert compile_plans is not None
-    with pytest.raises(TargetError, match=rf"compute capability 8\.6.*trt-{precision} needs {needs}"):
-        compile_plans(tmp_path, {}, demo_bundle.config, SMALL)
+    found = get(f"trt-{precision}").availability()
+    assert not found.can_build and f"SM {needs} or later is needed, the Test RTX has 8.6" in found.reason
+    assert "SM" not in get("trt-fp16").availability().reason
+
+
+@pytest.mark.parametrize(
+    ("sm", "runs"), [("8.6", {"fp16", "bf16", "int4"}), ("8.9", {"fp16", "bf16", "int4", "fp8"}), ("9.0", set())]
+)
+def test_plans_run_where_the_type_is(sm: str, runs: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Hardware("Abacus", (), 2, 1 << 30, gpus=(Gpu("Test RTX", sm, 1 << 30, 1 << 30, "570.1"),))
+    monkeypatch.setattr(trt_rtx_target, "probe", lambda: machine)
+    targets = load_family("trt_rtx")
+    assert {target.precision for target in targets if target.availability().can_run} == runs
+    assert all("not Test RTX" in target.availability().reason for target in targets if target.precision not in runs)
 
 
 def test_without_a_gpu_the_enterprise_library_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -29,22 +29,16 @@ _LIBRARY = "tensorrt"
 def _compile(
     precision: str, folder: Path, graphs: Mapping[str, ir.Model], config: ModelConfig, options: BuildOptions
 ) -> Compiled:
+    import tensorrt
+
+    from engines.tensorrt.compiler import compile_plans
+
     here = probe().gpus[0].compute_capability
     if any(each != here for each in options.compute_capabilities):
         raise TargetError(
             f"compute capability {', '.join(options.compute_capabilities)}: TensorRT builds for {here}, this machine's",
             remedy="build on such a GPU, or choose a trt-rtx-* target",
         )
-    first = lowering.FIRST_COMPUTE_CAPABILITY.get(precision, "0")
-    if float(here) < float(first):
-        raise TargetError(
-            f"compute capability {here}, this machine's: trt-{precision} needs {first} at least",
-            remedy="choose trt-fp16",
-        )
-    import tensorrt
-
-    from engines.tensorrt.compiler import compile_plans
-
     return compile_plans(tensorrt, folder, graphs, config, options, (here,), sets_capabilities=False)
 
 
@@ -53,6 +47,10 @@ def _availability(precision: str) -> Availability:
     lowered = f"for the lowered graphs alone: qwen3vl-export MODEL --target {name} --no-compile"
     if not probe().gpus:
         return Availability(False, False, f"an NVIDIA GPU is needed, to build and to run; {lowered}")
+    gpu, first = probe().gpus[0], lowering.FIRST_COMPUTE_CAPABILITY.get(precision, "0")
+    if float(gpu.compute_capability) < float(first):
+        reason = f"a GPU of SM {first} or later is needed, the {gpu.name} has {gpu.compute_capability}; {lowered}"
+        return Availability(False, False, reason)
     if importlib.util.find_spec(_LIBRARY) is None:
         reason = f"install the extras: pip install 'qwen3vl-export[export,tensorrt]'; {lowered}"
         return Availability(False, False, reason)

@@ -34,15 +34,14 @@ def _compile(
 
     from engines.tensorrt.compiler import compile_plans
 
-    first = float(lowering.FIRST_COMPUTE_CAPABILITY.get(precision, "0"))
-    offered = [each for each in _COMPUTE_CAPABILITIES if float(each) >= first]
+    offered = _offered(precision)
     unknown = sorted(set(options.compute_capabilities) - set(offered))
     if unknown:
         raise TargetError(
             f"compute capability {', '.join(unknown)}: trt-rtx-{precision} is built for {', '.join(offered)}",
             remedy="choose one of these; the trt-* targets build for the GPU of the machine",
         )
-    chosen = options.compute_capabilities or tuple(offered)
+    chosen = options.compute_capabilities or offered
     # tensorrt_rtx 1.7.1 compiles a stripped plan's kernels while it builds: for one kind of GPU, on that GPU.
     if options.strip_weights and (len(chosen) > 1 or not probe().gpus):
         raise TargetError(
@@ -58,10 +57,17 @@ def _compile(
     return compile_plans(tensorrt_rtx, folder, graphs, config, options, chosen)
 
 
-def _availability() -> Availability:
+def _offered(precision: str) -> tuple[str, ...]:
+    """Return the GPUs that have the precision's type."""
+    first = float(lowering.FIRST_COMPUTE_CAPABILITY.get(precision, "0"))
+    return tuple(each for each in _COMPUTE_CAPABILITIES if float(each) >= first)
+
+
+def _availability(precision: str) -> Availability:
     gpu = probe().gpu
-    runs = gpu is not None and gpu.compute_capability in _COMPUTE_CAPABILITIES
-    where = f"an NVIDIA GPU of SM {', '.join(_COMPUTE_CAPABILITIES)}" + (f", not {gpu.name}" if gpu else "")
+    offered = _offered(precision)
+    runs = gpu is not None and gpu.compute_capability in offered
+    where = f"an NVIDIA GPU of SM {', '.join(offered)}" + (f", not {gpu.name}" if gpu else "")
     if importlib.util.find_spec(_LIBRARY) is None:
         return Availability(False, False, "install the extras: pip install 'qwen3vl-export[export,tensorrt-rtx]'")
     builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "torch", "transformers"))
@@ -82,7 +88,7 @@ TARGETS = tuple(
         native_ops={"CausalAttention": lowering.causal_attention},
         passes=partial(lowering.passes, precision),
         libraries=("onnx-ir",),
-        availability=_availability,
+        availability=partial(_availability, precision),
         top_k=lowering.TOP_K,
         compile=partial(_compile, precision),
     )
