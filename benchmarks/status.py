@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import configs
-from benchmarks import lowered, plot, report
+from benchmarks import goals, lowered, plot, report
 from benchmarks.compare import chart
 from benchmarks.compare.sides import REFERENCE
-from benchmarks.compare.tables import bytes_per_s
-from benchmarks.compare.workloads import DECODE, Point
+from benchmarks.goals import Results
 from engines.choose import GPU, device_of
 from engines.registry import all_targets
 
@@ -28,255 +26,6 @@ TASKS = ("read", "count", "where", "json")
 _ACCURACY = "demo_accuracy"
 _NOT_SHOWN = "tiny"  # how the names of the tests' shapes begin
 _PASSED = "passed"  # as scripts/gpu_check.py writes it
-
-Results = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure that was asked for.
-
-    Attributes:
-        what: What is measured.
-        limit: The figure asked, in `unit`.
-        unit: The unit, with its space.
-        inputs: Names of the results that `value` takes.
-        value: The figure reached.
-        is_minimum: More is better.
-        on_huge_pages: The same figure of the same engine on huge pages; it is shown, and not judged.
-    """
-
-    what: str
-    limit: float
-    unit: str
-    inputs: tuple[str, ...]
-    value: Callable[..., float]
-    is_minimum: bool = False
-    on_huge_pages: Callable[..., float] | None = None
-
-    def row(self, results: Results) -> tuple[str, str, str, str]:
-        """Return the cells what, asked, reached, verdict."""
-        asked = f"{'≥' if self.is_minimum else '≤'} {self.limit:g}{self.unit}"
-        value, other = (self._of(results, function) for function in (self.value, self.on_huge_pages))
-        reached = "not measured" if value is None else self._text(value)
-        if other is not None:
-            reached += f"; huge pages {self._text(other)}"
-        if value is None:
-            return self.what, asked, reached, ""
-        is_reached = value >= self.limit if self.is_minimum else value <= self.limit
-        return self.what, asked, reached, "yes" if is_reached else "**no**"
-
-    def _of(self, results: Results, function: Callable[..., float] | None) -> float | None:
-        try:
-            return None if function is None else function(*(results[name] for name in self.inputs))
-        except KeyError:  # a result or a side that is not there
-            return None
-
-    def _text(self, value: float) -> str:
-        is_near = abs(value - self.limit) < 0.02 * self.limit  # where two decimals could hide the verdict
-        return f"{value:.{4 if is_near else 3}g}{self.unit}"
-
-
-_FP32 = "ort-cpu-fp32"
-_GRAPHS_2B, _GRAPHS_32B = (f"export-qwen3-vl-{size}-{_FP32}-no-weights" for size in ("2b", "32b"))
-_EXPORT_2B, _RUN_2B = (f"{what}-qwen3-vl-2b-{_FP32}" for what in ("export", "run"))
-_IMPORT = "from qwen3_vl import Qwen3VLModel"  # more than the lazy `import qwen3_vl`
-
-GOALS = (
-    Goal("2B, graphs without weights: wall time", 25, " s", (_GRAPHS_2B,), lambda r: report.export_median(r, "wall_s")),
-    Goal(
-        "32B, graphs without weights: wall time beyond that of 2B",
-        3,
-        " s",
-        (_GRAPHS_2B, _GRAPHS_32B),
-        lambda small, large: report.export_median(large, "wall_s") - report.export_median(small, "wall_s"),
-    ),
-    Goal("2B, graphs without weights: peak RSS", 2, " GB", (_GRAPHS_2B,), lambda r: report.export_peak_bytes(r) / 1e9),
-    Goal("2B, export in fp32: CPU time", 75, " s", (_EXPORT_2B,), lambda r: report.export_median(r, "cpu_s")),
-    Goal("2B, export in fp32: peak RSS", 2, " GB", (_EXPORT_2B,), lambda r: report.export_peak_bytes(r) / 1e9),
-    Goal("2B, engine in fp32: prefill", 1, " × PyTorch", (_RUN_2B,), lambda r: report.speed(r, "prefill"), True),
-    Goal("2B, engine in fp32: decode", 1, " × PyTorch", (_RUN_2B,), lambda r: report.speed(r, "decode"), True),
-    Goal("Import of `Qwen3VLModel`", 0.3, " s", ("import",), lambda r: report.added_s(r, _IMPORT)),
-    Goal(
-        "Import of `Qwen3VLModel`: torch, transformers, ONNX libraries",
-        0,
-        " loaded",
-        ("import",),
-        lambda r: len(r["imports"][_IMPORT]["heavy_modules"]),
-    ),
-)
-
-_COMPARE, _SPECULATION, _OVERHEAD = "compare-qwen3-vl-2b", "speculation-2b-int4", "overhead-2b-int4"
-_INT4, _INT4P8 = "ort-cpu-int4", "ort-cpu-int4p8"
-_BLOCK_32, _BLOCK_128 = ("genai-int4-b32",), ("genai-int4-b128", "genai-int4-b128-pruned")
-_OPENVINO = ("openvino-int4",)
-
-OfComparison = Callable[[Mapping[str, Any]], float]
-
-
-def _goal(
-    what: str,
-    limit: float,
-    unit: str,
-    target: str,
-    value: Callable[..., float],
-    *more: Any,
-    is_minimum: bool = False,
-    depends_on_pages: bool = True,
-) -> Goal:
-    """Return a goal of the comparison; `value` takes the result, the name of one of our sides, and `more`."""
-
-    def of(side: str) -> OfComparison:
-        return lambda result: value(result, side, *more)
-
-    on_huge_pages = of(f"{target}-huge-pages") if depends_on_pages else None
-    return Goal(f"2B, `{target}`: {what}", limit, unit, (_COMPARE,), of(target), is_minimum, on_huge_pages)
-
-
-def _times_as_fast(result: Mapping[str, Any], side: str, peers: tuple[str, ...], point: str) -> float:
-    """Return how many times as fast as the fastest of some peers one of our sides is."""
-    return min(_median(result, peer, point) for peer in peers) / _median(result, side, point)
-
-
-def _time_over(result: Mapping[str, Any], side: str, peers: tuple[str, ...], point: str) -> float:
-    return 1 / _times_as_fast(result, side, peers, point)
-
-
-def _median(result: Mapping[str, Any], side: str, point: str) -> float:
-    return float(result["sides"][side]["points"][point]["median_s"])
-
-
-def _divergence_ratio(result: Mapping[str, Any], side: str, peer: str) -> float:
-    ours, theirs = (result["sides"][name]["divergence"]["mean_kl"] for name in (side, peer))
-    return float(ours / theirs)
-
-
-def _memory_share(result: Mapping[str, Any], side: str, point: Point) -> float:
-    ceiling = float(result["ceilings"]["memory_bytes_per_s"])
-    return 100 * bytes_per_s(point, result["sides"][side]) / ceiling
-
-
-def _first_token(result: Mapping[str, Any], side: str) -> float:
-    """Return our time from an image to the first token over that of the fastest peer that sees the same image.
-
-    Raises:
-        KeyError: No such peer was measured.
-    """
-    peers = [each for each in result["sides"].values() if not each["is_ours"] and each["has_vision"]]
-    # The image has 3072 patches: a side that is done before its own vision tower could be has shrunk it.
-    same = [each for each in peers if each["image"]["median_s"] > each["points"]["vision-3072-b1"]["median_s"]]
-    if not same:
-        raise KeyError("no peer sees the same image")
-    ours = float(result["sides"][side]["image"]["median_s"])
-    return ours / min(float(each["image"]["median_s"]) for each in same)
-
-
-def _load(result: Mapping[str, Any], side: str) -> float:
-    return float(result["sides"][side]["load_s"])
-
-
-def _rss_without_cache(result: Mapping[str, Any], side: str) -> float:
-    values = result["sides"][side]
-    return float(values["peak_rss_bytes"] - values["cache_bytes"]) / 1e9
-
-
-def _export(result: Mapping[str, Any], side: str, value: str, unit: float) -> float:
-    return float(result["sides"][side]["export"][value]) / unit
-
-
-def _nothing_accepted(result: Mapping[str, Any]) -> float:
-    """Return the least speed of prompt lookup on a text of which no draft was right."""
-    races = [race["lookup"] for race in result["natural"].values()]
-    speeds = [float(race["speed"]) for race in races if not race["accepted"]]
-    if not speeds:
-        raise KeyError("something is accepted in every text")
-    return min(speeds)
-
-
-QUANTISED_GOALS = (
-    *(
-        _goal(
-            f"{what} against onnxruntime-genai {build}",
-            least,
-            " ×",
-            target,
-            _times_as_fast,
-            peers,
-            point,
-            is_minimum=True,
-        )
-        for target in (_INT4, _INT4P8)
-        for build, peers, what, point, least in (
-            ("block 128", _BLOCK_128, "decode behind 512 tokens", "decode-512-b1", 1.1),
-            ("block 128", _BLOCK_128, "prefill of 512 tokens", "prefill-512-b1", 1.25),
-            ("block 32", _BLOCK_32, "decode behind 512 tokens", "decode-512-b1", 1.3),
-            ("block 32", _BLOCK_32, "prefill of 512 tokens", "prefill-512-b1", 1.8),
-        )
-    ),
-    *(
-        _goal(
-            f"decode behind {size} tokens, share of the memory ceiling",
-            80,
-            " %",
-            _INT4,
-            _memory_share,
-            Point(DECODE, size),
-            is_minimum=True,
-        )
-        for size in (0, 512)
-    ),
-    _goal(
-        "mean KL to float32, over that of onnxruntime-genai block 32",
-        1,
-        " ×",
-        _INT4,
-        _divergence_ratio,
-        *_BLOCK_32,
-        depends_on_pages=False,
-    ),
-    _goal("vision, 3072 patches, over OpenVINO", 1.2, " ×", _INT4, _time_over, _OPENVINO, "vision-3072-b1"),
-    *(
-        goal
-        for target in (_INT4, _INT4P8)
-        for goal in (
-            _goal("image to first token, over the fastest peer on the same image", 1, " ×", target, _first_token),
-            _goal("ready, files in the page cache", 3, " s", target, _load),
-            _goal("peak RSS but the KV cache", 1.8, " GB", target, _rss_without_cache),
-            _goal("wall time of the export", 60, " s", target, _export, "wall_s", 1, depends_on_pages=False),
-            _goal("peak RSS of the export", 2, " GB", target, _export, "peak_rss_bytes", 1e9, depends_on_pages=False),
-        )
-    ),
-    Goal(
-        "2B, `ort-cpu-int4`: host, share of a decode step behind 512 tokens",
-        1,
-        " %",
-        (_OVERHEAD,),
-        lambda r: 100 * r["outside"]["median_s"] / r["step"]["median_s"],
-    ),
-    Goal(
-        "2B, `ort-cpu-int4`: prompt lookup, every draft wrong, 256 tokens",
-        0.97,
-        " × plain",
-        (_SPECULATION,),
-        lambda r: r["forced"]["0%"]["speed"],
-        True,
-    ),
-    Goal(
-        "2B, `ort-cpu-int4`: prompt lookup, a text of which nothing is accepted",
-        0.97,
-        " × plain",
-        (_SPECULATION,),
-        _nothing_accepted,
-        True,
-    ),
-)
-
-
-def goals_table(results: Results) -> str:
-    """Return figure asked against figure reached."""
-    return report.table(
-        [("figure", "asked", "reached", "met"), *(goal.row(results) for goal in (*GOALS, *QUANTISED_GOALS))]
-    )
 
 
 def works_table(results: Results, accuracies: Mapping[str, Mapping[str, float]]) -> str:
@@ -427,7 +176,7 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     states = target_states(devices, results, accuracies, read_checks(folder), read_builds(folder))
     blocks = {
         root / "README.md": ("what works", f"{works_table(results, accuracies)}\n{states}"),
-        root / "docs" / "benchmarks.md": ("figures", goals_table(results)),
+        root / "docs" / "benchmarks.md": ("figures", goals.table(results)),
     }
     if "lowered" in results:
         blocks[root / "docs" / "accuracy.md"] = "lowered graphs", lowered.table_of(results["lowered"])

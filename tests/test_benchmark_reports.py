@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import imports, inference, measure, plot, report, status
+from benchmarks import goals, imports, inference, measure, plot, report, status
 from benchmarks.__main__ import app
 from runtime.errors import UsageError
 
@@ -159,7 +159,7 @@ def test_goals_are_judged() -> None:
         graphs.format("32b"): export_result([14.0]),
         "run-qwen3-vl-2b-ort-cpu-fp32": run_result(faster=0.9),
     }
-    text = status.goals_table(results)
+    text = goals.table(results)
     assert "| 2B, graphs without weights: wall time | ≤ 25 s | 10 s | yes |" in text
     assert "wall time beyond that of 2B | ≤ 3 s | 4 s | **no** |" in text
     assert "| 2B, engine in fp32: decode | ≥ 1 × PyTorch | 0.9 × PyTorch | **no** |" in text
@@ -188,15 +188,15 @@ def compared(**decode_s: float) -> dict[str, Any]:
     return {"model": "qwen3-vl-2b", "sides": sides, "ceilings": {"memory_bytes_per_s": 10e9}}
 
 
-def goals(**results: Any) -> dict[str, tuple[str, str]]:
-    text = status.goals_table({name.replace("_", "-"): result for name, result in results.items()})
+def reached(**results: Any) -> dict[str, tuple[str, str]]:
+    text = goals.table({name.replace("_", "-"): result for name, result in results.items()})
     rows = [line.strip("|").split(" | ") for line in text.splitlines()[2:]]
     return {what.strip(): (reached.strip(), verdict.strip()) for what, _, reached, verdict in rows}
 
 
 def test_goals_are_judged_without_huge_pages_and_show_both() -> None:
     result = compared(ort_cpu_int4=1.0, ort_cpu_int4_huge_pages=0.8, genai_int4_b128=1.098, genai_int4_b128_pruned=1.2)
-    found = goals(compare_qwen3_vl_2b=result)
+    found = reached(compare_qwen3_vl_2b=result)
     decode = "2B, `ort-cpu-int4`: decode behind 512 tokens against onnxruntime-genai block 128"
     assert found[decode] == ("1.098 ×; huge pages 1.37 ×", "**no**")  # of two peers the faster; near 1.1 a third digit
     share = "2B, `ort-cpu-int4`: decode behind 512 tokens, share of the memory ceiling"
@@ -206,11 +206,11 @@ def test_goals_are_judged_without_huge_pages_and_show_both() -> None:
 
 
 def test_goals_of_sides_that_are_not_there_are_not_measured() -> None:
-    found = goals(compare_qwen3_vl_2b=compared(ort_cpu_int4_huge_pages=1.0, genai_int4_b32=3.0))
+    found = reached(compare_qwen3_vl_2b=compared(ort_cpu_int4_huge_pages=1.0, genai_int4_b32=3.0))
     decode = "2B, `ort-cpu-int4`: decode behind 512 tokens against onnxruntime-genai block"
     assert found[f"{decode} 128"] == ("not measured", "")
     assert found[f"{decode} 32"] == ("not measured; huge pages 3 ×", "")
-    alone = goals(compare_qwen3_vl_2b=compared(ort_cpu_int4=1.0))
+    alone = reached(compare_qwen3_vl_2b=compared(ort_cpu_int4=1.0))
     image = "2B, `ort-cpu-int4`: image to first token, over the fastest peer on the same image"
     assert alone[image] == ("not measured", "")
 
@@ -222,7 +222,7 @@ def test_goals_of_prompt_lookup_and_of_the_host() -> None:
         "natural": {name: {"lookup": {"speed": s, "accepted": a}} for name, (s, a) in races.items()},
     }
     overhead = {"outside": {"median_s": 0.5e-3}, "step": {"median_s": 40e-3}}
-    found = goals(speculation_2b_int4=speculation, overhead_2b_int4=overhead)
+    found = reached(speculation_2b_int4=speculation, overhead_2b_int4=overhead)
     assert found["2B, `ort-cpu-int4`: prompt lookup, every draft wrong, 256 tokens"] == ("0.981 × plain", "yes")
     nothing = "2B, `ort-cpu-int4`: prompt lookup, a text of which nothing is accepted"
     assert found[nothing] == ("0.95 × plain", "**no**")
