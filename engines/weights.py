@@ -57,6 +57,22 @@ class ConcatenatedTensor(StreamedTensor):
             yield from part.blocks()
 
 
+class StackedTensor(StreamedTensor):
+    """Tensors of one shape along a new axis 0, such as the weights of the experts of a layer."""
+
+    def __init__(self, name: str, parts: Sequence[StreamedTensor]) -> None:
+        first = parts[0]
+        if any(part.dtype != first.dtype or part.shape != first.shape for part in parts):
+            raise ValueError(f"{name}: parts differ in dtype or shape")
+        super().__init__(name, (len(parts), *first.shape.numpy()), first.dtype)
+        self.parts = tuple(parts)
+
+    def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the blocks of each part in turn."""
+        for part in self.parts:
+            yield from part.blocks()
+
+
 class ViewTensor(StreamedTensor):
     """The elements of another tensor of the same graph in another shape: they are written once, and both refer to them.
 

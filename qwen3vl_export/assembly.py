@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_VERSION, parse_function
+from engines.weights import StreamedTensor
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.ops import causal_attention, mixture_of_experts, vision_attention
 from qwen3vl_export.tracing.pieces import Piece, Pieces
@@ -29,6 +30,7 @@ class GraphBuilder:
         self._checkpoint = checkpoint
         self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET_VERSION, DOMAIN: DOMAIN_VERSION})
         self._functions: dict[str, ir.Function] = {}
+        self.used_keys: set[str] = set()
 
     def input(self, name: str, dtype: ir.DataType, dims: Dims) -> ir.Value:
         """Add a graph input."""
@@ -53,6 +55,7 @@ class GraphBuilder:
         *,
         keys: Mapping[str, str] | None = None,
         views: Mapping[str, tuple[int, ...]] | None = None,
+        tensors: Mapping[str, StreamedTensor] | None = None,
     ) -> Sequence[ir.Value]:
         """Call a piece with its parameters taken from the checkpoint.
 
@@ -62,17 +65,21 @@ class GraphBuilder:
             scope: Name of the node, and prefix of the checkpoint keys.
             keys: Whole checkpoint keys of parameters that do not follow the prefix.
             views: Parameters that the function takes in another shape than the checkpoint holds.
+            tensors: Parameters that are no single tensor of the checkpoint.
 
         Raises:
             CheckpointError: A parameter is missing or of another shape.
         """
-        keys, views = keys or {}, views or {}
+        keys, views, tensors = keys or {}, views or {}, tensors or {}
         parameters = []
         for name, shape in piece.parameters.items():
             key = keys.get(name, f"{scope}.{name}")
             value = self._graph.initializers.get(key)
-            if value is None:
+            if name in tensors:
+                value = self._initializer(tensors[name])
+            elif value is None:
                 value = self._initializer(self._checkpoint.tensor(key, shape, view=views.get(name)))
+                self.used_keys.add(key)
             parameters.append(value)
         function = piece.function
         self._functions[function.name] = function
@@ -98,11 +105,6 @@ class GraphBuilder:
         """Return the finished model with the functions it calls and the bodies of its custom ops."""
         functions = [*self._functions.values(), *(parse_function(body) for body in bodies)]
         return ir.Model(self._graph, ir_version=_IR_VERSION, producer_name="qwen3vl-export", functions=functions)
-
-    @property
-    def used_keys(self) -> set[str]:
-        """Checkpoint keys that the graph refers to."""
-        return {name for name in self._graph.initializers if name in self._checkpoint.entries}
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
@@ -164,9 +166,14 @@ def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set
     (hidden,) = builder.call(pieces.embed, [ids, rows, embeds], f"{_LANGUAGE}.embed_tokens")
     present = []
     for i in range(text.num_layers):
-        layer = pieces.dense_layer if text.experts_of(i) is None else pieces.sparse_layer
+        scope = f"{_LANGUAGE}.layers.{i}"
+        layer, tensors = pieces.dense_layer, {}
+        if text.experts_of(i) is not None:
+            experts, used = checkpoint.experts(i, f"{scope}.mlp")
+            layer, tensors = pieces.sparse_layer, {f"mlp.{name}": tensor for name, tensor in experts.items()}
+            builder.used_keys |= used
         assert layer is not None
-        hidden, *new = builder.call(layer, [hidden, cos, sin, *past[i], past_lengths], f"{_LANGUAGE}.layers.{i}")
+        hidden, *new = builder.call(layer, [hidden, cos, sin, *past[i], past_lengths], scope, tensors=tensors)
         present.append(new)
         if i < len(config.vision.deepstack_layers):
             level = builder.constant(f"deepstack_level.{i + 1}", np.array([i + 1]))

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from engines.quantize.tensors import row_chunks
-from engines.weights import StreamedTensor
+from engines.weights import StackedTensor, StreamedTensor
 from qwen3vl_export.assets import check_assets, read_assets
+from qwen3vl_export.experts import find_experts
 from qwen3vl_export.quantized import join_parts
 from qwen3vl_export.quantized.parts import QuantizedEntry
 from qwen3vl_export.safetensors_reader import FileHeader, TensorEntry, read_header
@@ -198,6 +199,21 @@ class Checkpoint:
                 remedy="the weights do not belong to this config.json: take both from one checkpoint",
             )
         return entry.tensor(key, view)
+
+    def experts(self, layer: int, scope: str) -> tuple[dict[str, StackedTensor], set[str]]:
+        """Refer to the experts of a layer, by their names in the layer; also the keys they are read from.
+
+        Args:
+            layer: Number of the layer.
+            scope: Key of its feed-forward network.
+
+        Raises:
+            CheckpointError: An expert is missing, of another shape or dtype, or stored in a layout that is not read.
+        """
+        text = self.config.text
+        config = text.experts_of(layer)
+        assert config is not None, f"layer {layer} is dense"
+        return find_experts(self.entries, scope, config, text.hidden_size)
 
     def check_keys(self, used: Iterable[str]) -> None:
         """Raise unless every key is used, or on the ignore list, or the tied head's copy of the embedding.
