@@ -82,7 +82,8 @@ def trace_pieces(checkpoint: Checkpoint) -> Pieces:
     # The `meta` device does not work here: ops made by torch.onnx.ops.symbolic put their outputs on the CPU.
     mode = FakeTensorMode()
     with mode:
-        model = AutoModelForImageTextToText.from_config(config).eval()
+        # config.json says in which type the weights are stored; the bundle is float32.
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     language, visual = model.model.language_model, model.model.visual
     head_dim, vision, text = shape.text.head_dim, shape.vision, shape.text
     tracer = _Tracer(mode)
