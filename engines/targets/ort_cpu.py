@@ -77,7 +77,38 @@ VisionAttention <num_heads: int, scale: float> (q, k, v, cos, sin) => (out)
 """
 
 
+def _mixture_of_experts(config: ModelConfig) -> str:
+    # MoE's own router breaks ties either way. It is given the logits of the chosen experts, and of all others a number
+    # whose exponential is 0: what it then chooses, and its softmax, are the op's.
+    return """
+<domain: "qwen3vl", opset_import: ["" : 24, "com.microsoft" : 1]>
+MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
+{
+    hidden = Shape <start = 2, end = 3> (x)
+    infer = Constant <value_ints = [-1]> ()
+    axis_0 = Constant <value_ints = [0]> ()
+    token_shape = Concat <axis = 0> (infer, hidden)
+    x_TD = Reshape (x, token_shape)
+    router_DE = Transpose <perm = [1, 0]> (router_weight)
+    logits_TE = MatMul (x_TD, router_DE)
+    probabilities_TE = Softmax <axis = -1> (logits_TE)
+    k_scalar = Constant <value_int: int = @top_k> ()
+    k = Unsqueeze (k_scalar, axis_0)
+    largest_Tk, expert_Tk = TopK <axis = -1> (probabilities_TE, k)
+    chosen_Tk = GatherElements <axis = -1> (logits_TE, expert_Tk)
+    logits_shape = Shape (logits_TE)
+    none_TE = ConstantOfShape <value = float[1] {-1e30}> (logits_shape)
+    masked_TE = ScatterElements <axis = -1> (none_TE, expert_Tk, chosen_Tk)
+    out_TD = com.microsoft.MoE <k: int = @top_k, activation_type = "swiglu", activation_alpha = 1.0,
+        activation_beta = 0.0, swiglu_fusion = 1, normalize_routing_weights = 1> (x_TD, masked_TE, gate_up, "", down)
+    x_shape = Shape (x)
+    out = Reshape (out_TD, x_shape)
+}
+"""
+
+
 def _passes(plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
+    from engines.passes.choose_experts_kernel import ChooseExpertsKernelPass
     from engines.passes.fuse_residual_norm import FuseResidualNormPass
     from engines.passes.fuse_shared_input import FuseSharedInputPass
     from engines.passes.fuse_transposed_matmul import FuseTransposedMatMulPass
@@ -85,6 +116,7 @@ def _passes(plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
 
     return [
         FuseSharedInputPass(plan.format_of),
+        ChooseExpertsKernelPass(plan),
         QuantizeWeightsPass(plan),
         FuseTransposedMatMulPass(),
         FuseResidualNormPass(),
@@ -118,7 +150,11 @@ def _target(precision: str, description: str) -> Target:
         cache_dtype="float32",
         updates_cache_in_place=True,
         batched_chunks=False,
-        native_ops={"CausalAttention": _causal_attention, "VisionAttention": _vision_attention},
+        native_ops={
+            "CausalAttention": _causal_attention,
+            "VisionAttention": _vision_attention,
+            "MixtureOfExperts": _mixture_of_experts,
+        },
         passes=lambda: _passes(plan),
         prefill_passes=(lambda: _passes(prefill_plan)) if prefill_plan.rules else None,
         prefill_min_tokens=settings.get("prefill_min_tokens", 0),

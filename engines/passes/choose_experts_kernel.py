@@ -1,0 +1,101 @@
+"""Choose the kernel of ONNX Runtime that runs the experts, and give it their weights."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from engines.initializers import add_initializer
+from engines.passes.fuse_transposed_matmul import MICROSOFT
+from engines.quantize.experts import BlockwiseExperts, interleaved
+from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, FLOAT, WeightFormat, WeightPlan
+from engines.weights import StackedTensor
+from runtime.errors import TargetError
+
+# As for MatMulNBits: the kernel rounds the input to 8 bits. One layer of 30B-A3B, 4 bits, two threads: see
+# docs/mixture_of_experts.md; without it a prompt of 512 takes twice as long.
+_INT8_PRODUCTS = 4
+
+
+class ChooseExpertsKernelPass(ir.passes.InPlacePass):
+    """Give every node MoE the layout that the kernel reads, or make it QMoE if the plan stores the weights in few bits.
+
+    The one place that chooses how experts are computed:
+
+    | format | node | gate and up | weights |
+    |---|---|---|---|
+    | float32 | MoE | rows take turns | stacked, as they are |
+    | blockwise | QMoE | rows take turns | stacked codes, scales and zero points |
+
+    The other forms that were tried, and their times, are in docs/mixture_of_experts.md and benchmarks/experts.py.
+    """
+
+    def __init__(self, plan: WeightPlan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Exchange the weights of every MoE."""
+        nodes = [node for node in model.graph if node.op_type == "MoE" and node.domain == MICROSOFT]
+        for node in nodes:
+            self._choose(model, node)
+        return ir.passes.PassResult(model, bool(nodes))
+
+    def _choose(self, model: ir.Model, node: ir.Node) -> None:
+        x, logits, gate_up_value, _, down_value = node.inputs
+        assert gate_up_value is not None and down_value is not None
+        gate_up, down = gate_up_value.const_value, down_value.const_value
+        assert isinstance(gate_up, StackedTensor) and isinstance(down, StackedTensor), f"{node.name}: weights"
+        formats = [self.plan.format_of(str(weight.name)) for weight in (gate_up, down)]
+        if all(each.kind == FLOAT for each in formats):
+            node.replace_input_with(2, add_initializer(model, interleaved(gate_up)))
+            del model.graph.initializers[str(gate_up_value.name)]
+            return
+        block = _block(gate_up, down, formats)
+        first, second = (
+            BlockwiseExperts(weight, each.bits, block)
+            for weight, each in zip((interleaved(gate_up), down), formats, strict=True)
+        )
+        inputs: list[ir.Value | None] = [x, logits]
+        for weight in (first, second):
+            inputs += [add_initializer(model, weight.packed), add_initializer(model, weight.scales), None]
+        inputs += [None, None, None]  # a third product, which a fused gate and up does not have
+        inputs += [add_initializer(model, weight.zero_points) for weight in (first, second)]
+        attributes = dict(node.attributes) | {
+            attribute.name: attribute
+            for attribute in (
+                ir.AttrInt64("expert_weight_bits", first.bits),
+                ir.AttrInt64("fc2_expert_weight_bits", second.bits),
+                ir.AttrInt64("block_size", block),
+                ir.AttrInt64("accuracy_level", _INT8_PRODUCTS),
+                ir.AttrInt64("weights_prepacked", 0),
+            )
+        }
+        new = ir.Node(MICROSOFT, "QMoE", inputs, list(attributes.values()), name=node.name)
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
+        for value in (gate_up_value, down_value):
+            del model.graph.initializers[str(value.name)]
+
+
+def _block(gate_up: StackedTensor, down: StackedTensor, formats: list[WeightFormat]) -> int:
+    """Return the largest block up to the formats' that divides the rows of both weights, as the kernel wants.
+
+    Raises:
+        TargetError: None does, or a format is not blockwise.
+    """
+    for weight, each in zip((gate_up, down), formats, strict=True):
+        if each.kind != BLOCKWISE:
+            raise TargetError(
+                f"{weight.name}: {each}: no kernel of ONNX Runtime's CPU reads experts in that form",
+                remedy="choose a blockwise format for *.mlp.experts.*, for gate_up_proj and down_proj",
+            )
+    columns = math.gcd(*(int(weight.shape.numpy()[2]) for weight in (gate_up, down)))
+    fitting = [size for size in BLOCK_SIZES if size <= min(each.block for each in formats) and columns % size == 0]
+    if not fitting:
+        raise TargetError(
+            f"{gate_up.name}: no block of {', '.join(map(str, BLOCK_SIZES))} divides rows of "
+            f"{gate_up.shape[2]} and {down.shape[2]}",
+            remedy="build ort-cpu-fp32",
+        )
+    return fitting[-1]
