@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import configs
 from runtime.errors import UsageError
+from runtime.model_config import EXPERTS_MODEL_TYPE, ModelConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +64,11 @@ def hf_config(model_name: str, dtype: str = "BF16") -> dict[str, Any]:
         )
     for part in ("text_config", "vision_config"):
         config[part] |= shape[part]
+    config["model_type"] = shape.get("model_type", config["model_type"])
+    if config["model_type"] == EXPERTS_MODEL_TYPE:
+        config["architectures"] = ["Qwen3VLMoeForConditionalGeneration"]
+        for part in ("text", "vision"):
+            config[f"{part}_config"]["model_type"] = f"{EXPERTS_MODEL_TYPE}_{part}"
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = shape["tie_word_embeddings"]
     config["dtype"] = _TORCH_NAMES[dtype]
     return config
@@ -70,6 +76,8 @@ def hf_config(model_name: str, dtype: str = "BF16") -> dict[str, Any]:
 
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Return the shape of every tensor of a Hub checkpoint, by key, in the order of the network.
+
+    Experts are stacked and transposed, as on the Hub: [experts, in, out].
 
     Args:
         config: Contents of `config.json`.
@@ -111,7 +119,7 @@ def _vision_shapes(vision: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
 
 
 def _text_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
-    text = config["text_config"]
+    text, model = config["text_config"], ModelConfig.from_hf(config).text
     hidden, inner, head = text["hidden_size"], text["intermediate_size"], text["head_dim"]
     queries, keys = text["num_attention_heads"] * head, text["num_key_value_heads"] * head
     prefix = "model.language_model"
@@ -126,9 +134,15 @@ def _text_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
         yield f"{layer}.self_attn.o_proj.weight", (hidden, queries)
         yield f"{layer}.self_attn.q_norm.weight", (head,)
         yield f"{layer}.self_attn.k_norm.weight", (head,)
-        yield f"{layer}.mlp.gate_proj.weight", (inner, hidden)
-        yield f"{layer}.mlp.up_proj.weight", (inner, hidden)
-        yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
+        experts = model.experts_of(index)
+        if experts is None:
+            yield f"{layer}.mlp.gate_proj.weight", (inner, hidden)
+            yield f"{layer}.mlp.up_proj.weight", (inner, hidden)
+            yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
+        else:
+            yield f"{layer}.mlp.experts.gate_up_proj", (experts.num_experts, hidden, 2 * experts.intermediate_size)
+            yield f"{layer}.mlp.experts.down_proj", (experts.num_experts, experts.intermediate_size, hidden)
+            yield f"{layer}.mlp.gate.weight", (experts.num_experts, hidden)
     yield f"{prefix}.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (text["vocab_size"], hidden)

@@ -16,13 +16,15 @@ from runtime.errors import UsageError
 def reference_shapes(model_name: str) -> dict[str, tuple[int, ...]]:
     """Shapes of transformers' own module, built without memory."""
     import torch
-    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     values = synthetic.hf_config(model_name)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    # A model holds its experts as [experts, out, in], the Hub's checkpoints as [experts, in, out].
+    shapes |= {key: (shape[0], shape[2], shape[1]) for key, shape in shapes.items() if ".mlp.experts." in key}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
     return shapes
