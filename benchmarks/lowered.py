@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.quantizers import training_prompts
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.choose import GPU, device_of
+from engines.quantize.calibration import calibrate, needs_prompts
 from engines.registry import all_targets
 from runtime.errors import ParityError
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from engines.target import Target
     from qwen3vl_export.parity.report import Report
 
+# Targets whose activations have a fixed scale are calibrated on as many training canvases of the demo.
+_CALIBRATION_CANVASES = 64
 # Prompts and answers take 150 positions; a portable cell on the CPU costs all that the cache holds.
 _CAPACITY = 256
 
@@ -73,7 +77,10 @@ def _verified(bundle: Bundle, target: Target, checkpoint: str, max_new_tokens: i
     options = BuildOptions(max_context=_CAPACITY, prefill_chunk=_CAPACITY) if target.compile is not None else None
     copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / target.name
+        folder, codes = Path(work) / target.name, Path(work) / "codes"
+        if needs_prompts(target):
+            codes.mkdir()
+            calibrate(copy, target, training_prompts(_CALIBRATION_CANVASES), codes)
         build_engine(copy, target, folder, runnable=False, options=options)
         try:
             report = verify(folder, checkpoint, max_new_tokens=max_new_tokens)
