@@ -1,0 +1,294 @@
+"""A random mixture of experts against transformers, in every layout of its weights; sabotage; routers."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from moe_checkpoints import Arrays, as_on_the_hub, one_by_one, rewritten, write_by_transformers
+from onnx import TensorProto, helper
+
+from engines import registry
+from engines.build import build_engine
+from engines.bundle import DECODER, DECODER_INPUTS, Bundle
+from qwen3vl_export.assembly import build_decoder
+from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.export import make_bundle
+from qwen3vl_export.parity.verify import verify
+from qwen3vl_export.routing import RouterStatistics, watched_routers
+from qwen3vl_export.tracing.pieces import Pieces, trace_pieces
+from runtime.errors import CheckpointError, EngineError
+from runtime.manifest import FileRecord, Manifest, sha256_of
+from runtime.messages import user_message
+from runtime.model import Qwen3VLModel
+
+GATE_UP = "mlp.experts.gate_up_proj"
+
+
+def picture(width: int, height: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_by_transformers(tmp_path_factory.mktemp("tiny-moe") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def pieces(folder: Path) -> Pieces:
+    return trace_pieces(Checkpoint.open(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path) -> Bundle:
+    return make_bundle(Checkpoint.open(str(folder)))
+
+
+def build(bundle: Bundle, output: Path) -> Path:
+    copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
+    build_engine(copy, registry.get("ort-cpu-fp32"), output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def engine(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(bundle, tmp_path_factory.mktemp("tiny-moe-engine") / "engine")
+
+
+@pytest.mark.parametrize("layout", [as_on_the_hub, one_by_one])
+def test_layouts_give_the_same_decoder(
+    folder: Path, pieces: Pieces, bundle: Bundle, tmp_path: Path, layout: Callable[[Arrays], Arrays]
+) -> None:
+    checkpoint = Checkpoint.open(str(rewritten(folder, tmp_path / "checkpoint", layout)))
+    decoder, used = build_decoder(pieces, checkpoint)
+    checkpoint.check_keys(used | {key for key in checkpoint.entries if key.startswith("model.visual.")})
+    expected = bundle.graphs[DECODER].graph.initializers
+    assert set(decoder.graph.initializers) == set(expected)
+    for name, value in decoder.graph.initializers.items():
+        np.testing.assert_array_equal(value.const_value.numpy(), expected[name].const_value.numpy())
+
+
+def test_engine_agrees_with_transformers(engine: Path, folder: Path) -> None:
+    report = verify(engine, str(folder))
+    assert report.passed, report.render()
+    assert {check.case for check in report.checks} >= {"text", "one image", "three images", "small chunks"}
+    assert {check.detail["tokens"] for check in report.checks if check.name == "answer agrees"} == {64}
+
+
+def test_a_batch_equals_its_sequences_alone(engine: Path) -> None:
+    """Right-padded prompts of different lengths, then steps at different positions: a token's experts are its own."""
+    session = Qwen3VLModel.from_engine(engine, threads=2).session
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 300, length) for length in (9, 4, 6)]
+    steps = rng.integers(0, 300, (3, 5))
+
+    def run(chosen: list[int]) -> np.ndarray[Any, Any]:
+        lengths = np.array([len(prompts[i]) for i in chosen])
+        width = int(lengths.max())
+        ids = np.stack([np.pad(prompts[i], (0, width - len(prompts[i]))) for i in chosen])
+        cache = session.new_cache(width + steps.shape[1], len(chosen))
+        embeds = np.zeros((3, 1, 48), np.float32)
+
+        def call(ids_BS: np.ndarray[Any, Any], past: np.ndarray[Any, Any], last: np.ndarray[Any, Any]) -> Any:
+            positions = np.broadcast_to(past[:, None] + np.arange(ids_BS.shape[1]), (3, *ids_BS.shape))
+            rows = np.full(ids_BS.shape, -1)
+            return session.decode(ids_BS, np.ascontiguousarray(positions), rows, embeds, past, last[:, None], cache)
+
+        logits = [call(ids, np.zeros_like(lengths), lengths - 1)]
+        for step in range(steps.shape[1]):
+            logits.append(call(steps[chosen, step : step + 1], lengths + step, np.zeros_like(lengths)))
+        return np.concatenate(logits, 1)
+
+    together = run([0, 1, 2])
+    for i in range(3):
+        np.testing.assert_allclose(together[i], run([i])[0], atol=1e-4)
+    assert np.abs(together[0] - together[1]).max() > 1
+
+
+def test_the_bundle_runs_unlowered(bundle: Bundle, engine: Path, tmp_path: Path) -> None:
+    copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
+    copy.write(tmp_path)
+    onnx.checker.check_model(str(tmp_path / "decoder.onnx"), full_check=True)
+    session = ort.InferenceSession(str(tmp_path / "decoder.onnx"))
+    model = Qwen3VLModel.from_engine(engine, threads=2)
+    prepared = model.prepare(user_message("Count the digits."))
+    ids, text = prepared.prompt.input_ids, model.config.text
+    num_levels, hidden = model.config.num_visual_levels, text.hidden_size
+    empty = np.zeros((1, text.num_kv_heads, len(ids), text.head_dim), np.float32)
+    values = (
+        np.array([ids]),
+        prepared.positions.position_ids,
+        prepared.positions.visual_rows,
+        np.zeros((num_levels, 1, hidden), np.float32),
+        np.array([0]),
+        np.arange(len(ids))[None],
+    )
+    feeds = dict(zip(DECODER_INPUTS, values, strict=True))
+    feeds |= {f"past_key_values.{i}.{kind}": empty for i in range(text.num_layers) for kind in ("key", "value")}
+    (logits,) = session.run(["logits"], feeds)
+    np.testing.assert_allclose(logits[0], model.logits(user_message("Count the digits.")), atol=1e-4)
+
+
+def test_a_weight_that_is_no_number_stops_the_export(
+    folder: Path, pieces: Pieces, bundle: Bundle, tmp_path: Path
+) -> None:
+    def damage(tensors: Arrays) -> Arrays:
+        key = f"model.language_model.layers.4.{GATE_UP}"
+        value = tensors[key].copy()
+        value[6, 3, 2] = np.nan
+        return as_on_the_hub({**tensors, key: value})
+
+    broken = Checkpoint.open(str(rewritten(folder, tmp_path / "checkpoint", damage)))
+    for target in ("ort-cpu-fp32", "ort-cpu-int4"):
+        graphs = {name: model.clone() for name, model in bundle.graphs.items()}
+        graphs[DECODER] = build_decoder(pieces, broken)[0]
+        with pytest.raises(CheckpointError, match=r"layers\.4\.mlp\.experts\.6\.gate_up_proj: nan at row 2, column 3"):
+            build_engine(dataclasses.replace(bundle, graphs=graphs), registry.get(target), tmp_path / "engine")
+        assert not (tmp_path / "engine").exists()
+
+
+# Sabotage of the checkpoint that the engine is built from, and of the engine's graph.
+
+
+def gate_and_up_swapped(tensors: Arrays) -> Arrays:
+    return {
+        key: np.roll(value, value.shape[1] // 2, axis=1) if key.endswith(GATE_UP) else value
+        for key, value in tensors.items()
+    }
+
+
+def experts_permuted(tensors: Arrays) -> Arrays:
+    return {key: np.roll(value, 1, axis=0) if ".experts." in key else value for key, value in tensors.items()}
+
+
+def renormalisation_off(graph: onnx.GraphProto) -> int:
+    """The router's own probabilities, of all experts, weigh the outputs."""
+    nodes = [node for node in graph.node if node.op_type == "MoE"]
+    producers = {name: node for node in graph.node for name in node.output}
+    for node in nodes:
+        masked = producers[node.input[1]]
+        assert masked.op_type == "ScatterElements"
+        node.input[1] = producers[masked.input[2]].input[0]
+        (attribute,) = (a for a in node.attribute if a.name == "normalize_routing_weights")
+        attribute.i = 0
+    return len(nodes)
+
+
+def router_in_half(graph: onnx.GraphProto) -> int:
+    """The logits are rounded to float16 before the softmax."""
+    nodes = [node for node in graph.node if node.op_type == "Softmax"]
+    producers = {name: node for node in graph.node for name in node.output}
+    for node in nodes:
+        product = producers[node.input[0]]
+        name = product.output[0]
+        product.output[0] = f"{name}.exact"
+        casts = [
+            helper.make_node("Cast", [f"{name}.exact"], [f"{name}.half"], to=TensorProto.FLOAT16),
+            helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT),
+        ]
+        at = list(graph.node).index(product) + 1
+        for i, cast in enumerate(casts):
+            graph.node.insert(at + i, cast)
+    return len(nodes)
+
+
+def first_failure(engine: Path, folder: Path) -> tuple[str, str, int | None, float]:
+    report = verify(engine, str(folder), max_new_tokens=4)
+    check = next(check for check in report.checks if not check.passed)
+    assert check.limit is not None
+    return check.case, check.name, check.layer, check.value / check.limit
+
+
+@pytest.mark.parametrize("sabotage", [gate_and_up_swapped, experts_permuted])
+def test_verify_notices_wrong_weights(
+    sabotage: Callable[[Arrays], Arrays], folder: Path, pieces: Pieces, bundle: Bundle, tmp_path: Path
+) -> None:
+    broken = Checkpoint.open(str(rewritten(folder, tmp_path / "checkpoint", sabotage)))
+    graphs = {**bundle.graphs, DECODER: build_decoder(pieces, broken)[0]}
+    engine = build(dataclasses.replace(bundle, graphs=graphs), tmp_path / "engine")
+    *place, margin = first_failure(engine, folder)
+    assert place == ["text", "keys", 1]
+    assert margin > 5
+
+
+# Half of the router's bits are lost a little at a time: the first layer behind it is still within the limit.
+@pytest.mark.parametrize(("sabotage", "layer", "least"), [(renormalisation_off, 1, 5), (router_in_half, 2, 1)])
+def test_verify_notices_a_wrong_router(
+    sabotage: Callable[[onnx.GraphProto], int], layer: int, least: float, engine: Path, folder: Path, tmp_path: Path
+) -> None:
+    edited = edit_decoder(engine, tmp_path / "engine", sabotage)
+    *place, margin = first_failure(edited, folder)
+    assert place == ["text", "keys", layer]
+    assert margin > least
+
+
+def edit_decoder(engine: Path, copy: Path, change: Callable[[onnx.GraphProto], int]) -> Path:
+    shutil.copytree(engine, copy)
+    path = copy / "decoder.onnx"
+    model = onnx.load(path, load_external_data=False)
+    assert change(model.graph) == 4
+    onnx.save(model, path)
+    manifest = Manifest.read(copy)
+    record = FileRecord(path.stat().st_size, sha256_of(path))
+    dataclasses.replace(manifest, files={**manifest.files, path.name: record}).write(copy)
+    return copy
+
+
+def test_an_expert_that_gives_no_number_stops_generation(engine: Path, folder: Path, tmp_path: Path) -> None:
+    def poison(graph: onnx.GraphProto) -> int:
+        """Make what the experts of layer 2 give no number."""
+        nodes = [node for node in graph.node if node.op_type == "MoE"]
+        for i, node in enumerate(nodes):
+            name = node.output[0]
+            node.output[0] = f"{name}.fine"
+            bad = "nan" if i == 2 else "one"
+            at = list(graph.node).index(node) + 1
+            graph.node.insert(at, helper.make_node("Mul", [f"{name}.fine", bad], [name]))
+        for name, value in (("nan", np.nan), ("one", 1.0)):
+            graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
+        return len(nodes)
+
+    broken = edit_decoder(engine, tmp_path / "engine", poison)
+    with pytest.raises(EngineError, match="logits that are not finite"):
+        Qwen3VLModel.from_engine(broken, threads=2).generate(user_message("Count."), max_new_tokens=2)
+
+
+def test_router_statistics_of_known_logits() -> None:
+    statistics = RouterStatistics()
+    # Decided; a tie for the second place; a tie among those chosen, which changes nothing.
+    logits = np.array([[3, 1, 0, 2], [5, 2, 2, 0], [4, 4, 1, 0.5]], np.float32)
+    statistics.add(2, logits, 2)
+    routing = statistics.layers[2]
+    assert routing.tokens_per_expert.tolist() == [3, 2, 0, 1]
+    assert (routing.num_tokens, routing.num_ties, routing.smallest_gap) == (3, 1, 1.0)
+    *_, line, note = statistics.render()
+    assert line.startswith("layer 2: 3 tokens, 0 to 3 an expert, 1 of 4 experts unused, 1 ties")
+    assert "lower index" in note
+    everyone = RouterStatistics()
+    everyone.add(0, logits, 4)
+    assert everyone.layers[0].num_ties == 0 and len(everyone.render()) == 1
+
+
+def test_routers_of_transformers_are_watched(folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    for layer in model.model.language_model.layers:
+        router = getattr(layer.mlp, "gate", None)
+        if router is not None:
+            router.weight.data[4] = router.weight.data[1]  # experts 1 and 4 always tie
+    with torch.no_grad(), watched_routers(model) as statistics:
+        model(input_ids=torch.arange(40)[None])
+    assert list(statistics.layers) == [0, 1, 2, 4]  # layer 3 is dense
+    for routing in statistics.layers.values():
+        assert routing.num_tokens == 40
+        assert routing.tokens_per_expert.sum() == 120
+    assert 0 < sum(routing.num_ties for routing in statistics.layers.values()) < 160
