@@ -18,8 +18,27 @@ from engines.target import Target
 from runtime import __version__
 from runtime.errors import UsageError
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, FileRecord, Manifest, sha256_of
+from runtime.model_config import ModelConfig
 
 _OWN_DISTRIBUTION = "qwen3vl-export"
+
+
+def check_options(target: Target, options: BuildOptions | None, config: ModelConfig) -> None:
+    """Raise unless the target takes the options that were given, for a model of this shape.
+
+    Raises:
+        UsageError: An option is out of range, or the target has no sizes to choose.
+        TargetError: The target's compiler does not take it.
+    """
+    if target.compile is not None:
+        (options or BuildOptions()).check(config.text.max_positions, config.vision.spatial_merge_size)
+    elif options is not None:
+        raise UsageError(
+            f"{target.name} is built for no fixed sizes, so options of compiled engines change nothing",
+            remedy="leave them out; the runtime takes max_context when it opens the engine",
+        )
+    if target.check_options is not None and options is not None:
+        target.check_options(options)
 
 
 def build_engine(
@@ -51,15 +70,10 @@ def build_engine(
         CapacityError: The disk has too little room.
     """
     bundle.check()
+    check_options(target, options, bundle.config)
     sizes = options or BuildOptions()
     if target.compile is not None:
-        sizes.check(bundle.config.text.max_positions, bundle.config.vision.spatial_merge_size)
         fix_capacity(bundle.graphs[DECODER], sizes.max_context)
-    elif options is not None:
-        raise UsageError(
-            f"{target.name} is built for no fixed sizes, so options of compiled engines change nothing",
-            remedy="leave them out; the runtime takes max_context when it opens the engine",
-        )
     graphs = {}
     if target.prefill_passes is not None:
         copy = bundle.graphs[DECODER].clone()  # weights are references, so they are not copied
@@ -68,12 +82,14 @@ def build_engine(
         graphs[name] = lower(model, target, bundle.config, target.passes())
     num_bytes = sum(map(weight_bytes, graphs.values())) if with_weights else 0
     advance = advance_of(progress, num_bytes)
-    with output_folder(output, num_bytes) as folder:
+    # A plan holds the weights once more, and lies beside the graph that it is made of until it is complete.
+    compiles = target.compile is not None and with_weights and runnable
+    with output_folder(output, 2 * num_bytes if compiles else num_bytes) as folder:
         files: dict[str, FileRecord] = {}
         for name, model in graphs.items():
             files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, advance=advance)
         compiled: Mapping[str, Any] = {}
-        if target.compile is not None and with_weights and runnable:
+        if target.compile is not None and compiles:
             made = target.compile(folder, graphs, bundle.config, sizes)
             files, compiled = {**made.files, **(files if made.keeps_graphs else {})}, made.capabilities
         for name, contents in bundle.assets.items():

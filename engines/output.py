@@ -22,6 +22,7 @@ _GRAPHS = frozenset({f"{VISION}.onnx", f"{DECODER}.onnx"})
 _OWN_NAMES = (
     _GRAPHS
     | {f"{PREFILL}.onnx", *(f"{graph}.onnx.data" for graph in (VISION, DECODER, PREFILL)), "cache_scales.npy"}
+    | {f"{VISION}.plan", f"{DECODER}.plan"}
     | {MANIFEST_NAME, LOWERED_NAME, BUNDLE_MANIFEST_NAME}
     | {"config.json", "generation_config.json", "preprocessor_config.json"}
     | {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}

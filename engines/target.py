@@ -72,6 +72,8 @@ class Target:
         cache_pass: Makes the pass that stores the KV cache in 8 or 4 bits by scales [L, 2, K, H], keys before values;
             None if no kernel of the target reads such a cache.
         top_k: Candidates of the next token that the decoder gives beside the logits; 0 for none.
+        device: `cpu` or `gpu`: whose memory the engine takes.
+        check_options: Raises, before any work, for options that the compiler does not take.
         compile: Makes an engine of the lowered graphs, with a cache of fixed capacity; None if they are the engine.
         availability: Finds out what this machine can do.
     """
@@ -92,6 +94,8 @@ class Target:
     cache_pass: Callable[[int, NDArray[np.float32]], ir.passes.InPlacePass] | None = None
     top_k: int = 0
     compile: Compiler | None = None
+    check_options: Callable[[BuildOptions], None] | None = None
+    device: str = "cpu"
 
     def capabilities(self, config: ModelConfig, options: BuildOptions) -> dict[str, Any]:
         """Return what a session may rely on, as plain values for the manifest."""
@@ -105,6 +109,7 @@ class Target:
             "cache_dtype": self.cache_dtype,
             "updates_cache_in_place": self.updates_cache_in_place,
             "batched_chunks": self.batched_chunks,
+            **({"device": self.device} if self.device != "cpu" else {}),
             **({"prefill_min_tokens": self.prefill_min_tokens} if self.prefill_passes is not None else {}),
             **({"top_k": min(self.top_k, config.text.vocab_size)} if self.top_k else {}),
             **(fixed if self.compile is not None else {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from command_line import call
 from lowered_fixtures import CAPACITY, edit_graph, half_target, lower_to
 from onnx import helper, numpy_helper
 
+from engines import registry
+from engines.build import build_engine
+from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from qwen3vl_export.cli.run import app
 from qwen3vl_export.parity import tasks
@@ -249,3 +253,13 @@ def test_large_inputs_of_norms_in_float32_pass(lowered: Path, tmp_path: Path) ->
     """The control of `norms_in_half`: the same graph, squares in float32."""
     report = verify(edit_graph(lowered, tmp_path / "edited", "decoder.onnx", large_norms), "demo", max_new_tokens=STEPS)
     assert report.passed, report.render()
+
+
+def test_a_type_that_the_cpu_lacks_is_named_shortly(demo_bundle: Bundle, tmp_path: Path) -> None:
+    copy = dataclasses.replace(demo_bundle, graphs={name: model.clone() for name, model in demo_bundle.graphs.items()})
+    folder = tmp_path / "lowered"
+    options = BuildOptions(max_context=64, prefill_chunk=64)
+    build_engine(copy, registry.get("trt-nvfp4"), folder, runnable=False, options=options)
+    with pytest.raises(ParityError, match=r"no kernel for DequantizeLinear \(float4e2m1") as caught:
+        open_graph(folder / "decoder.onnx", None)
+    assert len(caught.value.message) < 300

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ from engines.quantize.calibration import calibrate
 from engines.registry import get, load_family
 from engines.targets import trt as trt_target
 from engines.targets import trt_rtx as trt_rtx_target
-from engines.tensorrt.checks import GraphFacts, check_network, check_plan_size, graph_facts
+from engines.tensorrt import compiler
+from engines.tensorrt.checks import GraphFacts, check_graph, check_network, check_plan_size, graph_facts
 from engines.tensorrt.profiles import profiles_of
 from qwen3vl_export.cli import export, run
 from runtime.errors import EngineError, TargetError, UsageError
@@ -125,13 +127,55 @@ def test_a_plan_that_is_too_large_or_too_small_is_refused() -> None:
             check_plan_size(num_bytes, facts, DECODER, stripped=stripped)
 
 
-def test_an_older_engine_stays_when_a_build_fails(demo_bundle: Bundle, tmp_path: Path) -> None:
-    engine = built(demo_bundle, "ort-cpu-fp32", tmp_path / "engine", options=None)  # type: ignore[arg-type]
+def test_an_older_engine_stays_when_a_build_fails_and_goes_when_one_succeeds(
+    demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = built(demo_bundle, "trt-rtx-fp16", tmp_path / "engine")
     before = {path.name: path.read_bytes() for path in engine.iterdir()}
-    options = dataclasses.replace(SMALL, compute_capabilities=("7.5",))
-    with pytest.raises(TargetError, match=r"compute capability 7\.5.*built for 8\.0"):
-        built(demo_bundle, "trt-rtx-int4", engine, options)
+
+    class Full:
+        """A file on a disk that becomes full."""
+
+        def __init__(self, path: Path) -> None:
+            self._left = 1_000_000
+
+        def write(self, data: bytes) -> int:
+            self._left -= len(data)
+            if self._left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return len(data)
+
+    real = compiler._stream_writer
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "_stream_writer", lambda trt, file: real(trt, Full(file)))
+        # The library itself calls such a build a success.
+        with pytest.raises(OSError, match="No space left"):
+            built(demo_bundle, "trt-rtx-fp16", engine)
     assert {path.name: path.read_bytes() for path in engine.iterdir()} == before
+    built(demo_bundle, "trt-rtx-fp16", engine, dataclasses.replace(SMALL, max_context=128))
+    assert Manifest.read(engine).capabilities["capacity"] == 128
+
+
+def test_a_graph_that_lost_a_layer_or_gained_a_cast_is_refused(
+    parsed: tuple[Any, GraphFacts], demo_bundle: Bundle
+) -> None:
+    _, facts = parsed
+    check_graph(facts, demo_bundle.config, DECODER)
+    for change, message in (
+        ({"attentions": 3}, "3 nodes Attention, the model asks for 4"),
+        ({"cache_updates": 7}, "7 nodes TensorScatter, the model asks for 8"),
+        ({"stray_casts": ("up/to_float",)}, "up/to_float convert where no float32 place"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            check_graph(dataclasses.replace(facts, **change), demo_bundle.config, DECODER)
+
+
+def test_options_are_refused_before_the_model_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen3vl_export.export.make_bundle", lambda checkpoint: pytest.fail("traced"))
+    for options in (("--compute-capability", "abc"), ("--max-context", "100000000"), ("--strip-weights",)):
+        arguments = ("demo", "--target", "trt-rtx-fp16", "--output", str(tmp_path / "engine"), *options)
+        code, _, err = call(export.app, *arguments)
+        assert code in (2, 6) and "traced" not in err, err
 
 
 @pytest.mark.parametrize(
@@ -146,7 +190,7 @@ def test_an_older_engine_stays_when_a_build_fails(demo_bundle: Bundle, tmp_path:
         ({"patch_buckets": (256, 64)}, "ascending"),
     ],
 )
-def test_sizes_out_of_range_are_said_before_any_work(
+def test_sizes_out_of_range_are_said_before_anything_is_written(
     changes: dict[str, Any], message: str, demo_bundle: Bundle, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=message):

@@ -24,6 +24,7 @@ _MOVES = frozenset(
     {"Concat", "Expand", "Flatten", "Gather", "GatherElements", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
     | {"Pad", "Transpose", "Unsqueeze"}
 )
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _ANY_TYPE = frozenset({"Shape", "Size"})
 _CACHE_INPUTS, _CACHE_OUTPUTS = "past_key_values.", "present_key_values."
 
@@ -150,6 +151,35 @@ class _Conversion:
                 if cast.const_value is not None:
                     cast.const_value.name = name
                 self._graph.register_initializer(cast)
+
+
+def stray_casts(model: ir.Model, float32_ops: frozenset[str] = FLOAT32_OPS) -> list[str]:
+    """Return the names of Casts between float types that lead to no float32 op, or come from none.
+
+    Moves in between do not count. What is computed for angles is float32 too, and so are inputs and outputs.
+    """
+    angles = _ancestors(node for node in model.graph if node.op_type in _WITH_OPERANDS)
+    stray = []
+    for node in model.graph:
+        given, made = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type != "Cast" or given is None or not {given.dtype, made.dtype} <= _FLOATS:
+            continue
+        if made.dtype == ir.DataType.FLOAT:
+            is_asked = all(_leads_to(use, float32_ops) for use, _ in made.uses()) or made.is_graph_output()
+        else:
+            source = given.producer()
+            while source is not None and source.op_type in _MOVES:
+                source = next((v.producer() for v in source.inputs if v is not None and v.dtype == given.dtype), None)
+            is_asked = source is None or source.op_type in float32_ops or source in angles
+        if not is_asked:
+            stray.append(str(node.name))
+    return stray
+
+
+def _leads_to(node: ir.Node, float32_ops: frozenset[str]) -> bool:
+    if node.op_type not in _MOVES:
+        return node.op_type in float32_ops
+    return all(_leads_to(use, float32_ops) for output in node.outputs for use, _ in output.uses())
 
 
 def _ancestors(nodes: Iterable[ir.Node]) -> set[ir.Node]:

@@ -119,13 +119,18 @@ def blockwise_plan(target: Target) -> WeightPlan | None:
     return _plan_with(target, BLOCKWISE)
 
 
+def needs_prompts(target: Target) -> bool:
+    """Say whether a target computes with activations of a fixed scale, which calibration prompts give."""
+    return _plan_with(target, FLOAT8) is not None
+
+
 def check_prompts(target: Target, prompts: Sequence[CalibrationPrompt]) -> None:
     """Raise before any work if a target needs calibration prompts and there are none.
 
     Raises:
         UsageError: It computes with float8 activations.
     """
-    if not prompts and _plan_with(target, FLOAT8) is not None:
+    if not prompts and needs_prompts(target):
         raise UsageError(
             f"{target.name} needs calibration prompts: it computes with float8 activations, whose scales are the "
             "ranges that prompts give",

@@ -160,6 +160,7 @@ def _target(precision: str, dtype: str, description: str) -> Target:
         passes=lambda: _passes(dtype, plan),
         libraries=("onnx-ir",),
         availability=_availability,
+        device="gpu",
         top_k=_TOP_K,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,14 +33,18 @@ def _compile(
     import tensorrt
 
     from engines.tensorrt.compiler import compile_plans
+    from runtime.cuda import CudaDevice
 
-    here = probe().gpus[0].compute_capability
+    # What CUDA calls the first GPU is what the builder builds for; nvidia-smi may list another one first.
+    device = CudaDevice()
+    here = device.compute_capability
     if any(each != here for each in options.compute_capabilities):
         raise TargetError(
             f"compute capability {', '.join(options.compute_capabilities)}: TensorRT builds for {here}, this machine's",
             remedy="build on such a GPU, or choose a trt-rtx-* target",
         )
-    return compile_plans(tensorrt, folder, graphs, config, options, (here,), sets_capabilities=False)
+    made = compile_plans(tensorrt, folder, graphs, config, options, (here,), sets_capabilities=False)
+    return replace(made, capabilities={**made.capabilities, "driver": device.driver_version, "gpu": device.name})
 
 
 def _availability(precision: str) -> Availability:
@@ -72,6 +77,7 @@ TARGETS = tuple(
         libraries=("onnx-ir",),
         availability=partial(_availability, precision),
         top_k=lowering.TOP_K,
+        device="gpu",
         compile=partial(_compile, precision),
     )
     for precision, description in lowering.PRECISIONS.items()

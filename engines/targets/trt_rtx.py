@@ -34,6 +34,11 @@ def _compile(
 
     from engines.tensorrt.compiler import compile_plans
 
+    chosen = options.compute_capabilities or _offered(precision)
+    return compile_plans(tensorrt_rtx, folder, graphs, config, options, chosen)
+
+
+def _check_options(precision: str, options: BuildOptions) -> None:
     offered = _offered(precision)
     unknown = sorted(set(options.compute_capabilities) - set(offered))
     if unknown:
@@ -54,7 +59,6 @@ def _compile(
             f"{name}: TensorRT-RTX has no such plans; its wheel comes without the lean runtime that they need",
             remedy="leave it out: a plan serves all kinds of GPUs, and is built again in minutes for another version",
         )
-    return compile_plans(tensorrt_rtx, folder, graphs, config, options, chosen)
 
 
 def _offered(precision: str) -> tuple[str, ...]:
@@ -90,7 +94,9 @@ TARGETS = tuple(
         libraries=("onnx-ir",),
         availability=partial(_availability, precision),
         top_k=lowering.TOP_K,
+        device="gpu",
         compile=partial(_compile, precision),
+        check_options=partial(_check_options, precision),
     )
     for precision, description in lowering.PRECISIONS.items()
 )

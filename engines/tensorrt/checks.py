@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engines.bundle import DECODER
+from engines.passes.half_precision import stray_casts
 from runtime.errors import TargetError
+from runtime.model_config import ModelConfig
 
 # Weights of this many elements and more are held by name and type; scalars and axes are the parser's business.
 _SMALLEST_WEIGHT = 64
@@ -34,6 +37,7 @@ class GraphFacts:
         cache_updates: TensorScatter nodes.
         quantizations: QuantizeLinear nodes.
         dequantizations: DequantizeLinear nodes.
+        stray_casts: Casts between float types that no float32 place, input or output asks for.
         weight_bytes: Bytes of all weights.
     """
 
@@ -44,6 +48,24 @@ class GraphFacts:
     weight_bytes: int
     quantizations: int = 0
     dequantizations: int = 0
+    stray_casts: tuple[str, ...] = ()
+
+
+def check_graph(facts: GraphFacts, config: ModelConfig, place: str) -> None:
+    """Compare the lowered graph with the model: its attention layers, and its casts with the float32 places.
+
+    Raises:
+        TargetError: A layer was lost or doubled on the way, or a Cast stands where nothing asks for float32.
+    """
+    layers = config.text.num_layers if place == DECODER else config.vision.depth
+    for what, found, expected in (
+        ("Attention", facts.attentions, layers),
+        ("TensorScatter", facts.cache_updates, 2 * layers if place == DECODER else 0),
+    ):
+        if found != expected:
+            raise TargetError(f"{place}: the lowered graph has {found} nodes {what}, the model asks for {expected}")
+    if facts.stray_casts:
+        raise TargetError(f"{place}: {', '.join(facts.stray_casts)} convert where no float32 place begins or ends")
 
 
 def check_network(trt: Any, network: Any, facts: GraphFacts, place: str) -> None:
@@ -131,4 +153,5 @@ def graph_facts(model: Any) -> GraphFacts:
         num_bytes,
         count["QuantizeLinear"],
         count["DequantizeLinear"],
+        tuple(stray_casts(model)),
     )

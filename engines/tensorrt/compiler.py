@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from engines.build_options import BuildOptions
 from engines.target import Compiled
-from engines.tensorrt.checks import check_network, check_plan_size, graph_facts
+from engines.tensorrt.checks import check_graph, check_network, check_plan_size, graph_facts
 from engines.tensorrt.profiles import LOGITS_CHUNK, Profile, profiles_of
 from runtime.errors import CapacityError, TargetError
 from runtime.manifest import FileRecord, sha256_of
@@ -59,6 +59,7 @@ def compile_plans(
         }
         chosen = profiles_of(name, shapes, config, options)
         source = folder / f"{name}.onnx"
+        check_graph(facts, config, name)
         builder = _PlanBuilder(trt, source)
         check_network(trt, builder.network, facts, name)
         path = folder / f"{name}.plan"
@@ -80,6 +81,7 @@ def compile_plans(
         "profiles": profiles,
         "graph_weight_bytes": weight_bytes,
         "version_compatible": options.version_compatible,
+        "hardware_compatible": options.hardware_compatible,
         "weight_streaming": options.weight_streaming,
         "stripped": options.strip_weights,
     }
@@ -100,7 +102,7 @@ class _PlanBuilder:
             errors = "; ".join(parser.get_error(i).desc() for i in range(min(parser.num_errors, _SHOWN_ERRORS)))
             raise TargetError(
                 f"{source.name}: {trt.__name__} {trt.__version__} does not parse it: {errors}",
-                remedy="install the version of the library that docs/targets.md names",
+                remedy="a newer version of the library may; docs/targets.md says which one was tried",
             )
 
     def build(
@@ -111,12 +113,18 @@ class _PlanBuilder:
         # So that the inspector on a GPU machine shows the types of what each layer gives.
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         for flag, is_set in (
-            (trt.BuilderFlag.STRIP_PLAN, options.strip_weights),
-            (trt.BuilderFlag.WEIGHT_STREAMING, options.weight_streaming),
-            (trt.BuilderFlag.VERSION_COMPATIBLE, options.version_compatible),
+            ("STRIP_PLAN", options.strip_weights),
+            ("WEIGHT_STREAMING", options.weight_streaming),
+            ("VERSION_COMPATIBLE", options.version_compatible),
+            # TensorRT-RTX asks for it where a CUDA graph is recorded (notes of 1.2), and refuses it beside weight
+            # streaming, so then no step is recorded. TensorRT has no such flag.
+            (
+                "REQUIRE_USER_ALLOCATION",
+                hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not options.weight_streaming,
+            ),
         ):
             if is_set:
-                config.set_flag(flag)
+                config.set_flag(getattr(trt.BuilderFlag, flag))
         if options.hardware_compatible:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if compute_capabilities:
@@ -128,8 +136,12 @@ class _PlanBuilder:
             config.add_optimization_profile(self._profile(profile))
         with path.open("wb") as file:
             writer = _stream_writer(trt, file)
-            if not self._builder.build_serialized_network_to_stream(self.network, config, writer):
-                raise self._failure()
+            is_built = self._builder.build_serialized_network_to_stream(self.network, config, writer)
+        # The library drops what `write` raises, and calls a plan that was cut off a success.
+        if writer.error is not None:
+            raise writer.error
+        if not is_built:
+            raise self._failure()
 
     def _profile(self, profile: Profile) -> Any:
         built = self._builder.create_optimization_profile()
@@ -153,9 +165,14 @@ def _stream_writer(trt: Any, file: BinaryIO) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
 
         def write(self, data: bytes) -> int:
-            return file.write(data)
+            try:
+                return file.write(data)
+            except OSError as error:
+                self.error = self.error or error
+                return 0
 
     return Writer()
 

@@ -94,7 +94,7 @@ def export(
         typer.Option(
             "--compile/--no-compile",
             help="--no-compile stops at the lowered graphs and their weights, to look at or to run with other tools; "
-            "they have no manifest, so nothing here opens them.",
+            "here `qwen3vl verify` alone reads them.",
         ),
     ] = True,
     weights: Annotated[
@@ -125,7 +125,7 @@ def export(
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target trt-fp16 --no-compile
       qwen3vl-export Qwen/Qwen3-VL-4B-Instruct@main --no-weights --json
     """
-    from engines.build import build_engine
+    from engines.build import build_engine, check_options
     from engines.build_options import BuildOptions
     from engines.choose import AUTO, resolve_target
     from engines.output import check_output, output_folder
@@ -174,6 +174,8 @@ def export(
     # For a cache alone, a target may keep its weights whole.
     weight_prompts = prompts if cache is None or blockwise_plan(chosen) is not None else []
     checkpoint = Checkpoint.open(model)
+    if bundle is None:
+        check_options(chosen, options, checkpoint.config)
     destination = bundle or output or Path("out") / f"{checkpoint.short_name}-{chosen.name}"
     check_output(destination)
     print(f"tracing {checkpoint.name}", file=sys.stderr)
