@@ -71,9 +71,6 @@ class Device(Protocol):
     def to_host(self, array: NDArray[Any], address: int, stream: int) -> None:
         """Enqueue a copy of device memory into a contiguous pinned array."""
 
-    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        """Enqueue a copy between two places of device memory that do not overlap."""
-
     def fill(self, address: int, byte: int, num_bytes: int, stream: int) -> None:
         """Enqueue the setting of each byte of device memory."""
 
@@ -121,9 +118,6 @@ class CudaDevice:
         )
         self.compute_capability = f"{major}.{minor}"
         self.name = bytes(self._call("cudaGetDeviceProperties", 0).name).split(b"\0")[0].decode()
-        # The binding takes handles as its own classes; the integers given out are their addresses.
-        self._streams: dict[int, Any] = {}
-        self._graphs: dict[int, Any] = {}
 
     def memory_info(self) -> tuple[int, int]:
         """See `Device.memory_info`."""
@@ -149,13 +143,11 @@ class CudaDevice:
 
     def new_stream(self) -> int:
         """See `Device.new_stream`; it does not wait for the default stream, in which nothing of ours runs."""
-        stream = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
-        self._streams[int(stream)] = stream
-        return int(stream)
+        return int(self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking))
 
     def free_stream(self, stream: int) -> None:
         """See `Device.free_stream`."""
-        self._call("cudaStreamDestroy", self._streams.pop(stream))
+        self._call("cudaStreamDestroy", stream)
 
     def synchronize(self, stream: int) -> None:
         """See `Device.synchronize`."""
@@ -168,10 +160,6 @@ class CudaDevice:
     def to_host(self, array: NDArray[Any], address: int, stream: int) -> None:
         """See `Device.to_host`."""
         self._copy(_address(array), address, array.nbytes, "DeviceToHost", stream)
-
-    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        """See `Device.copy`."""
-        self._copy(target, source, num_bytes, "DeviceToDevice", stream)
 
     def fill(self, address: int, byte: int, num_bytes: int, stream: int) -> None:
         """See `Device.fill`."""
@@ -189,19 +177,17 @@ class CudaDevice:
         """See `Device.end_capture`."""
         recorded = self._call("cudaStreamEndCapture", stream)
         try:
-            graph = self._call("cudaGraphInstantiate", recorded, 0)
+            return int(self._call("cudaGraphInstantiate", recorded, 0))
         finally:
             self._call("cudaGraphDestroy", recorded)
-        self._graphs[int(graph)] = graph
-        return int(graph)
 
     def launch(self, graph: int, stream: int) -> None:
         """See `Device.launch`."""
-        self._call("cudaGraphLaunch", self._graphs[graph], stream)
+        self._call("cudaGraphLaunch", graph, stream)
 
     def free_graph(self, graph: int) -> None:
         """See `Device.free_graph`."""
-        self._call("cudaGraphExecDestroy", self._graphs.pop(graph))
+        self._call("cudaGraphExecDestroy", graph)
 
     def _copy(self, target: int, source: int, num_bytes: int, kind: str, stream: int) -> None:
         direction = getattr(self._cuda.cudaMemcpyKind, f"cudaMemcpy{kind}")

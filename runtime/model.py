@@ -41,7 +41,7 @@ from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.prompt import Prompt, PromptBuilder
 from runtime.prompt_lookup import PromptLookup
 from runtime.sampling import Sampler
-from runtime.session import Floats, Session, open_session
+from runtime.session import Floats, Session, is_on_gpu, open_session
 from runtime.stopping import StopStringFilter
 from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
@@ -99,6 +99,7 @@ class Qwen3VLModel:
         check: bool = False,
         threads: int | None = None,
         huge_pages: bool = False,
+        cuda_graphs: bool = True,
         max_context: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -111,18 +112,19 @@ class Qwen3VLModel:
             check: Compare the hashes of the weight files too; otherwise only their sizes.
             threads: Threads of the engine; the machine's cores by default.
             huge_pages: Move the weights to huge pages: seconds to open, faster tokens (`runtime.huge_pages`).
+            cuda_graphs: On a GPU, record the decode step once and launch it from then on: faster tokens.
             max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for,
                 or the capacity that the engine was built with.
             min_pixels: Smaller images are enlarged to this area.
             max_pixels: Larger images are reduced to this area.
             max_memory: Most bytes that weights, cache and workspace may take together, by estimate; the machine's
-                memory, or the container's, by default. An engine with a capacity of its own lives in the memory of a
-                device, which refuses by itself, so there is no default.
+                memory, or the container's, by default. A GPU refuses by itself what it cannot hold, so an engine on one
+                has no default.
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
             CapacityError: Weights, a full KV cache and the prefill exceed `max_memory`.
-            UsageError: An option is out of range, or `path` is a URL.
+            UsageError: An option is out of range or of no use to this engine, or `path` is a URL.
         """
         check_local(path, "engine")
         folder = Path(path)
@@ -152,7 +154,7 @@ class Qwen3VLModel:
                 remedy="leave max_memory out for the machine's memory",
             )
         if max_memory is None:
-            max_memory = machine_bytes() if capacity is None else sys.maxsize
+            max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
         check_fits(_decoder_needs(manifest, max_context), max_memory)
         image_config = ImageProcessorConfig.from_dict(_read_json(folder / "preprocessor_config.json"))
         if min_pixels is not None or max_pixels is not None:
@@ -161,7 +163,7 @@ class Qwen3VLModel:
             image_config = image_config.with_limits(min_pixels, max_pixels)
         return cls(
             manifest,
-            open_session(folder, manifest, threads=threads, huge_pages=huge_pages),
+            open_session(folder, manifest, threads=threads, huge_pages=huge_pages, cuda_graphs=cuda_graphs),
             Tokenizer.from_file(folder / "tokenizer.json"),
             ChatTemplate.from_folder(folder),
             image_config,
@@ -284,7 +286,10 @@ class Qwen3VLModel:
         visual_tokens = sum(length for _, length in prompt.spans)
         free = self.max_context - (num_tokens - visual_tokens)
         answer = min(self.defaults.max_new_tokens, free // 2)
-        remedies = [f"raise max_context above {num_tokens}", "shorten the prompt"]
+        longer = f"raise max_context above {num_tokens}"
+        if num_tokens >= int(self.manifest.capabilities.get("capacity", sys.maxsize)):
+            longer = f"build the engine again with --max-context above {num_tokens}: qwen3vl-export ..."
+        remedies = [longer, "shorten the prompt"]
         if num_images and free - answer >= num_images:
             limit = self._pixels_for(free - answer, num_images)
             remedies[:0] = [f"pass max_pixels={limit}, which leaves {answer} tokens for the answer, with less detail"]

@@ -5,6 +5,7 @@ Letters: B batch, S new tokens, L logits positions, V visual rows, I segments, P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,11 @@ class Profile:
     name: str
     min: Mapping[str, Shape]
     max: Mapping[str, Shape]
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it takes one new token a sequence and no more."""
+        return "input_ids" in self.max and self.max["input_ids"][1] == 1
 
     def accepts(self, shapes: Mapping[str, Shape]) -> bool:
         """Return whether every given shape lies between the least and the largest."""
@@ -82,6 +88,11 @@ def choose(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> Profile:
         f"this engine was not built for {', '.join(asked)}: {'; '.join(profile.describe() for profile in profiles)}",
         remedy=", and ".join(dict.fromkeys(remedies)) or "split the call: no single profile takes all of these sizes",
     )
+
+
+def largest_bytes(profiles: Sequence[Profile], name: str, item_bytes: int) -> int:
+    """Return the bytes of an input in the largest of the profiles; 0 if it is none."""
+    return max((math.prod(profile.max[name]) * item_bytes for profile in profiles if name in profile.max), default=0)
 
 
 def _shapes(entry: Mapping[str, Sequence[int]]) -> dict[str, Shape]:

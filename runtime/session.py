@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import EngineError
+from runtime.errors import EngineError, UsageError
 from runtime.manifest import Manifest
 
 Floats = NDArray[np.float32]
@@ -98,7 +98,19 @@ class TopLogitsSession(Session, Protocol):
         """Run the decoder as `decode` does, and leave the logits on the device: the largest of each, [B][L]."""
 
 
-def open_session(folder: Path, manifest: Manifest, *, threads: int | None = None, huge_pages: bool = False) -> Session:
+def is_on_gpu(manifest: Manifest) -> bool:
+    """Return whether the engine lives in the memory of a GPU, which refuses by itself what it cannot hold."""
+    return bool(manifest.capabilities.get("device", "cpu") == "gpu")
+
+
+def open_session(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    huge_pages: bool = False,
+    cuda_graphs: bool = True,
+) -> Session:
     """Open an engine folder whose manifest was read and checked.
 
     Args:
@@ -106,10 +118,16 @@ def open_session(folder: Path, manifest: Manifest, *, threads: int | None = None
         manifest: Its manifest.
         threads: Threads of the engine; the machine's cores by default.
         huge_pages: Spend seconds to move the weights to huge pages (`runtime.huge_pages`).
+        cuda_graphs: Record decode steps on a GPU.
 
     Raises:
         EngineError: No session of that kind exists here.
+        UsageError: The session has no use for an option that was given.
     """
+    if not (cuda_graphs or is_on_gpu(manifest)):
+        raise UsageError(
+            f"cuda_graphs=False: {folder} does not run on a GPU", remedy="leave cuda_graphs (--no-cuda-graphs) out"
+        )
     try:
         module = importlib.import_module(f"runtime.sessions.{manifest.session}")
     except ModuleNotFoundError as error:
@@ -119,5 +137,7 @@ def open_session(folder: Path, manifest: Manifest, *, threads: int | None = None
                 remedy="install the extra of this target, such as pip install 'qwen3vl-export[cpu]'",
             ) from error
         raise EngineError(f"{folder}: unknown kind of session {manifest.session!r}") from error
-    session: Session = module.open_session(folder, manifest, threads=threads, huge_pages=huge_pages)
+    # Sessions of CPUs do not know it.
+    options = {} if cuda_graphs else {"cuda_graphs": False}
+    session: Session = module.open_session(folder, manifest, threads=threads, huge_pages=huge_pages, **options)
     return session

@@ -16,8 +16,11 @@ from runtime.cuda import Device
 from runtime.errors import CapacityError, EngineError
 from runtime.manifest import Manifest
 from runtime.profiles import Profile, Shape
+from runtime.tensorrt_log import first_errors, is_out_of_memory, make_logger
 
 _REBUILD = "build the engine again: qwen3vl-export ... --target {target}"
+# With hardware compatibility a plan runs on Ampere, its first, and on all later GPUs.
+_FIRST_COMPATIBLE = "8.0"
 
 
 class Library:
@@ -51,14 +54,19 @@ class Library:
                 f"this engine was built with {name} {built_with}, and {found} is installed; expected {allowed}",
                 remedy=f"install {name} {built_with}, or {self._remedy}",
             )
-        built_for = [str(each) for each in capabilities["compute_capabilities"]]
-        if device.compute_capability not in built_for:
+        if capabilities.get("hardware_compatible"):
+            runs_here = float(device.compute_capability) >= float(_FIRST_COMPATIBLE)
+            built_for = f"{_FIRST_COMPATIBLE} and later"
+        else:
+            runs_here = device.compute_capability in capabilities["compute_capabilities"]
+            built_for = ", ".join(capabilities["compute_capabilities"])
+        if not runs_here:
             raise EngineError(
-                f"this engine runs on GPUs of compute capability {', '.join(built_for)}; "
+                f"this engine runs on GPUs of compute capability {built_for}; "
                 f"{device.name} has {device.compute_capability}",
-                remedy=f"{self._remedy} on this machine, or with --compute-capability {device.compute_capability}",
+                remedy=self._other_gpu(device.compute_capability),
             )
-        self._log = _logger(self.trt)
+        self._log = make_logger(self.trt)
         self._runtime = self.trt.Runtime(self._log)
         self._capabilities = capabilities
 
@@ -100,20 +108,32 @@ class Library:
             )
         if self._capabilities.get("stripped"):
             self._refit(engine, path.with_suffix(".onnx"))
-        if self._capabilities.get("weight_streaming"):
-            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         return Plan(self, engine, path, profiles)
 
     def failure(self, message: str) -> EngineError | CapacityError:
         """Return the error of a call that gave no reason but in the log; the log is empty afterwards."""
-        said = "; ".join(self._log.take())
-        if "out of memory" in said.lower() or "outofmemory" in said.lower():
+        errors = self._log.take()
+        said = first_errors(errors)
+        if is_out_of_memory(errors):
             return CapacityError(
                 f"{message}: the GPU is out of memory ({said})",
                 remedy="end other programs that use the GPU, or build for less: --max-context, --max-batch, "
                 "--max-patches, or a target of fewer bits",
             )
-        return EngineError(f"{message} ({said or 'it does not say why'})", remedy=self._remedy)
+        return EngineError(f"{message} ({said})", remedy=self._remedy)
+
+    def _other_gpu(self, compute_capability: str) -> str:
+        """Return how to get an engine for the GPU of this machine."""
+        # TensorRT-RTX alone builds for GPUs that are elsewhere, and lists them.
+        offered = getattr(self.trt, "ComputeCapability", None)
+        if offered is None:
+            return f"{self._remedy}, on this machine"
+        if hasattr(offered, "SM" + compute_capability.replace(".", "")):
+            return f"{self._remedy} --compute-capability {compute_capability}"
+        return (
+            f"{self.trt.__name__} {self.trt.__version__} builds for no such GPU: export for another target, on this "
+            "machine; `qwen3vl targets` lists what it builds and runs"
+        )
 
     def _refit(self, engine: Any, graph: Path) -> None:
         """Give a plan without weights those of its lowered graph."""
@@ -124,10 +144,11 @@ class Library:
 
 
 class Plan:
-    """An opened plan. Each profile has its own execution context, made when it is first used.
+    """An opened plan, with an execution context for each profile and batch, made when it is first used.
 
-    With one context for all, a prefill between two decode steps would switch its profile, and a CUDA graph captured
-    before might no longer hold. A context allocates the activations of its profile alone.
+    A CUDA graph holds only while the context that it was recorded from keeps its profile and its shapes. With one
+    context for all, a prefill or a step of another batch between two steps would change them. A context allocates the
+    activations of its profile alone, and several may share one.
     """
 
     def __init__(self, library: Library, engine: Any, path: Path, profiles: Sequence[Profile]) -> None:
@@ -135,20 +156,48 @@ class Plan:
         self._engine = engine
         self._path = path
         self.profiles = profiles
-        self._contexts: dict[int, Any] = {}
-        self._shapes: dict[int, Mapping[str, Shape]] = {}
+        self._contexts: dict[tuple[int, int], Any] = {}
+        self._shapes: dict[tuple[int, int], Mapping[str, Shape]] = {}
 
     def is_in_place(self, output: str, source: str) -> bool:
         """Return whether an output is written into the memory of an input."""
         return bool(self._engine.get_aliased_input_tensor(output) == source)
 
-    def has_run(self, profile: Profile, shapes: Mapping[str, Shape]) -> bool:
-        """Return whether the last run in this profile had these shapes, so that the next does no lazy set-up."""
-        return self._shapes.get(profile.index) == shapes
+    @property
+    def streamable_bytes(self) -> int:
+        """Bytes of the weights that may stay in host memory."""
+        return int(self._engine.streamable_weights_size)
 
-    def can_be_captured(self, profile: Profile, stream: int) -> bool:
+    def context_bytes(self, max_batch: int) -> int:
+        """Return the device memory of all contexts that there can be; it depends on how weights are streamed.
+
+        Args:
+            max_batch: Most sequences of a decode step, each number of which has a context of its own.
+        """
+        return sum(
+            int(self._engine.get_device_memory_size_for_profile_v2(profile.index))
+            * (max_batch if profile.is_decode else 1)
+            for profile in self.profiles
+        )
+
+    def keep_weights(self, num_bytes: int) -> None:
+        """Let so many bytes of weights stay in device memory and stream the others, before there is any context.
+
+        Raises:
+            CapacityError: They do not fit.
+            EngineError: The library refuses.
+        """
+        self._engine.weight_streaming_budget_v2 = num_bytes
+        if self._engine.weight_streaming_budget_v2 != num_bytes:  # a refusal is silent in Python
+            raise self._library.failure(f"{self._path}: its weights are not streamed with {num_bytes} bytes")
+
+    def has_run(self, profile: Profile, shapes: Mapping[str, Shape]) -> bool:
+        """Return whether the last run in this context had these shapes, so that the next does no lazy set-up."""
+        return self._shapes.get(_key(profile, shapes)) == shapes
+
+    def can_be_captured(self, profile: Profile, shapes: Mapping[str, Shape], stream: int) -> bool:
         """Return whether a run may be captured into a CUDA graph now; TensorRT-RTX alone ever says no."""
-        is_capturable = getattr(self._contexts[profile.index], "is_stream_capturable", None)
+        is_capturable = getattr(self._contexts[_key(profile, shapes)], "is_stream_capturable", None)
         return is_capturable is None or bool(is_capturable(stream))
 
     def enqueue(self, profile: Profile, shapes: Mapping[str, Shape], addresses: Mapping[str, int], stream: int) -> None:
@@ -164,9 +213,12 @@ class Plan:
             CapacityError: The GPU has too little memory for the activations.
             EngineError: The library refuses; the message has its log.
         """
-        context = self._context(profile, stream)
-        if self._shapes.get(profile.index) != shapes:
-            self._shapes.pop(profile.index, None)
+        key = _key(profile, shapes)
+        if key not in self._contexts:
+            self._contexts[key] = self._new_context(profile, stream)
+        context = self._contexts[key]
+        if self._shapes.get(key) != shapes:
+            self._shapes.pop(key, None)
             for name, shape in shapes.items():
                 if not context.set_input_shape(name, shape):
                     raise self._library.failure(f"{self._path}: {name} does not take the shape {shape}")
@@ -175,30 +227,60 @@ class Plan:
                 raise self._library.failure(f"{self._path}: {name} does not take its address")
         if not context.execute_async_v3(stream):
             raise self._library.failure(f"{self._path}: the run in profile {profile.name} failed")
-        self._shapes[profile.index] = dict(shapes)
+        self._shapes[key] = dict(shapes)
 
     def close(self) -> None:
         """Destroy contexts and engine; nothing enqueued may use them any more."""
         self._contexts.clear()
         self._engine = None
 
-    def _context(self, profile: Profile, stream: int) -> Any:
-        if profile.index not in self._contexts:
-            trt = self._library.trt
-            config = self._engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
-            is_decode = profile.max.get("input_ids", (0, 0))[1] == 1
-            if is_decode and hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
-                # TensorRT-RTX compiles kernels for a shape in the background while it runs others, and a CUDA graph
-                # would keep those for ever. A decode step has as many shapes as batch sizes: wait for their kernels.
-                config.dynamic_shapes_kernel_specialization_strategy = (
-                    trt.DynamicShapesKernelSpecializationStrategy.EAGER
-                )
-            context = self._engine.create_execution_context(config)
-            if context is None or not context.set_optimization_profile_async(profile.index, stream):
-                raise self._library.failure(f"{self._path}: no execution context for profile {profile.name}")
-            self._contexts[profile.index] = context
-        return self._contexts[profile.index]
+    def _new_context(self, profile: Profile, stream: int) -> Any:
+        trt = self._library.trt
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
+        if profile.is_decode and hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+            # TensorRT-RTX compiles kernels for a shape in the background while it runs others, and a CUDA graph
+            # would keep those for ever. A decode step has as many shapes as batch sizes: wait for their kernels.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        context = self._engine.create_execution_context(config)
+        if context is None or not context.set_optimization_profile_async(profile.index, stream):
+            raise self._library.failure(f"{self._path}: no execution context for profile {profile.name}")
+        return context
+
+
+def share_memory(plans: Sequence[Plan], device: Device, reserved_bytes: int, max_batch: int) -> None:
+    """Give what device memory is left over to the weights of plans that stream them, before they have contexts.
+
+    Args:
+        plans: The first gets what it can use, the next what that leaves.
+        device: The GPU.
+        reserved_bytes: For all that will be allocated but weights and contexts.
+        max_batch: Most sequences of a decode step.
+
+    Raises:
+        EngineError: The library refuses.
+    """
+    for plan in plans:
+        plan.keep_weights(0)  # the least there is: now the free memory has no weights in it that may leave
+    free, _ = device.memory_info()
+    contexts = sum(plan.context_bytes(max_batch) for plan in plans)
+    budgets = weight_budgets(free - reserved_bytes - contexts, [plan.streamable_bytes for plan in plans])
+    for plan, budget in zip(plans, budgets, strict=True):
+        plan.keep_weights(budget)
+
+
+def weight_budgets(free_bytes: int, streamable_bytes: Sequence[int]) -> list[int]:
+    """Return how many bytes of each plan's weights fit, the first's first; none if `free_bytes` is negative."""
+    budgets = []
+    for num_bytes in streamable_bytes:
+        budgets.append(max(0, min(free_bytes, num_bytes)))
+        free_bytes -= budgets[-1]
+    return budgets
+
+
+def _key(profile: Profile, shapes: Mapping[str, Shape]) -> tuple[int, int]:
+    """Return which context a run takes; images and chunks run one by one, as a batch of 1."""
+    return profile.index, shapes["input_ids"][0] if "input_ids" in shapes else 1
 
 
 def _can_open(found: str, built_with: str, *, is_compatible: bool) -> bool:
@@ -206,22 +288,3 @@ def _can_open(found: str, built_with: str, *, is_compatible: bool) -> bool:
         return found == built_with
     found_numbers, built_numbers = (tuple(map(int, version.split(".")[:3])) for version in (found, built_with))
     return found_numbers[0] == built_numbers[0] and found_numbers >= built_numbers
-
-
-def _logger(trt: Any) -> Any:
-    """Return a logger that keeps the errors: a call that fails gives no reason itself."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-
-        def take(self) -> list[str]:
-            errors, self.errors = self.errors, []
-            return errors
-
-    return Logger()

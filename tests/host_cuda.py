@@ -41,12 +41,13 @@ class Allocation:
 
 @dataclass
 class Work:
-    """Something enqueued, and the allocations it uses."""
+    """Something enqueued, and the allocations it uses; `holds` says whether a graph of it may still be launched."""
 
     name: str
     run: Callable[[], None]
     uses: Sequence[Allocation]
     writes_host: np.ndarray | None = None
+    holds: Callable[[], bool] = lambda: True
 
 
 @dataclass
@@ -121,12 +122,6 @@ class HostDevice:
         work = Work("to_host", lambda: _move(target[1], source[1]), (target[0], source[0]), writes_host=target[1])
         self.enqueue(stream, work)
 
-    def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        to, came = self._range(target, num_bytes), self._range(source, num_bytes)
-        if abs(target - source) < num_bytes:
-            raise HostCudaError("a copy between places that overlap")
-        self.enqueue(stream, Work("copy", lambda: _move(to[1], came[1]), (to[0], came[0])))
-
     def fill(self, address: int, byte: int, num_bytes: int, stream: int) -> None:
         allocation, view = self._range(address, num_bytes)
         self.enqueue(stream, Work("fill", lambda: view.fill(byte), (allocation,)))
@@ -161,6 +156,8 @@ class HostDevice:
         self.events.append("launch")
         for work in self._graphs[graph]:
             self._check_alive(work)
+            if not work.holds():
+                raise HostCudaError(f"{work.name}: launch of a graph whose context has moved to other shapes")
             self._start(self._stream(stream), work)
 
     def free_graph(self, graph: int) -> None:

@@ -38,6 +38,7 @@ def build_host_engine(bundle: Bundle, folder: Path, options: BuildOptions, targe
         files[plan.name] = FileRecord(plan.stat().st_size, sha256_of(plan), is_weights=True)
     capabilities = {
         **manifest.capabilities,
+        "device": "gpu",
         "library": "tests.host_tensorrt",
         "library_version": __version__,
         "compute_capabilities": ["8.6", "8.9"],

@@ -21,6 +21,8 @@ from tests.host_cuda import HostCudaError, HostDevice, Work, device_of_stream
 __version__ = "11.2.0.33"
 _MAGIC, _END = b"HOSTPLAN", b"ENDOFPLAN"
 _ALIGNMENT = 256
+# What an engine says of its memory; nothing is allocated for it.
+STREAMABLE_BYTES, CONTEXT_BYTES, SCRATCH_BYTES = 50_000_000, 1_000_000, 300_000
 
 
 class DataType(enum.Enum):
@@ -84,9 +86,9 @@ class ICudaEngine:
         self.profiles = plan["profiles"]
         self.inputs = {value.name: _TYPES[value.type] for value in self.graph.get_inputs()}
         self.outputs = {value.name: _TYPES[value.type] for value in self.graph.get_outputs()}
-        self.profiles_in_use: set[int] = set()
+        self.has_contexts = False
         self.refitted_from: str | None = None
-        self.weight_streaming_budget_v2 = 0
+        self._budget = STREAMABLE_BYTES
         self.log = log
         self._in_place = plan["in_place"]
 
@@ -108,13 +110,30 @@ class ICudaEngine:
         is_cache = name.startswith("present_key_values.") and self._in_place
         return name.replace("present_", "past_") if is_cache else None
 
-    def get_weight_streaming_automatic_budget(self) -> int:
-        return 1 << 20
+    @property
+    def streamable_weights_size(self) -> int:
+        return STREAMABLE_BYTES
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        if budget < 0 or self.has_contexts:
+            self.log("The weight streaming budget cannot be modified while there are active IExecutionContexts.")
+        else:
+            self._budget = budget
+
+    def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
+        """Return something that differs from profile to profile, and is more while weights are streamed."""
+        return CONTEXT_BYTES * (profile_index + 1) + (SCRATCH_BYTES if self._budget < STREAMABLE_BYTES else 0)
 
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig()
 
     def create_execution_context(self, config: IRuntimeConfig) -> IExecutionContext:
+        self.has_contexts = True
         return IExecutionContext(self, config)
 
 
@@ -163,9 +182,6 @@ class IExecutionContext:
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         if device_of_stream(stream).is_recording:
             raise HostCudaError("a profile is switched while a graph is recorded")
-        if index in self._engine.profiles_in_use:
-            return self._refuse(f"profile {index} is used by another context")
-        self._engine.profiles_in_use.add(index)
         self._profile, self._shapes, self._addresses = index, {}, {}
         return True
 
@@ -206,7 +222,16 @@ class IExecutionContext:
         shapes, addresses = dict(self._shapes), dict(self._addresses)
         uses = [device.allocation_at(address) for address in addresses.values()]
         name = f"run {self._profile} {'x'.join(map(str, shapes.get('input_ids', shapes.get('pixel_values', ()))))}"
-        device.enqueue(stream, Work(name, partial(self._run, device, shapes, addresses), uses))
+        state = self._profile, shapes
+        device.enqueue(
+            stream,
+            Work(
+                name,
+                partial(self._run, device, shapes, addresses),
+                uses,
+                holds=lambda: state == (self._profile, self._shapes),
+            ),
+        )
         return True
 
     def _run(self, device: HostDevice, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:

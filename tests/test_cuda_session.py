@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -220,21 +221,8 @@ def test_a_batch_gives_each_sequence_its_own_logits(model: Qwen3VLModel, device:
 
 def run_batch(model: Qwen3VLModel, prompts: list[list[int]], new: list[list[int]]) -> np.ndarray:
     """Logits [B, 1 + steps, vocab] of a right-padded prefill and steps of the whole batch."""
-    batch, longest = len(prompts), max(map(len, prompts))
-    lengths = np.array(list(map(len, prompts)))
-    cache = model.session.new_cache(longest + len(new[0]), batch)
-    embeds = np.zeros((model.config.num_visual_levels, 1, model.config.text.hidden_size), np.float32)
-
-    def call(ids: np.ndarray, past: np.ndarray, asked: np.ndarray) -> np.ndarray:
-        positions = np.broadcast_to(past[:, None] + np.arange(ids.shape[1]), (3, *ids.shape))
-        return model.session.decode(ids, positions, np.full(ids.shape, -1), embeds, past, asked, cache)
-
-    padded = np.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-    pieces = [call(padded, np.zeros(batch, np.int64), lengths[:, None] - 1)]
-    for i in range(len(new[0])):
-        step = np.array([tokens[i : i + 1] for tokens in new])
-        pieces.append(call(step, lengths + i, np.zeros((batch, 1), np.int64)))
-    return np.concatenate(pieces, axis=1)
+    steps = [[tokens[i : i + 1] for tokens in new] for i in range(len(new[0]))]
+    return np.concatenate([call() for call in calls_of(model, prompts, steps)], axis=1)
 
 
 def test_the_largest_logits_are_those_of_the_row_and_of_this_call_alone(model: Qwen3VLModel) -> None:
@@ -289,10 +277,96 @@ def test_a_refused_run_is_an_error_with_the_librarys_words(
 
     with monkeypatch.context() as patch:
         patch.setattr(host_tensorrt.IExecutionContext, "execute_async_v3", refuse_while_recording)
-        with pytest.raises(EngineError, match=r"decoder\.plan: the run in profile decode failed \(kernel not found\)"):
+        expected = r"(?s)decoder\.plan: the run in profile decode failed \(kernel not found\).*cuda_graphs=False"
+        with pytest.raises(EngineError, match=expected):
             model.generate(READ)
     assert not device.is_recording
     assert model.generate(READ).text == "1654"
+
+
+@pytest.mark.parametrize("name", ["begin_capture", "enqueue", "end_capture"])
+def test_an_interrupt_while_a_step_is_recorded_ends_the_recording(
+    model: Qwen3VLModel, device: HostDevice, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    call = getattr(HostDevice, name)
+
+    def interrupted(host: HostDevice, *args: Any) -> Any:
+        """Stop once: behind the call, or before it if it is the one that ends the recording."""
+        if not (host.is_recording or name == "begin_capture"):
+            return call(host, *args)
+        patch.undo()
+        if name != "end_capture":
+            call(host, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostDevice, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(READ)
+    assert not device.is_recording
+    assert "graph" not in device.leaks()
+    device.synchronize(model.session._stream)
+    assert model.generate(READ).text == "1654"
+
+
+def test_a_step_that_cannot_be_recorded_is_said_once_and_runs(
+    model: Qwen3VLModel, device: HostDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert model.session.decode_recorded is None
+    monkeypatch.setattr(host_tensorrt.IExecutionContext, "is_stream_capturable", lambda context, stream: False)
+    assert [model.generate(READ).text for _ in range(2)] == ["1654"] * 2
+    assert "begin_capture" not in device.events
+    assert model.session.decode_recorded is False
+    assert [record.levelname for record in caplog.records if "CUDA graph" in record.message] == ["WARNING"]
+
+
+def test_a_recorded_step_is_reported(model: Qwen3VLModel, caplog: pytest.LogCaptureFixture) -> None:
+    model.generate(READ)
+    assert model.session.decode_recorded is True
+    assert not caplog.records
+
+
+def test_steps_run_without_cuda_graphs_on_request(
+    folder: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tensorrt_session, "CudaDevice", lambda: device)
+    model = Qwen3VLModel.from_engine(folder, cuda_graphs=False)
+    assert model.generate(READ).text == "1654"
+    assert "begin_capture" not in device.events
+    assert model.session.decode_recorded is False
+    assert not caplog.records
+    model.session.close()
+
+
+def test_recorded_steps_of_two_batches_take_turns(model: Qwen3VLModel, device: HostDevice) -> None:
+    """A graph holds only while its context keeps its shapes, so each batch has its own."""
+    prompts = {1: [[16, 17, 18]], 2: [[20, 21], [30, 31, 32]]}
+    steps = {batch: [[[40 + 10 * i + b] for b in range(batch)] for i in range(4)] for batch in prompts}
+    expected = {batch: [each() for each in calls_of(model, prompts[batch], steps[batch])] for batch in prompts}
+    device.take_events()
+    turns = zip(*(calls_of(model, prompts[batch], steps[batch]) for batch in prompts), strict=True)
+    for turn, calls in enumerate(turns):
+        for batch, each in zip(prompts, calls, strict=True):
+            assert np.array_equal(each(), expected[batch][turn]), (batch, turn)
+    events = steps_of(device)
+    assert (events.count("begin_capture"), events.count("launch")) == (2, 8)
+
+
+def calls_of(model: Qwen3VLModel, prompts: list[list[int]], steps: list[list[list[int]]]) -> list[Callable[[], Any]]:
+    """Return the calls of a prefill and of each step, to be made in this order, each of which gives logits."""
+    batch, longest = len(prompts), max(map(len, prompts))
+    lengths = np.array(list(map(len, prompts)))
+    cache = model.session.new_cache(longest + len(steps), batch)
+    embeds = np.zeros((model.config.num_visual_levels, 1, model.config.text.hidden_size), np.float32)
+
+    def call(ids: np.ndarray, past: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        positions = np.broadcast_to(past[:, None] + np.arange(ids.shape[1]), (3, *ids.shape))
+        return model.session.decode(ids, positions, np.full(ids.shape, -1), embeds, past, asked, cache)
+
+    padded = np.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    first = partial(call, padded, np.zeros(batch, np.int64), lengths[:, None] - 1)
+    zeros = np.zeros((batch, 1), np.int64)
+    return [first, *(partial(call, np.array(ids), lengths + i, zeros) for i, ids in enumerate(steps))]
 
 
 def test_an_image_beyond_every_profile_says_how_to_build(model: Qwen3VLModel) -> None:
@@ -312,6 +386,13 @@ def test_a_cache_beyond_the_engine_says_how_to_build(model: Qwen3VLModel, capaci
 def test_a_context_beyond_the_engine_is_refused_at_once(folder: Path) -> None:
     with pytest.raises(UsageError, match=f"expected 1 to {CAPACITY}, the capacity that the engine was built with"):
         Qwen3VLModel.from_engine(folder, max_context=CAPACITY + 1)
+
+
+def test_a_prompt_beyond_the_engine_names_its_rebuild(model: Qwen3VLModel) -> None:
+    with pytest.raises(CapacityError, match="no answer fits behind it") as caught:
+        model.generate(user("nine " * 2 * CAPACITY))
+    assert str(caught.value.remedy).startswith("build the engine again with --max-context above")
+    assert "raise max_context" not in str(caught.value.remedy)
 
 
 def test_the_default_context_is_the_engines(model: Qwen3VLModel) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.host_cuda import HostCudaError, HostDevice
+from tests.host_cuda import HostCudaError, HostDevice, Work
 
 
 class Bench:
@@ -39,6 +39,11 @@ class Bench:
         self.device.free_graph(self.graph)
         self.device.launch(self.graph, self.stream)
 
+    def launch_moved(self) -> None:
+        self.device.begin_capture(self.stream)
+        self.device.enqueue(self.stream, Work("run", lambda: None, (), holds=lambda: False))
+        self.device.launch(self.device.end_capture(self.stream), self.stream)
+
 
 FAULTS: dict[str, tuple[str, Callable[[Bench], object]]] = {
     "double free": ("freed twice", lambda b: b.free_then(lambda: b.device.free(b.address))),
@@ -55,7 +60,6 @@ FAULTS: dict[str, tuple[str, Callable[[Bench], object]]] = {
     "host address as device address": ("no device", lambda b: b.device.fill(b.pinned.ctypes.data, 0, 8, b.stream)),
     "use after free": ("after it was freed", lambda b: b.free_then(lambda: b.device.fill(b.address, 0, 8, b.stream))),
     "free before the work is done": ("memory that was freed", lambda b: b.enqueue_then_free()),
-    "overlapping copy": ("overlap", lambda b: b.device.copy(b.address, b.address + 8, 16, b.stream)),
     "allocation while recording": ("alloc while", lambda b: b.recording(lambda: b.device.alloc(8))),
     "pinned allocation while recording": ("pinned while", lambda b: b.recording(lambda: b.device.pinned(8))),
     "waiting while recording": ("synchronize while", lambda b: b.recording(lambda: b.device.synchronize(b.stream))),
@@ -69,6 +73,7 @@ FAULTS: dict[str, tuple[str, Callable[[Bench], object]]] = {
         "memory that was freed",
         lambda b: b.free_then(lambda: b.device.launch(b.graph, b.stream)),
     ),
+    "launch of a graph whose context has moved": ("other shapes", lambda b: b.launch_moved()),
     "unknown stream": ("destroyed", lambda b: b.device.synchronize(7)),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import enum
 import importlib
 import shutil
 from pathlib import Path
@@ -17,14 +18,16 @@ from engines.bundle import Bundle
 from runtime.cuda import CudaDevice
 from runtime.device_buffers import Staging
 from runtime.device_cache import DeviceKVCache
-from runtime.errors import CapacityError, EngineError
+from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.profiles import Profile, choose
 from runtime.sessions.tensorrt import TensorRtSession
+from runtime.tensorrt_log import first_errors, is_out_of_memory, make_logger
 from runtime.tensorrt_plan import Library
 from tests import host_tensorrt
 from tests.host_cuda import HostDevice
 from tests.host_engine import build_host_engine, with_capabilities
+from tests.host_tensorrt import CONTEXT_BYTES, SCRATCH_BYTES, STREAMABLE_BYTES
 
 VERSION = host_tensorrt.__version__
 
@@ -69,6 +72,31 @@ def test_an_intact_engine_opens(folder: Path) -> None:
 def test_another_gpu_is_refused_by_its_compute_capability(folder: Path) -> None:
     error = refusal(folder, Manifest.read(folder), HostDevice(compute_capability="9.0"))
     assert "runs on GPUs of compute capability 8.6, 8.9; host memory has 9.0" in error.message
+    assert str(error.remedy).endswith("--target trt-rtx-fp16, on this machine")
+
+
+@pytest.mark.parametrize(
+    ("capability", "remedy"),
+    [("7.5", "--target trt-rtx-fp16 --compute-capability 7.5"), ("9.0", "builds for no such GPU: export for another")],
+)
+def test_a_library_that_lists_gpus_is_built_for_those_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capability: str, remedy: str
+) -> None:
+    listed = enum.Enum("ComputeCapability", ["SM75", "SM86"])
+    monkeypatch.setattr(host_tensorrt, "ComputeCapability", listed, raising=False)
+    with pytest.raises(EngineError) as caught:
+        TensorRtSession(folder, Manifest.read(folder), HostDevice(compute_capability=capability))
+    assert remedy in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(("capability", "opens"), [("7.5", False), ("8.0", True), ("9.0", True), ("12.0", True)])
+def test_a_hardware_compatible_plan_runs_on_ampere_and_later(folder: Path, capability: str, opens: bool) -> None:
+    manifest = with_capabilities(Manifest.read(folder), hardware_compatible=True, compute_capabilities=["8.6"])
+    device = HostDevice(compute_capability=capability)
+    if opens:
+        TensorRtSession(folder, manifest, device).close()
+    else:
+        assert "compute capability 8.0 and later; host memory has 7.5" in refusal(folder, manifest, device).message
 
 
 @pytest.mark.parametrize(
@@ -140,12 +168,62 @@ def test_a_stripped_plan_takes_the_weights_of_the_graph_beside_it(folder: Path, 
     session.close()
 
 
-@pytest.mark.parametrize("is_streaming", [False, True])
-def test_weights_are_streamed_where_the_plan_allows_it(folder: Path, is_streaming: bool) -> None:
-    manifest = with_capabilities(Manifest.read(folder), weight_streaming=is_streaming)
-    session = TensorRtSession(folder, manifest, HostDevice())
-    assert bool(session._decoder._engine.weight_streaming_budget_v2) == is_streaming
+def later_bytes(manifest: Manifest) -> int:
+    """Device memory of the largest cache, of every input in its largest shape and of the logits, for `engine`."""
+    text, hidden = manifest.model.text, manifest.model.num_visual_levels * manifest.model.text.hidden_size
+    cache = 2 * text.num_layers * text.num_kv_heads * 64 * text.head_dim * 2
+    batch, chunk, patches = 2, 16, 64  # a profile holds at least two sequences
+    elements = manifest.model.vision.patch_elements
+    vision = patches * (4 * elements + 8 * 4 + 4 * 4 + 2 * 4 * manifest.model.vision.head_dim // 2)
+    decoder = batch * chunk * 8 * (1 + 3 + 1) + 8 * batch + 4 * 64 * hidden + 8 * batch * chunk
+    return cache + vision + decoder + 4 * chunk * text.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("left", "decoder", "vision"),
+    [
+        (2 * STREAMABLE_BYTES + 5, STREAMABLE_BYTES, STREAMABLE_BYTES),
+        (STREAMABLE_BYTES + 7, STREAMABLE_BYTES, 7),
+        (11, 11, 0),
+        (-1, 0, 0),
+    ],
+)
+def test_weights_take_the_memory_that_nothing_else_will_take(
+    folder: Path, left: int, decoder: int, vision: int
+) -> None:
+    manifest = with_capabilities(Manifest.read(folder), weight_streaming=True)
+    device = HostDevice()
+    session = TensorRtSession(folder, Manifest.read(folder), device)
+    opened = device.total_bytes - device.memory_info()[0]
     session.close()
+    # Contexts of decode and prefill, and of the one size of images, with what streaming takes of each.
+    contexts = 4 * CONTEXT_BYTES + 3 * SCRATCH_BYTES
+    session = TensorRtSession(
+        folder, manifest, HostDevice(total_bytes=opened + later_bytes(manifest) + contexts + left)
+    )
+    budgets = [plan._engine.weight_streaming_budget_v2 for plan in (session._decoder, session._vision)]
+    assert budgets == [decoder, vision]
+    session.close()
+
+
+def test_weights_stay_where_the_plan_does_not_stream(folder: Path) -> None:
+    session = TensorRtSession(folder, Manifest.read(folder), HostDevice())
+    assert session._decoder._engine.weight_streaming_budget_v2 == STREAMABLE_BYTES
+    session.close()
+
+
+def test_each_batch_of_a_decode_step_counts_as_a_context(folder: Path) -> None:
+    session = TensorRtSession(folder, Manifest.read(folder), HostDevice())
+    assert session._decoder.context_bytes(3) == (3 * 1 + 2) * CONTEXT_BYTES
+    session.close()
+
+
+def test_a_budget_that_is_refused_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = "This network does not support weight streaming."
+    budget = property(lambda self: 1 << 20, lambda self, _: self.log(refused))
+    monkeypatch.setattr(host_tensorrt.ICudaEngine, "weight_streaming_budget_v2", budget)
+    manifest = with_capabilities(Manifest.read(folder), weight_streaming=True)
+    assert refused in refusal(folder, manifest).message
 
 
 def test_a_bfloat16_cache_is_read_as_float32() -> None:
@@ -196,6 +274,23 @@ def test_out_of_memory_in_the_library_is_a_capacity_error(folder: Path, monkeypa
     assert device.leaks() == []
 
 
+def test_out_of_memory_is_found_among_all_errors_and_the_first_three_are_shown() -> None:
+    log = make_logger(host_tensorrt)
+    for message in ("a", "b", "c", "Error Code 2: Out of Memory"):
+        log.log(host_tensorrt.ILogger.Severity.ERROR, message)
+    log.log(host_tensorrt.ILogger.Severity.WARNING, "only a warning")
+    errors = log.take()
+    assert first_errors(errors) == "a; b; c"
+    assert is_out_of_memory(errors) and not is_out_of_memory(errors[:3])
+    assert log.take() == [] and first_errors([]) == "it does not say why"
+
+
+@pytest.mark.parametrize("option", [{"threads": 2}, {"huge_pages": True}])
+def test_options_of_processors_are_refused(folder: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(option))):
+        tensorrt_session.open_session(folder, Manifest.read(folder), **option)
+
+
 PROFILES = (
     Profile(0, "decode", {"input_ids": (1, 1)}, {"input_ids": (4, 1)}),
     Profile(1, "prefill", {"input_ids": (1, 1)}, {"input_ids": (1, 512)}),
@@ -217,7 +312,7 @@ def test_a_call_that_no_profile_takes_names_them_all(shape: tuple[int, ...], rem
     assert remedy in str(caught.value.remedy)
 
 
-# Variables of runtime/tensorrt_plan.py that hold an object of the library.
+# Variables of runtime/tensorrt_plan.py and runtime/tensorrt_log.py that hold an object of the library.
 OBJECTS = {
     "trt": "",
     "_runtime": "Runtime",
@@ -232,7 +327,8 @@ OBJECTS = {
 
 def used_names() -> dict[str, set[str]]:
     """Return the attributes that the runtime uses, by class of the library; its own names have none."""
-    source = Path(importlib.import_module("runtime.tensorrt_plan").__file__ or "").read_text(encoding="utf-8")
+    modules = map(importlib.import_module, ("runtime.tensorrt_plan", "runtime.tensorrt_log"))
+    source = "\n".join(Path(module.__file__ or "").read_text(encoding="utf-8") for module in modules)
     found: dict[str, set[str]] = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
@@ -270,7 +366,7 @@ def test_the_host_library_has_no_names_that_tensorrt_lacks() -> None:
     library = pytest.importorskip("tensorrt_rtx")
     for owner in ("Runtime", "ICudaEngine", "IExecutionContext"):
         real = dir(getattr(library, owner))
-        own = {"graph", "profiles", "inputs", "outputs", "profiles_in_use", "log"}
+        own = {"graph", "profiles", "inputs", "outputs", "log"}
         names = {name for name in vars(getattr(host_tensorrt, owner)) if not name.startswith("_")} - own
         assert names <= set(real)
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
 
 _PROMPT = "Describe the image. "
+_GRAPH = {True: ", as a CUDA graph", False: ", without a CUDA graph", None: ""}
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="Answers to time, behind one that warms up.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
     huge_pages: Annotated[bool, typer.Option("--huge-pages", help="Move the weights to huge pages first.")] = False,
+    no_cuda_graphs: Annotated[
+        bool, typer.Option("--no-cuda-graphs", help="On a GPU, do not record the decode step as a CUDA graph.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")] = False,
 ) -> None:
     """Time answers on this machine: time to first token (TTFT), time per later token (TPOT), tokens a second.
@@ -65,8 +68,8 @@ def bench(
     The image holds random pixels, and an answer has --new-tokens tokens whatever they are: the end token does not end
     it. TTFT covers preprocessing, vision tower and prefill.
 
-    --json prints one object: device, threads, target, load_s, prompt_tokens, visual_tokens, new_tokens, runs,
-    ttft_p50_s, ttft_p90_s, tpot_s, tokens_per_s.
+    --json prints one object: device, threads, target, load_s, decode_recorded (whether decode steps ran as a CUDA
+    graph; null on a CPU), prompt_tokens, visual_tokens, new_tokens, runs, ttft_p50_s, ttft_p90_s, tpot_s, tokens_per_s.
 
     \b
     Examples:
@@ -79,10 +82,18 @@ def bench(
 
     size = parse_size(image_size)
     start = time.perf_counter()
-    model = Qwen3VLModel.from_engine(engine, threads=threads, huge_pages=huge_pages)
+    model = Qwen3VLModel.from_engine(engine, threads=threads, huge_pages=huge_pages, cuda_graphs=not no_cuda_graphs)
     loaded = time.perf_counter() - start
     speed = measure(model, size, prompt_tokens, new_tokens, runs)
-    where = {"device": device(), "threads": threads or "all cores", "target": model.manifest.target, "load_s": loaded}
+    # None if this kind of engine records nothing.
+    recorded: bool | None = getattr(model.session, "decode_recorded", None)
+    where = {
+        "device": device(model),
+        "threads": threads or "all cores",
+        "target": model.manifest.target,
+        "load_s": loaded,
+        "decode_recorded": recorded,
+    }
     if as_json:
         print_json({**where, **asdict(speed)})
         return
@@ -92,7 +103,7 @@ def bench(
         ("prompt", f"{speed.prompt_tokens} tokens, {speed.visual_tokens} of them visual"),
         ("TTFT", f"p50 {1e3 * speed.ttft_p50_s:.1f} ms, p90 {1e3 * speed.ttft_p90_s:.1f} ms ({speed.runs} runs)"),
         ("TPOT", f"{1e3 * speed.tpot_s:.2f} ms"),
-        ("decode", f"{speed.tokens_per_s:.1f} tokens/s"),
+        ("decode", f"{speed.tokens_per_s:.1f} tokens/s{_GRAPH[recorded]}"),
     ]
     print("\n".join(columns(rows)))
 
@@ -156,9 +167,12 @@ def parse_size(text: str) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
-def device() -> str:
-    """Return the name of the processor."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+def device(model: Qwen3VLModel) -> str:
+    """Return the name of the GPU that the engine runs on, or of the processor."""
+    from engines.hardware import probe
+    from runtime.session import is_on_gpu
+
+    machine = probe()
+    if not is_on_gpu(model.manifest):
+        return machine.cpu
+    return machine.gpu.name if machine.gpu else "a GPU that nvidia-smi does not list"

@@ -15,7 +15,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,12 @@ class _Step:
 
 
 class OrtCudaSession:
-    """The two graphs of an engine in ONNX Runtime, on one device."""
+    """The two graphs of an engine in ONNX Runtime, on one device.
+
+    Attributes:
+        decode_recorded: Whether decode steps run as a CUDA graph; none before the first. With the option set, ONNX
+            Runtime repeats a run until it has recorded it, or fails.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None, *, device: Device = CUDA) -> None:
         if threads is not None and threads < 1:
@@ -164,6 +169,7 @@ class OrtCudaSession:
         self._config = manifest.model
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._device = device
+        self.decode_recorded: bool | None = None
         self._vision = _open(folder / "vision.onnx", device, device.options, threads)
         self._decoder = _open(folder / "decoder.onnx", device, {**device.options, **device.decoder_options}, threads)
         self._idle: dict[tuple[int, ...], list[_Buffers]] = {}
@@ -306,6 +312,7 @@ class OrtCudaSession:
             first = {**inputs, "visual_embeds": inputs["visual_embeds"][:, :1]}
             buffers.step = _Step(self._decoder, buffers, first, next(self._graph_ids))
         buffers.step.run({name: array for name, array in inputs.items() if name not in constant})
+        self.decode_recorded = "enable_cuda_graph" in self._device.decoder_options
         return buffers.step.outputs
 
     def _run_once(
@@ -329,27 +336,30 @@ class OrtCudaSession:
         try:
             return work()
         except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
-            text = " ".join(str(error).split())
-            if "allocate memory" in text or "out of memory" in text or "bad allocation" in text:
-                raise CapacityError(
-                    f"{self._device.provider}: the device has too little memory ({text[:200]})",
-                    remedy="lower max_context or max_pixels, take a target of fewer bits, or free the GPU",
-                ) from error
+            if _is_out_of_memory(error):
+                raise _capacity_error(error, self._device) from error
             raise
 
 
 def open_session(
-    folder: Path, manifest: Manifest, *, threads: int | None = None, huge_pages: bool = False
+    folder: Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    huge_pages: bool = False,
+    cuda_graphs: bool = True,
 ) -> OrtCudaSession:
     """Open an engine folder; see `runtime.session.open_session`.
 
     Raises:
         UsageError: Huge pages, which are of no use to weights on a GPU.
         EngineError: ONNX Runtime has no CUDA here, or refuses a graph.
+        CapacityError: The GPU is out of memory.
     """
     if huge_pages:
         raise UsageError("huge_pages: the weights are on the GPU", remedy="leave it out")
-    return OrtCudaSession(folder, manifest, threads)
+    device = CUDA if cuda_graphs else replace(CUDA, decoder_options={})
+    return OrtCudaSession(folder, manifest, threads, device=device)
 
 
 def _open(path: Path, device: Device, provider_options: Mapping[str, str], threads: int | None) -> ort.InferenceSession:
@@ -371,6 +381,8 @@ def _open(path: Path, device: Device, provider_options: Mapping[str, str], threa
             str(path), options, providers=[(device.provider, dict(provider_options))], enable_fallback=0
         )
     except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
+        if _is_out_of_memory(error):
+            raise _capacity_error(error, device) from error
         raise EngineError(
             f"{path}: ONNX Runtime {ort.__version__} does not open it on {device.provider} "
             f"({str(error).splitlines()[0]})",
@@ -383,6 +395,18 @@ def _open(path: Path, device: Device, provider_options: Mapping[str, str], threa
             remedy=f"see that nvidia-smi lists a GPU, and that CUDA's libraries are there: {_INSTALL}",
         )
     return session
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return any(words in text for words in ("allocate memory", "out of memory", "bad allocation"))
+
+
+def _capacity_error(error: Exception, device: Device) -> CapacityError:
+    return CapacityError(
+        f"{device.provider}: the device has too little memory ({' '.join(str(error).split())[:200]})",
+        remedy="lower max_context or max_pixels, take a target of fewer bits, or free the GPU",
+    )
 
 
 def _run_options(graph_id: str) -> ort.RunOptions:

@@ -8,6 +8,7 @@ Shapes: see runtime/session.py.
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Mapping
@@ -22,17 +23,15 @@ from numpy.typing import NDArray
 from runtime.cuda import CudaDevice, Device
 from runtime.device_buffers import Block, DeviceBuffer, Staging, aligned
 from runtime.device_cache import DeviceKVCache, cache_names
-from runtime.errors import CapacityError, EngineError, Qwen3VLError
+from runtime.errors import CapacityError, EngineError, Qwen3VLError, UsageError
 from runtime.manifest import Manifest
-from runtime.profiles import Profile, Shape, choose, read_profiles
+from runtime.memory import cache_bytes
+from runtime.profiles import Profile, Shape, choose, largest_bytes, read_profiles
 from runtime.session import Floats, Ints, KVCache, TopLogits
-from runtime.tensorrt_plan import Library, Plan
+from runtime.tensorrt_plan import Library, Plan, share_memory
 
-_TOP_IDS, _TOP_LOGITS = "top_ids", "top_logits"
-_CACHE_TYPES = {"float16": "HALF", "bfloat16": "BF16"}
-_FLOAT_BYTES = 4
-
-
+# Python shows warnings on stderr if the program sets up no logging of its own.
+_LOGGER = logging.getLogger(__name__)
 # Types of the inputs and outputs, as TensorRT names them.
 _VISION_TENSORS = {
     "pixel_values": "FLOAT",
@@ -54,6 +53,7 @@ _DECODER_TENSORS = {
     "top_ids": "INT64",
 }
 _CACHE_TYPES = {"float16": "HALF", "bfloat16": "BF16"}
+_ITEM_BYTES = {"FLOAT": 4, "INT64": 8}
 _FLOAT_BYTES = 4
 
 
@@ -66,13 +66,19 @@ class TensorRtSession:
         folder: The engine.
         manifest: Its manifest.
         device: The GPU.
+        cuda_graphs: Record decode steps.
+
+    Attributes:
+        decode_recorded: Whether decode steps run as a CUDA graph; none before there was an opportunity.
 
     Raises:
         EngineError: The engine is not for this library or this GPU, or is damaged.
         CapacityError: The GPU is out of memory.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: Device) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, device: Device, *, cuda_graphs: bool = True) -> None:
+        self.decode_recorded: bool | None = None if cuda_graphs else False
+        self._records = cuda_graphs
         self._device = device
         self._config = manifest.model
         capabilities = manifest.capabilities
@@ -122,6 +128,9 @@ class TensorRtSession:
             self._step_embeds = self._buffer("step_embeds", row_bytes)
             device.fill(self._step_embeds, 0, row_bytes, self._stream)
             device.synchronize(self._stream)
+            if capabilities.get("weight_streaming"):
+                # All weights of the decoder are read for each token, those of the vision tower for each image.
+                share_memory((self._decoder, self._vision), device, self._later_bytes(manifest), batch)
             self.close = weakref.finalize(self, stack.pop_all().close)
             self.close.atexit = False  # the driver frees what a process leaves
 
@@ -237,7 +246,8 @@ class TensorRtSession:
         }
         if num_new == 1 and (visual_rows < 0).all():
             return self._step(ints, cache)
-        # A chunk fills the GPU with one sequence, so the engine has no profile for several.
+        # Sequence by sequence: one fills the GPU, and the lengths of several would not fit one shape. That the prefill
+        # profile takes a batch only keeps the plan small (engines/tensorrt/profiles.py).
         stride = aligned(logits_positions.shape[1] * self._config.text.vocab_size * _FLOAT_BYTES)
         logits = self._buffer("logits", batch * stride)
         addresses = [logits + b * stride for b in range(batch)]
@@ -294,8 +304,8 @@ class TensorRtSession:
         addresses = self._inputs.addresses() | self._tops.addresses() | cache.bindings()
         addresses |= {"visual_embeds": self._step_embeds, "logits": self._step_logits}
         # TensorRT sets up lazily what a new shape needs, which must not happen while a graph is recorded.
-        is_set_up = not cache.graphs and self._decoder.has_run(profile, shapes)
-        if is_set_up and self._decoder.can_be_captured(profile, self._stream):
+        is_set_up = self._records and not cache.graphs and self._decoder.has_run(profile, shapes)
+        if is_set_up and self._can_record(profile, shapes):
             cache.graphs.append(self._capture(profile, shapes, addresses))
         if cache.graphs:
             self._device.launch(cache.graphs[0], self._stream)
@@ -309,21 +319,45 @@ class TensorRtSession:
         logits = [self._step_logits + b * row_bytes for b in range(cache.batch)]
         return logits, np.asarray(ids, np.int64), np.asarray(values, np.float32)
 
+    def _can_record(self, profile: Profile, shapes: Mapping[str, Shape]) -> bool:
+        is_possible = self._decoder.can_be_captured(profile, shapes, self._stream)
+        if not is_possible and self.decode_recorded is None:
+            _LOGGER.warning("note: this library cannot record the decode step as a CUDA graph; tokens take longer")
+        self.decode_recorded = is_possible
+        return is_possible
+
     def _capture(self, profile: Profile, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> int:
-        self._device.begin_capture(self._stream)
         try:
+            self._device.begin_capture(self._stream)
             self._enqueue_step(profile, shapes, addresses)
-        except Qwen3VLError:
+            return self._device.end_capture(self._stream)
+        except BaseException as error:  # Ctrl-C too, which may come anywhere
             # The stream must leave its recording, whatever that says of it.
             with suppress(Qwen3VLError):
                 self._device.free_graph(self._device.end_capture(self._stream))
+            if isinstance(error, EngineError):
+                raise EngineError(
+                    f"{error.message}, while the decode step was recorded as a CUDA graph",
+                    remedy="open the engine with cuda_graphs=False (qwen3vl bench --no-cuda-graphs), and report it",
+                ) from error
             raise
-        return self._device.end_capture(self._stream)
 
     def _enqueue_step(self, profile: Profile, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
         self._inputs.enqueue_upload(self._stream)
         self._decoder.enqueue(profile, shapes, addresses, self._stream)
         self._tops.enqueue_download(self._stream)
+
+    def _later_bytes(self, manifest: Manifest) -> int:
+        """Return the device memory of what is not allocated yet but for contexts: largest cache, inputs and outputs."""
+        cache = self._max_batch * cache_bytes(manifest, self._capacity)
+        inputs = sum(
+            largest_bytes(plan.profiles, name, _ITEM_BYTES[kind])
+            for plan, tensors in ((self._vision, _VISION_TENSORS), (self._decoder, _DECODER_TENSORS))
+            for name, kind in tensors.items()
+        )
+        most_logits = max(profile.max["logits_positions"][1] for profile in self._decoder.profiles)
+        logits = self._max_batch * most_logits * self._config.text.vocab_size * _FLOAT_BYTES
+        return cache + inputs + logits
 
     def _buffer(self, name: str, num_bytes: int) -> int:
         return self._buffers.setdefault(name, DeviceBuffer(self._device)).reserve(num_bytes)
@@ -339,10 +373,23 @@ class TensorRtSession:
 
 
 def open_session(
-    folder: Path, manifest: Manifest, *, threads: int | None = None, huge_pages: bool = False
+    folder: Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    huge_pages: bool = False,
+    cuda_graphs: bool = True,
 ) -> TensorRtSession:
-    """Open an engine folder on the GPU; see `runtime.session.open_session`. Threads and huge pages are of CPUs."""
-    return TensorRtSession(folder, manifest, CudaDevice())
+    """Open an engine folder on the GPU; see `runtime.session.open_session`.
+
+    Raises:
+        UsageError: Threads or huge pages, which are of no use to an engine on a GPU.
+    """
+    if threads is not None:
+        raise UsageError(f"threads = {threads}: this engine runs on the GPU", remedy="leave threads out")
+    if huge_pages:
+        raise UsageError("huge_pages: the weights are on the GPU", remedy="leave huge_pages out")
+    return TensorRtSession(folder, manifest, CudaDevice(), cuda_graphs=cuda_graphs)
 
 
 def _close_all(buffers: Mapping[str, DeviceBuffer]) -> None:
