@@ -24,7 +24,8 @@ from qwen3vl_export.safetensors_reader import FileHeader, TensorEntry, read_head
 from runtime.errors import CapacityError, CheckpointError
 from runtime.model_config import ModelConfig
 
-DEMO = "demo"
+DEMO, DEMO_MOE = "demo", "demo-moe"
+_SHIPPED = {DEMO: "checkpoint", DEMO_MOE: "checkpoint_moe"}
 HEAD_KEY = "lm_head.weight"
 EMBEDDING_KEY = "model.language_model.embed_tokens.weight"
 
@@ -64,8 +65,8 @@ class Checkpoint:
         folder = Path(source).expanduser()
         if folder.is_dir():
             return cls(folder, source)
-        if source == DEMO:
-            return cls(Path(str(resources.files("qwen3vl_export") / "demo" / "checkpoint")), source)
+        if source in _SHIPPED:
+            return cls(Path(str(resources.files("qwen3vl_export") / "demo" / _SHIPPED[source])), source)
         match = _HUB_ID.fullmatch(source)
         if match is None or folder.is_file():
             raise CheckpointError(

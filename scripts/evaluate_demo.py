@@ -4,6 +4,7 @@
     python scripts/evaluate_demo.py                       # the shipped checkpoint, all 2000 canvases
     python scripts/evaluate_demo.py --limit 100 CHECKPOINT
     python scripts/evaluate_demo.py --engine out/demo-ort-cpu-fp32
+    python scripts/evaluate_demo.py --engine out/demo-moe-ort-cpu-fp32 --name demo_moe_accuracy
 
 Writes docs/demo_accuracy.md and docs/demo_accuracy.json (of an engine: demo_accuracy_TARGET) unless --limit is given.
 """
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--engine", type=Path, help="evaluate this engine instead of a checkpoint")
     parser.add_argument("--limit", type=int, help="only the first N canvases; nothing is written")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser.add_argument("--name", default="demo_accuracy", help="of the files, such as demo_moe_accuracy")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder for the two files (default docs/)")
     options = parser.parse_args()
 
@@ -44,11 +46,11 @@ def main() -> None:
 
         logging.disable_progress_bar()
         torch.set_num_threads(options.threads)
-        name, how = "demo_accuracy", "transformers, float32 arithmetic on the bfloat16 weights, greedy"
+        name, how = options.name, "transformers, float32 arithmetic on the bfloat16 weights, greedy"
         predict = torch_predictor(options.checkpoint)
     else:
         target, predict = _engine_predictor(options.engine, options.threads)
-        name, how = f"demo_accuracy_{target}", f"engine {target}, greedy"
+        name, how = f"{options.name}_{target}", f"engine {target}, greedy"
     count = options.limit or HELD_OUT_COUNT
     started = time.monotonic()
 

@@ -31,7 +31,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command(epilog=DEBUG_HELP)
 def export(
     model: Annotated[
-        str, typer.Argument(help="A Hugging Face folder, a Hub id (owner/name[@revision]), or 'demo'.", metavar="MODEL")
+        str,
+        typer.Argument(
+            help="A Hugging Face folder, a Hub id (owner/name[@revision]), or a shipped one: demo, demo-moe.",
+            metavar="MODEL",
+        ),
     ],
     target: Annotated[str, typer.Option(help="What to build for: of `qwen3vl targets`, or auto.")] = "ort-cpu-fp32",
     output: Annotated[Path | None, typer.Option(help="Engine folder to write. [default: out/MODEL-TARGET]")] = None,

@@ -84,13 +84,13 @@ def model_shape(model: str) -> ModelConfig:
 
     if not Path(model).expanduser().is_dir() and model in configs.names("models"):
         return ModelConfig.from_hf({"model_type": SUPPORTED_MODEL_TYPE, **configs.load(f"models/{model}")})
-    from qwen3vl_export.checkpoint import DEMO, Checkpoint
+    from qwen3vl_export.checkpoint import DEMO, DEMO_MOE, Checkpoint
 
-    if Path(model).expanduser().is_dir() or model == DEMO:
+    if Path(model).expanduser().is_dir() or model in (DEMO, DEMO_MOE):
         return Checkpoint.open(model).config
     raise UsageError(
         f"--model {model}: no such folder",
-        remedy=f"give a Hugging Face folder, {DEMO}, or one of {', '.join(configs.names('models'))}",
+        remedy=f"give a Hugging Face folder, {DEMO}, {DEMO_MOE}, or one of {', '.join(configs.names('models'))}",
     )
 
 

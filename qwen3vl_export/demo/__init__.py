@@ -6,5 +6,7 @@ from pathlib import Path
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 """The shipped Hugging Face folder."""
+CHECKPOINT_MOE = Path(__file__).with_name("checkpoint_moe")
+"""The one with a mixture of experts."""
 IMAGES = Path(__file__).with_name("images")
 """A few held-out pictures, with `truth.json`."""
