@@ -147,8 +147,8 @@ class Plan:
     """An opened plan, with an execution context for each profile and batch, made when it is first used.
 
     A CUDA graph holds only while the context that it was recorded from keeps its profile and its shapes. With one
-    context for all, a prefill or a step of another batch between two steps would change them. A context allocates the
-    activations of its profile alone, and several may share one.
+    context for all, a prefill or a step of another batch between two steps would change them. Several contexts may have
+    one profile.
     """
 
     def __init__(self, library: Library, engine: Any, path: Path, profiles: Sequence[Profile]) -> None:
@@ -156,6 +156,7 @@ class Plan:
         self._engine = engine
         self._path = path
         self.profiles = profiles
+        self._workspace: tuple[int, int] | None = None
         self._contexts: dict[tuple[int, int], Any] = {}
         self._shapes: dict[tuple[int, int], Mapping[str, Shape]] = {}
 
@@ -164,12 +165,23 @@ class Plan:
         return bool(self._engine.get_aliased_input_tensor(output) == source)
 
     @property
+    def workspace_bytes(self) -> int:
+        """Bytes that a run takes for activations, whatever its profile."""
+        return int(self._engine.device_memory_size_v2)
+
+    def use_workspace(self, address: int, num_bytes: int) -> None:
+        """Keep the activations of all contexts there, and not in memory of each; before there is any context."""
+        self._workspace = address, num_bytes
+
+    @property
     def streamable_bytes(self) -> int:
         """Bytes of the weights that may stay in host memory."""
         return int(self._engine.streamable_weights_size)
 
     def context_bytes(self, max_batch: int) -> int:
-        """Return the device memory of all contexts that there can be; it depends on how weights are streamed.
+        """Return the device memory of all contexts that there can be, without a workspace.
+
+        It depends on how weights are streamed.
 
         Args:
             max_batch: Most sequences of a decode step, each number of which has a context of its own.
@@ -237,7 +249,10 @@ class Plan:
     def _new_context(self, profile: Profile, stream: int) -> Any:
         trt = self._library.trt
         config = self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
+        strategies = trt.ExecutionContextAllocationStrategy
+        config.set_execution_context_allocation_strategy(
+            strategies.USER_MANAGED if self._workspace else strategies.ON_PROFILE_CHANGE
+        )
         if profile.is_decode and hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
             # TensorRT-RTX compiles kernels for a shape in the background while it runs others, and a CUDA graph
             # would keep those for ever. A decode step has as many shapes as batch sizes: wait for their kernels.
@@ -245,6 +260,9 @@ class Plan:
         context = self._engine.create_execution_context(config)
         if context is None or not context.set_optimization_profile_async(profile.index, stream):
             raise self._library.failure(f"{self._path}: no execution context for profile {profile.name}")
+        if self._workspace:
+            address, num_bytes = self._workspace
+            context.set_device_memory(address, num_bytes)
         return context
 
 

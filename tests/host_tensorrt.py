@@ -41,6 +41,7 @@ _TYPES = {"tensor(float)": DataType.FLOAT, "tensor(float16)": DataType.HALF, "te
 class ExecutionContextAllocationStrategy(enum.Enum):
     STATIC = 0
     ON_PROFILE_CHANGE = 1
+    USER_MANAGED = 2
 
 
 class DynamicShapesKernelSpecializationStrategy(enum.Enum):
@@ -86,7 +87,7 @@ class ICudaEngine:
         self.profiles = plan["profiles"]
         self.inputs = {value.name: _TYPES[value.type] for value in self.graph.get_inputs()}
         self.outputs = {value.name: _TYPES[value.type] for value in self.graph.get_outputs()}
-        self.has_contexts = False
+        self.has_contexts = self.streams = False
         self.refitted_from: str | None = None
         self._budget = STREAMABLE_BYTES
         self.log = log
@@ -123,16 +124,24 @@ class ICudaEngine:
         if budget < 0 or self.has_contexts:
             self.log("The weight streaming budget cannot be modified while there are active IExecutionContexts.")
         else:
-            self._budget = budget
+            self._budget, self.streams = budget, True
 
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         """Return something that differs from profile to profile, and is more while weights are streamed."""
         return CONTEXT_BYTES * (profile_index + 1) + (SCRATCH_BYTES if self._budget < STREAMABLE_BYTES else 0)
 
+    @property
+    def device_memory_size_v2(self) -> int:
+        return max(map(self.get_device_memory_size_for_profile_v2, range(len(self.profiles))))
+
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig()
 
-    def create_execution_context(self, config: IRuntimeConfig) -> IExecutionContext:
+    def create_execution_context(self, config: IRuntimeConfig) -> IExecutionContext | None:
+        # TensorRT-RTX insists on it for plans with REQUIRE_USER_ALLOCATION, which excludes weight streaming.
+        if config.strategy.name != ("ON_PROFILE_CHANGE" if self.streams else "USER_MANAGED"):
+            self.log(f"a context of strategy {config.strategy.name}")
+            return None
         self.has_contexts = True
         return IExecutionContext(self, config)
 
@@ -178,6 +187,12 @@ class IExecutionContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._set_up: dict[str, tuple[int, ...]] | None = None
+        self._workspace: int | None = None
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        if memory % _ALIGNMENT or size < self._engine.device_memory_size_v2:
+            raise HostCudaError(f"a workspace of {size} bytes at {memory:#x}")
+        self._workspace = memory
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         if device_of_stream(stream).is_recording:
@@ -221,6 +236,11 @@ class IExecutionContext:
         self._set_up = dict(self._shapes)
         shapes, addresses = dict(self._shapes), dict(self._addresses)
         uses = [device.allocation_at(address) for address in addresses.values()]
+        if self._config.strategy is ExecutionContextAllocationStrategy.USER_MANAGED:
+            if self._workspace is None:
+                return self._refuse("no device memory was given")
+            device.view(self._workspace, (self._engine.device_memory_size_v2,), np.uint8)  # it is there
+            uses.append(device.allocation_at(self._workspace))
         name = f"run {self._profile} {'x'.join(map(str, shapes.get('input_ids', shapes.get('pixel_values', ()))))}"
         state = self._profile, shapes
         device.enqueue(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -18,11 +19,12 @@ from engines.bundle import Bundle
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.generation import decode_steps, prefill
 from runtime.generation_config import GenerationOptions
+from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.sampling import Sampler
 from tests import host_tensorrt
 from tests.host_cuda import HostDevice
-from tests.host_engine import build_host_engine
+from tests.host_engine import build_host_engine, with_capabilities
 
 PICTURES = Path(__file__).resolve().parent.parent / "qwen3vl_export" / "demo" / "images"
 CAPACITY, MAX_BATCH, CHUNK, BUCKETS = 640, 4, 16, (64, 256)
@@ -335,6 +337,17 @@ def test_steps_run_without_cuda_graphs_on_request(
     assert "begin_capture" not in device.events
     assert model.session.decode_recorded is False
     assert not caplog.records
+    model.session.close()
+
+
+def test_an_engine_that_streams_its_weights_answers(
+    folder: Path, tmp_path: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "engine")
+    with_capabilities(Manifest.read(folder), weight_streaming=True).write(copy)
+    monkeypatch.setattr(tensorrt_session, "CudaDevice", lambda: device)
+    model = Qwen3VLModel.from_engine(copy)
+    assert model.generate(READ).text == "1654"
     model.session.close()
 
 

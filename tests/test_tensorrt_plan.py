@@ -194,7 +194,7 @@ def test_weights_take_the_memory_that_nothing_else_will_take(
     manifest = with_capabilities(Manifest.read(folder), weight_streaming=True)
     device = HostDevice()
     session = TensorRtSession(folder, Manifest.read(folder), device)
-    opened = device.total_bytes - device.memory_info()[0]
+    opened = device.total_bytes - device.memory_info()[0] - 2 * CONTEXT_BYTES  # without a workspace
     session.close()
     # Contexts of decode and prefill, and of the one size of images, with what streaming takes of each.
     contexts = 4 * CONTEXT_BYTES + 3 * SCRATCH_BYTES
@@ -210,6 +210,16 @@ def test_weights_stay_where_the_plan_does_not_stream(folder: Path) -> None:
     session = TensorRtSession(folder, Manifest.read(folder), HostDevice())
     assert session._decoder._engine.weight_streaming_budget_v2 == STREAMABLE_BYTES
     session.close()
+
+
+def test_the_workspace_is_that_of_the_largest_profile_and_all_contexts_share_it(folder: Path) -> None:
+    device = HostDevice()
+    session = TensorRtSession(folder, Manifest.read(folder), device)
+    (address, num_bytes), other = session._decoder._workspace, session._vision._workspace
+    assert other == (address, num_bytes)
+    assert num_bytes == device.allocation_at(address).num_bytes == 2 * CONTEXT_BYTES
+    session.close()
+    assert device.leaks() == []
 
 
 def test_each_batch_of_a_decode_step_counts_as_a_context(folder: Path) -> None:

@@ -130,7 +130,14 @@ class TensorRtSession:
             device.synchronize(self._stream)
             if capabilities.get("weight_streaming"):
                 # All weights of the decoder are read for each token, those of the vision tower for each image.
+                # Such a plan of TensorRT-RTX takes no workspace, and then it may not be able to record.
                 share_memory((self._decoder, self._vision), device, self._later_bytes(manifest), batch)
+            else:
+                # One for all, since runs follow each other on one stream. TensorRT-RTX records with no other.
+                num_bytes = max(plan.workspace_bytes for plan in plans.values())
+                workspace = self._buffer("workspace", num_bytes)
+                for plan in plans.values():
+                    plan.use_workspace(workspace, num_bytes)
             self.close = weakref.finalize(self, stack.pop_all().close)
             self.close.atexit = False  # the driver frees what a process leaves
 
