@@ -38,8 +38,9 @@ def test_it_is_small_and_sees_as_the_dense_one() -> None:
     for name, tensor in dense.items():
         if name.startswith("model.visual."):
             assert torch.equal(tensor, sparse[name]), name
-    text = json.loads((CHECKPOINT_MOE / "config.json").read_text())["text_config"]
-    assert (text["num_experts"], text["num_experts_per_tok"], text["moe_intermediate_size"]) == (8, 2, 128)
+    experts = Checkpoint.open("demo-moe").config.text.experts
+    assert experts is not None
+    assert (experts.num_experts, experts.top_k, experts.intermediate_size) == (8, 2, 128)
 
 
 def test_every_task_is_within_a_point_of_the_dense_one() -> None:
