@@ -85,6 +85,9 @@ MaxMemory = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine.")]
+NoCudaGraphs = Annotated[
+    bool, typer.Option("--no-cuda-graphs", help="On a GPU, do not record the decode step as a CUDA graph.")
+]
 HugePages = Annotated[
     bool, typer.Option("--huge-pages", help="Move the weights to huge pages first: seconds to open, faster tokens.")
 ]
@@ -113,6 +116,7 @@ def run(
     max_memory: MaxMemory = None,
     threads: Threads = None,
     huge_pages: HugePages = False,
+    no_cuda_graphs: NoCudaGraphs = False,
     as_json: AsJson = False,
     stats: ShowStats = False,
     check: CheckAll = False,
@@ -153,6 +157,7 @@ def run(
         check=check,
         threads=threads,
         huge_pages=huge_pages or None,
+        cuda_graphs=False if no_cuda_graphs else None,
         max_context=max_context,
         max_memory=_bytes(max_memory),
         min_pixels=min_pixels,
@@ -190,6 +195,7 @@ def chat(
     max_memory: MaxMemory = None,
     threads: Threads = None,
     huge_pages: HugePages = False,
+    no_cuda_graphs: NoCudaGraphs = False,
     stats: ShowStats = False,
     check: CheckAll = False,
 ) -> None:
@@ -218,6 +224,7 @@ def chat(
         check=check,
         threads=threads,
         huge_pages=huge_pages or None,
+        cuda_graphs=False if no_cuda_graphs else None,
         max_context=max_context,
         max_memory=_bytes(max_memory),
         min_pixels=min_pixels,
