@@ -64,6 +64,7 @@ OBJECTS = {
 ELSEWHERE = {
     ("runtime/tensorrt_plan.py", "config"): "IRuntimeConfig",
     ("runtime/tensorrt_plan.py", "parser"): "OnnxParserRefitter",
+    ("engines/tensorrt/checks.py", "config"): None,
     ("engines/tensorrt/profiles.py", "config"): None,
     ("engines/tensorrt/lowering.py", "config"): None,
     ("scripts/gpu_check.py", "output"): None,

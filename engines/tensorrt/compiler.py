@@ -19,8 +19,7 @@ from engines.tensorrt.profiles import LOGITS_CHUNK, Profile, profiles_of
 from runtime.errors import CapacityError, TargetError
 from runtime.manifest import FileRecord, sha256_of
 from runtime.model_config import ModelConfig
-
-_SHOWN_ERRORS = 3
+from runtime.tensorrt_log import first_errors, is_out_of_memory, make_logger
 
 
 def compile_plans(
@@ -94,12 +93,12 @@ class _PlanBuilder:
     def __init__(self, trt: Any, source: Path) -> None:
         self._trt = trt
         self._source = source
-        self._log = _logger(trt)
+        self._log = make_logger(trt)
         self._builder = trt.Builder(self._log)
         self.network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(self.network, self._log)
         if not parser.parse_from_file(str(source)):
-            errors = "; ".join(parser.get_error(i).desc() for i in range(min(parser.num_errors, _SHOWN_ERRORS)))
+            errors = first_errors([parser.get_error(i).desc() for i in range(parser.num_errors)])
             raise TargetError(
                 f"{source.name}: {trt.__name__} {trt.__version__} does not parse it: {errors}",
                 remedy="a newer version of the library may; docs/targets.md says which one was tried",
@@ -113,18 +112,16 @@ class _PlanBuilder:
         # So that the inspector on a GPU machine shows the types of what each layer gives.
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         for flag, is_set in (
-            ("STRIP_PLAN", options.strip_weights),
-            ("WEIGHT_STREAMING", options.weight_streaming),
-            ("VERSION_COMPATIBLE", options.version_compatible),
-            # TensorRT-RTX asks for it where a CUDA graph is recorded (notes of 1.2), and refuses it beside weight
-            # streaming, so then no step is recorded. TensorRT has no such flag.
-            (
-                "REQUIRE_USER_ALLOCATION",
-                hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not options.weight_streaming,
-            ),
+            (trt.BuilderFlag.STRIP_PLAN, options.strip_weights),
+            (trt.BuilderFlag.WEIGHT_STREAMING, options.weight_streaming),
+            (trt.BuilderFlag.VERSION_COMPATIBLE, options.version_compatible),
         ):
             if is_set:
-                config.set_flag(getattr(trt.BuilderFlag, flag))
+                config.set_flag(flag)
+        # TensorRT-RTX asks for it where a CUDA graph is recorded (notes of 1.2), and refuses it beside weight
+        # streaming, so then no step is recorded. TensorRT has no such flag.
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not options.weight_streaming:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if options.hardware_compatible:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if compute_capabilities:
@@ -150,12 +147,12 @@ class _PlanBuilder:
         return built
 
     def _failure(self) -> TargetError | CapacityError:
-        said = "; ".join(self._log.errors[:_SHOWN_ERRORS]) or "it does not say why"
-        message = f"{self._source.name}: {self._trt.__name__} {self._trt.__version__} builds no plan: {said}"
-        if "out of memory" in said.lower() or "outofmemory" in said.lower():
-            return CapacityError(
-                message, remedy="lower --max-context, --max-batch or --max-patches, or use a larger GPU"
-            )
+        errors = self._log.errors
+        library = f"{self._trt.__name__} {self._trt.__version__}"
+        message = f"{self._source.name}: {library} builds no plan: {first_errors(errors)}"
+        if is_out_of_memory(errors):
+            remedy = "lower --max-context, --max-batch or --max-patches, or use a larger GPU"
+            return CapacityError(message, remedy=remedy)
         return TargetError(message, remedy="run with --no-compile and look at the lowered graph")
 
 
@@ -175,18 +172,3 @@ def _stream_writer(trt: Any, file: BinaryIO) -> Any:
                 return 0
 
     return Writer()
-
-
-def _logger(trt: Any) -> Any:
-    """Return a logger that keeps the errors: the builder itself gives no reason when it fails."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Logger()
