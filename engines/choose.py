@@ -276,12 +276,6 @@ def weight_bytes(target: Target, config: ModelConfig) -> int:
     return total
 
 
-def needs_calibration(target: Target) -> bool:
-    """Return whether a format of the target rounds activations by ranges that only calibration shows."""
-    plan, _ = _forms(target.passes())
-    return any(form.kind == _FLOAT8 for _, form in plan.rules)
-
-
 def default_request() -> Request:
     """Return the request of configs/choice.toml."""
     return Request(**configs.load("choice")["request"])

@@ -30,8 +30,9 @@ if str(ROOT) not in sys.path:  # run as a script, Python looks beside it
     sys.path.insert(0, str(ROOT))
 
 import configs  # noqa: E402
-from engines.choose import GPU, device_of, estimate, limit_bytes, needs_calibration  # noqa: E402
+from engines.choose import GPU, device_of, estimate, limit_bytes  # noqa: E402
 from engines.hardware import Hardware, probe  # noqa: E402
+from engines.quantize.calibration import needs_prompts  # noqa: E402
 from engines.registry import all_targets  # noqa: E402
 from runtime.errors import CheckpointError, Qwen3VLError, TargetError  # noqa: E402
 from runtime.manifest import Manifest  # noqa: E402
@@ -359,7 +360,7 @@ def check(
                     Path(folder) / "engine",
                     run,
                     limit_s,
-                    _calibration(work) if needs_calibration(target) else None,
+                    _calibration(work) if needs_prompts(target) else None,
                 )
             write_result(outcomes[-1], hardware, results, date)
     return outcomes

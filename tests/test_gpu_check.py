@@ -378,7 +378,7 @@ def test_the_commands_for_real_on_a_target_of_the_cpu(tmp_path: Path) -> None:
 def test_a_target_that_needs_calibration_gets_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from engines.quantize.calibration_data import read_prompts
 
-    monkeypatch.setattr(gpu_check, "needs_calibration", lambda target: target.name == "trt-fp8")
+    monkeypatch.setattr(gpu_check, "needs_prompts", lambda target: target.name == "trt-fp8")
     commands, counted = Commands(), []
 
     def run(command: Sequence[str], timeout_s: float) -> Done:
