@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import configs
+from engines.weight_shapes import Shape, weight_shapes
 from runtime.errors import UsageError
 from runtime.model_config import EXPERTS_MODEL_TYPE, ModelConfig
 
 if TYPE_CHECKING:
     import numpy as np
 
-Shape = tuple[int, ...]
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -82,70 +82,8 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     Args:
         config: Contents of `config.json`.
     """
-    return dict([*_vision_shapes(config["vision_config"]), *_text_shapes(config)])
-
-
-def _linear(name: str, out_features: int, in_features: int) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}.weight", (out_features, in_features)
-    yield f"{name}.bias", (out_features,)
-
-
-def _layer_norm(name: str, features: int) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}.weight", (features,)
-    yield f"{name}.bias", (features,)
-
-
-def _vision_shapes(vision: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
-    hidden, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
-    merged = hidden * vision["spatial_merge_size"] ** 2
-    prefix = "model.visual"
-    yield f"{prefix}.patch_embed.proj.weight", (hidden, _IMAGE_CHANNELS, vision["temporal_patch_size"], patch, patch)
-    yield f"{prefix}.patch_embed.proj.bias", (hidden,)
-    yield f"{prefix}.pos_embed.weight", (vision["num_position_embeddings"], hidden)
-    for index in range(vision["depth"]):
-        block = f"{prefix}.blocks.{index}"
-        yield from _layer_norm(f"{block}.norm1", hidden)
-        yield from _layer_norm(f"{block}.norm2", hidden)
-        yield from _linear(f"{block}.attn.qkv", 3 * hidden, hidden)
-        yield from _linear(f"{block}.attn.proj", hidden, hidden)
-        yield from _linear(f"{block}.mlp.linear_fc1", inner, hidden)
-        yield from _linear(f"{block}.mlp.linear_fc2", hidden, inner)
-    mergers = [("merger", hidden)]  # the last merger normalises patches, those of DeepStack merged patches
-    mergers += [(f"deepstack_merger_list.{i}", merged) for i in range(len(vision["deepstack_visual_indexes"]))]
-    for name, normalised in mergers:
-        yield from _layer_norm(f"{prefix}.{name}.norm", normalised)
-        yield from _linear(f"{prefix}.{name}.linear_fc1", merged, merged)
-        yield from _linear(f"{prefix}.{name}.linear_fc2", vision["out_hidden_size"], merged)
-
-
-def _text_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
-    text, model = config["text_config"], ModelConfig.from_hf(config).text
-    hidden, inner, head = text["hidden_size"], text["intermediate_size"], text["head_dim"]
-    queries, keys = text["num_attention_heads"] * head, text["num_key_value_heads"] * head
-    prefix = "model.language_model"
-    yield f"{prefix}.embed_tokens.weight", (text["vocab_size"], hidden)
-    for index in range(text["num_hidden_layers"]):
-        layer = f"{prefix}.layers.{index}"
-        yield f"{layer}.input_layernorm.weight", (hidden,)
-        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
-        yield f"{layer}.self_attn.q_proj.weight", (queries, hidden)
-        yield f"{layer}.self_attn.k_proj.weight", (keys, hidden)
-        yield f"{layer}.self_attn.v_proj.weight", (keys, hidden)
-        yield f"{layer}.self_attn.o_proj.weight", (hidden, queries)
-        yield f"{layer}.self_attn.q_norm.weight", (head,)
-        yield f"{layer}.self_attn.k_norm.weight", (head,)
-        experts = model.experts_of(index)
-        if experts is None:
-            yield f"{layer}.mlp.gate_proj.weight", (inner, hidden)
-            yield f"{layer}.mlp.up_proj.weight", (inner, hidden)
-            yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
-        else:
-            yield f"{layer}.mlp.experts.gate_up_proj", (experts.num_experts, hidden, 2 * experts.intermediate_size)
-            yield f"{layer}.mlp.experts.down_proj", (experts.num_experts, experts.intermediate_size, hidden)
-            yield f"{layer}.mlp.gate.weight", (experts.num_experts, hidden)
-    yield f"{prefix}.norm.weight", (hidden,)
-    if not config["tie_word_embeddings"]:
-        yield "lm_head.weight", (text["vocab_size"], hidden)
+    shapes = weight_shapes(ModelConfig.from_hf(config))
+    return {key: (shape[0], shape[2], shape[1]) if ".mlp.experts." in key else shape for key, shape in shapes.items()}
 
 
 def write_checkpoint(

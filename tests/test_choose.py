@@ -43,12 +43,6 @@ GPU_FP16, GPU_INT4 = like("ort-cpu-fp32", "trt-fp16"), like("ort-cpu-int4", "trt
 CPU_INT8, CPU_INT4 = like("ort-cpu-int8", "ort-cpu-int8"), like("ort-cpu-int4", "ort-cpu-int4")
 
 
-@pytest.mark.parametrize("name", DENSE)
-def test_shapes_are_those_of_a_checkpoint(name: str) -> None:
-    expected = synthetic.tensor_shapes(synthetic.hf_config(name))
-    assert list(weight_shapes(shape(name)).items()) == list(expected.items())
-
-
 def stored_bytes(engine: Path) -> int:
     """Bytes of all tensors in the weight files, each once, without what aligns them."""
     total = 0
