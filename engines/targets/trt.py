@@ -72,11 +72,12 @@ TARGETS = tuple(
         cache_dtype=lowering.cache_dtype(precision),
         updates_cache_in_place=True,
         batched_chunks=False,
-        native_ops={"CausalAttention": lowering.causal_attention},
+        native_ops=lowering.NATIVE_OPS,
         passes=partial(lowering.passes, precision),
         libraries=("onnx-ir",),
         availability=partial(_availability, precision),
         top_k=lowering.TOP_K,
+        takes_experts=True,
         device="gpu",
         compile=partial(_compile, precision),
     )

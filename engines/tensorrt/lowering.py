@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import configs
 from engines.quantize.formats import WeightPlan
+from engines.tensorrt.experts import mixture_of_experts
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -77,6 +78,9 @@ CausalAttention <scale: float, epsilon: float>
 """
 
 
+NATIVE_OPS = {"CausalAttention": causal_attention, "MixtureOfExperts": mixture_of_experts}
+
+
 def cache_dtype(precision: str) -> str:
     """Return the dtype of activations and KV cache: bfloat16 for `bf16`, float16 for all others."""
     return "bfloat16" if precision == "bf16" else "float16"
@@ -92,6 +96,7 @@ def passes(precision: str) -> Sequence[ir.passes.InPlacePass]:
     from engines.passes.dequantize_weights import DequantizeWeightsPass
     from engines.passes.fold_static_shapes import FoldStaticShapesPass
     from engines.passes.half_precision import HalfPrecisionPass
+    from engines.passes.pack_experts import PackExpertsPass
     from engines.passes.quantize_float8 import QuantizeFloat8Pass
 
     in_few_bits: dict[str, Callable[[WeightPlan], ir.passes.InPlacePass]] = {
@@ -103,6 +108,7 @@ def passes(precision: str) -> Sequence[ir.passes.InPlacePass]:
     return [
         FoldStaticShapesPass(),
         common.CommonSubexpressionEliminationPass(),
+        PackExpertsPass(plan),
         *([in_few_bits[precision](plan)] if precision in in_few_bits else []),
         AddTopKPass(TOP_K),
         HalfPrecisionPass(ir.DataType[cache_dtype(precision).upper()]),

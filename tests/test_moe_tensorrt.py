@@ -1,0 +1,240 @@
+"""The mixture of experts as TensorRT gets it: blocks of rows, packed weights, and plans that are really built."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowered_fixtures import edit_graph
+from onnx_ir.passes import common
+from test_moe_op import Arrays
+
+from benchmarks.quantizers import copy_of
+from benchmarks.synthetic import hf_config
+from engines.build import build_engine
+from engines.build_options import BuildOptions
+from engines.bundle import Bundle
+from engines.onnx_text import DOMAIN, parse_function
+from engines.passes.pack_experts import PackExpertsPass
+from engines.quantize.blockwise import quantize_blocks
+from engines.quantize.formats import WeightPlan
+from engines.quantize.tensors import ProducedTensor
+from engines.registry import get
+from engines.tensorrt.experts import mixture_of_experts as body_in_blocks
+from engines.weights import StackedTensor
+from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.export import make_bundle
+from qwen3vl_export.ops import mixture_of_experts
+from qwen3vl_export.parity.verify import verify
+from runtime.errors import TargetError
+from runtime.manifest import Manifest
+from runtime.model_config import ModelConfig
+
+D, WIDTH = 32, 16
+SMALL = BuildOptions(max_context=256, prefill_chunk=64, patch_buckets=(64, 256), max_batch=2)
+
+
+def config_of(num_experts: int, top_k: int) -> ModelConfig:
+    config = ModelConfig.from_hf(hf_config("tiny-moe"))
+    assert config.text.experts is not None
+    experts = dataclasses.replace(config.text.experts, num_experts=num_experts, top_k=top_k)
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, hidden_size=D, experts=experts))
+
+
+def arrays(num_tokens: int, num_experts: int, num_favoured: int, seed: int) -> Arrays:
+    """Return inputs of which every token chooses among the first experts, as far as these suffice."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray[Any, Any]:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    inputs = {
+        "x": normal(1, num_tokens, D),
+        "router_weight": normal(num_experts, D),
+        "gate_up": normal(num_experts, 2 * WIDTH, D),
+        "down": normal(num_experts, D, WIDTH),
+    }
+    inputs["x"][..., 0] = 1
+    inputs["router_weight"][:num_favoured, 0] += 100
+    return inputs
+
+
+def run_body(inputs: Arrays, top_k: int, inner: Sequence[str] = ()) -> list[np.ndarray[Any, Any]]:
+    """Run the body; return its output and values inside it."""
+    function = parse_function(body_in_blocks(config_of(len(inputs["down"]), top_k)))
+    values = [
+        ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
+        for name, array in inputs.items()
+    ]
+    node = ir.node(function.name, values, attributes={"top_k": top_k}, domain=DOMAIN)
+    node.outputs[0].name, node.outputs[0].type = "out", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": 24, DOMAIN: 1}, name="g")
+    model = common.InlinePass()(ir.Model(graph, ir_version=11, functions=[function])).model
+    proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
+    known = {value.name: value for value in proto.graph.value_info}
+    proto.graph.output.extend(known[name] for name in inner)
+    return ort.InferenceSession(proto.SerializeToString()).run(None, inputs)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_blocks_equal_the_reference_for_every_choice(data: st.DataObject) -> None:
+    """Few and many tokens, one expert for all of them or all experts: there are blocks enough, and not too many."""
+    num_experts = data.draw(st.integers(1, 9), "experts")
+    top_k = data.draw(st.integers(1, num_experts), "top_k")
+    num_tokens = data.draw(st.integers(1, 40), "tokens")
+    inputs = arrays(num_tokens, num_experts, data.draw(st.integers(0, num_experts)), data.draw(st.integers(0, 99)))
+    expected = mixture_of_experts.reference(**inputs, top_k=top_k)
+    found, x_NMD, experts_N = run_body(inputs, top_k, ["x_NMD", "block_expert_N"])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    num_pairs = num_tokens * top_k
+    assert x_NMD.shape[0] * x_NMD.shape[1] <= 3 * num_pairs
+    assert len(experts_N) <= max(1, 3 * num_experts / 2)
+
+
+def test_a_step_gathers_the_chosen_experts_alone() -> None:
+    inputs = arrays(1, 9, 0, 0)
+    _, x_NMD, experts_N = run_body(inputs, 3, ["x_NMD", "block_expert_N"])
+    assert x_NMD.shape == (3, 1, D)
+    chosen, _ = mixture_of_experts.route(inputs["router_weight"] @ inputs["x"][0, 0], 3)
+    assert sorted(chosen) == list(experts_N)
+
+
+# Packed weights.
+
+
+def stacked(array: np.ndarray[Any, Any], name: str) -> StackedTensor:
+    return StackedTensor(
+        name,
+        [
+            ProducedTensor(f"{name}.{e}", part.shape, ir.DataType.FLOAT, lambda part=part: iter([part.reshape(-1)]))
+            for e, part in enumerate(array)
+        ],
+    )
+
+
+def gather_graph(experts: StackedTensor) -> ir.Model:
+    index = ir.Value(name="index", shape=ir.Shape(["N"]), type=ir.TensorType(ir.DataType.INT64))
+    data = ir.Value(
+        name=experts.name,
+        shape=ir.Shape(experts.shape.numpy()),
+        type=ir.TensorType(ir.DataType.FLOAT),
+        const_value=experts,
+    )
+    node = ir.node("Gather", [data, index], name="gather")
+    node.outputs[0].name, node.outputs[0].type = "chosen", ir.TensorType(ir.DataType.FLOAT)
+    return ir.Model(
+        ir.Graph([index], node.outputs, nodes=[node], initializers=[data], opset_imports={"": 24}, name="g"),
+        ir_version=11,
+    )
+
+
+def plan(**weight_format: Any) -> WeightPlan:
+    return WeightPlan.from_rules([{"match": ["*"], **weight_format}])
+
+
+@pytest.mark.parametrize(("bits", "block"), [(4, 32), (8, 64)])
+def test_packed_experts_are_what_the_quantiser_chose(bits: int, block: int) -> None:
+    weights = np.random.default_rng(0).standard_normal((5, 12, 192)).astype(np.float32)
+    weights[:, :, 7] = -3  # codes of 0 and 15, so of either sign in the highest bits of an INT32
+    model = gather_graph(stacked(weights, "layers.0.mlp.experts.down_proj"))
+    # Blocks of 128 do not divide rows of 192: the largest that does is taken.
+    asked = block if bits == 4 else 128
+    result = PackExpertsPass(plan(kind="blockwise", bits=bits, block=asked, symmetric=True))(model)
+    assert result.modified
+    common.RemoveUnusedNodesPass()(model)
+    (packed,) = (v for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT32 and v.shape.rank() == 3)
+    assert packed.shape == (5, 12, 192 * bits // 32)
+    (found,) = ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, {"index": np.array([3, 0, 3])})
+    expected = quantize_blocks(weights.reshape(-1, block), bits, symmetric=True).dequantize().reshape(weights.shape)
+    np.testing.assert_allclose(found, expected[[3, 0, 3]], rtol=1e-6)
+    assert np.abs(found - weights[[3, 0, 3]]).max() < 0.5
+
+
+@pytest.mark.parametrize(
+    "weight_format",
+    [
+        {"kind": "blockwise", "bits": 4, "block": 128},
+        {"kind": "float8"},
+        {"kind": "blockwise", "bits": 4, "block": 32, "symmetric": True},
+    ],
+)
+def test_a_format_without_a_meaning_is_refused_by_name(weight_format: dict[str, Any]) -> None:
+    model = gather_graph(stacked(np.zeros((2, 4, 24), np.float32), "layers.7.mlp.experts.down_proj"))
+    with pytest.raises(ir.passes.PassError) as caught:
+        ir.passes.Sequential(PackExpertsPass(plan(**weight_format)))(model)
+    assert isinstance(caught.value.__cause__, TargetError)
+    assert "layers.7.mlp.experts.down_proj" in str(caught.value.__cause__)
+
+
+# The shipped mixture of experts.
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return make_bundle(Checkpoint.open("demo-moe"))
+
+
+@pytest.fixture(scope="module")
+def lowered(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lowered") / "int4"
+    build_engine(copy_of(bundle), get("trt-rtx-int4"), folder, runnable=False)
+    return folder
+
+
+def test_lowered_graphs_agree_with_transformers(lowered: Path) -> None:
+    report = verify(lowered, "demo-moe", max_new_tokens=8)
+    assert report.passed, report.render()
+    graph = onnx.load(lowered / "decoder.onnx", load_external_data=False).graph
+    types = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
+    experts = {name: kind for name, kind in types.items() if ".experts." in name and not name.endswith(".scales")}
+    assert set(experts.values()) == {"INT32"} and len(experts) == 8
+    assert sum(name.endswith(".q8") for name in experts) == 4  # the first two layers
+    assert {kind for name, kind in types.items() if ".mlp.gate." in name} == {"FLOAT16"}
+
+
+def next_expert(graph: onnx.GraphProto) -> int:
+    """Each block takes the expert behind its own."""
+    nodes = [node for node in graph.node if node.op_type == "LessOrEqual" and "is_before_NE" in node.output[0]]
+    for node in nodes:
+        node.op_type = "Less"
+    return len(nodes)
+
+
+def zero_point_off_by_one(graph: onnx.GraphProto) -> int:
+    """Codes stand for -7 … 8 in place of -8 … 7."""
+    for tensor in graph.initializer:
+        if tensor.name == "unpack.zero_point_4":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.float16(7), tensor.name))
+            return 1
+    return 0
+
+
+@pytest.mark.parametrize("sabotage", [next_expert, zero_point_off_by_one])
+def test_verify_notices_a_fault_of_the_lowering(sabotage: Any, lowered: Path, tmp_path: Path) -> None:
+    folder = edit_graph(lowered, tmp_path / "edited", "decoder.onnx", sabotage)
+    report = verify(folder, "demo-moe", max_new_tokens=2)
+    assert not report.passed
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_it_becomes_plans(precision: str, bundle: Bundle, tmp_path: Path) -> None:
+    """The network is held against the graph, and the plan's bytes against the weights': they stay packed."""
+    pytest.importorskip("tensorrt_rtx")
+    engine = tmp_path / "engine"
+    build_engine(copy_of(bundle), get(f"trt-rtx-{precision}"), engine, options=SMALL)
+    manifest = Manifest.read(engine)
+    manifest.check(engine, full=True)
+    assert {"vision.plan", "decoder.plan"} <= {path.name for path in engine.iterdir()}
+    weights = manifest.capabilities["graph_weight_bytes"]["decoder"]
+    # 4 layers of 8 experts of 3 · 192 · 128 weights: 4.7 MB in float16; two layers in 8 bits, two in 4, 1.8 MB.
+    assert weights > 5e6 if precision == "fp16" else weights < 4.5e6
