@@ -7,8 +7,8 @@ gathered for it, and all blocks are one batched product. With P = T · k pairs a
 
 is enough for every choice: experts with p_e pairs fill Σ ceil(p_e / M) ≤ (P - E) / M + E < 3 · E / 2 blocks, or P of
 them where M is 1. So at most 3 · P rows are computed, where all experts for all tokens would be P · E / k, and at most
-3 · E / 2 experts are gathered. A step has few pairs, so M = 1: each pair gathers its expert and multiplies one row. Both
-sizes grow with T, so the largest shape of a profile needs the most memory.
+3 · E / 2 experts are gathered. A step has few pairs, so M = 1: each pair gathers its expert and multiplies one row.
+Both sizes grow with T, so the largest shape of a profile needs the most memory.
 
 Rows that no pair fills compute the first token once more, and nothing reads them.
 """
