@@ -23,12 +23,16 @@ from benchmarks.synthetic import hf_config
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
+from engines.hardware import Gpu, Hardware
+from engines.lower import lower
 from engines.onnx_text import DOMAIN, parse_function
 from engines.passes.pack_experts import PackExpertsPass
 from engines.quantize.blockwise import quantize_blocks
 from engines.quantize.formats import WeightPlan
 from engines.quantize.tensors import ProducedTensor
 from engines.registry import get
+from engines.targets import trt as trt_target
+from engines.tensorrt.checks import check_network, graph_facts
 from engines.tensorrt.experts import mixture_of_experts as body_in_blocks
 from engines.weights import StackedTensor
 from qwen3vl_export.checkpoint import Checkpoint
@@ -238,3 +242,59 @@ def test_it_becomes_plans(precision: str, bundle: Bundle, tmp_path: Path) -> Non
     weights = manifest.capabilities["graph_weight_bytes"]["decoder"]
     # 4 layers of 8 experts of 3 · 192 · 128 weights: 4.7 MB in float16; two layers in 8 bits, two in 4, 1.8 MB.
     assert weights > 5e6 if precision == "fp16" else weights < 4.5e6
+
+
+# TensorRT's own layer, on GPUs that have it.
+
+
+@pytest.fixture
+def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu("Test B200", "10.0", 180 << 30, 180 << 30, "590.1")
+    monkeypatch.setattr(trt_target, "probe", lambda: Hardware("Abacus", (), 2, 1 << 30, gpus=(gpu,)))
+
+
+@pytest.mark.usefixtures("blackwell")
+def test_the_layer_gets_what_its_documentation_asks_for(bundle: Bundle, tmp_path: Path) -> None:
+    """Parsed, not built: no library for these GPUs is here. Its formula on its weights is the op's."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    build_engine(copy_of(bundle), get("trt-fp16"), tmp_path / "lowered", runnable=False)
+    path = tmp_path / "lowered" / "decoder.onnx"
+    model = ir.load(path)
+    layers = [node for node in model.graph if node.op_type == "TRT_MoE"]
+    assert len(layers) == 4 and not any(node.op_type == "CumSum" for node in model.graph)
+    assert [value.dtype.name for value in layers[0].inputs] == ["FLOAT16", "INT32", *["FLOAT16"] * 4]
+    log = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(log).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(network, log).parse_from_file(str(path))
+    check_network(trt, network, graph_facts(model), "decoder")
+    kinds = [network.get_layer(i) for i in range(network.num_layers)]
+    parsed = [layer for layer in kinds if layer.type == trt.LayerType.MOE]
+    assert len(parsed) == 4
+    for layer in parsed:
+        layer.__class__ = trt.IMoELayer
+        assert layer.activation_type == trt.MoEActType.SILU
+
+    gate, up, down = (value.const_value.numpy().astype(np.float64) for value in layers[2].inputs[3:])
+    initializers = bundle.graphs["decoder"].graph.initializers
+    weights = {
+        name: next(
+            t.const_value for key, t in bundle.graphs["decoder"].graph.initializers.items() if key.endswith(name)
+        )
+        for name in ("layers.2.mlp.gate.weight", "layers.2.mlp.experts.gate_up_proj", "layers.2.mlp.experts.down_proj")
+    }
+    router, gate_up, down_proj = (tensor.numpy() for tensor in weights.values())
+    x = np.random.default_rng(0).standard_normal((1, 5, router.shape[1])).astype(np.float32)
+    expected = mixture_of_experts.reference(x, router, gate_up, down_proj, top_k=2)
+    found = np.zeros_like(expected)
+    for t, token in enumerate(x[0].astype(np.float64)):
+        for expert, weight in zip(*mixture_of_experts.route(router @ token, 2), strict=True):
+            gated = token @ gate[expert]
+            found[0, t] += weight * ((gated / (1 + np.exp(-gated)) * (token @ up[expert])) @ down[expert])
+    assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
+
+
+@pytest.mark.usefixtures("blackwell")
+def test_few_bits_stay_in_blocks(bundle: Bundle) -> None:
+    target = get("trt-int4")
+    model = lower(copy_of(bundle).graphs["decoder"], target, bundle.config, target.passes())
+    assert not any(node.op_type == "TRT_MoE" for node in model.graph)

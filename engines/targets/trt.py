@@ -16,6 +16,11 @@ from typing import TYPE_CHECKING
 from engines.hardware import probe
 from engines.target import Availability, Compiled, Target
 from engines.tensorrt import lowering
+from engines.tensorrt.experts import (
+    MOE_LAYER_COMPUTE_CAPABILITIES,
+    mixture_of_experts,
+    mixture_of_experts_layer,
+)
 from runtime.errors import TargetError
 
 if TYPE_CHECKING:
@@ -43,8 +48,22 @@ def _compile(
             f"compute capability {', '.join(options.compute_capabilities)}: TensorRT builds for {here}, this machine's",
             remedy="build on such a GPU, or choose a trt-rtx-* target",
         )
+    uses_layer = any(node.op_type == "TRT_MoE" for graph in graphs.values() for node in graph.graph)
+    if options.hardware_compatible and uses_layer:
+        raise TargetError(
+            "--hardware-compatible: the experts are TensorRT's own layer, which only GPUs of SM "
+            f"{', '.join(MOE_LAYER_COMPUTE_CAPABILITIES)} have",
+            remedy="leave it out; or build a trt-rtx-* target, whose plans serve all GPUs from SM 7.5 to 12.1",
+        )
     made = compile_plans(tensorrt, folder, graphs, config, options, (here,), sets_capabilities=False)
     return replace(made, capabilities={**made.capabilities, "driver": device.driver_version, "gpu": device.name})
+
+
+def _mixture_of_experts(precision: str, config: ModelConfig) -> str:
+    """Return the body with TensorRT's own layer if this machine's GPU has it and the weights are in half precision."""
+    gpu = probe().gpu
+    has_layer = gpu is not None and gpu.compute_capability in MOE_LAYER_COMPUTE_CAPABILITIES
+    return (mixture_of_experts_layer if has_layer and precision in ("fp16", "bf16") else mixture_of_experts)(config)
 
 
 def _availability(precision: str) -> Availability:
@@ -72,7 +91,7 @@ TARGETS = tuple(
         cache_dtype=lowering.cache_dtype(precision),
         updates_cache_in_place=True,
         batched_chunks=False,
-        native_ops=lowering.NATIVE_OPS,
+        native_ops={**lowering.NATIVE_OPS, "MixtureOfExperts": partial(_mixture_of_experts, precision)},
         passes=partial(lowering.passes, precision),
         libraries=("onnx-ir",),
         availability=partial(_availability, precision),

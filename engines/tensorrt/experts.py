@@ -124,3 +124,30 @@ MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
     out = Reshape (out_TD, x_shape)
 }}
 """
+
+
+MOE_LAYER_COMPUTE_CAPABILITIES = ("10.0", "10.3", "11.0")
+"""GPUs that have TensorRT's own layer for experts (its documentation of IMoELayer, read in November 2026)."""
+
+
+def mixture_of_experts_layer(config: ModelConfig) -> str:
+    """Return the body of `MixtureOfExperts` with TensorRT's own layer, for GPUs that have it.
+
+    Inputs and attributes of TRT_MoE are those that the parser of tensorrt_rtx 1.7.1 asks for; the weights take their
+    places in `SplitExpertsPass`. Its `activation_type` 1 is SiLU.
+    """
+    return """
+<domain: "qwen3vl", opset_import: ["" : 24, "trt" : 1]>
+MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
+{
+    axis_0 = Constant <value_ints = [0]> ()
+    k_scalar = Constant <value_int: int = @top_k> ()
+    k = Unsqueeze (k_scalar, axis_0)
+    router_DE = Transpose <perm = [1, 0]> (router_weight)
+    logits_BSE = MatMul (x, router_DE)
+    chosen_BSk, expert_BSk = TopK <axis = -1> (logits_BSE, k)
+    weight_BSk = Softmax <axis = -1> (chosen_BSk)
+    expert = Cast <to = 6> (expert_BSk)
+    out = trt.TRT_MoE <activation_type = 1> (x, expert, weight_BSk, gate_up, gate_up, down)
+}
+"""

@@ -98,6 +98,7 @@ def passes(precision: str) -> Sequence[ir.passes.InPlacePass]:
     from engines.passes.half_precision import HalfPrecisionPass
     from engines.passes.pack_experts import PackExpertsPass
     from engines.passes.quantize_float8 import QuantizeFloat8Pass
+    from engines.passes.split_experts import SplitExpertsPass
 
     in_few_bits: dict[str, Callable[[WeightPlan], ir.passes.InPlacePass]] = {
         "int4": DequantizeWeightsPass,
@@ -109,6 +110,7 @@ def passes(precision: str) -> Sequence[ir.passes.InPlacePass]:
         FoldStaticShapesPass(),
         common.CommonSubexpressionEliminationPass(),
         PackExpertsPass(plan),
+        SplitExpertsPass(),
         *([in_few_bits[precision](plan)] if precision in in_few_bits else []),
         AddTopKPass(TOP_K),
         HalfPrecisionPass(ir.DataType[cache_dtype(precision).upper()]),
