@@ -28,17 +28,18 @@ from runtime.model_config import ModelConfig
 TOP_K = 3
 
 
-def padded(inputs: Arrays) -> Arrays:
-    """Widen D from 24 to 32 and the experts from 20 to 48, with other values, so that blocks of 16 divide both."""
+def padded(inputs: Arrays, hidden: int = 32, width: int = 48) -> Arrays:
+    """Widen D from 24 and the experts from 20, with other values, so that blocks of 16 divide both."""
     rng = np.random.default_rng(5)
-    num_experts = len(inputs["down"])
-    extra = rng.standard_normal((*inputs["x"].shape[:2], 8)).astype(np.float32)
-    router = np.pad(inputs["router_weight"], ((0, 0), (0, 8)))
+    num_experts, num_columns = inputs["router_weight"].shape
+    more = hidden - num_columns
+    extra = rng.standard_normal((*inputs["x"].shape[:2], more)).astype(np.float32)
+    router = np.pad(inputs["router_weight"], ((0, 0), (0, more)))
     return {
         "x": np.concatenate([inputs["x"], extra], -1),
         "router_weight": router,
-        "gate_up": rng.standard_normal((num_experts, 96, 32)).astype(np.float32),
-        "down": rng.standard_normal((num_experts, 32, 48)).astype(np.float32),
+        "gate_up": rng.standard_normal((num_experts, 2 * width, hidden)).astype(np.float32),
+        "down": rng.standard_normal((num_experts, hidden, width)).astype(np.float32),
     }
 
 

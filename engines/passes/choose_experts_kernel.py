@@ -26,14 +26,26 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
     | format | node | gate and up | weights |
     |---|---|---|---|
     | float32 | MoE | rows take turns | stacked, as they are |
-    | blockwise | QMoE | rows take turns | stacked codes, scales and zero points |
+    | blockwise | QMoE | rows take turns | stacked codes, scales and, unless symmetric, zero points |
 
-    The other forms that were tried, and their times, are in docs/mixture_of_experts.md and benchmarks/experts.py.
+    The codes are those of the schema (`weights_prepacked` 0), which every provider packs for its own kernel when it
+    opens the graph. The other forms that were tried, and their times, are in docs/mixture_of_experts.md and
+    benchmarks/experts.py.
+
+    Args:
+        plan: The formats.
+        accuracy_level: Of QMoE on the CPU: 4 lets it round the input to 8 bits; 0 computes in the input's own type,
+            but for weights in 8 bits, whose kernel knows no other way.
+        blocks: Block sizes that the kernel takes.
     """
 
-    def __init__(self, plan: WeightPlan) -> None:
+    def __init__(
+        self, plan: WeightPlan, accuracy_level: int = _INT8_PRODUCTS, *, blocks: tuple[int, ...] = BLOCK_SIZES
+    ) -> None:
         super().__init__()
         self.plan = plan
+        self._accuracy_level = accuracy_level
+        self._blocks = blocks
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Exchange the weights of every MoE."""
@@ -52,50 +64,49 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
             node.replace_input_with(2, add_initializer(model, interleaved(gate_up)))
             del model.graph.initializers[str(gate_up_value.name)]
             return
-        block = _block(gate_up, down, formats)
+        block = self._block(gate_up, down, formats)
         first, second = (
-            BlockwiseExperts(weight, each.bits, block)
+            BlockwiseExperts(weight, each.bits, block, symmetric=each.symmetric)
             for weight, each in zip((interleaved(gate_up), down), formats, strict=True)
         )
         inputs: list[ir.Value | None] = [x, logits]
         for weight in (first, second):
             inputs += [add_initializer(model, weight.packed), add_initializer(model, weight.scales), None]
         inputs += [None, None, None]  # a third product, which a fused gate and up does not have
-        inputs += [add_initializer(model, weight.zero_points) for weight in (first, second)]
-        attributes = dict(node.attributes) | {
-            attribute.name: attribute
-            for attribute in (
-                ir.AttrInt64("expert_weight_bits", first.bits),
-                ir.AttrInt64("fc2_expert_weight_bits", second.bits),
-                ir.AttrInt64("block_size", block),
-                ir.AttrInt64("accuracy_level", _INT8_PRODUCTS),
-                ir.AttrInt64("weights_prepacked", 0),
-            )
+        zero_points = [weight.zero_points for weight in (first, second)]
+        inputs += [None if tensor is None else add_initializer(model, tensor) for tensor in zero_points]
+        integers = {
+            "expert_weight_bits": first.bits,
+            "block_size": block,
+            "accuracy_level": self._accuracy_level,
+            "weights_prepacked": 0,
         }
+        if second.bits != first.bits:
+            integers["fc2_expert_weight_bits"] = second.bits
+        attributes = dict(node.attributes) | {name: ir.AttrInt64(name, value) for name, value in integers.items()}
         new = ir.Node(MICROSOFT, "QMoE", inputs, list(attributes.values()), name=node.name)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
         for value in (gate_up_value, down_value):
             del model.graph.initializers[str(value.name)]
 
+    def _block(self, gate_up: StackedTensor, down: StackedTensor, formats: list[WeightFormat]) -> int:
+        """Return the largest block up to the formats' that divides the rows of both weights, as the kernel wants.
 
-def _block(gate_up: StackedTensor, down: StackedTensor, formats: list[WeightFormat]) -> int:
-    """Return the largest block up to the formats' that divides the rows of both weights, as the kernel wants.
-
-    Raises:
-        TargetError: None does, or a format is not blockwise.
-    """
-    for weight, each in zip((gate_up, down), formats, strict=True):
-        if each.kind != BLOCKWISE:
+        Raises:
+            TargetError: None does, or a format is not blockwise.
+        """
+        for weight, each in zip((gate_up, down), formats, strict=True):
+            if each.kind != BLOCKWISE:
+                raise TargetError(
+                    f"{weight.name}: {each}: no kernel of ONNX Runtime reads experts in that form",
+                    remedy="choose a blockwise format for *.mlp.experts.*, for gate_up_proj and down_proj",
+                )
+        columns = math.gcd(*(int(weight.shape.numpy()[2]) for weight in (gate_up, down)))
+        fitting = [size for size in self._blocks if size <= min(each.block for each in formats) and columns % size == 0]
+        if not fitting:
             raise TargetError(
-                f"{weight.name}: {each}: no kernel of ONNX Runtime's CPU reads experts in that form",
-                remedy="choose a blockwise format for *.mlp.experts.*, for gate_up_proj and down_proj",
+                f"{gate_up.name}: no block of {', '.join(map(str, self._blocks))} divides rows of "
+                f"{gate_up.shape[2]} and {down.shape[2]}",
+                remedy="build a target that keeps the experts in floats, such as ort-cpu-fp32",
             )
-    columns = math.gcd(*(int(weight.shape.numpy()[2]) for weight in (gate_up, down)))
-    fitting = [size for size in BLOCK_SIZES if size <= min(each.block for each in formats) and columns % size == 0]
-    if not fitting:
-        raise TargetError(
-            f"{gate_up.name}: no block of {', '.join(map(str, BLOCK_SIZES))} divides rows of "
-            f"{gate_up.shape[2]} and {down.shape[2]}",
-            remedy="build ort-cpu-fp32",
-        )
-    return fitting[-1]
+        return fitting[-1]

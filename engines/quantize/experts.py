@@ -49,11 +49,12 @@ class BlockwiseExperts:
         bits, block: The format.
         packed: uint8 [E, N, K · bits / 8], low bits first.
         scales: float32 [E, N, J].
-        zero_points: uint8 [E, N, ceil(J · bits / 8)], packed along J.
+        zero_points: uint8 [E, N, ceil(J · bits / 8)], packed along J; None if symmetric: the kernel then takes
+            2^(bits - 1).
     """
 
-    def __init__(self, source: StackedTensor, bits: int, block: int) -> None:
-        self._source, self.bits, self.block = source, bits, block
+    def __init__(self, source: StackedTensor, bits: int, block: int, *, symmetric: bool = False) -> None:
+        self._source, self.bits, self.block, self._symmetric = source, bits, block, symmetric
         num_experts, num_rows, num_columns = (int(n) for n in source.shape.numpy())
         assert num_columns % block == 0, f"{source.name}: {num_columns} columns in blocks of {block}"
         self._num_blocks = num_columns // block
@@ -69,11 +70,15 @@ class BlockwiseExperts:
             ir.DataType.FLOAT,
             lambda: self._take(self._scales),
         )
-        self.zero_points = ProducedTensor(
-            f"{source.name}.zero_points",
-            (*stacked, -(-self._num_blocks * bits // 8)),
-            ir.DataType.UINT8,
-            lambda: self._take(self._zero_points),
+        self.zero_points = (
+            None
+            if symmetric
+            else ProducedTensor(
+                f"{source.name}.zero_points",
+                (*stacked, -(-self._num_blocks * bits // 8)),
+                ir.DataType.UINT8,
+                lambda: self._take(self._zero_points),
+            )
         )
 
     def _pack(self) -> Iterator[NDArray[Any]]:
@@ -82,14 +87,15 @@ class BlockwiseExperts:
         chunks = (chunk for part in self._source.parts for chunk in row_chunks(part))
         for codes, scales, zero_points in map_ahead(self._quantize, chunks):
             self._scales.append(scales)
-            self._zero_points.append(zero_points)
+            if not self._symmetric:
+                self._zero_points.append(zero_points)
             yield codes
 
     def _quantize(
         self, weights_RK: NDArray[np.float32]
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
         """Return packed codes, scales and packed zero points of some rows, each flat."""
-        found = quantize_blocks(weights_RK.reshape(-1, self.block), self.bits)
+        found = quantize_blocks(weights_RK.reshape(-1, self.block), self.bits, symmetric=self._symmetric)
         zeros_RJ = found.zero_points.reshape(-1, self._num_blocks)
         return pack_codes(found.codes, self.bits).reshape(-1), found.scales, pack_codes(zeros_RJ, self.bits).reshape(-1)
 

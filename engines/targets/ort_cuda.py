@@ -8,7 +8,8 @@ graphs and show that they are right.
 What sums in float32 although it is given halves, in ONNX Runtime's source: LayerNormalization, RMSNormalization and
 SimplifiedLayerNormalization (registered with U = float), attention (softmax and sums of the flash kernels), and
 SkipSimplifiedLayerNormalization only with the provider's `enable_skip_layer_norm_strict_mode`, which the session sets:
-without, its kernel adds up the squares in the input's own type.
+without, its kernel adds up the squares in the input's own type. MoE and QMoE take the router's logits in half and make
+their softmax and its sums in float32.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _FLOAT32_OPS = {
 }
 # The CUDA kernel knows no other way; on the CPU it keeps the input in half precision too.
 _PLAIN_PRODUCTS = 0
+# Blocks that the grouped products of QMoE take on every GPU (docs/contrib_ops/cuda/moe_qmoe.md of ONNX Runtime).
+_EXPERT_BLOCKS = (64, 128)
 
 
 def _causal_attention(config: ModelConfig) -> str:
@@ -94,12 +97,39 @@ VisionAttention <num_heads: int, scale: float> (q, k, v, cos, sin) => (out)
 """
 
 
+def _mixture_of_experts(config: ModelConfig) -> str:
+    # MoE's own router takes the lower index of a tie on CUDA, either one on the CPU. It is given the logits of the
+    # experts that TopK chose, and of all others the lowest number of float16, whose exponential is 0. So both choose
+    # what the op chooses, and the graph can be proven on the CPU. A softmax before TopK would not change the order.
+    experts = config.text.experts
+    num_experts, top_k = (experts.num_experts, experts.top_k) if experts is not None else (1, 1)
+    return f"""
+<domain: "qwen3vl", opset_import: ["" : 24, "com.microsoft" : 1]>
+MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
+{{
+    router_DE = Transpose <perm = [1, 0]> (router_weight)
+    logits_BSE = MatMul (x, router_DE)
+    token_shape = Constant <value_ints = [-1, {num_experts}]> ()
+    logits_TE = Reshape (logits_BSE, token_shape)
+    k = Constant <value_ints = [{top_k}]> ()
+    chosen_Tk, expert_Tk = TopK <axis = -1> (logits_TE, k)
+    none = Constant <value_float = -65504.0> ()
+    logits_shape = Shape (logits_TE)
+    none_TE = Expand (none, logits_shape)
+    masked_TE = ScatterElements <axis = -1> (none_TE, expert_Tk, chosen_Tk)
+    out = com.microsoft.MoE <k: int = @top_k, activation_type = "swiglu", activation_alpha = 1.0,
+        activation_beta = 0.0, swiglu_fusion = 1, normalize_routing_weights = 1> (x, masked_TE, gate_up, "", down)
+}}
+"""
+
+
 def _passes(dtype: str, plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
     import onnx_ir as ir
     from onnx_ir.passes import common
 
     from engines.cuda_kernels import CheckPlacementPass
     from engines.passes.add_top_k import AddTopKPass
+    from engines.passes.choose_experts_kernel import ChooseExpertsKernelPass
     from engines.passes.fuse_residual_norm import FuseResidualNormPass
     from engines.passes.fuse_shared_input import FuseSharedInputPass
     from engines.passes.fuse_transposed_matmul import FuseTransposedMatMulPass
@@ -108,6 +138,7 @@ def _passes(dtype: str, plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
 
     return [
         FuseSharedInputPass(plan.format_of),
+        ChooseExpertsKernelPass(plan, _PLAIN_PRODUCTS, blocks=_EXPERT_BLOCKS),
         QuantizeWeightsPass(plan, _PLAIN_PRODUCTS, table_in_whole_bytes=True),
         AddTopKPass(_TOP_K),
         HalfPrecisionPass(ir.DataType[dtype.upper()], _FLOAT32_OPS[dtype]),
@@ -156,12 +187,17 @@ def _target(precision: str, dtype: str, description: str) -> Target:
         cache_dtype=dtype,
         updates_cache_in_place=True,
         batched_chunks=False,
-        native_ops={"CausalAttention": _causal_attention, "VisionAttention": _vision_attention},
+        native_ops={
+            "CausalAttention": _causal_attention,
+            "VisionAttention": _vision_attention,
+            "MixtureOfExperts": _mixture_of_experts,
+        },
         passes=lambda: _passes(dtype, plan),
         libraries=("onnx-ir",),
         availability=_availability,
         device="gpu",
         top_k=_TOP_K,
+        takes_experts=True,
     )
 
 
