@@ -277,9 +277,7 @@ def test_the_layer_gets_what_its_documentation_asks_for(bundle: Bundle, tmp_path
     gate, up, down = (value.const_value.numpy().astype(np.float64) for value in layers[2].inputs[3:])
     initializers = bundle.graphs["decoder"].graph.initializers
     weights = {
-        name: next(
-            t.const_value for key, t in bundle.graphs["decoder"].graph.initializers.items() if key.endswith(name)
-        )
+        name: next(value.const_value for key, value in initializers.items() if key.endswith(name))
         for name in ("layers.2.mlp.gate.weight", "layers.2.mlp.experts.gate_up_proj", "layers.2.mlp.experts.down_proj")
     }
     router, gate_up, down_proj = (tensor.numpy() for tensor in weights.values())
