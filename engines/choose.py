@@ -266,13 +266,13 @@ def weight_bytes(target: Target, config: ModelConfig) -> int:
     Left out: constants that are not in the checkpoint, and the bytes that align tensors in a file.
     """
     shapes = weight_shapes(config)
-    plan, float_bytes = _forms(target.passes())
-    total = sum(_stored(key, shape, plan, float_bytes, config) for key, shape in shapes.items())
+    forms = _forms(target.passes())
+    total = sum(_stored(key, shape, *forms, config) for key, shape in shapes.items())
     if target.prefill_passes is not None:
         # A second decoder, in a file of its own.
-        plan, float_bytes = _forms(target.prefill_passes())
+        forms = _forms(target.prefill_passes())
         decoder = {key: shape for key, shape in shapes.items() if not key.startswith(VISION_PREFIX)}
-        total += sum(_stored(key, shape, plan, float_bytes, config) for key, shape in decoder.items())
+        total += sum(_stored(key, shape, *forms, config) for key, shape in decoder.items())
     return total
 
 
@@ -313,17 +313,21 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part)
 
 
-def _forms(passes: Sequence[object]) -> tuple[WeightPlan, int]:
-    """Return the weight plan of a target's passes, and the bytes of a weight that stays a float."""
+def _forms(passes: Sequence[object]) -> tuple[WeightPlan, int, tuple[int, ...]]:
+    """Return the weight plan of a target's passes, the bytes of a weight that stays a float, and blocks of experts."""
+    from engines.passes.choose_experts_kernel import ChooseExpertsKernelPass
     from engines.passes.half_precision import HalfPrecisionPass
 
     plans = [each.plan for each in passes if isinstance(getattr(each, "plan", None), WeightPlan)]  # type: ignore[attr-defined]
     assert len(set(plans)) <= 1, "the passes store weights by different plans"
     is_half = any(isinstance(each, HalfPrecisionPass) for each in passes)
-    return (plans[0] if plans else WeightPlan(())), 2 if is_half else 4
+    expert_blocks = next((each.blocks for each in passes if isinstance(each, ChooseExpertsKernelPass)), ())
+    return (plans[0] if plans else WeightPlan(())), 2 if is_half else 4, expert_blocks
 
 
-def _stored(key: str, shape: Shape, plan: WeightPlan, float_bytes: int, config: ModelConfig) -> int:
+def _stored(
+    key: str, shape: Shape, plan: WeightPlan, float_bytes: int, expert_blocks: tuple[int, ...], config: ModelConfig
+) -> int:
     """Return the bytes of one checkpoint tensor in an engine."""
     elements = math.prod(shape)
     if len(shape) == 1:
@@ -341,6 +345,15 @@ def _stored(key: str, shape: Shape, plan: WeightPlan, float_bytes: int, config: 
     if key == EMBEDDING_KEY:
         # A table of rows to look up has no padding.
         form = replace(form, block=max(size for size in BLOCK_SIZES if size <= form.block and matrix[1] % size == 0))
+    if config.text.experts is not None and len(shape) == 3 and expert_blocks:
+        from engines.passes.choose_experts_kernel import experts_block
+
+        matrix = shape[0] * shape[1], shape[2]
+        block = experts_block(
+            expert_blocks, form.block, [config.text.hidden_size, config.text.experts.intermediate_size]
+        )
+        # Without such a block the build ends with an error that says so.
+        form = replace(form, block=block or form.block)
     return _few_bits(matrix, form, float_bytes)
 
 

@@ -62,6 +62,23 @@ def test_weights_are_estimated_to_the_byte(target: Target, demo_bundle: Bundle, 
     assert stored <= estimated <= (stored if device_of(target) == "cpu" else 1.01 * stored)
 
 
+@pytest.mark.parametrize("name", ["ort-cpu-fp32", "ort-cpu-int4", "ort-cuda-fp16", "ort-cuda-int4"])
+def test_experts_are_estimated_to_the_byte(name: str, demo_moe_bundle: Bundle, tmp_path: Path) -> None:
+    """Of a checkpoint whose rows of experts no block of 128 divides."""
+    copy = replace(demo_moe_bundle, graphs={name: graph.clone() for name, graph in demo_moe_bundle.graphs.items()})
+    build_engine(copy, get(name), tmp_path / "graphs", with_weights=False)
+    stored, estimated = stored_bytes(tmp_path / "graphs"), weight_bytes(get(name), demo_moe_bundle.config)
+    assert stored <= estimated <= (stored if device_of(get(name)) == "cpu" else 1.01 * stored)
+
+
+@pytest.fixture(scope="module")
+def demo_moe_bundle() -> Bundle:
+    from qwen3vl_export.checkpoint import Checkpoint
+    from qwen3vl_export.export import make_bundle
+
+    return make_bundle(Checkpoint.open("demo-moe"))
+
+
 def test_half_precision_takes_two_bytes_a_weight() -> None:
     from onnx_ir import DataType
 
@@ -231,7 +248,7 @@ def test_floats_of_few_bits(kind: str, few_bits: Any) -> None:
     form = types.SimpleNamespace(kind=kind, symmetric=False)
     plan: Any = types.SimpleNamespace(format_of=lambda key: form)
     tied, untied = shape("qwen3-vl-2b"), shape("qwen3-vl-8b")
-    assert choose._stored("x", (30, 40), plan, 2, tied) == few_bits(30, 40)
+    assert choose._stored("x", (30, 40), plan, 2, (), tied) == few_bits(30, 40)
     # The table to look up stays, and a tied head is a copy.
-    assert choose._stored(choose.EMBEDDING_KEY, (30, 40), plan, 2, untied) == 2 * 30 * 40
-    assert choose._stored(choose.EMBEDDING_KEY, (30, 40), plan, 2, tied) == 2 * 30 * 40 + few_bits(30, 40)
+    assert choose._stored(choose.EMBEDDING_KEY, (30, 40), plan, 2, (), untied) == 2 * 30 * 40
+    assert choose._stored(choose.EMBEDDING_KEY, (30, 40), plan, 2, (), tied) == 2 * 30 * 40 + few_bits(30, 40)

@@ -45,7 +45,7 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
         super().__init__()
         self.plan = plan
         self._accuracy_level = accuracy_level
-        self._blocks = blocks
+        self.blocks = blocks
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Exchange the weights of every MoE."""
@@ -101,12 +101,17 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
                     f"{weight.name}: {each}: no kernel of ONNX Runtime reads experts in that form",
                     remedy="choose a blockwise format for *.mlp.experts.*, for gate_up_proj and down_proj",
                 )
-        columns = math.gcd(*(int(weight.shape.numpy()[2]) for weight in (gate_up, down)))
-        fitting = [size for size in self._blocks if size <= min(each.block for each in formats) and columns % size == 0]
-        if not fitting:
+        columns = [int(weight.shape.numpy()[2]) for weight in (gate_up, down)]
+        block = experts_block(self.blocks, min(each.block for each in formats), columns)
+        if block is None:
             raise TargetError(
-                f"{gate_up.name}: no block of {', '.join(map(str, self._blocks))} divides rows of "
+                f"{gate_up.name}: no block of {', '.join(map(str, self.blocks))} divides rows of "
                 f"{gate_up.shape[2]} and {down.shape[2]}",
                 remedy="build a target that keeps the experts in floats, such as ort-cpu-fp32",
             )
-        return fitting[-1]
+        return block
+
+
+def experts_block(blocks: tuple[int, ...], most: int, columns: list[int]) -> int | None:
+    """Return the largest of a kernel's blocks, up to `most`, that divides rows of all these lengths, if one does."""
+    return max((size for size in blocks if size <= most and math.gcd(*columns) % size == 0), default=None)
