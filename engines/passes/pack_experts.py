@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.initializers import add_initializer, add_integers
+from engines.quantize.experts import BlockwiseExperts
 from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, FLOAT, WeightPlan
-from engines.quantize.packed_experts import PackedExperts
+from engines.quantize.tensors import ProducedTensor
 from engines.weights import StackedTensor
 from runtime.errors import TargetError
 
@@ -47,8 +48,16 @@ class PackExpertsPass(ir.passes.InPlacePass):
                 f"{source.name}: {chosen} for experts with rows of {num_columns}",
                 remedy="choose 4 or 8 bits, symmetric, in blocks that divide the rows; or a target in half precision",
             )
-        experts, name = PackedExperts(source, chosen.bits, fitting[-1]), str(node.name)
-        packed, scales = add_initializer(model, experts.packed), add_initializer(model, experts.scales)
+        experts = BlockwiseExperts(source, chosen.bits, fitting[-1], symmetric=True)
+        num_experts, num_rows, num_bytes = (int(n) for n in experts.packed.shape.numpy())
+        words = ProducedTensor(
+            str(experts.packed.name),
+            (num_experts, num_rows, num_bytes // 4),
+            ir.DataType.INT32,
+            lambda: (block.view("<i4") for block in experts.packed.blocks()),
+        )
+        packed, scales = add_initializer(model, words), add_initializer(model, experts.scales)
+        name = str(node.name)
         num_codes, half = 32 // chosen.bits, 1 << (chosen.bits - 1)
         powers = (1 << chosen.bits) ** np.arange(num_codes, dtype=np.int64)
 
@@ -71,6 +80,7 @@ class PackExpertsPass(ir.passes.InPlacePass):
         whole = add("Sub", codes, add("Mod", codes, powers_C))
         digits = add("Mod", add("Div", whole, powers_C), base)
         steps = add("Reshape", add("Sub", add("Cast", digits, to=ir.DataType.FLOAT), zero_point), in_blocks)
-        add("Reshape", add("Mul", steps, add("Gather", scales, node.inputs[1], axis=0)), in_rows)
+        scale = add("Unsqueeze", add("Gather", scales, node.inputs[1], axis=0), last)
+        add("Reshape", add("Mul", steps, scale), in_rows)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
         return True
