@@ -27,12 +27,18 @@ from engines.quantize.formats import WeightPlan
 from engines.target import Target
 from engines.targets import ort_cuda
 from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.export import make_bundle
 from qwen3vl_export.ops import mixture_of_experts
 from qwen3vl_export.parity.lowered import open_graph
 from qwen3vl_export.parity.verify import verify
 from runtime.errors import TargetError
+from runtime.manifest import Manifest
+from runtime.messages import user_message
+from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
+from runtime.sessions.ort_cuda import Device, OrtCudaSession
+from tests.conftest import build
 
 TARGETS = registry.load_family("ort_cuda")
 HIDDEN, WIDTH, BLOCK = 64, 128, 64
@@ -278,3 +284,21 @@ def test_lowered_graphs_agree_with_transformers(bundle: Bundle, tmp_path: Path) 
     assert report.passed, report.render()
     cosines = [check.value for check in report.checks if check.name.endswith("logits cosine")]
     assert len(cosines) == 8 and min(cosines) > 0.99999
+
+
+@pytest.mark.parametrize("name", ["ort-cuda-fp16", "ort-cuda-int4"])
+def test_the_session_reads_a_held_out_picture(name: str, bundle: Bundle, tmp_path: Path) -> None:
+    folder = build(bundle, name, tmp_path / "engine")
+
+    def on_cpu(folder: Path, manifest: Manifest, **_: object) -> OrtCudaSession:
+        return OrtCudaSession(folder, manifest, device=Device("CPUExecutionProvider", "cpu"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.sessions.ort_cuda.open_session", on_cpu)
+        model = Qwen3VLModel.from_engine(folder)
+    example = held_out(0)
+    found = {
+        task: model.generate(user_message(question, [example.image]), do_sample=False).text.strip()
+        for task, (question, _) in example.tasks.items()
+    }
+    assert found == {task: truth for task, (_, truth) in example.tasks.items()}
