@@ -1,4 +1,6 @@
-"""Statistics of the routers of a mixture of experts: tokens of each expert, and choices that were all but ties.
+"""Statistics of PyTorch's routers in a mixture of experts: tokens of each expert, and choices that were all but ties.
+
+An engine's own routers are not seen: no target's graph has an output for them.
 
 Shapes: T tokens, E experts, k experts of a token.
 """
@@ -45,6 +47,22 @@ class LayerRouting:
         gaps = (sorted_TE[:, top_k - 1] - sorted_TE[:, top_k])[~is_tie]
         self.smallest_gap = min(self.smallest_gap, float(gaps.min(initial=np.inf)))
 
+    def summary(self) -> str:
+        """Say in a few words how the tokens spread, and how near to another choice they came."""
+        return _summary(self.tokens_per_expert, self.num_ties, self.smallest_gap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; an infinite gap is null."""
+        return {
+            "tokens": self.num_tokens,
+            "tokens_per_expert": self.tokens_per_expert.tolist(),
+            "fewest": int(self.tokens_per_expert.min()),
+            "most": int(self.tokens_per_expert.max()),
+            "unused": int((self.tokens_per_expert == 0).sum()),
+            "ties": self.num_ties,
+            "smallest_gap": self.smallest_gap if np.isfinite(self.smallest_gap) else None,
+        }
+
 
 @dataclass
 class RouterStatistics:
@@ -59,28 +77,45 @@ class RouterStatistics:
         self.layers[layer].add(logits_TE, top_k)
 
     def render(self) -> list[str]:
-        """Return a line for each layer, and one that says what ties mean if there are any."""
-        lines = []
-        for layer, routing in sorted(self.layers.items()):
-            counts = routing.tokens_per_expert
-            lines.append(
-                f"layer {layer}: {routing.num_tokens} tokens, {counts.min()} to {counts.max()} an expert, "
-                f"{int((counts == 0).sum())} of {len(counts)} experts unused, {routing.num_ties} ties, "
-                f"smallest gap {routing.smallest_gap:.3g}"
-            )
-        if any(routing.num_ties for routing in self.layers.values()):
+        """Return a line on all layers and one on the worst, and one that says what ties mean if there are any."""
+        if not self.layers:
+            return []
+        worst = min(self.layers, key=lambda i: (-self.layers[i].num_ties, self.layers[i].smallest_gap))
+        counts = np.concatenate([routing.tokens_per_expert for routing in self.layers.values()])
+        num_tokens = max(routing.num_tokens for routing in self.layers.values())
+        num_ties = sum(routing.num_ties for routing in self.layers.values())
+        gap = min(routing.smallest_gap for routing in self.layers.values())
+        lines = [
+            f"routers of PyTorch, {len(self.layers)} layers: {num_tokens} tokens, {_summary(counts, num_ties, gap)}",
+            f"worst is layer {worst}: {self.layers[worst].summary()}",
+        ]
+        if num_ties:
             lines.append("Of tied experts an engine takes the lower index, PyTorch any: behind a tie they may differ.")
         return lines
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON: each layer, and what `render` says of ties."""
+        return {
+            "layers": [{"layer": layer, **routing.to_dict()} for layer, routing in sorted(self.layers.items())],
+            "notes": self.render(),
+        }
+
+
+def _summary(counts: NDArray[np.int64], num_ties: int, gap: float) -> str:
+    return (
+        f"{counts.min()} to {counts.max()} an expert, {int((counts == 0).sum())} of {len(counts)} experts unused, "
+        f"{num_ties} ties, smallest gap {gap:.3g}"
+    )
+
 
 @contextlib.contextmanager
-def watched_routers(model: Any) -> Iterator[RouterStatistics]:
+def watched_routers(model: Any, statistics: RouterStatistics) -> Iterator[None]:
     """Count what the routers of a transformers model do while the context is open.
 
     Args:
         model: A `Qwen3VLMoeForConditionalGeneration`; a dense model gives no layers.
+        statistics: Takes the counts.
     """
-    statistics = RouterStatistics()
     handles = []
 
     def watch(layer: int, router: Any) -> None:
@@ -94,7 +129,7 @@ def watched_routers(model: Any) -> Iterator[RouterStatistics]:
         if router is not None:
             watch(i, router)
     try:
-        yield statistics
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from command_line import call
 from moe_checkpoints import Arrays, as_on_the_hub, one_by_one, rewritten, write_by_transformers
 from onnx import TensorProto, helper
 
@@ -20,11 +23,12 @@ from engines.build import build_engine
 from engines.bundle import DECODER, DECODER_INPUTS, Bundle
 from qwen3vl_export.assembly import build_decoder
 from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.cli.run import app
 from qwen3vl_export.export import make_bundle
 from qwen3vl_export.parity.verify import verify
 from qwen3vl_export.routing import RouterStatistics, watched_routers
 from qwen3vl_export.tracing.pieces import Pieces, trace_pieces
-from runtime.errors import CheckpointError, EngineError
+from runtime.errors import CheckpointError, EngineError, ParityError
 from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
@@ -223,17 +227,17 @@ def test_verify_notices_wrong_weights(
 def test_verify_notices_a_wrong_router(
     sabotage: Callable[[onnx.GraphProto], int], layer: int, least: float, engine: Path, folder: Path, tmp_path: Path
 ) -> None:
-    edited = edit_decoder(engine, tmp_path / "engine", sabotage)
+    edited = edit_graph(engine, tmp_path / "engine", sabotage)
     *place, margin = first_failure(edited, folder)
     assert place == ["text", "keys", layer]
     assert margin > least
 
 
-def edit_decoder(engine: Path, copy: Path, change: Callable[[onnx.GraphProto], int]) -> Path:
+def edit_graph(engine: Path, copy: Path, change: Callable[[onnx.GraphProto], int], name: str = "decoder.onnx") -> Path:
     shutil.copytree(engine, copy)
-    path = copy / "decoder.onnx"
+    path = copy / name
     model = onnx.load(path, load_external_data=False)
-    assert change(model.graph) == 4
+    assert change(model.graph) >= 4
     onnx.save(model, path)
     manifest = Manifest.read(copy)
     record = FileRecord(path.stat().st_size, sha256_of(path))
@@ -241,23 +245,103 @@ def edit_decoder(engine: Path, copy: Path, change: Callable[[onnx.GraphProto], i
     return copy
 
 
-def test_an_expert_that_gives_no_number_stops_generation(engine: Path, folder: Path, tmp_path: Path) -> None:
-    def poison(graph: onnx.GraphProto) -> int:
-        """Make what the experts of layer 2 give no number."""
-        nodes = [node for node in graph.node if node.op_type == "MoE"]
+@pytest.mark.parametrize("last_wins", [False, True])
+def test_verify_reports_ties(
+    last_wins: bool, folder: Path, pieces: Pieces, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts 1 and 4 always tie. PyTorch may take either: where that is the last, the report fails and says why."""
+    import torch
+
+    def tied(tensors: Arrays) -> Arrays:
+        changed = {key: value.copy() for key, value in tensors.items()}
+        for key, value in changed.items():
+            if key.endswith("mlp.gate.weight"):
+                value[[1, 4]] = 0  # equal rows may be summed in different orders
+        return changed
+
+    def stable_topk(values: torch.Tensor, k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert dim == -1
+        found, where = torch.sort(values.flip(-1) if last_wins else values, dim=-1, descending=True, stable=True)
+        return found[..., :k], (values.shape[-1] - 1 - where if last_wins else where)[..., :k]
+
+    checkpoint = rewritten(folder, tmp_path / "checkpoint", tied)
+    graphs = {**bundle.graphs, DECODER: build_decoder(pieces, Checkpoint.open(str(checkpoint)))[0]}
+    engine = build(dataclasses.replace(bundle, graphs=graphs), tmp_path / "engine")
+    monkeypatch.setattr(torch, "topk", stable_topk)
+    code, out, err = call(
+        app, "verify", str(engine), "--checkpoint", str(checkpoint), "--max-new-tokens", "2", "--json"
+    )
+    assert out, err
+    report = json.loads(out)
+    assert (code, report["passed"]) == ((ParityError.exit_code, False) if last_wins else (0, True))
+    routers = report["routers"]
+    assert [layer["layer"] for layer in routers["layers"]] == [0, 1, 2, 4]
+    assert sum(layer["ties"] for layer in routers["layers"]) > 20
+    num_tokens = sum(check["detail"]["tokens"] for check in report["checks"] if check["name"] == "prompt tokens agree")
+    # The last greedy token of a case is chosen and not run.
+    assert {layer["tokens"] for layer in routers["layers"]} == {num_tokens + 4 * (2 - 1)}
+    assert "Of tied experts an engine takes the lower index" in routers["notes"][-1]
+
+
+def poisoned(op_type: str, index: int) -> Callable[[onnx.GraphProto], int]:
+    """Multiply what one node of a kind gives by NaN, and what the others give by 1."""
+
+    def change(graph: onnx.GraphProto) -> int:
+        nodes = [node for node in graph.node if node.op_type == op_type]
         for i, node in enumerate(nodes):
             name = node.output[0]
             node.output[0] = f"{name}.fine"
-            bad = "nan" if i == 2 else "one"
+            factor = "nan" if i == index else "one"
             at = list(graph.node).index(node) + 1
-            graph.node.insert(at, helper.make_node("Mul", [f"{name}.fine", bad], [name]))
+            graph.node.insert(at, helper.make_node("Mul", [f"{name}.fine", factor], [name]))
         for name, value in (("nan", np.nan), ("one", 1.0)):
             graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
         return len(nodes)
 
-    broken = edit_decoder(engine, tmp_path / "engine", poison)
+    return change
+
+
+def test_an_expert_that_gives_no_number_stops_generation(engine: Path, tmp_path: Path) -> None:
+    broken = edit_graph(engine, tmp_path / "engine", poisoned("MoE", 2))
     with pytest.raises(EngineError, match="logits that are not finite"):
         Qwen3VLModel.from_engine(broken, threads=2).generate(user_message("Count."), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("is_dense", "change", "graph", "place"),
+    [
+        # Layer 3 has no experts: of the four nodes, those of layers 2 and 4. DeepStack levels are of blocks 0 and 2.
+        (False, poisoned("MoE", 2), "decoder.onnx", "text: .* in the keys of layer 3, .* up to the values of layer 2,"),
+        (False, poisoned("MoE", 3), "decoder.onnx", "text: .* in the logits of the prompt, .* the values of layer 4,"),
+        (True, poisoned("GroupQueryAttention", 1), "decoder.onnx", "text: .* in the keys of layer 2, .* of layer 1,"),
+        (
+            True,
+            poisoned("MultiHeadAttention", 1),
+            "vision.onnx",
+            "one image: .* in visual_embeds level 2, .* 1, are",
+        ),
+    ],
+)
+def test_verify_names_the_layer_behind_which_values_are_no_numbers(
+    is_dense: bool,
+    change: Callable[[onnx.GraphProto], int],
+    graph: str,
+    place: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    engine, checkpoint = (
+        request.getfixturevalue(name)
+        for name in (("tiny_engine", "tiny_checkpoint") if is_dense else ("engine", "folder"))
+    )
+    report = verify(edit_graph(engine, tmp_path / "engine", change, graph), str(checkpoint), max_new_tokens=2)
+    assert not report.passed
+    assert re.match(place, report.notes[0]), report.notes
+    assert report.notes[0] in report.render() and report.notes[0] in json.dumps(report.to_dict(), allow_nan=False)
+    answers = [check for check in report.checks if check.name == "answer agrees"]
+    # Every case is compared to its end; text alone takes nothing of the vision tower.
+    assert [check.passed for check in answers] == [graph == "vision.onnx", False, False, False]
+    assert "not finite" in answers[-1].detail["error"]
 
 
 def test_router_statistics_of_known_logits() -> None:
@@ -268,12 +352,21 @@ def test_router_statistics_of_known_logits() -> None:
     routing = statistics.layers[2]
     assert routing.tokens_per_expert.tolist() == [3, 2, 0, 1]
     assert (routing.num_tokens, routing.num_ties, routing.smallest_gap) == (3, 1, 1.0)
-    *_, line, note = statistics.render()
-    assert line.startswith("layer 2: 3 tokens, 0 to 3 an expert, 1 of 4 experts unused, 1 ties")
-    assert "lower index" in note
+    # Less sharp, and all through the same experts: the other layer stays the worst, for its tie.
+    statistics.add(5, np.array([[1, 0.5, 0, 0]] * 3, np.float32), 2)
+    assert statistics.render() == [
+        "routers of PyTorch, 2 layers: 3 tokens, 0 to 3 an expert, 3 of 8 experts unused, 1 ties, smallest gap 0.5",
+        "worst is layer 2: 0 to 3 an expert, 1 of 4 experts unused, 1 ties, smallest gap 1",
+        "Of tied experts an engine takes the lower index, PyTorch any: behind a tie they may differ.",
+    ]
+    first, _ = statistics.to_dict()["layers"]
+    counts = {"tokens": 3, "tokens_per_expert": [3, 2, 0, 1], "fewest": 0, "most": 3, "unused": 1}
+    assert first == {"layer": 2, **counts, "ties": 1, "smallest_gap": 1.0}
     everyone = RouterStatistics()
     everyone.add(0, logits, 4)
-    assert everyone.layers[0].num_ties == 0 and len(everyone.render()) == 1
+    assert everyone.layers[0].num_ties == 0 and len(everyone.render()) == 2
+    assert everyone.to_dict()["layers"][0]["smallest_gap"] is None
+    assert RouterStatistics().render() == []
 
 
 def test_routers_of_transformers_are_watched(folder: Path) -> None:
@@ -285,7 +378,8 @@ def test_routers_of_transformers_are_watched(folder: Path) -> None:
         router = getattr(layer.mlp, "gate", None)
         if router is not None:
             router.weight.data[4] = router.weight.data[1]  # experts 1 and 4 always tie
-    with torch.no_grad(), watched_routers(model) as statistics:
+    statistics = RouterStatistics()
+    with torch.no_grad(), watched_routers(model, statistics):
         model(input_ids=torch.arange(40)[None])
     assert list(statistics.layers) == [0, 1, 2, 4]  # layer 3 is dense
     for routing in statistics.layers.values():

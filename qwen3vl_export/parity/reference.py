@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.routing import RouterStatistics, watched_routers
 from runtime.errors import CheckpointError, UsageError
 
 Floats = NDArray[np.float32]
@@ -57,6 +58,9 @@ def check_processor() -> None:
 class Reference:
     """Transformers' model and processor of a checkpoint folder.
 
+    Attributes:
+        routers: What the routers of a mixture of experts did in all runs so far.
+
     Raises:
         CheckpointError: Weights are missing or of another shape, which transformers would fill at random.
     """
@@ -65,8 +69,9 @@ class Reference:
         from transformers import AutoProcessor
 
         checkpoint = Checkpoint.open(str(folder))
-        model = _dequantised(checkpoint) if "quantization_config" in checkpoint.hf_config else _as_it_is(folder)
+        model = _as_it_is(folder) if _is_read_by_transformers(checkpoint) else _as_we_read_it(checkpoint)
         self._model: Any = model.eval()
+        self.routers = RouterStatistics()
         self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
 
     def inputs(self, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
@@ -98,7 +103,7 @@ class Reference:
         visual: Floats | None = None
         # The model keeps the position delta of its last multimodal prompt, which a text prompt must not inherit.
         self._model.model.rope_deltas = None
-        with torch.no_grad():
+        with torch.no_grad(), watched_routers(self._model, self.routers):
             if pixel_values:
                 kinds = (ids == self._model.config.image_token_id).int()
                 pixels = torch.from_numpy(np.concatenate(list(pixel_values)))
@@ -124,6 +129,12 @@ class Reference:
         return ReferenceOutput(visual, output.logits[0].numpy(), layers, tokens, np.stack(steps))
 
 
+def _is_read_by_transformers(checkpoint: Checkpoint) -> bool:
+    """Say whether transformers 5.23 loads it without a package for its form: unquantised, experts stacked."""
+    is_quantised = "quantization_config" in checkpoint.hf_config
+    return not is_quantised and not any(".experts.0." in key for key in checkpoint.entries)
+
+
 def _as_it_is(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForImageTextToText
@@ -147,15 +158,24 @@ def _as_it_is(folder: Path) -> Any:
     return model
 
 
-def _dequantised(checkpoint: Checkpoint) -> Any:
-    """Load what a quantised checkpoint's codes stand for; transformers would ask for a package for each form."""
+def _as_we_read_it(checkpoint: Checkpoint) -> Any:
+    """Load what this package reads: what the codes of a quantised checkpoint stand for, experts that lie one by one."""
     import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    values = {key: value for key, value in checkpoint.hf_config.items() if key != "quantization_config"}
-    config = Qwen3VLConfig.from_dict(copy.deepcopy(values))
-    model = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="eager")
-    weights = {key: checkpoint.tensor(key, entry.shape).numpy() for key, entry in checkpoint.entries.items()}
+    values = copy.deepcopy({key: value for key, value in checkpoint.hf_config.items() if key != "quantization_config"})
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    left = dict(checkpoint.entries)
+    weights = {}
+    text = checkpoint.config.text
+    for layer in (i for i in range(text.num_layers) if text.experts_of(i) is not None):
+        # Stacked as in the graph, which is as the model holds them.
+        scope = f"model.language_model.layers.{layer}.mlp"
+        experts, keys = checkpoint.experts(layer, scope)
+        weights |= {f"{scope}.{name}": tensor.numpy() for name, tensor in experts.items()}
+        left = {key: entry for key, entry in left.items() if key not in keys}
+    weights |= {key: checkpoint.tensor(key, entry.shape).numpy() for key, entry in left.items()}
     missing, _ = model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, strict=False)
     lost = sorted(set(missing) - {"lm_head.weight"})
     if lost:

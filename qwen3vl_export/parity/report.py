@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from qwen3vl_export.routing import RouterStatistics
+
 _LAYER_NOTE = (
     "Keys and values of a layer show what came into it. What else is wrong in a layer shows in the rows of the next "
     "one, or in the logits if it is the last."
@@ -35,13 +37,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons of one engine; `notes` say what they do not prove."""
+    """All comparisons of one engine; `notes` say what they do not prove, and where values stopped being finite."""
 
     target: str
     checkpoint: str
     precision: str
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = ()
+    routers: RouterStatistics = field(default_factory=RouterStatistics)
 
     @property
     def passed(self) -> bool:
@@ -49,8 +52,11 @@ class Report:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, which knows no infinity and no NaN: they become null."""
-        return {
+        """Return plain values for JSON, which knows no infinity and no NaN: they become null.
+
+        `routers` is there only for a mixture of experts.
+        """
+        values = {
             "passed": self.passed,
             "target": self.target,
             "checkpoint": self.checkpoint,
@@ -58,6 +64,7 @@ class Report:
             "notes": list(self.notes),
             "checks": [_finite(asdict(check) | {"passed": check.passed}) for check in self.checks],
         }
+        return values | ({"routers": self.routers.to_dict()} if self.routers.layers else {})
 
     def render(self) -> str:
         """Return a table in plain text: all checks, but of the layers within their limits only the worst."""
@@ -69,9 +76,8 @@ class Report:
         if any(check.layer is not None and not check.passed for check in self.checks):
             lines.append(_LAYER_NOTE)
         verdict = "passed" if self.passed else "FAILED"
-        return "\n".join(
-            [*lines, *self.notes, f"{self.target} against {self.checkpoint} ({self.precision}): {verdict}"]
-        )
+        last = f"{self.target} against {self.checkpoint} ({self.precision}): {verdict}"
+        return "\n".join([*lines, *self.routers.render(), *self.notes, last])
 
     def _shown(self) -> Iterator[Check]:
         worst: dict[tuple[str, str], Check] = {}

@@ -7,8 +7,9 @@ layer by layer; the logits of every prompt token and of greedy steps behind the 
 A decoder layer is compared by the keys and values that it writes into the cache: of all that happens in a layer, only
 they are outputs of every target's graph. Those of layer i are its input behind one norm, one product and the rotary
 embedding. What else goes wrong in layer i (q-norm, attention, MLP, the DeepStack level added behind it) shows first in
-layer i + 1, and in the logits if i is the last. The blocks of the vision tower have no output but the levels: level
-0 depends on all blocks, a DeepStack level on those up to its own.
+layer i + 1, and in the logits if i is the last. So do values that are not finite; a note names where they show first.
+The blocks of the vision tower have no output but the levels: level 0 depends on all blocks, a DeepStack level on those
+up to its own.
 """
 
 from __future__ import annotations
@@ -75,16 +76,23 @@ def verify(engine: Path, checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_T
             remedy="give the checkpoint that `qwen3vl inspect` names as its source",
         )
     limits = tolerances[precision]
+    tables = [precision]
     if (bits := model.manifest.capabilities.get("cache_bits")) is not None:
-        cache = f"cache_int{bits}"
-        limits, precision = wider_limits(limits, tolerances[cache]), f"{precision} with {cache}"
+        tables.append(f"cache_int{bits}")
+        precision = " with ".join(tables)
+    if source.config.text.experts is not None:
+        tables += [f"{table}_experts" for table in tables]
+    for table in tables[1:]:
+        limits = wider_limits(limits, tolerances.get(table, {}))
     reference = Reference(source.folder)
     checks: list[Check] = []
+    notes = [CPU_NOTE] if is_lowered(engine) else []
     with tempfile.TemporaryDirectory() as folder:
         for case in make_cases(Path(folder)):
-            checks += _Comparison(case, model, reference, limits).run(max_new_tokens)
-    notes = (CPU_NOTE,) if is_lowered(engine) else ()
-    return Report(model.manifest.target, checkpoint, precision, tuple(checks), notes)
+            comparison = _Comparison(case, model, reference, limits)
+            checks += comparison.run(max_new_tokens)
+            notes += comparison.notes
+    return Report(model.manifest.target, checkpoint, precision, tuple(checks), tuple(notes), reference.routers)
 
 
 def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
@@ -94,7 +102,7 @@ def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> di
 
 
 class _Comparison:
-    """The checks of one case."""
+    """The checks of one case, and a note on where its values stop being finite."""
 
     def __init__(self, case: Case, model: Qwen3VLModel, reference: Reference, limits: dict[str, float]) -> None:
         self._case = case
@@ -102,6 +110,8 @@ class _Comparison:
         self._reference = reference
         self._limits = limits
         self._checks: list[Check] = []
+        self._last_finite = ""
+        self.notes: list[str] = []
 
     def run(self, num_steps: int) -> list[Check]:
         prepared = self._model.prepare(self._case.messages)
@@ -126,6 +136,21 @@ class _Comparison:
         detail = {"max_abs": diff.max_abs, "cosine": diff.cosine}
         self._add(name, diff.relative, limit, layer=layer, detail=detail)
 
+    def _find_not_finite(self, place: str, values: Floats) -> None:
+        """Note the first place where a value of the engine is not finite; called in the order of computation."""
+        if self.notes:
+            return
+        bad = np.argwhere(~np.isfinite(values))
+        if not len(bad):
+            self._last_finite = place
+            return
+        since = f"; those before it, up to {self._last_finite}, are finite" if self._last_finite else ""
+        where = ", ".join(map(str, bad[0]))
+        self.notes.append(
+            f"{self._case.name}: {len(bad)} of {values.size} values are not finite in {place}, the first at [{where}] "
+            f"of {list(values.shape)}{since}"
+        )
+
     def _compare_inputs(self, prepared: Prepared) -> bool:
         """Compare with the processor and return whether the prompts are the same, pixels aside."""
         expected = self._reference.inputs(self._case.messages)
@@ -146,6 +171,8 @@ class _Comparison:
     def _compare_vision(self, prepared: Prepared, expected: ReferenceOutput) -> Floats:
         embeds = self._model.encode_images(prepared.images)
         if expected.visual_embeds is not None:
+            for level in (*range(1, len(embeds)), 0):  # level 0 is that of the last block
+                self._find_not_finite(f"visual_embeds level {level}", embeds[level])
             for level, (found, wanted) in enumerate(zip(embeds, expected.visual_embeds, strict=True)):
                 self._add_tensor(f"visual_embeds level {level}", found, wanted, self._limits["visual_embeds_relative"])
         return embeds
@@ -161,7 +188,9 @@ class _Comparison:
         for layer, pair in enumerate(expected.layers):
             for name, found, wanted in zip(("keys", "values"), cache.layer(layer), pair, strict=True):
                 rows = found[:, :, : len(ids)].astype(np.float32)
+                self._find_not_finite(f"the {name} of layer {layer}", rows)
                 self._add_tensor(name, rows, wanted, self._limits["cache_relative"], layer)
+        self._find_not_finite("the logits of the prompt", logits)
         self._compare_logits("prompt", "top1_agreement", logits, expected.logits)
         # The engine sees the reference's tokens, so that a near-tie does not make all later steps differ.
         taken: list[Floats] = []
@@ -173,6 +202,7 @@ class _Comparison:
         steps = generation.decode_steps(session, cache, logits[-1], len(ids), positions.delta, embeds[:, :1], choose)
         for _ in range(num_steps):
             next(steps)
+        self._find_not_finite("the logits of greedy steps", np.stack(taken))
         self._compare_logits("greedy", "greedy_agreement", np.stack(taken), expected.step_logits)
 
     def _compare_logits(self, name: str, agreement_limit: str, found: Floats, expected: Floats) -> None:
@@ -189,8 +219,15 @@ class _Comparison:
 
     def _compare_answer(self, expected: ReferenceOutput) -> None:
         """Compare the tokens of `generate` up to the first that differs; if that is a near-tie, all agree."""
+        from runtime.errors import EngineError
+
         total = len(expected.tokens)
-        found = self._model.generate(self._case.messages, max_new_tokens=total, **PLAIN_GREEDY).token_ids
+        try:
+            found = self._model.generate(self._case.messages, max_new_tokens=total, **PLAIN_GREEDY).token_ids
+        except EngineError as error:  # it gives logits that are not finite
+            detail = {"tokens": total, "error": error.message}
+            self._add("answer agrees", 0.0, self._limits["greedy_agreement"], is_minimum=True, detail=detail)
+            return
         num_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(found, expected.tokens, strict=True)))
         compared = slice(num_same + 1)
         same = agreement(np.array(found[compared]), expected.step_logits[compared], self._limits["near_tie_gap"])
