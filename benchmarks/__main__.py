@@ -15,6 +15,7 @@ import typer
 
 from benchmarks import imports, inference, lowered, measure, report, status, synthetic
 from benchmarks.compare.command import compare, compare_setup
+from benchmarks.experts import experts
 from benchmarks.overhead import overhead
 from benchmarks.race import race
 from benchmarks.speculation import speculation
@@ -24,11 +25,13 @@ from runtime.manifest import Manifest
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(compare)
 app.command("compare-setup")(compare_setup)
+app.command()(experts)
 app.command()(overhead)
 app.command()(race)
 app.command()(speculation)
 
 Model = Annotated[str, typer.Option(help="Shape in configs/models, such as qwen3-vl-2b.")]
+Layers = Annotated[int | None, typer.Option(help="Decoder layers, the first ones; all if not given.")]
 Target = Annotated[str, typer.Option(help="Target to build.")]
 Results = Annotated[Path, typer.Option(help="Folder for the JSON file and the table.")]
 WorkDir = Annotated[Path | None, typer.Option(help="Folder for checkpoints and engines; emptied of them afterwards.")]
@@ -38,17 +41,19 @@ WorkDir = Annotated[Path | None, typer.Option(help="Folder for checkpoints and e
 def write_synthetic(
     folder: Path,
     model: Model,
+    layers: Layers = None,
     sparse: Annotated[bool, typer.Option(help="Headers only, data as holes.")] = False,
     seed: int = 0,
     dtype: str = "BF16",
 ) -> None:
     """Write a synthetic checkpoint."""
-    synthetic.write_checkpoint(folder, model, sparse=sparse, seed=seed, dtype=dtype)
+    synthetic.write_checkpoint(folder, model, sparse=sparse, seed=seed, dtype=dtype, layers=layers)
 
 
 @app.command()
 def export(
     model: Model,
+    layers: Layers = None,
     no_weights: Annotated[bool, typer.Option(help="Export graphs only, from a sparse checkpoint.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint instead of a synthetic one.")] = None,
     target: Target = "ort-cpu-fp32",
@@ -62,22 +67,26 @@ def export(
     with tempfile.TemporaryDirectory(dir=work_dir) as name:
         source = checkpoint or Path(name) / "checkpoint"
         if checkpoint is None:
-            synthetic.write_checkpoint(source, model, sparse=no_weights)
+            synthetic.write_checkpoint(source, model, sparse=no_weights, layers=layers)
+        files = [path.stat() for path in source.glob("*.safetensors")]
         for _ in range(repeats):
             engine = Path(name) / "engine"
             cost = _export(source, engine, target, no_weights)
             size = sum(path.stat().st_size for path in engine.rglob("*") if path.is_file())
             runs.append(asdict(cost) | {"output_bytes": size})
             shutil.rmtree(engine)
+    shape = synthetic.name_of(model, layers)
     result = {
-        "model": model,
+        "model": shape,
         "target": target,
         "no_weights": no_weights,
+        "checkpoint_bytes": sum(file.st_size for file in files),
+        "disk_bytes": sum(512 * file.st_blocks for file in files),
         "runs": runs,
         "environment": environment,
     }
     suffix = "-no-weights" if no_weights else ""
-    _print(report.write(f"export-{model}-{target}{suffix}", result, results))
+    _print(report.write(f"export-{shape}-{target}{suffix}", result, results))
 
 
 @app.command()

@@ -1,372 +1,118 @@
-"""Time every form in which ONNX Runtime's CPU kernels compute a mixture of experts: `python -m benchmarks.experts`.
+"""Time every form in which ONNX Runtime's CPU kernels compute a mixture of experts: `python -m benchmarks experts`.
 
-One layer with random codes, its own router, at one token (each a new one, so that its experts come from memory) and at
-prompts. The forms take turns, so that another load on the machine meets all of them.
-
-Shapes: T tokens, E experts, D hidden, I width of an expert, k experts of a token, N outputs and K inputs of a product.
+One layer with random codes and its own router, at one token (each a new one, so that its experts come from memory) and
+at prompts. The forms take turns, so that another load on the machine meets all of them.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-import configs
-from benchmarks import report
-from benchmarks.synthetic import hf_config
-from engines.onnx_text import OPSET_VERSION
+from benchmarks import measure, report, synthetic
+from benchmarks.expert_forms import FORMS, GATHERED, Shape, open_form, random_weights
+from runtime.errors import UsageError
 from runtime.model_config import ModelConfig
 
-Arrays = dict[str, np.ndarray[Any, Any]]
-Nodes = list[Any]
-FEW_TOKENS = 16
-_MICROSOFT = "com.microsoft"
-_READ_BYTES = 1 << 29
+TOKENS = (1, 16, 128, 512)
+_FEW_TOKENS = 16
+_CALLS_OF_ONE = 20  # calls at one token in a turn
+# Threads of the form before spin on after its last call: without a pause QMoE took 27 ms, not 13, at 16 tokens.
+_SPINNING_S = 0.2
+# The forms that round their inputs to 8 bits differ from the others by that.
+_ROUNDING = 0.05
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the layer and form of its weights; 32 bits are float32."""
+def run(shape: Shape, forms: Sequence[str], rounds: int, threads: int, counts: Sequence[int]) -> dict[str, Any]:
+    """Time some forms at each number of tokens of a call and compare their outputs.
 
-    num_experts: int
-    top_k: int
-    hidden: int
-    width: int
-    bits: int
-    block: int
-
-    def token_bytes(self) -> float:
-        """Bytes of the weights that one token goes through, scales and zero points included."""
-        weights = 3 * self.top_k * self.hidden * self.width
-        return weights * (self.bits / 8 + (0 if self.bits == 32 else (4 + self.bits / 8) / self.block))
-
-
-class Graph:
-    """Nodes and initializers of one form; input `x` [T, D], output `y`."""
-
-    def __init__(self, shape: Shape, weights: Arrays) -> None:
-        self.shape, self.weights = shape, weights
-        self.nodes: Nodes = []
-        self.constants: Arrays = {}
-
-    def add(self, op: str, inputs: list[str], outputs: list[str], **attributes: Any) -> str:
-        """Add a node and return its first output."""
-        from onnx import helper
-
-        self.nodes.append(helper.make_node(op, inputs, outputs, **attributes))
-        return outputs[0]
-
-    def constant(self, name: str, value: Any) -> str:
-        """Add an initializer once and return its name."""
-        self.constants[name] = np.asarray(value)
-        return name
-
-    def route(self) -> None:
-        """Compute `logits`, and the experts `ids` and weights `share` [T, k] of each token."""
-        self.constant("router", self.weights["router"])
-        self.add("MatMul", ["x", "router"], ["logits"])
-        self.add("Softmax", ["logits"], ["probabilities"], axis=-1)
-        self.add("TopK", ["probabilities", self.constant("k", [self.shape.top_k])], ["largest", "ids"])
-        self.add("ReduceSum", ["largest", self.constant("last", [-1])], ["total"])
-        self.add("Div", ["largest", "total"], ["share"])
-
-    def product(self, x: str, name: str, expert: int, out: str) -> Any:
-        """Return the node of one expert's product."""
-        from onnx import helper
-
-        if self.shape.bits == 32:
-            weight = self.constant(f"{name}.{expert}", self.weights[name][expert])
-            return helper.make_node("FusedMatMul", [x, weight], [out], domain=_MICROSOFT, transB=1)
-        parts = []
-        for part in ("codes", "scales", "zeros"):
-            array = self.weights[f"{name}.{part}"][expert]
-            if part == "codes":
-                array = array.reshape(len(array), -1, self.shape.block * self.shape.bits // 8)
-            parts.append(self.constant(f"{name}.{expert}.{part}", array))
-        num_outputs, num_inputs = self._size(name)
-        return helper.make_node(
-            "MatMulNBits",
-            [x, *parts],
-            [out],
-            domain=_MICROSOFT,
-            N=num_outputs,
-            K=num_inputs,
-            bits=self.shape.bits,
-            block_size=self.shape.block,
-            accuracy_level=4,
-        )
-
-    def swiglu(self, both: str, out: str, prefix: str = "") -> None:
-        """Add the activation of gate and up, which lie behind each other."""
-        gate, up, sigmoid, silu = (f"{prefix}{name}" for name in ("gate", "up", "sigmoid", "silu"))
-        self.add("Split", [both], [gate, up], axis=-1, num_outputs=2)
-        self.add("Sigmoid", [gate], [sigmoid])
-        self.add("Mul", [gate, sigmoid], [silu])
-        self.add("Mul", [silu, up], [out])
-
-    def sort(self) -> list[str]:
-        """Sort the pairs of token and expert by expert; return each expert's rows of x."""
-        shape = self.shape
-        experts = range(shape.num_experts)
-        self.add("Reshape", ["ids", "last"], ["flat"])
-        self.add("Shape", ["flat"], ["pairs"])
-        self.add("TopK", ["flat", "pairs"], ["sorted", "order"], largest=0)
-        self.add("TopK", ["order", "pairs"], ["positions", "inverse"], largest=0)
-        self.add("Div", ["order", self.constant("per_token", shape.top_k)], ["token"])
-        self.add("Gather", ["x", "token"], ["sorted_x"])
-        self.add("Unsqueeze", ["flat", self.constant("one", [1])], ["column"])
-        self.add("Equal", ["column", self.constant("experts", np.arange(shape.num_experts))], ["is_of"])
-        self.add("Cast", ["is_of"], ["counted"], to=7)
-        self.add("ReduceSum", ["counted", self.constant("zero", [0])], ["counts"], keepdims=0)
-        rows = [f"x.{e}" for e in experts]
-        self.add("Split", ["sorted_x", "counts"], rows, axis=0)
-        return rows
-
-    def unsort(self, rows: list[str]) -> None:
-        """Put the experts' outputs back in the order of the tokens and add those of each."""
-        shape = self.shape
-        self.add("Concat", rows, ["joined"], axis=0)
-        self.add("Gather", ["joined", "inverse"], ["unsorted"])
-        self.add("Reshape", ["unsorted", self.constant("per", [-1, shape.top_k, shape.hidden])], ["of_token"])
-        self.add("Unsqueeze", ["share", "last"], ["share_1"])
-        self.add("Mul", ["of_token", "share_1"], ["weighted"])
-        self.add("ReduceSum", ["weighted", "one"], ["y"], keepdims=0)
-
-    def _size(self, name: str) -> tuple[int, int]:
-        hidden, width = self.shape.hidden, self.shape.width
-        return (2 * width, hidden) if name == "gate_up" else (hidden, width)
+    Returns:
+        Of each form, by the number of tokens: median, extremes and all times in seconds.
+    """
+    weights = random_weights(shape)
+    seconds: dict[str, dict[str, list[float]]] = {form: {} for form in forms}
+    random = np.random.default_rng(1)
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = {form: open_form(form, shape, weights, Path(folder), threads) for form in forms}
+        for count in counts:
+            # It looks up the weights of every token, in float32.
+            fitting = {form: each for form, each in sessions.items() if form != GATHERED or count <= _FEW_TOKENS}
+            example = random.standard_normal((count, shape.hidden), np.float32)
+            outputs = [session.run(None, {"x": example})[0] for session in fitting.values()]
+            for form, output in zip(fitting, outputs, strict=True):
+                apart = np.linalg.norm(output - outputs[0]) / np.linalg.norm(outputs[0])
+                assert apart < _ROUNDING, f"{form}: {apart:.3f} from the first form"
+            for _ in range(rounds):
+                for form, session in fitting.items():
+                    time.sleep(_SPINNING_S)
+                    for _ in range(_CALLS_OF_ONE if count == 1 else 1):
+                        x = random.standard_normal((count, shape.hidden), np.float32)
+                        start = time.perf_counter()
+                        session.run(None, {"x": x})
+                        seconds[form].setdefault(str(count), []).append(time.perf_counter() - start)
+    return {form: {count: measure.summarise(times) for count, times in each.items()} for form, each in seconds.items()}
 
 
-def kernel(graph: Graph, accuracy_level: int) -> None:
-    """One node for the whole layer: MoE or QMoE."""
-    shape, is_float = graph.shape, graph.shape.bits == 32
-    graph.constant("router", graph.weights["router"])
-    graph.add("MatMul", ["x", "router"], ["logits"])
-    order = np.arange(2 * shape.width).reshape(2, -1).T.reshape(-1)
-    names = {}
-    for key, array in graph.weights.items():
-        if key != "router":
-            names[key] = graph.constant(key, array[:, order] if key.startswith("gate_up") else array)
-    activation = {"activation_type": "swiglu", "activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_fusion": 1}
-    common = {"domain": _MICROSOFT, "k": shape.top_k, "normalize_routing_weights": 1, **activation}
-    if is_float:
-        graph.add("MoE", ["x", "logits", names["gate_up"], "", names["down"]], ["y"], **common)
-        return
-    inputs = ["x", "logits"]
-    for name in ("gate_up", "down"):
-        inputs += [names[f"{name}.codes"], names[f"{name}.scales"], ""]
-    inputs += ["", "", "", names["gate_up.zeros"], names["down.zeros"]]
-    form = {"expert_weight_bits": shape.bits, "block_size": shape.block, "weights_prepacked": 0}
-    graph.add("QMoE", inputs, ["y"], **form, accuracy_level=accuracy_level, **common)
-
-
-def products(graph: Graph) -> None:
-    """Two products for each expert, over its rows of the sorted tokens; most have no row at one token."""
-    graph.route()
-    rows = graph.sort()
-    both = [f"both.{e}" for e in range(len(rows))]
-    graph.nodes += [graph.product(row, "gate_up", e, both[e]) for e, row in enumerate(rows)]
-    graph.add("Concat", both, ["both"], axis=0)
-    graph.swiglu("both", "inner")
-    inner, out = ([f"{name}.{e}" for e in range(len(rows))] for name in ("inner", "out"))
-    graph.add("Split", ["inner", "counts"], inner, axis=0)
-    graph.nodes += [graph.product(row, "down", e, out[e]) for e, row in enumerate(inner)]
-    graph.unsort(out)
-
-
-def guarded_products(graph: Graph) -> None:
-    """As `products`, each expert in an If of its own that is taken if it has rows."""
-    from onnx import TensorProto, helper
-
-    graph.route()
-    rows = graph.sort()
-    graph.add("Greater", ["counts", graph.constant("none", 0)], ["has_rows"])
-    has_rows, out = ([f"{name}.{e}" for e in range(len(rows))] for name in ("has_rows", "out"))
-    graph.add("Split", ["has_rows"], has_rows, axis=0, num_outputs=len(rows))
-    graph.constant("empty", np.zeros((0, graph.shape.hidden), np.float32))
-    for e, row in enumerate(rows):
-        inside = Graph(graph.shape, graph.weights)
-        inside.nodes.append(inside.product(row, "gate_up", e, f"both.{e}"))
-        inside.swiglu(f"both.{e}", f"inner.{e}", f"{e}.")
-        inside.nodes.append(inside.product(f"inner.{e}", "down", e, f"then.{e}"))
-        graph.constants |= inside.constants
-        branches = {
-            "then_branch": (inside.nodes, f"then.{e}"),
-            "else_branch": ([helper.make_node("Identity", ["empty"], [f"else.{e}"])], f"else.{e}"),
-        }
-        graphs = {
-            name: helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(result, TensorProto.FLOAT, None)])
-            for name, (nodes, result) in branches.items()
-        }
-        graph.add("If", [has_rows[e]], [out[e]], **graphs)
-    graph.unsort(out)
-
-
-def gathered(graph: Graph) -> None:
-    """The weights of every chosen expert are looked up, to float32, and multiplied in one batch."""
-    graph.route()
-    graph.add("Unsqueeze", ["x", graph.constant("column_axes", [1, 3])], ["x_column"])
-    out = "x_column"
-    for name in ("gate_up", "down"):
-        if graph.shape.bits == 32:
-            graph.add("Gather", [graph.constant(name, graph.weights[name]), "ids"], [f"{name}.chosen"])
-        else:
-            parts = [graph.constant(f"{name}.{part}", graph.weights[f"{name}.{part}"]) for part in ("codes", "scales")]
-            graph.add(
-                "GatherBlockQuantized",
-                [parts[0], "ids", parts[1], graph.constant(f"{name}.zeros", graph.weights[f"{name}.zeros"])],
-                [f"{name}.chosen"],
-                domain=_MICROSOFT,
-                bits=graph.shape.bits,
-                block_size=graph.shape.block,
-                gather_axis=0,
-                quantize_axis=2,
-            )
-        graph.add("MatMul", [f"{name}.chosen", out], [f"{name}.product"])
-        out = f"{name}.product"
-        if name == "gate_up":
-            graph.add("Squeeze", [out, "last"], ["both"])
-            graph.constant("last", [-1])
-            graph.swiglu("both", "inner")
-            out = graph.add("Unsqueeze", ["inner", "last"], ["inner_column"])
-    graph.add("Squeeze", [out, "last"], ["of_token"])
-    graph.add("Unsqueeze", ["share", "last"], ["share_1"])
-    graph.add("Mul", ["of_token", "share_1"], ["weighted"])
-    graph.add("ReduceSum", ["weighted", graph.constant("one", [1])], ["y"], keepdims=0)
-
-
-FORMS: dict[str, Callable[[Graph], None]] = {
-    "MoE/QMoE, inputs in 8 bits": lambda graph: kernel(graph, 4),
-    "QMoE, inputs in float32": lambda graph: kernel(graph, 0),
-    "products of sorted tokens": products,
-    "products of sorted tokens, If": guarded_products,
-    "gathered weights": gathered,
-}
-
-
-def random_weights(shape: Shape, seed: int = 0) -> Arrays:
-    """Draw the weights of a layer; codes are random, so no form gains by values."""
-    rng = np.random.default_rng(seed)
-    count, hidden, width = shape.num_experts, shape.hidden, shape.width
-    weights = {"router": rng.standard_normal((hidden, count), dtype=np.float32) * np.float32(0.05)}
-    for name, rows, columns in (("gate_up", 2 * width, hidden), ("down", hidden, width)):
-        if shape.bits == 32:
-            weights[name] = rng.standard_normal((count, rows, columns), dtype=np.float32) * np.float32(0.02)
-            continue
-        blocks = columns // shape.block
-        sizes = {"codes": columns * shape.bits // 8, "zeros": -(-blocks * shape.bits // 8)}
-        for part, size in sizes.items():
-            weights[f"{name}.{part}"] = rng.integers(0, 256, (count, rows, size), dtype=np.uint8)
-        scales = rng.uniform(0.5, 1.5, (count, rows, blocks)) * 0.02 / (1 << (shape.bits - 2))
-        weights[f"{name}.scales"] = scales.astype(np.float32)
-    return weights
-
-
-def open_form(form: str, shape: Shape, weights: Arrays, folder: Path, threads: int) -> Any:
-    """Write the graph of a form and open it."""
-    import onnx
-    import onnxruntime as ort
-    from onnx import TensorProto, helper, numpy_helper
-
-    graph = Graph(shape, weights)
-    FORMS[form](graph)
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", shape.hidden]) for name in "xy")
-    initializers = [numpy_helper.from_array(np.ascontiguousarray(v), k) for k, v in graph.constants.items()]
-    model = helper.make_model(
-        helper.make_graph(graph.nodes, "experts", [x], [y], initializers),
-        opset_imports=[helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid(_MICROSOFT, 1)],
-        ir_version=11,
+def table(result: Mapping[str, Any]) -> str:
+    """Return the body of the result's page."""
+    counts = list(next(iter(result["forms"].values())))
+    rows = [["form, ms", *(f"{count} token{'s' * (count != '1')}" for count in counts), "GB/s at 1", "% of memory's"]]
+    for form, times in result["forms"].items():
+        cells = [f"{1e3 * times[count]['median_s']:.2f}" if count in times else "" for count in counts]
+        rate = result["token_bytes"] / times["1"]["median_s"]
+        rows.append([form, *cells, f"{rate / 1e9:.1f}", f"{100 * rate / result['memory_bytes_per_s']:.0f}"])
+    shape = result["shape"]
+    return (
+        f"One layer of {result['model']}, {shape['bits']} bits, blocks of {shape['block']}, {result['threads']} "
+        f"threads; medians of {result['rounds']} turns, at one token of {_CALLS_OF_ONE} calls in each. One token reads "
+        f"{result['token_bytes'] / 1e6:.1f} MB of weights; reading memory reached "
+        f"{result['memory_bytes_per_s'] / 1e9:.1f} GB/s in the same run.\n\n{report.table(rows)}"
     )
-    path = folder / f"{list(FORMS).index(form)}.onnx"
-    onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    path.with_name(f"{path.name}.data").unlink()
-    return session
 
 
-def memory_bandwidth(threads: int) -> float:
-    """Return the bytes a second that `threads` read of an array beyond every cache, the best of five."""
-    array = np.ones(threads * _READ_BYTES // 8, np.int64)
-    parts = np.split(array, threads)
-    with ThreadPoolExecutor(threads) as pool:
-
-        def once() -> float:
-            start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            return array.nbytes / (time.perf_counter() - start)
-
-        return max(once() for _ in range(5))
-
-
-def tokens(num_tokens: int, hidden: int) -> Iterator[np.ndarray[Any, Any]]:
-    """Yield inputs without end, each a new one."""
-    rng = np.random.default_rng(1)
-    while True:
-        yield rng.standard_normal((num_tokens, hidden), dtype=np.float32)
-
-
-def main(
+def experts(
     model: Annotated[str, typer.Option(help="Shape in configs/models.")] = "qwen3-vl-30b-a3b",
     bits: Annotated[int, typer.Option(help="4, 8 or 32.")] = 4,
     block: Annotated[int, typer.Option(help="Weights of a block.")] = 128,
-    prompts: Annotated[list[int] | None, typer.Option("--tokens", help="Tokens of a call; give it often.")] = None,
-    forms: Annotated[
-        list[int] | None, typer.Option("--form", help="Numbers of the forms, from 0; all if none.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="Turns of each form.")] = 5,
-    threads: Annotated[int, typer.Option(help="Threads of ONNX Runtime.")] = 2,
+    form: Annotated[list[int] | None, typer.Option(help="Number of a form, from 0; repeat for several.")] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of each form.")] = 7,
+    threads: int = 2,
+    results: Annotated[Path, typer.Option(help="Folder for the JSON file and the table.")] = report.RESULTS,
 ) -> None:
-    """Print a table of times, best of all rounds, and of the share of the memory's bandwidth at one token."""
-    assert model in configs.names("models"), model
-    text = ModelConfig.from_hf(hf_config(model)).text
-    assert text.experts is not None, f"{model} is dense"
-    experts = text.experts
-    shape = Shape(experts.num_experts, experts.top_k, text.hidden_size, experts.intermediate_size, bits, block)
-    bandwidth = memory_bandwidth(threads)
-    weights = random_weights(shape)
-    names = [form for i, form in enumerate(FORMS) if not forms or i in forms]
-    counts = [1, *(prompts or [16, 128, 512])]
-    rows = [["form", *(f"{count} tokens, ms" for count in counts), "bandwidth at 1"]]
+    """Time the forms of a mixture of experts, one layer."""
+    text = ModelConfig.from_hf(synthetic.hf_config(model)).text
+    if text.experts is None:
+        raise UsageError(f"{model} has no experts", remedy="--model qwen3-vl-30b-a3b")
+    environment = measure.environment()
+    shape = Shape(
+        text.experts.num_experts, text.experts.top_k, text.hidden_size, text.experts.intermediate_size, bits, block
+    )
+    chosen = [name for i, name in enumerate(FORMS) if not form or i in form]
+    result = {
+        "model": model,
+        "shape": asdict(shape),
+        "threads": threads,
+        "rounds": rounds,
+        "token_bytes": shape.token_bytes(),
+        "memory_bytes_per_s": _memory_bytes_per_s(threads),
+        "forms": run(shape, chosen, rounds, threads, TOKENS),
+        "environment": environment,
+    }
+    path = report.write(f"experts-{model}-{bits}-bits", result, results)
+    typer.echo(path.read_text(encoding="utf-8"))
+
+
+def _memory_bytes_per_s(threads: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        sessions = {form: open_form(form, shape, weights, Path(folder), threads) for form in names}
-        best: dict[tuple[str, int], float] = {}
-        first = {}
-        for count in counts:
-            inputs = tokens(count, shape.hidden)
-            example = next(inputs)
-            for _ in range(rounds):
-                for form, session in sessions.items():
-                    if form == "gathered weights" and count > FEW_TOKENS:
-                        continue  # the weights of every token, in float32
-                    first[form] = session.run(None, {"x": example})[0]
-                    for _ in range(20 if count == 1 else 1):
-                        x = next(inputs)
-                        start = time.perf_counter()
-                        session.run(None, {"x": x})
-                        seconds = time.perf_counter() - start
-                        best[form, count] = min(seconds, best.get((form, count), seconds))
-            values = list(first.values())
-            norm = float(np.linalg.norm(values[0]))
-            # The forms that round their inputs to 8 bits differ from the others by that.
-            assert all(np.linalg.norm(value - values[0]) < 0.05 * norm for value in values if len(value) == count)
-            first.clear()
-    for form in names:
-        times = [f"{1e3 * best[form, count]:.2f}" if (form, count) in best else "" for count in counts]
-        share = shape.token_bytes() / best[form, 1] / bandwidth
-        rows.append([form, *times, f"{share:.0%}"])
-    print(f"{model}, one layer, {bits} bits, blocks of {block}, {threads} threads; memory {bandwidth / 1e9:.1f} GB/s\n")
-    print(report.table(rows))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        path = Path(folder) / "ceilings.json"
+        measure.run_child([sys.executable, "-m", "benchmarks.compare.ceilings", str(threads), str(path)])
+        return float(json.loads(path.read_text(encoding="utf-8"))["memory_bytes_per_s"])

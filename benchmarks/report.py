@@ -2,7 +2,7 @@
 
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`,
 `run-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `quantizers`,
-`speculation-NAME`, `race-NAME`, `overhead-NAME`.
+`speculation-NAME`, `race-NAME`, `overhead-NAME`, `experts-MODEL-BITS-bits`.
 """
 
 from __future__ import annotations
@@ -72,19 +72,29 @@ def added_s(result: Mapping[str, Any], statement: str) -> float:
 
 def export_table(result: Mapping[str, Any]) -> str:
     """Return the median run of an export."""
-    cells = (
-        result["model"],
-        "no" if result["no_weights"] else "yes",
-        f"{export_median(result, 'wall_s'):.1f}",
-        f"{export_median(result, 'cpu_s'):.1f}",
-        f"{export_peak_bytes(result) / 1e9:.2f}",
-        f"{export_median(result, 'output_bytes') / 1e6:.1f}",
-    )
+    wall = export_median(result, "wall_s")
+    cells = {
+        "model": result["model"],
+        "weights": "no" if result["no_weights"] else "yes",
+        "wall, s": f"{wall:.1f}",
+        "CPU, s": f"{export_median(result, 'cpu_s'):.1f}",
+        "peak RSS, GB": f"{export_peak_bytes(result) / 1e9:.2f}",
+        "output, MB": f"{export_median(result, 'output_bytes') / 1e6:.1f}",
+    }
+    if "checkpoint_bytes" in result and not result["no_weights"]:  # earlier results do not have it
+        size = result["checkpoint_bytes"]
+        cells |= {"checkpoint, GB": f"{size / 1e9:.2f}", "GB/s": f"{size / wall / 1e9:.3f}"}
     walls = ", ".join(f"{run['wall_s']:.1f}" for run in result["runs"])
+    holes = " The weights are holes of sparse files: zeros, no disk to wait for." if has_holes(result) else ""
     return (
-        table([("model", "weights", "wall, s", "CPU, s", "peak RSS, GB", "output, MB"), cells])
-        + f"\nMedian of {len(result['runs'])} runs (wall, s: {walls}); of the peaks the largest.\n"
+        table([list(cells), list(cells.values())])
+        + f"\nMedian of {len(result['runs'])} runs (wall, s: {walls}); of the peaks the largest.{holes}\n"
     )
+
+
+def has_holes(result: Mapping[str, Any]) -> bool:
+    """Tell whether an export with weights read a sparse checkpoint."""
+    return not result["no_weights"] and "disk_bytes" in result and 2 * result["disk_bytes"] < result["checkpoint_bytes"]
 
 
 def build_table(result: Mapping[str, Any]) -> str:
@@ -180,6 +190,13 @@ def overhead(result: Mapping[str, Any]) -> str:
     )
 
 
+def experts(result: Mapping[str, Any]) -> str:
+    """Return the table of the forms of a mixture of experts."""
+    from benchmarks.experts import table as body
+
+    return body(result)
+
+
 def _environment_line(environment: Mapping[str, Any]) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in environment["libraries"].items())
     return (
@@ -200,4 +217,5 @@ _TABLES = {
     "speculation": speculation,
     "race": race,
     "overhead": overhead,
+    "experts": experts,
 }

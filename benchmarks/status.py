@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import configs
-from benchmarks import goals, lowered, plot, report
+from benchmarks import goals, lowered, mixture, plot, report
 from benchmarks.compare import chart
 from benchmarks.compare.sides import REFERENCE
 from benchmarks.goals import Results
@@ -46,9 +46,11 @@ def works_table(results: Results, accuracies: Mapping[str, Mapping[str, float]])
     for model in sorted((name for name in models if not name.startswith(_NOT_SHOWN)), key=_natural):
         cells = []
         for target in targets:
-            here = [_shown(r) for r in measured if (r["model"], r["target"]) == (model, target)]
-            # A target that has a measurement of its own needs no line of the comparison.
-            here = here or [line for r in compared if r["model"] == model for line in _compared(r["sides"], target)]
+            own = [r for r in measured if (r["model"], r["target"]) == (model, target)]
+            here = [_shown(r) for r in own]
+            # A target that has a measurement of its own, with weights, needs no line of the comparison.
+            if all(r.get("no_weights") for r in own):
+                here += [line for r in compared if r["model"] == model for line in _compared(r["sides"], target)]
             cells.append("<br>".join(here) or "not measured")
         rows.append((f"`{model}`", *cells))
     return report.table(rows)
@@ -177,6 +179,7 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     blocks = {
         root / "README.md": ("what works", f"{works_table(results, accuracies)}\n{states}"),
         root / "docs" / "benchmarks.md": ("figures", goals.table(results)),
+        root / "docs" / "mixture_of_experts.md": ("speed", mixture.tables(results)),
     }
     if "lowered" in results:
         blocks[root / "docs" / "accuracy.md"] = "lowered graphs", lowered.table_of(results["lowered"])

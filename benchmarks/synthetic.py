@@ -41,15 +41,17 @@ _BLOCK_ELEMENTS = 1 << 22
 _IMAGE_CHANNELS = 3
 
 
-def hf_config(model_name: str, dtype: str = "BF16") -> dict[str, Any]:
+def hf_config(model_name: str, dtype: str = "BF16", layers: int | None = None) -> dict[str, Any]:
     """Return a `config.json` of a model's shape, with the special token ids of the demo's tokenizer.
 
     Args:
         model_name: A name of `configs.names("models")`.
         dtype: Safetensors name of the stored dtype.
+        layers: Decoder layers, the first ones; all if None.
 
     Raises:
-        UsageError: The model or the dtype is unknown, or its vocabulary is smaller than the tokenizer's.
+        UsageError: The model or the dtype is unknown, the model has fewer layers, or its vocabulary is smaller than the
+            tokenizer's.
     """
     if model_name not in configs.names("models"):
         raise UsageError(f"{model_name}: no such shape", remedy=f"one of {', '.join(configs.names('models'))}")
@@ -64,6 +66,12 @@ def hf_config(model_name: str, dtype: str = "BF16") -> dict[str, Any]:
         )
     for part in ("text_config", "vision_config"):
         config[part] |= shape[part]
+    if layers is not None:
+        if not 1 <= layers <= config["text_config"]["num_hidden_layers"]:
+            raise UsageError(
+                f"{model_name}: {layers} layers, expected 1 to {config['text_config']['num_hidden_layers']}"
+            )
+        config["text_config"]["num_hidden_layers"] = layers
     config["model_type"] = shape.get("model_type", config["model_type"])
     if config["model_type"] == EXPERTS_MODEL_TYPE:
         config["architectures"] = ["Qwen3VLMoeForConditionalGeneration"]
@@ -72,6 +80,11 @@ def hf_config(model_name: str, dtype: str = "BF16") -> dict[str, Any]:
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = shape["tie_word_embeddings"]
     config["dtype"] = _TORCH_NAMES[dtype]
     return config
+
+
+def name_of(model_name: str, layers: int | None) -> str:
+    """Return what results of a shape are called, which may be cut to its first layers."""
+    return model_name if layers is None else f"{model_name}-{layers}-layers"
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
@@ -87,7 +100,13 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def write_checkpoint(
-    folder: Path, model_name: str, *, sparse: bool = False, seed: int = 0, dtype: str = "BF16"
+    folder: Path,
+    model_name: str,
+    *,
+    sparse: bool = False,
+    seed: int = 0,
+    dtype: str = "BF16",
+    layers: int | None = None,
 ) -> dict[str, Any]:
     """Write a Hugging Face folder with random weights and the demo's tokenizer.
 
@@ -99,6 +118,7 @@ def write_checkpoint(
         sparse: Write headers only and leave the data as holes (zeros): for exports without weights.
         seed: Seed of the random block.
         dtype: Safetensors name of the stored dtype.
+        layers: Decoder layers, the first ones; all if None.
 
     Returns:
         The contents of `config.json`.
@@ -106,7 +126,7 @@ def write_checkpoint(
     Raises:
         UsageError: The model or the dtype is unknown.
     """
-    config = hf_config(model_name, dtype)
+    config = hf_config(model_name, dtype, layers)
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         shutil.copyfile(_tokenizer_folder() / name, folder / name)

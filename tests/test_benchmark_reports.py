@@ -119,6 +119,20 @@ def test_export_table_has_medians_and_the_largest_peak(tmp_path: Path) -> None:
     assert report.render(name, report.load(tmp_path)[name]) == text
 
 
+def test_export_table_has_the_bytes_a_second_of_the_checkpoint() -> None:
+    result = export_result([10.0, 20.0, 12.0], no_weights=False) | {"checkpoint_bytes": 6_000_000_000}
+    head, _, cells = report.export_table(result).splitlines()[:3]
+    assert head.endswith("| checkpoint, GB | GB/s |") and cells.endswith("| 6.00 | 0.500 |")
+    assert "GB/s" not in report.export_table(result | {"no_weights": True})
+
+
+def test_export_table_names_a_sparse_checkpoint() -> None:
+    result = export_result([10.0], no_weights=False) | {"checkpoint_bytes": 6_000_000_000}
+    assert "sparse" in report.export_table(result | {"disk_bytes": 4096})
+    assert "sparse" not in report.export_table(result | {"disk_bytes": 6_000_000_512})
+    assert "sparse" not in report.export_table(result | {"disk_bytes": 4096, "no_weights": True})
+
+
 def test_run_table_is_time_of_pytorch_over_that_of_the_engine() -> None:
     text = report.inference_table(run_result(faster=1.5))
     assert "| decode | 1.0000 | 1.5000 | 1.50 |" in text
@@ -244,6 +258,17 @@ def test_status_names_the_pages_of_a_comparison() -> None:
         )
 
 
+def test_graphs_without_weights_do_not_hide_a_comparison() -> None:
+    graphs, whole = (export_result([12.0], no_weights=flag) | {"target": "ort-cpu-int4"} for flag in (True, False))
+    both = {"compare-qwen3-vl-2b": compared(ort_cpu_int4=1.0), "export-a": graphs}
+    row = next(line for line in status.works_table(both, {}).splitlines() if "`qwen3-vl-2b`" in line)
+    assert "graphs: 12 s<br>export: 50 s, 1.5 GB peak" in row
+    row = next(
+        line for line in status.works_table(both | {"export-b": whole}, {}).splitlines() if "`qwen3-vl-2b`" in line
+    )
+    assert "export: 12 s, 1.2 GB peak" in row and "50 s" not in row
+
+
 def test_quantizers_table() -> None:
     methods = {"GPTQ": {"32": 0.000774, "128": 0.00119}}
     text = report.quantizers_table({"canvases": 100, "calibration": 128, "bits": 4, "methods": methods})
@@ -269,12 +294,15 @@ def test_bars_are_as_long_as_the_speeds() -> None:
 
 
 def test_export_command(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["export", "--model", "tiny", "--no-weights", "--results", str(tmp_path)])
+    options = ["--model", "tiny-moe", "--layers", "2", "--no-weights", "--results", str(tmp_path)]
+    done = CliRunner().invoke(app, ["export", *options])
     assert done.exit_code == 0, done.output
-    result = json.loads((tmp_path / "export-tiny-ort-cpu-fp32-no-weights.json").read_text())
+    result = json.loads((tmp_path / "export-tiny-moe-2-layers-ort-cpu-fp32-no-weights.json").read_text())
     (run,) = result["runs"]
+    assert result["model"] == "tiny-moe-2-layers" and result["checkpoint_bytes"] > 0
     assert run["wall_s"] > 0 and run["cpu_s"] > 0 and 0 < run["output_bytes"] < 10**6
-    assert done.stdout.strip() == (tmp_path / "export-tiny-ort-cpu-fp32-no-weights.md").read_text().strip()
+    page = tmp_path / "export-tiny-moe-2-layers-ort-cpu-fp32-no-weights.md"
+    assert done.stdout.strip() == page.read_text().strip()
 
 
 SMALL = [

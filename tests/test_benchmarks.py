@@ -80,6 +80,15 @@ def test_large_checkpoint_is_sharded_and_sparse(tmp_path: Path) -> None:
     assert {key: entry.shape for key, entry in Checkpoint.open(str(tmp_path)).entries.items()} == shapes
 
 
+def test_the_first_layers_of_a_shape() -> None:
+    whole, cut = (synthetic.tensor_shapes(synthetic.hf_config("tiny-moe", layers=n)) for n in (None, 3))
+    left_out = ("model.language_model.layers.3.", "model.language_model.layers.4.")
+    assert cut == {key: shape for key, shape in whole.items() if not key.startswith(left_out)} != whole
+    for layers in (0, 6):
+        with pytest.raises(UsageError, match=f"{layers} layers, expected 1 to 5"):
+            synthetic.hf_config("tiny-moe", layers=layers)
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UsageError, match="no such shape"):
         synthetic.hf_config("qwen3-vl-3b")

@@ -41,6 +41,13 @@ def test_decode_needs_two_operations_for_each_weight_and_visible_key() -> None:
         assert operations(Point(DECODE, cached, batch), CONFIG) == expected
 
 
+def test_a_token_needs_the_operations_of_its_experts_and_of_the_router() -> None:
+    config = synthetic.hf_config("qwen3-vl-30b-a3b", layers=4)
+    attention = 2048 * (4096 + 2 * 512) + 4096 * 2048
+    layer = attention + 2048 * 128 + 8 * 3 * 2048 * 768
+    assert operations(Point(DECODE, 0), config) == 2 * (4 * (layer + 2 * 32 * 128) + 2048 * 151936)
+
+
 def test_prefill_is_decode_after_decode_with_one_head() -> None:
     head = 2 * weights_of("model.language_model.embed_tokens")
     steps = sum(operations(Point(DECODE, cached), CONFIG) - head for cached in range(128))

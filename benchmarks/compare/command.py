@@ -22,6 +22,7 @@ _Choice = TypeVar("_Choice")
 
 def compare(
     model: Annotated[str, typer.Option(help="Shape in configs/models, such as qwen3-vl-2b.")] = "qwen3-vl-2b",
+    layers: Annotated[int | None, typer.Option(help="Decoder layers, the first ones; all if not given.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint of that shape.")] = None,
     side: Annotated[list[str] | None, typer.Option(help="Measure this side only; repeat for several.")] = None,
     point: Annotated[list[str] | None, typer.Option(help="Such as decode-512-b1; repeat for several.")] = None,
@@ -45,19 +46,20 @@ def compare(
     results = results or report.RESULTS
     chosen = _choose("side", {each.name: each for each in sides.all_sides()}, side)
     points = _choose("point", {each.name: each for each in POINTS}, point)
-    work = (work_dir / model).absolute()
+    name = synthetic.name_of(model, layers)
+    work = (work_dir / name).absolute()
     if checkpoint is None:
         checkpoint = work / "checkpoint"
         if not (checkpoint / "config.json").is_file():
-            synthetic.write_checkpoint(checkpoint, model)
+            synthetic.write_checkpoint(checkpoint, model, layers=layers)
             allow_large_images(checkpoint)
     settings = comparison.Settings(threads, budget_s, min_repeats, max_repeats, keep_engines, max_minutes)
-    result = {"model": model} | comparison.compare(checkpoint.absolute(), work, chosen, points, settings)
-    path = report.write(f"compare-{model}", result, results)
+    result = {"model": name} | comparison.compare(checkpoint.absolute(), work, chosen, points, settings)
+    path = report.write(f"compare-{name}", result, results)
     path.with_suffix(".svg").write_text(chart.draw(result), encoding="utf-8")
     typer.echo(path.read_text(encoding="utf-8"))
-    for name in result["failed"]:
-        typer.echo(f"error: {name}: {result['missing'][name]}", err=True)
+    for failed in result["failed"]:
+        typer.echo(f"error: {failed}: {result['missing'][failed]}", err=True)
     if result["failed"]:
         raise typer.Exit(1)
 

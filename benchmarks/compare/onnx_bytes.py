@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 _PRODUCTS = {"DynamicQuantizeMatMul", "FusedMatMul", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits"}
+_EXPERTS = {"MoE", "QMoE"}
 
 
 def bytes_of_products(path: Path) -> int:
     """Return the bytes of the initializers that matrix products read, scales and zero points included.
 
     A table that the head shares with the embedding counts once; rotary tables and embeddings, of which a step looks
-    up single rows, do not count. A product reads an initializer directly or through one Transpose or Reshape.
+    up single rows, do not count. A product reads an initializer directly or through one Transpose or Reshape. Of the
+    experts of a layer a token reads as many as it goes through.
     """
     import math
 
@@ -20,9 +22,16 @@ def bytes_of_products(path: Path) -> int:
     graph = onnx.load(path, load_external_data=False).graph
     views = {node.output[0]: node.input[0] for node in graph.node if node.op_type in ("Reshape", "Transpose")}
     read = {views.get(name, name) for node in graph.node if node.op_type in _PRODUCTS for name in node.input}
-    return sum(
-        _stored_bytes(tensor.data_type, math.prod(tensor.dims)) for tensor in graph.initializer if tensor.name in read
-    )
+    experts = [node for node in graph.node if node.op_type in _EXPERTS]
+    chosen = {name: onnx.helper.get_node_attr_value(node, "k") for node in experts for name in node.input[2:]}
+    total = 0
+    for tensor in graph.initializer:
+        stored = _stored_bytes(tensor.data_type, math.prod(tensor.dims))
+        if tensor.name in chosen:
+            total += stored * chosen[tensor.name] // tensor.dims[0]
+        elif tensor.name in read:
+            total += stored
+    return total
 
 
 def _stored_bytes(data_type: int, elements: int) -> int:

@@ -85,10 +85,16 @@ def operations(point: Point, config: Mapping[str, Any]) -> int:
 
 
 def layer_weights(text: Mapping[str, Any]) -> int:
-    """Return the weights of the matrices of one decoder layer."""
+    """Return the weights of the matrices of one decoder layer that a token goes through.
+
+    In a mixture of experts these are the router and the experts chosen; all layers have one, as in Qwen's sizes.
+    """
     hidden, head = text["hidden_size"], text["head_dim"]
     queries, keys = text["num_attention_heads"] * head, text["num_key_value_heads"] * head
-    return hidden * (2 * queries + 2 * keys + 3 * text["intermediate_size"])
+    widths = 3 * text["intermediate_size"]
+    if "num_experts" in text:
+        widths = text["num_experts"] + 3 * text["num_experts_per_tok"] * text["moe_intermediate_size"]
+    return hidden * (2 * queries + 2 * keys + widths)
 
 
 def _vision_operations(patches: int, vision: Mapping[str, Any]) -> int:

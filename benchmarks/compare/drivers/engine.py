@@ -10,7 +10,6 @@ import numpy as np
 
 from benchmarks.compare.driver import Call, FirstToken
 from benchmarks.compare.onnx_bytes import bytes_of_products
-from benchmarks.compare.workloads import TOKEN
 from runtime.model import Qwen3VLModel
 from runtime.vision_inputs import position_interpolation, vision_rotary
 
@@ -41,10 +40,15 @@ class EngineDriver:
         return lambda: self._decode(ids, 0, np.full((batch, 1), length - 1), cache)
 
     def decode(self, batch: int, past: int) -> Call:
-        """Prepare a step that writes row `past` of the cache again and again."""
-        ids = np.full((batch, 1), TOKEN)
+        """Prepare a step that writes row `past` of the cache again and again, each time for another token.
+
+        The token decides which experts of a mixture are read: those of the same one again would be in the caches.
+        """
+        random = np.random.default_rng(0)
+        vocab_size = self._model.config.text.vocab_size
         cache = self._model.session.new_cache(past + 1, batch)
-        return lambda: self._decode(ids, past, np.zeros((batch, 1), np.int64), cache)
+        last = np.zeros((batch, 1), np.int64)
+        return lambda: self._decode(random.integers(0, vocab_size, (batch, 1)), past, last, cache)
 
     def first_token(self, image: str, prompt: str) -> FirstToken:
         """Answer with one token."""
