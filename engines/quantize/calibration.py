@@ -50,6 +50,7 @@ Rounding: TypeAlias = Callable[[Floats, InputMetric, int], QuantizedBlocks]
 
 METHOD = "gptq"
 RANGES_METHOD = "input ranges"
+EXPERTS = "rounded without calibration"
 _EMBEDS = "visual_embeds"
 SLICE_BYTES = 1 << 30
 MAX_PROMPT_TOKENS = 4096
@@ -72,7 +73,9 @@ def calibrate(
     """Exchange, in a bundle, what calibration changes of the weights of `target`.
 
     Weights in blocks become codes chosen by GPTQ, but those that the checkpoint already holds as codes stay; weights of
-    products whose activations are float8 get the range of these. What was done is added to `bundle.source`.
+    products whose activations are float8 get the range of these. Experts are inside one node, which shows neither the
+    tokens of each nor the inputs of its second product: they are rounded as without calibration. What was done is added
+    to `bundle.source`.
 
     Args:
         bundle: Exchanged in place; build the engine while `folder` exists.
@@ -111,6 +114,8 @@ def calibrate(
     record.images.clear()
     run(DECODER, record.prompts)
     calibration = {"method": method, "prompts": len(prompts), "tokens": record.num_tokens, "sha256": record.sha256}
+    if bundle.config.text.experts is not None:
+        calibration["experts"] = EXPERTS
     bundle.source = {**bundle.source, "calibration": calibration}
 
 
