@@ -108,7 +108,7 @@ def tap(path: Path) -> list[TensorRange]:
     weights = {each.name: each.scope for each in ranges if each.scope}
     computed: dict[str, str] = {}
     begun = {"": 0}
-    for node in list(graph.node):
+    for node, typed_node in zip(list(graph.node), typed.node, strict=True):
         own = next((weights[name] for name in node.input if name in weights), None)
         # Without a weight of its own, a node belongs to the last part of the model that its inputs come from.
         scope = own or max((computed.get(name, "") for name in node.input), key=begun.__getitem__, default="")
@@ -123,8 +123,32 @@ def tap(path: Path) -> list[TensorRange]:
             graph.node.append(onnx.helper.make_node("Abs", [name], [magnitude]))
             graph.node.append(onnx.helper.make_node("ReduceMax", [magnitude], [_TAP + name], keepdims=0))
             graph.output.append(onnx.helper.make_tensor_value_info(_TAP + name, onnx.TensorProto.FLOAT, []))
+        if node.op_type == "Loop":
+            ranges += _tap_loop(graph, node, typed_node, path.stem, scope)
     onnx.save(model, path)
     return ranges
+
+
+def _tap_loop(
+    graph: onnx.GraphProto, loop: onnx.NodeProto, typed: onnx.NodeProto, stem: str, scope: str
+) -> Iterator[TensorRange]:
+    """Do the same for what a loop, such as that over the experts, computes in its turns."""
+    import onnx
+
+    body, typed_body = (next(a.g for a in node.attribute if a.name == "body") for node in (loop, typed))
+    types = {value.name: value.type.tensor_type.elem_type for value in (*typed_body.value_info, *typed_body.output)}
+    for node in list(body.node):
+        for name in node.output:
+            if types[name] != onnx.TensorProto.FLOAT:
+                continue
+            yield TensorRange(stem, scope, node.op_type, name, 0.0)
+            magnitude, of_turn, of_turns = (f"{what} of {name}" for what in ("magnitude", "largest", "turns"))
+            body.node.append(onnx.helper.make_node("Abs", [name], [magnitude]))
+            body.node.append(onnx.helper.make_node("ReduceMax", [magnitude], [of_turn], keepdims=0))
+            body.output.append(onnx.helper.make_tensor_value_info(of_turn, onnx.TensorProto.FLOAT, []))
+            loop.output.append(of_turns)
+            graph.node.append(onnx.helper.make_node("ReduceMax", [of_turns], [_TAP + name], keepdims=0))
+            graph.output.append(onnx.helper.make_tensor_value_info(_TAP + name, onnx.TensorProto.FLOAT, []))
 
 
 def _weights(graph: onnx.GraphProto, folder: Path, stem: str) -> Iterator[TensorRange]:

@@ -3,7 +3,7 @@
     python -m qwen3vl_export.parity.task_report docs/accuracy.md docs/accuracy/*.json
 
 writes the sections of docs/accuracy.md, and the plot beside the JSON files, from what `qwen3vl verify --tasks --json`
-printed. A section stands between the markers of its target, and text around them stays.
+printed. A section stands between the markers of its title, and text around them stays.
 """
 
 from __future__ import annotations
@@ -159,6 +159,11 @@ class TaskReport:
         """Whether no task loses more than it may."""
         return bool(self.rows) and all(-row.points <= self.allowed_points for row in self.rows)
 
+    @property
+    def title(self) -> str:
+        """Name the target, and the checkpoint if it is another than the dense demo."""
+        return self.target if self.checkpoint == "demo" else f"{self.checkpoint}, {self.target}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; what is not finite becomes null."""
         values = asdict(self) | {"passed": self.passed, "allowed_points": self.allowed_points}
@@ -211,11 +216,11 @@ def paired_interval(gained: int, lost: int, total: int) -> tuple[float, float]:
 
 
 def write_sections(file: Path, reports: Sequence[TaskReport]) -> None:
-    """Replace the section of each report's target in a Markdown file, or add it at the end."""
+    """Replace the section of each report in a Markdown file, or add it at the end."""
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     for report in reports:
-        begin, end = (f"<!-- {word} {report.target} -->" for word in ("begin", "end"))
-        section = f"{begin}\n## {report.target}\n\n{report.markdown()}\n{end}"
+        begin, end = (f"<!-- {word} {report.title} -->" for word in ("begin", "end"))
+        section = f"{begin}\n## {report.title}\n\n{report.markdown()}\n{end}"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         if pattern.search(text):
             text = pattern.sub(lambda _, new=section: new, text)  # type: ignore[misc]
@@ -232,7 +237,7 @@ def main() -> None:
     options = parser.parse_args()
     reports = [TaskReport.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in options.reports]
     write_sections(options.document, reports)
-    plot_layers({report.target: report.layers for report in reports}, options.reports[0].parent / "layers.svg")
+    plot_layers({report.title: report.layers for report in reports}, options.reports[0].parent / "layers.svg")
 
 
 def _variant(manifest: Manifest) -> str:
