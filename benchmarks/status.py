@@ -21,28 +21,32 @@ from engines.choose import GPU, device_of
 from engines.registry import all_targets
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = "demo checkpoint"
+DEMO = "demo"
 TASKS = ("read", "count", "where", "json")
 _ACCURACY = "demo_accuracy"
 _NOT_SHOWN = "tiny"  # how the names of the tests' shapes begin
+Accuracies = Mapping[str, Mapping[str, Mapping[str, float]]]
 _PASSED = "passed"  # as scripts/gpu_check.py writes it
 
 
-def works_table(results: Results, accuracies: Mapping[str, Mapping[str, float]]) -> str:
+def works_table(results: Results, accuracies: Accuracies) -> str:
     """Return model shapes against targets; a cell says what was shown.
 
     Args:
         results: What `report.load` returns.
-        accuracies: Shares of right answers by target; those of PyTorch under the empty name.
+        accuracies: Shares of right answers by checkpoint and target; those of PyTorch under the empty name.
     """
     exports = [result for name, result in results.items() if report.kind(name) == "export"]
     runs = [result for name, result in results.items() if report.kind(name) == "run"]
     compared = [result for name, result in results.items() if report.kind(name) == "compare"]
     measured = [*exports, *runs]
-    targets = sorted({result["target"] for result in measured} | set(accuracies) - {""})
+    answered = {target for each in accuracies.values() for target in each}
+    targets = sorted({result["target"] for result in measured} | answered - {""})
     models = {result["model"] for result in measured} | set(configs.names("models"))
     rows = [("model", *(f"`{target}`" for target in targets))]
-    rows.append((DEMO, *(_accuracy(accuracies.get(target), accuracies.get("")) for target in targets)))
+    for checkpoint, shares in accuracies.items():
+        cells = [_accuracy(shares.get(target), shares.get("")) for target in targets]
+        rows.append((f"{checkpoint} checkpoint", *cells))
     for model in sorted((name for name in models if not name.startswith(_NOT_SHOWN)), key=_natural):
         cells = []
         for target in targets:
@@ -59,7 +63,7 @@ def works_table(results: Results, accuracies: Mapping[str, Mapping[str, float]])
 def target_states(
     devices: Mapping[str, str],
     results: Results,
-    accuracies: Mapping[str, Mapping[str, float]],
+    accuracies: Accuracies,
     checks: Sequence[Mapping[str, Any]],
     builds: Sequence[Mapping[str, Any]],
 ) -> str:
@@ -68,13 +72,14 @@ def target_states(
     Args:
         devices: `cpu` or `gpu` by target.
         results: What `report.load` returns: an engine that was timed has run.
-        accuracies: Shares of right answers by target: an engine that was asked has run.
+        accuracies: Shares of right answers by checkpoint and target: an engine that was asked has run.
         checks: Results of `make gpu-check`, each of one model and target on one GPU.
         builds: Results with `plan_bytes`: plans that were compiled, not executed.
     """
     timed = {str(r["target"]) for name, r in results.items() if report.kind(name) == "run"}
     compared = [r["sides"] for name, r in results.items() if report.kind(name) == "compare"]
     timed |= {side.get("target", name) for sides in compared for name, side in sides.items()}
+    answered = {target for each in accuracies.values() for target in each}
     rows = [("target", "status", "shown by")]
     for target, device in sorted(devices.items()):
         checked = [each for each in checks if each["target"] == target]
@@ -83,7 +88,7 @@ def target_states(
         state, shown = ("**needs a GPU to run**" if device == GPU else "not run"), ""
         if passed:
             state, shown = f"run on {_gpus(passed)}", "<br>".join(_timed(each) for each in passed)
-        elif target in timed | set(accuracies):
+        elif target in timed | answered:
             state, shown = "run here", "the table above"
         elif checked:
             state = f"**fails on {_gpus(checked)}**"
@@ -153,17 +158,18 @@ def _compared(sides: Mapping[str, Any], target: str) -> list[str]:
     return lines
 
 
-def read_accuracies(folder: Path) -> dict[str, dict[str, float]]:
-    """Return the shares of right answers on the held-out canvases by target; those of PyTorch under the empty name."""
-    alone = {
-        path.stem.removeprefix(_ACCURACY).removeprefix("_"): json.loads(path.read_text(encoding="utf-8"))["all"]
-        for path in sorted(folder.glob(f"{_ACCURACY}*.json"))
-    }
-    paired = {}
+def read_accuracies(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the shares of right answers on the held-out canvases by checkpoint and target; PyTorch's name is empty."""
+    found = {DEMO: {}}
+    for path in sorted(folder.glob(f"{_ACCURACY}*.json")):
+        target = path.stem.removeprefix(_ACCURACY).removeprefix("_")
+        found[DEMO][target] = json.loads(path.read_text(encoding="utf-8"))["all"]
     for path in sorted((folder / "accuracy").glob("*.json")):
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        paired[path.stem] = {row["task"]: row["right"] / row["questions"] for row in rows}
-    return alone | paired
+        result = json.loads(path.read_text(encoding="utf-8"))
+        shares = found.setdefault(result["checkpoint"], {})
+        for target, right in (("", "expected_right"), (result["target"], "right")):
+            shares.setdefault(target, {row["task"]: row[right] / row["questions"] for row in result["rows"]})
+    return found
 
 
 def generated(root: Path = ROOT) -> dict[Path, str]:

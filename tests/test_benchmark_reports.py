@@ -152,10 +152,12 @@ def test_status_shows_new_models_and_targets_without_a_change() -> None:
         "run-qwen3-vl-2b-other-int8": run_result(target="other-int8", faster=3.0),
     }
     shares = dict.fromkeys(status.TASKS, 0.9)
-    text = status.works_table(results, {"other-int8": shares, "": dict.fromkeys(status.TASKS, 0.95)})
+    accuracies = {"demo": {"other-int8": shares, "": dict.fromkeys(status.TASKS, 0.95)}, "demo-moe": {}}
+    text = status.works_table(results, accuracies)
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines()}
     assert rows["model"] == ["`ort-cpu-fp32`", "`other-int8`"]
     assert rows["demo checkpoint"][0] == "not measured"
+    assert rows["demo-moe checkpoint"] == ["not measured"] * 2
     assert rows["demo checkpoint"][1].startswith("read 90.0 % (95.0)<br>count 90.0 %")
     assert rows["`qwen3-vl-2b`"] == [
         "export: 40 s, 4.0 GB peak",
@@ -249,7 +251,8 @@ def test_status_names_the_pages_of_a_comparison() -> None:
         (result, ("speed (`compare`): vision 6.00 ×", "speed (`compare`, huge pages): vision 7.50 ×")),
         (compared(ort_cpu_int4=1.0), ()),
     ):
-        text = status.works_table({"compare-qwen3-vl-2b": results}, {"ort-cpu-int4": dict.fromkeys(status.TASKS, 1.0)})
+        shares = {"demo": {"ort-cpu-int4": dict.fromkeys(status.TASKS, 1.0)}}
+        text = status.works_table({"compare-qwen3-vl-2b": results}, shares)
         row = next(line for line in text.splitlines() if "`qwen3-vl-2b`" in line)
         lines = row.split("|")[2].strip().split("<br>")
         assert lines[0] == "export: 50 s, 1.5 GB peak"

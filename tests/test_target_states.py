@@ -20,7 +20,7 @@ def check(target: str = "trt-fp16", *, model: str = "demo", gpu: str = "NVIDIA H
 
 
 def rows(checks: list[dict[str, Any]] | None = None, builds: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    accuracies = {"": {"read": 0.9}, "ort-cpu-fp32": {"read": 0.9}}
+    accuracies = {"demo": {"": {"read": 0.9}, "ort-cpu-fp32": {"read": 0.9}}}
     text = status.target_states(DEVICES, {}, accuracies, checks or [], builds or [])
     cells = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| `")]
     return {name.strip(" `"): (state.strip(), shown.strip()) for name, state, shown in cells}
@@ -90,3 +90,16 @@ def test_every_target_of_the_registry_has_a_row() -> None:
 
     text = status.generated()[status.ROOT / "README.md"]
     assert all(f"\n| `{target.name}` | " in text for target in all_targets())
+
+
+def test_accuracies_are_read_by_checkpoint_and_target(tmp_path: Path) -> None:
+    (tmp_path / "accuracy").mkdir()
+    (tmp_path / "demo_accuracy.json").write_text(json.dumps({"all": {"read": 0.9}}))
+    for name, checkpoint in (("t", "demo"), ("demo-moe-t", "demo-moe")):
+        row = {"task": "read", "questions": 10, "expected_right": 8, "right": 7}
+        paired = {"checkpoint": checkpoint, "target": "t", "rows": [row]}
+        (tmp_path / "accuracy" / f"{name}.json").write_text(json.dumps(paired))
+    assert status.read_accuracies(tmp_path) == {
+        "demo": {"": {"read": 0.9}, "t": {"read": 0.7}},
+        "demo-moe": {"": {"read": 0.8}, "t": {"read": 0.7}},
+    }
