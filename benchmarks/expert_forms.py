@@ -16,7 +16,7 @@ from engines.onnx_text import OPSET_VERSION
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Nodes = list[Any]
-GATHERED = "gathered weights"
+KERNEL, GATHERED = "QMoE, inputs in 8 bits", "gathered weights"  # MoE where the weights are float32
 _MICROSOFT = "com.microsoft"
 
 
@@ -232,7 +232,7 @@ def gathered(graph: Graph) -> None:
 
 
 FORMS: dict[str, Callable[[Graph], None]] = {
-    "MoE/QMoE, inputs in 8 bits": lambda graph: kernel(graph, 4),
+    KERNEL: lambda graph: kernel(graph, 4),
     "QMoE, inputs in float32": lambda graph: kernel(graph, 0),
     "products of sorted tokens": products,
     "products of sorted tokens, If": guarded_products,

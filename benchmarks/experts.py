@@ -19,7 +19,7 @@ import numpy as np
 import typer
 
 from benchmarks import measure, report, synthetic
-from benchmarks.expert_forms import FORMS, GATHERED, Shape, open_form, random_weights
+from benchmarks.expert_forms import FORMS, GATHERED, KERNEL, Shape, open_form, random_weights
 from runtime.errors import UsageError
 from runtime.model_config import ModelConfig
 
@@ -65,14 +65,17 @@ def run(shape: Shape, forms: Sequence[str], rounds: int, threads: int, counts: S
 def table(result: Mapping[str, Any]) -> str:
     """Return the body of the result's page."""
     counts = list(next(iter(result["forms"].values())))
+    shape = result["shape"]
+    is_float = shape["bits"] == 32
     rows = [["form, ms", *(f"{count} token{'s' * (count != '1')}" for count in counts), "GB/s at 1", "% of memory's"]]
     for form, times in result["forms"].items():
         cells = [f"{1e3 * times[count]['median_s']:.2f}" if count in times else "" for count in counts]
         rate = result["token_bytes"] / times["1"]["median_s"]
-        rows.append([form, *cells, f"{rate / 1e9:.1f}", f"{100 * rate / result['memory_bytes_per_s']:.0f}"])
-    shape = result["shape"]
+        label = "MoE" if is_float and form == KERNEL else form
+        rows.append([label, *cells, f"{rate / 1e9:.1f}", f"{100 * rate / result['memory_bytes_per_s']:.0f}"])
+    weights = "float32" if is_float else f"{shape['bits']} bits, blocks of {shape['block']}"
     return (
-        f"One layer of {result['model']}, {shape['bits']} bits, blocks of {shape['block']}, {result['threads']} "
+        f"One layer of {result['model']}, {weights}, {result['threads']} "
         f"threads; medians of {result['rounds']} turns, at one token of {_CALLS_OF_ONE} calls in each. One token reads "
         f"{result['token_bytes'] / 1e6:.1f} MB of weights; reading memory reached "
         f"{result['memory_bytes_per_s'] / 1e9:.1f} GB/s in the same run.\n\n{report.table(rows)}"
