@@ -16,7 +16,7 @@ from engines.passes.fold_static_shapes import fix_capacity
 from engines.quantize.cache_ranges import CacheQuantization, quantize_cache
 from engines.target import Target
 from runtime import __version__
-from runtime.errors import TargetError, UsageError
+from runtime.errors import UsageError
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, FileRecord, Manifest, sha256_of
 from runtime.model_config import ModelConfig
 
@@ -28,12 +28,8 @@ def check_options(target: Target, options: BuildOptions | None, config: ModelCon
 
     Raises:
         UsageError: An option is out of range, or the target has no sizes to choose.
-        TargetError: The target's compiler does not take it, or the target not the model.
+        TargetError: The target's compiler does not take it.
     """
-    if config.text.experts is not None and not target.takes_experts:
-        raise TargetError(
-            f"{target.name} does not take mixtures of experts yet", remedy="choose an ort-cpu-* target for this model"
-        )
     if target.compile is not None:
         (options or BuildOptions()).check(config.text.max_positions, config.vision.spatial_merge_size)
     elif options is not None:

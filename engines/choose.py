@@ -199,8 +199,6 @@ def consider(
         parts = estimate(target, config, options=options, request=request)
         candidate = Candidate(target.name, rule.device, parts, limit, "")
         refusal = _refusal(target, rule, hardware, candidate)
-        if config.text.experts is not None and not target.takes_experts:
-            refusal = "does not take mixtures of experts yet"
         if not refusal and chosen is not None:
             refusal = f"{chosen.name} is preferred"
         if not refusal:

@@ -24,9 +24,8 @@ def lower(
     Raises:
         TargetError: A pass of the target finds something that its kernels do not take.
     """
-    bodies = {name: body(config) for name, body in target.native_ops.items()}
     passes: list[ir.passes.PassBase] = [
-        ReplaceFunctionsPass(bodies),
+        ReplaceFunctionsPass(target.native_ops, config),
         common.InlinePass(),
         # Constants become initializers so that equal ones are shared and equal nodes on them are found.
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

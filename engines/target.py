@@ -72,7 +72,6 @@ class Target:
         cache_pass: Makes the pass that stores the KV cache in 8 or 4 bits by scales [L, 2, K, H], keys before values;
             None if no kernel of the target reads such a cache.
         top_k: Candidates of the next token that the decoder gives beside the logits; 0 for none.
-        takes_experts: Mixtures of experts are lowered.
         device: `cpu` or `gpu`: whose memory the engine takes.
         check_options: Raises, before any work, for options that the compiler does not take.
         compile: Makes an engine of the lowered graphs, with a cache of fixed capacity; None if they are the engine.
@@ -96,7 +95,6 @@ class Target:
     top_k: int = 0
     compile: Compiler | None = None
     check_options: Callable[[BuildOptions], None] | None = None
-    takes_experts: bool = False
     device: str = "cpu"
 
     def capabilities(self, config: ModelConfig, options: BuildOptions) -> dict[str, Any]:

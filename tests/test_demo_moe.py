@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from engines import registry
-from engines.build import check_options
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo import CHECKPOINT, CHECKPOINT_MOE
 from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.demo.tasks import TASKS
 from qwen3vl_export.export import make_bundle
 from qwen3vl_export.parity.verify import verify
-from runtime.errors import TargetError
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 from tests.conftest import build
@@ -70,10 +66,3 @@ def test_float32_answers_as_was_measured(engine: Path) -> None:
 def test_verify_passes(engine: Path) -> None:
     report = verify(engine, "demo-moe", max_new_tokens=16)
     assert report.passed, [check for check in report.checks if not check.passed]
-
-
-def test_a_target_without_experts_says_so() -> None:
-    target = dataclasses.replace(registry.get("ort-cpu-fp32"), takes_experts=False)
-    with pytest.raises(TargetError, match="ort-cpu-fp32 does not take mixtures of experts yet"):
-        check_options(target, None, Checkpoint.open("demo-moe").config)
-    check_options(target, None, Checkpoint.open("demo").config)

@@ -160,7 +160,6 @@ def _target(precision: str, description: str) -> Target:
         prefill_min_tokens=settings.get("prefill_min_tokens", 0),
         cache_pass=_cache_pass,
         libraries=("onnx-ir",),
-        takes_experts=True,
         availability=_availability,
     )
 

@@ -102,16 +102,16 @@ def _mixture_of_experts(config: ModelConfig) -> str:
     # experts that TopK chose, and of all others the lowest number of float16, whose exponential is 0. So both choose
     # what the op chooses, and the graph can be proven on the CPU. A softmax before TopK would not change the order.
     experts = config.text.experts
-    num_experts, top_k = (experts.num_experts, experts.top_k) if experts is not None else (1, 1)
+    assert experts is not None
     return f"""
 <domain: "qwen3vl", opset_import: ["" : 24, "com.microsoft" : 1]>
 MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
 {{
     router_DE = Transpose <perm = [1, 0]> (router_weight)
     logits_BSE = MatMul (x, router_DE)
-    token_shape = Constant <value_ints = [-1, {num_experts}]> ()
+    token_shape = Constant <value_ints = [-1, {experts.num_experts}]> ()
     logits_TE = Reshape (logits_BSE, token_shape)
-    k = Constant <value_ints = [{top_k}]> ()
+    k = Constant <value_ints = [{experts.top_k}]> ()
     chosen_Tk, expert_Tk = TopK <axis = -1> (logits_TE, k)
     none = Constant <value_float = -65504.0> ()
     logits_shape = Shape (logits_TE)
@@ -197,7 +197,6 @@ def _target(precision: str, dtype: str, description: str) -> Target:
         availability=_availability,
         device="gpu",
         top_k=_TOP_K,
-        takes_experts=True,
     )
 
 

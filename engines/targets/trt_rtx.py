@@ -94,7 +94,6 @@ TARGETS = tuple(
         libraries=("onnx-ir",),
         availability=partial(_availability, precision),
         top_k=lowering.TOP_K,
-        takes_experts=True,
         device="gpu",
         compile=partial(_compile, precision),
         check_options=partial(_check_options, precision),
