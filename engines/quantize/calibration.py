@@ -120,7 +120,7 @@ def calibrate(
 
 
 def blockwise_plan(target: Target) -> WeightPlan | None:
-    """Return the formats of a target's weights, or None if it stores none in blocks of integers."""
+    """Return the formats of a target's weights, or None if it multiplies with none in blocks of integers."""
     return _plan_with(target, BLOCKWISE)
 
 
@@ -151,7 +151,7 @@ def _method(target: Target) -> tuple[str, WeightPlan | None]:
 
 def _plan_with(target: Target, kind: str) -> WeightPlan | None:
     plans = [plan for each in target.passes() if isinstance(plan := getattr(each, "plan", None), WeightPlan)]
-    return next((plan for plan in plans if any(form.kind == kind for _, form in plan.rules)), None)
+    return next((plan for plan in plans if plan.has_products_in(kind)), None)
 
 
 @dataclass

@@ -96,3 +96,10 @@ class WeightPlan:
             if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns):
                 return weight_format
         return WeightFormat(FLOAT)
+
+    def has_products_in(self, kind: str) -> bool:
+        """Say whether a rule gives a kind to weights other than experts, which are rounded on their own."""
+        return any(
+            weight_format.kind == kind and not all(".experts." in pattern for pattern in patterns)
+            for patterns, weight_format in self.rules
+        )
