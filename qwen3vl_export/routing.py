@@ -76,6 +76,15 @@ class RouterStatistics:
             self.layers[layer] = LayerRouting(np.zeros(logits_TE.shape[1], np.int64))
         self.layers[layer].add(logits_TE, top_k)
 
+    def merge(self, other: RouterStatistics) -> None:
+        """Take the counts of another run."""
+        for layer, theirs in other.layers.items():
+            ours = self.layers.setdefault(layer, LayerRouting(np.zeros_like(theirs.tokens_per_expert)))
+            ours.tokens_per_expert += theirs.tokens_per_expert
+            ours.num_tokens += theirs.num_tokens
+            ours.num_ties += theirs.num_ties
+            ours.smallest_gap = min(ours.smallest_gap, theirs.smallest_gap)
+
     def render(self) -> list[str]:
         """Return a line on all layers and one on the worst, and one that says what ties mean if there are any."""
         if not self.layers:
@@ -108,28 +117,74 @@ def _summary(counts: NDArray[np.int64], num_ties: int, gap: float) -> str:
     )
 
 
+Choice = tuple[int, int]
+"""What a router chose for a token: its layer, and its position, counted from the first token that was watched."""
+
+
+@dataclass
+class Watched:
+    """What the routers did while they were watched.
+
+    Attributes:
+        statistics: Counts of all layers.
+        near_ties: Choices whose last chosen and first rejected expert are near each other, and the difference of their
+            logits, in standard deviations of the logits that the layer's router gave in its first call, a prompt.
+    """
+
+    statistics: RouterStatistics = field(default_factory=RouterStatistics)
+    near_ties: dict[Choice, float] = field(default_factory=dict)
+
+
 @contextlib.contextmanager
-def watched_routers(model: Any, statistics: RouterStatistics) -> Iterator[None]:
-    """Count what the routers of a transformers model do while the context is open.
+def watched_routers(
+    model: Any, *, near_gap: float = 0.0, swapped: frozenset[Choice] = frozenset()
+) -> Iterator[Watched]:
+    """Watch the routers of a transformers model while the context is open.
 
     Args:
-        model: A `Qwen3VLMoeForConditionalGeneration`; a dense model gives no layers.
-        statistics: Takes the counts.
+        model: A `Qwen3VLMoeForConditionalGeneration` that is given one sequence; a dense model gives no layers.
+        near_gap: Largest difference of two logits that makes a near tie, in these standard deviations.
+        swapped: Where the first rejected expert takes the place of the last chosen one.
     """
+    watched = Watched()
     handles = []
 
     def watch(layer: int, router: Any) -> None:
-        def count(_: Any, __: Any, output: Any) -> None:
-            statistics.add(layer, output[0].detach().float().numpy(), router.top_k)
+        num_seen, spread = 0, 0.0
 
-        handles.append(router.register_forward_hook(count))
+        def look(_: Any, __: Any, output: Any) -> Any:
+            nonlocal num_seen, spread
+            logits_TE, weight_Tk, expert_Tk = (part.detach() for part in output)
+            floats_TE = logits_TE.float().numpy()
+            watched.statistics.add(layer, floats_TE, router.top_k)
+            spread = spread or max(float(floats_TE.std()), float(np.finfo(np.float32).tiny))
+            if router.top_k < floats_TE.shape[1]:
+                for t, (logits, chosen) in enumerate(zip(floats_TE, expert_Tk.numpy(), strict=True)):
+                    out, into = _at_the_border(logits, chosen)
+                    place, gap = (layer, num_seen + t), float(logits[chosen[out]] - logits[into]) / spread
+                    if gap <= near_gap:
+                        watched.near_ties[place] = gap
+                    if place in swapped:
+                        expert_Tk[t, out] = into
+                        weight_Tk[t] = logits_TE[t][expert_Tk[t]].float().softmax(-1).to(weight_Tk.dtype)
+            num_seen += len(floats_TE)
+            return logits_TE, weight_Tk, expert_Tk
+
+        handles.append(router.register_forward_hook(look))
 
     for i, layer in enumerate(model.model.language_model.layers):
         router = getattr(layer.mlp, "gate", None)
         if router is not None:
             watch(i, router)
     try:
-        yield
+        yield watched
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _at_the_border(logits_E: NDArray[np.float32], chosen_k: NDArray[np.int64]) -> tuple[int, int]:
+    """Return the place in `chosen_k` of the last chosen expert, and the first rejected; the lower of equals wins."""
+    last = max(range(len(chosen_k)), key=lambda i: (-logits_E[chosen_k[i]], chosen_k[i]))
+    rejected = np.delete(np.arange(len(logits_E)), chosen_k)
+    return last, int(rejected[np.argmax(logits_E[rejected])])

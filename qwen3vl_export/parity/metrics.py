@@ -43,6 +43,17 @@ def difference(found: Floats, expected: Floats) -> Difference:
     return Difference(float(np.max(np.abs(a - b), initial=0.0)), relative, cosine, float(np.std(b)))
 
 
+def relative_by_position(found_BKTH: Floats, expected_BKTH: Floats) -> NDArray[np.float64]:
+    """Return the norm of the difference over that of the reference at each position, [T]; infinite if not finite."""
+    gap, norm = (
+        np.linalg.norm(np.moveaxis(values, 2, 0).reshape(values.shape[2], -1).astype(np.float64), axis=-1)
+        for values in (found_BKTH - expected_BKTH, expected_BKTH)
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        relative: NDArray[np.float64] = np.where(gap == 0, 0.0, gap / norm)
+    return np.where(np.isfinite(relative), relative, np.inf)
+
+
 def kl_divergence(found_SV: Floats, expected_SV: Floats) -> NDArray[np.float64]:
     """Return KL(reference ‖ engine) of the distributions at every position, in nats, [S]."""
     p, q = log_softmax(expected_SV), log_softmax(found_SV)

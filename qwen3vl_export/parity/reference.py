@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3vl_export.checkpoint import Checkpoint
-from qwen3vl_export.routing import RouterStatistics, watched_routers
+from qwen3vl_export.routing import Choice, RouterStatistics, watched_routers
 from runtime.errors import CheckpointError, UsageError
 
 Floats = NDArray[np.float32]
@@ -30,9 +30,11 @@ class ReferenceOutput:
     Attributes:
         visual_embeds: [1+D, V, hidden], or None without images.
         logits: [S, vocab] of the prompt.
-        layers: Keys and values of each layer behind the prompt, each [1, K, S, H].
+        layers: Keys and values of each layer behind the prompt and all greedy tokens but the last, [1, K, S+N-1, H].
         tokens: Greedy tokens; the end of the sequence does not stop them.
         step_logits: [N, vocab]: the logits that chose each of `tokens`.
+        routers: What the routers of a mixture of experts did.
+        near_ties: Where these could as well have chosen otherwise, and the difference of the two logits.
     """
 
     visual_embeds: Floats | None
@@ -40,6 +42,8 @@ class ReferenceOutput:
     layers: list[tuple[Floats, Floats]]
     tokens: list[int]
     step_logits: Floats
+    routers: RouterStatistics
+    near_ties: dict[Choice, float]
 
 
 def check_processor() -> None:
@@ -58,9 +62,6 @@ def check_processor() -> None:
 class Reference:
     """Transformers' model and processor of a checkpoint folder.
 
-    Attributes:
-        routers: What the routers of a mixture of experts did in all runs so far.
-
     Raises:
         CheckpointError: Weights are missing or of another shape, which transformers would fill at random.
     """
@@ -71,7 +72,6 @@ class Reference:
         checkpoint = Checkpoint.open(str(folder))
         model = _as_it_is(folder) if _is_read_by_transformers(checkpoint) else _as_we_read_it(checkpoint)
         self._model: Any = model.eval()
-        self.routers = RouterStatistics()
         self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
 
     def inputs(self, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
@@ -87,6 +87,9 @@ class Reference:
         pixel_values: Sequence[Floats],
         grids_thw: Sequence[tuple[int, int, int]],
         num_steps: int,
+        *,
+        near_gap: float = 0.0,
+        swapped: frozenset[Choice] = frozenset(),
     ) -> ReferenceOutput:
         """Run one prompt and `num_steps` greedy tokens.
 
@@ -95,6 +98,8 @@ class Reference:
             pixel_values: Patches of each image, [P, C·Tp·p·p].
             grids_thw: Patch grid of each image.
             num_steps: Tokens to generate.
+            near_gap: Largest difference of two logits of a router that makes a near tie.
+            swapped: Near ties where the other expert is taken, see `watched_routers`.
         """
         import torch
 
@@ -103,7 +108,7 @@ class Reference:
         visual: Floats | None = None
         # The model keeps the position delta of its last multimodal prompt, which a text prompt must not inherit.
         self._model.model.rope_deltas = None
-        with torch.no_grad(), watched_routers(self._model, self.routers):
+        with torch.no_grad(), watched_routers(self._model, near_gap=near_gap, swapped=swapped) as watched:
             if pixel_values:
                 kinds = (ids == self._model.config.image_token_id).int()
                 pixels = torch.from_numpy(np.concatenate(list(pixel_values)))
@@ -114,7 +119,6 @@ class Reference:
                 visual = np.stack([torch.cat(list(level)).numpy() for level in levels])
             output = self._model(**inputs, use_cache=True)
             cache = output.past_key_values
-            layers = [(layer.keys.numpy().copy(), layer.values.numpy().copy()) for layer in cache.layers]
             tokens: list[int] = []
             steps = []
             last = output.logits[0, -1]
@@ -126,7 +130,9 @@ class Reference:
                     next_id = torch.tensor([[tokens[-1]]])
                     step = self._model(input_ids=next_id, past_key_values=cache, use_cache=True)
                     last = step.logits[0, -1]
-        return ReferenceOutput(visual, output.logits[0].numpy(), layers, tokens, np.stack(steps))
+        layers = [(layer.keys.numpy(), layer.values.numpy()) for layer in cache.layers]
+        logits = output.logits[0].numpy()
+        return ReferenceOutput(visual, logits, layers, tokens, np.stack(steps), watched.statistics, watched.near_ties)
 
 
 def _is_read_by_transformers(checkpoint: Checkpoint) -> bool:

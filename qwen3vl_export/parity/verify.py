@@ -10,23 +10,30 @@ embedding. What else goes wrong in layer i (q-norm, attention, MLP, the DeepStac
 layer i + 1, and in the logits if i is the last. So do values that are not finite; a note names where they show first.
 The blocks of the vision tower have no output but the levels: level 0 depends on all blocks, a DeepStack level on those
 up to its own.
+
+Where a router of a mixture of experts could as well have chosen another expert, and the engine did, the reference
+follows it (near_ties.py).
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen3vl_export.parity.cases import Case, make_cases
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model
-from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence
+from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
+from qwen3vl_export.parity.near_ties import follow
 from qwen3vl_export.parity.reference import Floats, Reference, ReferenceOutput, check_processor
 from qwen3vl_export.parity.report import Check, Report
+from qwen3vl_export.routing import Choice, RouterStatistics
 
 if TYPE_CHECKING:
     from runtime.model import Prepared, Qwen3VLModel
@@ -76,15 +83,10 @@ def verify(engine: Path, checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_T
             remedy="give the checkpoint that `qwen3vl inspect` names as its source",
         )
     limits = tolerances[precision]
-    tables = [precision]
     if (bits := model.manifest.capabilities.get("cache_bits")) is not None:
-        tables.append(f"cache_int{bits}")
-        precision = " with ".join(tables)
-    if source.config.text.experts is not None:
-        tables += [f"{table}_experts" for table in tables]
-    for table in tables[1:]:
-        limits = wider_limits(limits, tolerances.get(table, {}))
-    reference = Reference(source.folder)
+        cache = f"cache_int{bits}"
+        limits, precision = wider_limits(limits, tolerances[cache]), f"{precision} with {cache}"
+    reference, routers = Reference(source.folder), RouterStatistics()
     checks: list[Check] = []
     notes = [CPU_NOTE] if is_lowered(engine) else []
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +94,8 @@ def verify(engine: Path, checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_T
             comparison = _Comparison(case, model, reference, limits)
             checks += comparison.run(max_new_tokens)
             notes += comparison.notes
-    return Report(model.manifest.target, checkpoint, precision, tuple(checks), tuple(notes), reference.routers)
+            routers.merge(comparison.routers)
+    return Report(model.manifest.target, checkpoint, precision, tuple(checks), tuple(notes), routers)
 
 
 def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
@@ -101,8 +104,23 @@ def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> di
     return {**limits, **chosen}
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """What the engine's decoder gives for a prompt of S tokens and N tokens behind it, all but the last of them given.
+
+    Attributes:
+        layers: Keys and values of each layer, [1, K, S+N-1, H].
+        logits: [S, vocab] of the prompt.
+        step_logits: [N, vocab], the first of them the prompt's last.
+    """
+
+    layers: list[tuple[Floats, Floats]]
+    logits: Floats
+    step_logits: Floats
+
+
 class _Comparison:
-    """The checks of one case, and a note on where its values stop being finite."""
+    """The checks of one case, a note on where its values stop being finite, and what the reference's routers did."""
 
     def __init__(self, case: Case, model: Qwen3VLModel, reference: Reference, limits: dict[str, float]) -> None:
         self._case = case
@@ -112,19 +130,16 @@ class _Comparison:
         self._checks: list[Check] = []
         self._last_finite = ""
         self.notes: list[str] = []
+        self.routers = RouterStatistics()
 
     def run(self, num_steps: int) -> list[Check]:
         prepared = self._model.prepare(self._case.messages)
         if not self._compare_inputs(prepared):
             return self._checks  # of another prompt, nothing else can be compared
-        expected = self._reference.run(
-            prepared.prompt.input_ids,
-            [image.pixel_values for image in prepared.images],
-            [image.grid_thw for image in prepared.images],
-            num_steps,
-        )
-        embeds = self._compare_vision(prepared, expected)
-        self._compare_decoder(prepared, embeds, expected)
+        embeds = self._model.encode_images(prepared.images)
+        expected, found = self._run_both(prepared, embeds, num_steps)
+        self._compare_vision(embeds, expected)
+        self._compare_decoder(len(prepared.prompt.input_ids), found, expected)
         self._compare_answer(expected)
         return self._checks
 
@@ -168,42 +183,84 @@ class _Comparison:
             self._add("pixels, grey levels", levels, self._limits["pixel_levels"])
         return same_ids and same_grids
 
-    def _compare_vision(self, prepared: Prepared, expected: ReferenceOutput) -> Floats:
-        embeds = self._model.encode_images(prepared.images)
+    def _run_both(self, prepared: Prepared, embeds: Floats, num_steps: int) -> tuple[ReferenceOutput, _Decoded]:
+        """Run reference and engine, the reference with the engine's choices where a router had two that are as good."""
+        decoded: dict[tuple[int, ...], _Decoded] = {}
+
+        def run(swapped: frozenset[Choice]) -> ReferenceOutput:
+            return self._reference.run(
+                prepared.prompt.input_ids,
+                [image.pixel_values for image in prepared.images],
+                [image.grid_thw for image in prepared.images],
+                num_steps,
+                near_gap=self._limits["router_gap"],
+                swapped=swapped,
+            )
+
+        def decode(tokens: tuple[int, ...]) -> _Decoded:
+            if tokens not in decoded:
+                decoded.clear()
+                decoded[tokens] = self._decode(prepared, embeds, tokens)
+            return decoded[tokens]
+
+        followed = follow(run, lambda output: self._errors(decode(tuple(output.tokens)), output))
+        self.routers = followed.output.routers
+        if followed.gaps:
+            gaps = {"largest_gap": max(followed.gaps.values()), "allowed_gap": self._limits["router_gap"]}
+            self._add("choices of routers followed", len(followed.gaps), detail=gaps)
+        return followed.output, decode(tuple(followed.output.tokens))
+
+    def _decode(self, prepared: Prepared, embeds: Floats, tokens: tuple[int, ...]) -> _Decoded:
+        """Run the engine. It sees the reference's tokens, so that a near-tie does not make all later steps differ."""
+        from runtime import generation
+
+        session, ids, positions = self._model.session, prepared.prompt.input_ids, prepared.positions
+        cache = session.new_cache(len(ids) + len(tokens))
+        chunk = min(self._case.chunk, generation.chunk_limit(self._model.manifest.capabilities, all_logits=True))
+        logits = generation.prefill(session, cache, ids, positions, embeds, all_logits=True, chunk=chunk)
+        taken: list[Floats] = []
+
+        def choose(step_logits: Floats) -> int:
+            taken.append(np.array(step_logits))
+            return tokens[len(taken) - 1]
+
+        steps = generation.decode_steps(session, cache, logits[-1], len(ids), positions.delta, embeds[:, :1], choose)
+        for _ in tokens:
+            next(steps)
+        num_rows = len(ids) + len(tokens) - 1
+        layers = [
+            (keys[:, :, :num_rows].astype(np.float32), values[:, :, :num_rows].astype(np.float32))
+            for keys, values in map(cache.layer, range(self._model.config.text.num_layers))
+        ]
+        return _Decoded(layers, logits, np.stack(taken))
+
+    def _errors(self, found: _Decoded, expected: ReferenceOutput) -> list[NDArray[np.float64]]:
+        """Return the errors of each position, in units of their limits: of each layer, and of the logits."""
+        errors = [
+            np.maximum(*map(relative_by_position, ours, theirs)) / self._limits["cache_relative"]
+            for ours, theirs in zip(found.layers, expected.layers, strict=True)
+        ]
+        ours, theirs = (np.concatenate([each.logits, each.step_logits[1:]]) for each in (found, expected))
+        scale = max(1.0, float(np.std(theirs))) * self._limits["logits_scaled"]
+        return [*errors, np.abs(ours - theirs).max(-1).astype(np.float64) / scale]
+
+    def _compare_vision(self, embeds: Floats, expected: ReferenceOutput) -> None:
         if expected.visual_embeds is not None:
             for level in (*range(1, len(embeds)), 0):  # level 0 is that of the last block
                 self._find_not_finite(f"visual_embeds level {level}", embeds[level])
             for level, (found, wanted) in enumerate(zip(embeds, expected.visual_embeds, strict=True)):
                 self._add_tensor(f"visual_embeds level {level}", found, wanted, self._limits["visual_embeds_relative"])
-        return embeds
 
-    def _compare_decoder(self, prepared: Prepared, embeds: Floats, expected: ReferenceOutput) -> None:
-        from runtime import generation
-
-        session, ids, positions = self._model.session, prepared.prompt.input_ids, prepared.positions
-        num_steps = len(expected.tokens)
-        cache = session.new_cache(len(ids) + num_steps)
-        chunk = min(self._case.chunk, generation.chunk_limit(self._model.manifest.capabilities, all_logits=True))
-        logits = generation.prefill(session, cache, ids, positions, embeds, all_logits=True, chunk=chunk)
-        for layer, pair in enumerate(expected.layers):
-            for name, found, wanted in zip(("keys", "values"), cache.layer(layer), pair, strict=True):
-                rows = found[:, :, : len(ids)].astype(np.float32)
+    def _compare_decoder(self, prompt_length: int, found: _Decoded, expected: ReferenceOutput) -> None:
+        for layer, pairs in enumerate(zip(found.layers, expected.layers, strict=True)):
+            for name, ours, theirs in zip(("keys", "values"), *pairs, strict=True):
+                rows, wanted = ours[:, :, :prompt_length], theirs[:, :, :prompt_length]
                 self._find_not_finite(f"the {name} of layer {layer}", rows)
                 self._add_tensor(name, rows, wanted, self._limits["cache_relative"], layer)
-        self._find_not_finite("the logits of the prompt", logits)
-        self._compare_logits("prompt", "top1_agreement", logits, expected.logits)
-        # The engine sees the reference's tokens, so that a near-tie does not make all later steps differ.
-        taken: list[Floats] = []
-
-        def choose(step_logits: Floats) -> int:
-            taken.append(np.array(step_logits))
-            return expected.tokens[len(taken) - 1]
-
-        steps = generation.decode_steps(session, cache, logits[-1], len(ids), positions.delta, embeds[:, :1], choose)
-        for _ in range(num_steps):
-            next(steps)
-        self._find_not_finite("the logits of greedy steps", np.stack(taken))
-        self._compare_logits("greedy", "greedy_agreement", np.stack(taken), expected.step_logits)
+        self._find_not_finite("the logits of the prompt", found.logits)
+        self._compare_logits("prompt", "top1_agreement", found.logits, expected.logits)
+        self._find_not_finite("the logits of greedy steps", found.step_logits)
+        self._compare_logits("greedy", "greedy_agreement", found.step_logits, expected.step_logits)
 
     def _compare_logits(self, name: str, agreement_limit: str, found: Floats, expected: Floats) -> None:
         diff = difference(found, expected)
