@@ -91,8 +91,9 @@ def export(
 
 @app.command()
 def build(
-    model: Annotated[str, typer.Option(help="A shape in configs/models, or `demo`.")],
+    model: Annotated[str, typer.Option(help="A shape in configs/models, `demo` or `demo-moe`.")],
     target: Annotated[str, typer.Option(help="A target that compiles plans, such as trt-rtx-fp16.")],
+    layers: Layers = None,
     checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint instead of a synthetic one.")] = None,
     results: Results = report.RESULTS,
     work_dir: WorkDir = None,
@@ -101,10 +102,12 @@ def build(
     environment = measure.environment()
     with tempfile.TemporaryDirectory(dir=work_dir) as name:
         engine, source = Path(name) / "engine", checkpoint or Path(name) / "checkpoint"
-        if model == "demo":
-            source = Path("demo")
-        elif checkpoint is None:
-            synthetic.write_checkpoint(source, model)
+        if model in status.SHIPPED:
+            source, shape = Path(model), model
+        else:
+            shape = synthetic.name_of(model, layers)
+            if checkpoint is None:
+                synthetic.write_checkpoint(source, model, layers=layers)
         cost = _export(source, engine, target, no_weights=False)
         manifest = Manifest.read(engine)
     plans = {name: record.num_bytes for name, record in manifest.files.items() if name.endswith(".plan")}
@@ -112,7 +115,7 @@ def build(
         raise UsageError(f"{target} compiles no plans", remedy="measure it with: python -m benchmarks export")
     kept = ("library", "library_version", "compute_capabilities", "capacity", "max_batch", "prefill_chunk")
     result = {
-        "model": model,
+        "model": shape,
         "target": target,
         **asdict(cost),
         "plan_bytes": plans,
@@ -120,7 +123,7 @@ def build(
         "options": {name: manifest.capabilities[name] for name in kept},
         "environment": environment,
     }
-    _print(report.write(f"build-{model}-{target}", result, results))
+    _print(report.write(f"build-{shape}-{target}", result, results))
 
 
 @app.command()

@@ -21,9 +21,8 @@ from engines.choose import GPU, device_of
 from engines.registry import all_targets
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = "demo"
+SHIPPED = ("demo", "demo-moe")
 TASKS = ("read", "count", "where", "json")
-_ACCURACY = "demo_accuracy"
 _NOT_SHOWN = "tiny"  # how the names of the tests' shapes begin
 Accuracies = Mapping[str, Mapping[str, Mapping[str, float]]]
 _PASSED = "passed"  # as scripts/gpu_check.py writes it
@@ -34,7 +33,7 @@ def works_table(results: Results, accuracies: Accuracies) -> str:
 
     Args:
         results: What `report.load` returns.
-        accuracies: Shares of right answers by checkpoint and target; those of PyTorch under the empty name.
+        accuracies: What `read_accuracies` returns.
     """
     exports = [result for name, result in results.items() if report.kind(name) == "export"]
     runs = [result for name, result in results.items() if report.kind(name) == "run"]
@@ -86,13 +85,13 @@ def target_states(
         built = [each for each in builds if each["target"] == target]
         passed = [each for each in checked if each["result"] == _PASSED]
         state, shown = ("**needs a GPU to run**" if device == GPU else "not run"), ""
+        failed = [f"{each['model']} FAILED: {each['why']}" for each in checked if each["result"] != _PASSED]
         if passed:
-            state, shown = f"run on {_gpus(passed)}", "<br>".join(_timed(each) for each in passed)
+            state, shown = f"run on {_gpus(passed)}", "<br>".join([*map(_timed, passed), *failed])
         elif target in timed | answered:
             state, shown = "run here", "the table above"
         elif checked:
-            state = f"**fails on {_gpus(checked)}**"
-            shown = "<br>".join(f"{each['model']}: {each['why']}" for each in checked)
+            state, shown = f"**fails on {_gpus(checked)}**", "<br>".join(failed)
         elif built:
             state = "built here, needs a GPU to run"
             shown = "<br>".join(f"{each['model']}: {_plan_bytes(each) / 1e6:,.1f} MB of plans" for each in built)
@@ -159,11 +158,15 @@ def _compared(sides: Mapping[str, Any], target: str) -> list[str]:
 
 
 def read_accuracies(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the shares of right answers on the held-out canvases by checkpoint and target; PyTorch's name is empty."""
-    found = {DEMO: {}}
-    for path in sorted(folder.glob(f"{_ACCURACY}*.json")):
-        target = path.stem.removeprefix(_ACCURACY).removeprefix("_")
-        found[DEMO][target] = json.loads(path.read_text(encoding="utf-8"))["all"]
+    """Return the shares of right answers on the held-out canvases by checkpoint and target.
+
+    The empty name is that of the reference: PyTorch if it was asked, else the float32 engine.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in SHIPPED}
+    for name, shares in found.items():
+        stem = f"{name.replace('-', '_')}_accuracy"
+        for path in sorted(folder.glob(f"{stem}*.json")):
+            shares[path.stem.removeprefix(stem).removeprefix("_")] = json.loads(path.read_text(encoding="utf-8"))["all"]
     for path in sorted((folder / "accuracy").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         shares = found.setdefault(result["checkpoint"], {})

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from engines.target import Target
 
 RESULTS = ROOT / "benchmarks" / "results"
-DEMO = "demo"
-# Of the demo's engines seconds are used. A 2B checkpoint takes minutes to build, and verify reads it in float32.
+SHIPPED = ("demo", "demo-moe")
+# Of the shipped engines seconds are used. A 2B checkpoint takes minutes to build, and verify reads it in float32.
 LIMIT_S = 1800.0
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
 BUILD, VERIFY, INSPECT, BENCH = "build", "verify", "inspect", "bench"
@@ -310,7 +310,7 @@ def skip_reason(target: Target, source: str, hardware: Hardware) -> str:
     available = target.availability()
     if not (available.can_build and available.can_run):
         return available.reason
-    if source != DEMO and not Path(source).is_dir() and not _is_shape(source):
+    if source not in SHIPPED and not Path(source).is_dir() and not _is_shape(source):
         return ""  # a Hub id: its shape is known once it is downloaded
     needed, limit = sum(estimate(target, model_shape(source)).values()), limit_bytes(hardware, GPU)
     if needed > limit:
@@ -410,7 +410,7 @@ def main(arguments: Sequence[str] | None = None, *, run: Runner = run_command) -
         "--model",
         action="append",
         default=[],
-        help="checkpoint beside the demo: folder, Hub id, or size for random weights",
+        help="checkpoint beside those that are shipped: folder, Hub id, or size for random weights",
     )
     parser.add_argument("--target", action="append", default=[], help="only this target; repeat for several")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
@@ -433,7 +433,7 @@ def _check_all(given: argparse.Namespace, run: Runner) -> int:
     unknown = sorted(set(given.target) - {target.name for target in targets})
     if unknown:
         raise TargetError(f"no GPU target {', '.join(unknown)}", remedy="see: qwen3vl targets")
-    sources = [DEMO, *(source for source in given.model if source != DEMO)]
+    sources = list(dict.fromkeys([*SHIPPED, *given.model]))
     if hardware.gpu is None:
         print(without_gpu(hardware, sources, targets))
         return 2

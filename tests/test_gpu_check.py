@@ -239,7 +239,7 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mains:
 def test_exit_codes(main: Mains, capsys: pytest.CaptureFixture[str]) -> None:
     good, gone = named("trt-fp16"), named("trt-int4", available=False)
     assert main(MACHINE, [good, gone], Commands()) == 0
-    assert "1 passed, 1 skipped" in capsys.readouterr().out
+    assert "2 passed, 2 skipped" in capsys.readouterr().out
     assert main(MACHINE, [good], Commands(bench=Done(5, "", "error: x\n", 1.0))) == 1
     assert main(MACHINE, [gone], Commands()) == 1
     assert main(replace(MACHINE, gpus=(), notes=("driver hangs",)), [good], Commands()) == 2
@@ -251,7 +251,7 @@ def test_exit_codes(main: Mains, capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_is_left_in_the_work_folder(main: Mains, tmp_path: Path) -> None:
     main(MACHINE, [named("trt-fp16")], Commands(), "--model", "qwen3-vl-2b")
     assert list((tmp_path / "out").iterdir()) == []
-    assert len(list((tmp_path / "results").iterdir())) == 2
+    assert len(list((tmp_path / "results").iterdir())) == 3
 
 
 def test_without_a_gpu_for_real(tmp_path: Path) -> None:
@@ -260,6 +260,7 @@ def test_without_a_gpu_for_real(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "no NVIDIA GPU on this machine" in done.stdout
+    assert all(f"\n  {name}: " in done.stdout for name in ("demo", "demo-moe", "qwen3-vl-2b"))
     targets = ", ".join(target.name for target in gpu_check.gpu_targets())
     assert f"  demo: {targets}\n  qwen3-vl-2b: {targets}\n" in done.stdout
     assert list(tmp_path.iterdir()) == []

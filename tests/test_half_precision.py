@@ -134,6 +134,32 @@ def test_sums_in_float32_hold_what_float16_cannot() -> None:
     np.testing.assert_allclose(y, np.ones((1, 64)), rtol=1e-5)
 
 
+def test_cast_weights_keep_their_names_and_places() -> None:
+    """Scales that were written last would all be held until then."""
+    model = model_of("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        m (float[2] x) => (float[2] y)
+        {
+            x_a = Mul (x, scale_a)
+            both = Add (x_a, scale_b)
+            square = Mul (both, scale_b)
+            norm = LayerNormalization <axis = -1> (square, scale_a)
+            y = Add (norm, shift)
+        }""")
+    for name in ("codes_a", "scale_a", "codes_b", "scale_b", "shift"):
+        tensor = ir.Tensor(np.ones(2, np.int8 if name.startswith("codes") else np.float32), name=name)
+        value = next((v for node in model.graph for v in node.inputs if v is not None and v.name == name), None)
+        value = value or ir.Value(name=name)
+        value.const_value, value.shape, value.type = tensor, ir.Shape([2]), ir.TensorType(tensor.dtype)
+        model.graph.register_initializer(value)
+    HalfPrecisionPass(ir.DataType.FLOAT16)(model)
+    initializers = model.graph.initializers
+    # scale_a is wanted in both types; its copy stands at the end.
+    assert list(initializers)[:5] == ["codes_a", "scale_a", "codes_b", "scale_b", "shift"]
+    assert [initializers[name].dtype.name for name in ("scale_a", "scale_b", "shift")] == ["FLOAT", "FLOAT16", "FLOAT16"]
+    assert len(initializers) == 6
+
+
 @pytest.mark.parametrize("dtype", ["FLOAT16", "BFLOAT16"])
 def test_weights_are_rounded_to_nearest_even(dtype: str) -> None:
     values = np.float32([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-9, -(1 + 2**-8), 1 + 3 * 2**-8])

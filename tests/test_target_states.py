@@ -59,12 +59,13 @@ def test_a_check_that_passed_is_a_run_on_that_gpu() -> None:
     assert shown == (
         "demo: TTFT 42 ms, 87.7 tokens/s (NVIDIA H200, 2026-11-24)"
         "<br>qwen3-vl-2b: TTFT 42 ms, 87.7 tokens/s (NVIDIA L4, 2026-11-24)"
+        "<br>8b FAILED: build: x"
     )
 
 
 def test_a_check_that_failed_is_no_run() -> None:
     checks = [check(result="FAILED", why="verify: does not agree")]
-    assert rows(checks)["trt-fp16"] == ("**fails on NVIDIA H200**", "demo: verify: does not agree")
+    assert rows(checks)["trt-fp16"] == ("**fails on NVIDIA H200**", "demo FAILED: verify: does not agree")
 
 
 def test_files_of_the_gpu_check_are_read(tmp_path: Path) -> None:
@@ -99,7 +100,8 @@ def test_accuracies_are_read_by_checkpoint_and_target(tmp_path: Path) -> None:
         row = {"task": "read", "questions": 10, "expected_right": 8, "right": 7}
         paired = {"checkpoint": checkpoint, "target": "t", "rows": [row]}
         (tmp_path / "accuracy" / f"{name}.json").write_text(json.dumps(paired))
+    (tmp_path / "demo_moe_accuracy_f.json").write_text(json.dumps({"all": {"read": 0.6}}))
     assert status.read_accuracies(tmp_path) == {
         "demo": {"": {"read": 0.9}, "t": {"read": 0.7}},
-        "demo-moe": {"": {"read": 0.8}, "t": {"read": 0.7}},
+        "demo-moe": {"": {"read": 0.8}, "t": {"read": 0.7}, "f": {"read": 0.6}},
     }

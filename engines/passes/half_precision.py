@@ -141,16 +141,25 @@ class _Conversion:
         self._graph.outputs[index] = cast
 
     def _remove_unused_weights(self) -> None:
-        """Drop float32 weights that only their casts are used of; these take their names, which are checkpoint keys."""
-        for (value, _), cast in self._casts.items():
-            if value.is_initializer() and not value.uses() and not value.is_graph_output():
-                name = str(value.name)
-                del self._graph.initializers[name]
-                del self._graph.initializers[str(cast.name)]
-                cast.name = name
+        """Drop float32 weights that only their casts are used of.
+
+        Casts take their names, which are checkpoint keys, and their places: scales are written behind their codes, and
+        until then held in memory.
+        """
+        casts = {
+            value: cast
+            for (value, _), cast in self._casts.items()
+            if value.is_initializer() and not value.uses() and not value.is_graph_output()
+        }
+        moved = set(casts.values())
+        kept = [value for value in self._graph.initializers.values() if value not in moved]
+        self._graph.initializers.clear()
+        for value in kept:
+            if (cast := casts.get(value)) is not None:
+                cast.name = value.name
                 if cast.const_value is not None:
-                    cast.const_value.name = name
-                self._graph.register_initializer(cast)
+                    cast.const_value.name = value.name
+            self._graph.register_initializer(cast or value)
 
 
 def stray_casts(model: ir.Model, float32_ops: frozenset[str] = FLOAT32_OPS) -> list[str]:
