@@ -128,7 +128,7 @@ class Watched:
     Attributes:
         statistics: Counts of all layers.
         near_ties: Choices whose last chosen and first rejected expert are near each other, and the difference of their
-            logits, in standard deviations of the logits that the layer's router gave in its first call, a prompt.
+            logits, in standard deviations of the logits that the layer's router gave in its first call.
     """
 
     statistics: RouterStatistics = field(default_factory=RouterStatistics)

@@ -156,7 +156,11 @@ def test_cast_weights_keep_their_names_and_places() -> None:
     initializers = model.graph.initializers
     # scale_a is wanted in both types; its copy stands at the end.
     assert list(initializers)[:5] == ["codes_a", "scale_a", "codes_b", "scale_b", "shift"]
-    assert [initializers[name].dtype.name for name in ("scale_a", "scale_b", "shift")] == ["FLOAT", "FLOAT16", "FLOAT16"]
+    assert [initializers[name].dtype.name for name in ("scale_a", "scale_b", "shift")] == [
+        "FLOAT",
+        "FLOAT16",
+        "FLOAT16",
+    ]
     assert len(initializers) == 6
 
 

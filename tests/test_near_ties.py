@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,10 +20,15 @@ from test_moe_parity import edit_graph
 
 import configs
 from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.demo import CHECKPOINT_MOE
+from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.export import make_bundle
 from qwen3vl_export.parity.near_ties import follow
+from qwen3vl_export.parity.reference import Reference
 from qwen3vl_export.parity.verify import verify
 from qwen3vl_export.routing import Choice
+from runtime.messages import user_message
+from runtime.model import Qwen3VLModel
 
 LAYERS, PROMPT, STEPS = 3, 3, 4
 TOKENS = PROMPT + STEPS - 1
@@ -145,3 +152,32 @@ def test_a_wrong_choice_fails_and_only_a_wider_gap_would_excuse_it(
     followed = [check for check in report.checks if check.name == "choices of routers followed"]
     num_tokens = sum(layer["tokens"] for layer in report.routers.to_dict()["layers"] if layer["layer"] == 1)
     assert num_tokens - 40 < sum(check.value for check in followed) <= num_tokens + 60
+
+
+def test_likely_tokens_change_nothing_but_the_work(engines: dict[str, Path]) -> None:
+    reference = Reference(CHECKPOINT_MOE)
+    model = Qwen3VLModel.from_engine(engines["ort-cpu-fp32"], threads=2)
+    prepared = model.prepare(user_message("Read the digits.", [held_out(1).image]))
+    pixels, grids = ([getattr(image, name) for image in prepared.images] for name in ("pixel_values", "grid_thw"))
+    num_calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    reference._model.register_forward_hook(count)
+    run = partial(reference.run, prepared.prompt.input_ids, pixels, grids, 6, near_gap=0.5)
+    plain = run()
+    assert num_calls == 6
+    for guess, calls in ((plain.tokens, 1), ([plain.tokens[0] + 1, *plain.tokens[1:]], 7)):
+        num_calls = 0
+        found = run(likely_tokens=guess)
+        assert num_calls == calls
+        assert found.tokens == plain.tokens
+        np.testing.assert_allclose(found.logits, plain.logits, atol=1e-4)
+        np.testing.assert_allclose(found.step_logits, plain.step_logits, atol=1e-4)
+        for ours, theirs in zip(found.layers, plain.layers, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        assert found.routers.layers.keys() == plain.routers.layers.keys()
+        for layer, routing in found.routers.layers.items():
+            np.testing.assert_array_equal(routing.tokens_per_expert, plain.routers.layers[layer].tokens_per_expert)

@@ -67,6 +67,7 @@ ELSEWHERE = {
     ("engines/tensorrt/checks.py", "config"): None,
     ("engines/tensorrt/profiles.py", "config"): None,
     ("engines/tensorrt/lowering.py", "config"): None,
+    ("engines/tensorrt/experts.py", "config"): None,
     ("scripts/gpu_check.py", "output"): None,
     ("scripts/gpu_check.py", "parser"): None,
     ("scripts/gpu_check.py", "engine"): None,

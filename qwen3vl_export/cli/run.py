@@ -339,7 +339,10 @@ def verify(
     else:
         from qwen3vl_export.parity.verify import verify as compare
 
-        report = compare(engine, checkpoint, **_given(max_new_tokens=max_new_tokens))
+        def say(case: str) -> None:
+            typer.echo(f"comparing: {case}", err=True)
+
+        report = compare(engine, checkpoint, on_case=say, **_given(max_new_tokens=max_new_tokens))
     if as_json:
         print_json(report.to_dict())
     else:

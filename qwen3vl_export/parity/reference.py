@@ -10,6 +10,7 @@ import copy
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ class Reference:
         *,
         near_gap: float = 0.0,
         swapped: frozenset[Choice] = frozenset(),
+        likely_tokens: Sequence[int] = (),
     ) -> ReferenceOutput:
         """Run one prompt and `num_steps` greedy tokens.
 
@@ -100,10 +102,30 @@ class Reference:
             num_steps: Tokens to generate.
             near_gap: Largest difference of two logits of a router that makes a near tie.
             swapped: Near ties where the other expert is taken, see `watched_routers`.
+            likely_tokens: If these are the greedy tokens, one call computes all steps.
         """
+        run = partial(self._run, input_ids, pixel_values, grids_thw, near_gap, swapped)
+        # An image token that was generated stands for no image, which a call with images does not know.
+        if likely_tokens and self._model.config.image_token_id not in likely_tokens:
+            output = run(1, list(likely_tokens[:-1]))
+            if output.tokens == list(likely_tokens):
+                return output
+        return run(num_steps, [])
+
+    def _run(
+        self,
+        input_ids: Sequence[int],
+        pixel_values: Sequence[Floats],
+        grids_thw: Sequence[tuple[int, int, int]],
+        near_gap: float,
+        swapped: frozenset[Choice],
+        num_steps: int,
+        given: list[int],
+    ) -> ReferenceOutput:
+        """Run the prompt, and tokens given behind it, in one call; then steps of greedy tokens."""
         import torch
 
-        ids = torch.tensor([list(input_ids)])
+        ids = torch.tensor([[*input_ids, *given]])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         visual: Floats | None = None
         # The model keeps the position delta of its last multimodal prompt, which a text prompt must not inherit.
@@ -119,20 +141,19 @@ class Reference:
                 visual = np.stack([torch.cat(list(level)).numpy() for level in levels])
             output = self._model(**inputs, use_cache=True)
             cache = output.past_key_values
-            tokens: list[int] = []
-            steps = []
-            last = output.logits[0, -1]
-            for i in range(num_steps):
-                steps.append(last.numpy().copy())
-                tokens.append(int(last.argmax()))
-                if i + 1 < num_steps:
-                    # Without a mask: given one, transformers 5.23 makes positions for all of it, not for the new token.
-                    next_id = torch.tensor([[tokens[-1]]])
-                    step = self._model(input_ids=next_id, past_key_values=cache, use_cache=True)
-                    last = step.logits[0, -1]
+            logits = output.logits[0].numpy()
+            steps = list(logits[len(input_ids) - 1 :])
+            for _ in range(num_steps - 1):
+                # Without a mask: given one, transformers 5.23 makes positions for all of it, not for the new token.
+                next_id = torch.tensor([[int(steps[-1].argmax())]])
+                step = self._model(input_ids=next_id, past_key_values=cache, use_cache=True)
+                steps.append(step.logits[0, -1].numpy())
         layers = [(layer.keys.numpy(), layer.values.numpy()) for layer in cache.layers]
-        logits = output.logits[0].numpy()
-        return ReferenceOutput(visual, logits, layers, tokens, np.stack(steps), watched.statistics, watched.near_ties)
+        tokens = [int(step.argmax()) for step in steps]
+        prompt_logits = logits[: len(input_ids)]
+        return ReferenceOutput(
+            visual, prompt_logits, layers, tokens, np.stack(steps), watched.statistics, watched.near_ties
+        )
 
 
 def _is_read_by_transformers(checkpoint: Checkpoint) -> bool:

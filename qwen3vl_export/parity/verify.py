@@ -18,7 +18,7 @@ follows it (near_ties.py).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -37,6 +37,7 @@ from qwen3vl_export.routing import Choice, RouterStatistics
 
 if TYPE_CHECKING:
     from runtime.model import Prepared, Qwen3VLModel
+    from runtime.session import KVCache
 
 DEFAULT_NEW_TOKENS = 64
 # Laid over the checkpoint's own defaults: the most likely token each time, the end of the sequence like any other.
@@ -50,13 +51,20 @@ PLAIN_GREEDY: dict[str, Any] = {
 }
 
 
-def verify(engine: Path, checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Report:
+def verify(
+    engine: Path,
+    checkpoint: str,
+    *,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    on_case: Callable[[str], None] | None = None,
+) -> Report:
     """Compare an engine with the checkpoint it was built from.
 
     Args:
         engine: The engine folder, or one of lowered graphs.
         checkpoint: What `Checkpoint.open` takes.
         max_new_tokens: Greedy tokens of each case, at least 1.
+        on_case: Told the name of each case before it is compared.
 
     Raises:
         CheckpointError, EngineError: One of the two does not open.
@@ -91,6 +99,8 @@ def verify(engine: Path, checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_T
     notes = [CPU_NOTE] if is_lowered(engine) else []
     with tempfile.TemporaryDirectory() as folder:
         for case in make_cases(Path(folder)):
+            if on_case is not None:
+                on_case(case.name)
             comparison = _Comparison(case, model, reference, limits)
             checks += comparison.run(max_new_tokens)
             notes += comparison.notes
@@ -186,16 +196,21 @@ class _Comparison:
     def _run_both(self, prepared: Prepared, embeds: Floats, num_steps: int) -> tuple[ReferenceOutput, _Decoded]:
         """Run reference and engine, the reference with the engine's choices where a router had two that are as good."""
         decoded: dict[tuple[int, ...], _Decoded] = {}
+        tokens: list[int] = []
 
         def run(swapped: frozenset[Choice]) -> ReferenceOutput:
-            return self._reference.run(
+            nonlocal tokens
+            output = self._reference.run(
                 prepared.prompt.input_ids,
                 [image.pixel_values for image in prepared.images],
                 [image.grid_thw for image in prepared.images],
                 num_steps,
                 near_gap=self._limits["router_gap"],
                 swapped=swapped,
+                likely_tokens=tokens,
             )
+            tokens = output.tokens
+            return output
 
         def decode(tokens: tuple[int, ...]) -> _Decoded:
             if tokens not in decoded:
@@ -218,6 +233,8 @@ class _Comparison:
         cache = session.new_cache(len(ids) + len(tokens))
         chunk = min(self._case.chunk, generation.chunk_limit(self._model.manifest.capabilities, all_logits=True))
         logits = generation.prefill(session, cache, ids, positions, embeds, all_logits=True, chunk=chunk)
+        # Before any step, which may write over what the prompt wrote.
+        prompt_layers = self._rows(cache, 0, len(ids))
         taken: list[Floats] = []
 
         def choose(step_logits: Floats) -> int:
@@ -227,12 +244,19 @@ class _Comparison:
         steps = generation.decode_steps(session, cache, logits[-1], len(ids), positions.delta, embeds[:, :1], choose)
         for _ in tokens:
             next(steps)
-        num_rows = len(ids) + len(tokens) - 1
+        step_layers = self._rows(cache, len(ids), len(ids) + len(tokens) - 1)
         layers = [
-            (keys[:, :, :num_rows].astype(np.float32), values[:, :, :num_rows].astype(np.float32))
-            for keys, values in map(cache.layer, range(self._model.config.text.num_layers))
+            (np.concatenate([keys, more_keys], axis=2), np.concatenate([values, more_values], axis=2))
+            for (keys, values), (more_keys, more_values) in zip(prompt_layers, step_layers, strict=True)
         ]
         return _Decoded(layers, logits, np.stack(taken))
+
+    def _rows(self, cache: KVCache, start: int, end: int) -> list[tuple[Floats, Floats]]:
+        """Return a copy of some rows of every layer's keys and values."""
+        return [
+            (keys[:, :, start:end].astype(np.float32), values[:, :, start:end].astype(np.float32))
+            for keys, values in map(cache.layer, range(self._model.config.text.num_layers))
+        ]
 
     def _errors(self, found: _Decoded, expected: ReferenceOutput) -> list[NDArray[np.float64]]:
         """Return the errors of each position, in units of their limits: of each layer, and of the logits."""
