@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import imports, inference, lowered, measure, report, status, synthetic
+from benchmarks import imports, inference, lowered, measure, report, routes, status, synthetic
 from benchmarks.compare.command import compare, compare_setup
 from benchmarks.experts import experts
 from benchmarks.overhead import overhead
@@ -179,6 +179,14 @@ def verify_lowered(checkpoint: str = "demo", max_new_tokens: int = 64, results: 
     environment = measure.environment()
     found = lowered.measure(checkpoint, max_new_tokens, lambda name: typer.echo(name, err=True))
     _print(report.write("lowered", found | {"environment": environment}, results))
+
+
+@app.command("routes")
+def compare_routes(checkpoint: str = "demo-moe", max_new_tokens: int = 64, results: Results = report.RESULTS) -> None:
+    """Verify every target of a mixture of experts, and say where it chooses other experts than PyTorch."""
+    environment = measure.environment()
+    found = routes.measure(checkpoint, max_new_tokens, lambda name: typer.echo(name, err=True))
+    _print(report.write("routes", found | {"environment": environment}, results))
 
 
 @app.command()

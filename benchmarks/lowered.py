@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.quantizers import training_prompts
+from benchmarks.quantizers import copy_of, training_prompts
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.choose import GPU, device_of
@@ -18,6 +17,7 @@ from runtime.errors import ParityError
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
+    from engines.quantize.cache_ranges import CacheQuantization
     from engines.target import Target
     from qwen3vl_export.parity.report import Report
 
@@ -43,7 +43,13 @@ def measure(checkpoint: str, max_new_tokens: int, on_target: Callable[[str], Non
     for target in all_targets():
         if device_of(target) == GPU:
             on_target(target.name)
-            results[target.name] = _verified(bundle, target, checkpoint, max_new_tokens)
+            with tempfile.TemporaryDirectory() as work:
+                try:
+                    report = verified(bundle, target, checkpoint, max_new_tokens, Path(work))
+                    results[target.name] = {"is_executed": True, **_worst(report)}
+                except ParityError as error:
+                    reason = error.message.replace(f"{work}/engine/", "")
+                    results[target.name] = {"is_executed": False, "reason": reason}
     return {"model": checkpoint, "max_new_tokens": max_new_tokens, "targets": results}
 
 
@@ -71,22 +77,37 @@ def table_of(result: Mapping[str, Any]) -> str:
     )
 
 
-def _verified(bundle: Bundle, target: Target, checkpoint: str, max_new_tokens: int) -> dict[str, Any]:
+def verified(
+    bundle: Bundle,
+    target: Target,
+    checkpoint: str,
+    max_new_tokens: int,
+    work: Path,
+    cache: CacheQuantization | None = None,
+) -> Report:
+    """Build an engine, of a GPU's target its lowered graphs alone, and compare it with PyTorch.
+
+    Args:
+        bundle: Is kept.
+        target: What to build; calibrated on training canvases where it has to be.
+        checkpoint: What the bundle was made of.
+        max_new_tokens: Greedy tokens of each prompt.
+        work: An empty folder.
+        cache: Bits of the KV cache.
+
+    Raises:
+        ParityError: The lowered graphs do not run on the CPU.
+    """
     from qwen3vl_export.parity.verify import verify
 
     options = BuildOptions(max_context=_CAPACITY, prefill_chunk=_CAPACITY) if target.compile is not None else None
-    copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
-    with tempfile.TemporaryDirectory() as work:
-        folder, codes = Path(work) / target.name, Path(work) / "codes"
-        if needs_prompts(target):
-            codes.mkdir()
-            calibrate(copy, target, training_prompts(_CALIBRATION_CANVASES), codes)
-        build_engine(copy, target, folder, runnable=False, options=options)
-        try:
-            report = verify(folder, checkpoint, max_new_tokens=max_new_tokens)
-        except ParityError as error:
-            return {"is_executed": False, "reason": error.message.replace(f"{folder}/", "")}
-    return {"is_executed": True, **_worst(report)}
+    copy = copy_of(bundle)
+    folder, codes = work / "engine", work / "codes"
+    if needs_prompts(target):
+        codes.mkdir()
+        calibrate(copy, target, training_prompts(_CALIBRATION_CANVASES), codes)
+    build_engine(copy, target, folder, runnable=device_of(target) != GPU, options=options, cache=cache)
+    return verify(folder, checkpoint, max_new_tokens=max_new_tokens)
 
 
 def _worst(report: Report) -> dict[str, Any]:

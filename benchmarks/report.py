@@ -1,7 +1,7 @@
 """Write results as JSON, and their tables; a table is made from the JSON alone, so it can be made again.
 
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`,
-`run-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `quantizers`,
+`run-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `routes`, `quantizers`,
 `speculation-NAME`, `race-NAME`, `overhead-NAME`, `experts-MODEL-BITS-bits`.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import lowered
+from benchmarks import lowered, routes
 
 RESULTS = Path(__file__).with_name("results")
 PHASES = ("vision", "prefill", "decode")
@@ -213,6 +213,7 @@ _TABLES = {
     "import": import_table,
     "compare": comparison,
     "lowered": lowered.table_of,
+    "routes": routes.table_of,
     "quantizers": quantizers_table,
     "speculation": speculation,
     "race": race,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import configs
-from benchmarks import goals, lowered, mixture, plot, report
+from benchmarks import goals, lowered, mixture, plot, report, routes
 from benchmarks.compare import chart
 from benchmarks.compare.sides import REFERENCE
 from benchmarks.goals import Results
@@ -185,17 +185,20 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     accuracies = read_accuracies(root / "docs")
     devices = {target.name: device_of(target) for target in all_targets()}
     states = target_states(devices, results, accuracies, read_checks(folder), read_builds(folder))
-    blocks = {
-        root / "README.md": ("what works", f"{works_table(results, accuracies)}\n{states}"),
-        root / "docs" / "benchmarks.md": ("figures", goals.table(results)),
-        root / "docs" / "mixture_of_experts.md": ("speed", mixture.tables(results)),
-    }
+    blocks = [
+        ("README.md", "what works", f"{works_table(results, accuracies)}\n{states}"),
+        ("docs/benchmarks.md", "figures", goals.table(results)),
+        ("docs/mixture_of_experts.md", "speed", mixture.tables(results)),
+    ]
     if "lowered" in results:
-        blocks[root / "docs" / "accuracy.md"] = "lowered graphs", lowered.table_of(results["lowered"])
+        blocks.append(("docs/accuracy.md", "lowered graphs", lowered.table_of(results["lowered"])))
     if "quantizers" in results:
-        blocks[root / "docs" / "quantization.md"] = "quantizers", report.quantizers_table(results["quantizers"])
-    for path, (name, body) in blocks.items():
-        files[path] = replace_block(path.read_text(encoding="utf-8"), name, body)
+        blocks.append(("docs/quantization.md", "quantizers", report.quantizers_table(results["quantizers"])))
+    if "routes" in results:
+        blocks.append(("docs/mixture_of_experts.md", "routes", routes.table_of(results["routes"])))
+    for place, name, body in blocks:
+        path = root / place
+        files[path] = replace_block(files.get(path) or path.read_text(encoding="utf-8"), name, body)
     return files
 
 

@@ -343,7 +343,11 @@ def _stored(
     if key == EMBEDDING_KEY:
         # A table of rows to look up has no padding.
         form = replace(form, block=max(size for size in BLOCK_SIZES if size <= form.block and matrix[1] % size == 0))
-    if config.text.experts is not None and len(shape) == 3 and expert_blocks:
+    if config.text.experts is not None and len(shape) == 3 and not expert_blocks:
+        # As engines/passes/pack_experts.py: each product has a block of its own.
+        form = replace(form, block=max(size for size in BLOCK_SIZES if size <= form.block and shape[2] % size == 0))
+        matrix = shape[0] * shape[1], shape[2]
+    elif config.text.experts is not None and len(shape) == 3:
         from engines.passes.choose_experts_kernel import experts_block
 
         matrix = shape[0] * shape[1], shape[2]

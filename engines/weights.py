@@ -30,6 +30,10 @@ class StreamedTensor(ir.LazyTensor):
         # LazyTensor's shows the function that loads it, which is a method of this object and shows it again.
         return f"{type(self).__name__}({self.name!r}, {self.dtype}, {self.shape})"
 
+    def stored_row(self, row: int) -> int:
+        """Return which row of the checkpoint's matrix a row is, for messages."""
+        return row
+
     @abc.abstractmethod
     def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
         """Yield the elements in row-major order as 1-D arrays; each is valid only until the next one is asked for."""
@@ -105,13 +109,14 @@ class CastTensor(StreamedTensor):
             BundleError: An element is NaN, infinite, or beyond the range of the type.
         """
         target = self.dtype.numpy()
-        for block in self._source.blocks():
-            with np.errstate(over="ignore"):
-                cast = block.astype(target)
-            if not np.isfinite(cast).all():
-                worst = block[~np.isfinite(cast)][0]
-                raise BundleError(
-                    f"{self._source.name}: {worst} is no finite number in {self.dtype.name.lower()}",
-                    remedy="build a bf16 target if float32 holds it; otherwise the checkpoint is damaged",
-                )
-            yield cast
+        for part in self._source.parts if isinstance(self._source, StackedTensor) else (self._source,):
+            for block in part.blocks():
+                with np.errstate(over="ignore"):
+                    cast = block.astype(target)
+                if not np.isfinite(cast).all():
+                    worst = block[~np.isfinite(cast)][0]
+                    raise BundleError(
+                        f"{part.name}: {worst} is no finite number in {self.dtype.name.lower()}",
+                        remedy="build a bf16 target if float32 holds it; otherwise the checkpoint is damaged",
+                    )
+                yield cast

@@ -66,7 +66,8 @@ def _stacked(
     for name, shape in shapes.items():
         entry = entries.get(f"{scope}.{name}")
         if entry is None:
-            raise CheckpointError(f"{scope}.{name} is missing", remedy=_COMPLETE)
+            folder = next(iter(entries.values())).path.parent
+            raise CheckpointError(f"{folder}: {scope}.{name} is missing", remedy=_COMPLETE)
         if not isinstance(entry, TensorEntry):
             raise CheckpointError(
                 f"{entry.path}: {scope}.{name} is quantised and stacked", remedy="give the unquantised checkpoint"
@@ -120,9 +121,15 @@ def _one_by_one(
             key = f"{scope}.experts.{e}.{part}.weight"
             entry = entries.get(key)
             if entry is None:
+                folder = next(iter(entries.values())).path.parent
+                if f"{scope}.gate_proj.weight" in entries:
+                    raise CheckpointError(
+                        f"{folder}: {scope} is a dense network, config.json implies {config.num_experts} experts",
+                        remedy="give mlp_only_layers and decoder_sparse_step of config.json as the model was trained",
+                    )
                 raise CheckpointError(
-                    f"{key} is missing: config.json implies {config.num_experts} experts, or all of a layer stacked in "
-                    f"{scope}.{GATE_UP}",
+                    f"{folder}: {key} is missing: config.json implies {config.num_experts} experts, or all of a layer "
+                    f"stacked in {scope}.{GATE_UP}",
                     remedy=_COMPLETE,
                 )
             if entry.shape != shape:
@@ -131,9 +138,11 @@ def _one_by_one(
                     remedy=_SAME_CONFIG,
                 )
             dtype = entry.dtype if isinstance(entry, TensorEntry) else "quantised"
-            if dtypes.setdefault(part, dtype) != dtype:
+            matrix = DOWN if part == "down_proj" else GATE_UP
+            if dtypes.setdefault(matrix, dtype) != dtype:
                 raise CheckpointError(
-                    f"{entry.path}: {key} is {dtype}, that of expert 0 is {dtypes[part]}",
+                    f"{entry.path}: {key} is {dtype}, {'gate' if matrix == GATE_UP else 'that'} of expert 0 is "
+                    f"{dtypes[matrix]}",
                     remedy="the experts are of different checkpoints: take all from one",
                 )
             used[key] = ExpertTensor(key, entry, False) if isinstance(entry, TensorEntry) else entry.tensor(key)

@@ -20,6 +20,7 @@ def make_bundle(checkpoint: Checkpoint) -> Bundle:
     """
     checkpoint.entries  # noqa: B018  (a damaged file, or a form that is not read, is found before the seconds of tracing)
     assets = checkpoint.assets()
+    checkpoint.check_experts()
     pieces = trace_pieces(checkpoint)
     vision, vision_keys = build_vision(pieces, checkpoint)
     decoder, decoder_keys = build_decoder(pieces, checkpoint)

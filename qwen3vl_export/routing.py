@@ -127,23 +127,21 @@ class Watched:
 
     Attributes:
         statistics: Counts of all layers.
-        near_ties: Choices whose last chosen and first rejected expert are near each other, and the difference of their
-            logits, in standard deviations of the logits that the layer's router gave in its first call.
+        gaps: Of each choice, the difference of the logits of the last chosen and the first rejected expert, in standard
+            deviations of the logits that the layer's router gave for the prompt.
     """
 
     statistics: RouterStatistics = field(default_factory=RouterStatistics)
-    near_ties: dict[Choice, float] = field(default_factory=dict)
+    gaps: dict[Choice, float] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
-def watched_routers(
-    model: Any, *, near_gap: float = 0.0, swapped: frozenset[Choice] = frozenset()
-) -> Iterator[Watched]:
+def watched_routers(model: Any, prompt_length: int, *, swapped: frozenset[Choice] = frozenset()) -> Iterator[Watched]:
     """Watch the routers of a transformers model while the context is open.
 
     Args:
         model: A `Qwen3VLMoeForConditionalGeneration` that is given one sequence; a dense model gives no layers.
-        near_gap: Largest difference of two logits that makes a near tie, in these standard deviations.
+        prompt_length: Tokens of the first call that are the prompt.
         swapped: Where the first rejected expert takes the place of the last chosen one.
     """
     watched = Watched()
@@ -157,13 +155,12 @@ def watched_routers(
             logits_TE, weight_Tk, expert_Tk = (part.detach() for part in output)
             floats_TE = logits_TE.float().numpy()
             watched.statistics.add(layer, floats_TE, router.top_k)
-            spread = spread or max(float(floats_TE.std()), float(np.finfo(np.float32).tiny))
+            spread = spread or max(float(floats_TE[:prompt_length].std()), float(np.finfo(np.float32).tiny))
             if router.top_k < floats_TE.shape[1]:
                 for t, (logits, chosen) in enumerate(zip(floats_TE, expert_Tk.numpy(), strict=True)):
                     out, into = _at_the_border(logits, chosen)
-                    place, gap = (layer, num_seen + t), float(logits[chosen[out]] - logits[into]) / spread
-                    if gap <= near_gap:
-                        watched.near_ties[place] = gap
+                    place = layer, num_seen + t
+                    watched.gaps[place] = float(logits[chosen[out]] - logits[into]) / spread
                     if place in swapped:
                         expert_Tk[t, out] = into
                         weight_Tk[t] = logits_TE[t][expert_Tk[t]].float().softmax(-1).to(weight_Tk.dtype)

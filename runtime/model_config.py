@@ -278,7 +278,15 @@ def _section(config: Mapping[str, Any], name: str) -> _Section:
 def _experts(text: _Section) -> ExpertsConfig:
     """Read the experts; which layers have them follows `Qwen3VLMoeTextDecoderLayer.__init__` of transformers 5.23."""
     # transformers 5 writes num_experts under its other name.
-    num_experts = text.size("num_experts" if text.get("num_experts") is not None else "num_local_experts")
+    names = [name for name in ("num_experts", "num_local_experts") if text.get(name) is not None]
+    counts = {text.size(name) for name in names or ["num_experts"]}
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"config.json: text_config.num_experts is {text.get('num_experts')}, num_local_experts "
+            f"{text.get('num_local_experts')}, expected one number under both names",
+            remedy="take config.json from the original model",
+        )
+    num_experts = counts.pop()
     num_layers, top_k = text.size("num_hidden_layers"), text.size("num_experts_per_tok")
     if top_k > num_experts:
         raise CheckpointError(

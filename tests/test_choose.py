@@ -62,7 +62,10 @@ def test_weights_are_estimated_to_the_byte(target: Target, demo_bundle: Bundle, 
     assert stored <= estimated <= (stored if device_of(target) == "cpu" else 1.01 * stored)
 
 
-@pytest.mark.parametrize("name", ["ort-cpu-fp32", "ort-cpu-int4", "ort-cuda-fp16", "ort-cuda-int4"])
+_TRT = ("trt-fp16", "trt-int4", "trt-nvfp4", "trt-fp8")
+
+
+@pytest.mark.parametrize("name", ["ort-cpu-fp32", "ort-cpu-int4", "ort-cuda-fp16", "ort-cuda-int4", *_TRT])
 def test_experts_are_estimated_to_the_byte(name: str, demo_moe_bundle: Bundle, tmp_path: Path) -> None:
     """Of a checkpoint whose rows of experts no block of 128 divides."""
     copy = replace(demo_moe_bundle, graphs={name: graph.clone() for name, graph in demo_moe_bundle.graphs.items()})

@@ -21,8 +21,12 @@ class InterleavedTensor(StreamedTensor):
     """A matrix of two halves, gate and up, whose rows take turns: gate 0, up 0, gate 1, … It is read as a whole."""
 
     def __init__(self, source: StreamedTensor) -> None:
-        super().__init__(f"{source.name}.interleaved", source.shape.numpy(), source.dtype)
+        super().__init__(str(source.name), source.shape.numpy(), source.dtype)
         self._source = source
+
+    def stored_row(self, row: int) -> int:
+        """Return where gate and up are not interleaved."""
+        return row // 2 + row % 2 * (int(self.shape.numpy()[0]) // 2)
 
     def blocks(self) -> Iterator[NDArray[Any]]:
         """Yield the matrix."""

@@ -171,7 +171,7 @@ def row_chunks(source: StreamedTensor, chunk_weights: int = _CHUNK_WEIGHTS) -> I
             filled, done = filled + taken, done + taken
             if filled == chunk.size:
                 rows = chunk.reshape(-1, num_columns)
-                _check_finite(rows, str(source.name), first_row)
+                _check_finite(rows, source, first_row)
                 yield rows
                 first_row, filled = first_row + len(rows), 0
 
@@ -189,7 +189,7 @@ def map_ahead(function: Callable[[Any], T], items: Iterator[Any]) -> Iterator[T]
             yield waiting.popleft().result()
 
 
-def _check_finite(rows: NDArray[np.float32], name: str, first_row: int) -> None:
+def _check_finite(rows: NDArray[np.float32], source: StreamedTensor, first_row: int) -> None:
     # The sum of squares, which the search takes of every block, is finite unless a weight is not, or is beyond 1e19.
     flat = rows.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -200,6 +200,7 @@ def _check_finite(rows: NDArray[np.float32], name: str, first_row: int) -> None:
         bad = np.argwhere(np.abs(rows) == np.abs(rows).max())
     row, column = (int(i) for i in bad[0])
     raise BundleError(
-        f"{name}: {rows[row, column]} at row {first_row + row}, column {column}: no number that can be quantised",
+        f"{source.name}: {rows[row, column]} at row {source.stored_row(first_row + row)}, column {column}: no number "
+        "that can be quantised",
         remedy="the checkpoint is damaged, or was saved after a training that diverged: get it again",
     )

@@ -35,7 +35,7 @@ class ReferenceOutput:
         tokens: Greedy tokens; the end of the sequence does not stop them.
         step_logits: [N, vocab]: the logits that chose each of `tokens`.
         routers: What the routers of a mixture of experts did.
-        near_ties: Where these could as well have chosen otherwise, and the difference of the two logits.
+        gaps: Of each of their choices, how far the last chosen and the first rejected expert are apart.
     """
 
     visual_embeds: Floats | None
@@ -44,7 +44,7 @@ class ReferenceOutput:
     tokens: list[int]
     step_logits: Floats
     routers: RouterStatistics
-    near_ties: dict[Choice, float]
+    gaps: dict[Choice, float]
 
 
 def check_processor() -> None:
@@ -89,7 +89,6 @@ class Reference:
         grids_thw: Sequence[tuple[int, int, int]],
         num_steps: int,
         *,
-        near_gap: float = 0.0,
         swapped: frozenset[Choice] = frozenset(),
         likely_tokens: Sequence[int] = (),
     ) -> ReferenceOutput:
@@ -100,11 +99,10 @@ class Reference:
             pixel_values: Patches of each image, [P, C·Tp·p·p].
             grids_thw: Patch grid of each image.
             num_steps: Tokens to generate.
-            near_gap: Largest difference of two logits of a router that makes a near tie.
-            swapped: Near ties where the other expert is taken, see `watched_routers`.
+            swapped: Choices where the other expert is taken, see `watched_routers`.
             likely_tokens: If these are the greedy tokens, one call computes all steps.
         """
-        run = partial(self._run, input_ids, pixel_values, grids_thw, near_gap, swapped)
+        run = partial(self._run, input_ids, pixel_values, grids_thw, swapped)
         # An image token that was generated stands for no image, which a call with images does not know.
         if likely_tokens and self._model.config.image_token_id not in likely_tokens:
             output = run(1, list(likely_tokens[:-1]))
@@ -117,7 +115,6 @@ class Reference:
         input_ids: Sequence[int],
         pixel_values: Sequence[Floats],
         grids_thw: Sequence[tuple[int, int, int]],
-        near_gap: float,
         swapped: frozenset[Choice],
         num_steps: int,
         given: list[int],
@@ -130,7 +127,8 @@ class Reference:
         visual: Floats | None = None
         # The model keeps the position delta of its last multimodal prompt, which a text prompt must not inherit.
         self._model.model.rope_deltas = None
-        with torch.no_grad(), watched_routers(self._model, near_gap=near_gap, swapped=swapped) as watched:
+        watch = watched_routers(self._model, len(input_ids), swapped=swapped)
+        with torch.no_grad(), watch as watched:
             if pixel_values:
                 kinds = (ids == self._model.config.image_token_id).int()
                 pixels = torch.from_numpy(np.concatenate(list(pixel_values)))
@@ -151,15 +149,18 @@ class Reference:
         layers = [(layer.keys.numpy(), layer.values.numpy()) for layer in cache.layers]
         tokens = [int(step.argmax()) for step in steps]
         prompt_logits = logits[: len(input_ids)]
-        return ReferenceOutput(
-            visual, prompt_logits, layers, tokens, np.stack(steps), watched.statistics, watched.near_ties
-        )
+        return ReferenceOutput(visual, prompt_logits, layers, tokens, np.stack(steps), watched.statistics, watched.gaps)
 
 
 def _is_read_by_transformers(checkpoint: Checkpoint) -> bool:
-    """Say whether transformers 5.23 loads it without a package for its form: unquantised, experts stacked."""
-    is_quantised = "quantization_config" in checkpoint.hf_config
-    return not is_quantised and not any(".experts.0." in key for key in checkpoint.entries)
+    """Say whether transformers 5.23 loads it rightly: unquantised, experts stacked, in matrices that are not square.
+
+    A square one it takes as it is, in whichever layout it is stored (qwen3vl_export/experts.py).
+    """
+    if "quantization_config" in checkpoint.hf_config:
+        return False
+    experts = [(key, entry.shape) for key, entry in checkpoint.entries.items() if ".mlp.experts." in key]
+    return all(len(shape) == 3 and shape[1] != shape[2] for _, shape in experts)
 
 
 def _as_it_is(folder: Path) -> Any:

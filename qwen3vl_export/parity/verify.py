@@ -11,8 +11,7 @@ layer i + 1, and in the logits if i is the last. So do values that are not finit
 The blocks of the vision tower have no output but the levels: level 0 depends on all blocks, a DeepStack level on those
 up to its own.
 
-Where a router of a mixture of experts could as well have chosen another expert, and the engine did, the reference
-follows it (near_ties.py).
+Where the engine chose another expert, the reference follows it (routes.py); such choices have limits of their own.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from numpy.typing import NDArray
 from qwen3vl_export.parity.cases import Case, make_cases
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
-from qwen3vl_export.parity.near_ties import follow
 from qwen3vl_export.parity.reference import Floats, Reference, ReferenceOutput, check_processor
 from qwen3vl_export.parity.report import Check, Report
+from qwen3vl_export.parity.routes import Followed, follow
 from qwen3vl_export.routing import Choice, RouterStatistics
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ class _Comparison:
         self._reference = reference
         self._limits = limits
         self._checks: list[Check] = []
-        self._last_finite = ""
+        self._last_finite, self._is_finite = "", True
         self.notes: list[str] = []
         self.routers = RouterStatistics()
 
@@ -163,12 +162,13 @@ class _Comparison:
 
     def _find_not_finite(self, place: str, values: Floats) -> None:
         """Note the first place where a value of the engine is not finite; called in the order of computation."""
-        if self.notes:
+        if not self._is_finite:
             return
         bad = np.argwhere(~np.isfinite(values))
         if not len(bad):
             self._last_finite = place
             return
+        self._is_finite = False
         since = f"; those before it, up to {self._last_finite}, are finite" if self._last_finite else ""
         where = ", ".join(map(str, bad[0]))
         self.notes.append(
@@ -194,7 +194,7 @@ class _Comparison:
         return same_ids and same_grids
 
     def _run_both(self, prepared: Prepared, embeds: Floats, num_steps: int) -> tuple[ReferenceOutput, _Decoded]:
-        """Run reference and engine, the reference with the engine's choices where a router had two that are as good."""
+        """Run reference and engine, the reference with the engine's choices of experts."""
         decoded: dict[tuple[int, ...], _Decoded] = {}
         tokens: list[int] = []
 
@@ -205,7 +205,6 @@ class _Comparison:
                 [image.pixel_values for image in prepared.images],
                 [image.grid_thw for image in prepared.images],
                 num_steps,
-                near_gap=self._limits["router_gap"],
                 swapped=swapped,
                 likely_tokens=tokens,
             )
@@ -220,10 +219,23 @@ class _Comparison:
 
         followed = follow(run, lambda output: self._errors(decode(tuple(output.tokens)), output))
         self.routers = followed.output.routers
-        if followed.gaps:
-            gaps = {"largest_gap": max(followed.gaps.values()), "allowed_gap": self._limits["router_gap"]}
-            self._add("choices of routers followed", len(followed.gaps), detail=gaps)
+        self._compare_routes(followed)
         return followed.output, decode(tuple(followed.output.tokens))
+
+    def _compare_routes(self, followed: Followed[ReferenceOutput]) -> None:
+        for layer, routing in followed.output.routers.layers.items():
+            gaps = [gap for place, gap in followed.gaps.items() if place[0] == layer]
+            if not gaps:
+                continue
+            # Of an exact tie either expert is right.
+            share = sum(gap > 0 for gap in gaps) / routing.num_tokens
+            self._add("routes that differ, widest gap", max(gaps), self._limits["router_gap"], layer=layer)
+            detail = {"choices": len(gaps)}
+            self._add("routes that differ, share", share, self._limits["router_share"], layer=layer, detail=detail)
+        if not followed.is_complete:
+            self.notes.append(
+                f"{self._case.name}: after {followed.num_runs} runs of PyTorch no more choices of routers were followed"
+            )
 
     def _decode(self, prepared: Prepared, embeds: Floats, tokens: tuple[int, ...]) -> _Decoded:
         """Run the engine. It sees the reference's tokens, so that a near-tie does not make all later steps differ."""

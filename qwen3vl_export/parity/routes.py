@@ -1,16 +1,18 @@
-"""Follow an engine where a router could as well have chosen otherwise.
+"""Follow an engine through the experts that it chose, and say how far from PyTorch's choice they are.
 
 Which experts a token goes through is a discontinuous function of the router's logits. Where the last chosen and the
 first rejected one are as near as the engine's precision, two right implementations may choose differently, and nothing
-of that token can be compared from there on. So the reference is run again with the engine's choice, at such places
-alone: the limits then hold for all values, and a wrong choice anywhere else is still a failure.
+of that token can be compared from there on. So the reference is run again with the engine's choice, and all limits hold
+for what it then gives. Choices have limits of their own: how far apart the logits of the two experts are, and what
+share of a layer's tokens is concerned. A right engine differs at few places, where two experts are nearly tied; one
+whose router is wrong differs in more, and where they are far apart.
 
 The graphs do not say what their routers chose. A choice of layer i shows in the keys and values of the same token in
-layer i + 1, or in its logits if i is the last layer: where they are off, the other choice is tried, and kept if it
-brings them nearer.
+layer i + 1, or in its logits if i is the last layer: where they are off, the other choice is tried, and kept if at most
+half of the error is left. Behind a layer that stays far off nothing is tried: that report fails already.
 
 One expert of a token and layer can be another. Where three or more stand so near that two of the chosen differ, the
-limits decide.
+limits of the values decide.
 
 Positions count tokens from the start of the prompt; greedy steps go on behind it.
 """
@@ -18,7 +20,7 @@ Positions count tokens from the start of the prompt; greedy steps go on behind i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -26,8 +28,13 @@ from numpy.typing import NDArray
 
 from qwen3vl_export.routing import Choice
 
-# Shares of the limit: smaller errors are not looked into.
+# In units of the limits: smaller errors are not looked into; behind larger ones nothing is.
 _NOTICED = 0.25
+_FAR_OFF = 10.0
+# Share of the error that may be left.
+_LEFT = 0.5
+# A right engine takes two runs a layer, and the first layers of a text once more when one of its tokens changes.
+_RUNS_PER_LAYER = 6
 
 
 class ReferenceRun(Protocol):
@@ -39,8 +46,8 @@ class ReferenceRun(Protocol):
         ...
 
     @property
-    def near_ties(self) -> Mapping[Choice, float]:
-        """Choices that could as well have been the other one, and the difference of the two logits."""
+    def gaps(self) -> Mapping[Choice, float]:
+        """Of each choice, the difference of the two logits."""
         ...
 
 
@@ -54,53 +61,68 @@ class Followed(Generic[R]):
     Attributes:
         output: What it gave.
         gaps: Of each choice that was taken from the engine, the difference of the logits.
+        num_runs: Runs of the reference.
+        is_complete: Whether it ended before the runs did.
     """
 
     output: R
-    gaps: dict[Choice, float] = field(default_factory=dict)
+    gaps: dict[Choice, float]
+    num_runs: int
+    is_complete: bool = True
 
 
-def follow(run: Callable[[frozenset[Choice]], R], errors_of: Callable[[R], list[NDArray[np.float64]]]) -> Followed[R]:
-    """Run the reference until no near tie explains what the engine does otherwise.
+def follow(
+    run: Callable[[frozenset[Choice]], R],
+    errors_of: Callable[[R], list[NDArray[np.float64]]],
+    *,
+    runs_per_layer: int = _RUNS_PER_LAYER,
+) -> Followed[R]:
+    """Run the reference until no other choice of an expert explains what the engine does otherwise.
 
     Args:
         run: Runs the reference with the other choice at these places.
         errors_of: Compares the engine with a run: for each layer, and last for the logits, the errors of all positions
             [T], in units of their limit.
+        runs_per_layer: Runs after which it ends, for each layer.
     """
     swapped: dict[Choice, float] = {}
     refused: set[Choice] = set()
     trials: dict[Choice, float] = {}
     tokens: Sequence[int] | None = None
+    num_runs = 0
     while True:
         output = run(frozenset(swapped))
+        num_runs += 1
         errors = errors_of(output)
         end = len(errors[-1]) if tokens is None else _first_change(tokens, output.tokens, len(errors[-1]))
         tokens = output.tokens
         # From there on it is another text, because of an earlier choice, and what was found of the old one is void.
         void = {place for place in swapped if place[1] >= end}
-        worse = {place for place in trials.keys() - void if not _behind(errors, place) < trials[place]}
+        worse = {place for place in trials.keys() - void if not _behind(errors, place) <= _LEFT * trials[place]}
         refused = {place for place in refused if place[1] < end} | worse
         for place in void | worse:
             del swapped[place]
         trials = {}
         if void or worse:
             continue
+        if num_runs >= runs_per_layer * len(errors):
+            return Followed(output, swapped, num_runs, is_complete=False)
         for layer in range(len(errors) - 1):
-            open_ties = {
-                place: gap
-                for place, gap in output.near_ties.items()
+            if errors[layer].max() > _FAR_OFF:
+                break
+            trials = {
+                place: error
+                for place in output.gaps
                 if place[0] == layer
                 and place not in swapped
                 and place not in refused
-                and _behind(errors, place) > _NOTICED
+                and (error := _behind(errors, place)) > _NOTICED
             }
-            if open_ties:
-                trials = {place: _behind(errors, place) for place in open_ties}
-                swapped |= open_ties
+            if trials:
+                swapped |= {place: output.gaps[place] for place in trials}
                 break
         if not trials:
-            return Followed(output, swapped)
+            return Followed(output, swapped, num_runs)
 
 
 def _first_change(before: Sequence[int], after: Sequence[int], num_positions: int) -> int:

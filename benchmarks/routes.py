@@ -1,0 +1,81 @@
+"""Where engines of a mixture of experts choose other experts than PyTorch: `qwen3vl verify` of every target."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import lowered
+from benchmarks.quantizers import training_prompts
+from engines.quantize.cache_ranges import CacheQuantization
+from engines.registry import all_targets, get
+from runtime.errors import ParityError
+
+if TYPE_CHECKING:
+    from qwen3vl_export.parity.report import Report
+
+_CALIBRATION_CANVASES = 64
+# Caches in few bits, of these targets.
+_CACHES = (("ort-cpu-fp32", 8), ("ort-cpu-fp32", 4), ("ort-cpu-int4", 8), ("ort-cpu-int4", 4))
+
+
+def measure(checkpoint: str, max_new_tokens: int, on_target: Callable[[str], None]) -> dict[str, Any]:
+    """Verify an engine of each target, and some whose cache is in few bits, or the lowered graphs of a GPU's.
+
+    Args:
+        checkpoint: What `Checkpoint.open` takes, a mixture of experts.
+        max_new_tokens: Greedy tokens of each prompt.
+        on_target: Told each name before its turn.
+
+    Returns:
+        The largest deviations of each by name; a target whose graphs do not run on the CPU is not there.
+    """
+    from qwen3vl_export.checkpoint import Checkpoint
+    from qwen3vl_export.export import make_bundle
+
+    bundle = make_bundle(Checkpoint.open(checkpoint))
+    variants = {target.name: (target, None) for target in all_targets()}
+    for name, bits in _CACHES:
+        cache = CacheQuantization(bits, training_prompts(_CALIBRATION_CANVASES))
+        variants[f"{name}, cache in int{bits}"] = get(name), cache
+    found = {}
+    for name, (target, cache) in variants.items():
+        on_target(name)
+        with tempfile.TemporaryDirectory() as work:
+            try:
+                report = lowered.verified(bundle, target, checkpoint, max_new_tokens, Path(work), cache)
+            except ParityError:
+                continue
+        found[name] = _worst(report)
+    return {"model": checkpoint, "max_new_tokens": max_new_tokens, "engines": found}
+
+
+def table_of(result: Mapping[str, Any]) -> str:
+    """Return one row for each engine."""
+    from benchmarks.report import table  # which takes this from here
+
+    rows = [("engine", "choices that differ", "widest gap", "largest share", "cache", "logits", "passed")]
+    for name, each in result["engines"].items():
+        cells = (f"{each[key]:.2g}" for key in ("widest_gap", "largest_share", "cache_relative", "logits_scaled"))
+        rows.append((name, f"{each['differ']} of {each['choices']}", *cells, "yes" if each["passed"] else "**no**"))
+    return (
+        f"`qwen3vl verify` of {result['model']}, {result['max_new_tokens']} greedy tokens behind each prompt; of all "
+        f"prompts and layers the largest. Targets that are missing do not run on a CPU.\n\n{table(rows)}"
+    )
+
+
+def _worst(report: Report) -> dict[str, Any]:
+    def values(*names: str) -> list[float]:
+        return [check.value for check in report.checks if check.name in names]
+
+    return {
+        "passed": report.passed,
+        "differ": sum(check.detail["choices"] for check in report.checks if check.name == "routes that differ, share"),
+        "choices": sum(routing.num_tokens for routing in report.routers.layers.values()),
+        "widest_gap": max(values("routes that differ, widest gap"), default=0.0),
+        "largest_share": max(values("routes that differ, share"), default=0.0),
+        "cache_relative": max(values("keys", "values")),
+        "logits_scaled": max(values("prompt logits", "greedy logits")),
+    }
