@@ -70,12 +70,13 @@ def _worst(report: Report) -> dict[str, Any]:
     def values(*names: str) -> list[float]:
         return [check.value for check in report.checks if check.name in names]
 
+    routes = [check for check in report.checks if check.name == "widest gap of routes"]
     return {
         "passed": report.passed,
-        "differ": sum(check.detail["choices"] for check in report.checks if check.name == "routes that differ, share"),
+        "differ": sum(check.detail["choices"] for check in routes),
         "choices": sum(routing.num_tokens for routing in report.routers.layers.values()),
-        "widest_gap": max(values("routes that differ, widest gap"), default=0.0),
-        "largest_share": max(values("routes that differ, share"), default=0.0),
+        "widest_gap": max((check.value for check in routes), default=0.0),
+        "largest_share": max((check.detail["share"] for check in routes), default=0.0),
         "cache_relative": max(values("keys", "values")),
         "logits_scaled": max(values("prompt logits", "greedy logits")),
     }

@@ -271,7 +271,8 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
 @app.command()
 def verify(
     checkpoint: Annotated[
-        str, typer.Option(metavar="CKPT", help="What the engine was built from: folder, Hub id[@revision], or demo.")
+        str,
+        typer.Option(metavar="CKPT", help="What the engine was built from: folder, Hub id[@revision], demo, demo-moe."),
     ],
     engine: Annotated[
         Path | None,

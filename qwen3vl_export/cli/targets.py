@@ -24,7 +24,7 @@ def targets(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Estimate what this model takes: a Hugging Face folder, demo, or a size such as qwen3-vl-2b.",
+            help="Estimate what this model takes: a folder, demo, demo-moe, or a size such as qwen3-vl-2b.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")] = False,

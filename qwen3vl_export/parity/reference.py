@@ -23,6 +23,11 @@ from runtime.errors import CheckpointError, UsageError
 
 Floats = NDArray[np.float32]
 
+_OUR_READING = (
+    "transformers does not read this checkpoint's form without further packages, or not rightly: PyTorch got the "
+    "weights as the exporter reads them, so a fault of that reading does not show here"
+)
+
 
 @dataclass(frozen=True)
 class ReferenceOutput:
@@ -63,6 +68,9 @@ def check_processor() -> None:
 class Reference:
     """Transformers' model and processor of a checkpoint folder.
 
+    Attributes:
+        notes: What the comparison with it does not show.
+
     Raises:
         CheckpointError: Weights are missing or of another shape, which transformers would fill at random.
     """
@@ -71,8 +79,9 @@ class Reference:
         from transformers import AutoProcessor
 
         checkpoint = Checkpoint.open(str(folder))
-        model = _as_it_is(folder) if _is_read_by_transformers(checkpoint) else _as_we_read_it(checkpoint)
-        self._model: Any = model.eval()
+        is_read = _is_read_by_transformers(checkpoint)
+        self._model: Any = (_as_it_is(folder) if is_read else _as_we_read_it(checkpoint)).eval()
+        self.notes = [] if is_read else [_OUR_READING]
         self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
 
     def inputs(self, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:

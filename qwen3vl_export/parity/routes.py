@@ -3,9 +3,8 @@
 Which experts a token goes through is a discontinuous function of the router's logits. Where the last chosen and the
 first rejected one are as near as the engine's precision, two right implementations may choose differently, and nothing
 of that token can be compared from there on. So the reference is run again with the engine's choice, and all limits hold
-for what it then gives. Choices have limits of their own: how far apart the logits of the two experts are, and what
-share of a layer's tokens is concerned. A right engine differs at few places, where two experts are nearly tied; one
-whose router is wrong differs in more, and where they are far apart.
+for what it then gives. How far apart the logits of the two experts are has a limit of its own: a right engine differs
+where two experts are nearly tied; one whose router is wrong differs where they are far apart, too.
 
 The graphs do not say what their routers chose. A choice of layer i shows in the keys and values of the same token in
 layer i + 1, or in its logits if i is the last layer: where they are off, the other choice is tried, and kept if at most
