@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from conftest import build
+from moe_checkpoints import write_by_transformers
 from onnx import numpy_helper
 from PIL import Image
 
@@ -235,9 +237,19 @@ BREAKS: list[tuple[Callable[[Subject], None], tuple[str, str, int | None]]] = [
 ]
 
 
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An engine and its checkpoint."""
+    if request.param == "dense":
+        return request.getfixturevalue("tiny_engine"), request.getfixturevalue("tiny_checkpoint")
+    folder = tmp_path_factory.mktemp("tiny-moe")
+    checkpoint = write_by_transformers(folder / "checkpoint")
+    return build(make_bundle(Checkpoint.open(str(checkpoint))), "ort-cpu-fp32", folder / "engine"), checkpoint
+
+
 @pytest.fixture(scope="module")
-def unbroken(tiny_engine: Path, tiny_checkpoint: Path) -> tuple[Any, dict[str, Any]]:
-    return run_verify(tiny_engine, tiny_checkpoint)
+def unbroken(model: tuple[Path, Path]) -> tuple[Any, dict[str, Any]]:
+    return run_verify(*model)
 
 
 @pytest.mark.parametrize(("sabotage", "noticed_by"), BREAKS, ids=lambda value: getattr(value, "__name__", ""))
@@ -245,16 +257,16 @@ def test_verify_notices(
     sabotage: Callable[[Subject], None],
     noticed_by: tuple[str, str, int | None],
     unbroken: tuple[Any, dict[str, Any]],
-    tiny_engine: Path,
-    tiny_checkpoint: Path,
+    model: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     code, report = unbroken
     assert (code, report["passed"]) == (0, True), report
-    subject = Subject(tiny_engine, tmp_path / "engine", monkeypatch)
+    engine, checkpoint = model
+    subject = Subject(engine, tmp_path / "engine", monkeypatch)
     sabotage(subject)
-    code, report = run_verify(subject.engine, tiny_checkpoint)
+    code, report = run_verify(subject.engine, checkpoint)
     assert (code, report["passed"]) == (ParityError.exit_code, False)
     first = next(check for check in report["checks"] if not check["passed"])
     print({key: first[key] for key in ("case", "name", "layer", "value", "limit")})  # pytest -rP shows the margin

@@ -146,9 +146,12 @@ class _Comparison:
         if not self._compare_inputs(prepared):
             return self._checks  # of another prompt, nothing else can be compared
         embeds = self._model.encode_images(prepared.images)
-        expected, found = self._run_both(prepared, embeds, num_steps)
+        followed, found = self._run_both(prepared, embeds, num_steps)
+        expected = followed.output
+        self.routers = expected.routers
         self._compare_vision(embeds, expected)
         self._compare_decoder(len(prepared.prompt.input_ids), found, expected)
+        self._compare_routes(followed)
         self._compare_answer(expected)
         return self._checks
 
@@ -193,7 +196,9 @@ class _Comparison:
             self._add("pixels, grey levels", levels, self._limits["pixel_levels"])
         return same_ids and same_grids
 
-    def _run_both(self, prepared: Prepared, embeds: Floats, num_steps: int) -> tuple[ReferenceOutput, _Decoded]:
+    def _run_both(
+        self, prepared: Prepared, embeds: Floats, num_steps: int
+    ) -> tuple[Followed[ReferenceOutput], _Decoded]:
         """Run reference and engine, the reference with the engine's choices of experts."""
         decoded: dict[tuple[int, ...], _Decoded] = {}
         tokens: list[int] = []
@@ -218,9 +223,7 @@ class _Comparison:
             return decoded[tokens]
 
         followed = follow(run, lambda output: self._errors(decode(tuple(output.tokens)), output))
-        self.routers = followed.output.routers
-        self._compare_routes(followed)
-        return followed.output, decode(tuple(followed.output.tokens))
+        return followed, decode(tuple(followed.output.tokens))
 
     def _compare_routes(self, followed: Followed[ReferenceOutput]) -> None:
         for layer, routing in followed.output.routers.layers.items():
