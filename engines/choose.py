@@ -249,10 +249,12 @@ def estimate(
     capacity = min(options.max_context, config.text.max_positions)
     capabilities = target.capabilities(config, options)
     shape = Manifest(target.name, target.session, capabilities, config, versions={}, source={}, files={})
+    chunk = min(options.prefill_chunk, capacity)
+    workspace = target.prefill_workspace(config, chunk) if target.prefill_workspace is not None else 0
     return {
         WEIGHTS: weight_bytes(target, config),
         CACHE: options.max_batch * cache_bytes(shape, capacity),
-        PREFILL: prefill_bytes(config, capacity),
+        PREFILL: prefill_bytes(config, capacity) + workspace,
         VISION: vision_bytes(config, [request.image_patches]),
         LIBRARY: request.gpu_library_bytes if device_of(target) == GPU else 0,
     }

@@ -72,6 +72,7 @@ class Target:
         cache_pass: Makes the pass that stores the KV cache in 8 or 4 bits by scales [L, 2, K, H], keys before values;
             None if no kernel of the target reads such a cache.
         top_k: Candidates of the next token that the decoder gives beside the logits; 0 for none.
+        prefill_workspace: Bytes that a call of so many tokens takes beside activations; None for none.
         device: `cpu` or `gpu`: whose memory the engine takes.
         check_options: Raises, before any work, for options that the compiler does not take.
         compile: Makes an engine of the lowered graphs, with a cache of fixed capacity; None if they are the engine.
@@ -95,6 +96,7 @@ class Target:
     top_k: int = 0
     compile: Compiler | None = None
     check_options: Callable[[BuildOptions], None] | None = None
+    prefill_workspace: Callable[[ModelConfig, int], int] | None = None
     device: str = "cpu"
 
     def capabilities(self, config: ModelConfig, options: BuildOptions) -> dict[str, Any]:

@@ -82,6 +82,19 @@ def demo_moe_bundle() -> Bundle:
     return make_bundle(Checkpoint.open("demo-moe"))
 
 
+def test_experts_that_tensorrt_gathers_are_counted() -> None:
+    config = shape("qwen3-vl-30b-a3b")
+    gathered = {
+        name: estimate(get(name), config)[PREFILL] - prefill_bytes(config, 4096)
+        for name in ("trt-int4", "ort-cuda-int4")
+    }
+    # 512 tokens: 192 blocks of one expert, 3 · 768 · 2048 numbers of 2 bytes each.
+    assert gathered == {"trt-int4": 192 * 3 * 768 * 2048 * 2, "ort-cuda-int4": 0}
+    few = estimate(get("trt-int4"), config, options=BuildOptions(prefill_chunk=2, max_batch=1))
+    assert few[PREFILL] - prefill_bytes(config, 4096) == 16 * 3 * 768 * 2048 * 2
+    assert estimate(get("trt-int4"), shape("qwen3-vl-2b"))[PREFILL] == prefill_bytes(shape("qwen3-vl-2b"), 4096)
+
+
 def test_half_precision_takes_two_bytes_a_weight() -> None:
     from onnx_ir import DataType
 

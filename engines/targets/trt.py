@@ -18,6 +18,7 @@ from engines.target import Availability, Compiled, Target
 from engines.tensorrt import lowering
 from engines.tensorrt.experts import (
     MOE_LAYER_COMPUTE_CAPABILITIES,
+    gathered_bytes,
     mixture_of_experts,
     mixture_of_experts_layer,
 )
@@ -96,6 +97,7 @@ TARGETS = tuple(
         libraries=("onnx-ir",),
         availability=partial(_availability, precision),
         top_k=lowering.TOP_K,
+        prefill_workspace=gathered_bytes,
         device="gpu",
         compile=partial(_compile, precision),
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from engines.hardware import probe
 from engines.target import Availability, Compiled, Target
 from engines.tensorrt import lowering
+from engines.tensorrt.experts import gathered_bytes
 from runtime.errors import TargetError
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ TARGETS = tuple(
         libraries=("onnx-ir",),
         availability=partial(_availability, precision),
         top_k=lowering.TOP_K,
+        prefill_workspace=gathered_bytes,
         device="gpu",
         compile=partial(_compile, precision),
         check_options=partial(_check_options, precision),

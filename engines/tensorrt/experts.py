@@ -126,6 +126,18 @@ MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
 """
 
 
+def gathered_bytes(config: ModelConfig, num_tokens: int) -> int:
+    """Return the bytes of the experts that one layer gathers for a call, in half precision; 0 of a dense model.
+
+    Half precision is what the product reads. What expands few bits needs besides is not counted: no GPU was measured.
+    """
+    experts = config.text.experts
+    if experts is None:
+        return 0
+    num_blocks = min(num_tokens * experts.top_k, 3 * experts.num_experts // 2)
+    return 2 * num_blocks * 3 * experts.intermediate_size * config.text.hidden_size
+
+
 MOE_LAYER_COMPUTE_CAPABILITIES = ("10.0", "10.3", "11.0")
 """GPUs that have TensorRT's own layer for experts (its documentation of IMoELayer, read in November 2026)."""
 
