@@ -64,7 +64,7 @@ def lowered(inputs: Arrays, bits: int = 0) -> ir.Model:
     rules = [{"match": ["mlp.experts.*"], "kind": "blockwise", "bits": bits, "block": 128, "symmetric": True}]
     plan = WeightPlan.from_rules(rules if bits else [])
     passes = [
-        ChooseExpertsKernelPass(plan, 0, blocks=ort_cuda._EXPERT_BLOCKS),
+        ChooseExpertsKernelPass(plan, 0, blocks=ort_cuda._EXPERT_BLOCKS, float_multiple=ort_cuda._EXPERT_MULTIPLE),
         HalfPrecisionPass(ir.DataType.FLOAT16, ort_cuda._FLOAT32_OPS["float16"]),
     ]
     return lower(model_of(inputs), registry.get("ort-cuda-fp16"), shape_of(inputs), passes)
@@ -250,6 +250,11 @@ def test_codes_are_those_of_the_schema_without_zero_points() -> None:
 def test_rows_that_no_block_of_the_kernel_divides_are_refused() -> None:
     with pytest.raises(TargetError, match=r"no block of 64, 128 divides rows of 32 and 48"):
         lowered(padded(random_inputs((1, 1))), 4)
+
+
+def test_rows_that_moe_cannot_read_are_refused() -> None:
+    with pytest.raises(TargetError, match=r"gate_up_proj: rows of 32 and 20, the kernel takes multiples of 8"):
+        lowered(padded(random_inputs((1, 1)), width=20))
 
 
 # The shipped checkpoint

@@ -37,15 +37,22 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
         accuracy_level: Of QMoE on the CPU: 4 lets it round the input to 8 bits; 0 computes in the input's own type,
             but for weights in 8 bits, whose kernel knows no other way.
         blocks: Block sizes that the kernel takes.
+        float_multiple: Rows of floats must be multiples of so many for the kernel.
     """
 
     def __init__(
-        self, plan: WeightPlan, accuracy_level: int = _INT8_PRODUCTS, *, blocks: tuple[int, ...] = BLOCK_SIZES
+        self,
+        plan: WeightPlan,
+        accuracy_level: int = _INT8_PRODUCTS,
+        *,
+        blocks: tuple[int, ...] = BLOCK_SIZES,
+        float_multiple: int = 1,
     ) -> None:
         super().__init__()
         self.plan = plan
         self._accuracy_level = accuracy_level
         self.blocks = blocks
+        self._float_multiple = float_multiple
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Exchange the weights of every MoE."""
@@ -61,6 +68,13 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
         assert isinstance(gate_up, StackedTensor) and isinstance(down, StackedTensor), f"{node.name}: weights"
         formats = [self.plan.format_of(str(weight.name)) for weight in (gate_up, down)]
         if all(each.kind == FLOAT for each in formats):
+            rows = [int(weight.shape.numpy()[2]) for weight in (gate_up, down)]
+            if any(row % self._float_multiple for row in rows):
+                raise TargetError(
+                    f"{gate_up.name}: rows of {rows[0]} and {rows[1]}, the kernel takes multiples of "
+                    f"{self._float_multiple}",
+                    remedy="build a trt-* or trt-rtx-* target",
+                )
             node.replace_input_with(2, add_initializer(model, interleaved(gate_up)))
             del model.graph.initializers[str(gate_up_value.name)]
             return

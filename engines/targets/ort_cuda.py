@@ -39,6 +39,8 @@ _FLOAT32_OPS = {
 _PLAIN_PRODUCTS = 0
 # Blocks that the grouped products of QMoE take on every GPU (docs/contrib_ops/cuda/moe_qmoe.md of ONNX Runtime).
 _EXPERT_BLOCKS = (64, 128)
+# Half numbers in the 16 bytes that MoE reads at once.
+_EXPERT_MULTIPLE = 8
 
 
 def _causal_attention(config: ModelConfig) -> str:
@@ -138,7 +140,7 @@ def _passes(dtype: str, plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
 
     return [
         FuseSharedInputPass(plan.format_of),
-        ChooseExpertsKernelPass(plan, _PLAIN_PRODUCTS, blocks=_EXPERT_BLOCKS),
+        ChooseExpertsKernelPass(plan, _PLAIN_PRODUCTS, blocks=_EXPERT_BLOCKS, float_multiple=_EXPERT_MULTIPLE),
         QuantizeWeightsPass(plan, _PLAIN_PRODUCTS, table_in_whole_bytes=True),
         AddTopKPass(_TOP_K),
         HalfPrecisionPass(ir.DataType[dtype.upper()], _FLOAT32_OPS[dtype]),
