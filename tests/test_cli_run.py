@@ -333,7 +333,8 @@ def test_targets_lists_the_registry(qwen3vl: Any) -> None:
 def test_verify_exit_code_follows_the_report(passed: bool, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def verify(*args: Any) -> Any:
+    def verify(*args: Any, on_case: Callable[[str], None]) -> Any:
+        on_case("three images")
         asked.append(args)
         return types.SimpleNamespace(passed=passed, to_dict=lambda: {"passed": passed}, render=lambda: "the table")
 
@@ -342,7 +343,9 @@ def test_verify_exit_code_follows_the_report(passed: bool, qwen3vl: Any, monkeyp
     monkeypatch.setitem(sys.modules, "qwen3vl_export.parity.verify", module)
     expected = 0 if passed else ParityError.exit_code
     code, out, err = qwen3vl("verify", "folder", "--checkpoint", "demo")
-    assert (code, out, err.startswith("error: folder does not agree with demo")) == (
+    progress, _, error = err.partition("\n")
+    assert progress == "comparing: three images"
+    assert (code, out, error.startswith("error: folder does not agree with demo")) == (
         expected,
         "the table\n",
         not passed,
