@@ -56,7 +56,7 @@ def table_of(result: Mapping[str, Any]) -> str:
     """Return one row for each engine."""
     from benchmarks.report import table  # which takes this from here
 
-    rows = [("engine", "choices that differ", "widest gap", "largest share", "cache", "logits", "passed")]
+    rows = [("engine", "choices followed", "widest gap", "largest share", "cache", "logits", "passed")]
     for name, each in result["engines"].items():
         cells = (f"{each[key]:.2g}" for key in ("widest_gap", "largest_share", "cache_relative", "logits_scaled"))
         rows.append((name, f"{each['differ']} of {each['choices']}", *cells, "yes" if each["passed"] else "**no**"))
