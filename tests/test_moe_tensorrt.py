@@ -18,7 +18,7 @@ from lowered_fixtures import edit_graph
 from onnx_ir.passes import common
 from test_moe_op import Arrays
 
-from benchmarks.quantizers import copy_of
+from benchmarks.quantizers import copy_of, training_prompts
 from benchmarks.synthetic import hf_config
 from engines.build import build_engine
 from engines.build_options import BuildOptions
@@ -28,6 +28,7 @@ from engines.lower import lower
 from engines.onnx_text import DOMAIN, parse_function
 from engines.passes.pack_experts import PackExpertsPass
 from engines.quantize.blockwise import quantize_blocks
+from engines.quantize.calibration import calibrate
 from engines.quantize.formats import WeightPlan
 from engines.quantize.tensors import ProducedTensor
 from engines.registry import get
@@ -230,12 +231,15 @@ def test_verify_notices_a_fault_of_the_lowering(sabotage: Any, lowered: Path, tm
     assert not report.passed
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.parametrize("precision", ["fp16", "int4", "fp8"])
 def test_it_becomes_plans(precision: str, bundle: Bundle, tmp_path: Path) -> None:
     """The network is held against the graph, and the plan's bytes against the weights': they stay packed."""
     pytest.importorskip("tensorrt_rtx")
+    own = copy_of(bundle)
+    if precision == "fp8":
+        calibrate(own, get("trt-rtx-fp8"), training_prompts(2), tmp_path)
     engine = tmp_path / "engine"
-    build_engine(copy_of(bundle), get(f"trt-rtx-{precision}"), engine, options=SMALL)
+    build_engine(own, get(f"trt-rtx-{precision}"), engine, options=SMALL)
     manifest = Manifest.read(engine)
     manifest.check(engine, full=True)
     assert {"vision.plan", "decoder.plan"} <= {path.name for path in engine.iterdir()}
