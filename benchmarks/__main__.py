@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import imports, inference, lowered, measure, report, routes, status, synthetic
-from benchmarks.compare.command import compare, compare_setup
+from benchmarks.compare.command import ExpertStride, compare, compare_setup
 from benchmarks.experts import experts
 from benchmarks.overhead import overhead
 from benchmarks.race import race
@@ -45,9 +45,12 @@ def write_synthetic(
     sparse: Annotated[bool, typer.Option(help="Headers only, data as holes.")] = False,
     seed: int = 0,
     dtype: str = "BF16",
+    expert_stride: ExpertStride = 1,
 ) -> None:
     """Write a synthetic checkpoint."""
-    synthetic.write_checkpoint(folder, model, sparse=sparse, seed=seed, dtype=dtype, layers=layers)
+    synthetic.write_checkpoint(
+        folder, model, sparse=sparse, seed=seed, dtype=dtype, layers=layers, expert_stride=expert_stride
+    )
 
 
 @app.command()
@@ -57,6 +60,7 @@ def export(
     no_weights: Annotated[bool, typer.Option(help="Export graphs only, from a sparse checkpoint.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint instead of a synthetic one.")] = None,
     target: Target = "ort-cpu-fp32",
+    expert_stride: ExpertStride = 1,
     repeats: int = 1,
     results: Results = report.RESULTS,
     work_dir: WorkDir = None,
@@ -67,8 +71,8 @@ def export(
     with tempfile.TemporaryDirectory(dir=work_dir) as name:
         source = checkpoint or Path(name) / "checkpoint"
         if checkpoint is None:
-            synthetic.write_checkpoint(source, model, sparse=no_weights, layers=layers)
-        files = [path.stat() for path in source.glob("*.safetensors")]
+            synthetic.write_checkpoint(source, model, sparse=no_weights, layers=layers, expert_stride=expert_stride)
+        sizes = synthetic.sizes(source)
         for _ in range(repeats):
             engine = Path(name) / "engine"
             cost = _export(source, engine, target, no_weights)
@@ -80,8 +84,7 @@ def export(
         "model": shape,
         "target": target,
         "no_weights": no_weights,
-        "checkpoint_bytes": sum(file.st_size for file in files),
-        "disk_bytes": sum(512 * file.st_blocks for file in files),
+        **sizes,
         "runs": runs,
         "environment": environment,
     }

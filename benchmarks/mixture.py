@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import experts, report
 from benchmarks.compare.tables import bytes_per_s, tokens_per_s
 from benchmarks.compare.workloads import DECODE, PREFILL, Point
 
-_CUT = "compare-qwen3-vl-30b-a3b-4-layers"
+_COMPARED = ("compare-qwen3-vl-30b-a3b-4-layers", "compare-qwen3-vl-30b-a3b")
 _STEPS = (Point(DECODE, 0), Point(DECODE, 512))
 _PROMPT = Point(PREFILL, 512)
 _HEAD = [
-    "4 layers of 30B-A3B",
+    "layers of 30B-A3B",
+    "target",
     "decode, cache 0, tokens/s (share of memory's)",
     "decode, cache 512",
     "prefill 512, tokens/s",
@@ -27,29 +28,39 @@ _HEAD = [
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the tables of the forms of one layer, of the cut model and of exports, of those results that are there."""
+    """Return the tables of the forms of one layer, of whole models and of exports, of those results that are there."""
     parts = [experts.table(result) for name, result in results.items() if report.kind(name) == "experts"]
-    if _CUT in results:
-        parts.append(cut_table(results[_CUT]))
+    compared = [results[name] for name in _COMPARED if name in results]
+    if compared:
+        parts.append(model_table(compared))
     exports = [result for name, result in results.items() if name.startswith("export-") and _is_shown(result)]
     if exports:
         parts.append(export_rows(exports))
     return "\n".join(parts)
 
 
-def cut_table(result: Mapping[str, Any]) -> str:
-    """Return one row for each side: speeds, share of the memory's bandwidth, memory beyond weights and cache."""
-    ceiling = result["ceilings"]["memory_bytes_per_s"]
+def model_table(compared: Sequence[Mapping[str, Any]]) -> str:
+    """Return one row for each side of each run: speeds, share of the memory's bandwidth, memory."""
     rows: list[list[str]] = [_HEAD]
-    for name, side in result["sides"].items():
-        steps = [f"{tokens_per_s(step, side):.1f} ({100 * bytes_per_s(step, side) / ceiling:.0f} %)" for step in _STEPS]
-        prompt = f"{tokens_per_s(_PROMPT, side):.0f}"
-        read = f"{side['decoder_bytes'] / 1e6:.0f}"
-        sizes = side["export"]["size_bytes"], side["cache_bytes"], side["peak_rss_bytes"]
-        memory = [f"{size / 1e9:.2f}" for size in (*sizes, sizes[2] - sizes[1] - sizes[0])]
-        rows.append([name, *steps, prompt, read, f"{side['load_s']:.1f}", *memory])
+    notes = []
+    for result in compared:
+        ceiling = result["ceilings"]["memory_bytes_per_s"]
+        layers = str(result["config"]["text_config"]["num_hidden_layers"])
+        for name, side in result["sides"].items():
+            steps = [
+                f"{tokens_per_s(step, side):.1f} ({100 * bytes_per_s(step, side) / ceiling:.0f} %)" for step in _STEPS
+            ]
+            prompt = f"{tokens_per_s(_PROMPT, side):.0f}"
+            read = f"{side['decoder_bytes'] / 1e6:.0f}"
+            sizes = side["export"]["size_bytes"], side["cache_bytes"], side["peak_rss_bytes"]
+            memory = [f"{size / 1e9:.2f}" for size in (*sizes, sizes[2] - sizes[1] - sizes[0])]
+            rows.append([layers, name, *steps, prompt, read, f"{side['load_s']:.1f}", *memory])
+        note = f"{layers} layers: reading memory reached {ceiling / 1e9:.1f} GB/s in the same run"
+        if report.has_holes(result):
+            note += f"; {report.written(result)} of the checkpoint's bytes were random numbers, the rest zeros"
+        notes.append(f"{note}.")
     return (
-        f"{result['settings']['threads']} threads; reading memory reached {ceiling / 1e9:.1f} GB/s in the same run. "
+        f"{compared[0]['settings']['threads']} threads. {' '.join(notes)} "
         "Each step is another token. The peak is that of an answer to an image of 1024 × 768 pixels.\n\n"
         f"{report.table(rows)}"
     )
@@ -65,7 +76,7 @@ def export_rows(exports: list[Mapping[str, Any]]) -> str:
             (
                 result["model"],
                 result["target"],
-                "no" if result["no_weights"] else "zeros, holes of sparse files" if report.has_holes(result) else "yes",
+                _weights(result),
                 f"{size / 1e9:.1f}",
                 f"{wall:.1f}",
                 f"{report.export_median(result, 'cpu_s'):.1f}",
@@ -74,6 +85,12 @@ def export_rows(exports: list[Mapping[str, Any]]) -> str:
             )
         )
     return report.table(rows)
+
+
+def _weights(result: Mapping[str, Any]) -> str:
+    if report.has_holes(result):
+        return f"{report.written(result)}, else zeros in holes"
+    return "no" if result["no_weights"] else "yes"
 
 
 def _is_shown(result: Mapping[str, Any]) -> bool:

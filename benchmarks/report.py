@@ -85,7 +85,9 @@ def export_table(result: Mapping[str, Any]) -> str:
         size = result["checkpoint_bytes"]
         cells |= {"checkpoint, GB": f"{size / 1e9:.2f}", "GB/s": f"{size / wall / 1e9:.3f}"}
     walls = ", ".join(f"{run['wall_s']:.1f}" for run in result["runs"])
-    holes = " The weights are holes of sparse files: zeros, no disk to wait for." if has_holes(result) else ""
+    holes = ""
+    if has_holes(result):
+        holes = f" Of the weights' bytes {written(result)} were written; the rest are holes of sparse files (zeros)."
     return (
         table([list(cells), list(cells.values())])
         + f"\nMedian of {len(result['runs'])} runs (wall, s: {walls}); of the peaks the largest.{holes}\n"
@@ -93,8 +95,14 @@ def export_table(result: Mapping[str, Any]) -> str:
 
 
 def has_holes(result: Mapping[str, Any]) -> bool:
-    """Tell whether an export with weights read a sparse checkpoint."""
-    return not result["no_weights"] and "disk_bytes" in result and 2 * result["disk_bytes"] < result["checkpoint_bytes"]
+    """Tell whether the weights that a measurement used came from a sparse checkpoint."""
+    is_used = not result.get("no_weights", False)
+    return is_used and "disk_bytes" in result and 2 * result["disk_bytes"] < result["checkpoint_bytes"]
+
+
+def written(result: Mapping[str, Any]) -> str:
+    """Return the share of a sparse checkpoint's bytes that are not holes."""
+    return f"{100 * result['disk_bytes'] / result['checkpoint_bytes']:.0f} %"
 
 
 def build_table(result: Mapping[str, Any]) -> str:

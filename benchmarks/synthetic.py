@@ -38,6 +38,7 @@ _SHARD_BYTES = 5 * 10**9
 _STD = 0.02
 # One random block serves all tensors, each from its own offset: drawing 2.1e9 normal values took longer than the disk.
 _BLOCK_ELEMENTS = 1 << 22
+_PIECE_BYTES = 1 << 16
 _IMAGE_CHANNELS = 3
 
 
@@ -107,6 +108,7 @@ def write_checkpoint(
     seed: int = 0,
     dtype: str = "BF16",
     layers: int | None = None,
+    expert_stride: int = 1,
 ) -> dict[str, Any]:
     """Write a Hugging Face folder with random weights and the demo's tokenizer.
 
@@ -119,13 +121,17 @@ def write_checkpoint(
         seed: Seed of the random block.
         dtype: Safetensors name of the stored dtype.
         layers: Decoder layers, the first ones; all if None.
+        expert_stride: Of stacked experts write one piece of 64 KiB in so many; holes (zeros) are between them. They are
+            nearly all of a mixture's bytes, and no value of a router or of an activation becomes zero by that.
 
     Returns:
         The contents of `config.json`.
 
     Raises:
-        UsageError: The model or the dtype is unknown.
+        UsageError: The model or the dtype is unknown, or the stride is below 1.
     """
+    if expert_stride < 1:
+        raise UsageError(f"a stride of {expert_stride} between written experts, expected at least 1")
     config = hf_config(model_name, dtype, layers)
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
@@ -139,13 +145,22 @@ def write_checkpoint(
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     blocks = None if sparse else _Blocks(seed, dtype)
     for name, keys in zip(names, shards, strict=True):
-        _write_shard(folder / name, {key: shapes[key] for key in keys}, dtype, blocks)
+        _write_shard(folder / name, {key: shapes[key] for key in keys}, dtype, blocks, expert_stride)
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * _ITEM_BYTES[dtype]
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return config
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of a checkpoint's weight files, and how many of them are on the disk: the rest are holes."""
+    files = [path.stat() for path in folder.glob("*.safetensors")]
+    return {
+        "checkpoint_bytes": sum(file.st_size for file in files),
+        "disk_bytes": sum(512 * file.st_blocks for file in files),
+    }
 
 
 def _tokenizer_folder() -> Path:
@@ -167,7 +182,9 @@ def _split(shapes: Mapping[str, Shape], item_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _write_shard(path: Path, shapes: Mapping[str, Shape], dtype: str, blocks: _Blocks | None) -> None:
+def _write_shard(
+    path: Path, shapes: Mapping[str, Shape], dtype: str, blocks: _Blocks | None, expert_stride: int
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key, shape in shapes.items():
@@ -178,11 +195,15 @@ def _write_shard(path: Path, shapes: Mapping[str, Shape], dtype: str, blocks: _B
     raw += b" " * (-len(raw) % 8)  # the format asks for data aligned to 8 bytes
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + offset)
         if blocks is None:
-            file.truncate(8 + len(raw) + offset)
             return
         for key, shape in shapes.items():
-            blocks.write(file, math.prod(shape), around_one="norm" in key and key.endswith(".weight"))
+            count = math.prod(shape)
+            if ".mlp.experts." in key:
+                blocks.write_pieces(file, count, expert_stride)
+            else:
+                blocks.write(file, count, around_one="norm" in key and key.endswith(".weight"))
 
 
 class _Blocks:
@@ -218,3 +239,15 @@ class _Blocks:
             file.write(memoryview(piece).cast("B"))
             count -= piece.size
             start = 0
+
+    def write_pieces(self, file: BinaryIO, count: int, stride: int) -> None:
+        """Write one piece in `stride` of `count` values with mean 0, and move `file` past the others."""
+        if stride == 1:
+            return self.write(file, count, around_one=False)
+        item_bytes = self._block.itemsize
+        piece = _PIECE_BYTES // item_bytes
+        begin = file.tell()
+        for start in range(0, count, stride * piece):
+            file.seek(begin + start * item_bytes)
+            self.write(file, min(piece, count - start), around_one=False)
+        file.seek(begin + count * item_bytes)

@@ -100,19 +100,27 @@ def test_tables_of_the_document() -> None:
         "settings": {"threads": 2},
         "ceilings": {"memory_bytes_per_s": 30e9},
         "sides": {"ort-cpu-int4": side},
+        "config": {"text_config": {"num_hidden_layers": 4}},
     }
+    whole = {"checkpoint_bytes": 100, "disk_bytes": 17, "config": {"text_config": {"num_hidden_layers": 48}}}
     run = {"wall_s": 50.0, "cpu_s": 80.0, "peak_rss_bytes": 1_000_000_000}
     export = {"model": "x", "target": "ort-cpu-int4", "runs": [run], "checkpoint_bytes": 5_000_000_000}
     text = mixture.tables(
         {
             "compare-qwen3-vl-30b-a3b-4-layers": compared,
+            "compare-qwen3-vl-30b-a3b": compared | whole,
             "export-x-ort-cpu-int4": export | {"no_weights": False},
             "export-x-ort-cpu-int4-no-weights": export | {"no_weights": True},
+            "export-y-ort-cpu-int4": export | {"no_weights": False, "disk_bytes": 500_000_000},
             "export-x-ort-cpu-fp32": {"target": "ort-cpu-fp32"},
         }
     )
-    assert "| ort-cpu-int4 | 50.0 (50 %) | 40.0 (47 %) | 500 | 300 | 3.5 | 2.85 | 0.05 | 3.30 | 0.40 |" in text
+    for layers in (4, 48):
+        cells = f"| {layers} | ort-cpu-int4 | 50.0 (50 %) | 40.0 (47 %) | 500 | 300 | 3.5 | 2.85 | 0.05 | 3.30 | 0.40 |"
+        assert cells in text
+    assert "17 % of the checkpoint's bytes were random" in text and text.count("were random") == 1
     assert "| x | ort-cpu-int4 | yes | 5.0 | 50.0 | 80.0 | 0.100 | 1.00 |" in text
+    assert "| x | ort-cpu-int4 | 10 %, else zeros in holes | 5.0 | 50.0 | 80.0 | 0.100 | 1.00 |" in text
     assert "| x | ort-cpu-int4 | no | 5.0 | 50.0 | 80.0 |  | 1.00 |" in text
     assert "fp32" not in text
 

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import configs
@@ -78,6 +79,25 @@ def test_large_checkpoint_is_sharded_and_sparse(tmp_path: Path) -> None:
     shapes = synthetic.tensor_shapes(config)
     assert index["metadata"]["total_size"] == 2 * sum(math.prod(shape) for shape in shapes.values())
     assert {key: entry.shape for key, entry in Checkpoint.open(str(tmp_path)).entries.items()} == shapes
+
+
+def test_experts_with_holes(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    synthetic.write_checkpoint(tmp_path / "whole", "tiny-moe", dtype="F32")
+    synthetic.write_checkpoint(tmp_path / "holes", "tiny-moe", dtype="F32", expert_stride=3)
+    whole, holes = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "holes"))
+    piece = (1 << 16) // 4
+    for key, tensor in holes.items():
+        assert tensor.shape == whole[key].shape
+        shares = [(part != 0).mean() for part in np.split(tensor.ravel(), range(piece, tensor.size, piece))]
+        expected = [".mlp.experts." not in key or index % 3 == 0 for index in range(len(shares))]
+        if "bias" not in key:
+            assert [share > 0.9 for share in shares] == expected, key
+    sizes = synthetic.sizes(tmp_path / "holes")
+    assert sizes["checkpoint_bytes"] == (tmp_path / "whole" / "model.safetensors").stat().st_size
+    with pytest.raises(UsageError, match="stride of 0"):
+        synthetic.write_checkpoint(tmp_path, "tiny-moe", expert_stride=0)
 
 
 def test_the_first_layers_of_a_shape() -> None:

@@ -18,12 +18,16 @@ from runtime.errors import UsageError
 
 _REQUIREMENTS = Path(__file__).parent
 _Choice = TypeVar("_Choice")
+ExpertStride = Annotated[
+    int, typer.Option(min=1, help="Write one piece of 64 KiB in so many of a checkpoint's experts; the rest are holes.")
+]
 
 
 def compare(
     model: Annotated[str, typer.Option(help="Shape in configs/models, such as qwen3-vl-2b.")] = "qwen3-vl-2b",
     layers: Annotated[int | None, typer.Option(help="Decoder layers, the first ones; all if not given.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint of that shape.")] = None,
+    expert_stride: ExpertStride = 1,
     side: Annotated[list[str] | None, typer.Option(help="Measure this side only; repeat for several.")] = None,
     point: Annotated[list[str] | None, typer.Option(help="Such as decode-512-b1; repeat for several.")] = None,
     threads: int = 2,
@@ -51,10 +55,12 @@ def compare(
     if checkpoint is None:
         checkpoint = work / "checkpoint"
         if not (checkpoint / "config.json").is_file():
-            synthetic.write_checkpoint(checkpoint, model, layers=layers)
+            synthetic.write_checkpoint(checkpoint, model, layers=layers, expert_stride=expert_stride)
             allow_large_images(checkpoint)
     settings = comparison.Settings(threads, budget_s, min_repeats, max_repeats, keep_engines, max_minutes)
-    result = {"model": name} | comparison.compare(checkpoint.absolute(), work, chosen, points, settings)
+    result = {"model": name, **synthetic.sizes(checkpoint)} | comparison.compare(
+        checkpoint.absolute(), work, chosen, points, settings
+    )
     path = report.write(f"compare-{name}", result, results)
     path.with_suffix(".svg").write_text(chart.draw(result), encoding="utf-8")
     typer.echo(path.read_text(encoding="utf-8"))
