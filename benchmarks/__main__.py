@@ -19,6 +19,8 @@ from benchmarks.experts import experts
 from benchmarks.overhead import overhead
 from benchmarks.race import race
 from benchmarks.speculation import speculation
+from engines.quantize.calibration import needs_prompts
+from engines.registry import get
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.manifest import Manifest
 
@@ -101,7 +103,10 @@ def build(
     results: Results = report.RESULTS,
     work_dir: WorkDir = None,
 ) -> None:
-    """Measure the build of a compiled engine, tracing included: time, peak memory, bytes of plans and of weights."""
+    """Measure the build of a compiled engine, tracing included: time, peak memory, bytes of plans and of weights.
+
+    fp8, which needs calibration, gets prompts about the demo's pictures.
+    """
     environment = measure.environment()
     with tempfile.TemporaryDirectory(dir=work_dir) as name:
         engine, source = Path(name) / "engine", checkpoint or Path(name) / "checkpoint"
@@ -111,7 +116,8 @@ def build(
             shape = synthetic.name_of(model, layers)
             if checkpoint is None:
                 synthetic.write_checkpoint(source, model, layers=layers)
-        cost = _export(source, engine, target, no_weights=False)
+        calibration = synthetic.write_calibration(Path(name) / "prompts") if needs_prompts(get(target)) else None
+        cost = _export(source, engine, target, no_weights=False, calibration=calibration)
         manifest = Manifest.read(engine)
     plans = {name: record.num_bytes for name, record in manifest.files.items() if name.endswith(".plan")}
     if not plans:
@@ -211,9 +217,13 @@ def write_report() -> None:
             typer.echo(path.relative_to(status.ROOT))
 
 
-def _export(source: Path, engine: Path, target: str, no_weights: bool) -> measure.ChildCost:
+def _export(
+    source: Path, engine: Path, target: str, no_weights: bool, calibration: Path | None = None
+) -> measure.ChildCost:
     command = [sys.executable, "-m", "qwen3vl_export.cli.export", str(source)]
     command += ["--target", target, "--output", str(engine), "--json"]
+    if calibration is not None:
+        command += ["--calibration", str(calibration)]
     return measure.run_child(command + ["--no-weights"] * no_weights)
 
 

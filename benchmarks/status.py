@@ -16,6 +16,8 @@ import configs
 from benchmarks import goals, lowered, mixture, plot, report, routes
 from benchmarks.compare import chart
 from benchmarks.compare.sides import REFERENCE
+from benchmarks.compare.tables import tokens_per_s
+from benchmarks.compare.workloads import DECODE, PREFILL, Point
 from benchmarks.goals import Results
 from engines.choose import GPU, device_of
 from engines.registry import all_targets
@@ -40,6 +42,7 @@ def works_table(results: Results, accuracies: Accuracies) -> str:
     compared = [result for name, result in results.items() if report.kind(name) == "compare"]
     measured = [*exports, *runs]
     answered = {target for each in accuracies.values() for target in each}
+    timed = {(result["model"], result["target"]) for result in runs}
     targets = sorted({result["target"] for result in measured} | answered - {""})
     models = {result["model"] for result in measured} | set(configs.names("models"))
     rows = [("model", *(f"`{target}`" for target in targets))]
@@ -51,9 +54,11 @@ def works_table(results: Results, accuracies: Accuracies) -> str:
         for target in targets:
             own = [r for r in measured if (r["model"], r["target"]) == (model, target)]
             here = [_shown(r) for r in own]
-            # A target that has a measurement of its own, with weights, needs no line of the comparison.
-            if all(r.get("no_weights") for r in own):
-                here += [line for r in compared if r["model"] == model for line in _compared(r["sides"], target)]
+            # Of what has a measurement of its own, the comparison's is left out.
+            is_exported = any(r.get("no_weights") is False for r in own)
+            if (model, target) not in timed:
+                sides = [r["sides"] for r in compared if r["model"] == model]
+                here += [line for each in sides for line in _compared(each, target, has_export=not is_exported)]
             cells.append("<br>".join(here) or "not measured")
         rows.append((f"`{model}`", *cells))
     return report.table(rows)
@@ -136,14 +141,21 @@ def _plan_bytes(build: Mapping[str, Any]) -> int:
     return sum(plans.values()) if isinstance(plans, Mapping) else plans
 
 
-def _compared(sides: Mapping[str, Any], target: str) -> list[str]:
-    """Return export and speeds of our sides of a target in a comparison, PyTorch fp32 = 1."""
+def _compared(sides: Mapping[str, Any], target: str, *, has_export: bool) -> list[str]:
+    """Return speeds of our sides of a target in a comparison, PyTorch fp32 = 1; tokens a second where it was left out.
+
+    Args:
+        sides: Results by side.
+        target: Name of the target.
+        has_export: Begin with the cost of the export.
+    """
     points = {"vision": "vision-784-b1", "prefill": "prefill-512-b1", "decode": "decode-512-b1"}
+    tokens = (Point(PREFILL, 512), Point(DECODE, 512))
     lines: list[str] = []
     for side in sides.values():
         if side.get("target") != target:
             continue
-        if not lines:
+        if has_export and not lines:
             export = side["export"]
             lines.append(f"export: {export['wall_s']:.0f} s, {export['peak_rss_bytes'] / 1e9:.1f} GB peak")
         speeds = [
@@ -151,6 +163,8 @@ def _compared(sides: Mapping[str, Any], target: str) -> list[str]:
             for name, point in points.items()
             if REFERENCE in sides and point in side["points"] and point in sides[REFERENCE]["points"]
         ]
+        if REFERENCE not in sides:
+            speeds = [f"{p.phase} {tokens_per_s(p, side):.1f} tokens/s" for p in tokens if p.name in side["points"]]
         if speeds:
             pages = ", huge pages" if side["options"]["huge_pages"] else ""
             lines.append(f"speed (`compare`{pages}): {', '.join(speeds)}")

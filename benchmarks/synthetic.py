@@ -154,6 +154,15 @@ def write_checkpoint(
     return config
 
 
+def write_calibration(folder: Path) -> Path:
+    """Write calibration prompts about the demo's pictures into `folder`, for targets that ask for some; return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted((_tokenizer_folder().parent / "images").glob("*.png")):
+        shutil.copyfile(path, folder / path.name)
+    (folder / "prompts.txt").write_text("Read the digits.\nHow many digits are there?\n", encoding="utf-8")
+    return folder
+
+
 def sizes(folder: Path) -> dict[str, int]:
     """Return the bytes of a checkpoint's weight files, and how many of them are on the disk: the rest are holes."""
     files = [path.stat() for path in folder.glob("*.safetensors")]

@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ if str(ROOT) not in sys.path:  # run as a script, Python looks beside it
     sys.path.insert(0, str(ROOT))
 
 import configs  # noqa: E402
+from benchmarks import synthetic  # noqa: E402
 from engines.choose import GPU, device_of, estimate, limit_bytes  # noqa: E402
 from engines.hardware import Hardware, probe  # noqa: E402
 from engines.quantize.calibration import needs_prompts  # noqa: E402
@@ -360,21 +360,10 @@ def check(
                     Path(folder) / "engine",
                     run,
                     limit_s,
-                    _calibration(work) if needs_prompts(target) else None,
+                    synthetic.write_calibration(work / "calibration") if needs_prompts(target) else None,
                 )
             write_result(outcomes[-1], hardware, results, date)
     return outcomes
-
-
-def _calibration(work: Path) -> Path:
-    """Return a folder of calibration prompts made of the demo's pictures."""
-    folder = work / "calibration"
-    if not folder.is_dir():
-        folder.mkdir()
-        for path in sorted((ROOT / "qwen3vl_export" / "demo" / "images").glob("*.png")):
-            shutil.copy(path, folder)
-        (folder / "prompts.txt").write_text("Read the digits.\nHow many digits are there?\n", encoding="utf-8")
-    return folder
 
 
 def _is_shape(source: str) -> bool:

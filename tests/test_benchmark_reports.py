@@ -249,7 +249,7 @@ def test_status_names_the_pages_of_a_comparison() -> None:
     result = compared(pytorch_fp32=6.0, ort_cpu_int4=1.0, ort_cpu_int4_huge_pages=0.8)
     for results, speeds in (
         (result, ("speed (`compare`): vision 6.00 ×", "speed (`compare`, huge pages): vision 7.50 ×")),
-        (compared(ort_cpu_int4=1.0), ()),
+        (compared(ort_cpu_int4=1.0), ("speed (`compare`): prefill 256.0 tokens/s",)),
     ):
         shares = {"demo": {"ort-cpu-int4": dict.fromkeys(status.TASKS, 1.0)}}
         text = status.works_table({"compare-qwen3-vl-2b": results}, shares)
@@ -270,6 +270,7 @@ def test_graphs_without_weights_do_not_hide_a_comparison() -> None:
         line for line in status.works_table(both | {"export-b": whole}, {}).splitlines() if "`qwen3-vl-2b`" in line
     )
     assert "export: 12 s, 1.2 GB peak" in row and "50 s" not in row
+    assert "decode 1.0 tokens/s" in row
 
 
 def test_quantizers_table() -> None:
