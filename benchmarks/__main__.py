@@ -68,6 +68,8 @@ def export(
     work_dir: WorkDir = None,
 ) -> None:
     """Measure wall time, CPU time and peak memory of an export, imports included."""
+    if checkpoint is not None and expert_stride != 1:
+        raise UsageError("--checkpoint and --expert-stride: there is nothing to write", remedy="give one of them")
     runs = []
     environment = measure.environment()
     with tempfile.TemporaryDirectory(dir=work_dir) as name:

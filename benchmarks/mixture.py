@@ -55,10 +55,8 @@ def model_table(compared: Sequence[Mapping[str, Any]]) -> str:
             sizes = side["export"]["size_bytes"], side["cache_bytes"], side["peak_rss_bytes"]
             memory = [f"{size / 1e9:.2f}" for size in (*sizes, sizes[2] - sizes[1] - sizes[0])]
             rows.append([layers, name, *steps, prompt, read, f"{side['load_s']:.1f}", *memory])
-        note = f"{layers} layers: reading memory reached {ceiling / 1e9:.1f} GB/s in the same run"
-        if report.has_holes(result):
-            note += f"; {report.written(result)} of the checkpoint's bytes were random numbers, the rest zeros"
-        notes.append(f"{note}.")
+        reached = f"{layers} layers: reading memory reached {ceiling / 1e9:.1f} GB/s in the same run."
+        notes.append(reached + report.holes_note(result))
     return (
         f"{compared[0]['settings']['threads']} threads. {' '.join(notes)} "
         "Each step is another token. The peak is that of an answer to an image of 1024 × 768 pixels.\n\n"

@@ -85,12 +85,9 @@ def export_table(result: Mapping[str, Any]) -> str:
         size = result["checkpoint_bytes"]
         cells |= {"checkpoint, GB": f"{size / 1e9:.2f}", "GB/s": f"{size / wall / 1e9:.3f}"}
     walls = ", ".join(f"{run['wall_s']:.1f}" for run in result["runs"])
-    holes = ""
-    if has_holes(result):
-        holes = f" Of the weights' bytes {written(result)} were written; the rest are holes of sparse files (zeros)."
     return (
         table([list(cells), list(cells.values())])
-        + f"\nMedian of {len(result['runs'])} runs (wall, s: {walls}); of the peaks the largest.{holes}\n"
+        + f"\nMedian of {len(result['runs'])} runs (wall, s: {walls}); of the peaks the largest.{holes_note(result)}\n"
     )
 
 
@@ -98,6 +95,13 @@ def has_holes(result: Mapping[str, Any]) -> bool:
     """Tell whether the weights that a measurement used came from a sparse checkpoint."""
     is_used = not result.get("no_weights", False)
     return is_used and "disk_bytes" in result and 2 * result["disk_bytes"] < result["checkpoint_bytes"]
+
+
+def holes_note(result: Mapping[str, Any]) -> str:
+    """Return a sentence about the holes of a measurement's checkpoint, behind a space; empty if it has none."""
+    if not has_holes(result):
+        return ""
+    return f" Of the checkpoint's bytes {written(result)} were written; the rest are holes of sparse files (zeros)."
 
 
 def written(result: Mapping[str, Any]) -> str:

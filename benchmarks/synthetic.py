@@ -1,4 +1,4 @@
-"""Synthetic checkpoints of any shape in `configs/models/`, written as a stream.
+"""Synthetic checkpoints of any shape in `configs/models/`, written as a stream, and prompts to calibrate them with.
 
 Speed and memory depend on shapes, not on values, so random weights measure what trained weights would. Keys and shapes
 follow from the configuration by formula; a test holds them against transformers' own module.
@@ -121,18 +121,20 @@ def write_checkpoint(
         seed: Seed of the random block.
         dtype: Safetensors name of the stored dtype.
         layers: Decoder layers, the first ones; all if None.
-        expert_stride: Of stacked experts write one piece of 64 KiB in so many; holes (zeros) are between them. They are
-            nearly all of a mixture's bytes, and no value of a router or of an activation becomes zero by that.
+        expert_stride: Of stacked experts, nearly all of a mixture's bytes, write one piece of 64 KiB in so many; holes
+            (zeros) are between them. All other tensors, routers among them, are written whole.
 
     Returns:
         The contents of `config.json`.
 
     Raises:
-        UsageError: The model or the dtype is unknown, or the stride is below 1.
+        UsageError: The model or the dtype is unknown, the stride is below 1, or there are no experts for it.
     """
     if expert_stride < 1:
         raise UsageError(f"a stride of {expert_stride} between written experts, expected at least 1")
     config = hf_config(model_name, dtype, layers)
+    if expert_stride > 1 and config["model_type"] != EXPERTS_MODEL_TYPE:
+        raise UsageError(f"{model_name} has no experts to leave holes in", remedy="leave out --expert-stride")
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         shutil.copyfile(_tokenizer_folder() / name, folder / name)
@@ -208,11 +210,10 @@ def _write_shard(
         if blocks is None:
             return
         for key, shape in shapes.items():
-            count = math.prod(shape)
-            if ".mlp.experts." in key:
-                blocks.write_pieces(file, count, expert_stride)
+            if expert_stride > 1 and ".mlp.experts." in key:
+                blocks.write_pieces(file, math.prod(shape), expert_stride)
             else:
-                blocks.write(file, count, around_one="norm" in key and key.endswith(".weight"))
+                blocks.write(file, math.prod(shape), around_one="norm" in key and key.endswith(".weight"))
 
 
 class _Blocks:
@@ -251,8 +252,6 @@ class _Blocks:
 
     def write_pieces(self, file: BinaryIO, count: int, stride: int) -> None:
         """Write one piece in `stride` of `count` values with mean 0, and move `file` past the others."""
-        if stride == 1:
-            return self.write(file, count, around_one=False)
         item_bytes = self._block.itemsize
         piece = _PIECE_BYTES // item_bytes
         begin = file.tell()

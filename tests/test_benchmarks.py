@@ -92,12 +92,13 @@ def test_experts_with_holes(tmp_path: Path) -> None:
         assert tensor.shape == whole[key].shape
         shares = [(part != 0).mean() for part in np.split(tensor.ravel(), range(piece, tensor.size, piece))]
         expected = [".mlp.experts." not in key or index % 3 == 0 for index in range(len(shares))]
-        if "bias" not in key:
-            assert [share > 0.9 for share in shares] == expected, key
+        assert [share > 0.9 for share in shares] == expected, key
     sizes = synthetic.sizes(tmp_path / "holes")
     assert sizes["checkpoint_bytes"] == (tmp_path / "whole" / "model.safetensors").stat().st_size
     with pytest.raises(UsageError, match="stride of 0"):
         synthetic.write_checkpoint(tmp_path, "tiny-moe", expert_stride=0)
+    with pytest.raises(UsageError, match="tiny has no experts"):
+        synthetic.write_checkpoint(tmp_path, "tiny", expert_stride=2)
 
 
 def test_the_first_layers_of_a_shape() -> None:

@@ -52,8 +52,10 @@ def compare(
     points = _choose("point", {each.name: each for each in POINTS}, point)
     name = synthetic.name_of(model, layers)
     work = (work_dir / name).absolute()
+    if checkpoint is not None and expert_stride != 1:
+        raise UsageError("--checkpoint and --expert-stride: there is nothing to write", remedy="give one of them")
     if checkpoint is None:
-        checkpoint = work / "checkpoint"
+        checkpoint = work / ("checkpoint" if expert_stride == 1 else f"checkpoint-stride-{expert_stride}")
         if not (checkpoint / "config.json").is_file():
             synthetic.write_checkpoint(checkpoint, model, layers=layers, expert_stride=expert_stride)
             allow_large_images(checkpoint)

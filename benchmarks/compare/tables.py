@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.compare.workloads import DECODE, PREFILL, VISION, Point, operations
-from benchmarks.report import table
+from benchmarks.report import holes_note, table
 
 _EMPTY = "–"
 _COSTS = (
@@ -129,7 +129,7 @@ def _intro(result: Mapping[str, Any]) -> str:
         f"One synthetic checkpoint ({result['model']}), {settings['threads']} threads, each side in a process of its "
         f"own, one after the other; medians of n calls behind one of warm-up: {settings['min_repeats']} at least, "
         f"more up to {settings['max_repeats']} while they take less than {settings['budget_s']:g} s; prompts of 2048 "
-        "tokens or of several sequences once.\n\n"
+        f"tokens or of several sequences once.{holes_note(result)}\n\n"
         f"{result.get('note', '')}"
         "All run on the pages that the system gives them, but for those that are called huge-pages: they open the "
         "same engine with `huge_pages`, the seconds of which are in the load time. Load is that of a process behind "
