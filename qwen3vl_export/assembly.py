@@ -135,11 +135,11 @@ def build_vision(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set[
         (hidden,) = builder.call(pieces.vision_block, [hidden, cos, sin], f"{_VISUAL}.blocks.{i}")
         if i in vision.deepstack_layers:
             assert pieces.deepstack_merger is not None
-            level = vision.deepstack_layers.index(i)
-            scope = f"{_VISUAL}.deepstack_merger_list.{level}"
-            deepstack.append((level, *builder.call(pieces.deepstack_merger, [hidden], scope)))
+            # The config lists the blocks in the order of the mergers; levels are in the order of the blocks.
+            scope = f"{_VISUAL}.deepstack_merger_list.{vision.deepstack_layers.index(i)}"
+            deepstack += builder.call(pieces.deepstack_merger, [hidden], scope)
     (merged,) = builder.call(pieces.merger, [hidden], f"{_VISUAL}.merger")
-    embeds = builder.concat([merged, *(value for _, value in sorted(deepstack, key=lambda pair: pair[0]))], "levels")
+    embeds = builder.concat([merged, *deepstack], "levels")
     builder.output(embeds, "visual_embeds", _FLOAT, [config.num_visual_levels, "V", config.text.hidden_size])
     return builder.model([vision_attention.BODY]), builder.used_keys
 

@@ -9,7 +9,7 @@ from qwen3vl_export.assembly import build_decoder, build_vision
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.tracing.pieces import trace_pieces
 
-_TRACING_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+_TRACING_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 
 
 def make_bundle(checkpoint: Checkpoint) -> Bundle:
@@ -21,7 +21,7 @@ def make_bundle(checkpoint: Checkpoint) -> Bundle:
     checkpoint.entries  # noqa: B018  (a damaged file, or a form that is not read, is found before the seconds of tracing)
     assets = checkpoint.assets()
     checkpoint.check_experts()
-    pieces = trace_pieces(checkpoint)
+    pieces = trace_pieces(checkpoint.config)
     vision, vision_keys = build_vision(pieces, checkpoint)
     decoder, decoder_keys = build_decoder(pieces, checkpoint)
     checkpoint.check_keys(vision_keys | decoder_keys)

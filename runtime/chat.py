@@ -74,14 +74,22 @@ class ChatTemplate:
             EngineError: There is no template, or a file cannot be read.
         """
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
+        return cls.from_config(template_source(folder), _read_json(folder / "tokenizer_config.json"))
+
+    @classmethod
+    def from_config(cls, source: str, tokenizer_config: Mapping[str, Any]) -> ChatTemplate:
+        """Take the special tokens from the contents of a `tokenizer_config.json`.
+
+        Raises:
+            EngineError: The source is no valid template.
+        """
         special_tokens = {}
         for name in _SPECIAL_TOKEN_NAMES:
-            token = config.get(name)
+            token = tokenizer_config.get(name)
             content = token.get("content") if isinstance(token, dict) else token
             if isinstance(content, str):
                 special_tokens[name] = content
-        return cls(template_source(folder), special_tokens=special_tokens)
+        return cls(source, special_tokens=special_tokens)
 
     def render(
         self,

@@ -263,7 +263,7 @@ class Qwen3VLModel:
         vision = self.config.vision
         t, h, w = image.grid_thw
         indices, weights = position_interpolation(h, w, vision.num_grid_per_side, vision.spatial_merge_size)
-        cos, sin = vision_rotary(h, w, vision.head_dim, vision.spatial_merge_size)
+        cos, sin = vision_rotary(h, w, vision.head_dim, vision.spatial_merge_size, vision.rope_theta)
         pixels = image.pixel_values.reshape(t, h * w, vision.patch_elements)
         return self.session.vision(pixels, indices, weights, cos, sin)
 

@@ -15,7 +15,13 @@ EXPERTS_MODEL_TYPE = "qwen3_vl_moe"
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Shape of the vision tower; sizes are numbers of elements."""
+    """Shape of the vision tower; sizes are numbers of elements.
+
+    Attributes:
+        deepstack_layers: Blocks behind which a DeepStack merger stands, in the order of the mergers in the checkpoint.
+            The levels of the visual embeddings are in the order of the blocks, whatever this order is.
+        rope_theta: Base of the rotary frequencies; no known checkpoint has another than this.
+    """
 
     depth: int
     hidden_size: int
@@ -27,6 +33,7 @@ class VisionConfig:
     spatial_merge_size: int
     num_position_embeddings: int
     deepstack_layers: tuple[int, ...]
+    rope_theta: float = 10000.0
 
     @property
     def head_dim(self) -> int:
@@ -73,6 +80,9 @@ class TextConfig:
     Attributes:
         intermediate_size: Width of the feed-forward network of a dense layer.
         experts: None for a dense model.
+        rope_theta: Base of the rotary frequencies.
+        mrope_section: How many frequencies turn by time, height and width; see `rotary_frequencies` of
+            qwen3vl_export/modeling.py.
     """
 
     vocab_size: int
@@ -86,6 +96,8 @@ class TextConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     experts: ExpertsConfig | None = None
+    rope_theta: float = 5e6
+    mrope_section: tuple[int, int, int] = (24, 20, 20)
 
     def experts_of(self, layer: int) -> ExpertsConfig | None:
         """Return the experts of one layer, or None if its feed-forward network is dense."""
@@ -118,6 +130,8 @@ class ModelConfig:
         vision = dict(values["vision"])
         vision["deepstack_layers"] = tuple(vision["deepstack_layers"])
         text = dict(values["text"])
+        if "mrope_section" in text:  # engines of before have none
+            text["mrope_section"] = tuple(text["mrope_section"])
         experts = text.get("experts")
         if experts is not None:
             text["experts"] = ExpertsConfig(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
@@ -140,7 +154,12 @@ class ModelConfig:
             )
         has_experts = model_type == EXPERTS_MODEL_TYPE
         text, vision = _section(config, "text_config"), _section(config, "vision_config")
-        _check_rope(text)
+        rope = _rope(text, ("default", "mrope"))
+        if rope.get("mrope_interleaved", True) is not True:
+            rope.refuse("mrope_interleaved", "true: Qwen3-VL interleaves the three axes")
+        vision_rope = _rope(vision, ("default", "axial"))
+        text.fixed("hidden_act", "silu")
+        vision.fixed("hidden_act", "gelu_pytorch_tanh")
         if text.boolean("attention_bias", default=False):
             raise CheckpointError("config.json: text_config.attention_bias is true, expected false")
         top = _Section(config, "")
@@ -163,6 +182,9 @@ class ModelConfig:
                     "tie_word_embeddings", default=text.boolean("tie_word_embeddings", default=False)
                 ),
                 experts=_experts(text) if has_experts else None,
+                # Without one, releases of transformers disagree: 5e6 in 4.57, 5e5 in 5.24.
+                rope_theta=rope.positive("rope_theta"),
+                mrope_section=rope.triple("mrope_section", default=(24, 20, 20)),
             ),
             vision=VisionConfig(
                 depth=vision.size("depth"),
@@ -175,18 +197,25 @@ class ModelConfig:
                 spatial_merge_size=vision.size("spatial_merge_size", default=2),
                 num_position_embeddings=vision.size("num_position_embeddings"),
                 deepstack_layers=vision.indices("deepstack_visual_indexes", default=(8, 16, 24)),
+                rope_theta=vision_rope.positive("rope_theta", default=10000.0),
             ),
             image_token_id=top.index("image_token_id", default=151655),
             video_token_id=top.index("video_token_id", default=151656),
             vision_start_token_id=top.index("vision_start_token_id", default=151652),
             vision_end_token_id=top.index("vision_end_token_id", default=151653),
         )
-        result._check()
+        result._check(vision.size("out_hidden_size"))
         return result
 
-    def _check(self) -> None:
+    def _check(self, out_hidden_size: int) -> None:
         """Raise where sizes contradict each other."""
         text, vision = self.text, self.vision
+        if out_hidden_size != text.hidden_size:
+            raise CheckpointError(
+                f"config.json: vision_config.out_hidden_size is {out_hidden_size}, expected text_config.hidden_size, "
+                f"{text.hidden_size}: the decoder takes visual embeddings as they are",
+                remedy="take both sections of config.json from one checkpoint",
+            )
         if text.num_heads % text.num_kv_heads:
             raise CheckpointError(
                 f"config.json: {text.num_heads} attention heads are no multiple of {text.num_kv_heads} key/value heads"
@@ -221,43 +250,56 @@ class _Section:
 
     def __init__(self, values: Mapping[str, Any], name: str) -> None:
         self._values = values
-        self._name = name
+        self.name = name
 
     def size(self, key: str, *, default: int | None = None) -> int:
         """Return an integer of at least 1."""
         value = self.get(key, default)
-        return value if _is_integer(value, 1) else self._refuse(key, "an integer of at least 1")
+        return value if _is_integer(value, 1) else self.refuse(key, "an integer of at least 1")
 
     def index(self, key: str, *, default: int) -> int:
         """Return an integer of at least 0."""
         value = self.get(key, default)
-        return value if _is_integer(value, 0) else self._refuse(key, "a non-negative integer")
+        return value if _is_integer(value, 0) else self.refuse(key, "a non-negative integer")
 
     def indices(self, key: str, *, default: tuple[int, ...]) -> tuple[int, ...]:
         """Return different integers of at least 0."""
         value = self.get(key, default)
         is_valid = isinstance(value, list | tuple) and all(_is_integer(i, 0) for i in value)
         if not is_valid or len(set(value)) < len(value):
-            self._refuse(key, "a list of different non-negative integers")
+            self.refuse(key, "a list of different non-negative integers")
         return tuple(value)
 
-    def positive(self, key: str, *, default: float) -> float:
+    def positive(self, key: str, *, default: float | None = None) -> float:
         """Return a finite number above 0."""
         value = self.get(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if is_number and 0 < value < math.inf else self._refuse(key, "a number above 0")
+        return float(value) if is_number and 0 < value < math.inf else self.refuse(key, "a number above 0")
+
+    def triple(self, key: str, *, default: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return three integers of at least 0."""
+        value = self.get(key, default)
+        if not isinstance(value, list | tuple) or len(value) != 3 or not all(_is_integer(i, 0) for i in value):
+            self.refuse(key, "three non-negative integers")
+        return value[0], value[1], value[2]
+
+    def fixed(self, key: str, expected: str) -> None:
+        """Raise unless the value, if there is one, is the one that is exported."""
+        if self.get(key, expected) != expected:
+            self.refuse(key, f"{expected!r}: no other is exported")
 
     def boolean(self, key: str, *, default: bool) -> bool:
         """Return true or false."""
         value = self.get(key, default)
-        return value if isinstance(value, bool) else self._refuse(key, "true or false")
+        return value if isinstance(value, bool) else self.refuse(key, "true or false")
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return any value."""
         return self._values.get(key, default)
 
-    def _refuse(self, key: str, expected: str) -> NoReturn:
-        path = f"{self._name}.{key}" if self._name else key
+    def refuse(self, key: str, expected: str) -> NoReturn:
+        """Raise the error that names the key, what it is and what it should be."""
+        path = f"{self.name}.{key}" if self.name else key
         found = repr(self._values[key]) if key in self._values else "missing"
         raise CheckpointError(
             f"config.json: {path} is {found}, expected {expected}", remedy="take config.json from the original model"
@@ -293,31 +335,54 @@ def _experts(text: _Section) -> ExpertsConfig:
             f"config.json: text_config.num_experts_per_tok is {top_k}, expected at most num_experts = {num_experts}",
             remedy="take config.json from the original model",
         )
-    if text.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"config.json: text_config.hidden_act is {text.get('hidden_act')!r}, expected 'silu'")
     if not text.boolean("norm_topk_prob", default=True):
         raise CheckpointError(
             "config.json: text_config.norm_topk_prob is false, expected true",
             remedy="transformers renormalises the routing weights whatever this says: set it to true to get the same",
         )
-    dense = set(text.indices("mlp_only_layers", default=()) if text.get("mlp_only_layers") is not None else ())
+    dense = text.get("mlp_only_layers") or ()
+    # transformers asks whether a layer is in the list: order, repetitions and numbers of no layer count for nothing.
+    if not isinstance(dense, list | tuple) or not all(type(i) is int for i in dense):
+        text.refuse("mlp_only_layers", "a list of integers")
     step = text.size("decoder_sparse_step", default=1)
     dense_layers = tuple(i for i in range(num_layers) if i in dense or (i + 1) % step)
     return ExpertsConfig(num_experts, top_k, text.size("moe_intermediate_size"), dense_layers)
 
 
-def _check_rope(text: _Section) -> None:
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
+def _rope(section: _Section, exported_types: tuple[str, ...]) -> _Section:
+    """Read the rotary embedding in either of its forms.
+
+    transformers 5 writes `rope_parameters`, with `rope_theta` inside; 4 wrote `rope_scaling`, with `rope_theta` beside
+    it. Where both stand, they say the same, or nobody could tell which of them the model was trained with.
+    """
+    merged: dict[str, Any] = {}
+    forms = [section.get(name) for name in ("rope_parameters", "rope_scaling")]
+    beside = section.get("rope_theta")
+    for form in (*forms, None if beside is None else {"rope_theta": beside}):
+        if form is not None and not isinstance(form, Mapping):
+            raise CheckpointError(
+                f"config.json: {section.name}.rope_parameters is {form!r}, expected an object",
+                remedy="take config.json from the original model",
+            )
+        for key, value in _with_one_type(form or {}).items():
+            if merged.setdefault(key, value) != value:
+                raise CheckpointError(
+                    f"config.json: {section.name}: {key} is {merged[key]!r} in one place and {value!r} in another of "
+                    "rope_parameters, rope_scaling and rope_theta",
+                    remedy="take config.json from the original model",
+                )
+    rope = _Section(merged, f"{section.name}.rope_parameters")
+    rope_type = rope.get("rope_type", exported_types[0])
+    if rope_type not in exported_types:
         raise CheckpointError(
-            f"config.json: text_config.rope_parameters is {rope!r}, expected an object",
-            remedy="take config.json from the original model",
-        )
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "mrope"):
-        raise CheckpointError(
-            f"config.json: rope type {rope_type!r} is not exported; expected 'default'",
+            f"config.json: {section.name}: rope type {rope_type!r} is not exported; expected {exported_types[0]!r}",
             remedy="remove the rope scaling from config.json, which limits the context to the trained length",
         )
-    if rope.get("mrope_interleaved") is False:
-        raise CheckpointError("config.json: mrope_interleaved is false; Qwen3-VL interleaves the three axes")
+    return rope
+
+
+def _with_one_type(form: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one form with its type under the name `rope_type`, which wins over the older `type` as in transformers."""
+    values = dict(form)
+    older = values.pop("type", None)
+    return values if older is None else {"rope_type": older, **values}

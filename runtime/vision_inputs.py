@@ -67,7 +67,7 @@ def _axis_taps(size: int, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray
 
 
 def vision_rotary(
-    h: int, w: int, head_dim: int, merge_size: int, theta: float = 10000.0
+    h: int, w: int, head_dim: int, merge_size: int, theta: float
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return the cosines and sines of the 2-D rotary embedding.
 

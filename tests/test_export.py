@@ -121,7 +121,7 @@ def test_bundle_passes_the_checker_and_runs_unlowered(tiny_checkpoint: Path, tin
     (image,) = prepared.images
     vision, (_, height, width) = model.config.vision, image.grid_thw
     indices, weights = position_interpolation(height, width, vision.num_grid_per_side, vision.spatial_merge_size)
-    cos, sin = vision_rotary(height, width, vision.head_dim, vision.spatial_merge_size)
+    cos, sin = vision_rotary(height, width, vision.head_dim, vision.spatial_merge_size, vision.rope_theta)
     values = (image.pixel_values[None], indices, weights, cos, sin)
     (found,) = sessions["vision"].run(["visual_embeds"], dict(zip(VISION_INPUTS, values, strict=True)))
     np.testing.assert_allclose(found, embeds, atol=1e-4)

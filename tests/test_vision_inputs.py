@@ -46,7 +46,7 @@ def test_rotary_is_the_first_half_of_the_reference(hidden_size: int, num_heads: 
     head_dim = hidden_size // num_heads
     rotary = Qwen3VLVisionRotaryEmbedding(Qwen3VLVisionConfig(hidden_size=hidden_size, num_heads=num_heads))
     expected = rotary(torch.zeros(1), get_vision_position_ids(torch.tensor([[1, h, w]]), 2))
-    found = vision_rotary(h, w, head_dim, 2)
+    found = vision_rotary(h, w, head_dim, 2, 10000.0)
     for found_half, expected_full in zip(found, expected, strict=True):
         assert found_half.dtype == np.float32
         full = expected_full.numpy()

@@ -1,5 +1,9 @@
-"""The custom ops of domain `qwen3vl`, version 1: one file an op.
+"""The operators that the traced graphs keep whole: three of domain `qwen3vl`, version 1, and ONNX's own RMSNorm.
 
-Each file has the op's schema, an emitter for tracing, a reference in numpy, and a body in standard ONNX ops (opset 24)
-as an ONNX function. A target that has a kernel of its own exchanges the body; any other inlines it.
+Each file has the operator's definition in plain torch (`plain`), the torch custom operator that stands for it in a trace
+(`OP`, with the fake form that tells shapes), its ONNX form (`TRANSLATION`), and, where it is ours, a reference in numpy
+and a body in standard ONNX operators (opset 24). A target that has a kernel of its own exchanges the body; any other
+inlines it.
+
+`qwen3vl_export.modeling` calls `apply`: the custom operator while `torch.export` runs, the plain form otherwise.
 """

@@ -13,14 +13,16 @@ Source: `Qwen3VLTextAttention.forward` of transformers 5.23.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from qwen3vl_export.ops.rotary import rotate
-
-if TYPE_CHECKING:
-    import torch
+from qwen3vl_export.ops import rms_norm
+from qwen3vl_export.ops.onnx_form import node_of
+from qwen3vl_export.ops.rotary import rotate, rotate_heads
 
 NAME = "CausalAttention"
 
@@ -68,33 +70,71 @@ CausalAttention <scale: float, epsilon: float>
 """
 
 
-def emit(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_norm: torch.Tensor,
-    k_norm: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    past_key: torch.Tensor,
-    past_value: torch.Tensor,
-    past_lengths: torch.Tensor,
-    *,
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_lengths: Tensor,
     scale: float,
     epsilon: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Emit one node into a running trace; shapes as in the file's head."""
-    import torch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the op with PyTorch's own attention; the presents are new tensors."""
+    q_BNSH, k_BKSH, v_BKSH = rotated_heads(q, k, v, q_norm, k_norm, cos, sin, epsilon)
+    num_new, capacity = q.shape[1], past_key.shape[2]
+    rows_BS = past_lengths[:, None] + torch.arange(num_new, device=q.device)
+    index_BKSH = rows_BS[:, None, :, None].expand(k_BKSH.shape)
+    present_key = past_key.scatter(2, index_BKSH, k_BKSH.to(past_key.dtype))
+    present_value = past_value.scatter(2, index_BKSH, v_BKSH.to(past_value.dtype))
+    visible_B1ST = torch.arange(capacity, device=q.device) <= rows_BS[:, None, :, None]
+    keys, values = present_key.to(q.dtype), present_value.to(q.dtype)
+    return attend(q_BNSH, keys, values, scale, visible_B1ST), present_key, present_value
 
-    out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
-        f"qwen3vl::{NAME}",
-        [q, k, v, q_norm, k_norm, cos, sin, past_key, past_value, past_lengths],
-        {"scale": scale, "epsilon": epsilon},
-        dtypes=[q.dtype, past_key.dtype, past_value.dtype],
-        shapes=[list(q.shape), list(past_key.shape), list(past_value.shape)],
-        version=1,
+
+def rotated_heads(
+    q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split into heads, normalise and rotate: [B, N, S, H], [B, K, S, H], [B, K, S, H]."""
+    q_BSNH, k_BSKH, v_BSKH = (x.unflatten(-1, (-1, q_norm.shape[0])) for x in (q, k, v))
+    q_BSNH = rotate_heads(rms_norm.plain(q_BSNH, q_norm, epsilon), cos, sin)
+    k_BSKH = rotate_heads(rms_norm.plain(k_BSKH, k_norm, epsilon), cos, sin)
+    return q_BSNH.transpose(1, 2), k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
+
+
+def attend(q_BNSH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
+    """Attend where `visible` [broadcast to B, N, S, T] is true, or causally without it; [B, S, N·H]."""
+    out_BNSH = F.scaled_dot_product_attention(
+        q_BNSH, k_BKTH, v_BKTH, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True
     )
+    return out_BNSH.transpose(1, 2).flatten(2)
+
+
+OP = torch.library.custom_op("qwen3vl::causal_attention", plain, mutates_args=())
+
+
+@OP.register_fake
+def _(q: Tensor, *others: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    past_key, past_value = others[6:8]
+    return torch.empty_like(q), torch.empty_like(past_key), torch.empty_like(past_value)
+
+
+def apply(*tensors: Tensor, scale: float, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the op; one node where a trace runs. The tensors are the inputs in the file's head, in their order."""
+    compute = OP if torch.compiler.is_exporting() else plain
+    out, present_key, present_value = compute(*tensors, scale, epsilon)
     return out, present_key, present_value
+
+
+def translation(*arguments: Any) -> Any:
+    """Write the ONNX node."""
+    inputs = ("q", "k", "v", "q_norm", "k_norm", "cos", "sin", "past_key", "past_value", "past_lengths")
+    outputs = ("out", "present_key", "present_value")
+    return node_of(NAME, inputs, outputs, ("scale", "epsilon"), integers=("past_lengths",))(*arguments)
 
 
 def reference(

@@ -14,12 +14,14 @@ Source: `Qwen3VLMoeTextSparseMoeBlock.forward` of transformers 5.23, which renor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    import torch
+from qwen3vl_export.ops.onnx_form import node_of
 
 NAME = "MixtureOfExperts"
 
@@ -81,21 +83,42 @@ MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
 """
 
 
-def emit(
-    x: torch.Tensor, router_weight: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *, top_k: int
-) -> torch.Tensor:
-    """Emit one node into a running trace; shapes as in the file's head."""
-    import torch
+def plain(x: Tensor, router_weight: Tensor, gate_up: Tensor, down: Tensor, top_k: int) -> Tensor:
+    """Compute the op in torch, one expert in use after the other."""
+    weight_Tk, expert_Tk = choose(F.linear(x.flatten(0, 1), router_weight), top_k)
+    return mix(x, weight_Tk, expert_Tk, gate_up, down)
 
-    (out,) = torch.onnx.ops.symbolic_multi_out(
-        f"qwen3vl::{NAME}",
-        [x, router_weight, gate_up, down],
-        {"top_k": top_k},
-        dtypes=[x.dtype],
-        shapes=[list(x.shape)],
-        version=1,
-    )
-    return out
+
+def choose(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the weights [T, k] of the experts that the router's logits choose, and the experts [T, k]."""
+    largest_Tk, expert_Tk = logits_TE.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
+    return (largest_Tk / largest_Tk.sum(-1, keepdim=True)).to(logits_TE.dtype), expert_Tk
+
+
+def mix(x: Tensor, weight_Tk: Tensor, expert_Tk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Send each token through its experts and add up what they give, by their weights; float32 sums."""
+    x_TD = x.flatten(0, 1)
+    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for expert in expert_Tk.unique().tolist():
+        token_M, place_M = (expert_Tk == expert).nonzero(as_tuple=True)
+        gate_MI, up_MI = F.linear(x_TD[token_M], gate_up[expert]).chunk(2, -1)
+        out_MD = F.linear(F.silu(gate_MI) * up_MI, down[expert])
+        out_TD = out_TD.index_add(0, token_M, (out_MD * weight_Tk[token_M, place_M, None]).float())
+    return out_TD.to(x.dtype).view_as(x)
+
+
+OP = torch.library.custom_op("qwen3vl::mixture_of_experts", plain, mutates_args=())
+
+
+@OP.register_fake
+def _(x: Tensor, *_: Tensor | int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def translation(*arguments: Any) -> Any:
+    """Write the ONNX node."""
+    inputs = ("x", "router_weight", "gate_up", "down")
+    return node_of(NAME, inputs, ("out",), ("top_k",), integers=("top_k",))(*arguments)
 
 
 def reference(

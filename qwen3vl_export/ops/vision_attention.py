@@ -12,14 +12,15 @@ Source: `Qwen3VLVisionAttention.forward` of transformers 5.23.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from qwen3vl_export.ops.rotary import rotate
-
-if TYPE_CHECKING:
-    import torch
+from qwen3vl_export.ops.onnx_form import node_of
+from qwen3vl_export.ops.rotary import rotate, rotate_heads
 
 NAME = "VisionAttention"
 
@@ -40,28 +41,32 @@ VisionAttention <num_heads: int, scale: float> (q, k, v, cos, sin) => (out)
 """
 
 
-def emit(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    num_heads: int,
-    scale: float,
-) -> torch.Tensor:
-    """Emit one node into a running trace; shapes as in the file's head."""
-    import torch
+def plain(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Compute the op with PyTorch's own attention; the rotation is float32 whatever the inputs' type."""
+    q_IPNH, k_IPNH, v_IPNH = (x.unflatten(-1, (num_heads, -1)) for x in (q, k, v))
+    q_IPNH, k_IPNH = (rotate_heads(x.float(), cos.float(), sin.float()).to(x.dtype) for x in (q_IPNH, k_IPNH))
+    heads = (x.transpose(1, 2) for x in (q_IPNH, k_IPNH, v_IPNH))
+    return F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).flatten(2)
 
-    (out,) = torch.onnx.ops.symbolic_multi_out(
-        f"qwen3vl::{NAME}",
-        [q, k, v, cos, sin],
-        {"num_heads": num_heads, "scale": scale},
-        dtypes=[q.dtype],
-        shapes=[list(q.shape)],
-        version=1,
-    )
-    return out
+
+OP = torch.library.custom_op("qwen3vl::vision_attention", plain, mutates_args=())
+
+
+@OP.register_fake
+def _(q: Tensor, *_: Tensor | float) -> Tensor:
+    return torch.empty_like(q)
+
+
+def apply(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, num_heads: int, scale: float) -> Tensor:
+    """Compute the op; one node where a trace runs. Shapes as in the file's head."""
+    compute = OP if torch.compiler.is_exporting() else plain
+    return compute(q, k, v, cos, sin, num_heads, scale)
+
+
+def translation(*arguments: Any) -> Any:
+    """Write the ONNX node."""
+    inputs = ("q", "k", "v", "cos", "sin")
+    return node_of(NAME, inputs, ("out",), ("num_heads", "scale"), integers=("num_heads",))(*arguments)
 
 
 def reference(

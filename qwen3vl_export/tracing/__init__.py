@@ -1,1 +1,1 @@
-"""Trace the distinct pieces of transformers' Qwen3-VL into ONNX functions, without a single weight in memory."""
+"""Trace the distinct pieces of `qwen3vl_export.modeling` into ONNX functions, without a single weight in memory."""

@@ -29,7 +29,7 @@ class EngineDriver:
         """Prepare random pixels."""
         vision = self._model.config.vision
         indices, weights = position_interpolation(height, width, vision.num_grid_per_side, vision.spatial_merge_size)
-        cos, sin = vision_rotary(height, width, vision.head_dim, vision.spatial_merge_size)
+        cos, sin = vision_rotary(height, width, vision.head_dim, vision.spatial_merge_size, vision.rope_theta)
         pixels = np.random.default_rng(0).standard_normal((1, height * width, vision.patch_elements), np.float32)
         return lambda: self._model.session.vision(pixels, indices, weights, cos, sin)
 

@@ -1,0 +1,180 @@
+"""Run a checkpoint in PyTorch, without export: its weights in `Qwen3VL`, and a session that the runtime drives.
+
+The session follows the protocol of engines, so prompts, pixels, positions, sampling and streaming are the runtime's own;
+only the two graphs are exchanged for the torch definition that they were traced from.
+
+Shapes: see runtime/session.py.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
+from qwen3vl_export.modeling import LayerCache, Qwen3VL
+from runtime.chat import ChatTemplate
+from runtime.errors import UsageError
+from runtime.generation_config import GenerationOptions
+from runtime.image_processor import ImageProcessorConfig
+from runtime.manifest import Manifest
+from runtime.memory import machine_bytes
+from runtime.model import DEFAULT_MAX_CONTEXT, Qwen3VLModel
+from runtime.session import Floats, Ints, KVCache
+from runtime.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_eager(checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Qwen3VLModel:
+    """Open a checkpoint as a model that answers with eager PyTorch; `logits` and `generate` are those of an engine.
+
+    Args:
+        checkpoint: A Hugging Face folder, a Hub id, or `demo` or `demo-moe`.
+        dtype: Of weights, activations and cache: float32, bfloat16 or float16.
+        device: Of PyTorch, such as `cuda`.
+
+    Raises:
+        CheckpointError: A file or a weight is missing, left over, or not what config.json implies.
+        UsageError: There is no such dtype or device.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}", remedy=f"give one of {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by device
+        raise UsageError(
+            f"device {device!r}: PyTorch cannot use it ({str(error).splitlines()[0]})", remedy="give 'cpu'"
+        ) from error
+    source = Checkpoint.open(checkpoint)
+    assets = source.assets()
+    model = load(source, dtype=DTYPES[dtype], device=device)
+    text = source.config.text
+    manifest = Manifest(
+        target="eager",
+        session="eager",
+        capabilities={"precision": dtype, "cache_dtype": dtype, "device": "cpu" if device == "cpu" else "gpu"},
+        model=source.config,
+        versions={"torch": str(torch.__version__)},
+        source=source.describe(),
+        files={},
+    )
+    return Qwen3VLModel(
+        manifest,
+        EagerSession(model),
+        Tokenizer(assets["tokenizer.json"]),
+        ChatTemplate.from_config(assets["chat_template.jinja"].decode(), json.loads(assets["tokenizer_config.json"])),
+        ImageProcessorConfig.from_dict(json.loads(assets["preprocessor_config.json"])),
+        GenerationOptions.from_generation_config(json.loads(assets["generation_config.json"])),
+        min(DEFAULT_MAX_CONTEXT, text.max_positions),
+        machine_bytes(),
+    )
+
+
+def load(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Qwen3VL:
+    """Return the torch model with a checkpoint's weights, in evaluation mode; quantised ones as their codes say.
+
+    Raises:
+        CheckpointError: A weight is missing, left over, or of another shape than config.json implies.
+    """
+    config = checkpoint.config
+    with torch.device("meta"):
+        model = Qwen3VL(config)
+    weights: dict[str, Tensor] = {}
+    used: set[str] = set()
+
+    def take(key: str, values: NDArray[Any]) -> None:
+        weights[key] = torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=dtype)
+
+    for layer in range(config.text.num_layers):
+        if config.text.experts_of(layer) is not None:
+            scope = f"model.language_model.layers.{layer}.mlp"
+            experts, keys = checkpoint.experts(layer, scope)
+            used |= keys
+            for name, tensor in experts.items():
+                take(f"{scope}.{name}", tensor.numpy())
+    for key, parameter in model.named_parameters():  # a tied head comes once, as the embedding
+        if key not in weights:
+            take(key, checkpoint.tensor(key, tuple(parameter.shape)).numpy())
+            used.add(key)
+    checkpoint.check_keys(used)
+    if config.text.tie_word_embeddings:
+        weights[HEAD_KEY] = weights[EMBEDDING_KEY]
+    model.load_state_dict(weights, assign=True)
+    if config.text.tie_word_embeddings:
+        model.lm_head.weight = model.language_model.embed_tokens.weight
+    return model.eval()
+
+
+class EagerCache:
+    """A cache of `Qwen3VL`: each call puts new tensors in the place of the old ones."""
+
+    def __init__(self, layers: list[LayerCache]) -> None:
+        self.layers = layers
+        self.capacity = layers[0][0].shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(each.nbytes for pair in self.layers for each in pair)
+
+    def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return copies of one layer's keys and values, float32 [B, K, T, H]."""
+        keys, values = (each.float().cpu().numpy().copy() for each in self.layers[index])
+        return keys, values
+
+
+class EagerSession:
+    """The protocol of `runtime.session.Session` on the torch definition."""
+
+    def __init__(self, model: Qwen3VL) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def vision(
+        self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
+    ) -> Floats:
+        """Run the vision tower; see `runtime.session.Session.vision`."""
+        pixels, weights, cos, sin = map(self._floats, (pixel_values, pos_weights, rope_cos, rope_sin))
+        return _array(self.model.visual(pixels, self._integers(pos_indices), weights, cos, sin))
+
+    def new_cache(self, capacity: int, batch: int = 1) -> EagerCache:
+        """Allocate a cache of zeros."""
+        return EagerCache(self.model.new_cache(capacity, batch))
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        visual_rows: Ints,
+        visual_embeds: Floats,
+        past_lengths: Ints,
+        logits_positions: Ints,
+        cache: KVCache,
+    ) -> Floats:
+        """Run the decoder; see `runtime.session.Session.decode`."""
+        assert isinstance(cache, EagerCache)
+        assert int(past_lengths.max()) + input_ids.shape[1] <= cache.capacity, "past_lengths + S exceeds the cache"
+        ids, positions, rows, lengths, chosen = map(
+            self._integers, (input_ids, position_ids, visual_rows, past_lengths, logits_positions)
+        )
+        embeds = self._floats(visual_embeds)
+        logits, cache.layers = self.model(ids, positions, rows, embeds, lengths, chosen, cache.layers)
+        return _array(logits)
+
+    def _floats(self, values: Floats) -> Tensor:
+        like = self.model.lm_head.weight
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device=like.device, dtype=like.dtype)
+
+    def _integers(self, values: Ints) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.lm_head.weight.device)
+
+
+def _array(values: Tensor) -> Floats:
+    return values.float().cpu().numpy()
