@@ -340,10 +340,7 @@ def _experts(text: _Section) -> ExpertsConfig:
             "config.json: text_config.norm_topk_prob is false, expected true",
             remedy="transformers renormalises the routing weights whatever this says: set it to true to get the same",
         )
-    dense = text.get("mlp_only_layers") or ()
-    # transformers asks whether a layer is in the list: order, repetitions and numbers of no layer count for nothing.
-    if not isinstance(dense, list | tuple) or not all(type(i) is int for i in dense):
-        text.refuse("mlp_only_layers", "a list of integers")
+    dense = set(text.indices("mlp_only_layers", default=()) if text.get("mlp_only_layers") is not None else ())
     step = text.size("decoder_sparse_step", default=1)
     dense_layers = tuple(i for i in range(num_layers) if i in dense or (i + 1) % step)
     return ExpertsConfig(num_experts, top_k, text.size("moe_intermediate_size"), dense_layers)
