@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moe_checkpoints import Arrays, as_on_the_hub, one_by_one, rewritten, write_by_transformers
+from moe_checkpoints import Arrays, as_in_the_graph, as_on_the_hub, one_by_one, rewritten, write_experts
 from safetensors.numpy import load_file, save_file
 
 from engines.weights import StackedTensor
@@ -127,7 +127,7 @@ def test_memory_does_not_grow_with_the_experts(tmp_path: Path, layout: str) -> N
 
 
 def test_left_over_experts_are_named(tmp_path: Path) -> None:
-    source = write_by_transformers(tmp_path / "source")
+    source = write_experts(tmp_path / "source", layout=as_in_the_graph)
 
     def one_more(tensors: Arrays) -> Arrays:
         split = one_by_one(tensors)
