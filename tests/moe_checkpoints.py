@@ -28,10 +28,16 @@ def as_on_the_hub(tensors: Arrays) -> Arrays:
 
 
 def write_experts(
-    folder: Path, *, layout: Callable[[Arrays], Arrays] = as_on_the_hub, vision: Any = None, **text: Any
+    folder: Path,
+    *,
+    layout: Callable[[Arrays], Arrays] = as_on_the_hub,
+    vision: Any = None,
+    tie_word_embeddings: bool = True,
+    **text: Any,
 ) -> Path:
     """Write a random mixture of experts; `text` and `vision` alter the sections of config.json."""
-    values = tiny_values("tiny-moe", text_config=text, vision_config=vision or {})
+    top = {"tie_word_embeddings": tie_word_embeddings}
+    values = tiny_values("tiny-moe", text_config=text, vision_config=vision or {}, **top)
     return write_files(folder, values, layout(tensors_of(random_model(values))))
 
 

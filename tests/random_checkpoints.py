@@ -33,7 +33,10 @@ def tiny_values(shape: str = "tiny", **changes: Any) -> dict[str, Any]:
     demo = Checkpoint.open("demo").hf_config
     values = {"model_type": "qwen3_vl"} | copy.deepcopy(configs.load(f"models/{shape}"))
     text, vision = values["text_config"], values["vision_config"]
-    text |= {"eos_token_id": demo["text_config"]["eos_token_id"], **changes.pop("text_config", {})}
+    # transformers before 5 ties the head by text_config alone, 5.0 does not start without pad_token_id.
+    text["tie_word_embeddings"] = changes.get("tie_word_embeddings", values["tie_word_embeddings"])
+    text |= {key: demo["text_config"][key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= changes.pop("text_config", {})
     vision |= changes.pop("vision_config", {})
     # transformers before 5 reads these two.
     text["rope_scaling"] = {key: value for key, value in text["rope_parameters"].items() if key != "rope_theta"}
