@@ -85,14 +85,23 @@ def kinds_of(model: Any, ids: Tensor) -> dict[str, Tensor]:
     return {"mm_token_type_ids": kinds.int()}
 
 
-def run(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> Any:
-    """Run a whole model on what a processor returned; `options` go to `forward`."""
+def run(model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """Run a whole model on what a processor returned."""
     import torch
 
     # The model keeps the position delta of its last multimodal prompt, which a text prompt must not inherit.
     model.model.rope_deltas = None
     with torch.no_grad():
-        return model(**_inputs(model, inputs), **options)
+        return model(**_inputs(model, inputs))
+
+
+def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the normalised hidden states that the head gets, [B, S, D]."""
+    import torch
+
+    model.model.rope_deltas = None
+    with torch.no_grad():
+        return model.model(**_inputs(model, inputs)).last_hidden_state
 
 
 def greedy(model: Any, inputs: Mapping[str, Tensor], num_tokens: int) -> tuple[list[int], Tensor]:

