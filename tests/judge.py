@@ -37,9 +37,11 @@ def load(folder: Path, dtype: str = "float32") -> Any:
 
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(2)
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        source = folder if experts_are_read_from_the_hub() else _experts_turned(folder, Path(scratch))
+        model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+            source, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
+        )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
 
@@ -69,6 +71,36 @@ def vision_rope_is_read() -> bool:
 def experts_lie_as_on_the_hub() -> bool:
     """Say whether a model holds its experts as [experts, in, out]; from 5.0 on as [experts, out, in]."""
     return release() < (5, 0)
+
+
+def experts_are_read_from_the_hub() -> bool:
+    """Say whether stacked experts as [experts, in, out] are read and written.
+
+    5.0.0 takes them for a mismatch, and its `save_pretrained` splits gate and up along the wrong axis; 5.10 does not.
+    Releases between the two were not looked at.
+    """
+    return not (5, 0) <= release() < (5, 10)
+
+
+def _experts_turned(folder: Path, scratch: Path) -> Path:
+    """Copy a folder with its experts as the model holds them."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    expected = {key: tuple(value.shape) for key, value in _meta_state(folder).items()}
+    for key in tensors:
+        if ".mlp.experts." in key and tuple(tensors[key].shape) != expected[key]:
+            tensors[key] = tensors[key].transpose(1, 2).contiguous()
+    shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=_weights)
+    save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+    return scratch
+
+
+def _meta_state(folder: Path) -> dict[str, Tensor]:
+    import torch
+
+    with torch.device("meta"):
+        return dict(new_model(json.loads((folder / "config.json").read_text())).state_dict())
 
 
 def in_graph_layout(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:

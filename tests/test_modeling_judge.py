@@ -219,6 +219,8 @@ def test_a_folder_that_transformers_wrote(processor: Any, shape: str, tmp_path: 
     from qwen3vl_export.checkpoint import Checkpoint
     from runtime.model_config import ModelConfig
 
+    if shape == "tiny-moe":
+        judge.skip_unless(judge.experts_are_read_from_the_hub(), "it splits the experts that it saves along a wrong axis")
     values = tiny_values(shape)
     torch.manual_seed(1)
     theirs = randomise(judge.new_model(values)).float()
