@@ -33,18 +33,23 @@ def tiny_values(shape: str = "tiny", **changes: Any) -> dict[str, Any]:
     demo = Checkpoint.open("demo").hf_config
     values = {"model_type": "qwen3_vl"} | copy.deepcopy(configs.load(f"models/{shape}"))
     text, vision = values["text_config"], values["vision_config"]
-    # transformers before 5 ties the head by text_config alone, 5.0 does not start without pad_token_id.
-    text["tie_word_embeddings"] = changes.get("tie_word_embeddings", values["tie_word_embeddings"])
     text |= {key: demo["text_config"][key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text |= changes.pop("text_config", {})
     vision |= changes.pop("vision_config", {})
-    # transformers before 5 reads these two.
-    text["rope_scaling"] = {key: value for key, value in text["rope_parameters"].items() if key != "rope_theta"}
-    text["rope_theta"] = text["rope_parameters"]["rope_theta"]
     family = "Qwen3VLMoe" if values["model_type"] == "qwen3_vl_moe" else "Qwen3VL"
     text["model_type"], vision["model_type"] = f"{values['model_type']}_text", values["model_type"]
     ids = {key: demo[key] for key in TOKEN_IDS}
-    return values | ids | {"architectures": [f"{family}ForConditionalGeneration"], "dtype": "float32"} | changes
+    values |= ids | {"architectures": [f"{family}ForConditionalGeneration"], "dtype": "float32"} | changes
+    return in_both_forms(values)
+
+
+def in_both_forms(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json that releases before 5 read as later ones do: they look in other places."""
+    text = {"tie_word_embeddings": values["tie_word_embeddings"], **values["text_config"]}
+    rope = text["rope_parameters"]
+    older = {"rope_theta": rope["rope_theta"], "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
+    # 5.0 does not build a mixture of experts without pad_token_id.
+    return {**values, "text_config": {"pad_token_id": None, **text, **older}}
 
 
 def random_model(values: Mapping[str, Any], *, seed: int = 0) -> Any:

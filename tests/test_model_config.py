@@ -17,6 +17,7 @@ def demo_config() -> dict[str, Any]:
     return copy.deepcopy(json.loads((CHECKPOINT / "config.json").read_text()))
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("section", "key", "value", "words"),
     [
@@ -53,6 +54,7 @@ def test_wrong_values_are_named(section: str, key: str, value: object, words: st
     assert caught.value.message.startswith("config.json: ")
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("key", ["vocab_size", "num_key_value_heads", "max_position_embeddings"])
 def test_missing_values_are_named(key: str) -> None:
     config = demo_config()
@@ -61,6 +63,7 @@ def test_missing_values_are_named(key: str) -> None:
         ModelConfig.from_hf(config)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(("top", "text", "expected"), [(None, True, True), (None, False, False), (False, True, False)])
 def test_tied_embeddings(top: bool | None, text: bool, expected: bool) -> None:
     """The top decides; the section only where the top says nothing."""
@@ -72,6 +75,7 @@ def test_tied_embeddings(top: bool | None, text: bool, expected: bool) -> None:
     assert ModelConfig.from_hf(config).text.tie_word_embeddings is expected
 
 
+@pytest.mark.portable
 def test_of_the_demo() -> None:
     config = ModelConfig.from_hf(demo_config())
     assert (config.text.num_kv_heads, config.text.rms_norm_eps, config.vision.deepstack_layers) == (2, 1e-6, (1, 2))
