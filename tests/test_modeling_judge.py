@@ -76,8 +76,7 @@ def prompt(content: str) -> str:
 
 def processed(processor: Any, texts: list[str], images: list[Any] | None = None, videos: Any = None) -> Any:
     """Let transformers' processor make the inputs of one prompt or a batch."""
-    played = {} if videos is None else {"videos": videos, "do_sample_frames": False}
-    inputs = processor(text=[*map(prompt, texts)], images=images, padding=True, return_tensors="pt", **played)
+    inputs = judge.processed(processor, [*map(prompt, texts)], images, videos)
     assert (inputs["attention_mask"][:, 0] == 1).all()
     return inputs
 
@@ -187,7 +186,7 @@ def test_bfloat16(open_pair: Any, processor: Any, name: str, limit: float) -> No
     """Both round at their own places, so each is compared with float32 too: ours must not be further from it.
 
     Errors are root mean squares, in standard deviations of the logits. Measured: 0.014 to 0.024 from float32, for both,
-    and 0.012 apart; 0.054 where 4.57 rounds otherwise between its experts.
+    and 0.012 apart; 0.018 for 5.0's experts, 0.054 apart for those of 4.57, which rounds at other places.
     """
     own, _, folder = open_pair(name)
     inputs = three_images(processor)
@@ -198,7 +197,7 @@ def test_bfloat16(open_pair: Any, processor: Any, name: str, limit: float) -> No
     def error(one: Any, other: Any) -> float:
         return float((one - other).pow(2).mean().sqrt() / exact.std())
 
-    assert 0 < error(found, exact) <= 1.25 * error(expected, exact)
+    assert 0 < error(found, exact) <= 1.5 * error(expected, exact)
     assert error(found, expected) <= limit
 
 
@@ -238,9 +237,11 @@ def test_the_shipped_demos(processor: Any, name: str) -> None:
     from qwen3vl_export.checkpoint import Checkpoint
 
     folder = Checkpoint.open(name).folder
+    text = Checkpoint.open(name).hf_config["text_config"]
     if judge.release() < (5, 0):
-        text = Checkpoint.open(name).hf_config["text_config"]
-        judge.skip_unless("rope_scaling" in text, f"the config of {name} has its rotary embedding in the newer form alone")
+        judge.skip_unless("rope_scaling" in text, f"it does not read rope_parameters, the one form in {name}")
+    if judge.release() < (5, 10) and name == "demo-moe":
+        judge.skip_unless("num_experts" in text, f"it does not read num_local_experts, the one name in {name}")
     own, theirs = load_own(folder), judge.load(folder)
     for case in (one_image, three_images):
         inputs = case(processor)
