@@ -49,8 +49,8 @@ def check_installed() -> None:
         if importlib.util.find_spec(name) is None:
             raise UsageError(
                 f"a comparison with transformers needs the Python package {name!r}, which is not installed",
-                remedy="install this project with its extra [verify], or compare with this package's own PyTorch "
-                "definition of the model: --reference own",
+                remedy="install the extra [verify] of this project, or: python -m pip install transformers torchvision; "
+                "or compare with this package's own PyTorch definition of the model: --reference own",
             )
 
 
