@@ -49,7 +49,7 @@ def check_installed() -> None:
         if importlib.util.find_spec(name) is None:
             raise UsageError(
                 f"a comparison with transformers needs the Python package {name!r}, which is not installed",
-                remedy="install the extra [verify] of this project, or: python -m pip install transformers torchvision; "
+                remedy="install the extra [verify], or: python -m pip install transformers torchvision; "
                 "or compare with this package's own PyTorch definition of the model: --reference own",
             )
 
