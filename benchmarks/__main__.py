@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import imports, inference, lowered, measure, report, routes, status, synthetic
+from benchmarks.against import against
 from benchmarks.compare.command import ExpertStride, compare, compare_setup
 from benchmarks.experts import experts
 from benchmarks.overhead import overhead
@@ -25,6 +26,7 @@ from runtime.errors import Qwen3VLError, UsageError
 from runtime.manifest import Manifest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(against)
 app.command()(compare)
 app.command("compare-setup")(compare_setup)
 app.command()(experts)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import report
+from benchmarks import against, report
 from benchmarks.compare.tables import bytes_per_s
 from benchmarks.compare.workloads import DECODE, Point
 
@@ -82,6 +82,21 @@ GOALS = (
     Goal("2B, engine in fp32: prefill", 1, " × PyTorch", (_RUN_2B,), lambda r: report.speed(r, "prefill"), True),
     Goal("2B, engine in fp32: decode", 1, " × PyTorch", (_RUN_2B,), lambda r: report.speed(r, "decode"), True),
     Goal("Import of `Qwen3VLModel`", 0.3, " s", ("import",), lambda r: report.added_s(r, _IMPORT)),
+    *(
+        Goal(
+            f"{what} beside commit dbe2769, which traced transformers",
+            limit,
+            " ×",
+            ("against-dbe2769",),
+            lambda r, step=step: against.ratio(r, step),
+        )
+        for what, step, limit in (
+            ("Export of the demo, CPU time", "demo", 0.6),
+            ("2B, graphs without weights, CPU time", "qwen3-vl-2b", 0.6),
+            # The same code: what differs is noise.
+            ("Import of `Qwen3VLModel`, wall time", "import", 1.0),
+        )
+    ),
     Goal(
         "Import of `Qwen3VLModel`: torch, transformers, ONNX libraries",
         0,

@@ -2,7 +2,7 @@
 
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`,
 `run-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `routes`, `quantizers`,
-`speculation-NAME`, `race-NAME`, `overhead-NAME`, `experts-MODEL-BITS-bits`.
+`speculation-NAME`, `race-NAME`, `overhead-NAME`, `experts-MODEL-BITS-bits`, `against-COMMIT`.
 """
 
 from __future__ import annotations
@@ -202,6 +202,13 @@ def overhead(result: Mapping[str, Any]) -> str:
     )
 
 
+def against(result: Mapping[str, Any]) -> str:
+    """Return the table of two checkouts."""
+    from benchmarks.against import table_of
+
+    return table_of(result)
+
+
 def experts(result: Mapping[str, Any]) -> str:
     """Return the table of the forms of a mixture of experts."""
     from benchmarks.experts import table as body
@@ -219,6 +226,7 @@ def _environment_line(environment: Mapping[str, Any]) -> str:
 
 
 _TABLES = {
+    "against": against,
     "export": export_table,
     "build": build_table,
     "run": inference_table,

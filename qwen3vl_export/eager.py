@@ -1,7 +1,7 @@
 """Run a checkpoint in PyTorch, without export: its weights in `Qwen3VL`, and a session that the runtime drives.
 
-The session follows the protocol of engines, so prompts, pixels, positions, sampling and streaming are the runtime's own;
-only the two graphs are exchanged for the torch definition that they were traced from.
+The session follows the protocol of engines, so prompts, pixels, positions, sampling and streaming are the runtime's
+own; only the two graphs are exchanged for the torch definition that they were traced from.
 
 Shapes: see runtime/session.py.
 """
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engines.weight_shapes import weight_shapes
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.modeling import LayerCache, Qwen3VL
 from runtime.chat import ChatTemplate
@@ -82,33 +83,41 @@ def load(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: 
     Raises:
         CheckpointError: A weight is missing, left over, or of another shape than config.json implies.
     """
-    config = checkpoint.config
-    with torch.device("meta"):
-        model = Qwen3VL(config)
+    with torch.device("meta"):  # no memory, and no time for a random start
+        model = Qwen3VL(checkpoint.config)
+    model.load_state_dict(weights_of(checkpoint, dtype=dtype, device=device), assign=True)
+    model.tie()
+    return model.eval()
+
+
+def weights_of(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Tensor]:
+    """Read all weights by the names that `Qwen3VL` has for them; a tied head is the embedding's tensor.
+
+    Raises:
+        CheckpointError: A weight is missing, left over, or of another shape than config.json implies.
+    """
+    text = checkpoint.config.text
     weights: dict[str, Tensor] = {}
     used: set[str] = set()
 
     def take(key: str, values: NDArray[Any]) -> None:
         weights[key] = torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=dtype)
 
-    for layer in range(config.text.num_layers):
-        if config.text.experts_of(layer) is not None:
+    for key, shape in weight_shapes(checkpoint.config).items():
+        if ".mlp.experts." not in key:  # experts lie in one of several layouts
+            take(key, checkpoint.tensor(key, shape).numpy())
+            used.add(key)
+    for layer in range(text.num_layers):
+        if text.experts_of(layer) is not None:
             scope = f"model.language_model.layers.{layer}.mlp"
             experts, keys = checkpoint.experts(layer, scope)
             used |= keys
             for name, tensor in experts.items():
                 take(f"{scope}.{name}", tensor.numpy())
-    for key, parameter in model.named_parameters():  # a tied head comes once, as the embedding
-        if key not in weights:
-            take(key, checkpoint.tensor(key, tuple(parameter.shape)).numpy())
-            used.add(key)
     checkpoint.check_keys(used)
-    if config.text.tie_word_embeddings:
+    if text.tie_word_embeddings:
         weights[HEAD_KEY] = weights[EMBEDDING_KEY]
-    model.load_state_dict(weights, assign=True)
-    if config.text.tie_word_embeddings:
-        model.lm_head.weight = model.language_model.embed_tokens.weight
-    return model.eval()
+    return weights
 
 
 class EagerCache:

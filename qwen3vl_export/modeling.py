@@ -5,8 +5,8 @@ positions and tables are made by the runtime, and a segment is one image or one 
 `torch.export` runs, norms, attention and experts are single custom operators (`qwen3vl_export.ops`); otherwise they are
 PyTorch's own, on any device, in any float type, with gradients.
 
-transformers is not needed here. Its `modeling_qwen3_vl.py` and `modeling_qwen3_vl_moe.py` are the source of the formulas,
-and tests hold this file against them.
+transformers is not needed here. Its `modeling_qwen3_vl.py` and `modeling_qwen3_vl_moe.py` are the source of the
+formulas, and tests hold this file against them.
 
 Shapes: B batch, S new tokens, T cache capacity, L logits positions, V visual rows, I segments, P patches of a segment,
 D hidden, H head dim, N query heads, K key/value heads, E experts.
@@ -31,14 +31,18 @@ _LAYER_NORM_EPSILON = 1e-6
 
 
 class Qwen3VL(nn.Module):
-    """The whole model; parameters begin as PyTorch's modules make them, see `initialize` and `load`."""
+    """The whole model; `initialize` draws weights to train, `qwen3vl_export.eager.load` takes a checkpoint's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({"visual": VisionTower(config), "language_model": LanguageModel(config)})
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        if config.text.tie_word_embeddings:
+        self.tie()
+
+    def tie(self) -> None:
+        """Make head and embedding one parameter, if they are tied; once more after tensors were assigned to them."""
+        if self.config.text.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
 
     @property

@@ -1,6 +1,7 @@
-"""Statistics of PyTorch's routers in a mixture of experts: tokens of each expert, and choices that were all but ties.
+"""Statistics of the routers in a mixture of experts: tokens of each expert, and choices that were all but ties.
 
-An engine's own routers are not seen: no target's graph has an output for them.
+Watched are those of our definition of the model in PyTorch. An engine's are not seen: no target's graph has an output
+for them.
 
 Shapes: T tokens, E experts, k experts of a token.
 """
@@ -14,6 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen3vl_export.modeling import MixtureOfExperts, Qwen3VL, Router
 
 
 @dataclass
@@ -136,23 +140,25 @@ class Watched:
 
 
 @contextlib.contextmanager
-def watched_routers(model: Any, prompt_length: int, *, swapped: frozenset[Choice] = frozenset()) -> Iterator[Watched]:
-    """Watch the routers of a transformers model while the context is open.
+def watched_routers(
+    model: Qwen3VL, prompt_length: int, *, swapped: frozenset[Choice] = frozenset()
+) -> Iterator[Watched]:
+    """Watch the routers of a model while the context is open.
 
     Args:
-        model: A `Qwen3VLMoeForConditionalGeneration` that is given one sequence; a dense model gives no layers.
+        model: It is given one sequence; a dense model gives no layers.
         prompt_length: Tokens of the first call that are the prompt.
         swapped: Where the first rejected expert takes the place of the last chosen one.
     """
     watched = Watched()
     handles = []
 
-    def watch(layer: int, router: Any) -> None:
+    def watch(layer: int, router: Router) -> None:
         num_seen, spread = 0, 0.0
 
-        def look(_: Any, __: Any, output: Any) -> Any:
+        def look(_: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             nonlocal num_seen, spread
-            logits_TE, weight_Tk, expert_Tk = (part.detach() for part in output)
+            logits_TE, weight_Tk, expert_Tk = (part.detach() for part in (*inputs, *output))
             floats_TE = logits_TE.float().numpy()
             watched.statistics.add(layer, floats_TE, router.top_k)
             spread = spread or max(float(floats_TE[:prompt_length].std()), float(np.finfo(np.float32).tiny))
@@ -165,14 +171,13 @@ def watched_routers(model: Any, prompt_length: int, *, swapped: frozenset[Choice
                         expert_Tk[t, out] = into
                         weight_Tk[t] = logits_TE[t][expert_Tk[t]].float().softmax(-1).to(weight_Tk.dtype)
             num_seen += len(floats_TE)
-            return logits_TE, weight_Tk, expert_Tk
+            return weight_Tk, expert_Tk
 
         handles.append(router.register_forward_hook(look))
 
-    for i, layer in enumerate(model.model.language_model.layers):
-        router = getattr(layer.mlp, "gate", None)
-        if router is not None:
-            watch(i, router)
+    for i, layer in enumerate(model.language_model.layers):
+        if isinstance(layer.mlp, MixtureOfExperts):
+            watch(i, layer.mlp.router)
     try:
         yield watched
     finally:

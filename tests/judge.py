@@ -36,7 +36,6 @@ def load(folder: Path, dtype: str = "float32") -> Any:
     import transformers
 
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as scratch:
         source = folder if experts_are_read_from_the_hub() else _experts_turned(folder, Path(scratch))
         model, info = transformers.AutoModelForImageTextToText.from_pretrained(

@@ -42,13 +42,13 @@ INDEX = "model.safetensors.index.json"
 def pieces(tiny_checkpoint: Path) -> Any:
     from qwen3vl_export.tracing.pieces import trace_pieces
 
-    return trace_pieces(Checkpoint.open(str(tiny_checkpoint)))
+    return trace_pieces(Checkpoint.open(str(tiny_checkpoint)).config)
 
 
 @pytest.fixture
 def traced_once(pieces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace the tiny shape once: every checkpoint here has it, and assembling leaves the pieces as they are."""
-    monkeypatch.setattr("qwen3vl_export.export.trace_pieces", lambda checkpoint: pieces)
+    monkeypatch.setattr("qwen3vl_export.export.trace_pieces", lambda config: pieces)
 
 
 def assert_clear(err: str, words: str) -> None:

@@ -33,6 +33,40 @@ def demo_config() -> dict[str, Any]:
         ("text_config", "attention_bias", True, "attention_bias is true, expected false"),
         ("text_config", "rope_parameters", [1], "rope_parameters is \\[1\\], expected an object"),
         ("text_config", "rope_parameters", {"rope_type": "yarn"}, "rope type 'yarn' is not exported"),
+        (
+            "text_config",
+            "rope_parameters",
+            {"rope_type": "default"},
+            "rope_parameters.rope_theta is missing, expected a",
+        ),
+        ("text_config", "rope_parameters", {"rope_theta": "5e6"}, "rope_theta is '5e6', expected a number above 0"),
+        ("text_config", "rope_parameters", {"rope_theta": -1}, "rope_theta is -1, expected a number above 0"),
+        (
+            "text_config",
+            "rope_scaling",
+            {"type": "linear", "factor": 2.0},
+            "rope_type is 'default' in one place and 'lin",
+        ),
+        (
+            "text_config",
+            "rope_scaling",
+            {"mrope_section": [24, 20, 20]},
+            "mrope_section is \\[12, 10, 10\\] in one place",
+        ),
+        (
+            "text_config",
+            "rope_scaling",
+            {"mrope_interleaved": False},
+            "mrope_interleaved is True in one place and False",
+        ),
+        ("text_config", "rope_theta", 1e4, "rope_theta is 5000000.0 in one place and 10000.0 in another"),
+        ("text_config", "hidden_act", "gelu", "hidden_act is 'gelu', expected 'silu': no other is exported"),
+        ("text_config", "hidden_act", None, "hidden_act is None, expected 'silu'"),
+        ("vision_config", "hidden_act", "quick_gelu", "hidden_act is 'quick_gelu', expected 'gelu_pytorch_tanh'"),
+        ("vision_config", "out_hidden_size", 96, "out_hidden_size is 96, expected text_config.hidden_size, 192"),
+        ("vision_config", "out_hidden_size", None, "out_hidden_size is None, expected an integer"),
+        ("vision_config", "rope_parameters", {"rope_type": "yarn"}, "vision_config: rope type 'yarn' is not exported"),
+        ("vision_config", "rope_parameters", {"rope_theta": 0}, "rope_theta is 0, expected a number above 0"),
         ("vision_config", "num_heads", 0, "is 0, expected an integer of at least 1"),
         ("vision_config", "num_heads", 16, "vision_config: heads of 6 elements, expected a multiple of 4"),
         ("vision_config", "num_heads", 5, "hidden_size = 96 is no multiple of num_heads = 5"),
@@ -48,6 +82,9 @@ def demo_config() -> dict[str, Any]:
 )
 def test_wrong_values_are_named(section: str, key: str, value: object, words: str) -> None:
     config = demo_config()
+    if key == "rope_parameters":  # one form alone, or the two would contradict each other
+        for name in ("rope_scaling", "rope_theta"):
+            config[section].pop(name, None)
     (config[section] if section else config)[key] = value
     with pytest.raises(CheckpointError, match=words) as caught:
         ModelConfig.from_hf(config)
@@ -73,6 +110,51 @@ def test_tied_embeddings(top: bool | None, text: bool, expected: bool) -> None:
     if top is not None:
         config["tie_word_embeddings"] = top
     assert ModelConfig.from_hf(config).text.tie_word_embeddings is expected
+
+
+ROPE = {"rope_type": "default", "rope_theta": 7e5, "mrope_section": [8, 12, 12], "mrope_interleaved": True}
+OLD = {key: value for key, value in ROPE.items() if key != "rope_theta"}
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    "forms",
+    [
+        {"rope_parameters": ROPE},
+        {"rope_scaling": OLD, "rope_theta": 7e5},
+        {"rope_scaling": {**OLD, "type": "mrope"}, "rope_theta": 7e5},  # the newer name wins, as in transformers
+        {"rope_parameters": ROPE, "rope_scaling": OLD, "rope_theta": 7e5},
+        {"rope_parameters": OLD, "rope_scaling": None, "rope_theta": 7e5},
+    ],
+)
+def test_every_form_of_the_rotary_settings_is_read(forms: dict[str, Any]) -> None:
+    config = demo_config()
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        config["text_config"].pop(name, None)
+    config["text_config"] |= forms
+    config["vision_config"]["rope_parameters"] = {"rope_theta": 2e4}
+    found = ModelConfig.from_hf(config)
+    assert (found.text.rope_theta, found.text.mrope_section, found.vision.rope_theta) == (7e5, (8, 12, 12), 2e4)
+    assert ModelConfig.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    del config["vision_config"]["rope_parameters"]
+    assert ModelConfig.from_hf(config).vision.rope_theta == 1e4
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("sections", [[24, 20], [24, 20, -1], [24, 20, 20.0], 24, "24,20,20", None])
+def test_sections_that_are_no_three_numbers_are_named(sections: object) -> None:
+    config = demo_config()
+    config["text_config"]["rope_parameters"]["mrope_section"] = sections
+    config["text_config"].pop("rope_scaling", None)
+    with pytest.raises(CheckpointError, match=r"mrope_section is .*, expected three non-negative integers"):
+        ModelConfig.from_hf(config)
+
+
+@pytest.mark.portable
+def test_blocks_of_deepstack_in_any_order() -> None:
+    config = demo_config()
+    config["vision_config"]["deepstack_visual_indexes"] = [2, 0]
+    assert ModelConfig.from_hf(config).vision.deepstack_layers == (2, 0)
 
 
 @pytest.mark.portable

@@ -99,9 +99,7 @@ def three_images(processor: Any) -> Any:
 
 def odd_videos(processor: Any) -> Any:
     """Of 3 and 5 frames, where a temporal patch takes two: the last is repeated."""
-    inputs = processed(
-        processor, [f"{PLAYED}What moves?{PLAYED}"], videos=[video(3, 96, 64), video(5, 64, 96, seed=1)]
-    )
+    inputs = processed(processor, [f"{PLAYED}What moves?{PLAYED}"], videos=[video(3, 96, 64), video(5, 64, 96, seed=1)])
     assert inputs["video_grid_thw"][:, 0].tolist() == [2, 3]
     return inputs
 
@@ -219,7 +217,9 @@ def test_a_folder_that_transformers_wrote(processor: Any, shape: str, tmp_path: 
     from runtime.model_config import ModelConfig
 
     if shape == "tiny-moe":
-        judge.skip_unless(judge.experts_are_read_from_the_hub(), "it splits the experts that it saves along a wrong axis")
+        judge.skip_unless(
+            judge.experts_are_read_from_the_hub(), "it splits the experts that it saves along a wrong axis"
+        )
     values = tiny_values(shape)
     torch.manual_seed(1)
     theirs = randomise(judge.new_model(values)).float()

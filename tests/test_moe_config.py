@@ -42,7 +42,14 @@ def test_values_of_the_published_sizes() -> None:
 @pytest.mark.judge
 @pytest.mark.parametrize(
     ("mlp_only", "step", "dense"),
-    [([], 1, ()), ([3], 1, (3,)), ([3, 1], 1, (1, 3)), ([], 2, (0, 2, 4)), ([1], 3, (0, 1, 3, 4)), (None, 6, (0, 1, 2, 3, 4))],
+    [
+        ([], 1, ()),
+        ([3], 1, (3,)),
+        ([3, 1], 1, (1, 3)),
+        ([], 2, (0, 2, 4)),
+        ([1], 3, (0, 1, 3, 4)),
+        (None, 6, (0, 1, 2, 3, 4)),
+    ],
 )
 def test_dense_layers_are_those_of_transformers(mlp_only: list[int] | None, step: int, dense: tuple[int, ...]) -> None:
     import torch

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from command_line import call
 from moe_checkpoints import Arrays, as_in_the_graph, as_on_the_hub, one_by_one, rewritten, write_experts
 from onnx import TensorProto, helper
@@ -24,7 +25,9 @@ from engines.bundle import DECODER, DECODER_INPUTS, Bundle
 from qwen3vl_export.assembly import build_decoder
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.cli.run import app
+from qwen3vl_export.eager import load
 from qwen3vl_export.export import make_bundle
+from qwen3vl_export.modeling import LayerCache, MixtureOfExperts, Qwen3VL
 from qwen3vl_export.parity.verify import verify
 from qwen3vl_export.routing import Choice, RouterStatistics, watched_routers
 from qwen3vl_export.tracing.pieces import Pieces, trace_pieces
@@ -47,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pieces(folder: Path) -> Pieces:
-    return trace_pieces(Checkpoint.open(str(folder)))
+    return trace_pieces(Checkpoint.open(str(folder)).config)
 
 
 @pytest.fixture(scope="module")
@@ -373,17 +376,33 @@ def test_router_statistics_of_known_logits() -> None:
     assert RouterStatistics().render() == []
 
 
-def test_routers_of_transformers_are_watched(folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForImageTextToText
+def logits_of(
+    model: Qwen3VL, ids: torch.Tensor, cache: list[LayerCache], past: int = 0
+) -> tuple[Any, list[LayerCache]]:
+    """Run text tokens [S] behind `past` cached ones; return logits [S, vocab] and the cache."""
+    num, config = len(ids), model.config
+    places = torch.arange(num)
+    embeds = torch.zeros(config.num_visual_levels, 1, config.text.hidden_size)
+    with torch.no_grad():
+        logits, cache = model(
+            ids[None],
+            (places + past).expand(3, 1, num),
+            torch.full((1, num), -1),
+            embeds,
+            torch.tensor([past]),
+            places[None],
+            cache,
+        )
+    return logits[0], cache
 
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    for layer in model.model.language_model.layers:
-        router = getattr(layer.mlp, "gate", None)
-        if router is not None:
-            router.weight.data[4] = router.weight.data[1]  # experts 1 and 4 always tie
-    with torch.no_grad(), watched_routers(model, 40) as watched:
-        model(input_ids=torch.arange(40)[None])
+
+def test_routers_are_watched(folder: Path) -> None:
+    model = load(Checkpoint.open(str(folder)))
+    for layer in model.language_model.layers:
+        if isinstance(layer.mlp, MixtureOfExperts):
+            layer.mlp.gate.weight.data[[1, 4]] = 0  # which always tie; other equal rows may be summed in other orders
+    with watched_routers(model, 40) as watched:
+        logits_of(model, torch.arange(40), model.new_cache(40))
     layers = watched.statistics.layers
     assert list(layers) == [0, 1, 2, 4]  # layer 3 is dense
     for routing in layers.values():
@@ -393,35 +412,33 @@ def test_routers_of_transformers_are_watched(folder: Path) -> None:
     assert sum(gap == 0 for gap in watched.gaps.values()) == sum(routing.num_ties for routing in layers.values())
 
 
-def test_a_choice_of_transformers_can_be_swapped(folder: Path) -> None:
-    """A router that rejects the next best expert, computed by PyTorch, is a swap of every choice."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    router, ids = model.model.language_model.layers[2].mlp.gate, torch.arange(40)
+def test_a_choice_can_be_swapped(folder: Path) -> None:
+    """A router that rejects the next best expert is a swap of every choice."""
+    model, ids = load(Checkpoint.open(str(folder))), torch.arange(40)
+    mlp = model.language_model.layers[2].mlp
+    assert isinstance(mlp, MixtureOfExperts)
 
     def run(swapped: frozenset[Choice]) -> Any:
-        with torch.no_grad(), watched_routers(model, 30, swapped=swapped) as watched:
-            first = model(input_ids=ids[None, :30], use_cache=True)
-            steps = model(input_ids=ids[None, 30:], past_key_values=first.past_key_values)
+        with watched_routers(model, 30, swapped=swapped) as watched:
+            first, cache = logits_of(model, ids[:30], model.new_cache(40))
+            steps, _ = logits_of(model, ids[30:], cache, 30)
         assert set(watched.gaps) == {(layer, t) for layer in (0, 1, 2, 4) for t in range(40)}
-        return torch.cat([first.logits, steps.logits], 1)[0].numpy()
+        return torch.cat([first, steps]).numpy()
 
-    def chosen_without_the_last(_: Any, __: Any, output: Any) -> Any:
-        logits_TE, _, _ = output
+    def chosen_without_the_last(router: Any, inputs: Any, _: Any) -> Any:
+        (logits_TE,) = inputs
         order_TE = logits_TE.argsort(-1, descending=True)
         expert_Tk = torch.cat([order_TE[:, : router.top_k - 1], order_TE[:, router.top_k : router.top_k + 1]], -1)
         probabilities_Tk = logits_TE.softmax(-1).gather(-1, expert_Tk)
-        return logits_TE, probabilities_Tk / probabilities_Tk.sum(-1, keepdim=True), expert_Tk
+        return probabilities_Tk / probabilities_Tk.sum(-1, keepdim=True), expert_Tk
 
     plain, swapped = run(frozenset()), run(frozenset((2, t) for t in range(40)))
     last = run(frozenset({(4, 35)}))
     assert [t for t in range(40) if np.abs(last[t] - plain[t]).max() > 1e-4] == [35]
-    handle = router.register_forward_hook(chosen_without_the_last)
+    handle = mlp.router.register_forward_hook(chosen_without_the_last)
     try:
-        expected = model(input_ids=ids[None]).logits[0].detach().numpy()
+        expected, _ = logits_of(model, ids, model.new_cache(40))
     finally:
         handle.remove()
-    np.testing.assert_allclose(swapped, expected, atol=1e-5)
+    np.testing.assert_allclose(swapped, expected.numpy(), atol=1e-5)
     assert np.abs(swapped - plain).max() > 0.01

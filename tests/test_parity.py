@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ import pytest
 
 import configs
 import runtime.generation
-from qwen3vl_export.parity import reference
 from qwen3vl_export.parity.cases import make_cases, picture
 from qwen3vl_export.parity.metrics import agreement, difference, kl_divergence
 from qwen3vl_export.parity.report import Check, Report
@@ -151,14 +151,27 @@ def test_each_use_of_a_near_tie_is_reported(
     assert f"near_ties (position {ties[0]['position']}, gap {ties[0]['gap']:.3g})" in line
 
 
-def test_without_torchvision_nothing_is_compared(
-    tiny_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("package", ["transformers", "torchvision"])
+def test_without_transformers_our_own_definition_is_the_reference(
+    package: str, tiny_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absent = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setattr(reference, "importlib", absent)
-    with pytest.raises(UsageError, match="'torchvision', which is not installed") as raised:
+    installed = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else installed(name))
+    with pytest.raises(UsageError, match=f"'{package}', which is not installed") as raised:
         verify(tiny_engine, str(tiny_checkpoint), max_new_tokens=1)
-    assert "[export]" in str(raised.value.remedy)
+    assert "[verify]" in str(raised.value.remedy) and "--reference own" in str(raised.value.remedy)
+    monkeypatch.setitem(sys.modules, package, None)
+    report = verify(tiny_engine, str(tiny_checkpoint), max_new_tokens=3, reference="own")
+    assert report.passed, report.render()
+    assert "not compared with transformers" in report.notes[0]
+    assert report.to_dict()["reference"].startswith("own definition, torch ")
+    assert not [check for check in report.checks if "processor" in check.name]
+
+
+def test_an_unknown_reference_is_an_error(tiny_engine: Path, tiny_checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="reference 'onnx'") as raised:
+        verify(tiny_engine, str(tiny_checkpoint), reference="onnx")
+    assert "transformers, own" in str(raised.value.remedy)
 
 
 def test_another_checkpoint_is_an_error(tiny_engine: Path) -> None:

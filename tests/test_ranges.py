@@ -13,11 +13,12 @@ from command_line import call
 from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.cli.run import app
 from qwen3vl_export.parity.cases import make_cases
 from qwen3vl_export.parity.range_report import FLOAT16_MAX, RangeReport, TensorRange, plot_ranges
 from qwen3vl_export.parity.ranges import measure_ranges, tap
-from qwen3vl_export.parity.reference import Reference
+from qwen3vl_export.parity.transformers_reference import TransformersReference
 from runtime.model import Qwen3VLModel
 
 STEPS = 2
@@ -27,7 +28,10 @@ def test_magnitudes_are_those_of_transformers(tiny_checkpoint: Path, tiny_engine
     report = measure_ranges(str(tiny_checkpoint), max_new_tokens=STEPS)
     assert report.passed
     found = {(each.graph, each.name): each for each in report.tensors}
-    model, reference = Qwen3VLModel.from_engine(tiny_engine), Reference(tiny_checkpoint)
+    model, reference = (
+        Qwen3VLModel.from_engine(tiny_engine),
+        TransformersReference(Checkpoint.open(str(tiny_checkpoint))),
+    )
     levels, logits, values = [], [], []
     for case in make_cases(tmp_path):
         prepared = model.prepare(case.messages)

@@ -20,10 +20,10 @@ from test_moe_parity import edit_graph
 
 from benchmarks.quantizers import copy_of
 from qwen3vl_export.checkpoint import Checkpoint
-from qwen3vl_export.demo import CHECKPOINT_MOE
 from qwen3vl_export.demo.data import held_out
+from qwen3vl_export.eager import load
 from qwen3vl_export.export import make_bundle
-from qwen3vl_export.parity.reference import Reference
+from qwen3vl_export.parity.reference import OwnReference
 from qwen3vl_export.parity.routes import follow
 from qwen3vl_export.parity.verify import verify
 from qwen3vl_export.routing import Choice
@@ -156,9 +156,11 @@ def test_wrong_choices_of_one_layer_fail_and_are_named(
 
 
 def test_likely_tokens_change_nothing_but_the_work(engines: dict[str, Path]) -> None:
-    reference = Reference(CHECKPOINT_MOE)
-    model = Qwen3VLModel.from_engine(engines["ort-cpu-fp32"], threads=2)
-    prepared = model.prepare(user_message("Read the digits.", [held_out(1).image]))
+    model = load(Checkpoint.open("demo-moe"))
+    reference = OwnReference(model)
+    prepared = Qwen3VLModel.from_engine(engines["ort-cpu-fp32"], threads=2).prepare(
+        user_message("Read the digits.", [held_out(1).image])
+    )
     pixels, grids = ([getattr(image, name) for image in prepared.images] for name in ("pixel_values", "grid_thw"))
     num_calls = 0
 
@@ -166,7 +168,7 @@ def test_likely_tokens_change_nothing_but_the_work(engines: dict[str, Path]) -> 
         nonlocal num_calls
         num_calls += 1
 
-    reference._model.register_forward_hook(count)
+    model.register_forward_hook(count)
     run = partial(reference.run, prepared.prompt.input_ids, pixels, grids, 6)
     plain = run()
     assert num_calls == 6

@@ -92,3 +92,15 @@ def test_entry_points_and_extras() -> None:
     extras = {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "plot", "dev"}
     assert set(project["optional-dependencies"]) == extras
     assert HEAVY.isdisjoint(project["dependencies"])
+
+
+def test_core_is_lazy_and_re_exports() -> None:
+    import qwen3_vl.core
+    from qwen3vl_export.eager import open_eager
+    from qwen3vl_export.modeling import Qwen3VL
+    from runtime.model import Qwen3VLModel
+
+    assert loaded_after("from qwen3_vl.core import Qwen3VLModel") & HEAVY == set()
+    assert [getattr(qwen3_vl.core, name) for name in qwen3_vl.core.__all__] == [Qwen3VL, Qwen3VLModel, open_eager]
+    with pytest.raises(AttributeError, match="it has Qwen3VL, Qwen3VLModel, open_eager"):
+        qwen3_vl.core.missing  # noqa: B018

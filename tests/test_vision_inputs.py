@@ -31,7 +31,9 @@ def towers() -> tuple[Any, Any]:
 # Merged rows and columns; the largest is a strip as long as the processor lets through.
 @pytest.mark.judge
 @pytest.mark.parametrize(
-    "grid", [(1, 1), (3, 5), (5, 3), (7, 14), (4, 4), (1, 40), (31, 2), (1, 300)], ids=lambda grid: "x".join(map(str, grid))
+    "grid",
+    [(1, 1), (3, 5), (5, 3), (7, 14), (4, 4), (1, 40), (31, 2), (1, 300)],
+    ids=lambda grid: "x".join(map(str, grid)),
 )
 def test_a_tower_places_patches_as_transformers_does(towers: tuple[Any, Any], grid: tuple[int, int]) -> None:
     """Indices, weights and angles all show in the outputs: a patch that is misplaced by one row changes them."""

@@ -285,6 +285,15 @@ def verify(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Greedy tokens to compare for each prompt. [default: 64]")
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="What to compare with: transformers, or own, this package's PyTorch definition of the model, where "
+            "transformers is not installed. [default: transformers]",
+            show_default=False,
+        ),
+    ] = None,
     tasks: Annotated[
         bool, typer.Option("--tasks", help="Compare answers to the demo's held-out questions, with float32.")
     ] = False,
@@ -312,12 +321,13 @@ def verify(
     --ranges takes no engine: it runs the checkpoint in float32 and lists the largest magnitude of each tensor, and how
     many times that fits below 65504. Exit code 9 if one does not: then float16 does not hold this checkpoint.
 
-    Needs the packages of the export extra (torch, torchvision, transformers); --tasks scikit-learn too, --plot
-    matplotlib.
+    Needs the packages of the extra [verify] (transformers, torchvision) beside those of [export]; with --reference own
+    those of [export] alone. --tasks needs scikit-learn, --plot matplotlib.
 
     \b
     Examples:
       qwen3vl verify demo-engine --checkpoint demo
+      qwen3vl verify demo-engine --checkpoint demo --reference own
       qwen3vl verify ENGINE --checkpoint Qwen/Qwen3-VL-2B-Instruct --json > parity.json
       qwen3vl verify demo-engine --checkpoint demo --tasks --limit 300 --plot layers.svg
       qwen3vl verify --checkpoint demo --ranges
@@ -326,6 +336,8 @@ def verify(
         raise UsageError("--ranges looks at the checkpoint alone", remedy="leave ENGINE and --tasks out")
     if tasks and max_new_tokens is not None:
         raise UsageError("--tasks takes no --max-new-tokens", remedy="leave one of them out")
+    if reference is not None and (tasks or ranges):
+        raise UsageError("--reference has no use with --tasks and --ranges", remedy="leave it out")
     if limit is not None and not tasks:
         raise UsageError("--limit belongs to --tasks", remedy="add --tasks")
     if plot is not None and not (tasks or ranges):
@@ -343,7 +355,7 @@ def verify(
         def say(case: str) -> None:
             typer.echo(f"comparing: {case}", err=True)
 
-        report = compare(engine, checkpoint, on_case=say, **_given(max_new_tokens=max_new_tokens))
+        report = compare(engine, checkpoint, on_case=say, **_given(max_new_tokens=max_new_tokens, reference=reference))
     if as_json:
         print_json(report.to_dict())
     else:

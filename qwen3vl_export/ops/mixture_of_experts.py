@@ -91,7 +91,7 @@ def plain(x: Tensor, router_weight: Tensor, gate_up: Tensor, down: Tensor, top_k
 
 def choose(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Return the weights [T, k] of the experts that the router's logits choose, and the experts [T, k]."""
-    largest_Tk, expert_Tk = logits_TE.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
+    largest_Tk, expert_Tk = torch.topk(logits_TE.softmax(-1, dtype=torch.float32), top_k, dim=-1)
     return (largest_Tk / largest_Tk.sum(-1, keepdim=True)).to(logits_TE.dtype), expert_Tk
 
 

@@ -1,31 +1,35 @@
-"""The reference: transformers' own model, unmodified, in float32 with eager attention.
+"""What engines are compared with: untouched transformers, or our own definition of the model, in float32.
 
-Positions, placement of the visual embeddings and the cache are transformers' own. Shapes: S prompt tokens, P patches,
-N steps, V vocab.
+`TransformersReference` judges everything. `OwnReference` needs no transformers: it shares prompt, pixels, positions and
+the definition of the model with the engine, so it shows faults of export, lowering and kernels alone.
+
+Shapes: S prompt tokens, P patches, N steps, V vocab.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.eager import EagerSession, load
+from qwen3vl_export.modeling import Qwen3VL
 from qwen3vl_export.routing import Choice, RouterStatistics, watched_routers
-from runtime.errors import CheckpointError, UsageError
+from runtime.errors import UsageError
+from runtime.positions import PromptPositions, VisualSpan, mrope_positions
+from runtime.session import Floats, Ints
+from runtime.vision_inputs import position_interpolation, vision_rotary
 
-Floats = NDArray[np.float32]
-
-_OUR_READING = (
-    "transformers does not read this checkpoint's form without further packages, or not rightly: PyTorch got the "
-    "weights as the exporter reads them, so a fault of that reading does not show here"
+TRANSFORMERS, OWN = "transformers", "own"
+_OWN_NOTE = (
+    "the reference is this package's own PyTorch definition: prompt, pixels, positions and the definition itself were "
+    "not compared with transformers"
 )
 
 
@@ -40,7 +44,8 @@ class ReferenceOutput:
         tokens: Greedy tokens; the end of the sequence does not stop them.
         step_logits: [N, vocab]: the logits that chose each of `tokens`.
         routers: What the routers of a mixture of experts did.
-        gaps: Of each of their choices, how far the last chosen and the first rejected expert are apart.
+        gaps: Of each of their choices, how far the last chosen and the first rejected expert are apart; empty where
+            choices cannot be followed.
     """
 
     visual_embeds: Floats | None
@@ -52,44 +57,19 @@ class ReferenceOutput:
     gaps: dict[Choice, float]
 
 
-def check_processor() -> None:
-    """Raise if transformers' processor of Qwen3-VL does not work here: prompt and pixels could not be compared.
-
-    Raises:
-        UsageError: torchvision is not installed.
-    """
-    if importlib.util.find_spec("torchvision") is None:
-        raise UsageError(
-            "the Hugging Face processor needs the Python package 'torchvision', which is not installed",
-            remedy="install this project with its extra [export]",
-        )
-
-
-class Reference:
-    """Transformers' model and processor of a checkpoint folder.
+class Reference(Protocol):
+    """Runs prompts in float32.
 
     Attributes:
-        notes: What the comparison with it does not show.
-
-    Raises:
-        CheckpointError: Weights are missing or of another shape, which transformers would fill at random.
+        name: What it is, with its version.
+        notes: What the comparison with it does not show; a run may add to them.
     """
 
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoProcessor
+    name: str
+    notes: list[str]
 
-        checkpoint = Checkpoint.open(str(folder))
-        is_read = _is_read_by_transformers(checkpoint)
-        self._model: Any = (_as_it_is(folder) if is_read else _as_we_read_it(checkpoint)).eval()
-        self.notes = [] if is_read else [_OUR_READING]
-        self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
-
-    def inputs(self, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
-        """Return what the processor makes of messages."""
-        output = self._processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        return {name: value.numpy() for name, value in output.items()}
+    def inputs(self, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]] | None:
+        """Return what its processor makes of messages, or None if it has none."""
 
     def run(
         self,
@@ -108,113 +88,116 @@ class Reference:
             pixel_values: Patches of each image, [P, C·Tp·p·p].
             grids_thw: Patch grid of each image.
             num_steps: Tokens to generate.
-            swapped: Choices where the other expert is taken, see `watched_routers`.
+            swapped: Choices of routers where the other expert is taken, see `watched_routers`.
             likely_tokens: If these are the greedy tokens, one call computes all steps.
         """
-        run = partial(self._run, input_ids, pixel_values, grids_thw, swapped)
-        # An image token that was generated stands for no image, which a call with images does not know.
-        if likely_tokens and self._model.config.image_token_id not in likely_tokens:
-            output = run(1, list(likely_tokens[:-1]))
-            if output.tokens == list(likely_tokens):
-                return output
-        return run(num_steps, [])
 
-    def _run(
+
+def open_reference(kind: str, checkpoint: Checkpoint) -> Reference:
+    """Open the reference of a checkpoint.
+
+    Args:
+        kind: `transformers` or `own`.
+        checkpoint: The weights.
+
+    Raises:
+        UsageError: There is no such reference, or it needs a package that is not installed.
+        CheckpointError: Weights are missing or of another shape than config.json implies.
+    """
+    if kind == OWN:
+        return OwnReference(load(checkpoint))
+    if kind == TRANSFORMERS:
+        from qwen3vl_export.parity.transformers_reference import TransformersReference
+
+        return TransformersReference(checkpoint)
+    raise UsageError(f"reference {kind!r}", remedy=f"give one of {TRANSFORMERS}, {OWN}")
+
+
+class OwnReference:
+    """Our own definition of the model, run eagerly."""
+
+    def __init__(self, model: Qwen3VL) -> None:
+        self._model = model
+        self._session = EagerSession(model)
+        self.name = f"own definition, torch {torch.__version__}"
+        self.notes = [_OWN_NOTE]
+
+    def inputs(self, messages: list[dict[str, Any]]) -> None:
+        """Return None: its processor is the runtime's, which would be compared with itself."""
+
+    def run(
         self,
         input_ids: Sequence[int],
         pixel_values: Sequence[Floats],
         grids_thw: Sequence[tuple[int, int, int]],
-        swapped: frozenset[Choice],
         num_steps: int,
-        given: list[int],
+        *,
+        swapped: frozenset[Choice] = frozenset(),
+        likely_tokens: Sequence[int] = (),
+    ) -> ReferenceOutput:
+        """Run one prompt; see `Reference.run`."""
+        visual = self._encode(pixel_values, grids_thw) if pixel_values else None
+        run = partial(self._run, input_ids, self._positions(input_ids, grids_thw), visual, swapped)
+        if likely_tokens:
+            output = run(likely_tokens[:-1], 1)
+            if output.tokens == list(likely_tokens):
+                return output
+        return run((), num_steps)
+
+    def _encode(self, pixel_values: Sequence[Floats], grids_thw: Sequence[tuple[int, int, int]]) -> Floats:
+        vision = self._model.config.vision
+        levels = []
+        for pixels, (t, h, w) in zip(pixel_values, grids_thw, strict=True):
+            indices, weights = position_interpolation(h, w, vision.num_grid_per_side, vision.spatial_merge_size)
+            tables = vision_rotary(h, w, vision.head_dim, vision.spatial_merge_size, vision.rope_theta)
+            levels.append(self._session.vision(pixels.reshape(t, h * w, -1), indices, weights, *tables))
+        return np.concatenate(levels, axis=1)
+
+    def _positions(self, input_ids: Sequence[int], grids_thw: Sequence[tuple[int, int, int]]) -> PromptPositions:
+        """Give each image the image tokens that follow those of the image before it."""
+        merge, spans, end = self._model.config.vision.spatial_merge_size, [], 0
+        for t, h, w in grids_thw:
+            start = list(input_ids).index(self._model.config.image_token_id, end)
+            spans.append(VisualSpan(start, (t, h // merge, w // merge)))
+            end = spans[-1].end
+        return mrope_positions(len(input_ids), spans)
+
+    def _run(
+        self,
+        input_ids: Sequence[int],
+        positions: PromptPositions,
+        visual: Floats | None,
+        swapped: frozenset[Choice],
+        given: Sequence[int],
+        num_steps: int,
     ) -> ReferenceOutput:
         """Run the prompt, and tokens given behind it, in one call; then steps of greedy tokens."""
-        import torch
+        config = self._model.config
+        dummy = np.zeros((config.num_visual_levels, 1, config.text.hidden_size), np.float32)
+        num_prompt, num_first = len(input_ids), len(input_ids) + len(given)
+        cache = self._session.new_cache(num_first + num_steps - 1)
 
-        ids = torch.tensor([[*input_ids, *given]])
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        visual: Floats | None = None
-        # The model keeps the position delta of its last multimodal prompt, which a text prompt must not inherit.
-        self._model.model.rope_deltas = None
-        watch = watched_routers(self._model, len(input_ids), swapped=swapped)
-        with torch.no_grad(), watch as watched:
-            if pixel_values:
-                kinds = (ids == self._model.config.image_token_id).int()
-                pixels = torch.from_numpy(np.concatenate(list(pixel_values)))
-                grids = torch.tensor(list(grids_thw))
-                inputs |= {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": kinds}
-                features = self._model.model.get_image_features(pixels, grids)
-                levels = [features.pooler_output, *features.deepstack_features]
-                visual = np.stack([torch.cat(list(level)).numpy() for level in levels])
-            output = self._model(**inputs, use_cache=True)
-            cache = output.past_key_values
-            logits = output.logits[0].numpy()
-            steps = list(logits[len(input_ids) - 1 :])
-            for _ in range(num_steps - 1):
-                # Without a mask: given one, transformers 5.23 makes positions for all of it, not for the new token.
-                next_id = torch.tensor([[int(steps[-1].argmax())]])
-                step = self._model(input_ids=next_id, past_key_values=cache, use_cache=True)
-                steps.append(step.logits[0, -1].numpy())
-        layers = [(layer.keys.numpy(), layer.values.numpy()) for layer in cache.layers]
+        def call(ids: Sequence[int], position_ids: Ints, rows: Ints, past: int) -> Floats:
+            embeds = dummy if visual is None else visual
+            places = np.arange(len(ids))[None]
+            lengths = np.array([past])
+            return self._session.decode(np.array([ids]), position_ids, rows, embeds, lengths, places, cache)[0]
+
+        def text_at(first: int, num: int) -> Ints:
+            return np.broadcast_to(np.arange(first, first + num) + positions.delta, (3, 1, num))
+
+        with watched_routers(self._model, num_prompt, swapped=swapped) as watched:
+            logits = call(
+                [*input_ids, *given],
+                np.concatenate([positions.position_ids, text_at(num_prompt, len(given))], axis=-1),
+                np.pad(positions.visual_rows, ((0, 0), (0, len(given))), constant_values=-1),
+                0,
+            )
+            steps = list(logits[num_prompt - 1 :])
+            for past in range(num_first, num_first + num_steps - 1):
+                steps.append(call([int(steps[-1].argmax())], text_at(past, 1), np.array([[-1]]), past)[0])
+        layers = [cache.layer(i) for i in range(config.text.num_layers)]
         tokens = [int(step.argmax()) for step in steps]
-        prompt_logits = logits[: len(input_ids)]
-        return ReferenceOutput(visual, prompt_logits, layers, tokens, np.stack(steps), watched.statistics, watched.gaps)
-
-
-def _is_read_by_transformers(checkpoint: Checkpoint) -> bool:
-    """Say whether transformers 5.23 loads it rightly: unquantised, experts stacked, in matrices that are not square.
-
-    A square one it takes as it is, in whichever layout it is stored (qwen3vl_export/experts.py).
-    """
-    if "quantization_config" in checkpoint.hf_config:
-        return False
-    experts = [(key, entry.shape) for key, entry in checkpoint.entries.items() if ".mlp.experts." in key]
-    return all(len(shape) == 3 and shape[1] != shape[2] for _, shape in experts)
-
-
-def _as_it_is(folder: Path) -> Any:
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are reported below
-    )
-    lost = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
-    if lost:
-        raise CheckpointError(
-            f"{folder}: {len(lost)} weights are missing or of another shape than config.json implies: "
-            + ", ".join(lost[:5]),
-            remedy="give the checkpoint that the engine was built from, with all its files",
+        return ReferenceOutput(
+            visual, logits[:num_prompt], layers, tokens, np.stack(steps), watched.statistics, watched.gaps
         )
-    return model
-
-
-def _as_we_read_it(checkpoint: Checkpoint) -> Any:
-    """Load what this package reads: what the codes of a quantised checkpoint stand for, experts that lie one by one."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    values = copy.deepcopy({key: value for key, value in checkpoint.hf_config.items() if key != "quantization_config"})
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    left = dict(checkpoint.entries)
-    weights = {}
-    text = checkpoint.config.text
-    for layer in (i for i in range(text.num_layers) if text.experts_of(i) is not None):
-        # Stacked as in the graph, which is as the model holds them.
-        scope = f"model.language_model.layers.{layer}.mlp"
-        experts, keys = checkpoint.experts(layer, scope)
-        weights |= {f"{scope}.{name}": tensor.numpy() for name, tensor in experts.items()}
-        left = {key: entry for key, entry in left.items() if key not in keys}
-    weights |= {key: checkpoint.tensor(key, entry.shape).numpy() for key, entry in left.items()}
-    missing, _ = model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, strict=False)
-    lost = sorted(set(missing) - {"lm_head.weight"})
-    if lost:
-        raise CheckpointError(f"{checkpoint.folder}: {len(lost)} weights are missing: {', '.join(lost[:5])}")
-    return model

@@ -37,7 +37,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons of one engine; `notes` say what they do not prove, and where values stopped being finite."""
+    """All comparisons of one engine; `notes` say what they do not prove, and where values stopped being finite.
+
+    `reference` says what it was compared with, in which version.
+    """
 
     target: str
     checkpoint: str
@@ -45,6 +48,7 @@ class Report:
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = ()
     routers: RouterStatistics = field(default_factory=RouterStatistics)
+    reference: str = ""
 
     @property
     def passed(self) -> bool:
@@ -60,6 +64,7 @@ class Report:
             "passed": self.passed,
             "target": self.target,
             "checkpoint": self.checkpoint,
+            "reference": self.reference,
             "precision": self.precision,
             "notes": list(self.notes),
             "checks": [_finite(asdict(check) | {"passed": check.passed}) for check in self.checks],

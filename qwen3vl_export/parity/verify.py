@@ -1,4 +1,6 @@
-"""Compare an engine, or lowered graphs, with untouched transformers on the same pixels, prompt by prompt.
+"""Compare an engine, or lowered graphs, with a reference in PyTorch on the same pixels, prompt by prompt.
+
+The reference is untouched transformers, or on request our own definition of the model (reference.py).
 
 Compared are prompt and pixels with those of the Hugging Face processor; every level of the vision graph; the decoder
 layer by layer; the logits of every prompt token and of greedy steps behind the reference's tokens; and the tokens of
@@ -29,9 +31,10 @@ from numpy.typing import NDArray
 from qwen3vl_export.parity.cases import Case, make_cases
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
-from qwen3vl_export.parity.reference import Floats, Reference, ReferenceOutput, check_processor
+from qwen3vl_export.parity.reference import TRANSFORMERS, Floats, Reference, ReferenceOutput, open_reference
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.routes import Followed, follow
+from qwen3vl_export.parity.transformers_reference import check_installed
 from qwen3vl_export.routing import Choice, RouterStatistics
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ def verify(
     checkpoint: str,
     *,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    reference: str = TRANSFORMERS,
     on_case: Callable[[str], None] | None = None,
 ) -> Report:
     """Compare an engine with the checkpoint it was built from.
@@ -63,19 +67,21 @@ def verify(
         engine: The engine folder, or one of lowered graphs.
         checkpoint: What `Checkpoint.open` takes.
         max_new_tokens: Greedy tokens of each case, at least 1.
+        reference: `transformers`, or `own` where that is not installed.
         on_case: Told the name of each case before it is compared.
 
     Raises:
         CheckpointError, EngineError: One of the two does not open.
         ParityError: The two are of different shapes, there are no tolerances for the engine's precision, or lowered
             graphs do not run on the CPU.
-        UsageError: torchvision is not installed.
+        UsageError: transformers or torchvision is not installed, but the reference needs it.
     """
     import configs
     from qwen3vl_export.checkpoint import Checkpoint
     from runtime.errors import ParityError
 
-    check_processor()
+    if reference == TRANSFORMERS:
+        check_installed()  # before the engine is opened
     source = Checkpoint.open(checkpoint)
     source.entries  # noqa: B018  (transformers' own messages about damaged files help nobody)
     source.assets()
@@ -93,18 +99,21 @@ def verify(
     if (bits := model.manifest.capabilities.get("cache_bits")) is not None:
         cache = f"cache_int{bits}"
         limits, precision = wider_limits(limits, tolerances[cache]), f"{precision} with {cache}"
-    reference, routers = Reference(source.folder), RouterStatistics()
+    torch_model, routers = open_reference(reference, source), RouterStatistics()
     checks: list[Check] = []
-    notes = [CPU_NOTE, *reference.notes] if is_lowered(engine) else [*reference.notes]
+    notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for case in make_cases(Path(folder)):
             if on_case is not None:
                 on_case(case.name)
-            comparison = _Comparison(case, model, reference, limits)
+            comparison = _Comparison(case, model, torch_model, limits)
             checks += comparison.run(max_new_tokens)
             notes += comparison.notes
             routers.merge(comparison.routers)
-    return Report(model.manifest.target, checkpoint, precision, tuple(checks), tuple(notes), routers)
+    about = [*([CPU_NOTE] if is_lowered(engine) else []), *dict.fromkeys(torch_model.notes)]
+    return Report(
+        model.manifest.target, checkpoint, precision, tuple(checks), (*about, *notes), routers, torch_model.name
+    )
 
 
 def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
@@ -182,6 +191,8 @@ class _Comparison:
     def _compare_inputs(self, prepared: Prepared) -> bool:
         """Compare with the processor and return whether the prompts are the same, pixels aside."""
         expected = self._reference.inputs(self._case.messages)
+        if expected is None:
+            return True
         same_ids = expected["input_ids"][0].tolist() == list(prepared.prompt.input_ids)
         self._add("token ids differ from processor", not same_ids, 0)
         if not prepared.images:

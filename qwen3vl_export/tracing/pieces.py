@@ -1,7 +1,7 @@
 """Trace each distinct piece of the model once, as an ONNX function whose parameters are inputs.
 
-All pieces are traced in one call and taken apart afterwards: torch.onnx builds its table of operators anew for each call,
-which is half of the time of ten calls.
+All pieces are traced in one call and taken apart afterwards: torch.onnx builds its table of operators anew for each
+call, which is half of the time of ten calls.
 
 Shapes: B batch, S new tokens, T cache capacity, L logits positions, V visual rows, I segments, P patches, H head dim.
 """
@@ -266,7 +266,7 @@ def _trace(tasks: Sequence[_Task]) -> list[ir.Function]:
 
 
 def _taken_apart(graph: ir.Graph, tasks: Sequence[_Task]) -> Iterator[ir.Function]:
-    """Cut the common graph at the inputs and outputs of each task: examples of all tasks come first, then parameters."""
+    """Cut the common graph at the inputs and outputs of each task; examples of all tasks come before parameters."""
     values = iter(graph.inputs)
     examples = [[next(values) for _ in task.inputs] for task in tasks]
     inputs = [[*given, *(next(values) for _ in task.parameters())] for task, given in zip(tasks, examples, strict=True)]
@@ -285,8 +285,8 @@ def _taken_apart(graph: ir.Graph, tasks: Sequence[_Task]) -> Iterator[ir.Functio
 def _undisturbed() -> Iterator[None]:
     """Silence torch.onnx, whose chatter about opsets and shapes is of no use to a user, and keep garbage for later.
 
-    Collections took an eighth of the CPU of a demo's export, since torch makes millions of small objects, and freed next
-    to nothing.
+    Collections took an eighth of the CPU of a demo's export, since torch makes millions of small objects, and freed
+    next to nothing.
     """
     level, collects = logging.root.manager.disable, gc.isenabled()
     logging.disable(logging.WARNING)

@@ -1,0 +1,263 @@
+"""The judge: transformers' own model and processor, unmodified, in float32 with eager attention.
+
+Positions, placement of the visual embeddings and the cache are transformers' own. It is asked through its public
+interface alone, so that any release from 4.57 on will do: `from_pretrained`, `generate`, the forward of a model and
+`get_image_features`.
+
+Which experts a token goes through is only seen in our own definition of the model, on the same weights. It gives router
+statistics, and runs with other choices; the numbers of a run without are transformers'.
+
+Shapes: S prompt tokens, P patches, N steps, V vocab.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.eager import weights_of
+from qwen3vl_export.modeling import Qwen3VL
+from qwen3vl_export.parity.metrics import difference
+from qwen3vl_export.parity.reference import OwnReference, ReferenceOutput
+from qwen3vl_export.routing import Choice, RouterStatistics
+from runtime.errors import CheckpointError, UsageError
+from runtime.session import Floats
+
+_OUR_READING = (
+    "transformers does not read this checkpoint's form without further packages, or not rightly: PyTorch got the "
+    "weights as the exporter reads them, so a fault of that reading does not show here"
+)
+
+
+def check_installed() -> None:
+    """Raise if transformers, or what its processor of Qwen3-VL needs, is not here.
+
+    Raises:
+        UsageError: transformers or torchvision is not installed.
+    """
+    for name in ("transformers", "torchvision"):
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(
+                f"a comparison with transformers needs the Python package {name!r}, which is not installed",
+                remedy="install the extra [verify], or: python -m pip install transformers torchvision; "
+                "or compare with this package's own PyTorch definition of the model: --reference own",
+            )
+
+
+class TransformersReference:
+    """Transformers' model and processor of a checkpoint; see `Reference`.
+
+    Raises:
+        CheckpointError: Weights are missing or of another shape, which transformers would fill at random.
+        UsageError: transformers or torchvision is not installed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        check_installed()
+        import transformers
+
+        self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
+        is_read = _is_read_by_transformers(checkpoint)
+        model: Any = (_as_it_is(checkpoint.folder) if is_read else _as_we_read_it(checkpoint)).eval()
+        # The checkpoint's own file may ask for sampling, penalties and an end; the comparison wants none of them.
+        model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
+        self.notes = [] if is_read else [_OUR_READING]
+        self._model = model
+        self._processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
+        has_experts = checkpoint.config.text.experts is not None
+        self._own = OwnReference(_with_weights_of(model, checkpoint)) if has_experts else None
+
+    def inputs(self, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
+        """Return what the processor makes of messages."""
+        output = self._processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        return {name: value.numpy() for name, value in output.items()}
+
+    def run(
+        self,
+        input_ids: Sequence[int],
+        pixel_values: Sequence[Floats],
+        grids_thw: Sequence[tuple[int, int, int]],
+        num_steps: int,
+        *,
+        swapped: frozenset[Choice] = frozenset(),
+        likely_tokens: Sequence[int] = (),
+    ) -> ReferenceOutput:
+        """Run one prompt; see `Reference.run`. With choices swapped, it is our own definition that runs."""
+        prompt = input_ids, pixel_values, grids_thw, num_steps
+        if swapped:
+            assert self._own is not None, "a dense model has no routers"
+            return self._own.run(*prompt, swapped=swapped, likely_tokens=likely_tokens)
+        output = self._run(*prompt, likely_tokens)
+        if self._own is None:
+            return output
+        own = self._own.run(*prompt, likely_tokens=output.tokens)
+        if own.tokens == output.tokens and difference(own.logits, output.logits).scaled <= _same_within():
+            return replace(output, routers=own.routers, gaps=own.gaps)
+        self.notes.append(
+            "transformers and our own definition of the model differ on a prompt: an engine's other choices of experts "
+            "were not followed there"
+        )
+        return replace(output, routers=own.routers)
+
+    def _run(
+        self,
+        input_ids: Sequence[int],
+        pixel_values: Sequence[Floats],
+        grids_thw: Sequence[tuple[int, int, int]],
+        num_steps: int,
+        likely_tokens: Sequence[int],
+    ) -> ReferenceOutput:
+        visual: Floats | None = None
+        images: dict[str, Any] = {}
+        with torch.no_grad():
+            if pixel_values:
+                pixels, grids = torch.from_numpy(np.concatenate(list(pixel_values))), torch.tensor(list(grids_thw))
+                images = {"pixel_values": pixels, "image_grid_thw": grids}
+                visual = _levels(self._model.get_image_features(pixels, grids))
+            # An image token that was generated stands for no image, which a call with images does not know.
+            if likely_tokens and self._model.config.image_token_id not in likely_tokens:
+                logits, layers = self._forward([*input_ids, *likely_tokens[:-1]], images)
+                steps = logits[len(input_ids) - 1 :]
+                if steps.argmax(-1).tolist() == list(likely_tokens):
+                    return _output(visual, logits[: len(input_ids)], layers, steps)
+            logits, _ = self._forward(input_ids, images)
+            made = self._model.generate(
+                **self._model_inputs(input_ids, images),
+                max_new_tokens=num_steps,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        steps = torch.cat(made.logits).float().numpy()
+        assert len(steps) == num_steps, f"generate ended after {len(steps)} of {num_steps} tokens"
+        return _output(visual, logits, _layers(made.past_key_values), steps)
+
+    def _forward(self, ids: Sequence[int], images: Mapping[str, Any]) -> tuple[Floats, list[tuple[Floats, Floats]]]:
+        """Run a whole text in one call; return its logits, and each layer's keys and values."""
+        output = self._model(**self._model_inputs(ids, images), use_cache=True)
+        return output.logits[0].numpy(), _layers(output.past_key_values)
+
+    def _model_inputs(self, ids: Sequence[int], images: Mapping[str, Any]) -> dict[str, Any]:
+        # 5.x keeps the position delta of its last multimodal prompt, which a text prompt must not inherit.
+        self._model.model.rope_deltas = None
+        tokens = torch.tensor([list(ids)])
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **images}
+        if images and "mm_token_type_ids" in inspect.signature(self._model.forward).parameters:  # not in 4.57
+            inputs["mm_token_type_ids"] = (tokens == self._model.config.image_token_id).int()
+        return inputs
+
+
+def _same_within() -> float:
+    import configs
+
+    return float(configs.load("tolerances")["fp32"]["logits_scaled"])
+
+
+def _output(
+    visual: Floats | None, logits: Floats, layers: list[tuple[Floats, Floats]], steps: Floats
+) -> ReferenceOutput:
+    return ReferenceOutput(visual, logits, layers, steps.argmax(-1).tolist(), steps, RouterStatistics(), {})
+
+
+def _layers(cache: Any) -> list[tuple[Floats, Floats]]:
+    return [(layer.keys.numpy(), layer.values.numpy()) for layer in cache.layers]
+
+
+def _levels(features: Any) -> Floats:
+    """Stack the levels of what `get_image_features` returns: a pair in 4.57, an object later."""
+    merged, deepstack = features if type(features) is tuple else (features.pooler_output, features.deepstack_features)
+    levels = [merged, *deepstack]
+    return np.stack(
+        [(level if isinstance(level, torch.Tensor) else torch.cat(list(level))).numpy() for level in levels]
+    )
+
+
+def _reads_experts_as_in_graph() -> bool:
+    """Whether the installed release takes stacked experts as our graphs do; before 5.0 only the Hub's layout."""
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) >= 5
+
+
+def _is_read_by_transformers(checkpoint: Checkpoint) -> bool:
+    """Say whether transformers loads it rightly: unquantised, experts stacked, in a layout that it knows.
+
+    5.x takes a square matrix as it is, in whichever layout it is stored (qwen3vl_export/experts.py).
+    """
+    if "quantization_config" in checkpoint.hf_config:
+        return False
+    experts = {key: entry.shape for key, entry in checkpoint.entries.items() if ".mlp.experts." in key}
+    if _reads_experts_as_in_graph():
+        return all(len(shape) == 3 and shape[1] != shape[2] for shape in experts.values())
+    hidden = checkpoint.config.text.hidden_size
+    return all(
+        len(shape) == 3 and shape[1] != shape[2] and shape[1 if "gate_up" in key else 2] == hidden
+        for key, shape in experts.items()
+    )
+
+
+def _as_it_is(folder: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported below
+    )
+    lost = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+    if lost:
+        raise CheckpointError(
+            f"{folder}: {len(lost)} weights are missing or of another shape than config.json implies: "
+            + ", ".join(lost[:5]),
+            remedy="give the checkpoint that the engine was built from, with all its files",
+        )
+    return model
+
+
+def _as_we_read_it(checkpoint: Checkpoint) -> Any:
+    """Load what this package reads: what the codes of a quantised checkpoint stand for, experts that lie one by one."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    values = copy.deepcopy({key: value for key, value in checkpoint.hf_config.items() if key != "quantization_config"})
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    weights = weights_of(checkpoint)
+    if not _reads_experts_as_in_graph():
+        weights = {key: _turned(value) if ".mlp.experts." in key else value for key, value in weights.items()}
+    missing, _ = model.load_state_dict(weights, strict=False)
+    lost = sorted(set(missing) - {"lm_head.weight"})
+    if lost:
+        raise CheckpointError(f"{checkpoint.folder}: {len(lost)} weights are missing: {', '.join(lost[:5])}")
+    return model
+
+
+def _with_weights_of(model: Any, checkpoint: Checkpoint) -> Qwen3VL:
+    """Return our own definition on the very tensors of a model of transformers, which take no further memory."""
+    with torch.device("meta"):
+        own = Qwen3VL(checkpoint.config)
+    weights = dict(model.state_dict())
+    if not _reads_experts_as_in_graph():
+        weights = {key: _turned(value) if ".mlp.experts." in key else value for key, value in weights.items()}
+    own.load_state_dict(weights, assign=True)
+    own.tie()
+    return own.eval()
+
+
+def _turned(weight: torch.Tensor) -> torch.Tensor:
+    """Exchange the last two axes of stacked experts."""
+    return weight.transpose(1, 2)
