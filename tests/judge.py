@@ -222,7 +222,7 @@ def processor(folder: Path) -> Any:
 
 
 def processed(processor: Any, texts: list[str], images: list[Any] | None = None, videos: Any = None) -> Any:
-    """Return the inputs of a batch, padded on the right. Videos are arrays [frames, H, W, 3], of which all are taken."""
+    """Return the inputs of a batch, padded on the right; videos are arrays [frames, H, W, 3], taken whole."""
     if videos is None:
         return processor(text=texts, images=images, padding=True, return_tensors="pt")
     inputs = processor(

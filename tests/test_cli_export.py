@@ -110,7 +110,6 @@ def test_graphs_alone_are_no_engine(tiny_checkpoint: Path, tmp_path: Path) -> No
     assert set(result) <= set(re.findall(r"\w+", paragraph))
 
 
-@pytest.mark.portable
 def test_lowered_graphs_are_no_engine(tiny_checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "lowered"
     for _ in range(2):  # the second replaces the first

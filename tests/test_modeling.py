@@ -1,4 +1,4 @@
-"""Our definition of the model without transformers: its keys, its calls with and without a cache, loading, gradients."""
+"""Our definition of the model without transformers: keys, calls with and without a cache, loading, gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our definition against untouched transformers: the vision tower, the decoder and whole models, dense and of experts."""
+"""Our definition against untouched transformers: vision tower, decoder and whole models, dense and with experts."""
 
 from __future__ import annotations
 

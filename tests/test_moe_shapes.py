@@ -15,7 +15,6 @@ from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.export import make_bundle
 
 
-@pytest.mark.portable
 @pytest.mark.parametrize(
     ("name", "num_layers", "hidden", "width"),
     [("qwen3-vl-30b-a3b", 48, 2048, 768), pytest.param("qwen3-vl-235b-a22b", 94, 4096, 1536, marks=pytest.mark.slow)],

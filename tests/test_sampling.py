@@ -1,4 +1,4 @@
-"""Processors against transformers' on random logits, alone and as `generate` chains them; the draw, its distribution."""
+"""Processors against transformers' on random logits, alone and as `generate` chains them; what a draw follows."""
 
 from __future__ import annotations
 

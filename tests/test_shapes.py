@@ -129,7 +129,6 @@ def test_2b(tmp_path: Path) -> None:
     check_export("2b", tmp_path, is_thinking=False)
 
 
-@pytest.mark.portable
 @pytest.mark.slow
 @pytest.mark.parametrize("is_thinking", [False, True])
 @pytest.mark.parametrize("size", SIZES)

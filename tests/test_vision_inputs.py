@@ -1,4 +1,4 @@
-"""Position inputs of the vision tower: against what transformers' tower makes of them, and to the bit in one release."""
+"""Position inputs of the vision tower against transformers' outputs, and to the bit against one release."""
 
 from __future__ import annotations
 
