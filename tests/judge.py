@@ -37,7 +37,8 @@ def load(folder: Path, dtype: str = "float32") -> Any:
 
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        source = folder if experts_are_read_from_the_hub() else _experts_turned(folder, Path(scratch))
+        is_turned = _has_experts(folder) and not experts_are_read_from_the_hub()
+        source = _experts_turned(folder, Path(scratch)) if is_turned else folder
         model, info = transformers.AutoModelForImageTextToText.from_pretrained(
             source, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
         )
@@ -79,6 +80,10 @@ def experts_are_read_from_the_hub() -> bool:
     Releases between the two were not looked at.
     """
     return not (5, 0) <= release() < (5, 10)
+
+
+def _has_experts(folder: Path) -> bool:
+    return "moe" in json.loads((folder / "config.json").read_text())["model_type"]
 
 
 def _experts_turned(folder: Path, scratch: Path) -> Path:

@@ -71,6 +71,8 @@ def test_equals_the_processor(
     pair: tuple[ChatTemplate, Any], name: str, add_generation_prompt: bool, options: dict[str, Any]
 ) -> None:
     template, processor = pair
+    if name == "reasoning by name":
+        judge.skip_unless(judge.release() > (5, 10), "it does not hand `reasoning` on to the template")
     plain, _ = normalise_messages(CHATS[name])
     chat = template.render(
         plain,

@@ -268,7 +268,7 @@ def test_exif_orientation_is_equal(orientation: int, format_name: str, tmp_path:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_arrays_are_equal(channels: int) -> None:
     if channels == 4:
-        judge.skip_unless(judge.release() >= (5, 0), "it does not find the channel axis of four channels")
+        judge.skip_unless(judge.release() > (5, 10), "it does not find the channel axis of four channels")
     assert_same(noise(60, 90, channels))
 
 

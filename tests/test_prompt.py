@@ -37,9 +37,9 @@ def test_ids_equal_the_processor_with_images_of_several_sizes(tmp_path: Any) -> 
         for height, width in ((64, 64), (96, 160), (200, 70))
     ]
     messages = [
-        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": [text("Be brief.")]},
         {"role": "user", "content": [image(pictures[0]), text("and "), image(pictures[1]), text("é日本")]},
-        {"role": "assistant", "content": "Yes."},
+        {"role": "assistant", "content": [text("Yes.")]},
         {"role": "user", "content": [image(pictures[2]), image(pictures[0])]},
     ]
     expected = processor.apply_chat_template(

@@ -108,8 +108,9 @@ def test_repetition_penalty_equals_transformers(penalty: float) -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 
     rng = np.random.default_rng(1)
-    # Ids at and beyond V occur where an embedding is larger than the head; repeated ids count once.
-    ids = rng.integers(0, 60, size=(3, 40))
+    # Ids at and beyond V occur where an embedding is larger than the head; 5.10 and before do not stand them. Repeated
+    # ids count once.
+    ids = rng.integers(0, 60 if judge.release() > (5, 10) else 50, size=(3, 40))
     histories = [TokenHistory(row[:25]) for row in ids]
     for history, row in zip(histories, ids, strict=True):
         for token_id in row[25:]:
@@ -139,12 +140,13 @@ def test_the_whole_chain_equals_what_generate_makes_of_the_logits(ties: bool) ->
     """Raw logits and scores of every step, which penalties, temperature and the filters lie between."""
     import torch
 
+    torch.manual_seed(0)
     model = judge.new_model(tiny_values(tie_word_embeddings=False, text_config={"vocab_size": 1000}))
-    head = torch.from_numpy(random_logits(0, 1000, 48)) / 6
+    head = torch.from_numpy(random_logits(0, 1000, 48)) / 12
     # Rows of the head that are equal make equal logits, far more of them than top-k keeps.
     model.lm_head.weight.data = head[torch.arange(1000) % 40] if ties else head
     settings_ = {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2}
-    ours = build_processors(GenerationOptions(do_sample=True, **settings_))
+    ours, num_kept = build_processors(GenerationOptions(do_sample=True, **settings_)), []
     for seed in range(8):
         torch.manual_seed(seed)
         ids = torch.randint(0, 1000, (1, 50))
@@ -156,8 +158,9 @@ def test_the_whole_chain_equals_what_generate_makes_of_the_logits(ties: bool) ->
             history = TokenHistory(generated.sequences[0, : 50 + step].tolist())
             for processor in ours:
                 found = processor(found, [history])
-            assert 1 < np.isfinite(found).sum() < (500 if ties else 31)
+            num_kept.append(np.isfinite(found).sum())
             assert_same_filter(found, scores.numpy(), ties=ties)
+    assert len(set(num_kept)) > 3 and 5 < np.mean(num_kept) < (500 if ties else 30), num_kept
 
 
 @pytest.mark.portable
