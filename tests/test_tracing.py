@@ -84,5 +84,5 @@ def test_a_size_that_got_into_a_function_is_caught(letter: str, monkeypatch: pyt
         return self.linear_fc2(self.linear_fc1(flat.reshape(-1, self.size)))[None]
 
     monkeypatch.setattr(modeling.PatchMerger, "forward", fixing)
-    with pytest.raises(AssertionError, match="the trace fixed [IP]: a constant is"):
+    with pytest.raises(AssertionError, match=r"the trace fixed [IP]: a constant is"):
         trace_pieces(DENSE)
