@@ -23,7 +23,7 @@ setup: $(DEV_STAMP)
 $(STAMP): pyproject.toml locks/demo.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.14 is needed; choose one with PYTHON=...") if not (3, 11) <= sys.version_info < (3, 15) else 0'
 	@echo "Setting up $(VENV) from locks/demo.txt: PyTorch, ONNX and ONNX Runtime from the package index."
-	@echo "About 3 GB to fetch on a first run, 6 GB on disk, nearly all of it PyTorch's CUDA libraries."
+	@echo "About 3.1 GB to fetch on a first run, 5.7 GB on disk, nearly all of it PyTorch and its CUDA libraries."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) -r locks/demo.txt
 	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
@@ -31,6 +31,7 @@ $(STAMP): pyproject.toml locks/demo.txt
 
 $(DEV_STAMP): $(STAMP) locks/dev.txt
 	@echo "Adding what the tests need from locks/dev.txt: transformers, torchvision, TensorRT-RTX, development tools."
+	@echo "About 230 MB to fetch on a first run, 750 MB on disk."
 	$(BIN)/python $(PIP_INSTALL) -r locks/dev.txt
 	@touch $@
 

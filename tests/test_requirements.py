@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from qwen3vl_export.cli import errors
 
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -51,3 +54,11 @@ def test_every_range_has_a_lower_bound_and_reasons_for_upper_ones() -> None:
 def test_the_rule_sees_what_it_forbids(old: str, new: str, expected: list[str]) -> None:
     assert PROJECT.count(old) == 1
     assert faults(PROJECT.replace(old, new)) == expected
+
+
+def test_errors_name_the_extra_that_installs_a_module() -> None:
+    extras = tomllib.loads(PROJECT)["project"]["optional-dependencies"]
+    held = {name: {canonicalize_name(Requirement(each).name) for each in extra} for name, extra in extras.items()}
+    for module, extra in errors._EXTRAS.items():
+        assert canonicalize_name({"sklearn": "scikit-learn"}.get(module, module)) in held[extra], module
+    assert {errors._EXTRAS["transformers"], errors._EXTRAS["torchvision"]} == {"verify"}

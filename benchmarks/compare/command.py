@@ -85,7 +85,7 @@ def compare_setup() -> None:
 
     The environments share the PyTorch of this one: a peer of another build, or a second copy, is gigabytes.
     """
-    typer.echo("About 500 MB to fetch on a first run; the environments are made anew.")
+    typer.echo("About 300 MB to fetch on a first run, 1.4 GB on disk; the environments are made anew.")
     for lock in sorted(_LOCKS.glob("peers-*.txt")):
         folder = sides.PEERS / lock.stem.removeprefix("peers-")
         subprocess.run([*share_torch.make_environment(folder), "-r", str(lock)], check=True)
