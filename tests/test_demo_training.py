@@ -193,6 +193,15 @@ def test_rate_warms_up_and_falls() -> None:
     assert rate_at(stage, stage.steps) == pytest.approx(stage.final)
 
 
+def test_vision_stages_move_only_what_their_labels_reach(tmp_path: Path) -> None:
+    trainer = Trainer([stage for stage in SMOKE if not stage.language], tmp_path, lambda line: None)
+    before = {name: value.clone() for name, value in trainer.trainee.named_parameters()}
+    trainer.run(lambda: None, report_every=2, validation_count=1)
+    for name, value in trainer.trainee.named_parameters():
+        is_left_out = ".language_model." in name or ".deepstack_merger_list." in name
+        assert torch.equal(value, before[name]) == is_left_out, name
+
+
 def test_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     def run(folder: Path, stop_after: int | None) -> Trainer:
         folder.mkdir(exist_ok=True)

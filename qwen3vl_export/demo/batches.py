@@ -1,7 +1,7 @@
 """Make the batches of the training: canvases of one grid, their questions as token segments, and dense labels.
 
-Shapes: B images of one grid, P patches, E values of a patch (3 channels, 2 equal frames, 16 by 16 pixels), V = P/4 visual
-tokens, S tokens of the whole sequence.
+Shapes: B images of one grid, P patches, E values of a patch (3 channels, 2 equal frames, 16 by 16 pixels), V = P/4
+visual tokens, S tokens of the whole sequence.
 """
 
 from __future__ import annotations

@@ -219,6 +219,8 @@ def make_optimizer(trainee: Trainee, stage: Stage) -> list[torch.optim.Optimizer
         if (module is text and not stage.language) or not rate:
             continue
         for name, parameter in module.named_parameters():
+            if name.startswith("deepstack") and not stage.language:
+                continue  # no loss depends on them: their gradients are zeros, and weight decay would shrink them
             inner = parameter.ndim == 2 and "embed" not in name
             (matrices if inner else rest)[rate].append(parameter)
     if stage.dense:
