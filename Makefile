@@ -2,9 +2,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 ENGINE ?= out/demo-ort-cpu-fp32
 IMAGE ?=
 MODEL ?= qwen3-vl-2b
+TRANSFORMERS ?=
 
 # The environment holds an editable install, so one that two checkouts shared would run the code of the last to install.
 OWNER := $(shell cat '$(STAMP)' 2>/dev/null)
@@ -12,24 +15,69 @@ ifneq ($(or $(OWNER),$(CURDIR)),$(CURDIR))
 $(error $(VENV) runs the code of $(OWNER), not of this checkout; choose another folder with VENV=... or remove it)
 endif
 
-.PHONY: setup demo test lint bench compare-setup gpu-check
+.PHONY: setup demo lock test test-newest test-oldest test-transformers lint bench compare-setup gpu-check
 
-setup: $(STAMP)
+setup: $(DEV_STAMP)
 
-$(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; choose one with PYTHON=...") if sys.version_info < (3, 11) else 0'
-	@echo "Setting up $(VENV): PyTorch, transformers, ONNX Runtime and the development tools from the package index."
-	@echo "About 3 GB to fetch on a first run, 6 GB on disk, most of it PyTorch's CUDA libraries."
+# Without build isolation: setuptools, too, is the one of the lock.
+$(STAMP): pyproject.toml locks/demo.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.14 is needed; choose one with PYTHON=...") if not (3, 11) <= sys.version_info < (3, 15) else 0'
+	@echo "Setting up $(VENV) from locks/demo.txt: PyTorch, ONNX and ONNX Runtime from the package index."
+	@echo "About 3.1 GB to fetch on a first run, 5.7 GB on disk, nearly all of it PyTorch and its CUDA libraries."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[export,cpu,tensorrt-rtx,dev]'
+	$(BIN)/python $(PIP_INSTALL) -r locks/demo.txt
+	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@echo '$(CURDIR)' > $@
 
-demo: setup
+$(DEV_STAMP): $(STAMP) locks/dev.txt
+	@echo "Adding what the tests need from locks/dev.txt: transformers, torchvision, TensorRT-RTX, development tools."
+	@echo "About 230 MB to fetch on a first run, 750 MB on disk."
+	$(BIN)/python $(PIP_INSTALL) -r locks/dev.txt
+	@touch $@
+
+demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --output $(ENGINE) $(if $(IMAGE),--image '$(IMAGE)')
+
+lock: setup
+	$(BIN)/python scripts/lock.py
 
 test: setup
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+
+# The next three run tests in environments that share the PyTorch of $(VENV), which takes gigabytes. Of the test files only
+# those with a test that is asked for are read: others import what an environment may lack.
+files-with = $(shell grep -lE 'mark\.($(1))\b' tests/test_*.py)
+SHARED := -c build/shared-torch/constraints.txt
+
+# The newest release of all else that the ranges in pyproject.toml allow today, whatever the locks say.
+test-newest: setup
+	$(BIN)/python scripts/share_torch.py build/newest
+	build/newest/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,test]'
+	build/newest/bin/python -m pytest -q -m 'judge or portable' $(call files-with,judge|portable)
+
+# The lowest releases: without transformers and torchvision, with a PyTorch of its own; then with the lowest transformers.
+test-oldest: build/oldest/.installed build/oldest-transformers/.installed
+	build/oldest/bin/python -m pytest -q -m portable $(call files-with,portable)
+	build/oldest-transformers/bin/python -m pytest -q -m judge $(call files-with,judge)
+
+build/oldest/.installed: pyproject.toml locks/oldest.txt | $(DEV_STAMP)
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) -r locks/oldest.txt
+	$(@D)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+build/oldest-transformers/.installed: pyproject.toml locks/oldest-transformers.txt | $(DEV_STAMP)
+	$(BIN)/python scripts/share_torch.py $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) $(SHARED) -r locks/oldest-transformers.txt
+	$(@D)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+# One release of transformers: make test-transformers TRANSFORMERS=5.0.0
+test-transformers: setup
+	@test -n '$(TRANSFORMERS)' || { echo 'error: which release? make test-transformers TRANSFORMERS=5.0.0' >&2; exit 2; }
+	$(BIN)/python scripts/share_torch.py build/transformers-$(TRANSFORMERS)
+	build/transformers-$(TRANSFORMERS)/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,test]' 'transformers==$(TRANSFORMERS)'
+	build/transformers-$(TRANSFORMERS)/bin/python -m pytest -q -m judge $(call files-with,judge)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,7 +94,7 @@ bench: setup
 	rm -r out/bench
 
 compare-setup: setup
-	@echo "Setting up build/peers: environments of onnxruntime-genai and OpenVINO, each with a PyTorch of its own."
+	@echo "Setting up build/peers: environments of onnxruntime-genai and OpenVINO, which share the PyTorch of $(VENV)."
 	$(BIN)/python -m benchmarks compare-setup
 
 # Beside the demo, the model that is asked for: MODEL=FOLDER, MODEL=owner/name, or MODEL=qwen3-vl-2b for random weights.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate a checkpoint on the held-out canvases with transformers, and write the table.
+"""Evaluate a checkpoint on the held-out canvases with PyTorch, and write the table.
 
     python scripts/evaluate_demo.py                       # the shipped checkpoint, all 2000 canvases
     python scripts/evaluate_demo.py --limit 100 CHECKPOINT
@@ -15,12 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +24,7 @@ def main() -> None:
     """Parse the options, evaluate, print and write the table."""
     from qwen3vl_export.demo import CHECKPOINT
     from qwen3vl_export.demo.data import HELD_OUT_COUNT, held_out
-    from qwen3vl_export.demo.evaluate import as_markdown, evaluate, summarise, torch_predictor
+    from qwen3vl_export.demo.evaluate import as_markdown, evaluate, predictor, summarise, torch_predictor
 
     parser = argparse.ArgumentParser(description="Evaluate the demo checkpoint on held-out canvases.")
     parser.add_argument("checkpoint", nargs="?", type=Path, default=CHECKPOINT)
@@ -42,14 +37,15 @@ def main() -> None:
 
     if options.engine is None:
         import torch
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         torch.set_num_threads(options.threads)
-        name, how = options.name, "transformers, float32 arithmetic on the bfloat16 weights, greedy"
+        name, how = options.name, "PyTorch, float32 arithmetic on the bfloat16 weights, greedy"
         predict = torch_predictor(options.checkpoint)
     else:
-        target, predict = _engine_predictor(options.engine, options.threads)
+        from qwen3_vl import Qwen3VLModel
+
+        model = Qwen3VLModel.from_engine(options.engine, threads=options.threads)
+        target, predict = model.manifest.target, predictor(model)
         name, how = f"{options.name}_{target}", f"engine {target}, greedy"
     count = options.limit or HELD_OUT_COUNT
     started = time.monotonic()
@@ -69,17 +65,6 @@ def main() -> None:
         )
         (options.output / f"{name}.md").write_text(head + table)
         (options.output / f"{name}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-
-
-def _engine_predictor(folder: Path, threads: int) -> tuple[str, Callable[[Image, Sequence[str]], list[str]]]:
-    """Return the engine's target, and a predictor that asks it each question in a prompt of its own."""
-    from qwen3_vl import Qwen3VLModel
-    from runtime.messages import user_message
-
-    model = Qwen3VLModel.from_engine(folder, threads=threads)
-    return model.manifest.target, lambda image, questions: [
-        model.generate(user_message(question, [image]), do_sample=False).text for question in questions
-    ]
 
 
 if __name__ == "__main__":

@@ -70,13 +70,13 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
-    from transformers.utils import logging
 
+    from qwen3vl_export.checkpoint import Checkpoint
     from qwen3vl_export.demo.model import save_checkpoint
     from qwen3vl_export.demo.training import CURRICULUM, EXPERTS, SMOKE, SMOKE_EXPERTS, Trainer
     from qwen3vl_export.demo.upcycle import upcycled
+    from qwen3vl_export.eager import load
 
-    logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
 
@@ -87,9 +87,7 @@ def main() -> None:
             file.write(stamped + "\n")
 
     if options.experts:
-        from transformers import Qwen3VLForConditionalGeneration
-
-        dense = Qwen3VLForConditionalGeneration.from_pretrained(DENSE)
+        dense = load(Checkpoint.open(str(DENSE)))
         trainer = Trainer(SMOKE_EXPERTS if options.smoke else EXPERTS, options.work, log, model=upcycled(dense))
     else:
         trainer = Trainer(SMOKE if options.smoke else CURRICULUM, options.work, log)

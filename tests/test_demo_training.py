@@ -5,80 +5,109 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo import data
-from qwen3vl_export.demo.batches import IGNORE, NO_DIGIT, Prompter, cell_of, collate, draw_side_in, training_batch
+from qwen3vl_export.demo.batches import (
+    IGNORE,
+    NO_DIGIT,
+    Batch,
+    Prompter,
+    cell_of,
+    collate,
+    draw_side_in,
+    training_batch,
+)
 from qwen3vl_export.demo.evaluate import Outcome, as_markdown, evaluate, summarise
-from qwen3vl_export.demo.forward import expand_patches, make_plan, text_forward, vision_forward
 from qwen3vl_export.demo.model import save_checkpoint
+from qwen3vl_export.demo.packing import make_plan
 from qwen3vl_export.demo.tasks import TASKS
 from qwen3vl_export.demo.training import CURRICULUM, SMOKE, Trainee, Trainer, rate_at
+from qwen3vl_export.demo.upcycle import upcycled
+from qwen3vl_export.eager import load
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def trainee() -> Trainee:
-    trainee = Trainee(0)
-    with torch.no_grad():
-        for parameter in trainee.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
+    return moved(Trainee(0))
+
+
+@torch.no_grad()
+def moved(trainee: Trainee) -> Trainee:
+    """Move every weight, so that none is as it began, to a number that bfloat16 holds."""
+    for parameter in trainee.parameters():
+        parameter.copy_((parameter + 0.05 * torch.randn_like(parameter)).bfloat16())
     return trainee.eval()
 
 
-@pytest.fixture(scope="module")
-def folder(trainee: Trainee, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def saved(request: pytest.FixtureRequest, trainee: Trainee, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A trainee, and what transformers makes of the folder that it is saved in."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
     folder = tmp_path_factory.mktemp("demo") / "checkpoint"
+    trainee = trainee if request.param == "dense" else moved(Trainee(0, upcycled(trainee.model)))
     save_checkpoint(trainee.model, folder, "card")
-    return folder
+    judge = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return Saved(trainee, judge, AutoProcessor.from_pretrained(folder))
+
+
+@dataclass(frozen=True)
+class Saved:
+    trainee: Trainee
+    judge: Any
+    processor: Any
+
+    def logits_BSV(self, batch: Batch) -> torch.Tensor:
+        """Return the trainee's logits of every position."""
+        everywhere = replace(batch, targets_BS=torch.zeros_like(batch.ids_BS))
+        logits, _ = self.trainee.answer_logits(everywhere, self.trainee.visual_embeds(batch))
+        return logits.unflatten(0, batch.ids_BS.shape)
 
 
 def canvas_of(width: int, height: int, count: int, seed: int = 1) -> data.Canvas:
     return data.make_canvas(np.random.default_rng(seed), data.load_half("train"), width, height, count=count)
 
 
+@pytest.mark.judge
 @torch.no_grad()
-def test_forward_equals_transformers_on_every_question_of_a_batch(trainee: Trainee, folder: Path) -> None:
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder)
+def test_forward_equals_transformers_on_every_question_of_a_batch(saved: Saved) -> None:
+    processor = saved.processor
     canvases = [canvas_of(100, 150, 3), canvas_of(90, 170, 2, seed=2)]
-    batch = collate(canvases, 5, 3, Prompter(trainee.tokenizer), TASKS)
-    assert batch.ids_BS is not None and batch.targets_BS is not None and batch.segment_S is not None
-    assert batch.plan is not None
-    levels = vision_forward(trainee.model.model.visual, batch.patches_BPE, 5, 3)
-    hidden = text_forward(trainee.model, batch.ids_BS, levels, batch.plan)
+    batch = collate(canvases, 5, 3, Prompter(saved.trainee.tokenizer), TASKS)
+    assert batch.targets_BS is not None and batch.segment_S is not None
+    found_BSV = saved.logits_BSV(batch)
     for i, canvas in enumerate(canvases):
         example = data.example_of(i, canvas)
         for t, (question, answer) in enumerate(example.tasks.values()):
             content = [{"type": "image"}, {"type": "text", "text": question}]
             prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
             inputs = processor(text=[prompt + answer], images=[canvas.image], return_tensors="pt")
-            pixels = expand_patches(batch.patches_BPE[i : i + 1])
-            torch.testing.assert_close(pixels, inputs["pixel_values"], atol=1e-6, rtol=0)
-            expected = trainee.model(**inputs).logits[0]
+            torch.testing.assert_close(batch.patches_BPE[i], inputs["pixel_values"], atol=1e-6, rtol=0)
+            expected = saved.judge(**inputs).logits[0]
             keep = (batch.targets_BS[i] != IGNORE) & (batch.segment_S == t)
-            got = hidden[i][keep] @ trainee.model.lm_head.weight.T
+            got = found_BSV[i][keep]
             torch.testing.assert_close(got, expected[-len(got) :], atol=1e-4, rtol=0)
             targets = processor.tokenizer.encode(answer + "<|im_end|>")
             assert batch.targets_BS[i][keep].tolist() == targets
 
 
+@pytest.mark.judge
 @torch.no_grad()
-def test_conversation_equals_transformers(trainee: Trainee, folder: Path) -> None:
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder)
+def test_conversation_equals_transformers(saved: Saved) -> None:
+    processor = saved.processor
     canvas = canvas_of(64, 96, 2)
-    batch = collate([canvas], 3, 2, Prompter(trainee.tokenizer), ("json", "read"), chained=True)
-    assert batch.ids_BS is not None and batch.targets_BS is not None and batch.plan is not None
-    levels = vision_forward(trainee.model.model.visual, batch.patches_BPE, 3, 2)
-    hidden = text_forward(trainee.model, batch.ids_BS, levels, batch.plan)
+    batch = collate([canvas], 3, 2, Prompter(saved.trainee.tokenizer), ("json", "read"), chained=True)
+    assert batch.ids_BS is not None
     tasks = data.example_of(0, canvas).tasks
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": tasks["json"][0]}]},
@@ -88,10 +117,11 @@ def test_conversation_equals_transformers(trainee: Trainee, folder: Path) -> Non
     ]
     inputs = processor(text=[processor.apply_chat_template(messages)], images=[canvas.image], return_tensors="pt")
     assert inputs["input_ids"][0, :-1].tolist() == batch.ids_BS[0].tolist()
-    expected = trainee.model(**inputs).logits[0, :-1]
-    torch.testing.assert_close(hidden[0] @ trainee.model.lm_head.weight.T, expected, atol=1e-4, rtol=0)
+    expected = saved.judge(**inputs).logits[0, :-1]
+    torch.testing.assert_close(saved.logits_BSV(batch)[0], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.portable
 def test_questions_do_not_see_each_other() -> None:
     plan = make_plan(2, 2, 4, [1, 3, 2])
     mask = plan.mask_SS
@@ -100,6 +130,7 @@ def test_questions_do_not_see_each_other() -> None:
     assert not mask[second, first].any()
     assert mask[second, :9].all()
     assert mask[9:12, 9:12].equal(torch.ones(3, 3, dtype=torch.bool).tril())
+    assert plan.visual_rows_S.tolist() == [-1] * 4 + [0, 1, 2, 3] + [-1] * 6
     assert plan.positions_3S[:, 9].tolist() == plan.positions_3S[:, 12].tolist() == [7, 7, 7]
     chained = make_plan(2, 2, 4, [1, 3, 2], chained=True)
     assert chained.mask_SS.equal(torch.ones(14, 14, dtype=torch.bool).tril())
@@ -117,6 +148,7 @@ def test_dense_labels_name_the_cell_of_each_centre() -> None:
     assert int((batch.classes_BV == NO_DIGIT).sum()) == 15
 
 
+@pytest.mark.portable
 def test_sides_round_to_the_grid() -> None:
     rng = np.random.default_rng(0)
     for cells in (2, 3, 9, 16):
@@ -146,18 +178,28 @@ def test_same_step_gives_the_same_batch(trainee: Trainee) -> None:
 def test_exact_match_needs_every_token(trainee: Trainee) -> None:
     batch = collate([canvas_of(64, 96, 2)], 3, 2, Prompter(trainee.tokenizer), TASKS)
     assert batch.targets_BS is not None
-    logits, targets = trainee.answer_logits(batch, vision_forward(trainee.model.model.visual, batch.patches_BPE, 3, 2))
+    logits, targets = trainee.answer_logits(batch, trainee.visual_embeds(batch))
     assert not trainee.exact_matches(batch).all()
     batch.targets_BS[batch.targets_BS != IGNORE] = logits.argmax(-1)
     assert len(targets) == len(logits)
     assert trainee.exact_matches(batch).all()
 
 
+@pytest.mark.portable
 def test_rate_warms_up_and_falls() -> None:
     stage = CURRICULUM[-1]
     assert rate_at(stage, 0) == pytest.approx(stage.peak / 100)
     assert rate_at(stage, 100) == pytest.approx(stage.peak, rel=0.1)
     assert rate_at(stage, stage.steps) == pytest.approx(stage.final)
+
+
+def test_vision_stages_move_only_what_their_labels_reach(tmp_path: Path) -> None:
+    trainer = Trainer([stage for stage in SMOKE if not stage.language], tmp_path, lambda line: None)
+    before = {name: value.clone() for name, value in trainer.trainee.named_parameters()}
+    trainer.run(lambda: None, report_every=2, validation_count=1)
+    for name, value in trainer.trainee.named_parameters():
+        is_left_out = ".language_model." in name or ".deepstack_merger_list." in name
+        assert torch.equal(value, before[name]) == is_left_out, name
 
 
 def test_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
@@ -185,26 +227,39 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
         torch.testing.assert_close(resumed.average.values[name], value, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_smoke_mode_writes_a_loadable_checkpoint(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "train_demo.py"),
-        "--work",
-        str(tmp_path),
-        "--smoke",
-        "--threads",
-        "1",
-    ]
-    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True)
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of a run of the script that did every stage for two steps."""
+    folder = tmp_path_factory.mktemp("smoke")
+    train(folder)
+    return folder
+
+
+def train(folder: Path, *more: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "train_demo.py"), "--work", str(folder), "--smoke"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    subprocess.run([*command, "--threads", "1", *more], check=True, cwd=ROOT, env=environment, capture_output=True)
+
+
+def test_smoke_mode_writes_a_loadable_checkpoint(smoke_run: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(str(smoke_run / "checkpoint"))
+    checkpoint.assets()
+    load(checkpoint)
+    assert {entry.dtype for entry in checkpoint.entries.values()} == {"BF16"}
+    log = (smoke_run / "train.log").read_text()
+    assert all(stage.name in log for stage in SMOKE)
+    train(tmp_path, "--init-from", str(smoke_run / "checkpoint"))
+    assert "full 2/2" in (tmp_path / "train.log").read_text()
+
+
+@pytest.mark.judge
+def test_transformers_loads_what_smoke_mode_writes(smoke_run: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
-    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint", output_loading_info=True)
+    folder = smoke_run / "checkpoint"
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert model.dtype == torch.bfloat16
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    log = (tmp_path / "train.log").read_text()
-    assert all(stage.name in log for stage in SMOKE)
-    again = [*command, "--init-from", str(tmp_path / "checkpoint")]
-    subprocess.run(again, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def test_evaluation_counts_exact_answers() -> None:

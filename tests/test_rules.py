@@ -89,7 +89,7 @@ def test_entry_points_and_extras() -> None:
         "qwen3vl-export": "qwen3vl_export.cli.export:main",
         "qwen3vl": "qwen3vl_export.cli.run:main",
     }
-    extras = {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "plot", "dev"}
+    extras = {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "verify", "plot", "test", "dev"}
     assert set(project["optional-dependencies"]) == extras
     assert HEAVY.isdisjoint(project["dependencies"])
 

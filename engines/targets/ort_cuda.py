@@ -155,7 +155,7 @@ def _passes(dtype: str, plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
 def _availability() -> Availability:
     from engines.hardware import has_gpu
 
-    builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "torch", "transformers"))
+    builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "onnxscript", "torch"))
     if not builds:
         return Availability(False, False, "install the extras: pip install 'qwen3vl-export[export,cuda]'")
     if not has_gpu():

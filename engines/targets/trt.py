@@ -79,7 +79,7 @@ def _availability(precision: str) -> Availability:
     if importlib.util.find_spec(_LIBRARY) is None:
         reason = f"install the extras: pip install 'qwen3vl-export[export,tensorrt]'; {lowered}"
         return Availability(False, False, reason)
-    builds = all(importlib.util.find_spec(each) is not None for each in ("onnx_ir", "torch", "transformers"))
+    builds = all(importlib.util.find_spec(each) is not None for each in ("onnx_ir", "onnxscript", "torch"))
     return Availability(builds, True, "" if builds else "install the extra: pip install 'qwen3vl-export[export]'")
 
 

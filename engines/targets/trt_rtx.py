@@ -75,7 +75,7 @@ def _availability(precision: str) -> Availability:
     where = f"an NVIDIA GPU of SM {', '.join(offered)}" + (f", not {gpu.name}" if gpu else "")
     if importlib.util.find_spec(_LIBRARY) is None:
         return Availability(False, False, "install the extras: pip install 'qwen3vl-export[export,tensorrt-rtx]'")
-    builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "torch", "transformers"))
+    builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "onnxscript", "torch"))
     if not builds:
         return Availability(False, runs, "install the extra: pip install 'qwen3vl-export[export]'")
     return Availability(True, runs, "" if runs else f"builds here; to run, it needs {where}")

@@ -31,10 +31,10 @@ _EXTRAS = {
     "onnxruntime": "cpu",
     "onnxscript": "export",
     "safetensors": "export",
-    "sklearn": "dev",
+    "sklearn": "test",
     "torch": "export",
-    "torchvision": "export",
-    "transformers": "export",
+    "torchvision": "verify",
+    "transformers": "verify",
 }
 
 # Keyword arguments of the Python API that messages name, and that the command line spells with dashes.

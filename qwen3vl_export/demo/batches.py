@@ -1,6 +1,7 @@
 """Make the batches of the training: canvases of one grid, their questions as token segments, and dense labels.
 
-Shapes as in `forward.py`; V visual tokens, S tokens of the whole sequence.
+Shapes: B images of one grid, P patches, E values of a patch (3 channels, 2 equal frames, 16 by 16 pixels), V = P/4
+visual tokens, S tokens of the whole sequence.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from qwen3vl_export.demo.data import MAX_DIGITS, MAX_SIDE, MIN_SIDE, Canvas, Digits, make_canvas
-from qwen3vl_export.demo.forward import Plan, make_plan, patchify
+from qwen3vl_export.demo.packing import Plan, make_plan
 from qwen3vl_export.demo.tasks import QUESTIONS, answer, question
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Batch:
     """One step's data.
 
     Attributes:
-        patches_BPE: Normalised patches [B, P, 768].
+        patches_BPE: Normalised patches, as the vision tower takes them.
         ids_BS: Tokens, or None for a vision-only batch.
         targets_BS: The token that position s must predict, `IGNORE` elsewhere.
         segment_S: Which task a position belongs to (-1: prefix).
@@ -106,6 +107,14 @@ def to_pixels(canvas: Canvas, rows: int, cols: int) -> np.ndarray:
     bytes_1CHW = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     resized = F.interpolate(bytes_1CHW, (rows * 32, cols * 32), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
+
+
+def patchify(images_BHWC: np.ndarray) -> torch.Tensor:
+    """Cut uint8 images into normalised patches [B, P, 1536] in merge order; both frames are the image."""
+    b, h, w, _ = images_BHWC.shape
+    x = torch.from_numpy(np.array(images_BHWC)).reshape(b, h // 32, 2, 16, w // 32, 2, 16, 3)
+    x = x.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(b, h // 16 * (w // 16), 3, 1, 256)
+    return x.float().mul_(2 / 255).sub_(1).expand(-1, -1, -1, 2, -1).flatten(2)
 
 
 def collate(

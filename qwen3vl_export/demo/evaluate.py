@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3vl_export.demo.data import Example
 from qwen3vl_export.demo.tasks import TASKS
+from runtime.messages import user_message
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from runtime.model import Qwen3VLModel
 
 Predict = Callable[["Image.Image", Sequence[str]], Sequence[str]]
 """Takes a picture and independent questions about it, returns one answer to each."""
@@ -104,28 +107,16 @@ def as_markdown(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def predictor(model: Qwen3VLModel) -> Predict:
+    """Return a `predict` that asks a model each question in a prompt of its own, greedy."""
+    return lambda image, questions: [
+        model.generate(user_message(question, [image]), do_sample=False, max_new_tokens=MAX_NEW_TOKENS).text
+        for question in questions
+    ]
+
+
 def torch_predictor(checkpoint: Path) -> Predict:
-    """Return a `predict` that asks transformers: float32 arithmetic on the folder's weights, greedy."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    """Return a `predict` that asks PyTorch: float32 arithmetic on the folder's weights, greedy."""
+    from qwen3vl_export.eager import open_eager
 
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    processor.tokenizer.padding_side = "left"
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-
-    def predict(image: Image.Image, questions: Sequence[str]) -> list[str]:
-        prompts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-            for question in questions
-        ]
-        inputs = processor(text=prompts, images=[image] * len(prompts), return_tensors="pt", padding=True)
-        with torch.inference_mode():
-            ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        answers: list[str] = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return answers
-
-    return predict
+    return predictor(open_eager(str(checkpoint)))

@@ -1,120 +1,215 @@
-"""Build the demo's model and write it as a Hugging Face folder."""
+"""Build the demo's configuration, and write a trained model as a Hugging Face folder.
+
+The folder has the form of the Hub's Qwen3-VL folders, so that every release of transformers with Qwen3-VL loads it.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qwen3vl_export.assets import split_processor_config
+from qwen3vl_export.checkpoint import HEAD_KEY
 from qwen3vl_export.demo.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tokenizer
+from runtime.model_config import EXPERTS_MODEL_TYPE, SUPPORTED_MODEL_TYPE, ModelConfig, TextConfig, VisionConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from torch import Tensor
 
+    from qwen3vl_export.modeling import Qwen3VL
+
+END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 MIN_PIXELS = 4096
 MAX_PIXELS = 512 * 512
 _IMAGE_PROCESSOR = {
-    "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
+    "merge_size": 2,
+    "patch_size": 16,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "size": {"longest_edge": MAX_PIXELS, "shortest_edge": MIN_PIXELS},
+    "temporal_patch_size": 2,
 }
+_VIDEO_SAMPLING = {
+    "do_sample_frames": True,
+    "fps": 2,
+    "max_frames": 768,
+    "max_video_tokens": 768,
+    "min_frames": 4,
+    "return_metadata": False,
+}
+# transformers 4.57 takes no list as `extra_special_tokens`, 5's name for the additional ones.
+_TOKENIZER = {
+    "add_prefix_space": None,
+    "additional_special_tokens": [token for token in SPECIAL_TOKENS if token not in (END_OF_TURN, END_OF_TEXT)],
+    "bos_token": None,
+    "clean_up_tokenization_spaces": False,
+    "eos_token": END_OF_TURN,
+    "model_max_length": 4096,
+    "pad_token": END_OF_TEXT,
+    "tokenizer_class": "Qwen2Tokenizer",
+    "unk_token": None,
+}
+_PROCESSOR_CLASS = {"processor_class": "Qwen3VLProcessor"}
 
 
-def build_config(tokenizer: Tokenizer) -> Qwen3VLConfig:
-    """Return the demo's configuration for a tokenizer's vocabulary and special ids."""
-    from transformers import Qwen3VLConfig
-
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-    text = {
-        "vocab_size": tokenizer.get_vocab_size(),
-        "hidden_size": 192,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "intermediate_size": 512,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5e6,
-            "mrope_section": [12, 10, 10],
-            "mrope_interleaved": True,
-        },
-    }
-    vision = {
-        "depth": 4,
-        "hidden_size": 96,
-        "num_heads": 4,
-        "intermediate_size": 288,
-        "out_hidden_size": 192,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "num_position_embeddings": 576,
-        "deepstack_visual_indexes": [1, 2],
-    }
-    return Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=True,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+def build_config(tokenizer: Tokenizer) -> ModelConfig:
+    """Return the dense demo's shape for a tokenizer's vocabulary and special ids."""
+    return ModelConfig(
+        text=TextConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=192,
+            intermediate_size=512,
+            num_layers=4,
+            num_heads=6,
+            num_kv_heads=2,
+            head_dim=64,
+            max_positions=4096,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=True,
+            rope_theta=5e6,
+            mrope_section=(12, 10, 10),
+        ),
+        vision=VisionConfig(
+            depth=4,
+            hidden_size=96,
+            intermediate_size=288,
+            num_heads=4,
+            in_channels=3,
+            patch_size=16,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            num_position_embeddings=576,
+            deepstack_layers=(1, 2),
+        ),
+        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
+        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
+        vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
+        vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
     )
 
 
-def _split_processor_config(folder: Path) -> None:
-    """Write the processor's settings as the two files of the Hub's Qwen3-VL folders instead of transformers 5's one."""
-    settings = json.loads((folder / "processor_config.json").read_text())
-    for name, content in split_processor_config(settings).items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    (folder / "processor_config.json").unlink()
+def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the contents of `config.json`, dense or with a mixture of experts; `ModelConfig.from_hf` reads it back.
+
+    The decoder's rotary settings stand there twice: transformers 5 reads `rope_parameters`, 4.57 needs `rope_scaling`
+    and `rope_theta`. So does the number of experts: `num_experts` in 4.57, `num_local_experts` in what 5 writes.
+    """
+    text, vision, experts = config.text, config.vision, config.text.experts
+    model_type = SUPPORTED_MODEL_TYPE if experts is None else EXPERTS_MODEL_TYPE
+    rope = {"mrope_interleaved": True, "mrope_section": list(text.mrope_section), "rope_type": "default"}
+    text_config = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": tokenizer.token_to_id(END_OF_TEXT),
+        "eos_token_id": tokenizer.token_to_id(END_OF_TURN),
+        "head_dim": text.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": text.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": text.intermediate_size,
+        "max_position_embeddings": text.max_positions,
+        "model_type": f"{model_type}_text",
+        "num_attention_heads": text.num_heads,
+        "num_hidden_layers": text.num_layers,
+        "num_key_value_heads": text.num_kv_heads,
+        "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_parameters": {**rope, "rope_theta": text.rope_theta},
+        "rope_scaling": rope,
+        "rope_theta": text.rope_theta,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "use_cache": True,
+        "vocab_size": text.vocab_size,
+    }
+    if experts is not None:
+        text_config |= {
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(experts.dense_layers),
+            "moe_intermediate_size": experts.intermediate_size,
+            "norm_topk_prob": True,
+            "num_experts": experts.num_experts,
+            "num_experts_per_tok": experts.top_k,
+            "num_local_experts": experts.num_experts,
+        }
+    return {
+        "architectures": [
+            "Qwen3VLForConditionalGeneration" if experts is None else "Qwen3VLMoeForConditionalGeneration"
+        ],
+        "dtype": "bfloat16",
+        "image_token_id": config.image_token_id,
+        "model_type": model_type,
+        "text_config": text_config,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "use_cache": True,
+        "video_token_id": config.video_token_id,
+        "vision_config": {
+            "deepstack_visual_indexes": list(vision.deepstack_layers),
+            "depth": vision.depth,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": vision.hidden_size,
+            "in_channels": vision.in_channels,
+            "initializer_range": 0.02,
+            "intermediate_size": vision.intermediate_size,
+            "model_type": f"{model_type}_vision",
+            "num_heads": vision.num_heads,
+            "num_position_embeddings": vision.num_position_embeddings,
+            "out_hidden_size": text.hidden_size,
+            "patch_size": vision.patch_size,
+            "rope_parameters": {"rope_theta": vision.rope_theta, "rope_type": "axial"},
+            "spatial_merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+        },
+        "vision_end_token_id": config.vision_end_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+    }
 
 
-def save_checkpoint(model: Qwen3VLForConditionalGeneration, folder: Path, card: str) -> None:
+def save_checkpoint(model: Qwen3VL, folder: Path, card: str) -> None:
     """Write the folder: weights in bfloat16, configuration, tokenizer, processor and model card.
 
     The folder is written beside `folder` and renamed, so that there is a usable one at any moment.
     """
-    import copy
-
-    import torch
-    from transformers import Qwen2TokenizerFast, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    from safetensors.torch import save_file
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(partial)
-    tokenizer = Qwen2TokenizerFast(
-        tokenizer_object=build_tokenizer(),
-        unk_token=None,
-        bos_token=None,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[t for t in SPECIAL_TOKENS if t not in ("<|im_end|>", "<|endoftext|>")],
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-    )
-    Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**_IMAGE_PROCESSOR),
-        tokenizer=tokenizer,
-        video_processor=Qwen3VLVideoProcessor(**_IMAGE_PROCESSOR),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(partial)
-    _split_processor_config(partial)
-    eos = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
-    generation = {"do_sample": False, "eos_token_id": eos, "pad_token_id": eos[1], "max_new_tokens": 64}
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    partial.mkdir(parents=True)
+    save_file(_weights(model), partial / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = build_tokenizer()
+    tokenizer.save(str(partial / "tokenizer.json"))
+    end_of_turn, end_of_text = (tokenizer.token_to_id(token) for token in (END_OF_TURN, END_OF_TEXT))
+    settings = {
+        "config.json": hf_config(model.config, tokenizer),
+        "generation_config.json": {
+            "do_sample": False,
+            "eos_token_id": [end_of_turn, end_of_text],
+            "max_new_tokens": 64,
+            "pad_token_id": end_of_text,
+        },
+        "tokenizer_config.json": _TOKENIZER | _PROCESSOR_CLASS,
+        "preprocessor_config.json": {
+            **_IMAGE_PROCESSOR,
+            "image_processor_type": "Qwen2VLImageProcessor",
+            **_PROCESSOR_CLASS,
+        },
+        "video_preprocessor_config.json": {
+            **_IMAGE_PROCESSOR,
+            **_VIDEO_SAMPLING,
+            "video_processor_type": "Qwen3VLVideoProcessor",
+            **_PROCESSOR_CLASS,
+        },
+    }
+    for name, values in settings.items():
+        (partial / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    (partial / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (partial / "README.md").write_text(card)
     for file in partial.iterdir():
         file.chmod(0o644)
@@ -126,3 +221,16 @@ def save_checkpoint(model: Qwen3VLForConditionalGeneration, folder: Path, card: 
         shutil.rmtree(old)
     else:
         partial.rename(folder)
+
+
+def _weights(model: Qwen3VL) -> dict[str, Tensor]:
+    """Return the weights in bfloat16 as the Hub stores them: stacked experts [E, in, out], a tied head not at all."""
+    import torch
+
+    weights = {}
+    for key, tensor in model.state_dict().items():
+        if key == HEAD_KEY and model.config.text.tie_word_embeddings:
+            continue
+        stored = tensor.to(torch.bfloat16)
+        weights[key] = (stored.transpose(1, 2) if ".mlp.experts." in key else stored).contiguous()
+    return weights

@@ -13,22 +13,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.batches import IGNORE, NO_DIGIT, Batch, Prompter, collate, training_batch
 from qwen3vl_export.demo.data import Digits, canvas_at, load_half
-from qwen3vl_export.demo.forward import text_forward, vision_forward
 from qwen3vl_export.demo.model import build_config
 from qwen3vl_export.demo.tasks import TASKS
 from qwen3vl_export.demo.tokenizer import build_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from qwen3vl_export.eager import load
+from qwen3vl_export.modeling import MixtureOfExperts, Qwen3VL
+from runtime.vision_inputs import position_interpolation, vision_rotary
 
 VALIDATION_SEED = 7
 
@@ -96,46 +95,43 @@ SMOKE = [
 class Trainee(nn.Module):
     """The model with its throw-away heads."""
 
-    def __init__(self, seed: int, model: PreTrainedModel | None = None) -> None:
+    def __init__(self, seed: int, model: Qwen3VL | None = None) -> None:
         """Start from `model`, or from random weights with a low-frequency cosine basis as the patch embedding."""
         super().__init__()
-        from transformers import Qwen3VLForConditionalGeneration
-
         torch.manual_seed(seed)
         self.tokenizer = build_tokenizer()
         if model is None:
-            model = Qwen3VLForConditionalGeneration(build_config(self.tokenizer))
-            proj = model.model.visual.patch_embed.proj
-            proj.weight.data.copy_(torch.from_numpy(_cosine_kernels(proj.weight.shape[0])))
+            model = Qwen3VL(build_config(self.tokenizer)).initialize()
+            kernels = model.visual.patch_embed.proj.weight
+            kernels.data.copy_(torch.from_numpy(_cosine_kernels(kernels.shape[0])))
         self.model = model
-        self.model.config.use_cache = True
-        self.heads = nn.Linear(192, NO_DIGIT + 1 + 4 + 9)
+        self.heads = nn.Linear(model.config.text.hidden_size, NO_DIGIT + 1 + 4 + 9)
         self._router_logits: list[torch.Tensor] = []
-        for layer in self.model.model.language_model.layers:
-            if hasattr(layer.mlp, "gate"):  # a mixture of experts
-                layer.mlp.gate.register_forward_hook(lambda _, __, output: self._router_logits.append(output[0]))
+        for layer in model.language_model.layers:
+            if isinstance(layer.mlp, MixtureOfExperts):
+                layer.mlp.gate.register_forward_hook(lambda _, __, logits_TE: self._router_logits.append(logits_TE))
 
     def losses(self, batch: Batch, stage: Stage) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the loss to minimise and its parts."""
         self._router_logits.clear()
         with torch.set_grad_enabled(stage.vision_rate > 0):
-            levels = vision_forward(self.model.model.visual, batch.patches_BPE, batch.rows, batch.cols)
+            embeds = self.visual_embeds(batch)
         if not stage.dense:
-            logits, targets = self.answer_logits(batch, levels)
+            logits, targets = self.answer_logits(batch, embeds)
             text, balance = F.cross_entropy(logits, targets), self._imbalance()
             return text + stage.balance * balance, {"text": float(text.detach()), "balance": float(balance.detach())}
-        classes, ranks, places = self.heads(levels[0]).split([NO_DIGIT + 1, 4, 9], -1)
+        classes, ranks, places = self.heads(embeds[0]).split([NO_DIGIT + 1, 4, 9], -1)
         # An empty cell weighs 0.1 of a digit's: there are about twenty of them to a digit.
         weight = torch.full((NO_DIGIT + 1,), 1.0)
         weight[NO_DIGIT] = 0.1
         parts = {
-            "class": F.cross_entropy(classes.flatten(0, 1), batch.classes_BV.flatten(), weight),
-            "rank": F.cross_entropy(ranks.flatten(0, 1), batch.ranks_BV.flatten(), ignore_index=IGNORE),
-            "place": F.cross_entropy(places.flatten(0, 1), batch.places_BV.flatten(), ignore_index=IGNORE),
+            "class": F.cross_entropy(classes, batch.classes_BV.flatten(), weight),
+            "rank": F.cross_entropy(ranks, batch.ranks_BV.flatten(), ignore_index=IGNORE),
+            "place": F.cross_entropy(places, batch.places_BV.flatten(), ignore_index=IGNORE),
         }
         loss = stage.dense * (parts["class"] + 0.5 * parts["rank"] + 0.3 * parts["place"])
         if batch.ids_BS is not None:
-            logits, targets = self.answer_logits(batch, levels)
+            logits, targets = self.answer_logits(batch, embeds)
             parts["text"] = F.cross_entropy(logits, targets)
             loss = loss + parts["text"]
         return loss, {k: float(v.detach()) for k, v in parts.items()}
@@ -145,20 +141,38 @@ class Trainee(nn.Module):
 
         1 if all experts get the same (Fedus et al. 2021, arXiv:2101.03961, equation 4).
         """
+        experts = self.model.config.text.experts
+        assert experts is not None
         losses = []
         for logits_TE in self._router_logits:
             probabilities_TE = logits_TE.float().softmax(-1)
-            chosen_TK = probabilities_TE.topk(self.model.config.text_config.num_experts_per_tok).indices
+            chosen_TK = probabilities_TE.topk(experts.top_k).indices
             shares_E = torch.bincount(chosen_TK.flatten(), minlength=logits_TE.shape[1]) / chosen_TK.numel()
             losses.append(logits_TE.shape[1] * (shares_E * probabilities_TE.mean(0)).sum())
         return torch.stack(losses).mean()
 
-    def answer_logits(self, batch: Batch, levels: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def visual_embeds(self, batch: Batch) -> torch.Tensor:
+        """Return the visual tokens of all images, one image behind the other, [1+levels, B·V, D]."""
+        vision = self.model.config.vision
+        merge = vision.spatial_merge_size
+        grid = (batch.rows * merge, batch.cols * merge)
+        tables = (
+            *position_interpolation(*grid, vision.num_grid_per_side, merge),
+            *vision_rotary(*grid, vision.head_dim, merge, vision.rope_theta),
+        )
+        embeds: torch.Tensor = self.model.visual(batch.patches_BPE, *map(torch.from_numpy, tables))
+        return embeds
+
+    def answer_logits(self, batch: Batch, visual_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits [n, vocab] of all answer tokens of the batch and the tokens [n] they must predict."""
         assert batch.ids_BS is not None and batch.targets_BS is not None and batch.plan is not None
-        hidden = text_forward(self.model, batch.ids_BS, levels, batch.plan)
+        (b, s), plan, text = batch.ids_BS.shape, batch.plan, self.model.language_model
+        first_rows_B1 = torch.arange(b)[:, None] * (batch.rows * batch.cols)
+        rows_BS = torch.where(plan.visual_rows_S >= 0, plan.visual_rows_S + first_rows_B1, -1)
+        positions_3BS = plan.positions_3S[:, None].expand(-1, b, s)
+        hidden, _ = text(batch.ids_BS, positions_3BS, rows_BS, visual_embeds, visible=plan.mask_SS)
         keep = batch.targets_BS != IGNORE
-        return F.linear(hidden[keep], self.model.lm_head.weight), batch.targets_BS[keep]
+        return self.model.lm_head(text.norm(hidden[keep])), batch.targets_BS[keep]
 
     @torch.no_grad()
     def exact_matches(self, batch: Batch) -> np.ndarray:
@@ -168,8 +182,7 @@ class Trainee(nn.Module):
         answer, so one pass measures exact match.
         """
         assert batch.ids_BS is not None and batch.targets_BS is not None and batch.segment_S is not None
-        levels = vision_forward(self.model.model.visual, batch.patches_BPE, batch.rows, batch.cols)
-        logits, targets = self.answer_logits(batch, levels)
+        logits, targets = self.answer_logits(batch, self.visual_embeds(batch))
         keep = batch.targets_BS != IGNORE
         wrong = torch.zeros_like(batch.targets_BS)
         wrong[keep] = (logits.argmax(-1) != targets).long()
@@ -199,13 +212,15 @@ def make_optimizer(trainee: Trainee, stage: Stage) -> list[torch.optim.Optimizer
     In a trial of 300 steps on 96-pixel canvases (rate 2e-3, one run each, canvases not identical) the dense heads named
     48 % of held-out digits with Muon and 38 % with AdamW alone.
     """
-    visual, text = trainee.model.model.visual, trainee.model.model.language_model
+    visual, text = trainee.model.visual, trainee.model.language_model
     matrices: dict[float, list[nn.Parameter]] = {stage.vision_rate: [], 1.0: []}
     rest: dict[float, list[nn.Parameter]] = {stage.vision_rate: [], 1.0: []}
     for module, rate in ((visual, stage.vision_rate), (text, 1.0)):
         if (module is text and not stage.language) or not rate:
             continue
         for name, parameter in module.named_parameters():
+            if name.startswith("deepstack") and not stage.language:
+                continue  # no loss depends on them: their gradients are zeros, and weight decay would shrink them
             inner = parameter.ndim == 2 and "embed" not in name
             (matrices if inner else rest)[rate].append(parameter)
     if stage.dense:
@@ -279,7 +294,7 @@ class Trainer:
         log: Callable[[str], None],
         *,
         seed: int = 0,
-        model: PreTrainedModel | None = None,
+        model: Qwen3VL | None = None,
     ) -> None:
         """Set up at the first step of the first stage.
 
@@ -338,9 +353,7 @@ class Trainer:
 
         The throw-away heads start at random: no checkpoint holds them.
         """
-        from transformers import Qwen3VLForConditionalGeneration
-
-        weights = dict(Qwen3VLForConditionalGeneration.from_pretrained(checkpoint).float().named_parameters())
+        weights = dict(load(Checkpoint.open(str(checkpoint))).named_parameters())
         for name, parameter in self.trainee.model.named_parameters():
             parameter.copy_(weights[name])
         self.average = Average(self.trainee)

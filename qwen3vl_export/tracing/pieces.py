@@ -3,6 +3,10 @@
 All pieces are traced in one call and taken apart afterwards: torch.onnx builds its table of operators anew for each
 call, which is half of the time of ten calls.
 
+Sizes are those of an example: torch's symbolic ones give the same functions (a test compares) in more than twice the
+time. Where the definition asks for no size, none can be in a function, and that is checked: the example's dynamic sizes
+are primes that no constant may be a multiple of.
+
 Shapes: B batch, S new tokens, T cache capacity, L logits positions, V visual rows, I segments, P patches, H head dim.
 """
 
@@ -27,8 +31,9 @@ from qwen3vl_export import modeling
 from qwen3vl_export.ops import causal_attention, mixture_of_experts, rms_norm, vision_attention
 from runtime.model_config import ModelConfig
 
-# Example sizes of the dimensions that are dynamic, pairwise different where a trace could mistake one for another.
-_EXAMPLES = {"B": 3, "S": 7, "T": 40, "L": 2, "V": 5, "I": 3, "P": 24}
+# Example sizes of the dynamic dimensions: primes above all sizes that a function may hold. P is also a multiple of the
+# patches of a visual token.
+_EXAMPLES = {"B": 10007, "S": 10009, "T": 10037, "L": 10039, "V": 10061, "I": 10067, "P": 10069}
 _TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.qwen3vl.causal_attention.default: causal_attention.translation,
     torch.ops.qwen3vl.mixture_of_experts.default: mixture_of_experts.translation,
@@ -80,11 +85,9 @@ class _Input:
     dims: Sequence[int | str]
     dtype: torch.dtype = torch.float32
 
-    def example(self) -> Tensor:
-        return torch.zeros([_EXAMPLES.get(dim, dim) for dim in self.dims], dtype=self.dtype)  # type: ignore[arg-type,misc]
-
-    def dynamic(self, symbols: Mapping[str, Any]) -> dict[int, Any]:
-        return {axis: symbols[dim] for axis, dim in enumerate(self.dims) if isinstance(dim, str)}
+    def example(self, patches_per_token: int) -> Tensor:
+        sizes = _EXAMPLES | {"P": _EXAMPLES["P"] * patches_per_token}
+        return torch.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in self.dims], dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def trace_pieces(config: ModelConfig) -> Pieces:
     # The `meta` device does not work here: it would trace tensors of two devices.
     with FakeTensorMode():
         tasks = {field: task for field, task in _tasks(config).items() if task is not None}
-        functions = _trace(list(tasks.values()))
+        functions = _trace(list(tasks.values()), config.vision.patches_per_token)
     pieces = {
         field: Piece(function, {key: tuple(value.shape) for key, value in task.parameters().items()})
         for (field, task), function in zip(tasks.items(), functions, strict=True)
@@ -231,7 +234,7 @@ class _Joined(nn.Module):
         return self._function(*self.children(), *inputs)
 
 
-def _trace(tasks: Sequence[_Task]) -> list[ir.Function]:
+def _trace(tasks: Sequence[_Task], patches_per_token: int) -> list[ir.Function]:
     """Trace all tasks in one call, and return a function for each."""
     modules = [task.module for task in tasks]
 
@@ -242,16 +245,10 @@ def _trace(tasks: Sequence[_Task]) -> list[ir.Function]:
             calls = zip(modules, parameters, examples, strict=True)
             return [torch.func.functional_call(module, dict(own), tuple(given)) for module, own, given in calls]
 
-    examples = [tuple(each.example() for each in task.inputs) for task in tasks]
+    examples = [tuple(each.example(patches_per_token) for each in task.inputs) for task in tasks]
     parameters = [task.shown() for task in tasks]
-    # One symbol for each letter, in all pieces: torch refuses a trace that would fix one or mistake one for another.
-    symbols = {letter: torch.export.Dim(letter) for letter in _EXAMPLES}
-    dynamic = (
-        [tuple(each.dynamic(symbols) for each in task.inputs) for task in tasks],
-        [dict.fromkeys(p) for p in parameters],
-    )
     with _undisturbed():
-        program = torch.export.export(All(), (examples, parameters), dynamic_shapes=dynamic, strict=False)
+        program = torch.export.export(All(), (examples, parameters), strict=False)
         # Every parameter is an input, so the optimizer reads no fake weight.
         traced = torch.onnx.export(
             program,
@@ -304,13 +301,18 @@ def _undisturbed() -> Iterator[None]:
 def _as_function(graph: ir.Graph, name: str, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Function:
     """Turn a traced graph into a function: named values, constants as nodes, no types of the example left behind."""
     first = graph[0]
-    for key, value in list(graph.initializers.items()):
+    for key, value in sorted(graph.initializers.items()):  # in an order of their own they come out of a set
+        assert value.const_value is not None
+        _check_sizes(name, value.const_value.numpy())
         constant = ir.node("Constant", [], attributes={"value": value.const_value}, name=f"constant_{key}")
         constant.outputs[0].name = key
         graph.insert_before(first, constant)
         ir.convenience.replace_all_uses_with(value, constant.outputs[0])
         del graph.initializers[key]
     for node in graph:
+        _check_sizes(
+            name, [each for a in node.attributes.values() if a.type == ir.AttributeType.INTS for each in a.value]
+        )
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
@@ -325,3 +327,12 @@ def _as_function(graph: ir.Graph, name: str, inputs: Sequence[str], outputs: Seq
     graph.opset_imports.clear()
     graph.opset_imports.update({"": OPSET_VERSION, DOMAIN: DOMAIN_VERSION})
     return ir.Function(DOMAIN, name, "", graph=graph, attributes=[])
+
+
+def _check_sizes(name: str, values: Any) -> None:
+    """Raise if a constant holds the size of a dynamic dimension of the example, which would fix it in the graph."""
+    values = np.asarray(values)
+    if values.dtype.kind in "iu":
+        for letter, size in _EXAMPLES.items():
+            fixed = values[(values % size == 0) & (values != 0)]
+            assert not fixed.size, f"{name}: the trace fixed {letter}: a constant is {fixed.flat[0]}"

@@ -1,0 +1,88 @@
+"""Pieces traced with fixed example sizes are those that symbolic sizes give, and a size that got into one is caught."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+
+import configs
+from qwen3vl_export import modeling
+from qwen3vl_export.tracing import pieces
+from qwen3vl_export.tracing.pieces import Piece, trace_pieces
+from runtime.model_config import ModelConfig
+
+pytestmark = pytest.mark.portable
+DENSE = ModelConfig.from_hf({"model_type": "qwen3_vl", **configs.load("models/tiny")})
+EXPERTS = ModelConfig.from_hf(configs.load("models/tiny-moe"))
+
+
+def listing(function: ir.Function) -> list[tuple[Any, ...]]:
+    """Return the nodes but for constants, with the values of those in their places."""
+    constants: dict[ir.Value, Any] = {}
+    numbers = {value: str(value.name) for value in function.inputs}
+    lines = []
+    for node in function:
+        if node.op_type == "Constant":
+            constants[node.outputs[0]] = ("constant", node.attributes["value"].value.numpy().tolist())
+            continue
+        inputs = [None if value is None else constants.get(value) or numbers[value] for value in node.inputs]
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        lines.append((node.domain, node.op_type, inputs, attributes))
+        for value in node.outputs:
+            numbers[value] = f"%{len(numbers)}"
+    return lines
+
+
+def with_symbols(export: Callable[..., Any]) -> Callable[..., Any]:
+    """Give each size of the example that is dynamic a symbol of its own, as `torch.export` is meant to be used."""
+
+    def dims(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            primes = pieces._EXAMPLES.values()
+            found = {i: torch.export.Dim.AUTO for i, n in enumerate(value.shape) if any(n % p == 0 for p in primes)}
+            return found or None
+        if isinstance(value, dict):
+            return {key: dims(each) for key, each in value.items()}
+        return type(value)(dims(each) for each in value)
+
+    return lambda module, args, **options: export(module, args, dynamic_shapes=dims(args), **options)
+
+
+@pytest.mark.parametrize("config", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_symbolic_sizes_give_the_same_functions(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = trace_pieces(config)
+    monkeypatch.setattr(torch.export, "export", with_symbols(torch.export.export))
+    symbolic = trace_pieces(config)
+    names = [field.name for field in dataclasses.fields(fixed)]
+    traced = [name for name in names if isinstance(getattr(fixed, name), Piece)]
+    assert len(traced) == 9 + (config is EXPERTS)
+    for name in traced:
+        ours, theirs = getattr(fixed, name), getattr(symbolic, name)
+        assert ours.parameters == theirs.parameters
+        assert listing(ours.function) == listing(theirs.function), name
+
+
+def test_the_same_model_gives_the_same_text() -> None:
+    first, second = (trace_pieces(DENSE) for _ in range(2))
+    for field in dataclasses.fields(first):
+        piece = getattr(first, field.name)
+        if isinstance(piece, Piece):
+            other = getattr(second, field.name).function
+            assert ir.to_proto(piece.function).SerializeToString() == ir.to_proto(other).SerializeToString()
+
+
+@pytest.mark.parametrize("letter", ["I", "P"])
+def test_a_size_that_got_into_a_function_is_caught(letter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fixing(self: Any, x: torch.Tensor) -> torch.Tensor:
+        num_segments, num_patches, _ = x.shape
+        flat = x.reshape(num_segments, -1) if letter == "I" else x.reshape(-1, num_patches, self.size // 4)
+        return self.linear_fc2(self.linear_fc1(flat.reshape(-1, self.size)))[None]
+
+    monkeypatch.setattr(modeling.PatchMerger, "forward", fixing)
+    with pytest.raises(AssertionError, match=r"the trace fixed [IP]: a constant is"):
+        trace_pieces(DENSE)
