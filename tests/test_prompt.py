@@ -42,9 +42,10 @@ def test_ids_equal_the_processor_with_images_of_several_sizes(tmp_path: Any) -> 
         {"role": "assistant", "content": [text("Yes.")]},
         {"role": "user", "content": [image(pictures[2]), image(pictures[0])]},
     ]
-    expected = processor.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="np"
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
+    expected = {name: value.numpy() for name, value in inputs.items()}
     sizes = (expected["image_grid_thw"].prod(axis=-1) // 4).tolist()
     assert len(set(sizes)) == 3
     remaining = iter(sizes)
