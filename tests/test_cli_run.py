@@ -370,7 +370,6 @@ def test_verify_exit_code_follows_the_report(passed: bool, qwen3vl: Any, monkeyp
     assert asked == [(Path("folder"), "demo")] * 2
 
 
-@pytest.mark.portable
 def test_verify_without_torchvision_fails(qwen3vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)  # as if it were not installed
     code, out, err = qwen3vl("verify", "folder", "--checkpoint", "demo")
