@@ -33,12 +33,13 @@ def write_experts(
     layout: Callable[[Arrays], Arrays] = as_on_the_hub,
     vision: Any = None,
     tie_word_embeddings: bool = True,
+    seed: int = 0,
     **text: Any,
 ) -> Path:
     """Write a random mixture of experts; `text` and `vision` alter the sections of config.json."""
     top = {"tie_word_embeddings": tie_word_embeddings}
     values = tiny_values("tiny-moe", text_config=text, vision_config=vision or {}, **top)
-    return write_files(folder, values, layout(tensors_of(random_model(values))))
+    return write_files(folder, values, layout(tensors_of(random_model(values, seed=seed))))
 
 
 def rewritten(source: Path, folder: Path, change: Callable[[Arrays], Arrays]) -> Path:
