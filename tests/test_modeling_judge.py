@@ -11,11 +11,19 @@ import numpy as np
 import own_model
 import pytest
 from moe_checkpoints import write_experts
-from random_checkpoints import add_assets, randomise, tiny_values, write_random
+from random_checkpoints import (
+    add_assets,
+    random_model,
+    randomise,
+    tensors_of,
+    tiny_values,
+    write_files,
+    write_random,
+)
 
 pytestmark = pytest.mark.judge
 
-ROPE = {"rope_type": "default", "rope_theta": 12345.0, "mrope_section": [4, 5, 7], "mrope_interleaved": True}
+ROPE = {"rope_type": "default", "rope_theta": 12345.0, "mrope_section": [9, 4, 3], "mrope_interleaved": True}
 AXIAL = {"rope_parameters": {"rope_type": "axial", "rope_theta": 300.0}}
 UNSORTED = {"deepstack_visual_indexes": [2, 0]}
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -136,6 +144,21 @@ def test_every_level_of_the_vision_tower(open_pair: Any, processor: Any, name: s
     expected = judge.visual_levels(theirs, pixels, grids, is_video=is_video)
     assert len(expected) == 3 and float((expected[1] - expected[2]).abs().max()) > 0.1
     assert_close(found, expected, VISION_TOLERANCE)
+
+
+def test_faint_pictures_show_the_epsilon_of_the_norms(processor: Any, tmp_path: Path) -> None:
+    """Patches whose variance is a millionth, as the epsilon is: another one would change every output."""
+    import torch
+
+    values = tiny_values()
+    tensors = tensors_of(random_model(values))
+    for key in ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed.weight"):
+        tensors[f"model.visual.{key}"] = tensors[f"model.visual.{key}"] * 5e-4
+    folder = write_files(tmp_path / "checkpoint", values, tensors)
+    inputs = three_images(processor)
+    pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
+    found = torch.cat(own_model.visual_levels(load_own(folder), pixels, grids), 1)
+    assert_close(found, judge.visual_levels(judge.load(folder), pixels, grids), VISION_TOLERANCE)
 
 
 @pytest.mark.parametrize("case", PROMPTS)
