@@ -67,6 +67,9 @@ def hf_config(model_name: str, dtype: str = "BF16", layers: int | None = None) -
         )
     for part in ("text_config", "vision_config"):
         config[part] |= shape[part]
+    rope = dict(config["text_config"]["rope_parameters"])
+    # As the demo's, in the older form too, which the peers' releases of transformers read.
+    config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     if layers is not None:
         if not 1 <= layers <= config["text_config"]["num_hidden_layers"]:
             raise UsageError(
