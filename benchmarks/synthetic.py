@@ -67,9 +67,10 @@ def hf_config(model_name: str, dtype: str = "BF16", layers: int | None = None) -
         )
     for part in ("text_config", "vision_config"):
         config[part] |= shape[part]
-    rope = dict(config["text_config"]["rope_parameters"])
-    # As the demo's, in the older form too, which the peers' releases of transformers read.
-    config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    # Both forms of the rotary embedding, as in the demo's config.json: they must say the same.
+    text = config["text_config"]
+    text["rope_theta"] = text["rope_parameters"]["rope_theta"]
+    text["rope_scaling"] = {key: value for key, value in text["rope_parameters"].items() if key != "rope_theta"}
     if layers is not None:
         if not 1 <= layers <= config["text_config"]["num_hidden_layers"]:
             raise UsageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 # cores, two threads that wait for each other were measured to take fifty times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import configs
+from random_checkpoints import write_random
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
@@ -36,29 +35,19 @@ def demo_engine(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint of the tiny shape, written by transformers itself; head_dim differs from hidden / heads."""
-    import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
+def demo_moe_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engine of the demo with a mixture of experts for ort-cpu-fp32."""
     from qwen3vl_export.checkpoint import Checkpoint
+    from qwen3vl_export.export import make_bundle
 
-    folder = tmp_path_factory.mktemp("tiny")
-    demo = Checkpoint.open("demo")
-    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    values = copy.deepcopy(configs.load("models/tiny")) | {key: demo.hf_config[key] for key in ids}
-    values["text_config"]["eos_token_id"] = demo.hf_config["text_config"]["eos_token_id"]
-    torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**values)).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-        else:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
-        (folder / name).write_bytes((demo.folder / name).read_bytes())
-    return folder
+    bundle = make_bundle(Checkpoint.open("demo-moe"))
+    return build(bundle, "ort-cpu-fp32", tmp_path_factory.mktemp("demo-moe") / "engine")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint of the tiny shape; head_dim differs from hidden / heads."""
+    return write_random(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import shutil
 from collections.abc import Callable
@@ -10,57 +9,51 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-import configs
+from random_checkpoints import random_model, tensors_of, tiny_values, write_files
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-ASSETS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
 
 
-def write_by_transformers(folder: Path, **text: Any) -> Path:
-    """Let transformers make and save a model; `text` alters its text_config."""
-    import torch
-    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
-
-    from qwen3vl_export.checkpoint import Checkpoint
-
-    demo = Checkpoint.open("demo")
-    values = copy.deepcopy(configs.load("models/tiny-moe")) | {key: demo.hf_config[key] for key in TOKEN_IDS}
-    values["text_config"] |= {"eos_token_id": demo.hf_config["text_config"]["eos_token_id"], **text}
-    torch.manual_seed(0)
-    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig.from_dict(values)).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-        else:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(folder)
-    for name in ASSETS:
-        (folder / name).write_bytes((demo.folder / name).read_bytes())
-    return folder
-
-
-def rewritten(source: Path, folder: Path, change: Callable[[Arrays], Arrays]) -> Path:
-    """Copy a checkpoint with other tensors."""
-    from safetensors.numpy import load_file, save_file
-
-    shutil.copytree(source, folder)
-    tensors = change(load_file(source / "model.safetensors"))
-    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / "model.safetensors")
-    return folder
+def as_in_the_graph(tensors: Arrays) -> Arrays:
+    """Leave the experts as our definition and transformers 5 hold them."""
+    return dict(tensors)
 
 
 def as_on_the_hub(tensors: Arrays) -> Arrays:
-    """Transpose every stacked tensor."""
+    """Transpose every stacked tensor; the one layout that transformers 4.57 reads too."""
     return {
         key: value.transpose(0, 2, 1) if re.search(r"experts\.(gate_up|down)_proj$", key) else value
         for key, value in tensors.items()
     }
 
 
+def write_experts(
+    folder: Path,
+    *,
+    layout: Callable[[Arrays], Arrays] = as_on_the_hub,
+    vision: Any = None,
+    tie_word_embeddings: bool = True,
+    **text: Any,
+) -> Path:
+    """Write a random mixture of experts; `text` and `vision` alter the sections of config.json."""
+    top = {"tie_word_embeddings": tie_word_embeddings}
+    values = tiny_values("tiny-moe", text_config=text, vision_config=vision or {}, **top)
+    return write_files(folder, values, layout(tensors_of(random_model(values))))
+
+
+def rewritten(source: Path, folder: Path, change: Callable[[Arrays], Arrays]) -> Path:
+    """Copy a checkpoint with other tensors, as `change` makes them from those that it has."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(source, folder)
+    tensors = change(load_file(source / "model.safetensors"))
+    arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def one_by_one(tensors: Arrays) -> Arrays:
-    """Give every matrix of every expert a key of its own."""
+    """Give every matrix of every expert, stacked as in the graph, a key of its own."""
     split: Arrays = {}
     for key, value in tensors.items():
         scope, found, part = key.partition(".experts.")

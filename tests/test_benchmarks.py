@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import judge
 import numpy as np
 import pytest
 
@@ -17,39 +18,37 @@ from runtime.errors import UsageError
 def reference_shapes(model_name: str) -> dict[str, tuple[int, ...]]:
     """Shapes of transformers' own module, built without memory."""
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
 
     values = synthetic.hf_config(model_name)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    # A model holds its experts as [experts, out, in], the Hub's checkpoints as [experts, in, out].
+        model = judge.new_model(values)
+    shapes = {key: judge.in_graph_layout(key, tuple(value.shape)) for key, value in model.state_dict().items()}
+    # The Hub's checkpoints hold experts as [experts, in, out].
     shapes |= {key: (shape[0], shape[2], shape[1]) for key, shape in shapes.items() if ".mlp.experts." in key}
-    if config.tie_word_embeddings:
+    if values["tie_word_embeddings"]:
         shapes.pop("lm_head.weight")
     return shapes
 
 
+@pytest.mark.judge
 @pytest.mark.parametrize("model_name", configs.names("models"))
 def test_keys_and_shapes_equal_transformers(model_name: str) -> None:
     assert synthetic.tensor_shapes(synthetic.hf_config(model_name)) == reference_shapes(model_name)
 
 
+@pytest.mark.judge
 def test_transformers_loads_the_values_that_were_written(tmp_path: Path) -> None:
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-
     synthetic.write_checkpoint(tmp_path, "tiny")
-    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    model = judge.load(tmp_path, "bfloat16")
     weights = model.state_dict()
     norm = weights["model.language_model.layers.0.input_layernorm.weight"].float()
     projection = weights["model.language_model.layers.0.mlp.up_proj.weight"].float()
     assert abs(float(norm.mean()) - 1) < 0.02 and 0.01 < float(norm.std()) < 0.03
     assert abs(float(projection.mean())) < 0.002 and 0.018 < float(projection.std()) < 0.022
-    assert len(AutoTokenizer.from_pretrained(tmp_path)) <= model.config.text_config.vocab_size
+    assert len(judge.processor(tmp_path).tokenizer) <= model.config.text_config.vocab_size
 
 
+@pytest.mark.portable
 def test_seed_decides_the_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         synthetic.write_checkpoint(tmp_path / name, "tiny", seed=seed)
@@ -57,6 +56,7 @@ def test_seed_decides_the_bytes(tmp_path: Path) -> None:
     assert a == b != c
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("dtype", ["F32", "F16"])
 def test_other_dtypes_are_readable(tmp_path: Path, dtype: str) -> None:
     from safetensors.numpy import load_file
@@ -81,6 +81,7 @@ def test_large_checkpoint_is_sharded_and_sparse(tmp_path: Path) -> None:
     assert {key: entry.shape for key, entry in Checkpoint.open(str(tmp_path)).entries.items()} == shapes
 
 
+@pytest.mark.portable
 def test_experts_with_holes(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
@@ -101,6 +102,7 @@ def test_experts_with_holes(tmp_path: Path) -> None:
         synthetic.write_checkpoint(tmp_path, "tiny", expert_stride=2)
 
 
+@pytest.mark.portable
 def test_the_first_layers_of_a_shape() -> None:
     whole, cut = (synthetic.tensor_shapes(synthetic.hf_config("tiny-moe", layers=n)) for n in (None, 3))
     left_out = ("model.language_model.layers.3.", "model.language_model.layers.4.")
@@ -110,6 +112,7 @@ def test_the_first_layers_of_a_shape() -> None:
             synthetic.hf_config("tiny-moe", layers=layers)
 
 
+@pytest.mark.portable
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UsageError, match="no such shape"):
         synthetic.hf_config("qwen3-vl-3b")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import judge
 import pytest
 from tokenizer_fixture import INSTRUCT_TEMPLATE, THINKING_TEMPLATE, build_tokenizer_files
 
@@ -58,12 +59,11 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=["instruct", "thinking"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ChatTemplate, Any]:
-    from transformers import AutoProcessor
-
     folder = build_tokenizer_files(tmp_path_factory.mktemp("processor"), thinking=request.param == "thinking")
-    return ChatTemplate.from_folder(folder), AutoProcessor.from_pretrained(folder)
+    return ChatTemplate.from_folder(folder), judge.processor(folder)
 
 
+@pytest.mark.judge
 @pytest.mark.parametrize("options", [{}, {"tools": [TOOL]}, {"add_vision_id": True}])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("name", list(CHATS))
@@ -71,6 +71,8 @@ def test_equals_the_processor(
     pair: tuple[ChatTemplate, Any], name: str, add_generation_prompt: bool, options: dict[str, Any]
 ) -> None:
     template, processor = pair
+    if name == "reasoning by name":
+        judge.skip_unless(judge.release() > (5, 10), "it does not hand `reasoning` on to the template")
     plain, _ = normalise_messages(CHATS[name])
     chat = template.render(
         plain,
@@ -82,6 +84,15 @@ def test_equals_the_processor(
     assert chat.text == expected
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One with the special token that the templates below ask for, and without the other."""
+    found = judge.processor(build_tokenizer_files(tmp_path_factory.mktemp("tokenizer"))).tokenizer
+    assert (found.bos_token, found.eos_token) == (None, "<|im_end|>")
+    return found
+
+
+@pytest.mark.portable
 def test_the_thinking_variant_opens_a_thought() -> None:
     plain, _ = normalise_messages("hi")
     start = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -89,6 +100,7 @@ def test_the_thinking_variant_opens_a_thought() -> None:
     assert ChatTemplate(THINKING_TEMPLATE).render(plain).text == f"{start}<think>\n"
 
 
+@pytest.mark.judge
 @pytest.mark.parametrize(
     "source",
     [
@@ -101,15 +113,14 @@ def test_the_thinking_variant_opens_a_thought() -> None:
         "{{ messages[0].content | trim | upper }}{{ messages[9] }}\n",
     ],
 )
-def test_the_environment_equals_that_of_transformers(source: str) -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+def test_the_environment_equals_that_of_transformers(tokenizer: Any, source: str) -> None:
     messages = [{"role": "user", "content": ' a <b> & "ü" 日本\n'}, {"role": "system", "content": "x"}]
-    (expected,), _ = render_jinja_template([messages], chat_template=source, eos_token="<|im_end|>")
+    expected = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
     template = ChatTemplate(source, special_tokens={"eos_token": "<|im_end|>"})
     assert template.render(messages, add_generation_prompt=False).text == expected
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("name", list(CHATS))
 def test_only_the_tokens_that_the_template_wrote_are_images(name: str) -> None:
     plain, images = normalise_messages(CHATS[name])
@@ -120,6 +131,7 @@ def test_only_the_tokens_that_the_template_wrote_are_images(name: str) -> None:
         assert chat.text[offset:].startswith(f"{IMAGE_TOKEN}<|vision_end|>")
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     "parts",
     [
@@ -140,6 +152,7 @@ def test_typed_tokens_are_told_from_the_templates_own(parts: list[dict[str, Any]
     assert chat.text.startswith(f"<|im_start|>user\n{before}<|vision_start|>{IMAGE_TOKEN}<|vision_end|>{after}<|im_end")
 
 
+@pytest.mark.portable
 def test_a_template_may_take_the_token_from_a_variable() -> None:
     source = "{% for p in messages[0].content %}{{ sep_token if p.type == 'image' else p.text }}{% endfor %}"
     template = ChatTemplate(source, special_tokens={"sep_token": f"[{IMAGE_TOKEN}]"})
@@ -149,6 +162,7 @@ def test_a_template_may_take_the_token_from_a_variable() -> None:
     assert chat.image_offsets == (len(IMAGE_TOKEN) + 1,)
 
 
+@pytest.mark.portable
 def test_a_template_that_rewrites_typed_tokens_is_an_error_only_where_they_are_typed() -> None:
     source = "{% for p in messages[0].content %}{{ p.text | replace('<|image_pad|>', 'X<|image_pad|>') }}{% endfor %}"
     template = ChatTemplate(source)
@@ -157,6 +171,7 @@ def test_a_template_that_rewrites_typed_tokens_is_an_error_only_where_they_are_t
         template.render(normalise_messages(f"typed {IMAGE_TOKEN}")[0])
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("source", "error", "expected"),
     [
@@ -177,6 +192,7 @@ def test_what_a_template_may_not_do(source: str, error: type[Exception], expecte
         ChatTemplate(source).render(normalise_messages("hi")[0])
 
 
+@pytest.mark.portable
 def test_unknown_variables_are_refused() -> None:
     template = ChatTemplate(INSTRUCT_TEMPLATE)
     plain, _ = normalise_messages("hi")
@@ -201,6 +217,7 @@ def write_config(key: str, value: Any) -> Callable[[Path], None]:
     return write
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     "write",
     [
@@ -224,6 +241,7 @@ def test_older_places_of_the_template(tmp_path: Path, write: Callable[[Path], No
     assert ChatTemplate.from_folder(tmp_path).render(normalise_messages("hi")[0]).text == "E!"
 
 
+@pytest.mark.portable
 def test_a_folder_without_a_template_or_with_a_broken_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="has no chat template"):
         ChatTemplate.from_folder(tmp_path)

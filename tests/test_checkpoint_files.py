@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import judge
 import numpy as np
 import pytest
 from damage import altered, rewrite
@@ -27,6 +28,7 @@ def safetensors_file(path: Path, offsets: list[Any], num_bytes: int, shape: Any 
     return path
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("offsets", "num_bytes", "words"),
     [
@@ -48,12 +50,14 @@ def test_offsets_that_safetensors_refuses(tmp_path: Path, offsets: list[Any], nu
         read_header(path)
 
 
+@pytest.mark.portable
 def test_a_negative_shape_is_refused(tmp_path: Path) -> None:
     path = safetensors_file(tmp_path / "model.safetensors", [[0, 8]], 8, shape=(-1, -2))
     with pytest.raises(CheckpointError, match="expected a non-negative integer, got -1"):
         read_header(path)
 
 
+@pytest.mark.portable
 def test_tensors_in_any_order_and_empty_ones_are_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"b": np.ones(3, np.float32), "a": np.ones((2, 2), np.float16), "none": np.ones((0, 4), np.int8)}, path)
@@ -61,10 +65,9 @@ def test_tensors_in_any_order_and_empty_ones_are_read(tmp_path: Path) -> None:
     assert shapes == {"a": (2, 2), "b": (3,), "none": (0, 4)}
 
 
+@pytest.mark.judge
 def test_a_single_file_wins_over_an_index(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """As in transformers, whose answer is looked at here too."""
-    from transformers import AutoModelForImageTextToText
-
     folder = altered(tiny_checkpoint, tmp_path / "checkpoint")
     tensors = load_file(folder / "model.safetensors")
     other = {key: values + 1 for key, values in tensors.items()}
@@ -72,11 +75,12 @@ def test_a_single_file_wins_over_an_index(tiny_checkpoint: Path, tmp_path: Path)
     weight_map = dict.fromkeys(other, "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     key = "model.language_model.norm.weight"
-    reference = AutoModelForImageTextToText.from_pretrained(folder).model.language_model.norm.weight
+    reference = judge.load(folder).model.language_model.norm.weight
     np.testing.assert_array_equal(reference.detach().float().numpy(), tensors[key])
     assert list(Checkpoint.open(str(folder)).headers) == ["model.safetensors"]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("changed", [False, True])
 def test_copy_of_the_tied_head_in_another_dtype(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
@@ -100,6 +104,7 @@ def test_copy_of_the_tied_head_in_another_dtype(
         checkpoint.check_keys(used)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("is_chained", [False, True])
 def test_a_full_disk_while_downloading(monkeypatch: pytest.MonkeyPatch, is_chained: bool) -> None:
     def download(*_: object, **__: object) -> str:
@@ -113,6 +118,7 @@ def test_a_full_disk_while_downloading(monkeypatch: pytest.MonkeyPatch, is_chain
         Checkpoint.open("someone/model@main")
 
 
+@pytest.mark.portable
 def test_a_download_that_fails_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_: object, **__: object) -> str:
         raise ConnectionError("unreachable")

@@ -61,6 +61,7 @@ def assert_intact(engine: Path, before: dict[str, int]) -> None:
     Manifest.read(engine).check(engine, full=True)
 
 
+@pytest.mark.portable
 def test_ctrl_c_leaves_the_older_engine(older_engine: Path) -> None:
     before = {path.name: path.stat().st_ino for path in older_engine.iterdir()}
     process = start("slow", older_engine)
@@ -81,6 +82,7 @@ def test_ctrl_c_leaves_the_older_engine(older_engine: Path) -> None:
     assert_intact(older_engine, before)
 
 
+@pytest.mark.portable
 def test_a_disk_that_fills_up_leaves_the_older_engine(older_engine: Path) -> None:
     before = {path.name: path.stat().st_ino for path in older_engine.iterdir()}
     process = start("full", older_engine)
@@ -93,6 +95,7 @@ def test_a_disk_that_fills_up_leaves_the_older_engine(older_engine: Path) -> Non
     assert_intact(older_engine, before)
 
 
+@pytest.mark.portable
 def test_graphs_alone_are_no_engine(tiny_checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "graphs"
     code, out, err = call(app, str(tiny_checkpoint), "--no-compile", "--no-weights", "--json", "--output", str(output))
@@ -123,6 +126,7 @@ def test_lowered_graphs_are_no_engine(tiny_checkpoint: Path, tmp_path: Path) -> 
     assert "`qwen3vl verify` reads it" in str(raised.value.remedy)
 
 
+@pytest.mark.portable
 def test_debug_is_told_once_and_is_no_option() -> None:
     code, out, _ = call(app, "--help")
     assert code == 0
@@ -132,6 +136,7 @@ def test_debug_is_told_once_and_is_no_option() -> None:
     assert "Traceback" in err and err.count("error: no-such-folder: no such folder") == 1
 
 
+@pytest.mark.portable
 def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -152,6 +157,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.portable
 def test_auto_says_what_it_considered_and_builds_what_it_chose(tmp_path: Path) -> None:
     output = tmp_path / "engine"
     code, out, err = call(app, "demo", "--target", "auto", "--max-context", "2048", "--output", str(output), "--json")
@@ -161,6 +167,7 @@ def test_auto_says_what_it_considered_and_builds_what_it_chose(tmp_path: Path) -
     assert all(name in err for name in ("trt-fp16", "ort-cpu-int8", "limit MB"))
 
 
+@pytest.mark.portable
 def test_a_mistyped_target_is_found_before_the_model_is_opened(tmp_path: Path) -> None:
     code, _, err = call(app, "no/such-model", "--target", "trt-fp61", "--output", str(tmp_path / "engine"))
     assert code == 6 and "did you mean trt-fp16" in err

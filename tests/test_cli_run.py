@@ -115,12 +115,14 @@ def engine(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.portable
 def test_options_not_given_are_not_passed_on(model: FakeModel, qwen3vl: Any) -> None:
     assert qwen3vl("run", "folder", "Read.")[0] == 0
     assert model.opened == [(Path("folder"), {"check": False})]
     assert model.calls == [([{"role": "user", "content": [{"type": "text", "text": "Read."}]}], {})]
 
 
+@pytest.mark.portable
 def test_every_option_arrives(model: FakeModel, qwen3vl: Any) -> None:
     # A URL arrives whole, so that the runtime can refuse it by name.
     args = (
@@ -160,6 +162,7 @@ def test_every_option_arrives(model: FakeModel, qwen3vl: Any) -> None:
     assert model.calls[1][1] == {"do_sample": False}
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("memory", ["nan", "inf", "-inf"])
 def test_a_memory_that_is_no_number_is_refused(model: FakeModel, qwen3vl: Any, memory: str) -> None:
     for command in (["run", "folder", "Read."], ["chat", "folder"]):
@@ -169,12 +172,14 @@ def test_a_memory_that_is_no_number_is_refused(model: FakeModel, qwen3vl: Any, m
     assert model.opened == []
 
 
+@pytest.mark.portable
 def test_inspect_refuses_a_url(qwen3vl: Any) -> None:
     code, out, err = qwen3vl("inspect", "https://host/engine")
     assert (code, out) == (2, "")
     assert "found a URL of scheme 'https'; nothing is fetched" in err
 
 
+@pytest.mark.portable
 def test_answer_on_stdout_statistics_on_stderr(model: FakeModel, qwen3vl: Any) -> None:
     assert qwen3vl("run", "folder", "Read.") == (0, "4 7é\n", "")
     code, out, err = qwen3vl("run", "folder", "Read.", "--stats")
@@ -193,6 +198,7 @@ def test_answer_on_stdout_statistics_on_stderr(model: FakeModel, qwen3vl: Any) -
     }
 
 
+@pytest.mark.portable
 def test_json_is_one_object(model: FakeModel, qwen3vl: Any) -> None:
     code, out, err = qwen3vl("run", "folder", "Read.", "--json")
     assert (code, err, out.count("\n")) == (0, "", 1)
@@ -203,12 +209,14 @@ def test_json_is_one_object(model: FakeModel, qwen3vl: Any) -> None:
     assert values == {"text": "4 7é", "token_ids": [4, 5, 6], "finish_reason": "eos"}
 
 
+@pytest.mark.portable
 def test_ctrl_c_ends_the_line_and_closes_the_stream(model: FakeModel, qwen3vl: Any) -> None:
     model.failure = KeyboardInterrupt()
     assert qwen3vl("run", "folder", "Read.") == (130, "4 \n", "interrupted\n")
     assert model.num_closed == 1
 
 
+@pytest.mark.portable
 def test_an_error_in_the_middle_of_an_answer(model: FakeModel, qwen3vl: Any) -> None:
     model.failure = CapacityError("too long", remedy="shorten it")
     assert qwen3vl("run", "folder", "Read.") == (8, "4 \n", "error: too long\n  remedy: shorten it\n")
@@ -223,6 +231,7 @@ def _chat(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
+@pytest.mark.portable
 def test_chat_carries_the_turns_and_takes_images(
     model: FakeModel, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -244,6 +253,7 @@ def _brief(turn: dict[str, Any]) -> tuple[str, Any]:
     return turn["role"], [part.get("image", part.get("text")) for part in content]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
@@ -272,6 +282,7 @@ def test_a_failed_turn_leaves_no_trace(
     assert model.num_closed == 1
 
 
+@pytest.mark.portable
 def test_a_first_image_that_is_missing_ends_the_chat(
     model: FakeModel, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +292,7 @@ def test_a_first_image_that_is_missing_ends_the_chat(
     assert err.startswith("error: ") and "'nope.png': no such file" in err
 
 
+@pytest.mark.portable
 def test_inspect_prints_the_manifest(engine: Path, qwen3vl: Any) -> None:
     code, out, err = qwen3vl("inspect", str(engine))
     assert (code, err) == (0, "")
@@ -304,6 +316,7 @@ def test_inspect_prints_the_manifest(engine: Path, qwen3vl: Any) -> None:
     assert values["files"]["weights.data"]["sha256"] == sha256_of(engine / "weights.data")
 
 
+@pytest.mark.portable
 def test_inspect_check_finds_a_changed_weight(engine: Path, qwen3vl: Any) -> None:
     assert qwen3vl("inspect", str(engine), "--check")[0] == 0
     (engine / "weights.data").write_bytes(bytes(200))
@@ -316,6 +329,7 @@ def test_inspect_check_finds_a_changed_weight(engine: Path, qwen3vl: Any) -> Non
     assert qwen3vl("inspect", str(engine), "--check", "--json")[:2] == (EngineError.exit_code, "")
 
 
+@pytest.mark.portable
 def test_targets_lists_the_registry(qwen3vl: Any) -> None:
     from engines.registry import all_targets
 
@@ -329,6 +343,7 @@ def test_targets_lists_the_registry(qwen3vl: Any) -> None:
     assert all(row["name"] in out and row["description"] in out and row["reason"] in out for row in rows)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("passed", [True, False])
 def test_verify_exit_code_follows_the_report(passed: bool, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
@@ -373,6 +388,7 @@ def _failing_app(error: BaseException) -> typer.Typer:
     return failing
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -397,11 +413,13 @@ def test_each_error_has_one_message_and_its_code(
         assert err.startswith(message) if not has_traceback else message in err
 
 
+@pytest.mark.portable
 def test_debug_after_two_dashes_is_text(model: FakeModel, qwen3vl: Any) -> None:
     assert qwen3vl("run", "folder", "--", "--debug")[0] == 0
     assert model.calls[0][0][0]["content"][0]["text"] == "--debug"
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("args", [["run", "folder"], ["run", "f", "p", "--seed", "x"], ["fly"], ["verify", "f"]])
 def test_wrong_usage_exits_with_2(args: list[str], qwen3vl: Any) -> None:
     code, out, err = qwen3vl(*args)
@@ -410,6 +428,7 @@ def test_wrong_usage_exits_with_2(args: list[str], qwen3vl: Any) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("command", ["run", "chat", "inspect", "targets", "verify"])
 def test_help_shows_an_example(command: str, qwen3vl: Any) -> None:
     code, out, _ = qwen3vl(command, "--help")
@@ -417,6 +436,7 @@ def test_help_shows_an_example(command: str, qwen3vl: Any) -> None:
     assert f"\n    qwen3vl {command}" in out
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -434,6 +454,7 @@ def test_messages_spell_options_as_the_command_line_does(text: str, expected: st
     assert spell_options(text) == expected
 
 
+@pytest.mark.portable
 def test_every_option_of_the_api_is_spelled() -> None:
     from runtime.model import Qwen3VLModel
 
@@ -447,6 +468,7 @@ def test_every_option_of_the_api_is_spelled() -> None:
     assert {"max_pixels", "max_context", "huge_pages", "top_k"} <= spelled
 
 
+@pytest.mark.portable
 def test_errors_and_notes_of_the_runtime_are_spelled(
     model: FakeModel, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -462,6 +484,7 @@ def test_errors_and_notes_of_the_runtime_are_spelled(
     assert logging.getLogger("runtime").handlers == []
 
 
+@pytest.mark.portable
 def test_a_reader_that_leaves_ends_the_command_quietly(demo_engine: Path) -> None:
     root = Path(__file__).parent.parent
     # Output that is written piece by piece, and output that is written when the command ends.
@@ -481,6 +504,7 @@ def _keys(value: Any) -> set[str]:
     return set(value) | (_keys(value["stats"]) if "stats" in value else set())
 
 
+@pytest.mark.portable
 def test_help_names_every_key_of_the_json(model: FakeModel, engine: Path, qwen3vl: Any) -> None:
     for args in (["run", "folder", "Read."], ["inspect", str(engine)], ["targets"]):
         code, out, _ = qwen3vl(*args, "--json")
@@ -490,12 +514,14 @@ def test_help_names_every_key_of_the_json(model: FakeModel, engine: Path, qwen3v
         assert _keys(json.loads(out)) <= set(re.findall(r"\w+", paragraph))
 
 
+@pytest.mark.portable
 def test_a_missing_engine_says_how_to_build_one(tmp_path: Path, qwen3vl: Any) -> None:
     code, out, err = qwen3vl("run", str(tmp_path / "none"), "Read.")
     assert (code, out) == (EngineError.exit_code, "")
     assert err.startswith(f"error: {tmp_path / 'none'}: no such engine folder\n  remedy: ")
 
 
+@pytest.mark.portable
 def test_importing_the_command_loads_nothing_heavy() -> None:
     code = (
         "import sys, qwen3vl_export.cli.run; "

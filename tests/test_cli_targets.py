@@ -39,6 +39,7 @@ def call(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.portable
 def test_the_machine_is_shown() -> None:
     text = call()
     for expected in (
@@ -52,6 +53,7 @@ def test_the_machine_is_shown() -> None:
     assert "MB" not in text
 
 
+@pytest.mark.portable
 def test_json_of_the_machine() -> None:
     values: dict[str, Any] = json.loads(call("--json"))
     assert list(values) == ["machine", "targets"]
@@ -59,6 +61,7 @@ def test_json_of_the_machine() -> None:
     assert values["machine"]["memory_bytes"] == 32_000_000_000
 
 
+@pytest.mark.portable
 def test_estimates_of_a_size() -> None:
     expected = consider(MACHINE, model_shape("qwen3-vl-2b"))
     assert expected.target is not None
@@ -69,17 +72,20 @@ def test_estimates_of_a_size() -> None:
     assert all(each["total_bytes"] == sum(each["parts"].values()) for each in choice["candidates"])
 
 
+@pytest.mark.portable
 def test_a_model_that_fits_nowhere_is_shown_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "probe", lambda: Hardware("Abacus", (), 1, 1000))
     assert call("--model", "qwen3-vl-32b").endswith("--target auto: none fits\n")
     assert json.loads(call("--model", "qwen3-vl-32b", "--json"))["choice"]["target"] is None
 
 
+@pytest.mark.portable
 def test_a_folder_is_a_model_too() -> None:
     folder = ROOT / "qwen3vl_export" / "demo" / "checkpoint"
     assert model_shape(str(folder)) == model_shape("demo")
 
 
+@pytest.mark.portable
 def test_another_name_is_refused() -> None:
     with pytest.raises(UsageError, match=r"Qwen/Qwen3-VL-2B-Instruct: no such folder(.|\n)*qwen3-vl-2b"):
         model_shape("Qwen/Qwen3-VL-2B-Instruct")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import judge
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from damage import altered
+from damage import altered, edit_json
 
 from engines import registry
 from engines.build import build_engine
@@ -27,49 +29,24 @@ def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_checkpoint: Path):
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    torch.set_num_threads(2)
-    return AutoModelForImageTextToText.from_pretrained(
-        tiny_checkpoint, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+def reference(tiny_checkpoint: Path) -> Any:
+    return judge.load(tiny_checkpoint)
 
 
-def reference_logits(reference, prepared) -> np.ndarray:
-    import torch
-
-    ids = torch.tensor([prepared.prompt.input_ids])
-    marks = torch.zeros_like(ids, dtype=torch.int32)
-    for start, length in prepared.prompt.spans:
-        marks[0, start : start + length] = 1
-    images = {}
-    if prepared.images:
-        images = {
-            "pixel_values": torch.from_numpy(np.concatenate([i.pixel_values for i in prepared.images])),
-            "image_grid_thw": torch.tensor([i.grid_thw for i in prepared.images]),
-        }
-    with torch.no_grad():
-        return (
-            reference(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=marks, **images)
-            .logits[0]
-            .numpy()
-        )
-
-
+@pytest.mark.judge
 @pytest.mark.parametrize("sizes", [[], [(96, 64)], [(96, 64), (33, 200), (64, 64)]])
-def test_logits_equal_transformers(tiny_engine: Path, reference, sizes: list[tuple[int, int]]) -> None:
+def test_logits_equal_transformers(tiny_engine: Path, reference: Any, sizes: list[tuple[int, int]]) -> None:
     model = Qwen3VLModel.from_engine(tiny_engine, threads=2)
     messages = user_message("Read the digits.", [picture(*size, seed=i) for i, size in enumerate(sizes)])
     prepared = model.prepare(messages)
-    expected = reference_logits(reference, prepared)
+    expected = judge.logits_of(reference, prepared)
     found = model.logits(messages)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=1e-3 * max(1.0, float(expected.std())))
     assert (found.argmax(-1) == expected.argmax(-1)).all()
 
 
+@pytest.mark.portable
 def test_chunks_equal_whole_prefill(tiny_engine: Path) -> None:
     model = Qwen3VLModel.from_engine(tiny_engine, threads=2)
     prepared = model.prepare(user_message("Count.", [picture(96, 64)]))
@@ -83,29 +60,18 @@ def test_chunks_equal_whole_prefill(tiny_engine: Path) -> None:
     np.testing.assert_allclose(run(3), run(len(ids)), atol=1e-4)
 
 
-def test_greedy_equals_transformers(tiny_engine: Path, reference) -> None:
-    import torch
-
+@pytest.mark.judge
+def test_greedy_equals_transformers(tiny_engine: Path, reference: Any) -> None:
     model = Qwen3VLModel.from_engine(tiny_engine, threads=2)
     messages = user_message("Where is the 7?", [picture(96, 64)])
     prepared = model.prepare(messages)
-    ids = torch.tensor([prepared.prompt.input_ids])
-    marks = (ids == model.config.image_token_id).int()
-    expected = reference.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=marks,
-        pixel_values=torch.from_numpy(prepared.images[0].pixel_values),
-        image_grid_thw=torch.tensor([prepared.images[0].grid_thw]),
-        do_sample=False,
-        max_new_tokens=64,
-        min_new_tokens=64,
-    )[0, ids.shape[1] :].tolist()
+    expected, _ = judge.greedy(reference, judge.prompt_inputs(prepared), 64)
     found = model.generate(messages, max_new_tokens=64)
     assert found.token_ids == expected
     assert found.finish_reason == "length"
 
 
+@pytest.mark.portable
 def test_bundle_passes_the_checker_and_runs_unlowered(tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path) -> None:
     make_bundle(Checkpoint.open(str(tiny_checkpoint))).write(tmp_path)
     sessions = {}
@@ -140,13 +106,13 @@ def test_bundle_passes_the_checker_and_runs_unlowered(tiny_checkpoint: Path, tin
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.judge
 def test_shards_and_an_untied_head_equal_transformers(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Three shards with an index, lm_head apart from the embedding, and the template of a Thinking model."""
-    import torch
     from safetensors.numpy import load_file, save_file
-    from transformers import AutoModelForImageTextToText
 
     folder = altered(tiny_checkpoint, tmp_path / "checkpoint", tie_word_embeddings=False)
+    edit_json(folder / "config.json", lambda values: values["text_config"].update(tie_word_embeddings=False))
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     shape = tensors[EMBEDDING_KEY].shape
@@ -164,7 +130,7 @@ def test_shards_and_an_untied_head_equal_transformers(tiny_checkpoint: Path, tmp
 
     output = tmp_path / "engine"
     build_engine(make_bundle(Checkpoint.open(str(folder))), registry.get("ort-cpu-fp32"), output)
-    untied = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    untied = judge.load(folder)
     np.testing.assert_array_equal(untied.lm_head.weight.detach().numpy(), tensors[HEAD_KEY])
     np.testing.assert_array_equal(untied.get_input_embeddings().weight.detach().numpy(), tensors[EMBEDDING_KEY])
 
@@ -174,7 +140,7 @@ def test_shards_and_an_untied_head_equal_transformers(tiny_checkpoint: Path, tmp
     messages = user_message("Read the digits.", [picture(96, 64)])
     prepared = model.prepare(messages)
     assert model.tokenizer.decode(prepared.prompt.input_ids).endswith("assistant\n<think>\n")
-    expected = reference_logits(untied.eval(), prepared)
+    expected = judge.logits_of(untied, prepared)
     found = model.logits(messages)
     np.testing.assert_allclose(found, expected, atol=1e-3 * max(1.0, float(expected.std())))
     assert (found.argmax(-1) == expected.argmax(-1)).all()

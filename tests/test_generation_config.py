@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import judge
 import numpy as np
 import pytest
+from random_checkpoints import tiny_values
 
 from runtime.errors import UsageError
 from runtime.generation_config import GenerationOptions
-from runtime.sampling import Sampler
+from runtime.sampling import Sampler, TokenHistory, build_processors
 
 # As in Qwen3-VL's Instruct checkpoints.
 INSTRUCT_CONFIG: dict[str, Any] = {
@@ -26,33 +28,70 @@ INSTRUCT_CONFIG: dict[str, Any] = {
 }
 
 
+# What transformers 4.57.6 writes with every default, but for those that are null.
+EVERY_DEFAULT: dict[str, Any] = {
+    **{"_from_model_config": False, "assistant_confidence_threshold": 0.4, "assistant_lookbehind": 10},
+    **{"disable_compile": False, "diversity_penalty": 0.0, "do_sample": False, "early_stopping": False},
+    **{"encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0},
+    **{"eta_cutoff": 0.0, "is_assistant": False, "length_penalty": 1.0, "max_length": 20, "max_new_tokens": None},
+    **{"min_length": 0, "min_p": None, "no_repeat_ngram_size": 0, "num_assistant_tokens": 20},
+    **{"num_assistant_tokens_schedule": "constant", "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1},
+    **{"output_attentions": False, "output_hidden_states": False, "output_scores": False},
+    **{"remove_invalid_values": False, "renormalize_logits": False, "repetition_penalty": 1.0},
+    **{"return_dict_in_generate": False, "stop_strings": None, "target_lookbehind": 10, "temperature": 1.0},
+    **{"token_healing": False, "top_k": 50, "top_p": 1.0, "transformers_version": "4.57.6", "typical_p": 1.0},
+    **{"use_cache": True},
+}
+
+
+@pytest.mark.portable
 def test_reads_an_instruct_checkpoint() -> None:
     options = GenerationOptions.from_generation_config(INSTRUCT_CONFIG)
     assert options == GenerationOptions(do_sample=True, eos_token_ids=(7, 1), top_k=20, top_p=0.8, temperature=0.7)
 
 
+@pytest.mark.portable
 def test_one_eos_token_and_stop_strings() -> None:
     options = GenerationOptions.from_generation_config({"eos_token_id": 3, "stop_strings": ["END"], "top_k": None})
     assert options == GenerationOptions(eos_token_ids=(3,), stop=("END",))
 
 
+@pytest.mark.judge
 def test_sampling_defaults_are_those_of_transformers() -> None:
-    from transformers import GenerationConfig
+    """What `generate` makes of logits without any option: greedy, and told to sample, the defaults of sampling."""
+    import torch
 
-    defaults = GenerationConfig._get_default_generation_params()
+    model = judge.new_model(tiny_values(tie_word_embeddings=False))
+    ids = torch.arange(20)[None]
+    asked = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True, "max_new_tokens": 3}
+    torch.manual_seed(0)
+    greedy, sampled = (model.generate(ids, **asked, **options) for options in ({}, {"do_sample": True}))
     options = GenerationOptions.from_generation_config({})
-    for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"):
-        assert getattr(options, name) == defaults[name], name
+    assert not options.do_sample
+    assert greedy.sequences[0, 20:].tolist() == [int(each.argmax()) for each in greedy.logits]
+    options = options.replace(do_sample=True)
+    for logits, scores in zip(sampled.logits, sampled.scores, strict=True):
+        found = logits.numpy()
+        for processor in build_processors(options):
+            found = processor(found, [TokenHistory()])
+        np.testing.assert_array_equal(found, scores.numpy())
+        assert np.isfinite(found).sum() == 50
+        assert np.unique(logits.numpy()).size == logits.numel()
 
 
-def test_a_file_with_every_default_of_transformers_written_out_is_accepted() -> None:
+@pytest.mark.judge
+def test_the_defaults_that_transformers_has_are_accepted() -> None:
     from transformers import GenerationConfig
 
-    assert GenerationOptions.from_generation_config(GenerationConfig._get_default_generation_params()) == (
-        GenerationOptions()
-    )
+    assert GenerationOptions.from_generation_config(GenerationConfig().to_dict()) == GenerationOptions()
 
 
+@pytest.mark.portable
+def test_a_file_with_every_default_of_transformers_written_out_is_accepted() -> None:
+    assert GenerationOptions.from_generation_config(EVERY_DEFAULT) == GenerationOptions()
+
+
+@pytest.mark.judge
 def test_a_file_saved_by_transformers_is_accepted() -> None:
     from transformers import GenerationConfig
 
@@ -61,6 +100,7 @@ def test_a_file_saved_by_transformers_is_accepted() -> None:
     assert options == GenerationOptions(do_sample=True, temperature=0.5, eos_token_ids=(2, 3))
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -78,11 +118,13 @@ def test_a_file_that_asks_for_more_is_refused_by_name(key: str, value: Any) -> N
         GenerationOptions.from_generation_config({**INSTRUCT_CONFIG, key: value})
 
 
+@pytest.mark.portable
 def test_a_bad_value_in_the_file_is_refused() -> None:
     with pytest.raises(UsageError, match="top_p must be in"):
         GenerationOptions.from_generation_config({"do_sample": True, "top_p": 1.5})
 
 
+@pytest.mark.portable
 def test_replace_lays_options_over_the_file() -> None:
     base = GenerationOptions.from_generation_config(INSTRUCT_CONFIG)
     options = base.replace(temperature=1, max_new_tokens=np.int64(3), stop="x", seed=5, top_k=None, eos_token_id=9)
@@ -94,10 +136,12 @@ def test_replace_lays_options_over_the_file() -> None:
     assert base == GenerationOptions.from_generation_config(INSTRUCT_CONFIG)
 
 
+@pytest.mark.portable
 def test_switching_sampling_off_needs_no_more() -> None:
     assert not GenerationOptions.from_generation_config(INSTRUCT_CONFIG).replace(do_sample=False).do_sample
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("option", [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
 def test_a_sampling_option_in_a_greedy_generation_is_refused(option: dict[str, float]) -> None:
     name = next(iter(option))
@@ -108,6 +152,7 @@ def test_a_sampling_option_in_a_greedy_generation_is_refused(option: dict[str, f
     assert getattr(GenerationOptions().replace(do_sample=True, **option), name) == option[name]
 
 
+@pytest.mark.portable
 def test_an_unknown_option_lists_the_known_ones() -> None:
     with pytest.raises(UsageError) as caught:
         GenerationOptions().replace(temprature=0.5)
@@ -119,6 +164,7 @@ def test_an_unknown_option_lists_the_known_ones() -> None:
         GenerationOptions().replace(num_beams=None)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     "option",
     [
@@ -160,11 +206,13 @@ def test_values_out_of_range_are_refused(option: dict[str, Any]) -> None:
         GenerationOptions(do_sample=True).replace(**option)
 
 
+@pytest.mark.portable
 def test_temperature_zero_points_to_greedy() -> None:
     with pytest.raises(UsageError, match=r"temperature must be in \[1e-15, 1e\+15\], got 0.*\n.*do_sample=False"):
         GenerationOptions(do_sample=True).replace(temperature=0)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("temperature", [1e-15, 1e15])
 @pytest.mark.parametrize("penalty", [1e-15, 1e15])
 def test_factors_at_their_ends_keep_logits_finite(temperature: float, penalty: float) -> None:
@@ -175,6 +223,7 @@ def test_factors_at_their_ends_keep_logits_finite(temperature: float, penalty: f
     assert sampler.next(np.array([1e7, -1e7, 0, 1, -1], np.float32)) in range(5)
 
 
+@pytest.mark.portable
 def test_both_names_of_the_end_tokens_at_once_are_refused() -> None:
     with pytest.raises(UsageError, match="both given"):
         GenerationOptions().replace(eos_token_id=1, eos_token_ids=[2])

@@ -31,6 +31,7 @@ PNG = encode(Image.fromarray(PIXELS))
 DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 
+@pytest.mark.portable
 def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
     path = tmp_path / "an image.png"
     path.write_bytes(PNG)
@@ -46,11 +47,13 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_image(path, base_dir="/nowhere"), PIXELS)
 
 
+@pytest.mark.portable
 def test_a_name_with_a_colon_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "photo:1.png").write_bytes(PNG)
     np.testing.assert_array_equal(load_image("photo:1.png", base_dir=tmp_path), PIXELS)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("format_name", ["BMP", "TIFF", "PPM", "PNG", "GIF", "ICO"])
 def test_lossless_formats(format_name: str) -> None:
     colors = Image.fromarray(PIXELS[:16, :16] // 128 * 255)  # eight colours: a GIF keeps them
@@ -58,6 +61,7 @@ def test_lossless_formats(format_name: str) -> None:
     np.testing.assert_array_equal(load_image(encode(colors, format_name, **options)), np.array(colors))
 
 
+@pytest.mark.portable
 def test_the_first_frame_of_an_animation_is_taken() -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime")]
     for format_name in ("GIF", "PNG", "WEBP"):
@@ -66,6 +70,7 @@ def test_the_first_frame_of_an_animation_is_taken() -> None:
         assert load_image(data)[4, 4].tolist() == [255, 0, 0]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("format_name", ["PNG", "TIFF", "PPM"])
 def test_16_bit_grey_keeps_its_high_byte(format_name: str) -> None:
     levels = np.array([[0, 255, 256, 1000, 32767, 65535]], np.uint16)
@@ -78,6 +83,7 @@ def test_16_bit_grey_keeps_its_high_byte(format_name: str) -> None:
         np.testing.assert_array_equal(load_image(Image.fromarray(levels)), expected)
 
 
+@pytest.mark.portable
 def test_loading_leaves_the_source_alone() -> None:
     image = Image.fromarray(PIXELS).quantize(8)
     image.info["transparency"] = 2
@@ -87,6 +93,7 @@ def test_loading_leaves_the_source_alone() -> None:
     np.testing.assert_array_equal(np.array(image), before)
 
 
+@pytest.mark.portable
 def test_no_warning_is_shown() -> None:
     palette = Image.fromarray(PIXELS).quantize(8)
     with warnings.catch_warnings():
@@ -96,6 +103,7 @@ def test_no_warning_is_shown() -> None:
             load_image(png_of_size(10_000, 10_000))
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("source", "error", "text"),
     [
@@ -158,12 +166,14 @@ def test_bad_sources(source: Any, error: type[Qwen3VLError], text: str) -> None:
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.portable
 def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ImageError, match="device or a pipe"):
         load_image(tmp_path / "pipe.png")
 
 
+@pytest.mark.portable
 def test_a_truncated_file_opened_by_the_caller(tmp_path: Path) -> None:
     path = tmp_path / "cut.png"
     path.write_bytes(PNG[:-60])
@@ -183,6 +193,7 @@ CHECKPOINT: dict[str, Any] = {
 }
 
 
+@pytest.mark.portable
 def test_settings_of_a_checkpoint() -> None:
     config = ImageProcessorConfig.from_dict(CHECKPOINT)
     assert (config.min_pixels, config.max_pixels, config.patch_size, config.factor) == (65536, 16777216, 16, 32)
@@ -195,6 +206,7 @@ def test_settings_of_a_checkpoint() -> None:
     assert config.with_limits(max_pixels=70_000).max_pixels == 70_000
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -221,12 +233,14 @@ def test_bad_settings(change: dict[str, Any], text: str) -> None:
         ImageProcessorConfig.from_dict({**CHECKPOINT, **change})
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("limits", [{"max_pixels": 1000}, {"min_pixels": 0}, {"max_pixels": 1.5}, {"max_pixels": True}])
 def test_bad_limits(limits: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"m\w\w_pixels"):
         ImageProcessorConfig.from_dict(CHECKPOINT).with_limits(**limits)
 
 
+@pytest.mark.portable
 def test_aspect_ratio_of_200_is_the_limit() -> None:
     config = ImageProcessorConfig.from_dict(CHECKPOINT)
     assert process_image(np.zeros((1, 200, 3), np.uint8), config).grid_thw == (1, 2, 228)
@@ -236,17 +250,20 @@ def test_aspect_ratio_of_200_is_the_limit() -> None:
         smart_resize(0, 5, factor=32, min_pixels=1, max_pixels=9)
 
 
+@pytest.mark.portable
 def test_no_side_vanishes() -> None:
     assert smart_resize(10, 10, factor=32, min_pixels=1, max_pixels=9999) == (32, 32)
     assert smart_resize(3, 500, factor=32, min_pixels=1, max_pixels=1) == (32, 32)
 
 
+@pytest.mark.portable
 def test_memory_of_the_patches_is_limited() -> None:
     config = ImageProcessorConfig.from_dict(CHECKPOINT).with_limits(min_pixels=10**8, max_pixels=10**9)
     with pytest.raises(CapacityError, match="max_pixels"):
         process_image(PIXELS, config)
 
 
+@pytest.mark.portable
 def test_patches_are_in_merge_order() -> None:
     config = ImageProcessorConfig(
         patch_size=2, temporal_patch_size=2, merge_size=2, min_pixels=1, do_rescale=False, do_normalize=False
@@ -263,6 +280,7 @@ def test_patches_are_in_merge_order() -> None:
         np.testing.assert_array_equal(patch.reshape(3, 2, 2, 2), np.stack([expected, expected], axis=1))
 
 
+@pytest.mark.portable
 def test_images_that_are_not_resized_must_fit() -> None:
     config = ImageProcessorConfig.from_dict({**CHECKPOINT, "do_resize": False})
     assert process_image(np.zeros((32, 64, 3), np.uint8), config).grid_thw == (1, 2, 4)

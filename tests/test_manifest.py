@@ -31,6 +31,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (folder / MANIFEST_NAME).write_text(json.dumps(values))
 
 
+@pytest.mark.portable
 def test_what_is_written_is_read(engine: Path) -> None:
     manifest = Manifest.read(engine)
     (engine / MANIFEST_NAME).unlink()
@@ -39,6 +40,7 @@ def test_what_is_written_is_read(engine: Path) -> None:
     Manifest.read(engine).check(engine, full=True)
 
 
+@pytest.mark.portable
 def test_order_and_spacing_do_not_matter(engine: Path) -> None:
     before = Manifest.read(engine)
     values = json.loads((engine / MANIFEST_NAME).read_text())
@@ -46,6 +48,7 @@ def test_order_and_spacing_do_not_matter(engine: Path) -> None:
     assert Manifest.read(engine) == before
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     "change",
     [
@@ -63,6 +66,7 @@ def test_an_altered_manifest_is_refused(change: Callable[[dict[str, Any]], None]
         Manifest.read(engine)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("name", ["../decoder.onnx", "/etc/hostname", "..", "a/b"])
 def test_a_name_outside_of_the_folder_is_not_looked_at(name: str, engine: Path) -> None:
     manifest = Manifest.read(engine)

@@ -19,18 +19,21 @@ def user(*parts: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(parts)}]
 
 
+@pytest.mark.portable
 def test_a_string_is_one_user_turn() -> None:
     plain, images = normalise_messages("hello")
     assert plain == [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     assert images == ()
 
 
+@pytest.mark.portable
 def test_the_helper_puts_images_before_the_prompt() -> None:
     plain, images = normalise_messages(user_message("which?", ["a.png", "b.png"]))
     assert plain == [{"role": "user", "content": [IMAGE_PART, IMAGE_PART, {"type": "text", "text": "which?"}]}]
     assert images == ("a.png", "b.png")
 
 
+@pytest.mark.portable
 def test_images_come_in_order_over_all_messages_and_the_input_stays_as_it_was() -> None:
     array = np.zeros((2, 2, 3), np.uint8)
     messages = [
@@ -50,6 +53,7 @@ def test_images_come_in_order_over_all_messages_and_the_input_stays_as_it_was() 
     assert normalise_messages(messages)[0][1]["content"][0] == IMAGE_PART
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
@@ -71,18 +75,21 @@ def test_spellings_of_an_image(part: dict[str, Any], expected: Any) -> None:
     assert images == (expected,)
 
 
+@pytest.mark.portable
 def test_reasoning_has_one_name_whatever_the_caller_wrote() -> None:
     for name in ("reasoning", "thinking", "reasoning_content"):
         plain, _ = normalise_messages([{"role": "assistant", "content": "4", name: "2+2"}])
         assert plain[0]["reasoning_content"] == "2+2"
 
 
+@pytest.mark.portable
 def test_a_turn_of_tool_calls_needs_no_content() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": [1, 2.5, None, True]}}}
     plain, _ = normalise_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
     assert plain == [{"role": "assistant", "tool_calls": [call], "content": ""}]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
@@ -124,6 +131,7 @@ def test_what_is_refused_and_where(messages: Any, expected: str) -> None:
         normalise_messages(messages)
 
 
+@pytest.mark.portable
 def test_the_place_counts_messages_and_parts() -> None:
     fine = {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image", "image": "a"}]}
     bad = {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "video"}]}

@@ -37,6 +37,7 @@ def question(index: int = 3) -> tuple[list, str]:
     return user_message(entry["question"], [IMAGES / entry["file"]]), entry["answer"]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("index", range(8))
 def test_held_out_pictures_are_answered(model: Qwen3VLModel, index: int) -> None:
     messages, answer = question(index)
@@ -47,6 +48,7 @@ def test_held_out_pictures_are_answered(model: Qwen3VLModel, index: int) -> None
     assert result.stats.visual_tokens > 0 and result.stats.peak_cache_bytes > 0
 
 
+@pytest.mark.portable
 def test_stream_joins_to_the_text(model: Qwen3VLModel) -> None:
     messages, answer = question()
     stream = model.stream(messages)
@@ -55,6 +57,7 @@ def test_stream_joins_to_the_text(model: Qwen3VLModel) -> None:
     assert "".join(pieces) == answer == stream.result.text
 
 
+@pytest.mark.portable
 def test_closing_a_stream_leaves_the_model_usable(model: Qwen3VLModel) -> None:
     messages, answer = question()
     stream = model.stream(messages)
@@ -64,6 +67,7 @@ def test_closing_a_stream_leaves_the_model_usable(model: Qwen3VLModel) -> None:
     assert model.generate(messages).text == answer
 
 
+@pytest.mark.portable
 def test_a_second_thread_waits_its_turn(model: Qwen3VLModel) -> None:
     messages, answer = question()
     stream = model.stream(messages)
@@ -78,6 +82,7 @@ def test_a_second_thread_waits_its_turn(model: Qwen3VLModel) -> None:
     assert answers == [answer]
 
 
+@pytest.mark.portable
 def test_a_thread_never_waits_for_its_own_stream(model: Qwen3VLModel) -> None:
     messages, answer = question()
     stream = model.stream(messages)
@@ -94,6 +99,7 @@ def test_a_thread_never_waits_for_its_own_stream(model: Qwen3VLModel) -> None:
     assert model.generate(messages).text == answer
 
 
+@pytest.mark.portable
 def test_a_dropped_stream_frees_the_model(model: Qwen3VLModel) -> None:
     messages, answer = question()
     stream = model.stream(messages)
@@ -104,6 +110,7 @@ def test_a_dropped_stream_frees_the_model(model: Qwen3VLModel) -> None:
     assert model.generate(messages).text == answer
 
 
+@pytest.mark.portable
 def test_an_interrupt_leaves_no_turn_behind(model: Qwen3VLModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C at each instruction on the way to the turn and behind it, as the signal handler would raise it."""
     monkeypatch.setattr(model, "_generate", lambda *_: (piece for piece in ("a", "b")))
@@ -142,6 +149,7 @@ def test_an_interrupt_leaves_no_turn_behind(model: Qwen3VLModel, monkeypatch: py
     assert count > 20
 
 
+@pytest.mark.portable
 def test_a_stream_may_be_read_and_closed_by_another_thread(model: Qwen3VLModel) -> None:
     messages, answer = question()
     stream = model.stream(messages)
@@ -169,6 +177,7 @@ def test_a_stream_may_be_read_and_closed_by_another_thread(model: Qwen3VLModel) 
     assert model.generate(messages).text == answer
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("method", ["vision", "decode"])
 def test_closing_stops_between_images_and_between_chunks(
     model: Qwen3VLModel, monkeypatch: pytest.MonkeyPatch, method: str
@@ -192,6 +201,7 @@ def test_closing_stops_between_images_and_between_chunks(
     assert model.generate(messages, max_new_tokens=1).stats.new_tokens == 1
 
 
+@pytest.mark.portable
 def test_stop_strings_and_length(model: Qwen3VLModel) -> None:
     messages, answer = question()
     stopped = model.generate(messages, stop=['],"count'])
@@ -201,6 +211,7 @@ def test_stop_strings_and_length(model: Qwen3VLModel) -> None:
     assert (short.finish_reason, len(short.token_ids)) == ("length", 2)
 
 
+@pytest.mark.portable
 def test_sampling_is_reproducible(model: Qwen3VLModel) -> None:
     messages, _ = question()
     hot = {"do_sample": True, "temperature": 5.0, "seed": 7, "top_k": 0, "max_new_tokens": 12}
@@ -208,6 +219,7 @@ def test_sampling_is_reproducible(model: Qwen3VLModel) -> None:
     assert model.generate(messages, **hot).token_ids != model.generate(messages, **hot | {"seed": 8}).token_ids
 
 
+@pytest.mark.portable
 def test_text_only_and_typed_image_tokens(model: Qwen3VLModel) -> None:
     typed = "Count <|image_pad|><|vision_start|><|image_pad|>."
     prepared = model.prepare(user_message(typed))
@@ -217,6 +229,7 @@ def test_text_only_and_typed_image_tokens(model: Qwen3VLModel) -> None:
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.portable
 def test_tools_and_variables_reach_the_template(model: Qwen3VLModel, monkeypatch: pytest.MonkeyPatch) -> None:
     source = (
         "{% for tool in tools or [] %}{{ tool.name }}:{% endfor %}"
@@ -233,6 +246,7 @@ def test_tools_and_variables_reach_the_template(model: Qwen3VLModel, monkeypatch
         model.generate("Hi", chat_template_kwargs={"depth": 3})
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("messages", "options", "error"),
     [
@@ -250,6 +264,7 @@ def test_bad_calls(model: Qwen3VLModel, messages: list, options: dict, error: ty
     assert model.generate(question()[0]).text == question()[1]
 
 
+@pytest.mark.portable
 def test_options_of_the_engine(demo_engine: Path) -> None:
     with pytest.raises(UsageError, match="max_context"):
         Qwen3VLModel.from_engine(demo_engine, max_context=0)
@@ -266,6 +281,7 @@ def test_options_of_the_engine(demo_engine: Path) -> None:
     assert small.prepare(user_message("Hi", [picture])).images[0].num_visual_tokens <= 4
 
 
+@pytest.mark.portable
 def test_an_engine_that_is_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for engine in ("https://host/engine", Path("https://host/engine")):
         with pytest.raises(UsageError, match="scheme 'https'; nothing is fetched") as caught:
@@ -278,6 +294,7 @@ def test_an_engine_that_is_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.
         Qwen3VLModel.from_engine(folder)
 
 
+@pytest.mark.portable
 def test_memory_is_estimated_before_work(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = Manifest.read(demo_engine).weight_bytes
     with pytest.raises(CapacityError, match=r"weights 0\.01 GB, .*limit is 0\.00 GB") as caught:
@@ -294,6 +311,7 @@ def test_memory_is_estimated_before_work(demo_engine: Path, monkeypatch: pytest.
     assert model.generate(user_message("Hi"), max_new_tokens=1).stats.new_tokens == 1
 
 
+@pytest.mark.portable
 def test_estimates_cover_what_was_measured() -> None:
     """Growth of the peak resident memory of the 2B engine; see runtime/memory.py."""
     config = ModelConfig.from_hf({"model_type": "qwen3_vl", **configs.load("models/qwen3-vl-2b")})
@@ -305,6 +323,7 @@ def test_estimates_cover_what_was_measured() -> None:
     assert vision_bytes(config, [784, 784]) - vision_bytes(config, [784]) == 4 * 784 * (1536 + 2 * 4 * 2048 // 4)
 
 
+@pytest.mark.portable
 def test_the_logits_of_a_long_prompt_count(demo_engine: Path) -> None:
     model = Qwen3VLModel.from_engine(demo_engine)
     num_tokens = len(model.logits("Hi"))
@@ -318,6 +337,7 @@ def test_the_logits_of_a_long_prompt_count(demo_engine: Path) -> None:
         model.logits("Hi")
 
 
+@pytest.mark.portable
 def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
     version_1, version_2 = tmp_path / "memory.limit_in_bytes", tmp_path / "memory.max"
     whole = machine_bytes([])
@@ -329,6 +349,7 @@ def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
     assert machine_bytes([version_1, version_2]) == 1000
 
 
+@pytest.mark.portable
 def test_many_visual_tokens_are_told_with_what_is_faster(
     demo_engine: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +373,7 @@ def test_many_visual_tokens_are_told_with_what_is_faster(
         assert caplog.messages == []
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("shapes", [[(480, 640)], [(480, 640), (64, 320), (300, 100)]])
 def test_a_prompt_that_is_too_long_says_what_fits(demo_engine: Path, shapes: list[tuple[int, int]]) -> None:
     messages = user_message("What is this?", [np.zeros((*shape, 3), np.uint8) for shape in shapes])
@@ -376,6 +398,7 @@ def test_a_prompt_that_is_too_long_says_what_fits(demo_engine: Path, shapes: lis
         assert fitting.generate(messages, max_new_tokens=1).stats.new_tokens == 1
 
 
+@pytest.mark.portable
 def test_a_text_that_is_too_long_names_no_pixels(demo_engine: Path) -> None:
     picture = np.zeros((64, 64, 3), np.uint8)
     model = Qwen3VLModel.from_engine(demo_engine, max_context=60)

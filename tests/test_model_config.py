@@ -17,6 +17,7 @@ def demo_config() -> dict[str, Any]:
     return copy.deepcopy(json.loads((CHECKPOINT / "config.json").read_text()))
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("section", "key", "value", "words"),
     [
@@ -90,6 +91,7 @@ def test_wrong_values_are_named(section: str, key: str, value: object, words: st
     assert caught.value.message.startswith("config.json: ")
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("key", ["vocab_size", "num_key_value_heads", "max_position_embeddings"])
 def test_missing_values_are_named(key: str) -> None:
     config = demo_config()
@@ -98,6 +100,7 @@ def test_missing_values_are_named(key: str) -> None:
         ModelConfig.from_hf(config)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(("top", "text", "expected"), [(None, True, True), (None, False, False), (False, True, False)])
 def test_tied_embeddings(top: bool | None, text: bool, expected: bool) -> None:
     """The top decides; the section only where the top says nothing."""
@@ -113,6 +116,7 @@ ROPE = {"rope_type": "default", "rope_theta": 7e5, "mrope_section": [8, 12, 12],
 OLD = {key: value for key, value in ROPE.items() if key != "rope_theta"}
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     "forms",
     [
@@ -136,6 +140,7 @@ def test_every_form_of_the_rotary_settings_is_read(forms: dict[str, Any]) -> Non
     assert ModelConfig.from_hf(config).vision.rope_theta == 1e4
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("sections", [[24, 20], [24, 20, -1], [24, 20, 20.0], 24, "24,20,20", None])
 def test_sections_that_are_no_three_numbers_are_named(sections: object) -> None:
     config = demo_config()
@@ -145,12 +150,14 @@ def test_sections_that_are_no_three_numbers_are_named(sections: object) -> None:
         ModelConfig.from_hf(config)
 
 
+@pytest.mark.portable
 def test_blocks_of_deepstack_in_any_order() -> None:
     config = demo_config()
     config["vision_config"]["deepstack_visual_indexes"] = [2, 0]
     assert ModelConfig.from_hf(config).vision.deepstack_layers == (2, 0)
 
 
+@pytest.mark.portable
 def test_of_the_demo() -> None:
     config = ModelConfig.from_hf(demo_config())
     assert (config.text.num_kv_heads, config.text.rms_norm_eps, config.vision.deepstack_layers) == (2, 1e-6, (1, 2))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moe_checkpoints import Arrays, as_on_the_hub, one_by_one, rewritten, write_by_transformers
+from moe_checkpoints import Arrays, as_in_the_graph, as_on_the_hub, one_by_one, rewritten, write_experts
 from safetensors.numpy import load_file, save_file
 
 from engines.weights import StackedTensor
@@ -39,6 +39,7 @@ def find(folder: Path, tensors: Arrays, width: int, hidden: int, num_experts: in
     return found
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("width", "hidden"),
@@ -55,6 +56,7 @@ def test_every_layout_gives_the_same_weights(tmp_path: Path, layout: str, width:
             assert f"layers.2.mlp.experts.{e}." in str(part.name)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_stored_types_are_cast(tmp_path: Path, dtype: str) -> None:
     import torch
@@ -67,6 +69,7 @@ def test_stored_types_are_cast(tmp_path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(found["experts.down_proj"].numpy(), weights[DOWN].float().numpy())
 
 
+@pytest.mark.portable
 def test_one_transposed_and_the_other_not_is_refused(tmp_path: Path) -> None:
     tensors = experts_of(20, 12)
     tensors[DOWN] = tensors[DOWN].transpose(0, 2, 1)
@@ -74,6 +77,7 @@ def test_one_transposed_and_the_other_not_is_refused(tmp_path: Path) -> None:
         find(tmp_path, tensors, 20, 12)
 
 
+@pytest.mark.portable
 def test_wrong_shapes_and_numbers_of_experts_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gate_up_proj holds 3 experts, config.json implies 4"):
         find(tmp_path, experts_of(20, 12), 20, 12, num_experts=4)
@@ -83,6 +87,7 @@ def test_wrong_shapes_and_numbers_of_experts_are_named(tmp_path: Path) -> None:
         find(tmp_path, {GATE_UP: experts_of(20, 12)[GATE_UP]}, 20, 12)
 
 
+@pytest.mark.portable
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     tensors = one_by_one(experts_of(20, 12))
     del tensors[f"{SCOPE}.experts.1.up_proj.weight"]
@@ -90,6 +95,7 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         find(tmp_path, tensors, 20, 12)
 
 
+@pytest.mark.portable
 def test_mixed_dtypes_between_experts_are_named(tmp_path: Path) -> None:
     tensors = one_by_one(experts_of(20, 12))
     tensors[f"{SCOPE}.experts.2.down_proj.weight"] = tensors[f"{SCOPE}.experts.2.down_proj.weight"].astype(np.float16)
@@ -99,6 +105,7 @@ def test_mixed_dtypes_between_experts_are_named(tmp_path: Path) -> None:
         find(tmp_path, tensors, 20, 12)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_weight_that_is_no_number_is_named(tmp_path: Path, layout: str, value: float) -> None:
@@ -112,6 +119,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, layout: str, value:
     found["experts.down_proj"].numpy()
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_does_not_grow_with_the_experts(tmp_path: Path, layout: str) -> None:
     expert_bytes = 4 * 2 * 256 * 192
@@ -126,8 +134,9 @@ def test_memory_does_not_grow_with_the_experts(tmp_path: Path, layout: str) -> N
     assert peaks[1] < peaks[0] + expert_bytes / 4
 
 
+@pytest.mark.portable
 def test_left_over_experts_are_named(tmp_path: Path) -> None:
-    source = write_by_transformers(tmp_path / "source")
+    source = write_experts(tmp_path / "source", layout=as_in_the_graph)
 
     def one_more(tensors: Arrays) -> Arrays:
         split = one_by_one(tensors)

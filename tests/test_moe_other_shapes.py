@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from moe_checkpoints import Arrays, as_on_the_hub, rewritten, write_by_transformers
+from moe_checkpoints import Arrays, as_in_the_graph, as_on_the_hub, rewritten, write_experts
 
 from engines import registry
 from engines.build import build_engine
@@ -31,7 +31,7 @@ def lowered(checkpoint: Path, target: str, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As many experts as the published sizes have, of which as many are chosen."""
-    return write_by_transformers(tmp_path_factory.mktemp("many") / "checkpoint", num_experts=128, num_experts_per_tok=8)
+    return write_experts(tmp_path_factory.mktemp("many") / "checkpoint", num_experts=128, num_experts_per_tok=8)
 
 
 @pytest.mark.parametrize("target", ["ort-cpu-fp32", "trt-rtx-fp16"])
@@ -45,7 +45,7 @@ def test_eight_of_128_experts(target: str, many: Path, tmp_path: Path) -> None:
 
 def test_a_square_matrix_on_the_hub_is_compared_as_it_is_read(tmp_path: Path) -> None:
     """transformers takes it for its own layout, so it is no reference for its own reading."""
-    saved = write_by_transformers(tmp_path / "saved", hidden_size=48, moe_intermediate_size=24)
+    saved = write_experts(tmp_path / "saved", layout=as_in_the_graph, hidden_size=48, moe_intermediate_size=24)
     hub = rewritten(saved, tmp_path / "hub", as_on_the_hub)
     engine = lowered(saved, "ort-cpu-fp32", tmp_path / "engine")
     for checkpoint in (saved, hub):
@@ -76,7 +76,8 @@ def test_a_weight_that_a_type_does_not_hold_names_the_expert(
         changed[5, 30, 2] = value
         return {**tensors, KEY: changed}
 
-    broken = rewritten(write_by_transformers(tmp_path / "saved"), tmp_path / "broken", damage)
+    saved = write_experts(tmp_path / "saved", layout=as_in_the_graph)
+    broken = rewritten(saved, tmp_path / "broken", damage)
     with pytest.raises(BundleError, match=place):
         lowered(broken, target, tmp_path / "engine")
 
@@ -84,7 +85,7 @@ def test_a_weight_that_a_type_does_not_hold_names_the_expert(
 def test_a_dense_layer_where_experts_should_be_is_said_before_tracing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = write_by_transformers(tmp_path / "saved")
+    saved = write_experts(tmp_path / "saved")
     config = (saved / "config.json").read_text()
     changed = re.sub(r'"mlp_only_layers": \[[^\]]*\]', '"mlp_only_layers": []', config)
     assert changed != config
@@ -95,7 +96,7 @@ def test_a_dense_layer_where_experts_should_be_is_said_before_tracing(
 
 
 def test_two_numbers_of_experts_are_refused(tmp_path: Path) -> None:
-    saved = write_by_transformers(tmp_path / "saved")
+    saved = write_experts(tmp_path / "saved")
     config = json.loads((saved / "config.json").read_text())
     config["text_config"] |= {"num_experts": 7, "num_local_experts": 9}
     (saved / "config.json").write_text(json.dumps(config))

@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from command_line import call
-from moe_checkpoints import Arrays, as_on_the_hub, one_by_one, rewritten, write_by_transformers
+from moe_checkpoints import Arrays, as_in_the_graph, as_on_the_hub, one_by_one, rewritten, write_experts
 from onnx import TensorProto, helper
 
 from engines import registry
@@ -45,7 +45,7 @@ def picture(width: int, height: int, seed: int = 0) -> np.ndarray[Any, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_by_transformers(tmp_path_factory.mktemp("tiny-moe") / "checkpoint")
+    return write_experts(tmp_path_factory.mktemp("tiny-moe") / "checkpoint", layout=as_in_the_graph)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import quantized_fixtures as fixtures
 from conftest import build
-from moe_checkpoints import Arrays, one_by_one, rewritten, write_by_transformers
+from moe_checkpoints import Arrays, as_in_the_graph, one_by_one, rewritten, write_experts
 from quantized_fixtures import FORMS, Form
 
 from qwen3vl_export.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ SCOPE = "model.language_model.layers.1.mlp"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = write_by_transformers(tmp_path_factory.mktemp("tiny-moe") / "stacked")
+    source = write_experts(tmp_path_factory.mktemp("tiny-moe") / "stacked", layout=as_in_the_graph)
     return rewritten(source, source.parent / "checkpoint", one_by_one)
 
 

@@ -67,6 +67,7 @@ def _causal_inputs(num_new: int, past: list[int], capacity: int = 16) -> dict[st
     }
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("native", "num_new", "past"),
     [
@@ -91,6 +92,7 @@ def test_causal_attention(native: bool, num_new: int, past: list[int]) -> None:
             np.testing.assert_allclose(got[b, :, valid], want[b, :, valid], atol=2e-5)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("native", [False, True])
 def test_vision_attention(native: bool) -> None:
     rng = np.random.default_rng(0)

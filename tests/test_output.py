@@ -23,6 +23,7 @@ def replace(output: Path) -> None:
         (folder / "engine.json").write_text("new")
 
 
+@pytest.mark.portable
 def test_an_engine_is_replaced_and_nothing_lies_beside_it(tmp_path: Path) -> None:
     output = engine(tmp_path / "out", "old")
     replace(output)
@@ -31,6 +32,7 @@ def test_an_engine_is_replaced_and_nothing_lies_beside_it(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_an_interrupt_in_the_exchange_leaves_one_whole_engine(
@@ -67,6 +69,7 @@ def engine_and_notes(path: Path) -> None:
     (path / "notes.txt").write_text("mine")
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -84,11 +87,13 @@ def test_what_is_not_ours_stays(make: Callable[[Path], None], message: str, tmp_
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.portable
 def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be made"):
         check_output(tmp_path / ("x" * 300))
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     "names", [["engine.json"], ["lowered.json"], ["bundle.json"], ["decoder.onnx", "vision.onnx"], []]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import judge
 import numpy as np
 import pytest
 from tokenizer_fixture import INSTRUCT_TEMPLATE, build_tokenizer_files, build_tokenizer_json
@@ -25,25 +26,26 @@ def image(name: Any) -> dict[str, Any]:
     return {"type": "image", "image": name}
 
 
+@pytest.mark.judge
 def test_ids_equal_the_processor_with_images_of_several_sizes(tmp_path: Any) -> None:
     from PIL import Image
-    from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(build_tokenizer_files(tmp_path))
+    processor = judge.processor(build_tokenizer_files(tmp_path))
     rng = np.random.default_rng(0)
     pictures = [
         Image.fromarray(rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8))
         for height, width in ((64, 64), (96, 160), (200, 70))
     ]
     messages = [
-        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": [text("Be brief.")]},
         {"role": "user", "content": [image(pictures[0]), text("and "), image(pictures[1]), text("é日本")]},
-        {"role": "assistant", "content": "Yes."},
+        {"role": "assistant", "content": [text("Yes.")]},
         {"role": "user", "content": [image(pictures[2]), image(pictures[0])]},
     ]
-    expected = processor.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="np"
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
+    expected = {name: value.numpy() for name, value in inputs.items()}
     sizes = (expected["image_grid_thw"].prod(axis=-1) // 4).tolist()
     assert len(set(sizes)) == 3
     remaining = iter(sizes)
@@ -66,6 +68,7 @@ def test_ids_equal_the_processor_with_images_of_several_sizes(tmp_path: Any) -> 
     assert expanded == processor.tokenizer.decode(expected["input_ids"][0], skip_special_tokens=False)
 
 
+@pytest.mark.portable
 def test_a_typed_image_token_has_its_id_and_no_span() -> None:
     messages = [
         {"role": "user", "content": [text(f"a {IMAGE_TOKEN} b"), image("cat"), text("<|image_"), text("pad|>")]},
@@ -87,6 +90,7 @@ def test_a_typed_image_token_has_its_id_and_no_span() -> None:
     assert prompt.spans == ((len(before_cat), 3), (len(before_cat) + 3 + len(between), 2))
 
 
+@pytest.mark.portable
 def test_text_only() -> None:
     prompt = BUILDER.build("hi", lambda _: 1 // 0)
     assert prompt.text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -95,6 +99,7 @@ def test_text_only() -> None:
     assert BUILDER.build("hi", lambda _: 1 // 0, add_generation_prompt=False).text.endswith("hi<|im_end|>\n")
 
 
+@pytest.mark.portable
 def test_an_image_where_the_template_writes_none_is_refused_before_it_is_opened() -> None:
     messages = [{"role": "system", "content": [image("cat")]}, {"role": "user", "content": "hi"}]
     with pytest.raises(UsageError, match=r"hold 1 images but the chat template wrote 0.*\n.*user turns"):
@@ -105,12 +110,14 @@ def test_an_image_where_the_template_writes_none_is_refused_before_it_is_opened(
         BUILDER.build(messages, lambda _: 1 // 0)
 
 
+@pytest.mark.portable
 def test_a_template_that_writes_a_token_too_many_is_refused() -> None:
     builder = PromptBuilder(TOKENIZER, ChatTemplate(f"{IMAGE_TOKEN}{{{{ messages[0].content[0].text }}}}"))
     with pytest.raises(UsageError, match="hold 0 images but the chat template wrote 1"):
         builder.build("hi", lambda _: 1)
 
 
+@pytest.mark.portable
 def test_a_tokenizer_without_the_image_token_is_refused() -> None:
     content = build_tokenizer_json().replace(IMAGE_TOKEN.encode(), b"<|other_pad|>")
     with pytest.raises(EngineError, match="no token '<|image_pad|>'".replace("|", r"\|")):

@@ -104,6 +104,7 @@ def answer(
     return tokens, sizes, [cache.layer(i)[0][:, :, :valid] for i in range(model.config.text.num_layers)]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_drafts_change_no_token(tiny: Qwen3VLModel, messages: Any, options: str, drafter: str) -> None:
@@ -122,6 +123,7 @@ def test_drafts_change_no_token(tiny: Qwen3VLModel, messages: Any, options: str,
         np.testing.assert_allclose(found_key, plain_key, atol=1e-4)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("options", OPTIONS)
 def test_lookup_changes_no_token(tiny: Qwen3VLModel, messages: Any, options: str) -> None:
     lookups = []
@@ -139,6 +141,7 @@ def test_lookup_changes_no_token(tiny: Qwen3VLModel, messages: Any, options: str
     assert 1 + len(sizes) + lookup.num_accepted == NUM_TOKENS
 
 
+@pytest.mark.portable
 def test_a_draft_is_compared_with_what_is_chosen(tiny: Qwen3VLModel, messages: Any) -> None:
     """A loop that trusted its drafts would follow these."""
     plain, _, _ = answer(tiny, messages, {})
@@ -147,6 +150,7 @@ def test_a_draft_is_compared_with_what_is_chosen(tiny: Qwen3VLModel, messages: A
     assert found == plain != other
 
 
+@pytest.mark.portable
 def test_room_is_what_the_cache_still_takes(tiny: Qwen3VLModel, messages: Any) -> None:
     plain, _, _ = answer(tiny, messages, {})
     drafter = Forced(plain, 1000, lambda i: i < 10)
@@ -166,6 +170,7 @@ def brute_force_following(ids: list[int], num_tokens: int) -> list[int]:
     return []
 
 
+@pytest.mark.portable
 @given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 3), max_size=20), st.integers(0, 12))
 def test_index_equals_a_search(prompt: list[int], later: list[int], num_tokens: int) -> None:
     index = NgramIndex(prompt)
@@ -174,6 +179,7 @@ def test_index_equals_a_search(prompt: list[int], later: list[int], num_tokens: 
     assert index.following(num_tokens) == brute_force_following(prompt + later, num_tokens)
 
 
+@pytest.mark.portable
 def test_index_by_example() -> None:
     assert NgramIndex([1, 2, 3, 4, 9, 1, 2]).following(3) == [3, 4, 9]
     assert NgramIndex([1, 2, 3, 9, 1, 2, 4, 9, 1, 2]).following(1) == [4]
@@ -182,6 +188,7 @@ def test_index_by_example() -> None:
     assert NgramIndex([1, 2, 3]).following(4) == []
 
 
+@pytest.mark.portable
 def test_image_tokens_are_never_drafted() -> None:
     prompt = [1, 2, 3, 99, 99, 99, 4, 1]
     lookup = PromptLookup(prompt, 5, never=[99])
@@ -194,6 +201,7 @@ def test_image_tokens_are_never_drafted() -> None:
     assert everything.draft(10) == [3, 99, 99, 99, 4]
 
 
+@pytest.mark.portable
 def test_lookup_counts_what_came_true() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1], 4)
     lookup._length.rate = 0.9
@@ -207,12 +215,14 @@ def test_lookup_counts_what_came_true() -> None:
     assert (lookup.num_drafted, lookup.num_accepted) == (4, 2)
 
 
+@pytest.mark.portable
 def test_draft_keeps_to_its_limits() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 7, 8, 1, 2], 4)
     lookup._length.rate = 1.0
     assert [len(lookup.draft(room)) for room in (10, 3, 1, 0)] == [4, 3, 1, 0]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("rate", np.linspace(DRAFT_COST + 0.01, 1.0, 23))
 @pytest.mark.parametrize("limit", [1, 3, 10, 64])
 def test_length_gives_most_tokens_at_its_cost(rate: float, limit: int) -> None:
@@ -232,6 +242,7 @@ def drafted_when_all_is_wrong(num_calls: int) -> int:
     return total
 
 
+@pytest.mark.portable
 def test_wrong_drafts_cost_the_logarithm_of_the_answer() -> None:
     counts = [drafted_when_all_is_wrong(num_calls) for num_calls in (256, 512, 1024, 2048, 4096)]
     # 3 % of 256 calls, were each drafted token to cost DRAFT_COST of a call; then at most one probe a doubling.
@@ -239,6 +250,7 @@ def test_wrong_drafts_cost_the_logarithm_of_the_answer() -> None:
     assert all(0 <= later - earlier <= 1 for earlier, later in pairwise(counts))
 
 
+@pytest.mark.portable
 def test_length_recovers_when_the_text_begins_to_repeat() -> None:
     length = DraftLength()
     for _ in range(200):
@@ -265,6 +277,7 @@ def generate_with_lookup(model: Qwen3VLModel, messages: Any, **options: Any) -> 
     return plain, model.generate(messages, prompt_lookup_num_tokens=10, **options)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("index", range(8))
 @pytest.mark.parametrize(
     "options", [{}, {"do_sample": True, "seed": 5}, PENALTIES], ids=["greedy", "sampled", "penalties"]
@@ -276,6 +289,7 @@ def test_answers_are_the_same(demo: Qwen3VLModel, index: int, options: dict[str,
     assert 0 <= found.stats.accepted_tokens <= found.stats.drafted_tokens
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("stop", [(), ("igits",), ('":[', "3,"), ("}",)])
 def test_an_answer_ends_inside_an_accepted_draft(
     demo: Qwen3VLModel, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, ...]
@@ -290,17 +304,20 @@ def test_an_answer_ends_inside_an_accepted_draft(
     assert len(drafter.rooms) == 1  # one call gave the whole answer, and the tokens behind its end were dropped
 
 
+@pytest.mark.portable
 def test_an_answer_ends_at_its_limit_inside_an_accepted_draft(tiny: Qwen3VLModel, messages: Any) -> None:
     for limit in (1, 2, 3, 17):
         plain, found = generate_with_lookup(tiny, messages, max_new_tokens=limit, eos_token_id=())
         assert found.token_ids == plain.token_ids and len(found.token_ids) == limit
 
 
+@pytest.mark.portable
 def test_lookup_counts_reach_the_statistics(tiny: Qwen3VLModel, messages: Any) -> None:
     _, found = generate_with_lookup(tiny, messages, max_new_tokens=64, eos_token_id=())
     assert 0 < found.stats.accepted_tokens <= found.stats.drafted_tokens
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("second_decoder", [None, 4, 2])
 def test_no_call_reaches_a_second_decoder(
     tiny: Qwen3VLModel, messages: Any, monkeypatch: pytest.MonkeyPatch, second_decoder: int | None
@@ -325,12 +342,14 @@ def test_no_call_reaches_a_second_decoder(
         assert max(sizes[1:]) == second_decoder - 1
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("value", [-1, 65, 2.5, True])
 def test_a_length_that_makes_no_sense_is_refused(value: Any) -> None:
     with pytest.raises(UsageError, match="prompt_lookup_num_tokens"):
         GenerationOptions(prompt_lookup_num_tokens=value)
 
 
+@pytest.mark.portable
 def test_the_option_of_a_saved_configuration_is_read() -> None:
     read = GenerationOptions.from_generation_config
     assert read({"prompt_lookup_num_tokens": None}).prompt_lookup_num_tokens == 0
@@ -340,6 +359,7 @@ def test_the_option_of_a_saved_configuration_is_read() -> None:
 # The benchmark
 
 
+@pytest.mark.portable
 def test_forced_drafts_have_their_rate(tiny_engine: Path) -> None:
     from benchmarks import speculation
 
@@ -352,6 +372,7 @@ def test_forced_drafts_have_their_rate(tiny_engine: Path) -> None:
     assert shares == sorted(set(shares))
 
 
+@pytest.mark.portable
 def test_texts_are_cut_without_loss_and_copies_are_found() -> None:
     from benchmarks import ocr_texts, speculation
 

@@ -62,6 +62,7 @@ def plan(**values: Any) -> WeightPlan:
     return WeightPlan.from_rules([{"match": ["*"], **values}])
 
 
+@pytest.mark.portable
 def test_the_search_is_better_than_the_whole_range_and_never_far_from_a_fine_search() -> None:
     weights = normal(400, 128)
 
@@ -73,6 +74,7 @@ def test_the_search_is_better_than_the_whole_range_and_never_far_from_a_fine_sea
     assert chosen < 1.03 * error(tuple(np.linspace(1, 0.5, 26)))
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_round_to_the_nearest_step(bits: int) -> None:
     weights = normal(50, 32)
@@ -84,6 +86,7 @@ def test_codes_round_to_the_nearest_step(bits: int) -> None:
     assert distance[inside].max() <= 0.5 + 1e-3
 
 
+@pytest.mark.portable
 def test_a_block_of_zeros_and_a_block_of_one_sign_are_exact_where_they_must() -> None:
     weights = np.zeros((2, 16), np.float32)
     weights[1] = np.arange(1, 17)
@@ -92,6 +95,7 @@ def test_a_block_of_zeros_and_a_block_of_one_sign_are_exact_where_they_must() ->
     assert np.abs(result[1] - weights[1]).max() <= 0.75
 
 
+@pytest.mark.portable
 def test_importance_moves_the_error_to_where_it_matters_less() -> None:
     weights = normal(300, 64)
     importance = np.where(np.arange(64) < 8, 100, 1).astype(np.float32)
@@ -103,6 +107,7 @@ def test_importance_moves_the_error_to_where_it_matters_less() -> None:
     assert weighted_error(weighted) < 0.97 * weighted_error(plain)
 
 
+@pytest.mark.portable
 def test_rows_in_int8_are_symmetric() -> None:
     weights = normal(5, 33)
     weights[2] = 0
@@ -113,12 +118,14 @@ def test_rows_in_int8_are_symmetric() -> None:
     assert np.abs(codes * scales[:, None] - weights).max() <= scales.max() / 2 + 1e-6
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_packing_keeps_the_first_code_low_and_pads_with_zeros(bits: int) -> None:
     codes = RNG.integers(0, 1 << bits, (3, 5)).astype(np.uint8)
     assert np.array_equal(unpack(pack_codes(codes, bits), bits)[:, :5], codes)
 
 
+@pytest.mark.portable
 def test_scales_read_before_the_codes_are_the_same() -> None:
     array = normal(40, 96)
     first, second = (BlockwiseWeight(ArrayTensor("w", array), 4, 32) for _ in range(2))
@@ -127,11 +134,13 @@ def test_scales_read_before_the_codes_are_the_same() -> None:
     assert np.array_equal(scales, second.scales.numpy())
 
 
+@pytest.mark.portable
 def test_row_chunks_are_whole_rows_in_order() -> None:
     array = normal(2500, 700)
     assert np.array_equal(np.concatenate([c.copy() for c in row_chunks(ArrayTensor("w", array))]), array)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", [lambda t: BlockwiseWeight(t, 4, 32).packed, lambda t: RowwiseWeight(t).transposed])
 def test_a_weight_that_is_not_finite_is_named(bad: float, kind: Any) -> None:
@@ -141,6 +150,7 @@ def test_a_weight_that_is_not_finite_is_named(bad: float, kind: Any) -> None:
         list(kind(ArrayTensor("layers.3.weight", array)).blocks())
 
 
+@pytest.mark.portable
 def test_a_format_that_no_kernel_reads_is_refused() -> None:
     with pytest.raises(TargetError, match="3 bits in blocks of 128"):
         WeightFormat("blockwise", 3, 128)
@@ -150,6 +160,7 @@ def test_a_format_that_no_kernel_reads_is_refused() -> None:
         plan(kind="int4")
 
 
+@pytest.mark.portable
 def test_the_first_rule_that_matches_counts() -> None:
     rules = [
         {"match": ["a.head.*", "b.*"], "kind": "rowwise"},
@@ -207,6 +218,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("num_columns", [96, 160, 128, 4304])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -225,6 +237,7 @@ def test_a_blockwise_product_is_that_of_the_dequantised_weight(
     assert relative_error(expected, x @ weight.T + (0 if bias is None else bias)) < {4: 0.15, 8: 0.01}[bits]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_rowwise_product_is_near_the_float_product(has_bias: bool, tmp_path: Path) -> None:
     weight, x, bias = normal(24, 160), normal(5, 160), normal(24) if has_bias else None
@@ -235,6 +248,7 @@ def test_a_rowwise_product_is_near_the_float_product(has_bias: bool, tmp_path: P
     assert relative_error(found, x @ weight.T + (0 if bias is None else bias)) < 0.02
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_scale_per_token_keeps_a_huge_token_from_drowning_the_others(has_bias: bool, tmp_path: Path) -> None:
     weight, x, bias = normal(24, 160), normal(5, 160), normal(24) if has_bias else None
@@ -252,6 +266,7 @@ def test_a_scale_per_token_keeps_a_huge_token_from_drowning_the_others(has_bias:
     assert errors["tensor"] > 0.5
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(("bits", "block"), [(4, 32), (8, 32), (4, 128)])
 def test_a_tied_table_is_stored_once(bits: int, block: int, tmp_path: Path) -> None:
     table, ids = normal(50, 96), np.array([3, 49, 0], np.int64)
@@ -268,12 +283,14 @@ def test_a_tied_table_is_stored_once(bits: int, block: int, tmp_path: Path) -> N
     assert stored == pages(weight.packed) + pages(weight.scales) + weight.zero_points.nbytes
 
 
+@pytest.mark.portable
 def test_a_table_that_no_block_divides_is_refused() -> None:
     model = product_model({"embed.weight": normal(50, 40)}, is_tied=True)
     with pytest.raises(TargetError, match=r"embed\.weight: no block of .* divides its 40 columns"):
         QuantizeWeightsPass(plan(kind="blockwise", bits=4, block=32)).call(model)
 
 
+@pytest.mark.portable
 def test_weights_without_a_format_stay(tmp_path: Path) -> None:
     weight, x = normal(8, 32), normal(2, 32)
     model = product_model({"w": weight})
@@ -281,6 +298,7 @@ def test_weights_without_a_format_stay(tmp_path: Path) -> None:
     assert np.allclose(run(model, tmp_path, x)[0], x @ weight.T, atol=1e-5)
 
 
+@pytest.mark.portable
 def test_products_of_one_input_are_joined(tmp_path: Path) -> None:
     weights = {f"a.{name}.weight": normal(rows, 32) for name, rows in (("q", 16), ("k", 8), ("v", 8))}
     x = normal(3, 32)
@@ -292,6 +310,7 @@ def test_products_of_one_input_are_joined(tmp_path: Path) -> None:
         assert np.allclose(found, x @ weight.T, atol=1e-5)
 
 
+@pytest.mark.portable
 def test_products_of_different_formats_stay_apart() -> None:
     model = product_model({"a.q.weight": normal(16, 32), "a.k.weight": normal(8, 32)})
     assert not FuseSharedInputPass(lambda key: "q" in key)(model).modified
@@ -309,6 +328,7 @@ class HeldTensor(GroupQuantizedTensor):
         yield self.quantized
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("block", [32, 64])
 def test_codes_that_a_checkpoint_holds_are_kept_in_their_own_blocks(block: int, tmp_path: Path) -> None:
     held = HeldTensor("w", normal(16, 128), block)
@@ -321,6 +341,7 @@ def test_codes_that_a_checkpoint_holds_are_kept_in_their_own_blocks(block: int, 
     assert np.array_equal(unpack(packed, 4).reshape(-1, block), held.quantized.codes)
 
 
+@pytest.mark.portable
 def test_weights_held_in_different_blocks_are_not_joined() -> None:
     model = product_model({f"a.{name}.weight": np.zeros((8, 64), np.float32) for name in "qk"})
     for name, block in (("q", 32), ("k", 64)):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import judge
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -122,31 +123,17 @@ def test_what_is_in_no_blocks_is_dequantised(tmp_path: Path, form: Form) -> None
 def reference_logits(checkpoint: Path, model: Qwen3VLModel, messages: Any, weights: dict[str, np.ndarray]) -> Any:
     """Logits of transformers with the given weights."""
     import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     values = json.loads((checkpoint / "config.json").read_text())
     values.pop("quantization_config")
-    reference = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**values)).eval()
-    reference.set_attn_implementation("eager")
+    reference = judge.new_model(values)
     state = {key: torch.from_numpy(value) for key, value in weights.items()}
     missing, unexpected = reference.load_state_dict(state, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected
-    prepared = model.prepare(messages)
-    ids = torch.tensor([prepared.prompt.input_ids])
-    with torch.no_grad():
-        return (
-            reference(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                mm_token_type_ids=(ids == model.config.image_token_id).int(),
-                pixel_values=torch.from_numpy(prepared.images[0].pixel_values),
-                image_grid_thw=torch.tensor([prepared.images[0].grid_thw]),
-            )
-            .logits[0]
-            .numpy()
-        )
+    return judge.logits_of(reference, model.prepare(messages))
 
 
+@pytest.mark.judge
 def test_engine_equals_transformers_on_the_dequantised_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
     # One form: the others give the same graph, with the weights that the next test compares.
     folder = tmp_path / "checkpoint"
@@ -159,6 +146,12 @@ def test_engine_equals_transformers_on_the_dequantised_weights(tiny_checkpoint: 
     found = model.logits(messages)
     np.testing.assert_allclose(found, expected, atol=1e-3 * max(1.0, float(expected.std())))
     assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+def test_verify_passes_on_the_dequantised_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    fixtures.quantize_checkpoint(tiny_checkpoint, folder, FORMS["awq"])
+    build_engine(make_bundle(Checkpoint.open(str(folder))), registry.get("ort-cpu-fp32"), tmp_path / "engine")
     report = verify(tmp_path / "engine", str(folder), max_new_tokens=2)
     assert report.passed, report.render()
 
@@ -176,7 +169,7 @@ def test_a_checkpoint_has_the_keys_and_weights_of_the_unquantised(
     checkpoint.check_keys(weights)
 
 
-def test_fp8_equals_transformers_own_dequantisation(tmp_path: Path) -> None:
+def test_fp8_equals_the_dequantisation_of_the_locked_release(tmp_path: Path) -> None:
     # from_pretrained(…, quantization_config=FineGrainedFP8Config(dequantize=True)) goes through this class, but asks
     # for accelerate, which nothing else here needs.
     import torch

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import build
-from moe_checkpoints import write_by_transformers
+from moe_checkpoints import write_experts
 from onnx import numpy_helper
 from PIL import Image
 
@@ -243,7 +243,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "dense":
         return request.getfixturevalue("tiny_engine"), request.getfixturevalue("tiny_checkpoint")
     folder = tmp_path_factory.mktemp("tiny-moe")
-    checkpoint = write_by_transformers(folder / "checkpoint")
+    checkpoint = write_experts(folder / "checkpoint")
     return build(make_bundle(Checkpoint.open(str(checkpoint))), "ort-cpu-fp32", folder / "engine"), checkpoint
 
 
@@ -282,7 +282,8 @@ def test_head_dim_from_hidden_is_no_checkpoint(tiny_checkpoint: Path, tmp_path: 
     config = json.loads((folder / "config.json").read_text())
     text = config["text_config"]
     text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
-    text["rope_parameters"]["mrope_section"] = [2, 2, 2]
+    for form in ("rope_parameters", "rope_scaling"):
+        text[form]["mrope_section"] = [2, 2, 2]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj\.weight has shape \[128, 48\]"):
         make_bundle(Checkpoint.open(str(folder)))

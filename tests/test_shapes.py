@@ -124,6 +124,7 @@ def check_export(size: str, folder: Path, *, is_thinking: bool) -> None:
     assert prompt.endswith("<|im_start|>assistant\n" + "<think>\n" * is_thinking)
 
 
+@pytest.mark.portable
 def test_2b(tmp_path: Path) -> None:
     check_export("2b", tmp_path, is_thinking=False)
 
@@ -135,6 +136,7 @@ def test_each_size_and_template(tmp_path: Path, size: str, is_thinking: bool) ->
     check_export(size, tmp_path, is_thinking=is_thinking)
 
 
+@pytest.mark.portable
 def test_no_size_is_left_out() -> None:
     assert {f"qwen3-vl-{size}" for size in SIZES} == {
         name for name in configs.names("models") if name.startswith("qwen3-vl-") and "-a" not in name

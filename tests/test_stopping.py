@@ -25,6 +25,7 @@ letters = st.text(alphabet="ab", max_size=24)
 stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=4)
 
 
+@pytest.mark.portable
 @given(pieces=st.lists(st.text(alphabet="ab", max_size=4), max_size=12), stops=stop_lists)
 def test_equals_the_oracle_for_every_cut(pieces: list[str], stops: list[str]) -> None:
     text_filter = StopStringFilter(stops)
@@ -32,6 +33,7 @@ def test_equals_the_oracle_for_every_cut(pieces: list[str], stops: list[str]) ->
     assert (emitted, text_filter.matched) == oracle("".join(pieces), stops)
 
 
+@pytest.mark.portable
 @given(text=letters, stops=stop_lists)
 def test_holds_back_no_more_than_it_must(text: str, stops: list[str]) -> None:
     text_filter = StopStringFilter(stops)
@@ -44,6 +46,7 @@ def test_holds_back_no_more_than_it_must(text: str, stops: list[str]) -> None:
         assert text_filter.flush() == held
 
 
+@pytest.mark.portable
 def test_text_after_a_match_is_discarded() -> None:
     text_filter = StopStringFilter(["<end>"])
     assert [text_filter.feed(piece) for piece in ("ab<e", "nd>cd", "ef")] == ["ab", "", ""]
@@ -51,6 +54,7 @@ def test_text_after_a_match_is_discarded() -> None:
     assert text_filter.matched == "<end>"
 
 
+@pytest.mark.portable
 def test_a_near_miss_is_released() -> None:
     text_filter = StopStringFilter(["\n\nUser:"])
     assert [text_filter.feed(piece) for piece in ("a\n", "\nUse", "ful", "\n")] == ["a", "", "\n\nUseful", ""]
@@ -59,6 +63,7 @@ def test_a_near_miss_is_released() -> None:
     assert text_filter.matched is None
 
 
+@pytest.mark.portable
 def test_the_stop_string_complete_first_wins_and_then_the_longest() -> None:
     early = StopStringFilter(["abcd", "bc"])
     assert (early.feed("xabcd"), early.matched) == ("xa", "bc")
@@ -66,11 +71,13 @@ def test_the_stop_string_complete_first_wins_and_then_the_longest() -> None:
     assert (longest.feed("xabc"), longest.matched) == ("x", "abc")
 
 
+@pytest.mark.portable
 def test_without_stop_strings_nothing_is_held() -> None:
     text_filter = StopStringFilter([])
     assert (text_filter.feed("abc"), text_filter.flush()) == ("abc", "")
 
 
+@pytest.mark.portable
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(UsageError, match="empty"):
         StopStringFilter(["a", ""])

@@ -80,6 +80,7 @@ def product(values: NDArray[np.float32], block: int, bias: bool, x: NDArray[np.f
     return y
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(("rows", "columns"), [(6, 256), (7, 192), (5, 96), (3, 160)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_onnx_runtime_computes_what_the_codes_stand_for(rows: int, columns: int, bias: bool, tmp_path: Any) -> None:
@@ -94,6 +95,7 @@ def test_onnx_runtime_computes_what_the_codes_stand_for(rows: int, columns: int,
     assert np.square(stored[:, :columns] - values).mean() < 0.02 * np.square(values).mean()
 
 
+@pytest.mark.portable
 def test_symmetric_blocks_have_the_middle_as_zero_and_scales_above_it() -> None:
     rng = np.random.default_rng(1)
     weights = np.vstack([rng.normal(size=(5, 64)), np.zeros((1, 64)), rng.uniform(3, 4, (1, 64))]).astype(np.float32)
@@ -108,6 +110,7 @@ def test_symmetric_blocks_have_the_middle_as_zero_and_scales_above_it() -> None:
     assert ((found.dequantize()[:5] - weights[:5]) ** 2).sum() < naive_error
 
 
+@pytest.mark.portable
 def test_calibrated_rounding_is_symmetric_where_asked_and_better_than_none() -> None:
     rng = np.random.default_rng(2)
     weights = rng.normal(size=(16, 128)).astype(np.float32)
@@ -124,6 +127,7 @@ def test_calibrated_rounding_is_symmetric_where_asked_and_better_than_none() -> 
     assert cost(found) < 0.7 * cost(plain)
 
 
+@pytest.mark.portable
 def test_codes_of_a_checkpoint_are_kept_if_they_have_no_zero_points_of_their_own() -> None:
     rng = np.random.default_rng(3)
     weights = rng.normal(1, 1, size=(4, 128)).astype(np.float32)
@@ -136,6 +140,7 @@ def test_codes_of_a_checkpoint_are_kept_if_they_have_no_zero_points_of_their_own
     np.testing.assert_allclose(rounded, again.dequantize().reshape(4, 128), rtol=1e-6)
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("rule", [{"bits": 8, "block": 128}, {"bits": 4, "block": 32}])
 def test_a_format_that_tensorrt_cannot_read_is_an_error(rule: dict[str, int], tmp_path: Any) -> None:
     tensor = Streamed(np.zeros((4, 128), np.float32))

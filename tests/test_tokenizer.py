@@ -34,6 +34,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoTokenizer.from_pretrained(build_tokenizer_files(tmp_path_factory.mktemp("tokenizer")))
 
 
+@pytest.mark.judge
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_and_text_equal_transformers(reference: Any, text: str) -> None:
     ids = TOKENIZER.encode(text)
@@ -42,6 +43,7 @@ def test_ids_and_text_equal_transformers(reference: Any, text: str) -> None:
         assert TOKENIZER.decode(ids, skip_special_tokens=skip) == reference.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.portable
 def test_special_tokens_are_skipped_and_other_added_tokens_are_kept() -> None:
     ids = TOKENIZER.encode("<|im_start|>a<think>b</think><|im_end|>")
     assert TOKENIZER.decode(ids) == "a<think>b</think>"
@@ -57,6 +59,7 @@ def stream(ids: list[int], *, skip_special_tokens: bool) -> list[str]:
 
 
 # Any ids, also 20 beyond the last token: models pad their vocabulary. Most such sequences are no valid UTF-8.
+@pytest.mark.portable
 @settings(max_examples=300)
 @given(ids=st.lists(st.integers(0, TOKENIZER.num_tokens + 20), max_size=40), skip=st.booleans())
 def test_the_pieces_make_the_whole_for_any_ids(ids: list[int], skip: bool) -> None:
@@ -67,6 +70,7 @@ def test_the_pieces_make_the_whole_for_any_ids(ids: list[int], skip: bool) -> No
 BYTE_IDS = {TOKENIZER.token_bytes(i): i for i in range(TOKENIZER.num_tokens) if len(TOKENIZER.token_bytes(i)) == 1}
 
 
+@pytest.mark.portable
 @settings(max_examples=300)
 @given(data=st.lists(st.sampled_from([0x41, 0x80, 0xBF, 0xC0, 0xC3, 0xE0, 0xE3, 0xED, 0xF0, 0xF4, 0xF5, 0xFF])))
 def test_the_pieces_make_the_whole_for_broken_utf8(data: list[int]) -> None:
@@ -74,6 +78,7 @@ def test_the_pieces_make_the_whole_for_broken_utf8(data: list[int]) -> None:
     assert "".join(stream(ids, skip_special_tokens=True)) == TOKENIZER.decode(ids)
 
 
+@pytest.mark.portable
 @settings(max_examples=200)
 @given(text=st.text(max_size=20))
 def test_valid_text_comes_as_whole_characters_and_as_soon_as_it_can(text: str) -> None:
@@ -87,6 +92,7 @@ def test_valid_text_comes_as_whole_characters_and_as_soon_as_it_can(text: str) -
         assert "".join(pieces[: i + 1]) == content.decode(errors="ignore")
 
 
+@pytest.mark.portable
 def test_an_emoji_waits_for_its_last_byte() -> None:
     assert BYTE_IDS.keys() == {bytes([byte]) for byte in range(256)}
     ids = [BYTE_IDS[bytes([byte])] for byte in "🙂".encode()]
@@ -100,12 +106,14 @@ def edited(edit: Callable[[dict[str, Any]], None]) -> bytes:
     return json.dumps(content).encode()
 
 
+@pytest.mark.portable
 def test_truncation_and_padding_in_the_file_have_no_effect() -> None:
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     tokenizer = Tokenizer(edited(lambda content: content.update(truncation=truncation)))
     assert tokenizer.encode("What is in the picture?") == TOKENIZER.encode("What is in the picture?")
 
 
+@pytest.mark.portable
 def test_an_added_token_outside_the_byte_alphabet_is_taken_literally() -> None:
     token = "<a b é>"
 
@@ -120,6 +128,7 @@ def test_an_added_token_outside_the_byte_alphabet_is_taken_literally() -> None:
     assert tokenizer.decode(ids) == f"x{token}y"
 
 
+@pytest.mark.portable
 def test_files_that_are_no_byte_level_tokenizer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"tokenizer\.json cannot be read"):
         Tokenizer(build_tokenizer_json()[:-100])
@@ -130,16 +139,19 @@ def test_files_that_are_no_byte_level_tokenizer_are_refused(tmp_path: Path) -> N
         Tokenizer.from_file(tmp_path / "absent.json")
 
 
+@pytest.mark.portable
 def test_reads_a_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(build_tokenizer_json())
     assert Tokenizer.from_file(tmp_path / "tokenizer.json").encode("digits") == TOKENIZER.encode("digits")
 
 
+@pytest.mark.portable
 def test_an_unknown_token_is_an_error() -> None:
     with pytest.raises(EngineError, match="no token '<|nothing|>'".replace("|", r"\|")):
         TOKENIZER.token_id("<|nothing|>")
 
 
+@pytest.mark.portable
 def test_a_lone_surrogate_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"lone surrogate.*character 3"):
         TOKENIZER.encode("abc\ud800")

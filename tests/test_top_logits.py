@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("name", OPTIONS)
 @settings(max_examples=60, deadline=None)
 @given(
@@ -61,6 +62,7 @@ def test_the_token_is_that_of_the_whole_row(name: str, seed: int, num_values: in
         assert few.next(top_of(row_V, [])) == whole.next(row_V)
 
 
+@pytest.mark.portable
 def test_the_whole_row_is_asked_for_only_where_a_tie_reaches_beyond() -> None:
     distinct = np.arange(100, dtype=np.float32)[::-1].copy()
     tied = distinct.copy()
@@ -76,6 +78,7 @@ def test_the_whole_row_is_asked_for_only_where_a_tie_reaches_beyond() -> None:
     assert fetched == [1]
 
 
+@pytest.mark.portable
 def test_logits_that_the_temperature_makes_equal_count_as_ties() -> None:
     # Just below 2 float32 is as fine as just above 1, so that division by 1.9 can make neighbours one number.
     row_V = np.full(20, np.float32(1.99))
@@ -89,6 +92,7 @@ def test_logits_that_the_temperature_makes_equal_count_as_ties() -> None:
     assert len(tokens) > 1
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
     "options",
     [
@@ -104,11 +108,13 @@ def test_what_other_tokens_can_change_needs_the_whole_row(options: dict[str, Any
     assert not sampler(**options).can_use_top(K)
 
 
+@pytest.mark.portable
 def test_an_engine_without_candidates_uses_the_whole_row() -> None:
     assert not sampler().can_use_top(0)
     assert not sampler().can_use_top(1), "a tie with the second could not be seen"
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
     row_V = np.arange(20, dtype=np.float32)
