@@ -41,8 +41,9 @@ demo: $(STAMP)
 lock: setup
 	$(BIN)/python scripts/lock.py
 
+# Two processes: engines are built once in each, so a file's tests stay together.
 test: setup
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not gpu'
 
 # The next three run tests in environments that share the PyTorch of $(VENV), which takes gigabytes. Of the test files only
 # those with a test that is asked for are read: others import what an environment may lack.

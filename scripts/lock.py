@@ -101,7 +101,7 @@ def compile_lock(lock: Lock, uv: Path) -> str:
             *("--constraints", str(pins), *(["--constraints", str(LOCKS / lock.like)] if lock.like else [])),
             *("--universal", "--python-version", OLDEST_PYTHON),
             *("--resolution", "lowest-direct" if lock.is_lowest else "highest"),
-            *("--quiet", "--no-annotate", "--custom-compile-command", "make lock"),
+            *("--no-progress", "--no-annotate", "--custom-compile-command", "make lock"),
         ]
         text = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     return "".join(line for line in text.splitlines(keepends=True) if not is_of_torch(line, lock.keeps))
@@ -115,7 +115,12 @@ def main(names: list[str]) -> None:
     LOCKS.mkdir(exist_ok=True)
     for lock in ALL:
         if not names or lock.name in names:
-            text = compile_lock(lock, Path(sys.executable).with_name("uv"))
+            try:
+                text = compile_lock(lock, Path(sys.executable).with_name("uv"))
+            except subprocess.CalledProcessError as error:
+                sys.exit(
+                    f"error: no set of versions for locks/{lock.name} (uv's exit code {error.returncode}, see above)"
+                )
             (LOCKS / lock.name).write_text(text, encoding="utf-8")
             print(f"locks/{lock.name}: {sum('==' in line for line in text.splitlines())} pins")
 

@@ -71,6 +71,7 @@ def test_float32_answers_as_was_measured(engine: Path) -> None:
     assert wrong == known_wrong
 
 
+@pytest.mark.judge
 def test_verify_passes(engine: Path) -> None:
     report = verify(engine, "demo-moe", max_new_tokens=16)
     assert report.passed, [check for check in report.checks if not check.passed]

@@ -105,6 +105,7 @@ def test_table_shows_failed_layers_and_the_worst_of_the_others() -> None:
     assert lines[4:] == ["a note", "t against c (fp32): FAILED"]
 
 
+@pytest.mark.judge
 @pytest.mark.parametrize("name", ["tiny", "demo"])
 def test_engine_agrees_with_transformers(name: str, request: pytest.FixtureRequest) -> None:
     engine = request.getfixturevalue(f"{name}_engine")

@@ -17,7 +17,6 @@ import importlib.util
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,11 +66,11 @@ class TransformersReference:
         import transformers
 
         self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
-        is_read = _is_read_by_transformers(checkpoint)
-        model: Any = (_as_it_is(checkpoint.folder) if is_read else _as_we_read_it(checkpoint)).eval()
+        model = _as_transformers_reads_it(checkpoint)
+        self.notes = [_OUR_READING] if model is None else []
+        model = (_as_we_read_it(checkpoint) if model is None else model).eval()
         # The checkpoint's own file may ask for sampling, penalties and an end; the comparison wants none of them.
         model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
-        self.notes = [] if is_read else [_OUR_READING]
         self._model = model
         self._processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
         has_experts = checkpoint.config.text.experts is not None
@@ -183,50 +182,52 @@ def _levels(features: Any) -> Floats:
     )
 
 
-def _reads_experts_as_in_graph() -> bool:
-    """Whether the installed release takes stacked experts as our graphs do; before 5.0 only the Hub's layout."""
-    import transformers
+def _as_transformers_reads_it(checkpoint: Checkpoint) -> Any | None:
+    """Load the folder with transformers, or return None where it does not read this form of weights, or not rightly.
 
-    return int(transformers.__version__.partition(".")[0]) >= 5
+    It reads no quantised weights without further packages, and no experts that lie one by one. Stacked experts it takes
+    in one layout or both, by release (5.0 not in the Hub's), and a square matrix in whichever layout it is stored
+    (qwen3vl_export/experts.py).
 
-
-def _is_read_by_transformers(checkpoint: Checkpoint) -> bool:
-    """Say whether transformers loads it rightly: unquantised, experts stacked, in a layout that it knows.
-
-    5.x takes a square matrix as it is, in whichever layout it is stored (qwen3vl_export/experts.py).
+    Raises:
+        CheckpointError: Weights are missing or of another shape, which it would fill at random.
     """
-    if "quantization_config" in checkpoint.hf_config:
-        return False
-    experts = {key: entry.shape for key, entry in checkpoint.entries.items() if ".mlp.experts." in key}
-    if _reads_experts_as_in_graph():
-        return all(len(shape) == 3 and shape[1] != shape[2] for shape in experts.values())
-    hidden = checkpoint.config.text.hidden_size
-    return all(
-        len(shape) == 3 and shape[1] != shape[2] and shape[1 if "gate_up" in key else 2] == hidden
-        for key, shape in experts.items()
-    )
-
-
-def _as_it_is(folder: Path) -> Any:
     from transformers import AutoModelForImageTextToText
 
+    shapes = [entry.shape for key, entry in checkpoint.entries.items() if _is_of_experts(key)]
+    is_stacked = all(len(shape) == 3 and shape[1] != shape[2] for shape in shapes)
+    if "quantization_config" in checkpoint.hf_config or not is_stacked:
+        return None
     model, info = AutoModelForImageTextToText.from_pretrained(
-        folder,
+        checkpoint.folder,
         dtype=torch.float32,
         attn_implementation="eager",
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are reported below
+        ignore_mismatched_sizes=True,  # they are looked at below
     )
     lost = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+    if lost and all(map(_is_of_experts, lost)):
+        return None
     if lost:
         raise CheckpointError(
-            f"{folder}: {len(lost)} weights are missing or of another shape than config.json implies: "
+            f"{checkpoint.folder}: {len(lost)} weights are missing or of another shape than config.json implies: "
             + ", ".join(lost[:5]),
             remedy="give the checkpoint that the engine was built from, with all its files",
         )
     return model
+
+
+def _is_of_experts(key: str) -> bool:
+    return ".mlp.experts." in key
+
+
+def _holds_experts_as_in_graph() -> bool:
+    """Whether models of the installed release hold stacked experts as our graphs do; before 5.0 as the Hub does."""
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) >= 5
 
 
 def _as_we_read_it(checkpoint: Checkpoint) -> Any:
@@ -236,10 +237,7 @@ def _as_we_read_it(checkpoint: Checkpoint) -> Any:
     values = copy.deepcopy({key: value for key, value in checkpoint.hf_config.items() if key != "quantization_config"})
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    weights = weights_of(checkpoint)
-    if not _reads_experts_as_in_graph():
-        weights = {key: _turned(value) if ".mlp.experts." in key else value for key, value in weights.items()}
-    missing, _ = model.load_state_dict(weights, strict=False)
+    missing, _ = model.load_state_dict(_exchanged(weights_of(checkpoint)), strict=False)
     lost = sorted(set(missing) - {"lm_head.weight"})
     if lost:
         raise CheckpointError(f"{checkpoint.folder}: {len(lost)} weights are missing: {', '.join(lost[:5])}")
@@ -250,14 +248,13 @@ def _with_weights_of(model: Any, checkpoint: Checkpoint) -> Qwen3VL:
     """Return our own definition on the very tensors of a model of transformers, which take no further memory."""
     with torch.device("meta"):
         own = Qwen3VL(checkpoint.config)
-    weights = dict(model.state_dict())
-    if not _reads_experts_as_in_graph():
-        weights = {key: _turned(value) if ".mlp.experts." in key else value for key, value in weights.items()}
-    own.load_state_dict(weights, assign=True)
+    own.load_state_dict(_exchanged(model.state_dict()), assign=True)
     own.tie()
     return own.eval()
 
 
-def _turned(weight: torch.Tensor) -> torch.Tensor:
-    """Exchange the last two axes of stacked experts."""
-    return weight.transpose(1, 2)
+def _exchanged(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take the weights of our definition to those of the installed release's models, or back: both turn the experts."""
+    if _holds_experts_as_in_graph():
+        return dict(weights)
+    return {key: value.transpose(1, 2) if _is_of_experts(key) else value for key, value in weights.items()}
