@@ -20,7 +20,7 @@ from engines.weight_shapes import weight_shapes
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.modeling import LayerCache, Qwen3VL
 from runtime.chat import ChatTemplate
-from runtime.errors import UsageError
+from runtime.errors import CheckpointError, UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.image_processor import ImageProcessorConfig
 from runtime.manifest import Manifest
@@ -94,14 +94,25 @@ def weights_of(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, de
     """Read all weights by the names that `Qwen3VL` has for them; a tied head is the embedding's tensor.
 
     Raises:
-        CheckpointError: A weight is missing, left over, or of another shape than config.json implies.
+        CheckpointError: A weight is missing, left over, not finite, or of another shape than config.json implies.
+        UsageError: A weight is beyond the range of `dtype`.
     """
     text = checkpoint.config.text
     weights: dict[str, Tensor] = {}
     used: set[str] = set()
 
     def take(key: str, values: NDArray[Any]) -> None:
-        weights[key] = torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=dtype)
+        stored = torch.from_numpy(np.ascontiguousarray(values))
+        weights[key] = stored.to(device=device, dtype=dtype)
+        if not weights[key].isfinite().all():
+            if stored.isfinite().all():
+                raise UsageError(
+                    f"{key}: {dtype} does not hold its values", remedy="take dtype 'bfloat16' or 'float32'"
+                )
+            raise CheckpointError(
+                f"{checkpoint.folder}: {key} holds values that are not finite",
+                remedy="the checkpoint is damaged, or was saved after a training that diverged: get it again",
+            )
 
     for key, shape in weight_shapes(checkpoint.config).items():
         if ".mlp.experts." not in key:  # experts lie in one of several layouts
@@ -149,8 +160,9 @@ class EagerSession:
         self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
     ) -> Floats:
         """Run the vision tower; see `runtime.session.Session.vision`."""
-        pixels, weights, cos, sin = map(self._floats, (pixel_values, pos_weights, rope_cos, rope_sin))
-        return _array(self.model.visual(pixels, self._integers(pos_indices), weights, cos, sin))
+        # Tables stay float32 whatever the weights' type, as in transformers.
+        indices, weights, cos, sin = map(self._tensor, (pos_indices, pos_weights, rope_cos, rope_sin))
+        return _array(self.model.visual(self._floats(pixel_values), indices, weights, cos, sin))
 
     def new_cache(self, capacity: int, batch: int = 1) -> EagerCache:
         """Allocate a cache of zeros."""
@@ -171,17 +183,16 @@ class EagerSession:
         assert isinstance(cache, EagerCache)
         assert int(past_lengths.max()) + input_ids.shape[1] <= cache.capacity, "past_lengths + S exceeds the cache"
         ids, positions, rows, lengths, chosen = map(
-            self._integers, (input_ids, position_ids, visual_rows, past_lengths, logits_positions)
+            self._tensor, (input_ids, position_ids, visual_rows, past_lengths, logits_positions)
         )
         embeds = self._floats(visual_embeds)
         logits, cache.layers = self.model(ids, positions, rows, embeds, lengths, chosen, cache.layers)
         return _array(logits)
 
     def _floats(self, values: Floats) -> Tensor:
-        like = self.model.lm_head.weight
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device=like.device, dtype=like.dtype)
+        return self._tensor(values).to(self.model.lm_head.weight.dtype)
 
-    def _integers(self, values: Ints) -> Tensor:
+    def _tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.lm_head.weight.device)
 
 

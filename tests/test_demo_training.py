@@ -52,13 +52,13 @@ def moved(trainee: Trainee) -> Trainee:
 @pytest.fixture(scope="module", params=["dense", "experts"])
 def saved(request: pytest.FixtureRequest, trainee: Trainee, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """A trainee, and what transformers makes of the folder that it is saved in."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    import judge
+    from transformers import AutoProcessor
 
     folder = tmp_path_factory.mktemp("demo") / "checkpoint"
     trainee = trainee if request.param == "dense" else moved(Trainee(0, upcycled(trainee.model)))
     save_checkpoint(trainee.model, folder, "card")
-    judge = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    return Saved(trainee, judge, AutoProcessor.from_pretrained(folder))
+    return Saved(trainee, judge.load(folder), AutoProcessor.from_pretrained(folder))
 
 
 @dataclass(frozen=True)
