@@ -19,7 +19,7 @@ endif
 
 setup: $(DEV_STAMP)
 
-# Without build isolation: setuptools, too, is the one of the lock.
+# ONNX Runtime has no wheel for Python 3.15 yet. Without build isolation: setuptools, too, is the one of the lock.
 $(STAMP): pyproject.toml locks/demo.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.14 is needed; choose one with PYTHON=...") if not (3, 11) <= sys.version_info < (3, 15) else 0'
 	@echo "Setting up $(VENV) from locks/demo.txt: PyTorch, ONNX and ONNX Runtime from the package index."

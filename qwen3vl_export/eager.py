@@ -46,12 +46,7 @@ def open_eager(checkpoint: str, *, dtype: str = "float32", device: str = "cpu") 
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}", remedy=f"give one of {', '.join(DTYPES)}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by device
-        raise UsageError(
-            f"device {device!r}: PyTorch cannot use it ({str(error).splitlines()[0]})", remedy="give 'cpu'"
-        ) from error
+    kind = _kind_of(device)
     source = Checkpoint.open(checkpoint)
     assets = source.assets()
     model = load(source, dtype=DTYPES[dtype], device=device)
@@ -59,7 +54,7 @@ def open_eager(checkpoint: str, *, dtype: str = "float32", device: str = "cpu") 
     manifest = Manifest(
         target="eager",
         session="eager",
-        capabilities={"precision": dtype, "cache_dtype": dtype, "device": "cpu" if device == "cpu" else "gpu"},
+        capabilities={"precision": dtype, "cache_dtype": dtype, "device": "cpu" if kind == "cpu" else "gpu"},
         model=source.config,
         versions={"torch": str(torch.__version__)},
         source=source.describe(),
@@ -75,6 +70,21 @@ def open_eager(checkpoint: str, *, dtype: str = "float32", device: str = "cpu") 
         min(DEFAULT_MAX_CONTEXT, text.max_positions),
         machine_bytes(),
     )
+
+
+def _kind_of(device: str) -> str:
+    """Return the kind of a device that PyTorch can compute on, such as `cuda` of `cuda:0`.
+
+    Raises:
+        UsageError: It is none, or is not here.
+    """
+    try:
+        torch.zeros(1, device=device).cpu()  # `meta` holds no numbers to bring back
+        return torch.device(device).type
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # torch raises each, by device
+        raise UsageError(
+            f"device {device!r}: PyTorch cannot use it ({str(error).splitlines()[0]})", remedy="give 'cpu'"
+        ) from error
 
 
 def load(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Qwen3VL:

@@ -133,7 +133,7 @@ class VisionTower(nn.Module):
             rope_sin: [P, H/2].
 
         Returns:
-            [1+levels, I·P/4, D]: the merged patches, and the DeepStack levels in the order of their blocks.
+            [1+levels, I·P / merge², D]: the merged patches, and the DeepStack levels in the order of their blocks.
         """
         hidden = embed_patches(self.patch_embed, self.pos_embed, pixel_values, pos_indices, pos_weights)
         levels = []
@@ -173,6 +173,7 @@ class LanguageModel(nn.Module):
         [S, S], or what broadcasts to [B, N, S, S], where it does; causal by default.
         """
         assert not (cache and visible is not None), "with a cache, what a token sees follows from past_lengths"
+        assert bool(cache) is (past_lengths is not None), "a cache and past_lengths go together"
         inv_freq, axes = (
             torch.from_numpy(each).to(input_ids.device) for each in (self.inv_freq, self.axis_of_frequency)
         )
@@ -224,7 +225,7 @@ class CausalAttention(nn.Module):
         return self.o_proj(out), present_key, present_value
 
     def without_cache(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None) -> Tensor:
-        """Attend to x [B, S, D] alone, where `visible` is true, or causally."""
+        """Attend to x [B, S, D] alone, where `visible` is true, or causally; for training, never traced."""
         heads = causal_attention.rotated_heads(*self._projected(x), cos, sin, self.epsilon)
         return self.o_proj(causal_attention.attend(*heads, self.scale, visible))
 
@@ -435,7 +436,7 @@ class PatchMerger(nn.Module):
         self.linear_fc1, self.linear_fc2 = nn.Linear(self.size, self.size), nn.Linear(self.size, out_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn patches [I, P, D of the tower] into one level of visual embeddings, [1, I·P/4, D of the decoder]."""
+        """Turn patches [I, P, D] into a level of visual embeddings, [1, I·P / merge², D of the decoder]."""
         x = self.norm(x.view(-1, self.size) if self.joins_first else x).view(-1, self.size)
         merged: Tensor = self.linear_fc2(F.gelu(self.linear_fc1(x)))
         return merged[None]

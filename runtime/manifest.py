@@ -18,7 +18,7 @@ from runtime.model_config import ModelConfig
 MANIFEST_NAME = "engine.json"
 LOWERED_NAME = "lowered.json"
 """The manifest of a folder that holds the lowered graphs of a target and not its engine: nothing generates with it."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: rotary settings
 _BLOCK_BYTES = 1 << 20
 _DIGEST = "sha256"
 

@@ -33,7 +33,7 @@ class VisionConfig:
     spatial_merge_size: int
     num_position_embeddings: int
     deepstack_layers: tuple[int, ...]
-    rope_theta: float = 10000.0
+    rope_theta: float
 
     @property
     def head_dim(self) -> int:
@@ -79,10 +79,10 @@ class TextConfig:
 
     Attributes:
         intermediate_size: Width of the feed-forward network of a dense layer.
-        experts: None for a dense model.
         rope_theta: Base of the rotary frequencies.
         mrope_section: How many frequencies turn by time, height and width; see `rotary_frequencies` of
             qwen3vl_export/modeling.py.
+        experts: None for a dense model.
     """
 
     vocab_size: int
@@ -95,9 +95,9 @@ class TextConfig:
     max_positions: int
     rms_norm_eps: float
     tie_word_embeddings: bool
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
     experts: ExpertsConfig | None = None
-    rope_theta: float = 5e6
-    mrope_section: tuple[int, int, int] = (24, 20, 20)
 
     def experts_of(self, layer: int) -> ExpertsConfig | None:
         """Return the experts of one layer, or None if its feed-forward network is dense."""
@@ -130,8 +130,7 @@ class ModelConfig:
         vision = dict(values["vision"])
         vision["deepstack_layers"] = tuple(vision["deepstack_layers"])
         text = dict(values["text"])
-        if "mrope_section" in text:  # engines of before have none
-            text["mrope_section"] = tuple(text["mrope_section"])
+        text["mrope_section"] = tuple(text["mrope_section"])
         experts = text.get("experts")
         if experts is not None:
             text["experts"] = ExpertsConfig(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
@@ -161,7 +160,7 @@ class ModelConfig:
         text.fixed("hidden_act", "silu")
         vision.fixed("hidden_act", "gelu_pytorch_tanh")
         if text.boolean("attention_bias", default=False):
-            raise CheckpointError("config.json: text_config.attention_bias is true, expected false")
+            text.refuse("attention_bias", "false: biases are not exported")
         top = _Section(config, "")
         result = cls(
             text=TextConfig(
@@ -353,29 +352,29 @@ def _rope(section: _Section, exported_types: tuple[str, ...]) -> _Section:
     it. Where both stand, they say the same, or nobody could tell which of them the model was trained with.
     """
     merged: dict[str, Any] = {}
-    forms = [section.get(name) for name in ("rope_parameters", "rope_scaling")]
-    beside = section.get("rope_theta")
-    for form in (*forms, None if beside is None else {"rope_theta": beside}):
-        if form is not None and not isinstance(form, Mapping):
-            raise CheckpointError(
-                f"config.json: {section.name}.rope_parameters is {form!r}, expected an object",
-                remedy="take config.json from the original model",
-            )
-        for key, value in _with_one_type(form or {}).items():
+    names = [name for name in ("rope_parameters", "rope_scaling") if section.get(name) is not None]
+    forms = {name: section.get(name) for name in names}
+    if section.get("rope_theta") is not None:
+        forms["rope_theta"] = {"rope_theta": section.get("rope_theta")}
+    for name, form in forms.items():
+        if not isinstance(form, Mapping):
+            section.refuse(name, "an object")
+        for key, value in _with_one_type(form).items():
+            if key == "rope_type" and value in exported_types:
+                continue  # names of the same
+            if key == "rope_type":
+                raise CheckpointError(
+                    f"config.json: {section.name}.{name}: rope type {value!r} is not exported; expected "
+                    f"{exported_types[0]!r}",
+                    remedy="remove the rope scaling from config.json, which limits the context to the trained length",
+                )
             if merged.setdefault(key, value) != value:
                 raise CheckpointError(
                     f"config.json: {section.name}: {key} is {merged[key]!r} in one place and {value!r} in another of "
                     "rope_parameters, rope_scaling and rope_theta",
                     remedy="take config.json from the original model",
                 )
-    rope = _Section(merged, f"{section.name}.rope_parameters")
-    rope_type = rope.get("rope_type", exported_types[0])
-    if rope_type not in exported_types:
-        raise CheckpointError(
-            f"config.json: {section.name}: rope type {rope_type!r} is not exported; expected {exported_types[0]!r}",
-            remedy="remove the rope scaling from config.json, which limits the context to the trained length",
-        )
-    return rope
+    return _Section(merged, section.name)
 
 
 def _with_one_type(form: Mapping[str, Any]) -> dict[str, Any]:

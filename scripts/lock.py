@@ -1,6 +1,6 @@
 """Write the lock files of locks/ with uv: exact versions of all that an environment of this project holds.
 
-    python scripts/lock.py                  # newest releases that the ranges allow
+    python scripts/lock.py                  # newest releases that the ranges allow, but of PyTorch
     python scripts/lock.py demo.txt dev.txt # some of them
 
 uv alone reads the ranges, and pip alone installs. A lock names no index: pip takes packages from where it is set up to.
@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ROOT / "locks"
 OLDEST_PYTHON = "3.11"
 
-# The pair that parity was measured with. A torchvision of another build than torch's has no kernels that it could call.
+# The pair that parity was measured with; it is raised here, by hand, and then measured again.
+# A torchvision of another build than torch's has no kernels that it could call.
 TORCH_PAIR = ("torch==2.14.1", "torchvision==0.29.1")
 
 _OF_TORCH = re.compile(r"(nvidia-.*|cuda-.*|triton)$")

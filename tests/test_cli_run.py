@@ -100,8 +100,8 @@ def engine(tmp_path: Path) -> Path:
         name: FileRecord((folder / name).stat().st_size, sha256_of(folder / name), is_weights=name.endswith(".data"))
         for name in ("vision.onnx", "weights.data")
     }
-    text = TextConfig(512, 64, 128, 3, 4, 2, 32, 4096, 1e-6, True)
-    vision = VisionConfig(5, 48, 96, 4, 3, 16, 2, 2, 64, (1, 3))
+    text = TextConfig(512, 64, 128, 3, 4, 2, 32, 4096, 1e-6, True, 5e6, (6, 5, 5))
+    vision = VisionConfig(5, 48, 96, 4, 3, 16, 2, 2, 64, (1, 3), 1e4)
     config = ModelConfig(text, vision, 10, 11, 12, 13)
     Manifest(
         "ort-cpu-fp32",
@@ -341,6 +341,29 @@ def test_targets_lists_the_registry(qwen3vl: Any) -> None:
     code, out, _ = qwen3vl("targets")
     assert code == 0
     assert all(row["name"] in out and row["description"] in out and row["reason"] in out for row in rows)
+
+
+@pytest.mark.portable
+def test_verify_passes_the_reference_on(qwen3vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def verify(*_: Any, on_case: Any, **options: Any) -> Any:
+        asked.append(options)
+        return types.SimpleNamespace(passed=True, to_dict=dict, render=lambda: "")
+
+    monkeypatch.setitem(sys.modules, "qwen3vl_export.parity", types.ModuleType("qwen3vl_export.parity"))
+    monkeypatch.setitem(sys.modules, "qwen3vl_export.parity.verify", types.SimpleNamespace(verify=verify))
+    for options in ([], ["--reference", "own"]):
+        assert qwen3vl("verify", "folder", "--checkpoint", "demo", *options)[0] == 0
+    assert asked == [{}, {"reference": "own"}]
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("other", [["folder", "--tasks"], ["--ranges"]])
+def test_a_reference_has_no_use_with_tasks_and_ranges(other: list[str], qwen3vl: Any) -> None:
+    code, _, err = qwen3vl("verify", *other, "--checkpoint", "demo", "--reference", "own")
+    assert code == 2
+    assert "--reference has no use with --tasks and --ranges" in err
 
 
 @pytest.mark.portable

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import judge
 import numpy as np
 import pytest
+from random_checkpoints import write_random
 
 import configs
 import runtime.generation
+from engines import registry
+from engines.build import build_engine
+from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.export import make_bundle
+from qwen3vl_export.parity import transformers_reference
 from qwen3vl_export.parity.cases import make_cases, picture
 from qwen3vl_export.parity.metrics import agreement, difference, kl_divergence
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.verify import verify
 from runtime.errors import ParityError, UsageError
+from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 
 
@@ -178,3 +188,71 @@ def test_an_unknown_reference_is_an_error(tiny_engine: Path, tiny_checkpoint: Pa
 def test_another_checkpoint_is_an_error(tiny_engine: Path) -> None:
     with pytest.raises(ParityError, match="another shape than demo"):
         verify(tiny_engine, "demo")
+
+
+ROPE = {"rope_type": "default", "rope_theta": 12345.0, "mrope_section": [9, 4, 3], "mrope_interleaved": True}
+AXIAL = {"rope_parameters": {"rope_type": "axial", "rope_theta": 300.0}}
+
+
+def random_engine(folder: Path, **changes: Any) -> tuple[Path, str]:
+    """Export a random checkpoint; return engine and checkpoint."""
+    source = write_random(folder / "checkpoint", **changes)
+    engine = folder / "engine"
+    build_engine(make_bundle(Checkpoint.open(str(source))), registry.get("ort-cpu-fp32"), engine)
+    return engine, str(source)
+
+
+@pytest.mark.judge
+def test_an_engine_of_other_settings_agrees_with_transformers(tmp_path: Path) -> None:
+    """Levels whose mergers are listed in another order, another theta and other sections, through the whole product."""
+    vision = {"deepstack_visual_indexes": [2, 0]} | (AXIAL if judge.vision_rope_is_read() else {})
+    engine, source = random_engine(tmp_path, vision_config=vision, text_config={"rope_parameters": ROPE})
+    report = verify(engine, source, max_new_tokens=8)
+    assert report.passed, report.render()
+    assert report.to_dict()["reference"].startswith("transformers ")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vision_config": {"deepstack_visual_indexes": [2, 0]}},
+        {"vision_config": AXIAL},
+        {"text_config": {"rope_parameters": ROPE}},
+    ],
+    ids=["levels", "theta of the vision tower", "rotary settings of the decoder"],
+)
+def test_settings_that_the_engine_has_otherwise_are_noticed(changes: dict[str, Any], tmp_path: Path) -> None:
+    engine, _ = random_engine(tmp_path)
+    manifest = Manifest.read(engine)
+    other = write_random(tmp_path / "other", **changes)
+    # The engine says of itself what is not so.
+    dataclasses.replace(manifest, model=Checkpoint.open(str(other)).config).write(engine)
+    report = verify(engine, str(other), max_new_tokens=2, reference="own")
+    if "vision_config" in changes and "rope_parameters" in changes["vision_config"]:
+        assert report.passed  # the runtime makes these tables, by the manifest
+    else:
+        assert not report.passed
+
+
+@pytest.mark.judge
+def test_a_checkpoint_that_the_release_does_not_read_is_no_bug_of_ours(
+    tiny_engine: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            json.loads((folder / "preprocessor_config.json").read_text()) | {"image_processor_type": "NoSuchProcessor"}
+        )
+    )
+    with pytest.raises(UsageError, match=r"transformers \d.* does not read .*checkpoint \(\w+") as raised:
+        verify(tiny_engine, str(folder), max_new_tokens=1)
+    assert "--reference own" in str(raised.value.remedy)
+    assert verify(tiny_engine, str(folder), max_new_tokens=1, reference="own").passed
+
+
+def test_a_release_that_is_too_old_is_named(
+    tiny_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers_reference.metadata, "version", lambda name: "4.56.2")
+    with pytest.raises(UsageError, match=r"transformers 4\.56\.2 is installed, .* expected 4\.57 or later"):
+        verify(tiny_engine, str(tiny_checkpoint), max_new_tokens=1)

@@ -40,6 +40,15 @@ def test_every_range_has_a_lower_bound_and_reasons_for_upper_ones() -> None:
     assert faults(PROJECT) == []
 
 
+def test_those_of_the_peers_have_one_too() -> None:
+    files = sorted((ROOT / "benchmarks" / "compare").glob("requirements-*.txt"))
+    lines = [
+        line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line[:1] not in ("#", "")
+    ]
+    assert len(files) == 2 and len(lines) > 8
+    assert [line for line in lines if not {part.operator for part in Requirement(line).specifier} & LOWER] == []
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [

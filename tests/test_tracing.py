@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -17,6 +21,7 @@ from qwen3vl_export.tracing.pieces import Piece, trace_pieces
 from runtime.model_config import ModelConfig
 
 pytestmark = pytest.mark.portable
+ROOT = Path(__file__).parents[1]
 DENSE = ModelConfig.from_hf({"model_type": "qwen3_vl", **configs.load("models/tiny")})
 EXPERTS = ModelConfig.from_hf(configs.load("models/tiny-moe"))
 
@@ -76,13 +81,57 @@ def test_the_same_model_gives_the_same_text() -> None:
             assert ir.to_proto(piece.function).SerializeToString() == ir.to_proto(other).SerializeToString()
 
 
-@pytest.mark.parametrize("letter", ["I", "P"])
-def test_a_size_that_got_into_a_function_is_caught(letter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def reshaped(merger: Any, x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(len(x), -1).reshape(-1, merger.size)
+
+
+def with_patches(merger: Any, x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[1], merger.size // 4).reshape(-1, merger.size)
+
+
+def shifted(merger: Any, x: torch.Tensor) -> torch.Tensor:
+    return (x + torch.arange(x.shape[1])[:, None]).reshape(-1, merger.size)
+
+
+@pytest.mark.parametrize(
+    ("change", "letters"),
+    [(reshaped, "I · P"), (with_patches, "I · P"), (shifted, "P")],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_size_that_got_into_a_function_is_caught(
+    change: Callable[[Any, torch.Tensor], torch.Tensor], letters: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fixing(self: Any, x: torch.Tensor) -> torch.Tensor:
-        num_segments, num_patches, _ = x.shape
-        flat = x.reshape(num_segments, -1) if letter == "I" else x.reshape(-1, num_patches, self.size // 4)
-        return self.linear_fc2(self.linear_fc1(flat.reshape(-1, self.size)))[None]
+        return self.linear_fc2(self.linear_fc1(change(self, x)))[None]
 
     monkeypatch.setattr(modeling.PatchMerger, "forward", fixing)
-    with pytest.raises(AssertionError, match=r"the trace fixed [IP]: a constant is"):
+    with pytest.raises(AssertionError, match=f"the trace fixed {letters}: a constant has"):
         trace_pieces(DENSE)
+
+
+EXPORT = """
+import sys
+for name in {hidden}:
+    sys.modules[name] = None
+from pathlib import Path
+from engines import registry
+from engines.build import build_engine
+from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.export import make_bundle
+build_engine(make_bundle(Checkpoint.open("demo-moe")), registry.get("ort-cpu-int8"), Path({folder!r}))
+print(sorted(name for name in ("transformers", "torchvision") if sys.modules.get(name)))
+"""
+
+
+def test_an_engine_is_the_same_bytes_in_every_process_and_with_no_transformers(tmp_path: Path) -> None:
+    files = []
+    for seed, hidden in (("0", ()), ("1", ("transformers", "torchvision"))):
+        folder = tmp_path / seed
+        code = EXPORT.format(hidden=hidden, folder=str(folder))
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"  # an export imports neither
+        files.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(files[0]) > 8
+    assert files[0] == files[1]

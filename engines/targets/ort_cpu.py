@@ -131,7 +131,7 @@ def _cache_pass(bits: int, scales_L2KH: NDArray[np.float32]) -> ir.passes.InPlac
 
 def _availability() -> Availability:
     runs = importlib.util.find_spec("onnxruntime") is not None
-    # An engine is built of what torch and transformers trace, although nothing here imports them.
+    # An engine is built of what torch traces, although nothing here imports it.
     builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "onnxscript", "torch"))
     missing = [extra for extra, found in (("cpu", runs), ("export", builds)) if not found]
     reason = f"install the extras: pip install 'qwen3vl-export[{','.join(missing)}]'" if missing else ""

@@ -321,8 +321,8 @@ def verify(
     --ranges takes no engine: it runs the checkpoint in float32 and lists the largest magnitude of each tensor, and how
     many times that fits below 65504. Exit code 9 if one does not: then float16 does not hold this checkpoint.
 
-    Needs the packages of the extra [verify] (transformers, torchvision) beside those of [export]; with --reference own
-    those of [export] alone. --tasks needs scikit-learn, --plot matplotlib.
+    Needs the packages of the extra [verify] (transformers, torchvision) beside those of [export]; with --reference own,
+    --tasks or --ranges those of [export] alone. --tasks needs scikit-learn, too, and --plot matplotlib.
 
     \b
     Examples:

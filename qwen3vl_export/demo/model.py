@@ -88,6 +88,7 @@ def build_config(tokenizer: Tokenizer) -> ModelConfig:
             spatial_merge_size=2,
             num_position_embeddings=576,
             deepstack_layers=(1, 2),
+            rope_theta=1e4,
         ),
         image_token_id=tokenizer.token_to_id("<|image_pad|>"),
         video_token_id=tokenizer.token_to_id("<|video_pad|>"),

@@ -1,8 +1,8 @@
 """The judge: transformers' own model and processor, unmodified, in float32 with eager attention.
 
 Positions, placement of the visual embeddings and the cache are transformers' own. It is asked through its public
-interface alone, so that any release from 4.57 on will do: `from_pretrained`, `generate`, the forward of a model and
-`get_image_features`.
+interface, so that any release from 4.57 on will do: `from_pretrained` and `from_config`, `generate`, the forward of a
+model, `get_image_features`, and the keys and values of the cache that they return.
 
 Which experts a token goes through is only seen in our own definition of the model, on the same weights. It gives router
 statistics, and runs with other choices; the numbers of a run without are transformers'.
@@ -15,8 +15,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -29,28 +32,43 @@ from qwen3vl_export.modeling import Qwen3VL
 from qwen3vl_export.parity.metrics import difference
 from qwen3vl_export.parity.reference import OwnReference, ReferenceOutput
 from qwen3vl_export.routing import Choice, RouterStatistics
-from runtime.errors import CheckpointError, UsageError
+from runtime.errors import CheckpointError, Qwen3VLError, UsageError
 from runtime.session import Floats
 
+_INSTALL = "install this project with its extra [verify]: python -m pip install '.[verify]' in its folder"
+_COMPARE_WITH_OWN = "compare with this package's own PyTorch definition of the model: --reference own"
+_FOLLOWED = (
+    "where the engine chose other experts, it was compared with our own definition, which can make the same choices "
+    "and agrees with transformers otherwise"
+)
 _OUR_READING = (
     "transformers does not read this checkpoint's form without further packages, or not rightly: PyTorch got the "
     "weights as the exporter reads them, so a fault of that reading does not show here"
 )
 
 
+_OLDEST = (4, 57)
+"""The first release with Qwen3-VL."""
+
+
 def check_installed() -> None:
-    """Raise if transformers, or what its processor of Qwen3-VL needs, is not here.
+    """Raise if transformers, or what its processor of Qwen3-VL needs, is not here, or is too old.
 
     Raises:
-        UsageError: transformers or torchvision is not installed.
+        UsageError: transformers or torchvision is not installed, or transformers does not know Qwen3-VL.
     """
     for name in ("transformers", "torchvision"):
         if importlib.util.find_spec(name) is None:
             raise UsageError(
                 f"a comparison with transformers needs the Python package {name!r}, which is not installed",
-                remedy="install the extra [verify], or: python -m pip install transformers torchvision; "
-                "or compare with this package's own PyTorch definition of the model: --reference own",
+                remedy=f"{_INSTALL}, or {_COMPARE_WITH_OWN}",
             )
+    installed = metadata.version("transformers")
+    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < _OLDEST:
+        raise UsageError(
+            f"transformers {installed} is installed, which does not know Qwen3-VL; expected 4.57 or later",
+            remedy=f"{_INSTALL}, or {_COMPARE_WITH_OWN}",
+        )
 
 
 class TransformersReference:
@@ -66,13 +84,17 @@ class TransformersReference:
         import transformers
 
         self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
-        model = _as_transformers_reads_it(checkpoint)
+        with _refusing(checkpoint):
+            self._processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
+            model = _as_transformers_reads_it(checkpoint)
         self.notes = [_OUR_READING] if model is None else []
-        model = (_as_we_read_it(checkpoint) if model is None else model).eval()
+        if model is None:
+            with _refusing(checkpoint):
+                model = _as_we_read_it(checkpoint)
+        model.eval()
         # The checkpoint's own file may ask for sampling, penalties and an end; the comparison wants none of them.
         model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
-        self._model = model
-        self._processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
+        self._model: Any = model
         has_experts = checkpoint.config.text.experts is not None
         self._own = OwnReference(_with_weights_of(model, checkpoint)) if has_experts else None
 
@@ -97,6 +119,8 @@ class TransformersReference:
         prompt = input_ids, pixel_values, grids_thw, num_steps
         if swapped:
             assert self._own is not None, "a dense model has no routers"
+            if _FOLLOWED not in self.notes:
+                self.notes.append(_FOLLOWED)
             return self._own.run(*prompt, swapped=swapped, likely_tokens=likely_tokens)
         output = self._run(*prompt, likely_tokens)
         if self._own is None:
@@ -155,6 +179,26 @@ class TransformersReference:
         if images and "mm_token_type_ids" in inspect.signature(self._model.forward).parameters:  # not in 4.57
             inputs["mm_token_type_ids"] = (tokens == self._model.config.image_token_id).int()
         return inputs
+
+
+@contextmanager
+def _refusing(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say of an error inside transformers that the installed release does not read this checkpoint.
+
+    Raises:
+        UsageError: It fails in any way; releases fail in ways of their own on files that others wrote.
+    """
+    try:
+        yield
+    except Qwen3VLError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"transformers {metadata.version('transformers')} does not read {checkpoint.name} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})",
+            remedy="install another release, such as the one that wrote the checkpoint's config.json: python -m pip "
+            f"install 'transformers>=5,<6'; or {_COMPARE_WITH_OWN}",
+        ) from error
 
 
 def _same_within() -> float:
@@ -237,10 +281,7 @@ def _as_we_read_it(checkpoint: Checkpoint) -> Any:
     values = copy.deepcopy({key: value for key, value in checkpoint.hf_config.items() if key != "quantization_config"})
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    missing, _ = model.load_state_dict(_exchanged(weights_of(checkpoint)), strict=False)
-    lost = sorted(set(missing) - {"lm_head.weight"})
-    if lost:
-        raise CheckpointError(f"{checkpoint.folder}: {len(lost)} weights are missing: {', '.join(lost[:5])}")
+    model.load_state_dict(_exchanged(weights_of(checkpoint)))
     return model
 
 

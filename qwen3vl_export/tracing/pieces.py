@@ -3,9 +3,9 @@
 All pieces are traced in one call and taken apart afterwards: torch.onnx builds its table of operators anew for each
 call, which is half of the time of ten calls.
 
-Sizes are those of an example: torch's symbolic ones give the same functions (a test compares) in more than twice the
-time. Where the definition asks for no size, none can be in a function, and that is checked: the example's dynamic sizes
-are primes that no constant may be a multiple of.
+Sizes are those of an example: torch's symbolic ones give the same functions in more than twice the time, and
+tests/test_tracing.py compares both. The definition may ask no input for a dynamic size. Each trace is searched for
+integers that are multiples of one, which are what a reshape would leave.
 
 Shapes: B batch, S new tokens, T cache capacity, L logits positions, V visual rows, I segments, P patches, H head dim.
 """
@@ -31,8 +31,8 @@ from qwen3vl_export import modeling
 from qwen3vl_export.ops import causal_attention, mixture_of_experts, rms_norm, vision_attention
 from runtime.model_config import ModelConfig
 
-# Example sizes of the dynamic dimensions: primes above all sizes that a function may hold. P is also a multiple of the
-# patches of a visual token.
+# Example sizes of the dynamic dimensions: primes, so that their multiples are seldom anything else. P is taken times
+# the patches of a visual token.
 _EXAMPLES = {"B": 10007, "S": 10009, "T": 10037, "L": 10039, "V": 10061, "I": 10067, "P": 10069}
 _TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.qwen3vl.causal_attention.default: causal_attention.translation,
@@ -310,9 +310,9 @@ def _as_function(graph: ir.Graph, name: str, inputs: Sequence[str], outputs: Seq
         ir.convenience.replace_all_uses_with(value, constant.outputs[0])
         del graph.initializers[key]
     for node in graph:
-        _check_sizes(
-            name, [each for a in node.attributes.values() if a.type == ir.AttributeType.INTS for each in a.value]
-        )
+        for attribute in node.attributes.values():
+            if attribute.type in (ir.AttributeType.INT, ir.AttributeType.INTS):
+                _check_sizes(name, attribute.value)
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
@@ -329,10 +329,18 @@ def _as_function(graph: ir.Graph, name: str, inputs: Sequence[str], outputs: Seq
     return ir.Function(DOMAIN, name, "", graph=graph, attributes=[])
 
 
+def _integers(attribute: ir.Attr) -> Sequence[int]:
+    if attribute.type == ir.AttributeType.INT:
+        return [attribute.value]
+    return attribute.value if attribute.type == ir.AttributeType.INTS else []
+
+
 def _check_sizes(name: str, values: Any) -> None:
-    """Raise if a constant holds the size of a dynamic dimension of the example, which would fix it in the graph."""
+    """Raise if the shape of a constant, or an integer in it, is a multiple of a dynamic size of the example."""
     values = np.asarray(values)
-    if values.dtype.kind in "iu":
-        for letter, size in _EXAMPLES.items():
-            fixed = values[(values % size == 0) & (values != 0)]
-            assert not fixed.size, f"{name}: the trace fixed {letter}: a constant is {fixed.flat[0]}"
+    for numbers in (np.array(values.shape, np.int64), values.ravel() if values.dtype.kind in "iu" else np.array([0])):
+        is_fixed = np.array([(numbers % size == 0) & (numbers != 0) for size in _EXAMPLES.values()])
+        if is_fixed.any():
+            place = is_fixed.any(0).argmax()
+            letters = [letter for letter, found in zip(_EXAMPLES, is_fixed[:, place], strict=True) if found]
+            raise AssertionError(f"{name}: the trace fixed {' · '.join(letters)}: a constant has {numbers[place]}")
