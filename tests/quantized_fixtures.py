@@ -155,7 +155,7 @@ def quantize_checkpoint(source: Path, folder: Path, form: Form) -> dict[str, np.
     shutil.copytree(source, folder)
     stored: dict[str, torch.Tensor] = {}
     expected: dict[str, np.ndarray] = {}
-    for key, tensor in load_file(folder / "model.safetensors").items():
+    for key, tensor in load_file(source / "model.safetensors").items():
         if not is_quantized(key):
             stored[key], expected[key] = tensor, tensor.float().numpy()
             continue
