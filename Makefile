@@ -9,6 +9,10 @@ IMAGE ?=
 MODEL ?= qwen3-vl-2b
 TRANSFORMERS ?=
 
+CHECK_PYTHON := import sys; sys.exit(f"{sys.executable}: Python 3.11 to 3.14 is needed; choose one with PYTHON=... or another folder with VENV=...") if not (3, 11) <= sys.version_info < (3, 15) else 0
+# Names of files reach the recipes through the environment: they may hold any character.
+export IMAGE ENGINE
+
 # The environment holds an editable install, so one that two checkouts shared would run the code of the last to install.
 OWNER := $(shell cat '$(STAMP)' 2>/dev/null)
 ifneq ($(or $(OWNER),$(CURDIR)),$(CURDIR))
@@ -21,10 +25,11 @@ setup: $(DEV_STAMP)
 
 # ONNX Runtime has no wheel for Python 3.15 yet. Without build isolation: setuptools, too, is the one of the lock.
 $(STAMP): pyproject.toml locks/demo.txt
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.14 is needed; choose one with PYTHON=...") if not (3, 11) <= sys.version_info < (3, 15) else 0'
+	@$(PYTHON) -c '$(CHECK_PYTHON)'
 	@echo "Setting up $(VENV) from locks/demo.txt: PyTorch, ONNX and ONNX Runtime from the package index."
 	@echo "About 3.1 GB to fetch on a first run, 5.7 GB on disk, nearly all of it PyTorch and its CUDA libraries."
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv '$(VENV)'
+	@$(BIN)/python -c '$(CHECK_PYTHON)'
 	$(BIN)/python $(PIP_INSTALL) -r locks/demo.txt
 	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@echo '$(CURDIR)' > $@
@@ -36,7 +41,7 @@ $(DEV_STAMP): $(STAMP) locks/dev.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python scripts/demo.py --output $(ENGINE) $(if $(IMAGE),--image '$(IMAGE)')
+	$(BIN)/python scripts/demo.py --output "$$ENGINE" $(if $(IMAGE),--image "$$IMAGE")
 
 lock: setup
 	$(BIN)/python scripts/lock.py

@@ -120,7 +120,7 @@ class Checkpoint:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: missing", remedy="give a complete Hugging Face folder") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, thousands of digits or of brackets
             raise CheckpointError(f"{path}: not readable as JSON ({error})", remedy=_DOWNLOAD_AGAIN) from error
         if not isinstance(values, dict):
             raise CheckpointError(

@@ -32,25 +32,33 @@ from runtime.tokenizer import Tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def open_eager(checkpoint: str, *, dtype: str = "float32", device: str = "cpu") -> Qwen3VLModel:
+def open_eager(
+    checkpoint: str, *, dtype: str = "float32", device: str = "cpu", max_context: int | None = None
+) -> Qwen3VLModel:
     """Open a checkpoint as a model that answers with eager PyTorch; `logits` and `generate` are those of an engine.
 
     Args:
         checkpoint: A Hugging Face folder, a Hub id, or `demo` or `demo-moe`.
         dtype: Of weights, activations and cache: float32, bfloat16 or float16.
         device: Of PyTorch, such as `cuda`.
+        max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for.
 
     Raises:
         CheckpointError: A file or a weight is missing, left over, or not what config.json implies.
-        UsageError: There is no such dtype or device.
+        UsageError: There is no such dtype or device, or `max_context` is beyond what the model was trained for.
     """
-    if dtype not in DTYPES:
+    if not isinstance(checkpoint, str) or not checkpoint:
+        raise UsageError(f"checkpoint {checkpoint!r}", remedy="give a folder, a Hub id, or 'demo'")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}", remedy=f"give one of {', '.join(DTYPES)}")
     kind = _kind_of(device)
     source = Checkpoint.open(checkpoint)
+    trained = source.config.text.max_positions
+    max_context = min(DEFAULT_MAX_CONTEXT, trained) if max_context is None else max_context
+    if not 1 <= max_context <= trained:
+        raise UsageError(f"max_context = {max_context}, expected 1 to {trained}, what the model was trained for")
     assets = source.assets()
     model = load(source, dtype=DTYPES[dtype], device=device)
-    text = source.config.text
     manifest = Manifest(
         target="eager",
         session="eager",
@@ -67,7 +75,7 @@ def open_eager(checkpoint: str, *, dtype: str = "float32", device: str = "cpu") 
         ChatTemplate.from_config(assets["chat_template.jinja"].decode(), json.loads(assets["tokenizer_config.json"])),
         ImageProcessorConfig.from_dict(json.loads(assets["preprocessor_config.json"])),
         GenerationOptions.from_generation_config(json.loads(assets["generation_config.json"])),
-        min(DEFAULT_MAX_CONTEXT, text.max_positions),
+        max_context,
         machine_bytes(),
     )
 

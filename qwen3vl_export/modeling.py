@@ -41,7 +41,10 @@ class Qwen3VL(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Make head and embedding one parameter, if they are tied; once more after tensors were assigned to them."""
+        """Make head and embedding one parameter, if they are tied.
+
+        Done by `__init__`, and to be done again after `load_state_dict(assign=True)` or `to_empty`.
+        """
         if self.config.text.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
 

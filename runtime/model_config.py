@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, TypeGuard
@@ -11,6 +11,10 @@ from runtime.errors import CheckpointError
 
 SUPPORTED_MODEL_TYPE = "qwen3_vl"
 EXPERTS_MODEL_TYPE = "qwen3_vl_moe"
+
+# Far above all models, and low enough that no product of sizes of one weight exceeds 63 bits.
+_MOST, _MOST_LAYERS, _MOST_TOKENS, _MOST_OF_PATCH = 1 << 20, 1 << 10, (1 << 31) - 1, 1 << 6
+_LONGEST_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -161,13 +165,15 @@ class ModelConfig:
         vision.fixed("hidden_act", "gelu_pytorch_tanh")
         if text.boolean("attention_bias", default=False):
             text.refuse("attention_bias", "false: biases are not exported")
+        if not text.boolean("is_causal", default=True):
+            text.refuse("is_causal", "true: no token sees those behind it")
         top = _Section(config, "")
         result = cls(
             text=TextConfig(
-                vocab_size=text.size("vocab_size"),
+                vocab_size=text.size("vocab_size", most=_MOST_TOKENS),
                 hidden_size=text.size("hidden_size"),
                 intermediate_size=text.size("intermediate_size"),
-                num_layers=text.size("num_hidden_layers"),
+                num_layers=text.size("num_hidden_layers", most=_MOST_LAYERS),
                 num_heads=text.size("num_attention_heads"),
                 num_kv_heads=text.size("num_key_value_heads"),
                 # transformers' own defaults, which differ between the two families.
@@ -175,7 +181,7 @@ class ModelConfig:
                     "head_dim",
                     default=text.size("hidden_size") // text.size("num_attention_heads") if has_experts else 128,
                 ),
-                max_positions=text.size("max_position_embeddings"),
+                max_positions=text.size("max_position_embeddings", most=_MOST_TOKENS),
                 rms_norm_eps=text.positive("rms_norm_eps", default=1e-6),
                 tie_word_embeddings=top.boolean(
                     "tie_word_embeddings", default=text.boolean("tie_word_embeddings", default=False)
@@ -186,14 +192,14 @@ class ModelConfig:
                 mrope_section=rope.triple("mrope_section", default=(24, 20, 20)),
             ),
             vision=VisionConfig(
-                depth=vision.size("depth"),
+                depth=vision.size("depth", most=_MOST_LAYERS),
                 hidden_size=vision.size("hidden_size"),
                 intermediate_size=vision.size("intermediate_size"),
                 num_heads=vision.size("num_heads"),
-                in_channels=vision.size("in_channels", default=3),
-                patch_size=vision.size("patch_size", default=16),
-                temporal_patch_size=vision.size("temporal_patch_size", default=2),
-                spatial_merge_size=vision.size("spatial_merge_size", default=2),
+                in_channels=vision.size("in_channels", default=3, most=_MOST_OF_PATCH),
+                patch_size=vision.size("patch_size", default=16, most=_MOST_OF_PATCH),
+                temporal_patch_size=vision.size("temporal_patch_size", default=2, most=_MOST_OF_PATCH),
+                spatial_merge_size=vision.size("spatial_merge_size", default=2, most=_MOST_OF_PATCH),
                 num_position_embeddings=vision.size("num_position_embeddings"),
                 deepstack_layers=vision.indices("deepstack_visual_indexes", default=(8, 16, 24)),
                 rope_theta=vision_rope.positive("rope_theta", default=10000.0),
@@ -251,10 +257,12 @@ class _Section:
         self._values = values
         self.name = name
 
-    def size(self, key: str, *, default: int | None = None) -> int:
-        """Return an integer of at least 1."""
+    def size(self, key: str, *, default: int | None = None, most: int = _MOST) -> int:
+        """Return an integer of 1 to `most`."""
         value = self.get(key, default)
-        return value if _is_integer(value, 1) else self.refuse(key, "an integer of at least 1")
+        if not _is_integer(value, 1):
+            self.refuse(key, "an integer of at least 1")
+        return value if value <= most else self.refuse(key, f"an integer of at most {most}")
 
     def index(self, key: str, *, default: int) -> int:
         """Return an integer of at least 0."""
@@ -273,7 +281,7 @@ class _Section:
         """Return a finite number above 0."""
         value = self.get(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if is_number and 0 < value < math.inf else self.refuse(key, "a number above 0")
+        return float(value) if is_number and 0 < value <= sys.float_info.max else self.refuse(key, "a number above 0")
 
     def triple(self, key: str, *, default: tuple[int, int, int]) -> tuple[int, int, int]:
         """Return three integers of at least 0."""
@@ -299,10 +307,15 @@ class _Section:
     def refuse(self, key: str, expected: str) -> NoReturn:
         """Raise the error that names the key, what it is and what it should be."""
         path = f"{self.name}.{key}" if self.name else key
-        found = repr(self._values[key]) if key in self._values else "missing"
+        found = _shown(self._values[key]) if key in self._values else "missing"
         raise CheckpointError(
             f"config.json: {path} is {found}, expected {expected}", remedy="take config.json from the original model"
         )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _is_integer(value: object, minimum: int) -> TypeGuard[int]:
@@ -328,7 +341,7 @@ def _experts(text: _Section) -> ExpertsConfig:
             remedy="take config.json from the original model",
         )
     num_experts = counts.pop()
-    num_layers, top_k = text.size("num_hidden_layers"), text.size("num_experts_per_tok")
+    num_layers, top_k = text.size("num_hidden_layers", most=_MOST_LAYERS), text.size("num_experts_per_tok")
     if top_k > num_experts:
         raise CheckpointError(
             f"config.json: text_config.num_experts_per_tok is {top_k}, expected at most num_experts = {num_experts}",
@@ -349,7 +362,7 @@ def _rope(section: _Section, exported_types: tuple[str, ...]) -> _Section:
     """Read the rotary embedding in either of its forms.
 
     transformers 5 writes `rope_parameters`, with `rope_theta` inside; 4 wrote `rope_scaling`, with `rope_theta` beside
-    it. Where both stand, they say the same, or nobody could tell which of them the model was trained with.
+    it. Where both stand they may not contradict each other, or nobody could tell which the model was trained with.
     """
     merged: dict[str, Any] = {}
     names = [name for name in ("rope_parameters", "rope_scaling") if section.get(name) is not None]
@@ -359,7 +372,8 @@ def _rope(section: _Section, exported_types: tuple[str, ...]) -> _Section:
     for name, form in forms.items():
         if not isinstance(form, Mapping):
             section.refuse(name, "an object")
-        for key, value in _with_one_type(form).items():
+        forms[name] = form = _with_one_type(form)
+        for key, value in form.items():
             if key == "rope_type" and value in exported_types:
                 continue  # names of the same
             if key == "rope_type":
@@ -370,11 +384,13 @@ def _rope(section: _Section, exported_types: tuple[str, ...]) -> _Section:
                 )
             if merged.setdefault(key, value) != value:
                 raise CheckpointError(
-                    f"config.json: {section.name}: {key} is {merged[key]!r} in one place and {value!r} in another of "
-                    "rope_parameters, rope_scaling and rope_theta",
+                    f"config.json: {section.name}: {key} is {_shown(merged[key])} in one place and {_shown(value)} in "
+                    "another of rope_parameters, rope_scaling and rope_theta",
                     remedy="take config.json from the original model",
                 )
-    return _Section(merged, section.name)
+    # Of two forms transformers takes `rope_scaling` alone, but for the theta that stands beside it.
+    read = forms.get("rope_scaling") or forms.get("rope_parameters") or {}
+    return _Section({**forms.get("rope_theta", {}), **read}, section.name)
 
 
 def _with_one_type(form: Mapping[str, Any]) -> dict[str, Any]:

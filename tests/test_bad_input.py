@@ -219,7 +219,7 @@ def newer_version(folder: Path) -> None:
         (lambda folder: shutil.rmtree(folder), [], "no such engine folder"),
         (lambda folder: (folder / "engine.json").unlink(), [], "engine.json is missing"),
         (lambda folder: (folder / "engine.json").write_text("{"), [], "not readable as JSON"),
-        (newer_version, [], "format version 99, expected 1"),
+        (newer_version, [], "format version 99, expected 2"),
         (lambda folder: (folder / "tokenizer.json").unlink(), [], "tokenizer.json: missing"),
         (lambda folder: flip_a_byte(folder / "decoder.onnx"), [], "decoder.onnx: its SHA-256 is not the one"),
         (lambda folder: flip_a_byte(folder / "chat_template.jinja"), [], "chat_template.jinja: its SHA-256"),

@@ -60,6 +60,16 @@ def demo_config() -> dict[str, Any]:
             "mrope_interleaved is True in one place and False",
         ),
         ("text_config", "rope_theta", 1e4, "rope_theta is 5000000.0 in one place and 10000.0 in another"),
+        ("text_config", "is_causal", False, "is_causal is False, expected true"),
+        ("text_config", "rope_theta", 10**400, "rope_theta is 10000.*…, expected a number above 0|in one place"),
+        (
+            "text_config",
+            "num_hidden_layers",
+            10**7,
+            "num_hidden_layers is 10000000, expected an integer of at most 1024",
+        ),
+        ("text_config", "intermediate_size", 10**30, "expected an integer of at most 1048576"),
+        ("vision_config", "hidden_size", 10**9, "expected an integer of at most 1048576"),
         ("text_config", "hidden_act", "gelu", "hidden_act is 'gelu', expected 'silu': no other is exported"),
         ("text_config", "hidden_act", None, "hidden_act is None, expected 'silu'"),
         ("vision_config", "hidden_act", "quick_gelu", "hidden_act is 'quick_gelu', expected 'gelu_pytorch_tanh'"),
@@ -146,6 +156,19 @@ def test_every_form_of_the_rotary_settings_is_read(forms: dict[str, Any]) -> Non
 
 
 @pytest.mark.portable
+def test_of_two_forms_the_older_one_counts_as_in_transformers() -> None:
+    """transformers 5 reads `rope_scaling` where it stands, and a theta inside of it or beside it."""
+    config = demo_config()
+    text = config["text_config"]
+    text["rope_scaling"] = {key: value for key, value in ROPE.items() if key not in ("rope_theta", "mrope_section")}
+    text["rope_parameters"] = {**text["rope_scaling"], "rope_theta": 7e5}
+    text["rope_theta"] = 7e5
+    assert ModelConfig.from_hf(config).text.rope_theta == 7e5
+    del text["rope_theta"]
+    with pytest.raises(CheckpointError, match=r"text_config\.rope_theta is missing"):
+        ModelConfig.from_hf(config)
+
+
 @pytest.mark.parametrize("sections", [[24, 20], [24, 20, -1], [24, 20, 20.0], 24, "24,20,20", None])
 def test_sections_that_are_no_three_numbers_are_named(sections: object) -> None:
     config = demo_config()

@@ -196,8 +196,8 @@ def _refusing(checkpoint: Checkpoint) -> Iterator[None]:
         raise UsageError(
             f"transformers {metadata.version('transformers')} does not read {checkpoint.name} "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]})",
-            remedy="install another release, such as the one that wrote the checkpoint's config.json: python -m pip "
-            f"install 'transformers>=5,<6'; or {_COMPARE_WITH_OWN}",
+            remedy="mend what it names, try another release, such as the one that config.json names as its writer, or "
+            f"{_COMPARE_WITH_OWN}",
         ) from error
 
 
