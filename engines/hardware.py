@@ -10,7 +10,6 @@ a GPU divided into MIG instances it gives the whole.
 from __future__ import annotations
 
 import csv
-import os
 import platform
 import re
 import subprocess
@@ -20,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runtime.machine import available_cores
 from runtime.memory import machine_bytes
 
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx-cu12", "cuda-bindings", "torch")
@@ -116,7 +116,7 @@ def probe(run: Runner | None = None, cpuinfo: Path = _CPUINFO) -> Hardware:
     return Hardware(
         cpu=cpu or platform.processor() or platform.machine(),
         cpu_features=features,
-        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        num_cores=available_cores(),
         memory_bytes=machine_bytes(),
         gpus=gpus,
         versions=installed_versions(LIBRARIES),

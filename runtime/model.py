@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
 from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
+from runtime.machine import available_cores
 from runtime.manifest import Manifest
 from runtime.memory import (
     CACHE,
@@ -110,7 +110,7 @@ class Qwen3VLModel:
         Args:
             path: The folder.
             check: Compare the hashes of the weight files too; otherwise only their sizes.
-            threads: Threads of the engine; the machine's cores by default.
+            threads: Threads of the engine; by default OMP_NUM_THREADS, or the cores that this process may run on.
             huge_pages: Move the weights to huge pages: seconds to open, faster tokens (`runtime.huge_pages`).
             cuda_graphs: On a GPU, record the decode step once and launch it from then on: faster tokens.
             max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for,
@@ -142,7 +142,7 @@ class Qwen3VLModel:
                 f"max_context = {max_context}, expected 1 to {limit}, {reason}",
                 remedy=f"leave max_context out for {min(DEFAULT_MAX_CONTEXT, limit)}{rebuild}",
             )
-        most_threads = _MAX_THREADS_PER_CORE * (os.cpu_count() or 1)
+        most_threads = _MAX_THREADS_PER_CORE * available_cores()
         if threads is not None and not 1 <= threads <= most_threads:
             raise UsageError(
                 f"threads = {threads}, expected 1 to {most_threads}, {_MAX_THREADS_PER_CORE} for each core",

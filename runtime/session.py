@@ -116,7 +116,7 @@ def open_session(
     Args:
         folder: The folder.
         manifest: Its manifest.
-        threads: Threads of the engine; the machine's cores by default.
+        threads: Threads of the engine; `runtime.machine.default_threads` by default.
         huge_pages: Spend seconds to move the weights to huge pages (`runtime.huge_pages`).
         cuda_graphs: Record decode steps on a GPU.
 

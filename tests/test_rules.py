@@ -104,3 +104,10 @@ def test_core_is_lazy_and_re_exports() -> None:
     assert [getattr(qwen3_vl.core, name) for name in qwen3_vl.core.__all__] == [Qwen3VL, Qwen3VLModel, open_eager]
     with pytest.raises(AttributeError, match="it has Qwen3VL, Qwen3VLModel, open_eager"):
         qwen3_vl.core.missing  # noqa: B018
+
+
+@pytest.mark.parametrize("package", ["runtime", "engines", "qwen3vl_export", "qwen3_vl", "configs"])
+def test_environment_variables_are_touched_in_one_file(package: str) -> None:
+    texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / package).rglob("*.py")}
+    found = {str(path) for path, text in texts.items() if "os.environ" in text or "getenv" in text}
+    assert found == ({"runtime/settings.py"} if package == "runtime" else set())

@@ -5,7 +5,6 @@ Shapes: N rows (outputs) and K columns (inputs) of a weight, J blocks of a row, 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from engines.quantize.blockwise import QuantizedBlocks, pack_codes, quantize_blo
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.weights import ConcatenatedTensor, StreamedTensor
 from runtime.errors import BundleError
+from runtime.machine import default_threads
 
 # Weights handed to one thread at a time: a few passes of the search.
 _CHUNK_WEIGHTS = 1 << 20
@@ -177,8 +177,8 @@ def row_chunks(source: StreamedTensor, chunk_weights: int = _CHUNK_WEIGHTS) -> I
 
 
 def map_ahead(function: Callable[[Any], T], items: Iterator[Any]) -> Iterator[T]:
-    """Apply `function` to the items in order, on as many threads as there are cores, a few items ahead."""
-    workers = os.cpu_count() or 1
+    """Apply `function` to the items in order, on as many threads as `default_threads` says, a few items ahead."""
+    workers = default_threads()
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[T]] = deque()
         for item in items:

@@ -14,7 +14,6 @@ Shapes: see runtime/session.py.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import DECODER, VISION
 from runtime.errors import CapacityError, ParityError
+from runtime.machine import default_threads
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, Manifest
 from runtime.session import Floats, Ints, KVCache, TopLogits
 
@@ -166,7 +166,7 @@ def open_graph(path: Path, threads: int | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what it logs is also in what it raises
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.intra_op_num_threads = threads or default_threads()
     # Nobody times these runs, and on busy cores waiting threads that spin take the time of those that work.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The graph comes as bytes, so its weights' folder must be named.

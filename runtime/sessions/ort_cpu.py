@@ -6,7 +6,6 @@ Shapes: see runtime/session.py.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import EngineError, UsageError
 from runtime.huge_pages import anonymous_regions, use_huge_pages
+from runtime.machine import default_threads
 from runtime.manifest import Manifest
 from runtime.memory import cache_bits
 from runtime.session import Floats, Ints, KVCache
@@ -90,7 +90,7 @@ class OrtCpuSession:
         options.enable_mem_pattern = False
         # Threads spin while they wait, ONNX Runtime's default: a decode step of 2B in 4 bits takes 49.2 ms so, 51.7 ms
         # without. Pinned to cores it takes 46.7 ms, but two processes pinned to the same cores would halve each other.
-        options.intra_op_num_threads = threads or os.cpu_count() or 1
+        options.intra_op_num_threads = threads or default_threads()
         self._config = manifest.model
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._cache_bits = cache_bits(manifest)

@@ -1,0 +1,101 @@
+"""Telemetry of ONNX Runtime is off in processes that import this package, and threads are those the process may use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime import machine, settings
+
+pytestmark = pytest.mark.portable
+ROOT = Path(__file__).parents[1]
+OPEN = """
+import onnxruntime
+onnxruntime.InferenceSession({graph!r}, providers=["CPUExecutionProvider"])
+"""
+
+
+def run(code: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with a home of its own and no variable of the caller's about telemetry or caches."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    environment = {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), **variables}
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def files_in(home: Path) -> list[str]:
+    return sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file())
+
+
+def test_a_process_that_opens_an_engine_keeps_no_device_id(demo_engine: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    code = f"from qwen3_vl import Qwen3VLModel\nQwen3VLModel.from_engine({str(demo_engine)!r}).generate('Count.')"
+    done = run(code, home)
+    assert files_in(home) == [] and "telemetry" not in done.stderr
+
+
+def test_onnxruntime_before_this_package_is_warned_of_once(demo_engine: Path, tmp_path: Path) -> None:
+    code = OPEN.format(graph=str(demo_engine / "vision.onnx"))
+    late = run(code + "import runtime.model, runtime.chat", tmp_path)
+    assert late.stderr.count("warning: ") == 1
+    assert "onnxruntime was imported before this package" in late.stderr and "ORT_DISABLE_TELEMETRY=1" in late.stderr
+    for value in ("1", "0"):  # whoever says so, has chosen
+        assert "warning: " not in run(code + "import runtime.model", tmp_path, ORT_DISABLE_TELEMETRY=value).stderr
+
+
+def test_the_library_would_write_without_the_variable(demo_engine: Path, tmp_path: Path) -> None:
+    """Else the test above could not fail; a release that writes nothing is no fault."""
+    import onnxruntime
+
+    run(OPEN.format(graph=str(demo_engine / "vision.onnx")), tmp_path)
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) == (1, 32):
+        assert [name for name in files_in(tmp_path) if "deviceid" in name]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("3", 3), ("4,2", 4), (" 2 ", 2), ("", None), ("0", None), ("-1", None), ("many", None)]
+)
+def test_omp_num_threads(value: str, expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert settings.omp_num_threads() == expected
+    assert machine.default_threads() == (expected or machine.available_cores())
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "250000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "1600000 100000"}, 8),
+        ({"cpu.max": "odd"}, 8),
+        ({"quota": "300000", "period": "100000"}, 3),
+        ({"quota": "-1", "period": "100000"}, 8),
+        ({}, 8),
+    ],
+)
+def test_cores_are_those_of_affinity_and_quota(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    quotas = ((tmp_path / "cpu.max",), (tmp_path / "quota", tmp_path / "period"))
+    assert machine.available_cores(quotas) == expected
+
+
+def test_a_process_of_one_core_opens_an_engine_with_one_thread(demo_engine: Path, tmp_path: Path) -> None:
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); os.environ.pop('OMP_NUM_THREADS', None)\n"
+        "from runtime.machine import default_threads; assert default_threads() == 1\n"
+        "from qwen3_vl import Qwen3VLModel\n"
+        f"model = Qwen3VLModel.from_engine({str(demo_engine)!r})\n"
+        "print(model.session._decoder.get_session_options().intra_op_num_threads)"
+    )
+    assert run(code, tmp_path).stdout.split() == ["1"]
