@@ -56,7 +56,9 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text, about.")] = 20,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
     runs: Annotated[int, typer.Option(min=1, help="Answers to time, behind one that warms up.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the engine. [default: OMP_NUM_THREADS, or the cores]")
+    ] = None,
     huge_pages: Annotated[bool, typer.Option("--huge-pages", help="Move the weights to huge pages first.")] = False,
     no_cuda_graphs: Annotated[
         bool, typer.Option("--no-cuda-graphs", help="On a GPU, do not record the decode step as a CUDA graph.")
@@ -78,6 +80,7 @@ def bench(
     """
     import time
 
+    from runtime.machine import default_threads
     from runtime.model import Qwen3VLModel
 
     size = parse_size(image_size)
@@ -89,7 +92,7 @@ def bench(
     recorded: bool | None = getattr(model.session, "decode_recorded", None)
     where = {
         "device": device(model),
-        "threads": threads or "all cores",
+        "threads": threads or default_threads(),
         "target": model.manifest.target,
         "load_s": loaded,
         "decode_recorded": recorded,

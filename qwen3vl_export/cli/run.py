@@ -84,7 +84,7 @@ MaxMemory = Annotated[
         help="Most memory that weights, cache and workspace may take, in units of 10^9 bytes. [default: the machine's]",
     ),
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads of the engine.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine. [default: OMP_NUM_THREADS, or the cores]")]
 NoCudaGraphs = Annotated[
     bool, typer.Option("--no-cuda-graphs", help="On a GPU, do not record the decode step as a CUDA graph.")
 ]
