@@ -25,6 +25,7 @@ from qwen3vl_export.eager import load
 from qwen3vl_export.export import make_bundle
 from qwen3vl_export.parity.reference import OwnReference
 from qwen3vl_export.parity.routes import follow
+from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE
 from qwen3vl_export.parity.verify import verify
 from qwen3vl_export.routing import Choice
 from runtime.messages import user_message
@@ -147,6 +148,7 @@ def test_wrong_choices_of_one_layer_fail_and_are_named(
     assert not report.passed
     routes = [check for check in report.checks if check.name == "widest gap of routes"]
     assert {check.layer for check in routes if not check.passed} == {layer}
+    assert report.notes[-1] == FOLLOWED_NOTE
     if target == "ort-cpu-fp32":
         shares = [check.detail["share"] for check in routes]
         assert len(shares) == 4 and min(shares) > 0.9

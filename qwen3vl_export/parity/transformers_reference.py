@@ -37,7 +37,7 @@ from runtime.session import Floats
 
 _INSTALL = "install this project with its extra [verify]: python -m pip install '.[verify]' in its folder"
 _COMPARE_WITH_OWN = "compare with this package's own PyTorch definition of the model: --reference own"
-_FOLLOWED = (
+FOLLOWED_NOTE = (
     "where the engine chose other experts, it was compared with our own definition, which can make the same choices "
     "and agrees with transformers otherwise"
 )
@@ -119,8 +119,6 @@ class TransformersReference:
         prompt = input_ids, pixel_values, grids_thw, num_steps
         if swapped:
             assert self._own is not None, "a dense model has no routers"
-            if _FOLLOWED not in self.notes:
-                self.notes.append(_FOLLOWED)
             return self._own.run(*prompt, swapped=swapped, likely_tokens=likely_tokens)
         output = self._run(*prompt, likely_tokens)
         if self._own is None:

@@ -34,7 +34,7 @@ from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_d
 from qwen3vl_export.parity.reference import TRANSFORMERS, Floats, Reference, ReferenceOutput, open_reference
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.routes import Followed, follow
-from qwen3vl_export.parity.transformers_reference import check_installed
+from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE, check_installed
 from qwen3vl_export.routing import Choice, RouterStatistics
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from runtime.session import KVCache
 
 DEFAULT_NEW_TOKENS = 64
+_ROUTES = "widest gap of routes"
 # Laid over the checkpoint's own defaults: the most likely token each time, the end of the sequence like any other.
 PLAIN_GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -110,10 +111,10 @@ def verify(
             checks += comparison.run(max_new_tokens)
             notes += comparison.notes
             routers.merge(comparison.routers)
-    about = [*([CPU_NOTE] if is_lowered(engine) else []), *dict.fromkeys(torch_model.notes)]
-    return Report(
-        model.manifest.target, checkpoint, precision, tuple(checks), (*about, *notes), routers, torch_model.name
-    )
+    notes = [*([CPU_NOTE] if is_lowered(engine) else []), *notes, *dict.fromkeys(torch_model.notes)]
+    if reference == TRANSFORMERS and any(check.name == _ROUTES for check in checks):
+        notes.append(FOLLOWED_NOTE)
+    return Report(model.manifest.target, checkpoint, precision, tuple(checks), tuple(notes), routers, torch_model.name)
 
 
 def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
@@ -242,7 +243,7 @@ class _Comparison:
             if not gaps:
                 continue
             detail = {"choices": len(gaps), "share": len(gaps) / routing.num_tokens}
-            self._add("widest gap of routes", max(gaps), self._limits["router_gap"], layer=layer, detail=detail)
+            self._add(_ROUTES, max(gaps), self._limits["router_gap"], layer=layer, detail=detail)
         if not followed.is_complete:
             self.notes.append(
                 f"{self._case.name}: after {followed.num_runs} runs of PyTorch no more choices of routers were followed"
