@@ -48,9 +48,9 @@ def open_eager(
         UsageError: There is no such dtype or device, or `max_context` is beyond what the model was trained for.
     """
     if not isinstance(checkpoint, str) or not checkpoint:
-        raise UsageError(f"checkpoint {checkpoint!r}", remedy="give a folder, a Hub id, or 'demo'")
+        raise UsageError(f"{checkpoint!r} is no checkpoint", remedy="give a folder, a Hub id, or 'demo'")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}", remedy=f"give one of {', '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype {dtype!r}", remedy=f"give one of {', '.join(DTYPES)}")
     kind = _kind_of(device)
     source = Checkpoint.open(checkpoint)
     trained = source.config.text.max_positions

@@ -110,7 +110,7 @@ def open_reference(kind: str, checkpoint: Checkpoint) -> Reference:
         from qwen3vl_export.parity.transformers_reference import TransformersReference
 
         return TransformersReference(checkpoint)
-    raise UsageError(f"reference {kind!r}", remedy=f"give one of {TRANSFORMERS}, {OWN}")
+    raise UsageError(f"unknown reference {kind!r}", remedy=f"give one of {TRANSFORMERS}, {OWN}")
 
 
 class OwnReference:
