@@ -71,7 +71,7 @@ def check_assets(assets: Mapping[str, bytes], config: ModelConfig, folder: Path)
         _expect_below("eos_token_id", max(options.eos_token_ids), config.text.vocab_size)
 
 
-def split_processor_config(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _split_processor_config(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Take transformers 5's `processor_config.json` apart into the files of the Hub's Qwen3-VL folders, by name."""
     kind = {"processor_class": settings["processor_class"]} if "processor_class" in settings else {}
     parts = {name: settings.get(part) for part, name in _PROCESSOR_PARTS.items()}
@@ -81,7 +81,7 @@ def split_processor_config(settings: Mapping[str, Any]) -> dict[str, dict[str, A
 def _preprocessor_config(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     # transformers reads both, and takes the newer file if it holds this part.
     settings = read_json(_PROCESSOR) if (folder / _PROCESSOR).is_file() else {}
-    return split_processor_config(settings).get(_PREPROCESSOR) or read_json(_PREPROCESSOR)
+    return _split_processor_config(settings).get(_PREPROCESSOR) or read_json(_PREPROCESSOR)
 
 
 def _with_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

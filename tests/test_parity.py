@@ -256,3 +256,15 @@ def test_a_release_that_is_too_old_is_named(
     monkeypatch.setattr(transformers_reference.metadata, "version", lambda name: "4.56.2")
     with pytest.raises(UsageError, match=r"transformers 4\.56\.2 is installed, .* expected 4\.57 or later"):
         verify(tiny_engine, str(tiny_checkpoint), max_new_tokens=1)
+
+
+@pytest.mark.judge
+def test_want_of_memory_is_not_taken_for_a_checkpoint_that_is_not_read(
+    tiny_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(checkpoint: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(transformers_reference, "_as_transformers_reads_it", exhausted)
+    with pytest.raises(MemoryError):
+        verify(tiny_engine, str(tiny_checkpoint), max_new_tokens=1)

@@ -184,11 +184,11 @@ def _refusing(checkpoint: Checkpoint) -> Iterator[None]:
     """Say of an error inside transformers that the installed release does not read this checkpoint.
 
     Raises:
-        UsageError: It fails in any way; releases fail in ways of their own on files that others wrote.
+        UsageError: It fails in any way but for want of memory; releases fail in ways of their own on others' files.
     """
     try:
         yield
-    except Qwen3VLError:
+    except (Qwen3VLError, MemoryError):  # these say what they are
         raise
     except Exception as error:
         raise UsageError(
