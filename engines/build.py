@@ -10,6 +10,7 @@ from typing import Any
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, PREFILL, Bundle
 from engines.external_data import Progress, advance_of, weight_bytes, write_model
+from engines.kernels import kernels_of
 from engines.lower import lower
 from engines.output import output_folder
 from engines.passes.fold_static_shapes import fix_capacity
@@ -96,10 +97,11 @@ def build_engine(
             (folder / name).write_bytes(contents)
             files[name] = FileRecord(len(contents), sha256_of(folder / name))
         versions = {name: metadata.version(name) for name in target.libraries} | {_OWN_DISTRIBUTION: __version__}
+        kernels = sorted(set().union(*map(kernels_of, graphs.values())))
         manifest = Manifest(
             target=target.name,
             session=target.session,
-            capabilities={**target.capabilities(bundle.config, sizes), **compiled},
+            capabilities={**target.capabilities(bundle.config, sizes), **compiled, "kernels": kernels},
             model=bundle.config,
             versions={**bundle.versions, **versions},
             source=bundle.source,
