@@ -41,7 +41,7 @@ def default_threads() -> int:
 
 
 def processor(cpuinfo: Path = CPUINFO) -> tuple[str, tuple[str, ...]]:
-    """Return the model of the first processor, and the instruction sets that kernels are chosen by, as Linux names them.
+    """Return the first processor: its model, and its instruction sets that kernels are chosen by, in Linux' names.
 
     Empty where the system does not say.
     """

@@ -14,6 +14,7 @@ import pytest
 from conftest import build
 from onnx import numpy_helper
 
+from benchmarks import kernels
 from engines.bundle import Bundle
 from engines.kernels import BITS
 from runtime.errors import EngineError
@@ -147,3 +148,9 @@ def test_an_engine_computes_the_same_without_vnni(target: str, demo_bundle: Bund
     here, there = np.load(tmp_path / "here.npz"), np.load(tmp_path / "there.npz")
     for name in ("levels", "logits"):
         assert np.linalg.norm(there[name] - here[name]) < 0.005 * np.linalg.norm(here[name]), name
+
+
+def test_weights_are_in_memory_once_whatever_the_processor() -> None:
+    found = kernels.opened_bytes()
+    assert found[kernels.CALL_EXACT]["now"] < 1.1 * found[kernels.CALL]["now"]
+    assert found[kernels.CALL_EXACT]["peak"] > 1.5 * found[kernels.CALL_EXACT]["now"], "copies were made on the way"
