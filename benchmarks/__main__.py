@@ -20,6 +20,7 @@ from benchmarks.experts import experts
 from benchmarks.overhead import overhead
 from benchmarks.race import race
 from benchmarks.speculation import speculation
+from engines.disk import replace_text
 from engines.quantize.calibration import needs_prompts
 from engines.registry import get
 from runtime.errors import Qwen3VLError, UsageError
@@ -217,7 +218,7 @@ def write_report() -> None:
     """Write all tables again from the result files: of each result, in README.md and in docs/benchmarks.md."""
     for path, text in status.generated().items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+            replace_text(path, text)
             typer.echo(path.relative_to(status.ROOT))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import lowered, routes
+from engines.disk import replace_text
 
 RESULTS = Path(__file__).with_name("results")
 PHASES = ("vision", "prefill", "decode")
@@ -22,9 +23,9 @@ PHASES = ("vision", "prefill", "decode")
 def write(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Write `name.json` and `name.md` and return the path of the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    replace_text(folder / f"{name}.json", json.dumps(result, indent=2) + "\n")
     path = folder / f"{name}.md"
-    path.write_text(render(name, result), encoding="utf-8")
+    replace_text(path, render(name, result))
     return path
 
 
