@@ -17,6 +17,7 @@ from benchmarks import imports, inference, lowered, measure, report, routes, sta
 from benchmarks.against import against
 from benchmarks.compare.command import ExpertStride, compare, compare_setup
 from benchmarks.experts import experts
+from benchmarks.kills import kills
 from benchmarks.overhead import overhead
 from benchmarks.race import race
 from benchmarks.speculation import speculation
@@ -31,6 +32,7 @@ app.command()(against)
 app.command()(compare)
 app.command("compare-setup")(compare_setup)
 app.command()(experts)
+app.command()(kills)
 app.command()(overhead)
 app.command()(race)
 app.command()(speculation)

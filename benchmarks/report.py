@@ -2,7 +2,7 @@
 
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`,
 `run-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `routes`, `quantizers`,
-`speculation-NAME`, `race-NAME`, `overhead-NAME`, `experts-MODEL-BITS-bits`, `against-COMMIT`.
+`speculation-NAME`, `race-NAME`, `overhead-NAME`, `experts-MODEL-BITS-bits`, `against-COMMIT`, `kills`.
 """
 
 from __future__ import annotations
@@ -226,6 +226,27 @@ def _environment_line(environment: Mapping[str, Any]) -> str:
     )
 
 
+def kills(result: Mapping[str, Any]) -> str:
+    """Return one row for each way to put an engine into its place."""
+    columns = {
+        "exports": "count",
+        "killed": "killed",
+        "older engine": "old",
+        "new engine": "new",
+        "none until the next run": "missing",
+        "broken": "broken",
+        "something left": "left",
+        "left after the next run began": "left_after_next_run",
+    }
+    rows = [("put into place by", *columns)]
+    rows += [(way, *(str(row[key]) for key in columns.values())) for way, row in result["ways"].items()]
+    seconds = max(row["typical_s"] for row in result["ways"].values())
+    return (
+        f"{table(rows)}\nThe demo for {result['target']}, killed (SIGKILL) at random moments of the {seconds:.1f} s from "
+        f"the end of tracing to the end; seed {result['seed']}. CPU flags: {', '.join(result['cpu_flags'])}.\n"
+    )
+
+
 _TABLES = {
     "against": against,
     "export": export_table,
@@ -240,4 +261,5 @@ _TABLES = {
     "race": race,
     "overhead": overhead,
     "experts": experts,
+    "kills": kills,
 }

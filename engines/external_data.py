@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from engines.disk import full_disk_error
 from engines.weights import StreamedTensor, ViewTensor
 from runtime.errors import BundleError
 from runtime.manifest import FileRecord, sha256_of
@@ -60,35 +59,31 @@ def write_model(
         A record for each file written.
 
     Raises:
-        CapacityError: The disk is full, or the file larger than this process may write.
+        OSError: The disk is full, say; `engines.output.output_folder` turns it into one of our errors.
     """
     data_name = f"{path.name}.data"
     records: dict[str, FileRecord] = {}
     tensors = streamed_tensors(model)
-    try:
-        if tensors and with_weights:
-            records[data_name] = _write_weights(tensors, path.with_name(data_name), advance)
-        offset, offsets = 0, {}
-        for tensor in tensors.values():
-            offsets[id(tensor)] = offset
-            offset = _aligned(offset + tensor.nbytes)
-        for name, value in model.graph.initializers.items():
-            stored = value.const_value
-            if isinstance(stored, StreamedTensor):
-                base = stored.base if isinstance(stored, ViewTensor) else stored
-                value.const_value = ir.ExternalTensor(
-                    data_name,
-                    offsets[id(base)],
-                    stored.nbytes,
-                    stored.dtype,
-                    shape=stored.shape,
-                    name=name,
-                    base_dir=path.parent,
-                )
-        ir.save(model, path)
-    except OSError as error:
-        full = full_disk_error(error, path)
-        raise full or error from error
+    if tensors and with_weights:
+        records[data_name] = _write_weights(tensors, path.with_name(data_name), advance)
+    offset, offsets = 0, {}
+    for tensor in tensors.values():
+        offsets[id(tensor)] = offset
+        offset = _aligned(offset + tensor.nbytes)
+    for name, value in model.graph.initializers.items():
+        stored = value.const_value
+        if isinstance(stored, StreamedTensor):
+            base = stored.base if isinstance(stored, ViewTensor) else stored
+            value.const_value = ir.ExternalTensor(
+                data_name,
+                offsets[id(base)],
+                stored.nbytes,
+                stored.dtype,
+                shape=stored.shape,
+                name=name,
+                base_dir=path.parent,
+            )
+    ir.save(model, path)
     records[path.name] = FileRecord(path.stat().st_size, sha256_of(path))
     return records
 
