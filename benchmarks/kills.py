@@ -18,6 +18,8 @@ import typer
 
 from benchmarks import measure, report
 from engines.build import build_engine
+from engines.disk import sync_files
+from engines.exchange import exchange
 from engines.output import check_output
 from engines.registry import get
 from engines.work_folder import is_work_folder
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 _IMAGE = Path(__file__).resolve().parent.parent / "qwen3vl_export" / "demo" / "images" / "held_out_0.png"
 _ANSWER = "1654"
 _MARK = "export_number"
+# Longer than it takes: some exports end.
+_PUT_S = 0.01
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 
 
@@ -64,7 +68,8 @@ def kill_exports(
     """Kill `count` exports, and look at the engine after each, and after the start of the next run.
 
     The graphs are traced once: a killed process checks the output, lowers, quantises, writes, flushes and exchanges.
-    Half of the moments are chosen from the whole of that time, half from its second half, where files are written.
+    Of three moments one is chosen from the whole of that time, one from its second half, where files are written, and
+    one from the first milliseconds after the flush, in which the engine is put into its place.
 
     Args:
         bundle: The demo's.
@@ -82,14 +87,14 @@ def kill_exports(
     moments = random.Random(seed)
     output = folder / "engine"
     counts = dict.fromkeys(("killed", "old", "new", "missing", "broken", "left", "left_after_next_run"), 0)
-    typical_s = min(_run(bundle, target, output, 0, has_exchange, None)[0] for _ in range(3))
+    typical_s = min(_run(bundle, target, output, 0, has_exchange)[0] for _ in range(3))
     present = 0
     for number in range(1, count + 1):
-        share = moments.uniform(0, 1.02) if number % 2 else moments.uniform(0.5, 1.02)
-        seconds, is_killed = _run(bundle, target, output, number, has_exchange, share * typical_s)
+        after_s = (moments.uniform(0, typical_s), moments.uniform(0.5, 1.1) * typical_s, moments.uniform(0, _PUT_S))
+        _, is_killed = _run(
+            bundle, target, output, number, has_exchange, after_s[number % 3], is_after_flush=number % 3 == 2
+        )
         counts["killed"] += is_killed
-        if not is_killed:
-            typical_s = 0.5 * (typical_s + seconds)
         found = _mark_of(output)
         counts["missing" if found is None else "new" if found == number else "old"] += 1
         counts["left"] += bool(_beside(output))
@@ -99,18 +104,25 @@ def kill_exports(
         if found not in (present, number) or not _is_whole(output):
             counts["broken"] += 1
             shutil.rmtree(output, ignore_errors=True)
-            _run(bundle, target, output, number, has_exchange, None)
+            _run(bundle, target, output, number, has_exchange)
             found = number
         present = found
     return {"count": count, "typical_s": typical_s, **counts}
 
 
 def _run(
-    bundle: Bundle, target: str, output: Path, number: int, has_exchange: bool, kill_after_s: float | None
+    bundle: Bundle,
+    target: str,
+    output: Path,
+    number: int,
+    has_exchange: bool,
+    kill_after_s: float | None = None,
+    *,
+    is_after_flush: bool = False,
 ) -> tuple[float, bool]:
     """Export in a process of its own; return its seconds, and whether it was killed."""
     context = multiprocessing.get_context("fork")
-    ready = context.Event()
+    ready, flushed = context.Event(), context.Event()
 
     def export() -> None:
         copy = dataclasses.replace(
@@ -118,18 +130,24 @@ def _run(
             graphs={name: model.clone() for name, model in bundle.graphs.items()},
             source={**bundle.source, _MARK: number},
         )
-        ready.set()
-        if has_exchange:
-            _build(copy, target, output)
-        else:
-            with mock.patch("engines.output.exchange", lambda *_: False):
-                _build(copy, target, output)
+
+        def flush(folder: Path) -> None:
+            sync_files(folder)
+            flushed.set()
+
+        way = exchange if has_exchange else lambda *_: False
+        with mock.patch("engines.output.exchange", way), mock.patch("engines.output.sync_files", flush):
+            ready.set()
+            check_output(output, copy.weight_bytes)
+            build_engine(copy, get(target), output)
         os._exit(0)
 
     process = context.Process(target=export)
     process.start()
     ready.wait()
     started = time.perf_counter()
+    if is_after_flush:
+        flushed.wait()
     process.join(kill_after_s)
     is_killed = process.is_alive()
     if is_killed:
@@ -139,11 +157,6 @@ def _run(
     if process.exitcode not in (0, -signal.SIGKILL):
         raise RuntimeError(f"the export ended with {process.exitcode}")
     return time.perf_counter() - started, process.exitcode != 0
-
-
-def _build(bundle: Bundle, target: str, output: Path) -> None:
-    check_output(output, bundle.weight_bytes)
-    build_engine(bundle, get(target), output)
 
 
 def _mark_of(output: Path) -> int | None:

@@ -242,8 +242,9 @@ def kills(result: Mapping[str, Any]) -> str:
     rows += [(way, *(str(row[key]) for key in columns.values())) for way, row in result["ways"].items()]
     seconds = max(row["typical_s"] for row in result["ways"].values())
     return (
-        f"{table(rows)}\nThe demo for {result['target']}, killed (SIGKILL) at random moments of the {seconds:.1f} s from "
-        f"the end of tracing to the end; seed {result['seed']}. CPU flags: {', '.join(result['cpu_flags'])}.\n"
+        f"{table(rows)}\nThe demo for {result['target']}, killed (SIGKILL) at random moments of the {seconds:.1f} s "
+        "from the end of tracing to the end, a third of them while the engine is put into its place; seed "
+        f"{result['seed']}. CPU flags: {', '.join(result['cpu_flags'])}.\n"
     )
 
 
