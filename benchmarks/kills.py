@@ -65,7 +65,7 @@ def kills(
 def kill_exports(
     bundle: Bundle, target: str, folder: Path, count: int, seed: int, *, has_exchange: bool = True
 ) -> dict[str, Any]:
-    """Kill `count` exports, and look at the engine after each, and after the start of the next run.
+    """Export until `count` exports were killed, and look at the engine after each, and after the start of the next run.
 
     The graphs are traced once: a killed process checks the output, lowers, quantises, writes, flushes and exchanges.
     Of three moments one is chosen from the whole of that time, one from its second half, where files are written, and
@@ -80,16 +80,19 @@ def kill_exports(
         has_exchange: False as if the file system could not exchange two names in one step.
 
     Returns:
-        Counts: `killed` (the rest had ended), `old` and `new` (the engine that was there after the kill), `missing`
-        (none; the next run has to put the older one back), `broken` (after the next run not loadable, not complete, or
-        with another answer), `left` (kills after which something lay beside the engine), `left_after_next_run`.
+        Counts: `exports`, `killed` (the rest ended first), `old` and `new` (the engine that was there afterwards),
+            `missing` (none; the next run has to put the older one back), `broken` (after the next run began not
+            loadable, not complete, or with another answer), `left` (exports after which something lay beside the
+            engine), `left_after_next_run`.
     """
     moments = random.Random(seed)
     output = folder / "engine"
-    counts = dict.fromkeys(("killed", "old", "new", "missing", "broken", "left", "left_after_next_run"), 0)
+    counts = dict.fromkeys(("exports", "killed", "old", "new", "missing", "broken", "left", "left_after_next_run"), 0)
     typical_s = min(_run(bundle, target, output, 0, has_exchange)[0] for _ in range(3))
     present = 0
-    for number in range(1, count + 1):
+    while counts["killed"] < count:
+        counts["exports"] += 1
+        number = counts["exports"]
         after_s = (moments.uniform(0, typical_s), moments.uniform(0.5, 1.1) * typical_s, moments.uniform(0, _PUT_S))
         _, is_killed = _run(
             bundle, target, output, number, has_exchange, after_s[number % 3], is_after_flush=number % 3 == 2
@@ -107,7 +110,7 @@ def kill_exports(
             _run(bundle, target, output, number, has_exchange)
             found = number
         present = found
-    return {"count": count, "typical_s": typical_s, **counts}
+    return {"typical_s": typical_s, **counts}
 
 
 def _run(

@@ -229,7 +229,7 @@ def _environment_line(environment: Mapping[str, Any]) -> str:
 def kills(result: Mapping[str, Any]) -> str:
     """Return one row for each way to put an engine into its place."""
     columns = {
-        "exports": "count",
+        "exports": "exports",
         "killed": "killed",
         "older engine": "old",
         "new engine": "new",

@@ -78,16 +78,17 @@ def output_folder(output: Path, weight_bytes: int, largest_file_bytes: int = 0) 
         try:
             fresh.mkdir()
             yield fresh
-            sync_files(fresh)
         except OSError as error:
-            # Others may come from the files that are read, and name those.
             full = full_disk_error(error, place)
-            raise full or error from error
-        with held:
-            try:
+            if full is None and not str(error.filename).startswith(str(folder)):
+                raise  # from what is read
+            raise full or disk_error(error, place) from error
+        try:
+            sync_files(fresh)
+            with held:
                 _put(fresh, place)
-            except OSError as error:
-                raise disk_error(error, place) from error
+        except OSError as error:
+            raise disk_error(error, place) from error
 
 
 @contextlib.contextmanager

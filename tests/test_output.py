@@ -300,6 +300,25 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work(
 
 
 @pytest.mark.portable
+def test_errors_of_what_is_written_are_ours_and_those_of_what_is_read_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="No such file or directory"), output_folder(tmp_path / "out", 0) as folder:
+        folder.rmdir()  # by whoever tidies up
+        (folder / "engine.json").write_text("new")
+    with pytest.raises(FileNotFoundError), output_folder(tmp_path / "out", 0):
+        (tmp_path / "checkpoint").read_text()
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(UsageError, match="Input/output error"):
+        replace(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.portable
 def test_a_check_leaves_nothing(tmp_path: Path) -> None:
     check_output(tmp_path / "a" / "b" / "out")
     assert list(tmp_path.iterdir()) == []
