@@ -8,6 +8,10 @@ ENGINE ?= out/demo-ort-cpu-fp32
 IMAGE ?=
 MODEL ?= qwen3-vl-2b
 TRANSFORMERS ?=
+INPUTS ?= 20000
+SEED ?= 0
+FAMILIES ?=
+CASE ?=
 
 CHECK_PYTHON := import sys; sys.exit(f"{sys.executable}: Python 3.11 to 3.14 is needed; choose one with PYTHON=... or another folder with VENV=...") if not (3, 11) <= sys.version_info < (3, 15) else 0
 # Names of files reach the recipes through the environment: they may hold any character.
@@ -19,7 +23,7 @@ ifneq ($(or $(OWNER),$(CURDIR)),$(CURDIR))
 $(error $(VENV) runs the code of $(OWNER), not of this checkout; choose another folder with VENV=... or remove it)
 endif
 
-.PHONY: setup demo lock test test-newest test-oldest test-transformers lint bench compare-setup gpu-check
+.PHONY: setup demo lock test fuzz fuzz-replay test-newest test-oldest test-transformers lint bench compare-setup gpu-check
 
 setup: $(DEV_STAMP)
 
@@ -84,6 +88,15 @@ test-transformers: setup
 	$(BIN)/python scripts/share_torch.py build/transformers-$(TRANSFORMERS)
 	build/transformers-$(TRANSFORMERS)/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,test]' 'transformers==$(TRANSFORMERS)'
 	build/transformers-$(TRANSFORMERS)/bin/python -m pytest -q -m judge $(call files-with,judge)
+
+# Hostile inputs of every kind; findings are files under build/fuzz/.
+fuzz: setup
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz --inputs $(INPUTS) --seed $(SEED) $(FAMILIES)
+
+# One finding again: make fuzz-replay CASE=build/fuzz/images-memory-1.json
+fuzz-replay: setup
+	@test -n '$(CASE)' || { echo 'error: which finding? make fuzz-replay CASE=build/fuzz/....json' >&2; exit 2; }
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz --replay '$(CASE)'
 
 lint: setup
 	$(BIN)/ruff check .

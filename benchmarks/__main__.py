@@ -17,9 +17,11 @@ from benchmarks import imports, inference, kernels, lowered, measure, report, ro
 from benchmarks.against import against
 from benchmarks.compare.command import ExpertStride, compare, compare_setup
 from benchmarks.experts import experts
+from benchmarks.kills import kills
 from benchmarks.overhead import overhead
 from benchmarks.race import race
 from benchmarks.speculation import speculation
+from engines.disk import replace_text
 from engines.quantize.calibration import needs_prompts
 from engines.registry import get
 from runtime.errors import Qwen3VLError, UsageError
@@ -30,6 +32,7 @@ app.command()(against)
 app.command()(compare)
 app.command("compare-setup")(compare_setup)
 app.command()(experts)
+app.command()(kills)
 app.command()(overhead)
 app.command()(race)
 app.command()(speculation)
@@ -224,7 +227,7 @@ def write_report() -> None:
     """Write all tables again from the result files: of each result, in README.md and in docs/benchmarks.md."""
     for path, text in status.generated().items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+            replace_text(path, text)
             typer.echo(path.relative_to(status.ROOT))
 
 

@@ -2,7 +2,7 @@
 
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`,
 `run-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `routes`, `quantizers`,
-`speculation-NAME`, `race-NAME`, `overhead-NAME`, `experts-MODEL-BITS-bits`, `against-COMMIT`, `kernels`.
+`speculation-NAME`, `race-NAME`, `overhead-NAME`, `experts-MODEL-BITS-bits`, `against-COMMIT`, `kernels`, `kills`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import kernels, lowered, routes
+from engines.disk import replace_text
 
 RESULTS = Path(__file__).with_name("results")
 PHASES = ("vision", "prefill", "decode")
@@ -22,9 +23,9 @@ PHASES = ("vision", "prefill", "decode")
 def write(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Write `name.json` and `name.md` and return the path of the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    replace_text(folder / f"{name}.json", json.dumps(result, indent=2) + "\n")
     path = folder / f"{name}.md"
-    path.write_text(render(name, result), encoding="utf-8")
+    replace_text(path, render(name, result))
     return path
 
 
@@ -228,6 +229,28 @@ def _environment_line(environment: Mapping[str, Any]) -> str:
     )
 
 
+def kills(result: Mapping[str, Any]) -> str:
+    """Return one row for each way to put an engine into its place."""
+    columns = {
+        "exports": "exports",
+        "killed": "killed",
+        "older engine": "old",
+        "new engine": "new",
+        "none until the next run": "missing",
+        "broken": "broken",
+        "something left": "left",
+        "left after the next run began": "left_after_next_run",
+    }
+    rows = [("put into place by", *columns)]
+    rows += [(way, *(str(row[key]) for key in columns.values())) for way, row in result["ways"].items()]
+    seconds = max(row["typical_s"] for row in result["ways"].values())
+    return (
+        f"{table(rows)}\nThe demo for {result['target']}, killed (SIGKILL) at random moments of the {seconds:.1f} s "
+        "from the end of tracing to the end, a third of them while the engine is put into its place; seed "
+        f"{result['seed']}. CPU flags: {', '.join(result['cpu_flags'])}.\n"
+    )
+
+
 _TABLES = {
     "against": against,
     "export": export_table,
@@ -243,4 +266,5 @@ _TABLES = {
     "overhead": overhead,
     "experts": experts,
     "kernels": kernels.table_of,
+    "kills": kills,
 }

@@ -68,7 +68,7 @@ def build_engine(
     Raises:
         UsageError: `output` holds something that is no engine, or an option is out of range.
         TargetError: The target's compiler refuses a graph.
-        CapacityError: The disk has too little room.
+        CapacityError: The disk has too little room, or this process may not write files of that size.
     """
     bundle.check()
     check_options(target, options, bundle.config)
@@ -81,11 +81,12 @@ def build_engine(
         graphs[PREFILL] = lower(copy, target, bundle.config, target.prefill_passes())
     for name, model in bundle.graphs.items():
         graphs[name] = lower(model, target, bundle.config, target.passes())
-    num_bytes = sum(map(weight_bytes, graphs.values())) if with_weights else 0
+    sizes_of_graphs = [weight_bytes(graph) if with_weights else 0 for graph in graphs.values()]
+    num_bytes = sum(sizes_of_graphs)
     advance = advance_of(progress, num_bytes)
     # A plan holds the weights once more, and lies beside the graph that it is made of until it is complete.
     compiles = target.compile is not None and with_weights and runnable
-    with output_folder(output, 2 * num_bytes if compiles else num_bytes) as folder:
+    with output_folder(output, 2 * num_bytes if compiles else num_bytes, max(sizes_of_graphs)) as folder:
         files: dict[str, FileRecord] = {}
         for name, model in graphs.items():
             files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, advance=advance)

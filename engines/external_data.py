@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines.weights import StreamedTensor, ViewTensor
-from runtime.errors import BundleError, CapacityError
+from runtime.errors import BundleError
 from runtime.manifest import FileRecord, sha256_of
 
 # ONNX asks for page-aligned offsets so that a runtime can map the file.
@@ -46,20 +44,6 @@ def advance_of(progress: Progress | None, num_bytes: int) -> Advance | None:
     return None if progress is None else lambda written: progress(written, num_bytes)
 
 
-def check_disk_space(folder: Path, num_bytes: int) -> None:
-    """Raise before any work if `folder` cannot take `num_bytes`.
-
-    Raises:
-        CapacityError: Less is free.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise CapacityError(
-            f"{folder}: {num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
-            remedy="free space, or choose another disk with --output",
-        )
-
-
 def write_model(
     model: ir.Model, path: Path, *, with_weights: bool, advance: Advance | None = None
 ) -> dict[str, FileRecord]:
@@ -75,39 +59,31 @@ def write_model(
         A record for each file written.
 
     Raises:
-        CapacityError: The disk is full.
+        OSError: The disk is full, say; `engines.output.output_folder` turns it into one of our errors.
     """
     data_name = f"{path.name}.data"
     records: dict[str, FileRecord] = {}
     tensors = streamed_tensors(model)
-    try:
-        if tensors and with_weights:
-            records[data_name] = _write_weights(tensors, path.with_name(data_name), advance)
-        offset, offsets = 0, {}
-        for tensor in tensors.values():
-            offsets[id(tensor)] = offset
-            offset = _aligned(offset + tensor.nbytes)
-        for name, value in model.graph.initializers.items():
-            stored = value.const_value
-            if isinstance(stored, StreamedTensor):
-                base = stored.base if isinstance(stored, ViewTensor) else stored
-                value.const_value = ir.ExternalTensor(
-                    data_name,
-                    offsets[id(base)],
-                    stored.nbytes,
-                    stored.dtype,
-                    shape=stored.shape,
-                    name=name,
-                    base_dir=path.parent,
-                )
-        ir.save(model, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise CapacityError(
-                f"{path.parent}: the disk became full while writing {path.name}",
-                remedy="free space, or choose another disk with --output",
-            ) from error
-        raise
+    if tensors and with_weights:
+        records[data_name] = _write_weights(tensors, path.with_name(data_name), advance)
+    offset, offsets = 0, {}
+    for tensor in tensors.values():
+        offsets[id(tensor)] = offset
+        offset = _aligned(offset + tensor.nbytes)
+    for name, value in model.graph.initializers.items():
+        stored = value.const_value
+        if isinstance(stored, StreamedTensor):
+            base = stored.base if isinstance(stored, ViewTensor) else stored
+            value.const_value = ir.ExternalTensor(
+                data_name,
+                offsets[id(base)],
+                stored.nbytes,
+                stored.dtype,
+                shape=stored.shape,
+                name=name,
+                base_dir=path.parent,
+            )
+    ir.save(model, path)
     records[path.name] = FileRecord(path.stat().st_size, sha256_of(path))
     return records
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     """Parse the options, evaluate, print and write the table."""
+    from engines.disk import replace_text
     from qwen3vl_export.demo import CHECKPOINT
     from qwen3vl_export.demo.data import HELD_OUT_COUNT, held_out
     from qwen3vl_export.demo.evaluate import as_markdown, evaluate, predictor, summarise, torch_predictor
@@ -63,8 +64,8 @@ def main() -> None:
             f"Exact matches on the {count} held-out canvases: {how}.\n"
             f"Written by `scripts/evaluate_demo.py`; wrong answers are listed in `{name}.json`.\n\n"
         )
-        (options.output / f"{name}.md").write_text(head + table)
-        (options.output / f"{name}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        replace_text(options.output / f"{name}.md", head + table)
+        replace_text(options.output / f"{name}.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ if str(ROOT) not in sys.path:  # run as a script, Python looks beside it
 import configs  # noqa: E402
 from benchmarks import synthetic  # noqa: E402
 from engines.choose import GPU, device_of, estimate, limit_bytes  # noqa: E402
+from engines.disk import replace_text  # noqa: E402
 from engines.hardware import Hardware, probe  # noqa: E402
 from engines.quantize.calibration import needs_prompts  # noqa: E402
 from engines.registry import all_targets  # noqa: E402
@@ -260,9 +261,7 @@ def write_result(outcome: Outcome, hardware: Hardware, folder: Path, date: str) 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug(outcome.model)}_{slug(hardware.gpu.name)}_{outcome.target}_{date}.json"
     values = {**asdict(outcome), "gpu": hardware.gpu.name, "date": date, "machine": hardware.to_dict()}
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    new.replace(path)
+    replace_text(path, json.dumps(values, indent=1) + "\n")
     return path
 
 

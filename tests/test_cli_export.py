@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -89,7 +90,7 @@ def test_a_disk_that_fills_up_leaves_the_older_engine(older_engine: Path) -> Non
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (CapacityError.exit_code, "")
     error, remedy = err[err.index("error: ") :].splitlines()
-    assert "the disk became full while writing" in error
+    assert "the disk is full" in error
     assert remedy.startswith("  remedy: free space")
     assert "Traceback" not in err
     assert_intact(older_engine, before)
@@ -165,6 +166,35 @@ def test_auto_says_what_it_considered_and_builds_what_it_chose(tmp_path: Path) -
     chosen = json.loads(out)["target"]
     assert f"--target auto: {chosen}" in err and Manifest.read(output).target == chosen
     assert all(name in err for name in ("trt-fp16", "ort-cpu-int8", "limit MB"))
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("options", [["--target", "ort-cpu-int4"], ["--bundle"]])
+def test_files_that_may_not_be_written_are_found_before_tracing(options: list[str], tmp_path: Path) -> None:
+    arguments = (
+        [*options, str(tmp_path / "out")]
+        if options[-1] == "--bundle"
+        else [*options, "--output", str(tmp_path / "out")]
+    )
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        code, _, err = call(app, "demo", *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (code, "tracing" in err) == (CapacityError.exit_code, False)
+    assert "RLIMIT_FSIZE" in err and "ulimit -f unlimited" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.portable
+def test_an_output_that_cannot_be_is_found_before_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("downloads"))
+    (tmp_path / "file").touch()
+    code, _, err = call(app, "Qwen/Nothing", "--output", str(tmp_path / "file"))
+    assert code == 2 and "neither an engine nor empty" in err
 
 
 @pytest.mark.portable

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, VISION_INPUTS, Bundle
-from engines.external_data import check_disk_space
+from engines.disk import check_disk_space
 from engines.passes.quantize_weights import stored_block
 from engines.quantize.blockwise import QuantizedBlocks
 from engines.quantize.calibration_data import CalibrationPrompt

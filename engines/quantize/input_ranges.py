@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import VISION, Bundle
-from engines.external_data import check_disk_space
+from engines.disk import check_disk_space
 from engines.quantize.formats import FLOAT8, WeightPlan
 from engines.quantize.products import exchange, largest_slice_bytes, not_finite, products_by_input
 from engines.quantize.slices import Arrays, cut

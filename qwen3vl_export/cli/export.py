@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from engines.bundle import Bundle
     from engines.quantize.calibration_data import CalibrationPrompt
     from engines.target import Target
+    from qwen3vl_export.checkpoint import Checkpoint
     from runtime.model_config import ModelConfig
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -161,6 +162,8 @@ def export(
         version_compatible=version_compatible or None,
         hardware_compatible=hardware_compatible or None,
     )
+    if bundle or output:
+        check_output(bundle or output)  # before anything is downloaded or read
 
     def shape() -> ModelConfig:
         return Checkpoint.open(model).config
@@ -181,7 +184,7 @@ def export(
     if bundle is None:
         check_options(chosen, options, checkpoint.config)
     destination = bundle or output or Path("out") / f"{checkpoint.short_name}-{chosen.name}"
-    check_output(destination)
+    check_output(destination, _estimated_bytes(checkpoint, None if bundle else chosen) if weights else 0)
     print(f"tracing {checkpoint.name}", file=sys.stderr)
     from qwen3vl_export.export import make_bundle  # loads torch, so only once there is something to trace
 
@@ -190,7 +193,7 @@ def export(
     with _calibrated(made, chosen, weight_prompts, destination), _progress() as progress:
         if bundle is not None:
             weight_bytes = made.weight_bytes if weights else 0
-            with output_folder(destination, weight_bytes) as folder:
+            with output_folder(destination, weight_bytes, weight_bytes // 2) as folder:
                 made.write(folder, with_weights=weights, progress=progress)
         else:
             # ONNX Runtime compiles when it opens the graph, so for it the lowered graph is the engine.
@@ -217,6 +220,18 @@ def export(
         print(json.dumps(result))
     else:
         print(f"{destination}  ({weight_bytes / 1e6:.1f} MB of weights, {result['total_s']} s)")
+
+
+def _estimated_bytes(checkpoint: Checkpoint, target: Target | None) -> int:
+    """Return the bytes that the weights take in an engine or, without a target, in a bundle; 0 if that is not known."""
+    from engines.choose import weight_bytes
+    from engines.weight_shapes import weight_shapes
+
+    if "quantization_config" in checkpoint.hf_config:
+        return 0  # its codes may be kept as they are
+    if target is None:
+        return sum(4 * math.prod(shape) for shape in weight_shapes(checkpoint.config).values())
+    return weight_bytes(target, checkpoint.config)
 
 
 def _check_can_build(target: Target) -> None:
@@ -249,12 +264,11 @@ def _calibrated(made: Bundle, target: Target, prompts: list[CalibrationPrompt], 
         yield
         return
     from engines.quantize.calibration import calibrate
+    from engines.work_folder import work_folder
 
     print(f"calibrating on {len(prompts)} prompts", file=sys.stderr)
-    parent = destination.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-calibration-", dir=parent) as work:
-        calibrate(made, target, prompts, Path(work))
+    with work_folder(destination.resolve().parent) as (work, _):
+        calibrate(made, target, prompts, work)
         yield
 
 

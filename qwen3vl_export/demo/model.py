@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.exchange import exchange
 from qwen3vl_export.checkpoint import HEAD_KEY
 from qwen3vl_export.demo.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tokenizer
 from runtime.model_config import EXPERTS_MODEL_TYPE, SUPPORTED_MODEL_TYPE, ModelConfig, TextConfig, VisionConfig
@@ -176,7 +177,7 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 def save_checkpoint(model: Qwen3VL, folder: Path, card: str) -> None:
     """Write the folder: weights in bfloat16, configuration, tokenizer, processor and model card.
 
-    The folder is written beside `folder` and renamed, so that there is a usable one at any moment.
+    The folder is written beside `folder` and exchanged with it, so that there is a usable one at any moment.
     """
     from safetensors.torch import save_file
 
@@ -214,7 +215,9 @@ def save_checkpoint(model: Qwen3VL, folder: Path, card: str) -> None:
     (partial / "README.md").write_text(card)
     for file in partial.iterdir():
         file.chmod(0o644)
-    if folder.exists():
+    if folder.exists() and exchange(partial, folder):
+        shutil.rmtree(partial)
+    elif folder.exists():
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.disk import check_file, replaced_file
 from qwen3vl_export.parity.metrics import Floats
 
 
@@ -71,7 +72,7 @@ def check_plot(file: Path) -> None:
     """Check that `plot_layers` can write a file.
 
     Raises:
-        UsageError: matplotlib is not installed, or the suffix is not one it draws.
+        UsageError: matplotlib is not installed, the suffix is not one it draws, or the folder cannot be written.
     """
     from runtime.errors import UsageError
 
@@ -82,6 +83,7 @@ def check_plot(file: Path) -> None:
         )
     if file.suffix not in (".png", ".svg"):
         raise UsageError(f"{file}: a plot is a .png or a .svg file", remedy="give the file one of these suffixes")
+    check_file(file)
 
 
 def plot_layers(errors: Mapping[str, LayerErrors], file: Path) -> None:
@@ -111,8 +113,8 @@ def plot_layers(errors: Mapping[str, LayerErrors], file: Path) -> None:
             panel.grid(alpha=0.3, which="both")
         panels[0].set_ylabel("relative error against float32")
         panels[-1].legend()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else {})
+        with replaced_file(file) as partial:
+            figure.savefig(partial, metadata={"Date": None} if file.suffix == ".svg" else {})
 
 
 def _relative(sums: NDArray[np.float64]) -> float:

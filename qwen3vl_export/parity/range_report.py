@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.disk import replaced_file
+
 FLOAT16_MAX = 65504.0
 _SHOWN_GROUPS = 24
 
@@ -143,8 +145,8 @@ def plot_ranges(report: RangeReport, file: Path) -> None:
             panel.grid(alpha=0.3, which="both")
         panels[0].set_ylabel("max |x|")
         panels[-1].legend()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else {})
+        with replaced_file(file) as partial:
+            figure.savefig(partial, metadata={"Date": None} if file.suffix == ".svg" else {})
 
 
 def _by_layer(report: RangeReport, graph: str, is_weight: bool) -> dict[int, float]:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.disk import replace_text
 from qwen3vl_export.parity.layers import LayerErrors, plot_layers
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def write_sections(file: Path, reports: Sequence[TaskReport]) -> None:
             text = pattern.sub(lambda _, new=section: new, text)  # type: ignore[misc]
         else:
             text += f"\n{section}\n" if text else f"{section}\n"
-    file.write_text(text, encoding="utf-8")
+    replace_text(file, text)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Families of inputs, a module each."""

@@ -1,0 +1,100 @@
+"""What became of an input: taken, refused, or a finding."""
+
+from __future__ import annotations
+
+import traceback
+import unicodedata
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fuzz.family import ROOT
+from runtime.errors import Qwen3VLError
+
+TAKEN, REFUSED = "taken", "refused"
+RAW, MESSAGE, SLOW, MEMORY, HANG, CRASH = "raw exception", "message", "slow", "memory", "hang", "crash"
+
+MAX_SECONDS = 2.0
+"""Of CPU time: the wall clock also shows what else the machine is doing."""
+MAX_BYTES = 300_000_000
+MAX_MESSAGE = 500
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one input.
+
+    Attributes:
+        kind: `TAKEN`, `REFUSED`, or what kind of finding it is.
+        place: Of a raw exception its type and the line of ours it came from; of a refusal the class.
+        text: The message, or what the family said.
+        cpu_s: CPU time, that of child processes included.
+        grown_bytes: Peak of resident memory above what was resident before.
+    """
+
+    kind: str
+    place: str = ""
+    text: str = ""
+    cpu_s: float = 0.0
+    grown_bytes: int = 0
+
+    @property
+    def is_finding(self) -> bool:
+        """Whether it is to be mended."""
+        return self.kind not in (TAKEN, REFUSED)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What findings of one cause have in common."""
+        return self.kind, self.place
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def of_error(error: BaseException) -> Outcome:
+    """Classify what an input raised."""
+    if isinstance(error, MemoryError):
+        return Outcome(MEMORY, f"MemoryError at {place_of(error)}", "wants more than the process may have")
+    if not isinstance(error, Qwen3VLError):
+        return Outcome(RAW, f"{type(error).__name__} at {place_of(error)}", ascii(_text(error))[:300])
+    fault = fault_of_message(error)
+    if fault:
+        return Outcome(MESSAGE, f"{fault}: {type(error).__name__} at {place_of(error)}", ascii(str(error))[:700])
+    return Outcome(REFUSED, type(error).__name__, str(error))
+
+
+def fault_of_message(error: Qwen3VLError) -> str:
+    """Return what is wrong with the text of an error of ours; empty if nothing is."""
+    text = str(error)
+    if not error.remedy or not error.remedy.strip():
+        return "no remedy"
+    if len(text) > MAX_MESSAGE:
+        return "longer than 500 characters"
+    if any(
+        unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") for letter in text.replace("\n  remedy: ", "")
+    ):
+        return "control characters"
+    if "internal error" in text or not error.message.strip():
+        return "says nothing"
+    return ""
+
+
+def place_of(error: BaseException) -> str:
+    """Return the innermost line of this project's packages that an error passed."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(ROOT) and not Path(frame.filename).is_relative_to(ROOT / "tests")
+    ]
+    if not own:
+        return "a library"
+    return f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].name}"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as other:
+        return f"(its text raises {type(other).__name__})"
