@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_export.small_files import read_file
+from qwen3vl_export.tokenizer_files import read_tokenizer
 from runtime.chat import IMAGE_TOKEN, ChatTemplate, template_source
 from runtime.errors import CheckpointError, Qwen3VLError
 from runtime.generation_config import GenerationOptions
@@ -21,7 +23,6 @@ _PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR = "processor_config.json"
 _GENERATION = "generation_config.json"
 _GENERATION_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
-_COMPLETE = "give a complete Hugging Face folder"
 
 # Parts of transformers 5's processor_config.json, and the file of the Hub's Qwen3-VL folders that holds the same.
 _PROCESSOR_PARTS = {"image_processor": _PREPROCESSOR, "video_processor": "video_preprocessor_config.json"}
@@ -39,9 +40,9 @@ def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dic
     """
     with _naming(folder / _TEMPLATE):
         assets = {_TEMPLATE: template_source(folder).encode()}
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        assets[name] = _read_bytes(folder / name)
-    read_json("tokenizer_config.json")  # whose special tokens the template takes
+    for name in ("config.json", "tokenizer_config.json"):
+        assets[name] = read_file(folder / name)
+    assets["tokenizer.json"] = read_tokenizer(folder, read_json)
     assets[_PREPROCESSOR] = _as_json(_preprocessor_config(folder, read_json))
     generation = read_json(_GENERATION) if (folder / _GENERATION).is_file() else {}
     assets[_GENERATION] = _as_json(_with_token_ids(generation, read_json("config.json"), folder))
@@ -101,9 +102,12 @@ def _with_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], fo
 
 
 def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    if tokenizer.num_tokens > config.text.vocab_size:
+    # Of more tokens than rows, some have no row; of fewer with gaps between their ids, too.
+    largest = max(tokenizer.num_tokens - 1, tokenizer.largest_id)
+    if largest >= config.text.vocab_size:
         raise CheckpointError(
-            f"it has {tokenizer.num_tokens} tokens, config.json a vocab_size of {config.text.vocab_size}"
+            f"with all added tokens it has {tokenizer.num_tokens} tokens with ids up to {largest}, config.json a "
+            f"vocab_size of {config.text.vocab_size}, the rows of the embedding"
         )
     for name, token in (
         ("image_token_id", IMAGE_TOKEN),
@@ -142,13 +146,6 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{path}: {message}", remedy="take all files from one complete Qwen3-VL checkpoint, or repair this one"
         ) from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing", remedy=_COMPLETE) from error
 
 
 def _as_json(values: Mapping[str, Any]) -> bytes:
