@@ -20,13 +20,13 @@ from qwen3vl_export.assets import check_assets, read_assets
 from qwen3vl_export.experts import find_experts
 from qwen3vl_export.formats import INDEX, SINGLE, check_folder, refuse_file
 from qwen3vl_export.key_prefixes import as_in_graph
+from qwen3vl_export.names import shown_name
 from qwen3vl_export.quantized import join_parts
 from qwen3vl_export.quantized.parts import QuantizedEntry
 from qwen3vl_export.safetensors_reader import FileHeader, TensorEntry, read_header
-from qwen3vl_export.small_files import read_json
 from runtime.errors import CapacityError, CheckpointError
+from runtime.files import MAX_INDEX_BYTES, MAX_SMALL_FILE_BYTES, MAX_TOKENIZER_BYTES, read_json_object
 from runtime.model_config import ModelConfig
-from runtime.shown import shown, shown_name
 
 DEMO, DEMO_MOE = "demo", "demo-moe"
 _SHIPPED = {DEMO: "checkpoint", DEMO_MOE: "checkpoint_moe"}
@@ -38,6 +38,7 @@ IGNORED_KEYS = (re.compile(r".*rotary_(pos_)?emb\.(original_)?inv_freq"),)
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")
+_MOST_BYTES = {INDEX: MAX_INDEX_BYTES, "tokenizer.json": MAX_TOKENIZER_BYTES}
 _MAX_LISTED = 5
 _DOWNLOAD_AGAIN = "the file is damaged: download it again"
 
@@ -122,7 +123,10 @@ class Checkpoint:
         Raises:
             CheckpointError: It is missing, no JSON object, or larger than any checkpoint's.
         """
-        return read_json(self.folder / name)
+        path = self.folder / name
+        remedy = "give a complete Hugging Face folder" if not os.path.exists(path) else _DOWNLOAD_AGAIN
+        most = _MOST_BYTES.get(name, MAX_SMALL_FILE_BYTES)
+        return read_json_object(path, max_bytes=most, error=CheckpointError, remedy=remedy)
 
     @cached_property
     def headers(self) -> dict[str, FileHeader]:

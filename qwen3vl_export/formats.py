@@ -12,10 +12,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NoReturn
 
-from qwen3vl_export.small_files import read_json
+from qwen3vl_export.names import shown_name
 from runtime.errors import CheckpointError, Qwen3VLError
+from runtime.files import read_json_object
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME
-from runtime.shown import shown, shown_name
+from runtime.shown import shown
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -98,8 +99,9 @@ def check_folder(folder: Path) -> None:
             remedy=f"run it with `qwen3vl run`, or export the checkpoint that it was made from{_source_of(folder)}",
         )
     if files & {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}:
+        beside = "beside a whole model" if files & {SINGLE, INDEX} else "and no whole model"
         raise CheckpointError(
-            f"{name}: a LoRA or other PEFT adapter (adapter_config.json){_base_of(folder)}, and no whole model",
+            f"{name}: a LoRA or other PEFT adapter (adapter_config.json){_base_of(folder)}, {beside}",
             remedy="merge it first, in Python: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
             ".save_pretrained(folder); add the base's tokenizer and processor files, and export that folder",
         )
@@ -171,7 +173,7 @@ def _listed(names: list[str]) -> str:
 
 def _base_of(folder: Path) -> str:
     try:
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
     except Qwen3VLError:  # what is said of it is said without
         return ""
     return f" of {shown(base)}" if isinstance(base, str) and base else ""
@@ -180,7 +182,7 @@ def _base_of(folder: Path) -> str:
 def _source_of(folder: Path) -> str:
     for name in (MANIFEST_NAME, LOWERED_NAME):
         try:
-            source = read_json(folder / name).get("source")
+            source = read_json_object(folder / name).get("source")
         except Qwen3VLError:  # one of the two, or damaged
             continue
         if isinstance(source, dict) and isinstance(source.get("name"), str):

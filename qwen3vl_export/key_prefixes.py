@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwen3vl_export.names import shown_name
 from qwen3vl_export.safetensors_reader import TensorEntry
 from runtime.errors import CheckpointError
-from runtime.shown import shown_name
 
 _BASE = "model."
 _PARTS = ("visual.", "language_model.")

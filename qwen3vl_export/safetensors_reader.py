@@ -20,9 +20,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines.weights import BLOCK_BYTES, StreamedTensor
-from qwen3vl_export.small_files import MAX_JSON_BYTES, parse_json
+from qwen3vl_export.names import shown_name
 from runtime.errors import CheckpointError
-from runtime.shown import shown, shown_name
+from runtime.files import parse_json_object
+from runtime.shown import shown
 
 _FLOATS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
@@ -45,6 +46,7 @@ _BITS = {
 }
 # A dimension of 2^63 and more fits no array, and no weight here has more than 5.
 _MAX_DIMENSION, _MAX_RANK = (1 << 63) - 1, 16
+_MAX_HEADER_BYTES = 32 << 20  # one file with all 56 000 tensors of 30B-A3B in AWQ has 7 MB
 _TRANSPOSED_ROWS = 64
 
 
@@ -84,7 +86,7 @@ def read_header(path: Path) -> FileHeader:
     """
     again = "the file was cut or is no safetensors file: download it again"
     length, raw, size = _read_raw(path, again)
-    header = parse_json(raw, path, remedy=again)
+    header = parse_json_object(raw, shown_name(str(path)), error=CheckpointError, remedy=again)
     header.pop("__metadata__", None)
     tensors = {key: _entry(path, key, values, 8 + length, again) for key, values in header.items()}
     for key, tensor in tensors.items():
@@ -113,9 +115,9 @@ def _read_raw(path: Path, again: str) -> tuple[int, bytes, int]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 raise CheckpointError(f"{name}: {size} bytes do not hold a header of {length} bytes", remedy=again)
-            if length > MAX_JSON_BYTES:
+            if length > _MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{name}: a header of {length} bytes, expected at most {MAX_JSON_BYTES}: no checkpoint has so large a one",
+                    f"{name}: a header of {length} bytes, expected at most {_MAX_HEADER_BYTES}, as every checkpoint's",
                     remedy=again,
                 )
             return length, file.read(length), size
@@ -155,7 +157,8 @@ def _check_layout(path: Path, start: int, size: int, tensors: Mapping[str, Tenso
     for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
         if tensor.offset != position:
             raise CheckpointError(
-                f"{path}: {shown_name(key)} begins at byte {tensor.offset}, what lies before it ends at byte {position}",
+                f"{path}: {shown_name(key)} begins at byte {tensor.offset}, what lies before it ends at byte "
+                f"{position}",
                 remedy=remedy,
             )
         position += tensor.num_bytes

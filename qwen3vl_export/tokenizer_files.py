@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import CheckpointError
+from runtime.files import MAX_TOKENIZER_BYTES, read_small_file
 from runtime.shown import shown
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ _MODEL_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "byte_fallback": (False, None),
     "ignore_merges": (False, None),
 }
+COMPLETE = "give a complete Hugging Face folder"
 _SAVE_AGAIN = (
     "load the tokenizer with transformers, see that it encodes the new tokens, and save it again with save_pretrained"
 )
@@ -77,7 +79,7 @@ def read_tokenizer(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> 
     plan = _plan(files, content, is_qwen2)
     own = [AddedJson.read(token, f"{folder / NAME}: added_tokens") for token in _list_of(content, folder)]
     if _is_numbered_as_stated(content, own) and plan.changes_nothing(own, is_qwen2):
-        return (folder / NAME).read_bytes()
+        return read_small_file(folder / NAME, max_bytes=MAX_TOKENIZER_BYTES, error=CheckpointError)
     tokenizer = _opened(content if not is_qwen2 else {**content, "added_tokens": []}, folder / NAME)
     _add(tokenizer, plan, is_qwen2, folder)
     _check_stated(tokenizer, plan, folder)
@@ -368,7 +370,7 @@ def _from_vocabulary(files: _Files, is_qwen2: bool) -> Tokenizer:
     missing = [name for name in (_VOCABULARY, _MERGES) if not files.has(name)]
     if missing or not is_qwen2:
         beside = "" if missing == [_VOCABULARY, _MERGES] else f", and {' and '.join(missing) or SETTINGS} does not do"
-        raise CheckpointError(f"{folder / NAME}: missing{beside}", remedy="give a complete Hugging Face folder")
+        raise CheckpointError(f"{folder / NAME}: missing{beside}", remedy=COMPLETE)
     try:
         model = models.BPE.from_file(str(folder / _VOCABULARY), str(folder / _MERGES))
     except Exception as error:  # the library raises plain Exception

@@ -16,7 +16,7 @@ from PIL import Image
 
 from runtime.image_processor import ImageProcessorConfig, process_image, smart_resize
 from runtime.images import load_image
-from runtime.resize import resize_bicubic
+from runtime.resize import resize
 
 # As published with Qwen3-VL.
 QWEN3_VL: dict[str, Any] = {
@@ -159,7 +159,7 @@ def torch_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(2, 300), st.integers(2, 300), st.integers(0, 99))
 def test_resize_is_equal(source_height: int, source_width: int, height: int, width: int, seed: int) -> None:
     image = noise(source_height, source_width, seed=seed)
-    np.testing.assert_array_equal(resize_bicubic(image, height, width), torch_resize(image, height, width))
+    np.testing.assert_array_equal(resize(image, height, width), torch_resize(image, height, width))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_resize_is_equal(source_height: int, source_width: int, height: int, wid
 def test_resize_in_pieces_is_equal(source: tuple[int, int], target: tuple[int, int]) -> None:
     image = noise(*source)
     before = image.copy()
-    np.testing.assert_array_equal(resize_bicubic(image, *target), torch_resize(image, *target))
+    np.testing.assert_array_equal(resize(image, *target), torch_resize(image, *target))
     np.testing.assert_array_equal(image, before)
 
 
