@@ -159,4 +159,4 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _as_json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(values, indent=2) + "\n").encode()

@@ -18,7 +18,7 @@ from engines.quantize.tensors import row_chunks
 from engines.weights import StackedTensor, StreamedTensor
 from qwen3vl_export.assets import check_assets, read_assets
 from qwen3vl_export.experts import find_experts
-from qwen3vl_export.formats import INDEX, SINGLE, check_folder, refuse_file
+from qwen3vl_export.formats import INDEX, SINGLE, check_folder, check_weights, refuse_file
 from qwen3vl_export.key_prefixes import as_in_graph
 from qwen3vl_export.names import shown_name
 from qwen3vl_export.quantized import join_parts
@@ -62,7 +62,7 @@ class Checkpoint:
         """Open `source`: a folder, `owner/name[@revision]` of the Hub, or `demo`. A folder that exists wins.
 
         Raises:
-            CheckpointError: There is no such folder, it holds no checkpoint in safetensors, or the Hub cannot be
+            CheckpointError: There is no such folder, it is something else than a checkpoint, or the Hub cannot be
                 reached.
             CapacityError: The disk is too small for the download.
         """
@@ -135,6 +135,7 @@ class Checkpoint:
         Raises:
             CheckpointError: A file is missing, truncated or unreadable, or the index contradicts the files.
         """
+        check_weights(self.folder)
         if (self.folder / SINGLE).is_file():  # wins over an index, as in transformers
             return {SINGLE: read_header(self.folder / SINGLE)}
         weight_map = self.read_json(INDEX).get("weight_map")

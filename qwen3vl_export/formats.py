@@ -83,16 +83,12 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise if a folder is something else than a checkpoint, or is one without its weights in safetensors.
+    """Raise if a folder is something else than a checkpoint.
 
     Raises:
-        CheckpointError: It is an adapter, an engine, a pipeline, has weights in another format only, or no config.json.
+        CheckpointError: It is an adapter, an engine, a pipeline, or has no config.json.
     """
-    name = shown_name(str(folder))
-    try:
-        files = set(os.listdir(folder))
-    except OSError as error:
-        raise CheckpointError(f"{name}: cannot be read ({error.strerror})", remedy="check its permissions") from error
+    name, files = shown_name(str(folder)), _names_in(folder)
     if files & {MANIFEST_NAME, LOWERED_NAME}:
         raise CheckpointError(
             f"{name}: an engine, or lowered graphs, that qwen3vl-export wrote, and no checkpoint",
@@ -112,8 +108,26 @@ def check_folder(folder: Path) -> None:
         )
     if CONFIG not in files:
         _refuse_without_config(folder, name, files)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise if the folder of a checkpoint has no weights in safetensors, under the names that transformers looks for.
+
+    Raises:
+        CheckpointError: It says which others there are, and what to do with them.
+    """
+    name, files = shown_name(str(folder)), _names_in(folder)
     if not files & {SINGLE, INDEX}:
         _refuse_without_weights(name, files)
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(
+            f"{shown_name(str(folder))}: cannot be read ({error.strerror})", remedy="check its permissions"
+        ) from error
 
 
 def _refuse_without_config(folder: Path, name: str, files: Collection[str]) -> NoReturn:

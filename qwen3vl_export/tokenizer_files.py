@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import CheckpointError
 from runtime.files import MAX_TOKENIZER_BYTES, read_small_file
-from runtime.shown import shown
+from runtime.shown import one_line, shown
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -330,7 +331,7 @@ def _check_settings(folder: Path, content: Mapping[str, Any], settings: Mapping[
     Raises:
         CheckpointError: With the setting that differs.
     """
-    model = _object(content.get("model"), f"{folder / NAME}: model")
+    model = _object(content.get("model"), f"{folder / NAME}: the file cannot be read as a tokenizer: its model")
     differing = [f"model.{key}" for key, values in _MODEL_SETTINGS.items() if model.get(key) not in values]
     if content.get("normalizer") != {"type": "NFC"}:
         differing.append("normalizer")
@@ -371,13 +372,8 @@ def _from_vocabulary(files: _Files, is_qwen2: bool) -> Tokenizer:
     if missing or not is_qwen2:
         beside = "" if missing == [_VOCABULARY, _MERGES] else f", and {' and '.join(missing) or SETTINGS} does not do"
         raise CheckpointError(f"{folder / NAME}: missing{beside}", remedy=COMPLETE)
-    try:
+    with _refusing(f"{folder}: {_VOCABULARY} and {_MERGES} cannot be read as a tokenizer"):
         model = models.BPE.from_file(str(folder / _VOCABULARY), str(folder / _MERGES))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(
-            f"{folder}: {_VOCABULARY} and {_MERGES} cannot be read as a tokenizer: {error}",
-            remedy="take both from the original checkpoint, or its tokenizer.json",
-        ) from error
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -396,13 +392,8 @@ def _from_vocabulary(files: _Files, is_qwen2: bool) -> Tokenizer:
 def _opened(content: Mapping[str, Any], path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    try:
+    with _refusing(f"{path}: the file cannot be read as a tokenizer"):
         return Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(
-            f"{path}: the file cannot be read as a tokenizer: {error}",
-            remedy="take all files from one complete Qwen3-VL checkpoint, or repair this one",
-        ) from error
 
 
 def _add(tokenizer: Tokenizer, plan: _Plan, is_qwen2: bool, folder: Path) -> None:
@@ -411,12 +402,29 @@ def _add(tokenizer: Tokenizer, plan: _Plan, is_qwen2: bool, folder: Path) -> Non
     def added(tokens: Iterator[AddedJson]) -> list[AddedToken]:
         return [AddedToken(**token.flags()) for token in tokens]
 
-    try:
+    with _refusing(f"{folder}: its added tokens cannot be added"):
         tokenizer.add_tokens(added(iter(plan.tokens)))
         if is_qwen2:
             tokenizer.add_tokens(added(map(_special, plan.specials)))
-    except (TypeError, ValueError, OverflowError) as error:  # a lone surrogate in a token
-        raise CheckpointError(f"{folder}: a token cannot be added: {error}", remedy=_SAVE_AGAIN) from error
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Say of an error of the tokenizers library what it is about; it raises plain Exception, and panics.
+
+    Raises:
+        CheckpointError: Always where the library fails, also for text that is no UTF-8.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # pyo3's panics derive from BaseException and have no public class.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(
+            f"{what}: {one_line(str(error), 160)}",
+            remedy="take all files from one complete Qwen3-VL checkpoint, or repair this one",
+        ) from error
 
 
 def _check_stated(tokenizer: Tokenizer, plan: _Plan, folder: Path) -> None:

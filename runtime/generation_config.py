@@ -18,6 +18,7 @@ from typing import Any
 from runtime.errors import UsageError
 from runtime.generation_file import taken_values
 from runtime.shown import shown
+from runtime.stopping import check_stops
 
 # Only looked at when tokens are sampled: passing one of them to a greedy generation is a contradiction.
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
@@ -240,6 +241,7 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
         raise UsageError(f"{name} must be a string or a list of at most {_MOST_STOPS} strings, got {shown(value)}")
     if "" in stops:
         raise UsageError(f"{name} holds an empty string, which would end every answer at once")
+    check_stops(stops)
     return tuple(stops)
 
 

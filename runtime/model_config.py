@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, TypeGuard
 
 from runtime.errors import CheckpointError
-from runtime.shown import shown
+from runtime.shown import shorten, shown
 
 SUPPORTED_MODEL_TYPE = "qwen3_vl"
 EXPERTS_MODEL_TYPE = "qwen3_vl_moe"
@@ -29,6 +29,7 @@ _OTHER_FAMILIES: Mapping[str, str] = {
 }
 
 # Far above all models, and low enough that no product of sizes of one weight exceeds 63 bits.
+_MOST_SHOWN = 8
 _MOST, _MOST_LAYERS, _MOST_TOKENS, _MOST_OF_PATCH = 1 << 20, 1 << 10, (1 << 31) - 1, 1 << 6
 
 
@@ -321,10 +322,18 @@ class _Section:
     def refuse(self, key: str, expected: str) -> NoReturn:
         """Raise the error that names the key, what it is and what it should be."""
         path = f"{self.name}.{key}" if self.name else key
-        found = shown(self._values[key]) if key in self._values else "missing"
+        found = _shown(self._values[key]) if key in self._values else "missing"
         raise CheckpointError(
             f"config.json: {path} is {found}, expected {expected}", remedy="take config.json from the original model"
         )
+
+
+def _shown(value: object) -> str:
+    """Show a short list of numbers with what it holds, anything else as `shown` does."""
+    values = value if isinstance(value, list | tuple) and len(value) <= _MOST_SHOWN else [None]
+    if all(type(each) in (int, float) for each in values):
+        return shorten(f"[{', '.join(map(shown, values))}]", 120)
+    return shown(value)
 
 
 def _is_integer(value: object, minimum: int) -> TypeGuard[int]:
@@ -339,14 +348,17 @@ def _section(config: Mapping[str, Any], name: str) -> _Section:
 
 
 def _is_tied(top: _Section, text: _Section) -> bool:
-    """Return whether the head is the embedding; releases of transformers look in one place or the other."""
+    """Return whether the head is the embedding: the top says so. transformers 5 takes silence there for false.
+
+    Raises:
+        CheckpointError: Only text_config says that it is, which transformers 4 reads and 5 does not.
+    """
     is_tied = top.boolean("tie_word_embeddings", default=False)
-    if text.boolean("tie_word_embeddings", default=is_tied) is not is_tied:
-        said = str(is_tied).lower() if top.get("tie_word_embeddings") is not None else "missing, which means false,"
+    if top.get("tie_word_embeddings") is None and text.boolean("tie_word_embeddings", default=False):
         raise CheckpointError(
-            f"config.json: tie_word_embeddings is {said} at the top and {str(not is_tied).lower()} in text_config: "
-            "transformers 5 reads the first, 4 the second",
-            remedy="write at the top what the model was trained with: true if the weights hold no lm_head.weight",
+            "config.json: tie_word_embeddings is true in text_config and missing at the top: transformers 4 ties the "
+            "head to the embedding, 5 does not",
+            remedy="write it at the top: true if the weights hold no lm_head.weight, else as the model was trained",
         )
     return is_tied
 
@@ -406,7 +418,7 @@ def _rope(section: _Section, exported_types: tuple[str, ...]) -> _Section:
                 )
             if merged.setdefault(key, value) != value:
                 raise CheckpointError(
-                    f"config.json: {section.name}: {key} is {shown(merged[key])} in one place and {shown(value)} in "
+                    f"config.json: {section.name}: {key} is {_shown(merged[key])} in one place and {_shown(value)} in "
                     "another of rope_parameters, rope_scaling and rope_theta",
                     remedy="take config.json from the original model",
                 )
