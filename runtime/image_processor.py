@@ -39,6 +39,8 @@ FILTERS: Mapping[int, Kernel] = {2: BILINEAR, 3: BICUBIC}
 
 NUM_CHANNELS = 3
 
+_LARGEST = (1 << 63) - 1
+
 # Settings that say how transformers runs its processor, not which pixels come out.
 _IGNORED_KEYS = frozenset(
     {
@@ -113,7 +115,7 @@ class ImageProcessorConfig:
         """
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
                 raise UsageError(f"{name}: expected a whole number of at least 1, found {shown(value)}")
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if not isinstance(getattr(self, name), bool):

@@ -116,5 +116,5 @@ def test_the_layout_of_a_text_model_is_named(tiny_checkpoint: Path, tmp_path: Pa
         tmp_path / "text",
         lambda key: key.replace("model.language_model.", "model.").replace("model.visual.", "vision."),
     )
-    with pytest.raises(CheckpointError, match="model.layers.* is of a text model"):
+    with pytest.raises(CheckpointError, match=r"model\.layers.* is of a text model"):
         Checkpoint.open(str(folder)).entries  # noqa: B018
