@@ -25,12 +25,14 @@ _OWN_DISTRIBUTION = "qwen3vl-export"
 
 
 def check_options(target: Target, options: BuildOptions | None, config: ModelConfig) -> None:
-    """Raise unless the target takes the options that were given, for a model of this shape.
+    """Raise unless the target takes a model of this shape, and the options that were given for it.
 
     Raises:
         UsageError: An option is out of range, or the target has no sizes to choose.
-        TargetError: The target's compiler does not take it.
+        TargetError: The target's kernels do not take the shape, or its compiler not an option.
     """
+    if target.check_model is not None:
+        target.check_model(config)
     if target.compile is not None:
         (options or BuildOptions()).check(config.text.max_positions, config.vision.spatial_merge_size)
     elif options is not None:

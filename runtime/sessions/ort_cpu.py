@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from runtime.engine_paths import check_paths
 from runtime.errors import EngineError, UsageError
 from runtime.huge_pages import anonymous_regions, use_huge_pages
 from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
@@ -174,6 +175,7 @@ def open_session(
     folder: Path, manifest: Manifest, *, threads: int | None = None, huge_pages: bool = False
 ) -> OrtCpuSession:
     """Open an engine folder; see `runtime.session.open_session`."""
+    check_paths(folder, manifest)
     return OrtCpuSession(folder, manifest, threads, huge_pages=huge_pages)
 
 
