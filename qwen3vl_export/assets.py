@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from runtime.chat import IMAGE_TOKEN, ChatTemplate, template_source
 from runtime.errors import CheckpointError, Qwen3VLError
+from runtime.files import MAX_SMALL_FILE_BYTES, MAX_TOKENIZER_BYTES, read_small_file
 from runtime.generation_config import GenerationOptions
 from runtime.image_processor import ImageProcessorConfig
 from runtime.model_config import ModelConfig
@@ -40,10 +42,11 @@ def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dic
     with _naming(folder / _TEMPLATE):
         assets = {_TEMPLATE: template_source(folder).encode()}
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        assets[name] = _read_bytes(folder / name)
+        max_bytes = MAX_TOKENIZER_BYTES if name == "tokenizer.json" else MAX_SMALL_FILE_BYTES
+        assets[name] = read_small_file(folder / name, max_bytes=max_bytes, error=CheckpointError, remedy=_COMPLETE)
     read_json("tokenizer_config.json")  # whose special tokens the template takes
     assets[_PREPROCESSOR] = _as_json(_preprocessor_config(folder, read_json))
-    generation = read_json(_GENERATION) if (folder / _GENERATION).is_file() else {}
+    generation = read_json(_GENERATION) if os.path.lexists(folder / _GENERATION) else {}
     assets[_GENERATION] = _as_json(_with_token_ids(generation, read_json("config.json"), folder))
     return assets
 
@@ -80,7 +83,7 @@ def _split_processor_config(settings: Mapping[str, Any]) -> dict[str, dict[str, 
 
 def _preprocessor_config(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     # transformers reads both, and takes the newer file if it holds this part.
-    settings = read_json(_PROCESSOR) if (folder / _PROCESSOR).is_file() else {}
+    settings = read_json(_PROCESSOR) if os.path.lexists(folder / _PROCESSOR) else {}
     return _split_processor_config(settings).get(_PREPROCESSOR) or read_json(_PREPROCESSOR)
 
 
@@ -142,13 +145,6 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{path}: {message}", remedy="take all files from one complete Qwen3-VL checkpoint, or repair this one"
         ) from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing", remedy=_COMPLETE) from error
 
 
 def _as_json(values: Mapping[str, Any]) -> bytes:

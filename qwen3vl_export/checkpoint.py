@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from qwen3vl_export.quantized import join_parts
 from qwen3vl_export.quantized.parts import QuantizedEntry
 from qwen3vl_export.safetensors_reader import FileHeader, TensorEntry, read_header
 from runtime.errors import CapacityError, CheckpointError
+from runtime.files import MAX_INDEX_BYTES, MAX_SMALL_FILE_BYTES, read_json_object
 from runtime.model_config import ModelConfig
 
 DEMO, DEMO_MOE = "demo", "demo-moe"
@@ -116,17 +117,10 @@ class Checkpoint:
             CheckpointError: It is missing or no JSON object.
         """
         path = self.folder / name
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path}: missing", remedy="give a complete Hugging Face folder") from error
-        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, thousands of digits or of brackets
-            raise CheckpointError(f"{path}: not readable as JSON ({error})", remedy=_DOWNLOAD_AGAIN) from error
-        if not isinstance(values, dict):
-            raise CheckpointError(
-                f"{path}: expected a JSON object, got {type(values).__name__}", remedy=_DOWNLOAD_AGAIN
-            )
-        return values
+        if not os.path.lexists(path):
+            raise CheckpointError(f"{path}: missing", remedy="give a complete Hugging Face folder")
+        max_bytes = MAX_INDEX_BYTES if name == _INDEX_NAME else MAX_SMALL_FILE_BYTES
+        return read_json_object(path, max_bytes=max_bytes, error=CheckpointError, remedy=_DOWNLOAD_AGAIN)
 
     @cached_property
     def headers(self) -> dict[str, FileHeader]:
@@ -135,9 +129,9 @@ class Checkpoint:
         Raises:
             CheckpointError: A file is missing, truncated or unreadable, or the index contradicts the files.
         """
-        if (self.folder / _SINGLE_NAME).is_file():  # wins over an index, as in transformers
+        if os.path.lexists(self.folder / _SINGLE_NAME):  # wins over an index, as in transformers
             return {_SINGLE_NAME: read_header(self.folder / _SINGLE_NAME)}
-        if not (self.folder / _INDEX_NAME).is_file():
+        if not os.path.lexists(self.folder / _INDEX_NAME):
             raise CheckpointError(
                 f"{self.folder}: {_SINGLE_NAME} and {_INDEX_NAME} are missing",
                 remedy="give a complete Hugging Face folder; without weights, too, their headers are read",

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from engines.weights import BLOCK_BYTES, StreamedTensor
 from runtime.errors import CheckpointError
+from runtime.files import open_regular
 
 _FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 # What parts of quantised weights are stored in. FP8 is read as its byte.
@@ -68,13 +69,21 @@ def read_header(path: Path) -> FileHeader:
     Raises:
         CheckpointError: The file is missing, truncated or no safetensors file.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing", remedy="download the checkpoint again; a shard is not there")
-    size = path.stat().st_size
     again = "the file was cut or is no safetensors file: download it again"
-    with path.open("rb") as file:
+    try:
+        descriptor = open_regular(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path}: missing", remedy="download the checkpoint again; a shard is not there"
+        ) from error
+    except OSError as error:  # a pipe or a device too
+        raise CheckpointError(f"{path}: expected a safetensors file, found {error.strerror}", remedy=again) from error
+    with open(descriptor, "rb") as file:
+        size = os.fstat(descriptor).st_size
+        if size < 8:  # files of /proc say that they are empty
+            raise CheckpointError(f"{path}: {size} bytes do not hold a header", remedy=again)
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        if length > min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(f"{path}: {size} bytes do not hold a header of {length} bytes", remedy=again)
         raw = file.read(length)
     try:

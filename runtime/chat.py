@@ -36,6 +36,9 @@ IMAGE_TOKEN = "<|image_pad|>"
 MAX_CHAT_CHARACTERS = 1 << 24
 """Longest chat, as messages and as text: 16 million characters, beyond the context of every model."""
 
+MAX_TEMPLATE_CHARACTERS = 1 << 20
+"""Longest source of a template; Qwen3-VL's have about 5,000."""
+
 KNOWN_TEMPLATES: Mapping[str, str] = {
     "a354b1f76978dce4634c95be2dc00686b07e36faf48e1af005b5b2bce5c6e5a1": "the demo checkpoints",
 }
@@ -79,6 +82,11 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens or {})
         self._compiled: CompiledTemplate | None = None
         self._process: TemplateProcess | None = None
+        if len(source) > MAX_TEMPLATE_CHARACTERS:
+            raise EngineError(
+                f"the chat template has {len(source)} characters, expected at most {MAX_TEMPLATE_CHARACTERS}",
+                remedy=_REPAIR,
+            )
         request = (source, IMAGE_TOKEN, MAX_CHAT_CHARACTERS)
         if hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest() in KNOWN_TEMPLATES:
             self._compiled = CompiledTemplate(*request)

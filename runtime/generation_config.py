@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import UsageError
+from runtime.stopping import check_stops
 
 # Only looked at when tokens are sampled: passing one of them to a greedy generation is a contradiction.
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
@@ -254,6 +255,7 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
         raise UsageError(f"{name} must be a string or a list of strings, got {value!r}")
     if "" in stops:
         raise UsageError(f"{name} holds an empty string, which would end every answer at once")
+    check_stops(stops)
     return tuple(stops)
 
 

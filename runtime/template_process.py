@@ -22,7 +22,7 @@ from runtime.errors import EngineError
 MAX_RENDER_MEMORY_BYTES = 256 << 20
 """Most memory that compiling or rendering a template may take, beside 16 bytes for each byte of the messages."""
 
-MAX_RENDER_S = 1.5
+MAX_RENDER_S = 1.0
 """Most processor time that compiling a template or rendering a chat may take."""
 
 # Where the system counts processor time, this is for a worker that does not come to its turn: a template has nothing
