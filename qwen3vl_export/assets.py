@@ -141,7 +141,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Qwen3VLError as error:
-        message = error.message.removeprefix(f"{path.name} ")
+        message = error.message.removeprefix(f"{path.name} ").removeprefix(f"{path}: ")
         raise CheckpointError(
             f"{path}: {message}", remedy="take all files from one complete Qwen3-VL checkpoint, or repair this one"
         ) from error

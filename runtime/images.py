@@ -31,7 +31,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeAlias
+from typing import IO, TYPE_CHECKING, TypeAlias, cast
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
@@ -63,6 +63,8 @@ _BYTES_PER_PIXEL = 8
 # Measured with Pillow 13, the largest of several kinds of files, rounded up: whole frames in the decoder's own format.
 _DECODER_BYTES = {"AVIF": 20, "JPEG2000": 24, "WEBP": 20}
 _STRIP_PIXELS = 1 << 18
+# A PNG file of 8 kB a chunk, as encoders write them, takes less than one read for 2 kB.
+_MOST_READS, _BYTES_PER_READ = 200_000, 256
 _ORIENTATION = 0x0112  # of EXIF
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # of TIFF
 _SMALL_TILE_PIXELS = 1 << 20
@@ -121,8 +123,7 @@ def load_image(
         if scheme == "file":
             return _from_path(_path_of_file_url(source), limit)
     if isinstance(source, (str, os.PathLike)):
-        if not isinstance(os.fspath(source), str):
-            raise UsageError(f"image: expected a path of text, found {os.fspath(source)!r:.80}", remedy="decode it")
+        source = _path_text(source)
         check_local(source, "image", base_dir=base_dir)
         return _from_path(Path(base_dir or ".", source), limit)
 
@@ -134,6 +135,16 @@ def load_image(
         f"image: expected a path, bytes, a data URL, a PIL image or a numpy array, found {type(source).__name__}",
         remedy="pass a torch tensor as a uint8 array: tensor.permute(1, 2, 0).numpy()",
     )
+
+
+def _path_text(source: str | os.PathLike[str]) -> str:
+    try:
+        text = os.fspath(source)
+    except TypeError as error:  # of a class that promises a path and has none
+        raise UsageError(f"image: no path: {error}", remedy="pass the path as a string") from error
+    if not isinstance(text, str):
+        raise UsageError(f"image: expected a path of text, found {shown(text)}", remedy="pass os.fsdecode(path)")
+    return text
 
 
 def _path_of_file_url(url: str) -> Path:
@@ -197,21 +208,22 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
+    counted = cast(IO[bytes], _CountedReader(file, where))
     try:
         with warnings.catch_warnings():
-            # Pillow warns from half of its limit on; ours is checked below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
-        with image:
-            _check_size(image.width, image.height, where, limit)
-            _check_mode(image, where)
-            _check_parts(image, file, where, limit)
-            image.load()
-            # Once more: the image inside of an ICO file is as large as its own header says.
-            _check_size(image.width, image.height, where, limit)
-            orientation = image.getexif().get(_ORIENTATION, 1)
-            image.info.pop("transparency", None)
-            rgb_HWC = _to_rgb(image)
+            # Pillow warns of large images, whose limit is checked below, and of what it repairs.
+            warnings.simplefilter("ignore")
+            image = Image.open(counted, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+            with image:
+                _check_size(image.width, image.height, where, limit)
+                _check_mode(image, where)
+                _check_parts(image, file, where, limit)
+                image.load()
+                # Once more: the image inside of an ICO file is as large as its own header says.
+                _check_size(image.width, image.height, where, limit)
+                orientation = image.getexif().get(_ORIENTATION, 1)
+                image.info.pop("transparency", None)
+                rgb_HWC = _to_rgb(image)
         del image  # before the copy that turning makes
         return _upright(rgb_HWC, orientation)
     except Qwen3VLError:
@@ -230,6 +242,61 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
             f"{where}: the file is damaged or cut short: {type(error).__name__}: {error}",
             remedy="fetch or save the image again",
         ) from error
+
+
+class _CountedReader(io.RawIOBase):
+    """Read from a file, and raise when it is read in very many pieces.
+
+    Pillow reads headers, chunks and markers in Python, some of them byte by byte, so a file that is made of nothing
+    else takes minutes.
+    """
+
+    def __init__(self, file: IO[bytes], where: str) -> None:
+        super().__init__()
+        self._file = file
+        self._where = where
+        num_bytes = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        self._num_left = _MOST_READS + num_bytes // _BYTES_PER_READ
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return bytes of the file.
+
+        Raises:
+            ImageError: It was read in too many pieces.
+        """
+        self._num_left -= 1
+        if self._num_left < 0:
+            raise ImageError(
+                f"{self._where}: made of very many small pieces, which takes too long to read",
+                remedy="save the image again",
+            )
+        return self._file.read(-1 if size is None else size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        """Return bytes up to the end of a line; counted as `read`."""
+        self._num_left -= 1
+        return self._file.readline(-1 if size is None else size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the file."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the place in the file."""
+        return self._file.tell()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the file, if it has one."""
+        return self._file.fileno()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
 
 
 def _check_parts(image: Image.Image, file: IO[bytes], where: str, limit: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from runtime.answer import Call, Generation, Stats, Stream, Turn
 from runtime.chat import ChatTemplate
-from runtime.errors import CapacityError, UsageError
+from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import read_json_object
 from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
@@ -93,7 +93,7 @@ class Qwen3VLModel:
         self.max_context = max_context
         self.max_memory = max_memory
         self.max_image_pixels = max_image_pixels
-        self._owner = Owner()
+        self._owner = Owner(session)
         self._builder = PromptBuilder(tokenizer, template)
         self._turn = Turn()
         self._chunk = chunk_limit(manifest.capabilities)
@@ -170,6 +170,7 @@ class Qwen3VLModel:
         check_fits(_decoder_needs(manifest, max_context), max_memory)
         manifest.require(folder, "preprocessor_config.json", "tokenizer.json", "generation_config.json")
         image_config = ImageProcessorConfig.from_dict(_read_json(folder / "preprocessor_config.json"))
+        _check_patches(image_config, manifest, folder)
         if min_pixels is not None or max_pixels is not None:
             if min_pixels is None and max_pixels is not None:
                 min_pixels = max(1, min(image_config.min_pixels, max_pixels))  # of a bad max_pixels, that is named
@@ -444,6 +445,19 @@ def _decoder_needs(manifest: Manifest, capacity: int) -> dict[str, int]:
         CACHE: cache_bytes(manifest, capacity),
         PREFILL: prefill_bytes(manifest.model, capacity),
     }
+
+
+def _check_patches(image_config: ImageProcessorConfig, manifest: Manifest, folder: Path) -> None:
+    """Raise if images would be cut into other patches than the vision tower takes."""
+    vision = manifest.model.vision
+    found = (image_config.patch_size, image_config.temporal_patch_size, image_config.merge_size)
+    expected = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+    if found != expected:
+        raise EngineError(
+            f"{folder}: preprocessor_config.json has patch_size, temporal_patch_size and merge_size {found}, the model "
+            f"takes {expected}",
+            remedy="build the engine again",
+        )
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

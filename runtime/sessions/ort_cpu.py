@@ -234,7 +234,8 @@ def _check(path: Path, session: ort.InferenceSession, inputs: Iterable[str], out
 
 def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(str(path), options, providers=[_PROVIDER])
+        # Its fallback would print on stdout and try the same provider once more.
+        return ort.InferenceSession(str(path), options, providers=[_PROVIDER], enable_fallback=0)
     except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
         raise EngineError(
             f"{path}: ONNX Runtime {ort.__version__} does not open it ({str(error).splitlines()[0]})",
