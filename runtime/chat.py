@@ -203,7 +203,7 @@ def template_source(folder: Path) -> str:
             # As a file opened for text is read: one kind of line end.
             return read_small_file(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
-            raise EngineError(f"cannot read {path}: {error}", remedy="write the template in UTF-8") from error
+            raise EngineError(f"{path}: cannot be read: {error}", remedy="write the template in UTF-8") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
         source = _read_json(folder / name).get("chat_template")
         if isinstance(source, list):
