@@ -71,6 +71,7 @@ _SMALL_TILE_PIXELS = 1 << 20
 _ICO_ENTRIES = 6, 16  # where they begin, and the bytes of one
 _MOST_ICO_ENTRIES = 64
 _WHITESPACE = b" \t\n\r\x0b\x0c"
+_ICO_MAGIC = b"\0\0\1\0"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -213,11 +214,13 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
         with warnings.catch_warnings():
             # Pillow warns of large images, whose limit is checked below, and of what it repairs.
             warnings.simplefilter("ignore")
+            for width, height in _sizes_in_ico(file):  # Pillow decodes it while it opens it
+                _check_size(width, height, where, limit)
             image = Image.open(counted, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
             with image:
                 _check_size(image.width, image.height, where, limit)
                 _check_mode(image, where)
-                _check_parts(image, file, where, limit)
+                _check_parts(image, where, limit)
                 image.load()
                 # Once more: the image inside of an ICO file is as large as its own header says.
                 _check_size(image.width, image.height, where, limit)
@@ -299,7 +302,7 @@ class _CountedReader(io.RawIOBase):
         return True
 
 
-def _check_parts(image: Image.Image, file: IO[bytes], where: str, limit: int) -> None:
+def _check_parts(image: Image.Image, where: str, limit: int) -> None:
     """Refuse a file that takes more to decode than the size in its header says."""
     pixel_bytes = _decoder_bytes(image)
     allowed = limit * _BYTES_PER_PIXEL // max(pixel_bytes, _BYTES_PER_PIXEL)
@@ -316,11 +319,6 @@ def _check_parts(image: Image.Image, file: IO[bytes], where: str, limit: int) ->
             raise ImageError(f"{where}: tiles of {width!r:.40} x {height!r:.40}", remedy="save the image again as PNG")
         if width * height > max(_SMALL_TILE_PIXELS, 4 * image.width * image.height):
             raise _too_large(where, f"found tiles of {width} x {height} = {width * height} pixels", limit)
-    elif image.format == "ICO":
-        position = file.tell()
-        for width, height in _sizes_in_ico(file):
-            _check_size(width, height, where, limit)
-        file.seek(position)
 
 
 def _decoder_bytes(image: Image.Image) -> int:
@@ -336,10 +334,14 @@ def _decoder_bytes(image: Image.Image) -> int:
 
 
 def _sizes_in_ico(file: IO[bytes]) -> Iterator[tuple[int, int]]:
-    """Yield the sizes that the images inside of an ICO file have by their own headers, PNG or BMP without its head."""
+    """Yield the sizes that the images inside of an ICO file have by their own headers, PNG or BMP without its head.
+
+    Of a file of another format, nothing. The file is left at its beginning.
+    """
     start, size = _ICO_ENTRIES
-    file.seek(start - 2)
-    num_entries = int.from_bytes(file.read(2), "little")
+    file.seek(0)
+    head = file.read(start)
+    num_entries = int.from_bytes(head[4:], "little") if head.startswith(_ICO_MAGIC) else 0
     if num_entries > _MOST_ICO_ENTRIES:
         raise ImageError(
             f"an ICO file of {num_entries} images, expected at most {_MOST_ICO_ENTRIES}",
@@ -355,6 +357,7 @@ def _sizes_in_ico(file: IO[bytes]) -> Iterator[tuple[int, int]]:
             sides = (head[4:6], head[6:8])
         width, height = (int.from_bytes(side, "big" if is_png else "little", signed=not is_png) for side in sides)
         yield max(1, abs(width)), max(1, abs(height) if is_png else abs(height) // 2)
+    file.seek(0)
 
 
 def _upright(rgb_HWC: RgbImage, orientation: object) -> RgbImage:
