@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 
 from runtime.errors import UsageError
+from runtime.guard import Owner
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,17 @@ class Stream(Iterator[str]):
 
     def __init__(self, steps: Generator[str, None, Generation]) -> None:
         self._steps = steps
+        self._owner = Owner()
         self._is_closed = False
         self.result: Generation | None = None
 
     def __next__(self) -> str:
-        """Return the next piece, which is never empty."""
+        """Return the next piece, which is never empty.
+
+        Raises:
+            UsageError: This process was forked from the one that began the stream.
+        """
+        self._owner.check()
         while True:
             try:
                 piece = next(self._steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -19,9 +18,12 @@ import numpy as np
 from runtime.answer import Call, Generation, Stats, Stream, Turn
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, UsageError
+from runtime.files import read_json_object
 from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
+from runtime.guard import Owner, as_engine_error
 from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
+from runtime.images import MAX_IMAGE_PIXELS, check_max_image_pixels
 from runtime.machine import available_cores
 from runtime.manifest import Manifest
 from runtime.memory import (
@@ -49,6 +51,9 @@ from runtime.vision_inputs import position_interpolation, vision_rotary
 
 DEFAULT_MAX_CONTEXT = 4096
 MANY_VISUAL_TOKENS = 2000
+# Images with this multiple of the context's tokens are not followed by more; until then, the error can say which
+# max_pixels would make all of them fit.
+_HOPELESS = 4
 # More only slow the engine down, and a mistyped number of them takes minutes to start.
 _MAX_THREADS_PER_CORE = 8
 # Python shows warnings on stderr if the program sets up no logging of its own.
@@ -77,6 +82,7 @@ class Qwen3VLModel:
         defaults: GenerationOptions,
         max_context: int,
         max_memory: int,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
         self.manifest = manifest
         self.config = manifest.model
@@ -86,6 +92,8 @@ class Qwen3VLModel:
         self.defaults = defaults
         self.max_context = max_context
         self.max_memory = max_memory
+        self.max_image_pixels = max_image_pixels
+        self._owner = Owner(session)
         self._builder = PromptBuilder(tokenizer, template)
         self._turn = Turn()
         self._chunk = chunk_limit(manifest.capabilities)
@@ -104,6 +112,7 @@ class Qwen3VLModel:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         max_memory: int | None = None,
+        max_image_pixels: int | None = None,
     ) -> Qwen3VLModel:
         """Open an engine folder.
 
@@ -120,6 +129,8 @@ class Qwen3VLModel:
             max_memory: Most bytes that weights, cache and workspace may take together, by estimate; the machine's
                 memory, or the container's, by default. A GPU refuses by itself what it cannot hold, so an engine on one
                 has no default.
+            max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
+                would reduce them to; 50 million by default, at most 178 million.
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -155,8 +166,11 @@ class Qwen3VLModel:
             )
         if max_memory is None:
             max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
+        max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
         check_fits(_decoder_needs(manifest, max_context), max_memory)
+        manifest.require(folder, "preprocessor_config.json", "tokenizer.json", "generation_config.json")
         image_config = ImageProcessorConfig.from_dict(_read_json(folder / "preprocessor_config.json"))
+        _check_patches(image_config, manifest, folder)
         if min_pixels is not None or max_pixels is not None:
             if min_pixels is None and max_pixels is not None:
                 min_pixels = max(1, min(image_config.min_pixels, max_pixels))  # of a bad max_pixels, that is named
@@ -170,6 +184,7 @@ class Qwen3VLModel:
             GenerationOptions.from_generation_config(_read_json(folder / "generation_config.json")),
             max_context,
             max_memory,
+            max_image_pixels,
         )
 
     def generate(self, messages: Any, **options: Any) -> Generation:
@@ -200,18 +215,20 @@ class Qwen3VLModel:
             **options: Generation options with Hugging Face's names; defaults come from generation_config.json.
 
         Raises:
-            UsageError: A message or an option is not valid, the template does not know a variable, or this thread left
-                another stream open.
+            UsageError: A message or an option is not valid, the template does not know a variable, this thread left
+                another stream open, or this process was forked from the one that opened the model.
             ImageError: An image cannot be read.
             CapacityError: The prompt leaves no room in `max_context`, or the estimated memory exceeds `max_memory`. An
                 answer that fills `max_context` ends with finish_reason "length".
         """
+        self._owner.check()
         chosen = self.defaults.replace(**options)
         prepare = partial(self.prepare, messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
         return Stream(self._run(prepare, chosen))
 
     def logits(self, messages: Any) -> Floats:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
+        self._owner.check()
         call = Call()
         try:
             self._turn.take(call)
@@ -223,6 +240,11 @@ class Qwen3VLModel:
             return prefill(
                 self.session, cache, input_ids, prepared.positions, embeds, all_logits=True, chunk=self._logits_chunk
             )
+        except Exception as error:
+            known = as_engine_error(error)
+            if known is None:
+                raise
+            raise known from error
         finally:
             self._turn.leave(call)
 
@@ -237,11 +259,22 @@ class Qwen3VLModel:
         images: list[ProcessedImage] = []
 
         def num_visual_tokens(source: Any) -> int:
-            images.append(process_image(source, self.image_config))
+            visual_tokens = sum(image.num_visual_tokens for image in images)
+            if visual_tokens >= _HOPELESS * self.max_context:
+                raise CapacityError(
+                    f"the first {len(images)} image(s) alone are {visual_tokens} visual tokens: max_context is "
+                    f"{self.max_context}",
+                    remedy="lower max_pixels, send fewer images, or raise max_context",
+                )
+            images.append(process_image(source, self.image_config, max_image_pixels=self.max_image_pixels))
             return images[-1].num_visual_tokens
 
         prompt = self._builder.build(
-            messages, num_visual_tokens, tools=tools, chat_template_kwargs=chat_template_kwargs
+            messages,
+            num_visual_tokens,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            max_tokens=self.max_context,
         )
         if len(prompt.input_ids) > self.max_context:
             raise self._too_long(prompt)
@@ -252,6 +285,7 @@ class Qwen3VLModel:
 
     def encode_images(self, images: Sequence[ProcessedImage]) -> Floats:
         """Run the vision tower on each image: [1+D, V, hidden], in order; one zero row if none."""
+        self._owner.check()
         return self._join([self._encode(image) for image in images])
 
     def _join(self, embeds: Sequence[Floats]) -> Floats:
@@ -320,6 +354,11 @@ class Qwen3VLModel:
         try:
             self._turn.take(call)
             return (yield from self._generate(call, prepare, options))
+        except Exception as error:
+            known = as_engine_error(error)
+            if known is None:
+                raise
+            raise known from error
         finally:
             self._turn.leave(call)
 
@@ -406,11 +445,18 @@ def _decoder_needs(manifest: Manifest, capacity: int) -> dict[str, int]:
     }
 
 
+def _check_patches(image_config: ImageProcessorConfig, manifest: Manifest, folder: Path) -> None:
+    """Raise if images would be cut into other patches than the vision tower takes."""
+    vision = manifest.model.vision
+    found = (image_config.patch_size, image_config.temporal_patch_size, image_config.merge_size)
+    expected = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+    if found != expected:
+        raise EngineError(
+            f"{folder}: preprocessor_config.json has patch_size, temporal_patch_size and merge_size {found}, the model "
+            f"takes {expected}",
+            remedy="build the engine again",
+        )
+
+
 def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise EngineError(f"{path}: not readable as JSON ({error})", remedy="build the engine again") from error
-    if not isinstance(values, dict):
-        raise EngineError(f"{path}: expected a JSON object", remedy="build the engine again")
-    return values
+    return read_json_object(path, remedy="build the engine again")

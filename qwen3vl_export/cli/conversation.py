@@ -66,7 +66,7 @@ class Conversation:
         if not path:
             raise UsageError("/image needs a path", remedy="/image picture.png")
         # What is wrong with it is said now: an image that is attached stays until a turn succeeds.
-        height, width = load_image(path).shape[:2]
+        height, width = load_image(path, max_image_pixels=self._model.max_image_pixels).shape[:2]
         self._model.image_config.target_size(height, width)
         self._images.append(path)
         note(f"{path}: {width} x {height} pixels, shown with the next turn")

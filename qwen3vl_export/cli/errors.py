@@ -43,6 +43,7 @@ _API_OPTIONS = (
     "frequency_penalty",
     "huge_pages",
     "max_context",
+    "max_image_pixels",
     "max_memory",
     "max_new_tokens",
     "max_pixels",

@@ -76,6 +76,10 @@ PromptLookupNumTokens = Annotated[
 ]
 MinPixels = Annotated[int | None, typer.Option(help="Enlarge images below this many pixels.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Shrink images above this many pixels: faster, less detail.")]
+MaxImagePixels = Annotated[
+    int | None,
+    typer.Option(help="Refuse images of more pixels before they are decoded. [default: 50000000]", show_default=False),
+]
 MaxContext = Annotated[int | None, typer.Option(help="Room of the KV cache: prompt, images and answer, in tokens.")]
 MaxMemory = Annotated[
     float | None,
@@ -112,6 +116,7 @@ def run(
     prompt_lookup_num_tokens: PromptLookupNumTokens = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
+    max_image_pixels: MaxImagePixels = None,
     max_context: MaxContext = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
@@ -162,6 +167,7 @@ def run(
         max_memory=_bytes(max_memory),
         min_pixels=min_pixels,
         max_pixels=max_pixels,
+        max_image_pixels=max_image_pixels,
     )
     messages = user_message(prompt, image or [])
     if as_json:
@@ -191,6 +197,7 @@ def chat(
     prompt_lookup_num_tokens: PromptLookupNumTokens = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
+    max_image_pixels: MaxImagePixels = None,
     max_context: MaxContext = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
@@ -229,6 +236,7 @@ def chat(
         max_memory=_bytes(max_memory),
         min_pixels=min_pixels,
         max_pixels=max_pixels,
+        max_image_pixels=max_image_pixels,
     )
     Conversation(model, options, image or [], has_stats=stats).loop()
 
