@@ -23,7 +23,7 @@ import jinja2.sandbox
 import jinja2.utils
 
 from runtime.errors import EngineError, UsageError
-from runtime.messages import plain_data
+from runtime.plain_data import plain_data
 
 IMAGE_TOKEN = "<|image_pad|>"
 """What a template writes for an image; the tokenizer has one id for it."""

@@ -20,20 +20,20 @@ Deviations, each on purpose:
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import os
 import warnings
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 
+from runtime.base64_text import decode_base64
 from runtime.errors import CapacityError, ImageError, Qwen3VLError, UsageError
-from runtime.urls import check_local, scheme_of, shown
+from runtime.shown import shown
+from runtime.urls import check_local, scheme_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -70,9 +70,10 @@ def load_image(source: ImageSource, *, base_dir: str | os.PathLike[str] | None =
         UsageError: `source` is of another type, or a URL that would have to be fetched.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_array(np.asarray(source))  # a subclass, such as np.matrix, has an indexing of its own
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(source), f"image of {len(source)} bytes")
+        contents = bytes(source)  # a view may skip bytes
+        return _decode(io.BytesIO(contents), f"image of {len(contents)} bytes")
     if isinstance(source, str):
         scheme = scheme_of(source)
         if scheme == "data":
@@ -80,6 +81,7 @@ def load_image(source: ImageSource, *, base_dir: str | os.PathLike[str] | None =
         if scheme == "file":
             return _from_path(_path_of_file_url(source))
     if isinstance(source, (str, os.PathLike)):
+        source = _path_text(source)
         check_local(source, "image", base_dir=base_dir)
         return _from_path(Path(base_dir or ".", source))
 
@@ -91,6 +93,16 @@ def load_image(source: ImageSource, *, base_dir: str | os.PathLike[str] | None =
         f"image: expected a path, bytes, a data URL, a PIL image or a numpy array, found {type(source).__name__}",
         remedy="pass a torch tensor as a uint8 array: tensor.permute(1, 2, 0).numpy()",
     )
+
+
+def _path_text(source: str | os.PathLike[Any]) -> str:
+    """Return a path as text, also one that is given as bytes or by an object of the caller's own."""
+    try:
+        return os.fsdecode(source)
+    except Exception as error:  # an own `__fspath__` can fail in any way
+        raise UsageError(
+            f"image: {type(source).__name__} gives no path: {type(error).__name__}: {error}", remedy="pass a string"
+        ) from error
 
 
 def _path_of_file_url(url: str) -> Path:
@@ -115,8 +127,8 @@ def _from_data_url(url: str) -> RgbImage:
     if "base64" not in (parameter.strip() for parameter in parameters):
         raise ImageError(f"{where}: expected base64 data, found none declared", remedy=remedy)
     try:
-        data = base64.b64decode(b"".join(unquote_to_bytes(body).split()), validate=True)
-    except binascii.Error as error:
+        data = decode_base64(unquote_to_bytes(body))
+    except ValueError as error:
         raise ImageError(f"{where}: expected base64 data, found text that is not: {error}", remedy=remedy) from error
     return _decode(io.BytesIO(data), where)
 

@@ -15,6 +15,7 @@ import typer
 import typer.main
 
 from runtime.errors import CapacityError, Qwen3VLError, UsageError
+from runtime.installation import how_to_install
 
 DEBUG_HELP = "--debug, anywhere on the command line, adds the Python traceback to an error."
 """For the epilog of each app: `--debug` is taken out before typer sees the arguments, so its help does not list it."""
@@ -157,7 +158,7 @@ def _as_known_error(error: Exception) -> Qwen3VLError:
         if extra is not None:
             return UsageError(
                 f"this command needs the Python package {error.name.partition('.')[0]!r}, which is not installed",
-                remedy=f"install this project with its extra [{extra}]",
+                remedy=how_to_install(extra),
             )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f"{error.filename}: " if error.filename else ""

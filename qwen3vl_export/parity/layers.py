@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3vl_export.parity.metrics import Floats
+from runtime.installation import how_to_install
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def check_plot(file: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             "a plot needs the Python package 'matplotlib', which is not installed",
-            remedy="install this project with its extra [plot]",
+            remedy=how_to_install("plot"),
         )
     if file.suffix not in (".png", ".svg"):
         raise UsageError(f"{file}: a plot is a .png or a .svg file", remedy="give the file one of these suffixes")

@@ -33,9 +33,9 @@ from qwen3vl_export.parity.metrics import difference
 from qwen3vl_export.parity.reference import OwnReference, ReferenceOutput
 from qwen3vl_export.routing import Choice, RouterStatistics
 from runtime.errors import CheckpointError, Qwen3VLError, UsageError
+from runtime.installation import how_to_install
 from runtime.session import Floats
 
-_INSTALL = "install this project with its extra [verify]: python -m pip install '.[verify]' in its folder"
 _COMPARE_WITH_OWN = "compare with this package's own PyTorch definition of the model: --reference own"
 FOLLOWED_NOTE = (
     "where the engine chose other experts, it was compared with our own definition, which can make the same choices "
@@ -61,13 +61,13 @@ def check_installed() -> None:
         if importlib.util.find_spec(name) is None:
             raise UsageError(
                 f"a comparison with transformers needs the Python package {name!r}, which is not installed",
-                remedy=f"{_INSTALL}, or {_COMPARE_WITH_OWN}",
+                remedy=f"{how_to_install('verify')}; or {_COMPARE_WITH_OWN}",
             )
     installed = metadata.version("transformers")
     if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < _OLDEST:
         raise UsageError(
             f"transformers {installed} is installed, which does not know Qwen3-VL; expected 4.57 or later",
-            remedy=f"{_INSTALL}, or {_COMPARE_WITH_OWN}",
+            remedy=f"{how_to_install('verify')}; or {_COMPARE_WITH_OWN}",
         )
 
 
