@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.arguments import reading
 from runtime.base64_text import decode_base64
-from runtime.errors import Qwen3VLError, UsageError
+from runtime.errors import UsageError
 from runtime.plain_data import dumped, plain_data, text_data
 from runtime.shown import shown
 
@@ -81,14 +82,8 @@ def normalise_messages(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, 
     Raises:
         UsageError: Anything else, with its place (`messages[2].content[1]`).
     """
-    try:
+    with reading("messages", "pass plain lists, dicts and strings"):
         return _normalised(messages)
-    except Qwen3VLError:
-        raise
-    except Exception as error:  # of a method of the caller's own: __getitem__, __len__, model_dump
-        raise UsageError(
-            f"messages cannot be read: {type(error).__name__}: {error}", remedy="pass plain lists, dicts and strings"
-        ) from error
 
 
 def _normalised(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
