@@ -65,6 +65,11 @@ def user_message(prompt: str, images: Sequence[Any] = ()) -> list[dict[str, Any]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
 
+def system_message(text: str | None) -> list[dict[str, Any]]:
+    """Return one system turn, or none."""
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
 def normalise_messages(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
     """Check messages and split them into plain data for the template and the images in order.
 

@@ -9,7 +9,7 @@ from collections.abc import Sized
 # Characters that move the cursor, ring, start an escape sequence or turn the direction of the text around (the
 # "Trojan Source" characters, CVE-2021-42574), line separators of Unicode, and lone surrogates, which no UTF-8 can hold.
 _CONTROLS = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
-_CONTROL = re.compile(f"[{_CONTROLS}]")
+CONTROL = re.compile(f"[{_CONTROLS}]")
 _CONTROL_BUT_LAYOUT = re.compile(f"(?![\\n\\t])[{_CONTROLS}]")
 _LINE_BREAK = re.compile(r"\s*[\r\n]\s*")
 
@@ -24,7 +24,7 @@ def escape_controls(text: str, *, keeps_layout: bool = False) -> str:
         text: Any text, from whatever source.
         keeps_layout: Leave line feeds and tabs as they are.
     """
-    pattern = _CONTROL_BUT_LAYOUT if keeps_layout else _CONTROL
+    pattern = _CONTROL_BUT_LAYOUT if keeps_layout else CONTROL
     return pattern.sub(lambda match: escape_of(match[0]), text)
 
 

@@ -153,10 +153,6 @@ def spell_options(text: str) -> str:
     return _API_OPTION.sub(spelled, text)
 
 
-class InternalError(Qwen3VLError):
-    """An exception that nobody foresaw: our own bug. No code raises it; the command line makes it of others."""
-
-
 class _NoteHandler(logging.Handler):
     """Show what the runtime logs as a line on stderr."""
 
@@ -237,7 +233,7 @@ def _as_known_error(error: Exception) -> Qwen3VLError:
         return CapacityError(f"{where}no space left on the disk", remedy="free some space or choose another folder")
     if isinstance(error, MemoryError):
         return CapacityError("not enough memory", remedy="use a smaller image, context or model")
-    return InternalError(
+    return Qwen3VLError(
         f"internal error: {type(error).__name__}: {error}",
         remedy="this is a bug: run the command again with --debug and report what it prints, with that of --version",
     )
@@ -248,7 +244,9 @@ def _report(known: Qwen3VLError, error: BaseException, flags: Flags) -> None:
         _print("".join(traceback.format_exception(error)).rstrip("\n"))
     if flags.is_json:
         remedy = None if known.remedy is None else spell_options(known.remedy)
-        _print(_json_error(type(known).__name__, spell_options(known.message), remedy, known.exit_code))
+        # No code raises the base class itself.
+        kind = "InternalError" if type(known) is Qwen3VLError else type(known).__name__
+        _print(_json_error(kind, spell_options(known.message), remedy, known.exit_code))
     else:
         _print(spell_options(f"error: {known}"))
 

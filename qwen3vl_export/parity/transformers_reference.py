@@ -284,7 +284,8 @@ def _as_we_read_it(checkpoint: Checkpoint) -> Any:
     """Load what this package reads: what the codes of a quantised checkpoint stand for, experts that lie one by one."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    values = copy.deepcopy({key: value for key, value in checkpoint.hf_config.items() if key != "quantization_config"})
+    left_out = ("quantization_config", "auto_map")
+    values = copy.deepcopy({key: value for key, value in checkpoint.hf_config.items() if key not in left_out})
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
     model.load_state_dict(_exchanged(weights_of(checkpoint)))
