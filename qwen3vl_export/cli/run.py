@@ -42,7 +42,7 @@ HASH_NOTE = "hashes catch damage and mix-ups, not malice"
 
 app = typer.Typer(
     name="qwen3vl",
-    help="Run Qwen3-VL engines. Build one first: qwen3vl-export demo --target ort-cpu-fp32 --output demo-engine",
+    help="Run Qwen3-VL engines. Build one first: qwen3vl-export demo --output demo-engine",
     epilog=DEBUG_HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

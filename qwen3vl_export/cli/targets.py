@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
+# What the authors of the model published of each size; all of a size have one shape.
+_RELEASED = re.compile(r"Qwen/(?P<size>Qwen3-VL-[\w-]+?)-(Instruct|Thinking)(-FP8)?")
+
 
 def targets(
     model: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Estimate what this model takes: a folder, a Hub id (owner/name[@revision]), demo, demo-moe, or a size "
-            "such as qwen3-vl-2b.",
+            help="Estimate what this model takes: a folder, a Hub id (owner/name[@revision]), demo, demo-moe, or a "
+            "size such as qwen3-vl-2b.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")] = False,
@@ -38,7 +41,8 @@ def targets(
     """Show this machine and the targets: which of them it can build and run, and why not otherwise.
 
     --model adds the memory that an engine of each target takes, by part, and what --target auto of the export makes of
-    it; the weights of a folder are not read, and of a Hub id config.json alone is fetched.
+    it. The weights of a folder are not read. Of a Hub id config.json alone is fetched, and not even that for the
+    released Qwen3-VL checkpoints, whose shapes are shipped.
 
     --json prints one object: machine (cpu, cpu_features, num_cores, memory_bytes, gpus, versions, notes), targets
     (each: name, description, can_build, can_run, reason) and, with --model, choice: target (of --target auto, null if
@@ -83,16 +87,20 @@ def targets(
 def model_shape(model: str) -> ModelConfig:
     """Return the shape of a folder, of `demo`, of a name in configs/models, or of a Hub id.
 
-    Of the Hub `config.json` alone is fetched, or taken from its cache.
+    Of the Hub `config.json` alone is fetched, or taken from its cache; of `Qwen/Qwen3-VL-2B-Instruct` and its kin the
+    shape is that of configs/models.
 
     Raises:
         UsageError: It is none of them.
-        CheckpointError: The folder has no `config.json` of a Qwen3-VL, or the Hub cannot be reached or has no such file.
+        CheckpointError: There is no `config.json` of a Qwen3-VL, in the folder or on the Hub, or the Hub is out of
+            reach.
     """
     from runtime.model_config import SUPPORTED_MODEL_TYPE, ModelConfig
 
-    if not Path(model).expanduser().is_dir() and model in configs.names("models"):
-        return ModelConfig.from_hf({"model_type": SUPPORTED_MODEL_TYPE, **configs.load(f"models/{model}")})
+    released = _RELEASED.fullmatch(model)
+    size = model if released is None else released["size"].lower()
+    if not Path(model).expanduser().is_dir() and size in configs.names("models"):
+        return ModelConfig.from_hf({"model_type": SUPPORTED_MODEL_TYPE, **configs.load(f"models/{size}")})
     from qwen3vl_export.checkpoint import DEMO, DEMO_MOE, Checkpoint
 
     if Path(model).expanduser().is_dir() or model in (DEMO, DEMO_MOE):
