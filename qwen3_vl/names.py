@@ -21,7 +21,7 @@ def check_names() -> None:
     """
     ours = Path(__file__).resolve().parents[1]
     for name in _OWN:
-        taken = [place for place in _places(name) if Path(place).resolve() != ours / name]
+        taken = [place for place in _places(name) if Path(place).resolve() != (ours / name).resolve()]
         if taken:
             raise ImportError(
                 f"the name {name!r} is taken by {taken[0]}, but qwen3_vl needs its own package of that name, "

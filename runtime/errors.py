@@ -10,7 +10,7 @@ one line, no control characters, and with the remedy no more than `MAX_CHARACTER
 
 from __future__ import annotations
 
-from runtime.shown import one_line
+from runtime.shown import one_line, shorten
 
 MAX_CHARACTERS = 500
 """Longest text of an error, message and remedy together; what is longer loses its middle."""
@@ -34,9 +34,12 @@ class Qwen3VLError(Exception):
 
     def __init__(self, message: str, *, remedy: str | None = None) -> None:
         room = MAX_CHARACTERS - len(_REMEDY)
-        # Each may have half of the room, and what the other leaves.
-        self.remedy = None if remedy is None else one_line(remedy, max(room // 2, room - len(message)))
-        self.message = one_line(message, MAX_CHARACTERS if self.remedy is None else room - len(self.remedy))
+        self.message = one_line(message, MAX_CHARACTERS)
+        self.remedy = None if remedy is None else one_line(remedy, MAX_CHARACTERS)
+        if self.remedy is not None:
+            # Each may have half of the room, and what the other leaves.
+            self.remedy = shorten(self.remedy, max(room // 2, room - len(self.message)))
+            self.message = shorten(self.message, room - len(self.remedy))
         super().__init__(self.message)
 
     def __str__(self) -> str:

@@ -134,7 +134,7 @@ def _message(message: Any, place: str, images: list[Any]) -> dict[str, Any]:
     role = _role(message, place)
     _check_keys(message, _MESSAGE_KEYS, _REFUSED_MESSAGE_KEYS, place)
     plain = {
-        _exact(key): plain_data(value, f"{place}.{key}")
+        text_data(key, f"a key of {place}"): plain_data(value, f"{place}.{key}")
         for key, value in message.items()
         if key not in ("role", "content", "refusal")
     }

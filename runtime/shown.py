@@ -13,6 +13,8 @@ CONTROL = re.compile(f"[{_CONTROLS}]")
 _CONTROL_BUT_LAYOUT = re.compile(f"(?![\\n\\t])[{_CONTROLS}]")
 _LINE_BREAK = re.compile(r"\s*[\r\n]\s*")
 
+_GAP = " […] "
+
 # An integer above it is described: Python writes no more than 4300 digits, and slowly.
 _MOST_BITS = 1024
 
@@ -42,13 +44,12 @@ def one_line(text: str, limit: int) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cut the middle out of a text of more than `limit` characters and say how much is missing."""
+    """Cut the middle out of a text of more than `limit` characters, and mark the place."""
     if len(text) <= limit:
         return text
-    gap = f" …[{len(text) - limit} more characters]… "
-    kept = max(0, limit - len(gap))
+    kept = max(0, limit - len(_GAP))
     head = (kept + 1) // 2
-    return (text[:head] + gap + text[len(text) - (kept - head) :])[:limit]
+    return (text[:head] + _GAP + text[len(text) - (kept - head) :])[:limit]
 
 
 def shown(value: object, limit: int = 120) -> str:

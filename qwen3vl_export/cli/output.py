@@ -156,7 +156,8 @@ def read_stdin() -> str:
         UsageError: It is empty or no UTF-8.
     """
     try:
-        text = sys.stdin.read()
+        # Python's own decoding may let bytes that are no UTF-8 pass as surrogates.
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"stdin is no text in UTF-8: {error}", remedy="convert it, or pass an image with --image"
