@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import numbers
 import os
 from collections.abc import Iterator, Mapping
@@ -58,9 +59,18 @@ def folder_path(what: str, value: Any) -> str:
         raise UsageError(f"{what}: expected a path, got {type(value).__name__}", remedy="pass a string or a Path")
     with reading(f"the path of the {what}", "pass a string or a Path"):
         text = os.fsdecode(value)
-    if "\0" in text or not text:
+        is_path = "\0" not in text and bool(text) and not _is_too_long(text)
+    if not is_path:
         raise UsageError(f"{what} {shown(text)}: expected a path", remedy=f"pass the path of the {what}")
     return text
+
+
+def _is_too_long(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 def template_variables(values: Any) -> dict[str, Any] | None:

@@ -199,6 +199,8 @@ def _call(app: typer.Typer, arguments: list[str], flags: Flags) -> int:
         if hasattr(error, "format_message") and hasattr(error, "ctx"):
             raise UsageError(error.format_message(), remedy="see --help") from error
         raise
+    if code == INTERRUPTED:  # as typer 0.29 tells of Ctrl-C
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 

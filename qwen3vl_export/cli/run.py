@@ -112,7 +112,7 @@ def run(
     prompt: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PROMPT]", help="What to ask. - reads stdin, and so does no prompt, unless stdin is a terminal."
+            metavar="PROMPT", help="What to ask. - reads stdin, and so does no prompt, unless stdin is a terminal."
         ),
     ] = None,
     image: Images = None,
