@@ -49,7 +49,12 @@ class Generation:
 class Stream(Iterator[str]):
     """Pieces of an answer as they come.
 
-    The model is busy from the first piece until the stream is exhausted, closed or garbage-collected.
+    The model is busy from the first piece until the stream is exhausted, closed or garbage-collected. As a context
+    manager, a stream is closed at the end of its block:
+
+        with model.stream(messages) as pieces:
+            for piece in pieces:
+                ...
 
     Args:
         steps: Yields the text of each step, often none, and returns the whole answer.
@@ -82,6 +87,12 @@ class Stream(Iterator[str]):
                 raise StopIteration
             if piece:
                 return piece
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop generating, from any thread: at once, or behind the step that another thread is in."""

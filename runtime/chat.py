@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import read_json_object, read_small_file
-from runtime.messages import plain_data
+from runtime.plain_data import plain_data
 from runtime.template_engine import (
     FORBIDDEN,
     LENGTH,

@@ -25,21 +25,22 @@ of `max_image_pixels`, 400 MB by default.
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 
+from runtime.base64_text import decode_base64
 from runtime.errors import CapacityError, ImageError, Qwen3VLError, UsageError
 from runtime.files import NotRegularError, open_regular
-from runtime.urls import check_local, scheme_of, shown
+from runtime.shown import shown
+from runtime.urls import check_local, scheme_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -114,9 +115,10 @@ def load_image(
     """
     limit = max_image_pixels
     if isinstance(source, np.ndarray):
-        return _from_array(source, limit)
+        return _from_array(np.asarray(source), limit)  # a subclass, such as np.matrix, has an indexing of its own
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(bytes(source)), f"image of {len(bytes(source))} bytes", limit)
+        contents = bytes(source)  # a view may skip bytes
+        return _decode(io.BytesIO(contents), f"image of {len(contents)} bytes", limit)
     if isinstance(source, str):
         scheme = scheme_of(source)
         if scheme == "data":
@@ -138,14 +140,14 @@ def load_image(
     )
 
 
-def _path_text(source: str | os.PathLike[str]) -> str:
+def _path_text(source: str | os.PathLike[Any]) -> str:
+    """Return a path as text, also one that is given as bytes or by an object of the caller's own."""
     try:
-        text = os.fspath(source)
-    except TypeError as error:  # of a class that promises a path and has none
-        raise UsageError(f"image: no path: {error}", remedy="pass the path as a string") from error
-    if not isinstance(text, str):
-        raise UsageError(f"image: expected a path of text, found {shown(text)}", remedy="pass os.fsdecode(path)")
-    return text
+        return os.fsdecode(source)
+    except Exception as error:  # an own `__fspath__` can fail in any way
+        raise UsageError(
+            f"image: {type(source).__name__} gives no path: {type(error).__name__}: {error}", remedy="pass a string"
+        ) from error
 
 
 def _path_of_file_url(url: str) -> Path:
@@ -175,9 +177,8 @@ def _from_data_url(url: str, limit: int) -> RgbImage:
     if "base64" not in (parameter.strip() for parameter in parameters):
         raise ImageError(f"{where}: expected base64 data, found none declared", remedy=remedy)
     try:
-        text = unquote_to_bytes(body) if "%" in body else body.encode("ascii")
-        data = base64.b64decode(text.translate(None, _WHITESPACE), validate=True)
-    except ValueError as error:  # of base64, or characters that are none of it
+        data = decode_base64(unquote_to_bytes(body))
+    except ValueError as error:
         raise ImageError(f"{where}: expected base64 data, found text that is not: {error}", remedy=remedy) from error
     return _decode(io.BytesIO(data), where, limit)
 

@@ -11,20 +11,22 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from runtime.answer import Call, Generation, Stats, Stream, Turn
+from runtime.arguments import folder_path, reading, template_variables, tool_schemas, whole_number
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import read_json_object
 from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
+from runtime.generation_keywords import GenerationKeywords
 from runtime.guard import Owner, as_engine_error
 from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
 from runtime.images import MAX_IMAGE_PIXELS, check_max_image_pixels
-from runtime.machine import available_cores
+from runtime.machine import available_cores, default_threads
 from runtime.manifest import Manifest
 from runtime.memory import (
     CACHE,
@@ -44,6 +46,7 @@ from runtime.prompt import Prompt, PromptBuilder
 from runtime.prompt_lookup import PromptLookup
 from runtime.sampling import Sampler
 from runtime.session import Floats, Session, is_on_gpu, open_session
+from runtime.shown import shown
 from runtime.stop_text import AnswerText
 from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
@@ -83,6 +86,9 @@ class Qwen3VLModel:
         max_context: int,
         max_memory: int,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        *,
+        source: str | None = None,
+        threads: int | None = None,
     ) -> None:
         self.manifest = manifest
         self.config = manifest.model
@@ -94,10 +100,23 @@ class Qwen3VLModel:
         self.max_memory = max_memory
         self.max_image_pixels = max_image_pixels
         self._owner = Owner(session)
+        self._source = source
+        self._threads = threads
         self._builder = PromptBuilder(tokenizer, template)
         self._turn = Turn()
         self._chunk = chunk_limit(manifest.capabilities)
         self._logits_chunk = chunk_limit(manifest.capabilities, all_logits=True)
+
+    def __repr__(self) -> str:
+        """Say what is open: `Qwen3VLModel('out/demo', target='ort-cpu-fp32', model='demo', …)`."""
+        words = [
+            *([shown(self._source)] if self._source is not None else []),
+            f"target={shown(self.manifest.target)}",
+            f"model={shown(self.manifest.source.get('name'))}",
+            f"max_context={self.max_context}",
+            *([f"threads={self._threads}"] if self._threads is not None else []),
+        ]
+        return f"{type(self).__name__}({', '.join(words)})"
 
     @classmethod
     def from_engine(
@@ -137,33 +156,37 @@ class Qwen3VLModel:
             CapacityError: Weights, a full KV cache and the prefill exceed `max_memory`.
             UsageError: An option is out of range or of no use to this engine, or `path` is a URL.
         """
-        check_local(path, "engine")
-        folder = Path(path)
+        source = folder_path("engine", path)
+        check_local(source, "engine")
+        folder = Path(source)
         manifest = Manifest.read(folder)
         manifest.check(folder, full=check)
         capacity = manifest.capabilities.get("capacity")
         trained = manifest.model.text.max_positions
         limit = trained if capacity is None else min(int(capacity), trained)
-        max_context = min(DEFAULT_MAX_CONTEXT, limit) if max_context is None else max_context
-        if not 1 <= max_context <= limit:
-            is_trained = limit == trained
-            reason = "what the model was trained for" if is_trained else "the capacity that the engine was built with"
-            rebuild = "" if is_trained else ", or build the engine again with qwen3vl-export ... --max-context"
-            raise UsageError(
-                f"max_context = {max_context}, expected 1 to {limit}, {reason}",
-                remedy=f"leave max_context out for {min(DEFAULT_MAX_CONTEXT, limit)}{rebuild}",
-            )
+        is_trained = limit == trained
+        reason = "what the model was trained for" if is_trained else "the capacity that the engine was built with"
+        rebuild = "" if is_trained else ", or build the engine again with qwen3vl-export ... --max-context"
+        default_context = min(DEFAULT_MAX_CONTEXT, limit)
+        max_context = whole_number(
+            "max_context",
+            default_context if max_context is None else max_context,
+            1,
+            limit,
+            f"1 to {limit}, {reason}",
+            f"leave max_context out for {default_context}{rebuild}",
+        )
         most_threads = _MAX_THREADS_PER_CORE * available_cores()
-        if threads is not None and not 1 <= threads <= most_threads:
-            raise UsageError(
-                f"threads = {threads}, expected 1 to {most_threads}, {_MAX_THREADS_PER_CORE} for each core",
-                remedy="leave threads out for one for each core",
-            )
-        if max_memory is not None and max_memory < 1:
-            raise UsageError(
-                f"max_memory = {max_memory}, expected at least one byte",
-                remedy="leave max_memory out for the machine's memory",
-            )
+        if threads is not None:
+            expected = f"1 to {most_threads}, {_MAX_THREADS_PER_CORE} for each core"
+            remedy = "leave threads out for one for each core"
+            threads = whole_number("threads", threads, 1, most_threads, expected, remedy)
+        if max_memory is not None:
+            remedy = "leave max_memory out for the machine's memory"
+            max_memory = whole_number("max_memory", max_memory, 1, None, "at least one byte", remedy)
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if value is not None:
+                whole_number(name, value, 1, None, "at least 1", f"leave {name} out for the checkpoint's")
         if max_memory is None:
             max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
         max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
@@ -185,11 +208,21 @@ class Qwen3VLModel:
             max_context,
             max_memory,
             max_image_pixels,
+            source=source,
+            threads=threads or default_threads(),
         )
 
-    def generate(self, messages: Any, **options: Any) -> Generation:
+    def generate(
+        self,
+        messages: Any,
+        options: GenerationOptions | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Generation:
         """Answer messages in the Hugging Face chat format; see `stream`."""
-        stream = self.stream(messages, **options)
+        stream = self.stream(messages, options, tools=tools, chat_template_kwargs=chat_template_kwargs, **keywords)
         for _ in stream:
             pass
         assert stream.result is not None
@@ -198,10 +231,11 @@ class Qwen3VLModel:
     def stream(
         self,
         messages: Any,
+        options: GenerationOptions | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
+        **keywords: Unpack[GenerationKeywords],
     ) -> Stream:
         """Answer messages piece by piece, cut at UTF-8 boundaries.
 
@@ -210,9 +244,12 @@ class Qwen3VLModel:
 
         Args:
             messages: Hugging Face chat format; an image is a path, bytes, a data URL, a PIL image or an array.
+            options: All options of the answer, in place of the defaults, but that its `eos_token_ids`, if it has none,
+                are the model's; `model.defaults.replace(…)` makes such a set. The defaults are `model.defaults`, which
+                come from generation_config.json.
             tools: JSON schemas of functions, for chat templates that know tools.
             chat_template_kwargs: Further variables of the chat template, such as `enable_thinking`.
-            **options: Generation options with Hugging Face's names; defaults come from generation_config.json.
+            **keywords: Single options with Hugging Face's names, laid over that set.
 
         Raises:
             UsageError: A message or an option is not valid, the template does not know a variable, this thread left
@@ -222,9 +259,21 @@ class Qwen3VLModel:
                 answer that fills `max_context` ends with finish_reason "length".
         """
         self._owner.check()
-        chosen = self.defaults.replace(**options)
+        with reading("the options", "pass plain numbers and strings"):
+            chosen = self._chosen(options, keywords)
+        tools, chat_template_kwargs = tool_schemas(tools), template_variables(chat_template_kwargs)
         prepare = partial(self.prepare, messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
         return Stream(self._run(prepare, chosen))
+
+    def _chosen(self, options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:
+        if options is None:
+            return self.defaults.replace(**keywords)
+        if not isinstance(options, GenerationOptions):
+            raise UsageError(
+                f"options must be GenerationOptions, got {type(options).__name__}",
+                remedy="pass single options as keyword arguments: max_new_tokens=32",
+            )
+        return options.replace(eos_token_ids=options.eos_token_ids or self.defaults.eos_token_ids).replace(**keywords)
 
     def logits(self, messages: Any) -> Floats:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
@@ -272,8 +321,8 @@ class Qwen3VLModel:
         prompt = self._builder.build(
             messages,
             num_visual_tokens,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
+            tools=tool_schemas(tools),
+            chat_template_kwargs=template_variables(chat_template_kwargs),
             max_tokens=self.max_context,
         )
         if len(prompt.input_ids) > self.max_context:

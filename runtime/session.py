@@ -18,10 +18,14 @@ from numpy.typing import NDArray
 
 import runtime.sessions
 from runtime.errors import EngineError, UsageError
+from runtime.installation import how_to_install
 from runtime.manifest import Manifest
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+
+# Extra of pyproject.toml with the library of a kind of session.
+_EXTRAS = {"ort_cpu": "cpu", "ort_cuda": "cuda", "tensorrt": "tensorrt"}
 
 
 class KVCache(Protocol):
@@ -142,7 +146,7 @@ def open_session(
         if error.name != f"runtime.sessions.{manifest.session}":
             raise EngineError(
                 f"{folder}: its session {manifest.session!r} needs {error.name}, which is not installed",
-                remedy="install the extra of this target, such as pip install 'qwen3vl-export[cpu]'",
+                remedy=how_to_install(_EXTRAS[manifest.session]),
             ) from error
         raise
     # Sessions of CPUs do not know it.

@@ -197,7 +197,7 @@ def test_verify_against_bad_checkpoints(
 ) -> None:
     checkpoint = altered(tiny_checkpoint, tmp_path / "checkpoint")
     damage(checkpoint)
-    code, out, err = call(run_app, "verify", str(tiny_engine), "--checkpoint", str(checkpoint), "--json")
+    code, out, err = call(run_app, "verify", str(tiny_engine), "--checkpoint", str(checkpoint))
     assert (code, out) == (CheckpointError.exit_code, "")
     assert_clear(err, words)
 
