@@ -231,8 +231,9 @@ def _plan(files: _Files, content: Mapping[str, Any] | None, is_qwen2: bool) -> _
         if files.has(_SPECIAL_MAP):
             named_by_model |= _merge_special_map(files, settings)
         if files.has(_ADDED):
-            specials = {_content(settings[key]) for key in _NAMED if settings.get(key)}
-            specials |= {_content(value) for value in settings.get("extra_special_tokens") or []}
+            extra = settings.get("extra_special_tokens")
+            specials = {_content(settings.get(key)) for key in _NAMED}
+            specials |= {_content(value) for value in (extra if isinstance(extra, list) else ())}
             for text, token_id in files.json(_ADDED).items():
                 if type(token_id) is not int or token_id < 0 or not text:
                     raise CheckpointError(
@@ -248,26 +249,30 @@ def _plan(files: _Files, content: Mapping[str, Any] | None, is_qwen2: bool) -> _
             decoder[token.id if token.id is not None else -1] = token
             plan.stated.append((token, NAME))
     plan.tokens = [token for _, token in sorted(decoder.items())]
+    if "additional_special_tokens" in settings and "extra_special_tokens" not in settings:
+        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
     _add_named(plan, settings, named_by_model, where, is_qwen2, own)
     return plan
 
 
 def _merge_special_map(files: _Files, settings: dict[str, Any]) -> dict[str, Any]:
     """Lay special_tokens_map.json over the settings; return the tokens that it names beyond the usual."""
+    where = f"{files.folder / _SPECIAL_MAP}"
+
+    def special(value: Any, key: str) -> Any:
+        is_token = isinstance(value, Mapping)
+        return AddedJson.read({**value, "special": True}, f"{where}: {key}") if is_token else value
+
     for key, value in files.json(_SPECIAL_MAP).items():
-        if isinstance(value, Mapping) and key != "extra_special_tokens":
-            value = {**value, "special": True, "__type": "AddedToken"}
-        elif key == "extra_special_tokens" and isinstance(value, list):
-            present = list(settings.get("extra_special_tokens") or [])
-            marked = [
-                {**each, "special": True, "__type": "AddedToken"} if isinstance(each, Mapping) else each
-                for each in value
-            ]
-            value = present + [each for each in marked if each not in present]
-        settings[key] = value
+        if key != "extra_special_tokens":
+            settings[key] = special(value, key)
+        elif isinstance(value, list):
+            present = settings.get(key) or []
+            present = list(present) if isinstance(present, list) else [present]
+            settings[key] = [*present, *(special(each, key) for each in value)]
+        else:
+            settings[key] = value
     named = settings.pop("extra_special_tokens") if isinstance(settings.get("extra_special_tokens"), Mapping) else {}
-    if "additional_special_tokens" in settings and "extra_special_tokens" not in settings:
-        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
     return dict(named)
 
 
@@ -289,7 +294,9 @@ def _add_named(
     automatic = {
         key: value
         for key, value in settings.items()
-        if key.endswith("_token") and key not in _NAMED and isinstance(value, Mapping) and "__type" in value
+        if key.endswith("_token")
+        and key not in _NAMED
+        and (isinstance(value, AddedJson) or (isinstance(value, Mapping) and "__type" in value))
     }
     named += [_token(value, f"{where}: {key}") for key, value in {**automatic, **named_by_model}.items()]
     extra = settings.get("extra_special_tokens")
@@ -301,10 +308,8 @@ def _add_named(
     extras = [_token(value, f"{where}: extra_special_tokens") for value in extra or []]
     # The vocabulary of the file itself is not searched: a token that is there already keeps its id when it is added.
     present = {*known, *([] if is_qwen2 else (token["content"] for token in own))}
-    for token in (*named, *extras):
-        if token is not None and token.content not in present:
-            present.add(token.content)
-            plan.tokens.append(token)
+    # Twice if it is named twice: the flags of the last count.
+    plan.tokens += [token for token in (*named, *extras) if token is not None and token.content not in present]
     of_names = {token.content for token in named if token is not None}
     plan.tokens = [token.as_special() if token.content in of_names else token for token in plan.tokens]
     plan.specials = list(dict.fromkeys(token.content for token in (*named, *extras) if token is not None))
@@ -315,14 +320,16 @@ def _token(value: Any, where: str) -> AddedJson | None:
         return None
     if isinstance(value, str) and value:
         return _special(value)
+    if isinstance(value, AddedJson):
+        return value
     if isinstance(value, Mapping) and value.get("__type") == "AddedToken":
         return AddedJson.read(value, where)
     raise CheckpointError(f"{where}: expected a token, found {shown(value)}", remedy=_SAVE_AGAIN)
 
 
-def _content(value: Any) -> Any:
-    """Return the text of a token in either form; anything else is refused where the token is added."""
-    return value.get("content") if isinstance(value, Mapping) else value if isinstance(value, str) else None
+def _content(value: Any) -> str | None:
+    """Return the text of a token; None for an object with `__type`, which transformers looks at later."""
+    return value.content if isinstance(value, AddedJson) else value if isinstance(value, str) else None
 
 
 def _check_settings(folder: Path, content: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
