@@ -246,7 +246,11 @@ class Qwen3VLModel:
                 raise
             raise known from error
         finally:
-            self._turn.leave(call)
+            try:
+                self._turn.leave(call)
+            except BaseException:  # Ctrl-C during the last step is raised at the first instruction of this
+                self._turn.leave(call)
+                raise
 
     def prepare(
         self,
@@ -360,7 +364,11 @@ class Qwen3VLModel:
                 raise
             raise known from error
         finally:
-            self._turn.leave(call)
+            try:
+                self._turn.leave(call)
+            except BaseException:  # Ctrl-C during the last step is raised at the first instruction of this
+                self._turn.leave(call)
+                raise
 
     def _generate(
         self, call: Call, prepare: Callable[[], Prepared], options: GenerationOptions
