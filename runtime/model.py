@@ -22,8 +22,8 @@ from runtime.files import read_json_object
 from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
 from runtime.guard import Owner, as_engine_error
+from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
 from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
-from runtime.images import MAX_IMAGE_PIXELS, check_max_image_pixels
 from runtime.machine import available_cores
 from runtime.manifest import Manifest
 from runtime.memory import (
