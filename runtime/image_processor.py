@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.errors import CapacityError, CheckpointError, ImageError, UsageError
-from runtime.images import MAX_IMAGE_PIXELS, load_image
+from runtime.image_bounds import MAX_IMAGE_PIXELS
+from runtime.images import load_image
 from runtime.resize import BICUBIC, BILINEAR, Kernel, resize
 from runtime.shown import shown
 

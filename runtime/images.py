@@ -19,8 +19,8 @@ Deviations, each on purpose:
 
 Images may come from anywhere. One of too many pixels is refused from its header. Of the others, the decoded image and
 the RGB array are in memory at once and no other copy: 7 bytes a pixel. Some decoders take more than 8 for themselves
-(`_decoder_bytes`); of their formats fewer pixels are allowed, so that no image takes more than 8 bytes for each pixel
-of `max_image_pixels`, 400 MB by default.
+(`runtime/image_bounds.py`); of their formats fewer pixels are allowed, so that no image takes more than 8 bytes for
+each pixel of `max_image_pixels`, 400 MB by default.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -39,6 +38,15 @@ import numpy as np
 from runtime.base64_text import decode_base64
 from runtime.errors import CapacityError, ImageError, Qwen3VLError, UsageError
 from runtime.files import NotRegularError, open_regular
+from runtime.image_bounds import (
+    MAX_IMAGE_PIXELS,
+    MOST_IMAGE_PIXELS,
+    CountedReader,
+    check_decoding,
+    check_size,
+    sizes_in_ico,
+    too_large,
+)
 from runtime.shown import shown
 from runtime.urls import check_local, scheme_of
 
@@ -51,44 +59,12 @@ if TYPE_CHECKING:
     )
     RgbImage: TypeAlias = npt.NDArray[np.uint8]
 
-MAX_IMAGE_PIXELS = 50_000_000
-"""Largest image that is decoded, unless the caller allows more."""
-
-MOST_IMAGE_PIXELS = 178_956_970
-"""Most pixels that the caller can allow: beyond, Pillow refuses."""
-
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the formats that are tried. A list, because Pillow also knows formats that start other programs."""
 
-_BYTES_PER_PIXEL = 8
-# Measured with Pillow 13, the largest of several kinds of files, rounded up: whole frames in the decoder's own format.
-_DECODER_BYTES = {"AVIF": 20, "JPEG2000": 24, "WEBP": 20}
 _STRIP_PIXELS = 1 << 18
-# A PNG file of 8 kB a chunk, as encoders write them, takes less than one read for 2 kB.
-_MOST_READS, _BYTES_PER_READ = 200_000, 256
 _ORIENTATION = 0x0112  # of EXIF
-_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # of TIFF
-_SMALL_TILE_PIXELS = 1 << 20
-_ICO_ENTRIES = 6, 16  # where they begin, and the bytes of one
-_MOST_ICO_ENTRIES = 64
 _WHITESPACE = b" \t\n\r\x0b\x0c"
-_ICO_MAGIC = b"\0\0\1\0"
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-
-
-def check_max_image_pixels(max_image_pixels: int) -> int:
-    """Return the limit on the pixels of an image if it is one.
-
-    Raises:
-        UsageError: It is no whole number of 1 to `MOST_IMAGE_PIXELS`.
-    """
-    is_number = isinstance(max_image_pixels, int) and not isinstance(max_image_pixels, bool)
-    if not is_number or not 1 <= max_image_pixels <= MOST_IMAGE_PIXELS:
-        raise UsageError(
-            f"max_image_pixels = {max_image_pixels!r}, expected a whole number of 1 to {MOST_IMAGE_PIXELS}",
-            remedy=f"leave max_image_pixels out for {MAX_IMAGE_PIXELS}",
-        )
-    return max_image_pixels
 
 
 def load_image(
@@ -210,21 +186,21 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
-    counted = cast(IO[bytes], _CountedReader(file, where))
+    counted = cast(IO[bytes], CountedReader(file, where))
     try:
         with warnings.catch_warnings():
             # Pillow warns of large images, whose limit is checked below, and of what it repairs.
             warnings.simplefilter("ignore")
-            for width, height in _sizes_in_ico(file):  # Pillow decodes it while it opens it
-                _check_size(width, height, where, limit)
+            for width, height in sizes_in_ico(file, where):  # Pillow decodes it while it opens it
+                check_size(width, height, where, limit)
             image = Image.open(counted, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
             with image:
-                _check_size(image.width, image.height, where, limit)
+                check_size(image.width, image.height, where, limit)
                 _check_mode(image, where)
-                _check_parts(image, where, limit)
+                check_decoding(image, where, limit)
                 image.load()
                 # Once more: the image inside of an ICO file is as large as its own header says.
-                _check_size(image.width, image.height, where, limit)
+                check_size(image.width, image.height, where, limit)
                 orientation = image.getexif().get(_ORIENTATION, 1)
                 image.info.pop("transparency", None)
                 rgb_HWC = _to_rgb(image)
@@ -238,7 +214,7 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
             remedy="convert it to PNG or JPEG, or fetch it again",
         ) from error
     except Image.DecompressionBombError as error:
-        raise _too_large(where, f"found more than {MOST_IMAGE_PIXELS}", limit) from error
+        raise too_large(where, f"found more than {MOST_IMAGE_PIXELS}", limit) from error
     except MemoryError as error:
         raise CapacityError(f"{where}: not enough memory to decode it", remedy="make the image smaller") from error
     except Exception as error:  # decoders fail in many ways: OSError, SyntaxError, struct.error, zlib.error, ...
@@ -246,119 +222,6 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
             f"{where}: the file is damaged or cut short: {type(error).__name__}: {error}",
             remedy="fetch or save the image again",
         ) from error
-
-
-class _CountedReader(io.RawIOBase):
-    """Read from a file, and raise when it is read in very many pieces.
-
-    Pillow reads headers, chunks and markers in Python, some of them byte by byte, so a file that is made of nothing
-    else takes minutes.
-    """
-
-    def __init__(self, file: IO[bytes], where: str) -> None:
-        super().__init__()
-        self._file = file
-        self._where = where
-        num_bytes = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        self._num_left = _MOST_READS + num_bytes // _BYTES_PER_READ
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Return bytes of the file.
-
-        Raises:
-            ImageError: It was read in too many pieces.
-        """
-        self._num_left -= 1
-        if self._num_left < 0:
-            raise ImageError(
-                f"{self._where}: made of very many small pieces, which takes too long to read",
-                remedy="save the image again",
-            )
-        return self._file.read(-1 if size is None else size)
-
-    def readline(self, size: int | None = -1) -> bytes:
-        """Return bytes up to the end of a line; counted as `read`."""
-        self._num_left -= 1
-        return self._file.readline(-1 if size is None else size)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place in the file."""
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """Return the place in the file."""
-        return self._file.tell()
-
-    def fileno(self) -> int:
-        """Return the descriptor of the file, if it has one."""
-        return self._file.fileno()
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-
-def _check_parts(image: Image.Image, where: str, limit: int) -> None:
-    """Refuse a file that takes more to decode than the size in its header says."""
-    pixel_bytes = _decoder_bytes(image)
-    allowed = limit * _BYTES_PER_PIXEL // max(pixel_bytes, _BYTES_PER_PIXEL)
-    if image.width * image.height > allowed:
-        raise CapacityError(
-            f"{where}: {image.format} of {image.width} x {image.height} pixels; expected at most {allowed} pixels of "
-            f"this kind, since its decoder takes {pixel_bytes} bytes for each",
-            remedy="save the image as PNG, make it smaller, or raise max_image_pixels",
-        )
-    if image.format == "TIFF":
-        tags = getattr(image, "tag_v2", {})
-        width, height = (tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
-        if not (isinstance(width, int) and isinstance(height, int)):
-            raise ImageError(f"{where}: tiles of {width!r:.40} x {height!r:.40}", remedy="save the image again as PNG")
-        if width * height > max(_SMALL_TILE_PIXELS, 4 * image.width * image.height):
-            raise _too_large(where, f"found tiles of {width} x {height} = {width * height} pixels", limit)
-
-
-def _decoder_bytes(image: Image.Image) -> int:
-    """Return the most bytes a pixel that are in memory while an opened image is decoded."""
-    # Of a JPEG: number, samples across, samples down, table.
-    layers: list[tuple[int, int, int, int]] = getattr(image, "layer", [])
-    if image.format in ("JPEG", "MPO") and layers and image.info.get("progressive"):
-        # libjpeg holds two bytes for every sample of a progressive file, beside Pillow's four for the pixel.
-        across, down = (max(layer[i] for layer in layers) for i in (1, 2))
-        samples = sum(layer[1] * layer[2] for layer in layers)
-        return 4 + -(-2 * samples // max(1, across * down))
-    return _DECODER_BYTES.get(image.format or "", _BYTES_PER_PIXEL)
-
-
-def _sizes_in_ico(file: IO[bytes]) -> Iterator[tuple[int, int]]:
-    """Yield the sizes that the images inside of an ICO file have by their own headers, PNG or BMP without its head.
-
-    Of a file of another format, nothing. The file is left at its beginning.
-    """
-    start, size = _ICO_ENTRIES
-    file.seek(0)
-    head = file.read(start)
-    num_entries = int.from_bytes(head[4:], "little") if head.startswith(_ICO_MAGIC) else 0
-    if num_entries > _MOST_ICO_ENTRIES:
-        raise ImageError(
-            f"an ICO file of {num_entries} images, expected at most {_MOST_ICO_ENTRIES}",
-            remedy="save the image as PNG",
-        )
-    entries = file.read(num_entries * size)
-    for entry in range(0, len(entries), size):
-        file.seek(int.from_bytes(entries[entry + 12 : entry + 16], "little"))
-        head = file.read(24)
-        is_png = head.startswith(_PNG_MAGIC)
-        sides = (head[16:20], head[20:24]) if is_png else (head[4:8], head[8:12])
-        if int.from_bytes(head[:4], "little") == 12:  # the oldest header of BMP
-            sides = (head[4:6], head[6:8])
-        width, height = (int.from_bytes(side, "big" if is_png else "little", signed=not is_png) for side in sides)
-        yield max(1, abs(width)), max(1, abs(height) if is_png else abs(height) // 2)
-    file.seek(0)
 
 
 def _upright(rgb_HWC: RgbImage, orientation: object) -> RgbImage:
@@ -383,11 +246,11 @@ def _upright(rgb_HWC: RgbImage, orientation: object) -> RgbImage:
 
 def _from_pil(image: Image.Image, limit: int) -> RgbImage:
     where = f"PIL image (mode {image.mode}, {image.width} x {image.height})"
-    _check_size(image.width, image.height, where, limit)
+    check_size(image.width, image.height, where, limit)
     _check_mode(image, where)
     try:
         image.load()
-        _check_size(image.width, image.height, where, limit)
+        check_size(image.width, image.height, where, limit)
         return _to_rgb(image, is_over_white=True)
     except Qwen3VLError:
         raise
@@ -441,7 +304,7 @@ def _from_array(array: npt.NDArray[np.generic], limit: int) -> RgbImage:
             remedy = "transpose a channels-first array: array.transpose(1, 2, 0)"
         raise ImageError(f"{where}: expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]", remedy=remedy)
     # Before anything looks at the values: an array of many pixels can be a view of one.
-    _check_size(array.shape[1], array.shape[0], where, limit)
+    check_size(array.shape[1], array.shape[0], where, limit)
     if array.dtype != np.uint8:
         remedy = "scale the values to 0..255 and convert: array.round().astype(np.uint8)"
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
@@ -468,18 +331,3 @@ def _over_white(rgba_HWC: RgbImage) -> RgbImage:
         mixed = color * alpha + (1 - alpha)
         rgb_HWC[top : top + rows] = (mixed * np.float32(255 + 1.0 - 1e-3)).astype(np.uint8)
     return rgb_HWC
-
-
-def _check_size(width: int, height: int, where: str, limit: int) -> None:
-    """Refuse an empty image and one too large to decode, from the sizes in its header."""
-    if width < 1 or height < 1:
-        raise ImageError(f"{where}: expected at least one pixel, found {width} x {height}", remedy="check the image")
-    if width * height > limit:
-        raise _too_large(where, f"found {width} x {height} = {width * height} pixels", limit)
-
-
-def _too_large(where: str, found: str, limit: int) -> CapacityError:
-    raised = ", or raise max_image_pixels" if limit < MOST_IMAGE_PIXELS else ""
-    return CapacityError(
-        f"{where}: expected at most {limit} pixels, {found}", remedy=f"make the image smaller and try again{raised}"
-    )

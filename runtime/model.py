@@ -24,8 +24,8 @@ from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunk
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
 from runtime.guard import Owner, as_engine_error
+from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
 from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
-from runtime.images import MAX_IMAGE_PIXELS, check_max_image_pixels
 from runtime.machine import available_cores, default_threads
 from runtime.manifest import Manifest
 from runtime.memory import (
@@ -295,7 +295,11 @@ class Qwen3VLModel:
                 raise
             raise known from error
         finally:
-            self._turn.leave(call)
+            try:
+                self._turn.leave(call)
+            except BaseException:  # Ctrl-C during the last step is raised at the first instruction of this
+                self._turn.leave(call)
+                raise
 
     def prepare(
         self,
@@ -409,7 +413,11 @@ class Qwen3VLModel:
                 raise
             raise known from error
         finally:
-            self._turn.leave(call)
+            try:
+                self._turn.leave(call)
+            except BaseException:  # Ctrl-C during the last step is raised at the first instruction of this
+                self._turn.leave(call)
+                raise
 
     def _generate(
         self, call: Call, prepare: Callable[[], Prepared], options: GenerationOptions

@@ -1,6 +1,7 @@
 """Start, ask and end the process that renders a chat template which is not known to be harmless.
 
-Measured on one core of a server: 45 ms to start and compile, then 0.2 ms a render beside jinja2's own time.
+Measured on one core of a server: 0.1 s of processor time to start and to compile a template of Qwen's size, then 0.3 ms
+a chat beside jinja2's own time.
 """
 
 from __future__ import annotations
@@ -152,8 +153,8 @@ def _exchange(worker: subprocess.Popen[bytes], payload: bytes) -> dict[str, Any]
     if answer is None:
         worker.wait()
         raise EngineError(
-            f"the chat template was stopped: {_why(worker)}",
-            remedy="do not trust this checkpoint, or repair its chat_template.jinja",
+            f"the chat template was stopped: {_why(worker)}, given {len(payload)} bytes",
+            remedy="shorten the messages; if they are short, do not trust this checkpoint",
         )
     return answer
 

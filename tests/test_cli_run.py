@@ -44,6 +44,7 @@ class FakeModel:
     failure: BaseException | None = None
     num_closed: int = 0
     image_config: ImageProcessorConfig = field(default_factory=ImageProcessorConfig)
+    max_image_pixels: int = 50_000_000
 
     def from_engine(self, path: Any, **options: Any) -> FakeModel:
         self.opened.append((path, options))

@@ -18,8 +18,9 @@ from damage import png_of_size
 from PIL import Image, ImageOps
 
 from runtime.errors import CapacityError, ImageError, UsageError
+from runtime.image_bounds import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from runtime.image_processor import ImageProcessorConfig, process_image
-from runtime.images import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, load_image
+from runtime.images import load_image
 from runtime.model import Qwen3VLModel
 
 ROOT = Path(__file__).resolve().parent.parent

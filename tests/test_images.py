@@ -15,8 +15,9 @@ from damage import png_of_size
 from PIL import Image
 
 from runtime.errors import CapacityError, CheckpointError, ImageError, Qwen3VLError, UsageError
+from runtime.image_bounds import MAX_IMAGE_PIXELS
 from runtime.image_processor import ImageProcessorConfig, process_image, smart_resize
-from runtime.images import MAX_IMAGE_PIXELS, load_image
+from runtime.images import load_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
