@@ -78,7 +78,8 @@ def table_of(result: Mapping[str, Any]) -> str:
 
 
 def _export_cpu_s(folder: Path, python: Path, work: Path, source: str, *options: str) -> float:
-    command = [str(python), "-m", "qwen3vl_export.cli.export", source, "--output", str(work / "engine"), *options]
+    command = [str(python), "-m", "qwen3vl_export.cli.export", source, "--target", "ort-cpu-fp32"]
+    command += ["--output", str(work / "engine"), *options]
     return measure.run_child(command, folder).cpu_s
 
 

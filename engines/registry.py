@@ -50,5 +50,5 @@ def get(name: str) -> Target:
     close = difflib.get_close_matches(name, known, n=1)
     raise TargetError(
         f"unknown target {name!r}; known: {', '.join(known)}",
-        remedy=f"did you mean {close[0]}?" if close else "choose one of the known targets (see: qwen3vl targets)",
+        remedy=f"did you mean {close[0]}?" if close else "choose a known one (see: qwen3vl targets), or auto",
     )

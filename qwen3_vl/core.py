@@ -30,7 +30,18 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        from runtime.installation import how_to_install
+
+        raise ImportError(
+            f"{name} needs the Python package 'torch', which is not installed\n  remedy: {how_to_install('export')}",
+            name="torch",
+        ) from error
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from engines.choose import choose_target, consider
 from engines.hardware import Gpu, Hardware
 from qwen3vl_export.cli.run import app
 from qwen3vl_export.cli.targets import model_shape
-from runtime.errors import UsageError
+from runtime.errors import CheckpointError, UsageError
 
 ROOT = Path(__file__).parents[1]
 MACHINE = Hardware(
@@ -86,6 +87,52 @@ def test_a_folder_is_a_model_too() -> None:
 
 
 @pytest.mark.portable
-def test_another_name_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"Qwen/Qwen3-VL-2B-Instruct: no such folder(.|\n)*qwen3-vl-2b"):
-        model_shape("Qwen/Qwen3-VL-2B-Instruct")
+@pytest.mark.parametrize("name", ["no such model", "./qwen3-vl-2b", "a/b/c", "qwen3-vl-3b"])
+def test_another_name_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"{re.escape(name)}'?: no such folder(.|\n)*qwen3-vl-2b"):
+        model_shape(name)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The Hub, with one model; the calls of it."""
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def hf_hub_download(repo: str, name: str, *, revision: str | None) -> str:
+        asked.append((repo, name, revision))
+        if repo != "me/mine":
+            raise OSError("cannot\nbe found")
+        return str(ROOT / "qwen3vl_export" / "demo" / "checkpoint" / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return asked
+
+
+@pytest.mark.portable
+def test_of_a_hub_id_the_config_alone_is_fetched(hub: list[Any]) -> None:
+    assert model_shape("me/mine@v1") == model_shape("demo")
+    assert (
+        json.loads(call("--model", "me/mine", "--json"))["choice"]
+        == json.loads(call("--model", "demo", "--json"))["choice"]
+    )
+    assert hub == [("me/mine", "config.json", "v1"), ("me/mine", "config.json", None)]
+    with pytest.raises(
+        CheckpointError, match=r"--model me/other: .*neither here nor on the Hub \(OSError: cannot be found\)"
+    ):
+        model_shape("me/other")
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-2b"),
+        ("Qwen/Qwen3-VL-8B-Thinking-FP8", "qwen3-vl-8b"),
+        ("Qwen/Qwen3-VL-235B-A22B-Instruct", "qwen3-vl-235b-a22b"),
+    ],
+)
+def test_of_released_checkpoints_nothing_is_fetched(name: str, size: str, hub: list[Any]) -> None:
+    assert model_shape(name) == model_shape(size)
+    assert hub == []

@@ -146,7 +146,17 @@ def engine_of_bits(demo_engine: Path, calibration: Path, tmp_path_factory: pytes
 
 def test_the_command_makes_such_an_engine(calibration: Path, engine_of_bits: dict[int, Path], tmp_path: Path) -> None:
     output = tmp_path / "engine"
-    arguments = ("demo", "--kv-cache", "int8", "--calibration", str(calibration), "--output", str(output))
+    arguments = (
+        "demo",
+        "--target",
+        "ort-cpu-fp32",
+        "--kv-cache",
+        "int8",
+        "--calibration",
+        str(calibration),
+        "--output",
+        str(output),
+    )
     code, _, err = call(export.app, *arguments)
     assert code == 0, err
     Manifest.read(output).check(output, full=True)

@@ -101,6 +101,32 @@ def test_demo_script_reads_the_picture_before_it_exports(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_demo_script_takes_the_engine_that_is_there_for_a_picture_of_ones_own(
+    demo_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import demo
+
+    exports: list[list[str]] = []
+
+    def failing(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        exports.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    picture = str(demo.IMAGES / TRUTHS[0]["file"])
+    assert demo.show(demo_engine, picture) == 0
+    output = capsys.readouterr()
+    assert f"answer:   {TRUTHS[0]['answer']}\n" in output.out
+    assert output.err.startswith(f"engine:   {demo_engine}, which was there; `make demo` without IMAGE builds it anew")
+    assert exports == []
+    # Where there is none, or a damaged one, or without IMAGE, it is built.
+    (tmp_path / "engine.json").write_text("{}")
+    for folder, image in ((tmp_path, picture), (tmp_path / "none", picture), (demo_engine, None)):
+        assert demo.show(folder, image) == 3
+    assert [command[-1] for command in exports] == [str(tmp_path), str(tmp_path / "none"), str(demo_engine)]
+
+
 @pytest.mark.parametrize("truth", [0, 1])
 def test_demo_script_compares_answer_and_truth(
     truth: int, demo_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

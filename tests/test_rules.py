@@ -122,6 +122,14 @@ def test_core_is_lazy_and_re_exports() -> None:
         qwen3_vl.core.missing  # noqa: B018
 
 
+def test_core_without_torch_says_what_to_install() -> None:
+    code = "import sys; sys.modules['torch'] = None\nfrom qwen3_vl.core import Qwen3VLModel, open_eager"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    error, remedy = done.stderr.splitlines()[-2:]
+    assert error == "ImportError: open_eager needs the Python package 'torch', which is not installed"
+    assert remedy.startswith("  remedy: install the extra `export` of qwen3vl-export, for instance: ")
+
+
 @pytest.mark.parametrize("package", ["runtime", "engines", "qwen3vl_export", "qwen3_vl", "configs"])
 def test_environment_variables_are_touched_in_one_file(package: str) -> None:
     texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / package).rglob("*.py")}

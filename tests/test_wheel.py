@@ -63,7 +63,7 @@ def exported(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """Commands of an environment with the wheel and its extras [export,cpu], and the engine that they exported."""
     folder = tmp_path_factory.mktemp("export")
     binaries = environment(folder / "env", wheel, "export,cpu")
-    run(binaries / "qwen3vl-export", "demo", "--output", folder / "engine", cwd=folder)
+    run(binaries / "qwen3vl-export", "demo", "--target", "ort-cpu-fp32", "--output", folder / "engine", cwd=folder)
     return binaries, folder / "engine"
 
 

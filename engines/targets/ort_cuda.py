@@ -166,7 +166,7 @@ def _availability() -> Availability:
         return Availability(
             True,
             False,
-            f"ONNX Runtime for CUDA has to take the place of that for the CPU: uninstall onnxruntime, then "
+            "onnxruntime-gpu has to take the place of onnxruntime: uninstall onnxruntime, then "
             f"{how_to_install('cuda')}",
         )
     return Availability(True, True)

@@ -117,9 +117,7 @@ def run_app(app: typer.Typer, args: Sequence[str] | None = None) -> None:
         finally:
             sys.stdout.flush()  # here, where a failure still gets a message and an exit code
     except SystemExit as end:
-        # typer 0.29 turns Ctrl-C into this exit code and a broken pipe into 1, and prints nothing.
-        if end.code == INTERRUPTED:
-            _report_interrupt(end, flags)
+        # typer 0.29 turns a broken pipe into exit code 1, and prints nothing.
         if isinstance(end.__context__, BrokenPipeError):
             _abandon_stdout()
             raise SystemExit(BROKEN_PIPE) from None
@@ -187,19 +185,20 @@ def _call(app: typer.Typer, arguments: list[str], flags: Flags) -> int:
 
         print_versions(is_json=flags.is_json)
         return 0
-    command = typer.main.get_command(app)
-    if not flags.is_json:
-        command(args=arguments)
-        return 0
     try:
-        code = command(args=arguments, standalone_mode=False)
+        code = typer.main.get_command(app)(args=arguments, standalone_mode=False)
     except Exception as error:
         # typer's own errors are of another package in each of its releases; these are what all of them have.
         if type(error).__name__ == "Abort":
             raise KeyboardInterrupt from error
-        if hasattr(error, "format_message") and hasattr(error, "ctx"):
+        if not (hasattr(error, "format_message") and hasattr(error, "show")):
+            raise
+        if flags.is_json:
             raise UsageError(error.format_message(), remedy="see --help") from error
-        raise
+        usage = io.StringIO()
+        error.show(file=usage)
+        _print(usage.getvalue().rstrip("\n"))
+        return UsageError.exit_code
     if code == INTERRUPTED:  # as typer 0.29 tells of Ctrl-C
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

@@ -156,17 +156,16 @@ def export(
         raise UsageError(
             "--kv-cache runs the engine, which --bundle and --no-weights do not build", remedy="leave --kv-cache out"
         )
-    options = _build_options(
-        max_context=max_context,
-        max_batch=max_batch,
-        prefill_chunk=prefill_chunk,
-        patch_buckets=None if max_patches is None else BuildOptions.buckets_up_to(max_patches),
-        compute_capabilities=tuple(compute_capability) if compute_capability else None,
-        strip_weights=strip_weights or None,
-        weight_streaming=weight_streaming or None,
-        version_compatible=version_compatible or None,
-        hardware_compatible=hardware_compatible or None,
-    )
+    of_compiled = {
+        "prefill_chunk": prefill_chunk,
+        "patch_buckets": None if max_patches is None else BuildOptions.buckets_up_to(max_patches),
+        "compute_capabilities": tuple(compute_capability) if compute_capability else None,
+        "strip_weights": strip_weights or None,
+        "weight_streaming": weight_streaming or None,
+        "version_compatible": version_compatible or None,
+        "hardware_compatible": hardware_compatible or None,
+    }
+    options = _build_options(max_context=max_context, max_batch=max_batch, **of_compiled)
     if bundle or output:
         check_output(bundle or output)  # before anything is downloaded or read
 
@@ -180,7 +179,8 @@ def export(
     # A bundle is for no target, so there is nothing to choose.
     is_chosen = bundle is None or target != AUTO
     chosen = resolve_target(target, shape, say, options=options) if is_chosen else None
-    if target == AUTO and chosen is not None and chosen.compile is None:
+    needs_compiler = any(value is not None for value in of_compiled.values())
+    if target == AUTO and chosen is not None and chosen.compile is None and not needs_compiler:
         options = None  # they said how much has to fit
     is_engine = bundle is None and weights and compile
     if is_engine:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from runtime.model_config import ModelConfig
 
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 # What the authors of the model published of each size; all of a size have one shape.
 _RELEASED = re.compile(r"Qwen/(?P<size>Qwen3-VL-[\w-]+?)-(Instruct|Thinking)(-FP8)?")

@@ -369,7 +369,7 @@ def _open(path: Path, device: Device, provider_options: Mapping[str, str], threa
         raise EngineError(
             f"{path}: onnxruntime {ort.__version__} has no {device.provider}, only "
             f"{', '.join(ort.get_available_providers())}",
-            remedy=f"uninstall onnxruntime, which excludes the other, then {how_to_install('cuda')}",
+            remedy=f"uninstall onnxruntime, which excludes onnxruntime-gpu, then {how_to_install('cuda')}",
         )
     if device.name == "cuda":
         # CUDA's libraries from the package index lie where the loader does not look; it prints what it misses.
