@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzz.family import ROOT
+import runtime
 from runtime.errors import Qwen3VLError
+
+_CODE = Path(runtime.__file__).resolve().parent.parent
 
 TAKEN, REFUSED = "taken", "refused"
 RAW, MESSAGE, SLOW, MEMORY, HANG, CRASH = "raw exception", "message", "slow", "memory", "hang", "crash"
@@ -86,11 +88,11 @@ def place_of(error: BaseException) -> str:
     own = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).is_relative_to(ROOT) and not Path(frame.filename).is_relative_to(ROOT / "tests")
+        if Path(frame.filename).is_relative_to(_CODE) and not Path(frame.filename).is_relative_to(_CODE / "tests")
     ]
     if not own:
         return "a library"
-    return f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].name}"
+    return f"{Path(own[-1].filename).relative_to(_CODE)}:{own[-1].name}"
 
 
 def _text(error: BaseException) -> str:
