@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import imports, inference, lowered, measure, report, routes, status, synthetic
+from benchmarks import imports, inference, kernels, lowered, measure, report, routes, status, synthetic
 from benchmarks.against import against
 from benchmarks.compare.command import ExpertStride, compare, compare_setup
 from benchmarks.experts import experts
@@ -187,6 +187,13 @@ def time_imports(repeats: int = 11, results: Results = report.RESULTS) -> None:
     """Measure what importing the Python package costs, in fresh interpreters."""
     environment = measure.environment()
     _print(report.write("import", imports.time_imports(repeats=repeats) | {"environment": environment}, results))
+
+
+@app.command("kernels")
+def measure_kernels(repeats: int = 21, threads: int = 1, results: Results = report.RESULTS) -> None:
+    """Measure 8-bit products in the forms that engines use, their memory, and the tests of kernels at opening."""
+    environment = measure.environment()
+    _print(report.write("kernels", kernels.measure_all(repeats, threads) | {"environment": environment}, results))
 
 
 @app.command("lowered")

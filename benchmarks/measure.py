@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runtime.machine import processor
+
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "tokenizers")
 
 
@@ -78,8 +80,10 @@ def summarise(seconds: Sequence[float]) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Describe processor, memory, system, libraries and the load before the measurement."""
+    cpu, instruction_sets = processor()
     return {
-        "cpu": _first_field(Path("/proc/cpuinfo"), "model name"),
+        "cpu": cpu or "unknown",
+        "instruction_sets": instruction_sets,
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
@@ -94,8 +98,3 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _first_field(path: Path, name: str) -> str:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "unknown")

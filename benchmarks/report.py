@@ -2,7 +2,7 @@
 
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`,
 `run-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `routes`, `quantizers`,
-`speculation-NAME`, `race-NAME`, `overhead-NAME`, `experts-MODEL-BITS-bits`, `against-COMMIT`, `kills`.
+`speculation-NAME`, `race-NAME`, `overhead-NAME`, `experts-MODEL-BITS-bits`, `against-COMMIT`, `kernels`, `kills`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import lowered, routes
+from benchmarks import kernels, lowered, routes
 from engines.disk import replace_text
 
 RESULTS = Path(__file__).with_name("results")
@@ -219,8 +219,11 @@ def experts(result: Mapping[str, Any]) -> str:
 
 def _environment_line(environment: Mapping[str, Any]) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in environment["libraries"].items())
+    cpu = environment["cpu"]
+    if environment.get("instruction_sets"):  # earlier results do not have them
+        cpu += f" ({' '.join(environment['instruction_sets'])})"
     return (
-        f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{cpu}, {environment['cores']} cores, {environment['memory_bytes'] / 2**30:.0f} GiB, "
         f"{environment['system']}, Python {environment['python']}, {libraries}; "
         f"load average before the run {environment['load_average_1min']:.1f}."
     )
@@ -262,5 +265,6 @@ _TABLES = {
     "race": race,
     "overhead": overhead,
     "experts": experts,
+    "kernels": kernels.table_of,
     "kills": kills,
 }

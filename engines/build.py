@@ -10,6 +10,7 @@ from typing import Any
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, PREFILL, Bundle
 from engines.external_data import Progress, advance_of, weight_bytes, write_model
+from engines.kernels import kernels_of
 from engines.lower import lower
 from engines.output import output_folder
 from engines.passes.fold_static_shapes import fix_capacity
@@ -24,12 +25,14 @@ _OWN_DISTRIBUTION = "qwen3vl-export"
 
 
 def check_options(target: Target, options: BuildOptions | None, config: ModelConfig) -> None:
-    """Raise unless the target takes the options that were given, for a model of this shape.
+    """Raise unless the target takes a model of this shape, and the options that were given for it.
 
     Raises:
         UsageError: An option is out of range, or the target has no sizes to choose.
-        TargetError: The target's compiler does not take it.
+        TargetError: The target's kernels do not take the shape, or its compiler not an option.
     """
+    if target.check_model is not None:
+        target.check_model(config)
     if target.compile is not None:
         (options or BuildOptions()).check(config.text.max_positions, config.vision.spatial_merge_size)
     elif options is not None:
@@ -97,10 +100,11 @@ def build_engine(
             (folder / name).write_bytes(contents)
             files[name] = FileRecord(len(contents), sha256_of(folder / name))
         versions = {name: metadata.version(name) for name in target.libraries} | {_OWN_DISTRIBUTION: __version__}
+        kernels = sorted(set().union(*map(kernels_of, graphs.values())))
         manifest = Manifest(
             target=target.name,
             session=target.session,
-            capabilities={**target.capabilities(bundle.config, sizes), **compiled},
+            capabilities={**target.capabilities(bundle.config, sizes), **compiled, "kernels": kernels},
             model=bundle.config,
             versions={**bundle.versions, **versions},
             source=bundle.source,

@@ -19,20 +19,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from runtime.machine import available_cores
+from runtime.machine import CPUINFO, available_cores, processor
 from runtime.memory import machine_bytes
 
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx-cu12", "cuda-bindings", "torch")
 """Distributions whose versions decide what can be built and run."""
 
-# Flags of /proc/cpuinfo that kernels of the CPU targets are chosen by, x86 then Arm.
-_X86_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-_FEATURES = (*_X86_FEATURES, "asimd", "asimddp", "i8mm", "bf16", "sve")
 _QUERY = ("name", "compute_cap", "memory.total", "memory.free", "driver_version")
 _COMMAND = ("nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
 # A driver that has to load its module first takes seconds; one that hangs takes for ever.
 _TIMEOUT_S = 30.0
-_CPUINFO = Path("/proc/cpuinfo")
 
 Runner = Callable[[Sequence[str]], str]
 
@@ -104,14 +100,14 @@ class Hardware:
         return rows
 
 
-def probe(run: Runner | None = None, cpuinfo: Path = _CPUINFO) -> Hardware:
+def probe(run: Runner | None = None, cpuinfo: Path = CPUINFO) -> Hardware:
     """Find out what this machine is.
 
     Args:
         run: Runs a command and returns its stdout; raises what `subprocess.run(check=True)` raises.
         cpuinfo: The kernel's description of the processors.
     """
-    cpu, features = parse_cpuinfo(cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "")
+    cpu, features = processor(cpuinfo)
     gpus, notes = probe_gpus(run or _run)
     return Hardware(
         cpu=cpu or platform.processor() or platform.machine(),
@@ -122,16 +118,6 @@ def probe(run: Runner | None = None, cpuinfo: Path = _CPUINFO) -> Hardware:
         versions=installed_versions(LIBRARIES),
         notes=notes,
     )
-
-
-def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
-    """Return the model and the features of the first processor of /proc/cpuinfo; empty where it does not say."""
-    values: dict[str, str] = {}
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        values.setdefault(name.strip(), value.strip())
-    flags = set(values.get("flags", values.get("Features", "")).split())
-    return values.get("model name", ""), tuple(name for name in _FEATURES if name in flags)
 
 
 def probe_gpus(run: Runner) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:

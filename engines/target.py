@@ -74,6 +74,7 @@ class Target:
         top_k: Candidates of the next token that the decoder gives beside the logits; 0 for none.
         prefill_workspace: Bytes that a call of so many tokens takes beside activations; None for none.
         device: `cpu` or `gpu`: whose memory the engine takes.
+        check_model: Raises, before any work, for a model of a shape that no kernel of the target takes.
         check_options: Raises, before any work, for options that the compiler does not take.
         compile: Makes an engine of the lowered graphs, with a cache of fixed capacity; None if they are the engine.
         availability: Finds out what this machine can do.
@@ -95,6 +96,7 @@ class Target:
     cache_pass: Callable[[int, NDArray[np.float32]], ir.passes.InPlacePass] | None = None
     top_k: int = 0
     compile: Compiler | None = None
+    check_model: Callable[[ModelConfig], None] | None = None
     check_options: Callable[[BuildOptions], None] | None = None
     prefill_workspace: Callable[[ModelConfig, int], int] | None = None
     device: str = "cpu"

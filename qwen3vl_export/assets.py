@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_export.names import shown_name
+from qwen3vl_export.tokenizer_files import COMPLETE, read_tokenizer
 from runtime.chat import IMAGE_TOKEN, ChatTemplate, template_source
 from runtime.errors import CheckpointError, Qwen3VLError
+from runtime.files import read_small_file
 from runtime.generation_config import GenerationOptions
+from runtime.generation_file import ignored_keys
 from runtime.image_processor import ImageProcessorConfig
 from runtime.model_config import ModelConfig
 from runtime.prompt import PromptBuilder
 from runtime.tokenizer import Tokenizer
 
+# Python shows warnings on stderr if the program sets up no logging of its own.
+_LOGGER = logging.getLogger(__name__)
+_MAX_LISTED = 5
 _TEMPLATE = "chat_template.jinja"
 _PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR = "processor_config.json"
 _GENERATION = "generation_config.json"
 _GENERATION_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
-_COMPLETE = "give a complete Hugging Face folder"
 
 # Parts of transformers 5's processor_config.json, and the file of the Hub's Qwen3-VL folders that holds the same.
 _PROCESSOR_PARTS = {"image_processor": _PREPROCESSOR, "video_processor": "video_preprocessor_config.json"}
@@ -39,11 +46,14 @@ def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dic
     """
     with _naming(folder / _TEMPLATE):
         assets = {_TEMPLATE: template_source(folder).encode()}
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        assets[name] = _read_bytes(folder / name)
-    read_json("tokenizer_config.json")  # whose special tokens the template takes
+    for name in ("config.json", "tokenizer_config.json"):
+        assets[name] = read_small_file(folder / name, error=CheckpointError, remedy=COMPLETE)
+    assets["tokenizer.json"] = read_tokenizer(folder, read_json)
     assets[_PREPROCESSOR] = _as_json(_preprocessor_config(folder, read_json))
     generation = read_json(_GENERATION) if (folder / _GENERATION).is_file() else {}
+    if unknown := ignored_keys(generation):
+        listed = ", ".join(map(shown_name, unknown[:_MAX_LISTED])) + (", …" if len(unknown) > _MAX_LISTED else "")
+        _LOGGER.warning("note: %s: transformers knows no %s, so nothing comes of it", folder / _GENERATION, listed)
     assets[_GENERATION] = _as_json(_with_token_ids(generation, read_json("config.json"), folder))
     return assets
 
@@ -68,7 +78,8 @@ def check_assets(assets: Mapping[str, bytes], config: ModelConfig, folder: Path)
         _check_patches(ImageProcessorConfig.from_dict(json.loads(assets[_PREPROCESSOR])), config)
     with _naming(folder / _GENERATION):
         options = GenerationOptions.from_generation_config(json.loads(assets[_GENERATION]))
-        _expect_below("eos_token_id", max(options.eos_token_ids), config.text.vocab_size)
+        # One that the model never gives does no harm beside others, and transformers takes it.
+        _expect_below("eos_token_id", min(options.eos_token_ids), config.text.vocab_size)
 
 
 def _split_processor_config(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -101,9 +112,12 @@ def _with_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], fo
 
 
 def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    if tokenizer.num_tokens > config.text.vocab_size:
+    # Of more tokens than rows, some have no row; of fewer with gaps between their ids, too.
+    largest = max(tokenizer.num_tokens - 1, tokenizer.largest_id)
+    if largest >= config.text.vocab_size:
         raise CheckpointError(
-            f"it has {tokenizer.num_tokens} tokens, config.json a vocab_size of {config.text.vocab_size}"
+            f"with all added tokens it has {tokenizer.num_tokens} tokens with ids up to {largest}, config.json a "
+            f"vocab_size of {config.text.vocab_size}, the rows of the embedding"
         )
     for name, token in (
         ("image_token_id", IMAGE_TOKEN),
@@ -144,12 +158,5 @@ def _naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing", remedy=_COMPLETE) from error
-
-
 def _as_json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(values, indent=2) + "\n").encode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,10 +18,14 @@ from engines.quantize.tensors import row_chunks
 from engines.weights import StackedTensor, StreamedTensor
 from qwen3vl_export.assets import check_assets, read_assets
 from qwen3vl_export.experts import find_experts
+from qwen3vl_export.formats import INDEX, SINGLE, check_folder, check_weights, refuse_file
+from qwen3vl_export.key_prefixes import as_in_graph
+from qwen3vl_export.names import shown_name
 from qwen3vl_export.quantized import join_parts
 from qwen3vl_export.quantized.parts import QuantizedEntry
 from qwen3vl_export.safetensors_reader import FileHeader, TensorEntry, read_header
 from runtime.errors import CapacityError, CheckpointError
+from runtime.files import MAX_INDEX_BYTES, MAX_SMALL_FILE_BYTES, MAX_TOKENIZER_BYTES, read_json_object
 from runtime.model_config import ModelConfig
 
 DEMO, DEMO_MOE = "demo", "demo-moe"
@@ -34,8 +38,7 @@ IGNORED_KEYS = (re.compile(r".*rotary_(pos_)?emb\.(original_)?inv_freq"),)
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")
-_INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
+_MOST_BYTES = {INDEX: MAX_INDEX_BYTES, "tokenizer.json": MAX_TOKENIZER_BYTES}
 _MAX_LISTED = 5
 _DOWNLOAD_AGAIN = "the file is damaged: download it again"
 
@@ -59,18 +62,22 @@ class Checkpoint:
         """Open `source`: a folder, `owner/name[@revision]` of the Hub, or `demo`. A folder that exists wins.
 
         Raises:
-            CheckpointError: There is no such folder, or the Hub cannot be reached.
+            CheckpointError: There is no such folder, it is something else than a checkpoint, or the Hub cannot be
+                reached.
             CapacityError: The disk is too small for the download.
         """
-        folder = Path(source).expanduser()
-        if folder.is_dir():
+        folder = _local(source)
+        if folder is not None and folder.is_dir():
+            check_folder(folder)
             return cls(folder, source)
         if source in _SHIPPED:
             return cls(Path(str(resources.files("qwen3vl_export") / "demo" / _SHIPPED[source])), source)
+        if folder is not None and os.path.lexists(folder):
+            refuse_file(folder)
         match = _HUB_ID.fullmatch(source)
-        if match is None or folder.is_file():
+        if match is None:
             raise CheckpointError(
-                f"{source}: no such folder",
+                f"{shown_name(source)}: no such folder",
                 remedy="give a Hugging Face folder, a Hub id such as Qwen/Qwen3-VL-2B-Instruct, or 'demo'",
             )
         return cls._download(source, match["repo"], match["revision"])
@@ -92,6 +99,7 @@ class Checkpoint:
                 f"{source}: neither a folder here nor on the Hub ({type(error).__name__}: {reason})",
                 remedy="check the spelling and the connection, or download the folder and give its path",
             ) from error
+        check_folder(folder)
         return cls(folder, source, folder.name)
 
     @property
@@ -113,20 +121,12 @@ class Checkpoint:
         """Read a JSON object from a file of the folder.
 
         Raises:
-            CheckpointError: It is missing or no JSON object.
+            CheckpointError: It is missing, no JSON object, or larger than any checkpoint's.
         """
         path = self.folder / name
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path}: missing", remedy="give a complete Hugging Face folder") from error
-        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, thousands of digits or of brackets
-            raise CheckpointError(f"{path}: not readable as JSON ({error})", remedy=_DOWNLOAD_AGAIN) from error
-        if not isinstance(values, dict):
-            raise CheckpointError(
-                f"{path}: expected a JSON object, got {type(values).__name__}", remedy=_DOWNLOAD_AGAIN
-            )
-        return values
+        remedy = "give a complete Hugging Face folder" if not os.path.exists(path) else _DOWNLOAD_AGAIN
+        most = _MOST_BYTES.get(name, MAX_SMALL_FILE_BYTES)
+        return read_json_object(path, max_bytes=most, error=CheckpointError, remedy=remedy)
 
     @cached_property
     def headers(self) -> dict[str, FileHeader]:
@@ -135,27 +135,24 @@ class Checkpoint:
         Raises:
             CheckpointError: A file is missing, truncated or unreadable, or the index contradicts the files.
         """
-        if (self.folder / _SINGLE_NAME).is_file():  # wins over an index, as in transformers
-            return {_SINGLE_NAME: read_header(self.folder / _SINGLE_NAME)}
-        if not (self.folder / _INDEX_NAME).is_file():
-            raise CheckpointError(
-                f"{self.folder}: {_SINGLE_NAME} and {_INDEX_NAME} are missing",
-                remedy="give a complete Hugging Face folder; without weights, too, their headers are read",
-            )
-        weight_map = self.read_json(_INDEX_NAME).get("weight_map")
+        check_weights(self.folder)
+        if (self.folder / SINGLE).is_file():  # wins over an index, as in transformers
+            return {SINGLE: read_header(self.folder / SINGLE)}
+        weight_map = self.read_json(INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or not all(type(n) is str for n in weight_map.values()):
-            raise CheckpointError(f"{self.folder / _INDEX_NAME}: no weight_map of file names", remedy=_DOWNLOAD_AGAIN)
+            raise CheckpointError(f"{self.folder / INDEX}: no weight_map of file names", remedy=_DOWNLOAD_AGAIN)
         names = sorted(set(weight_map.values()))
-        if any(Path(name).name != name for name in names):
+        if any(Path(name).name != name or name in ("", "..") for name in names):
             raise CheckpointError(
-                f"{self.folder / _INDEX_NAME}: a shard lies outside of the folder",
+                f"{self.folder / INDEX}: a shard lies outside of the folder",
                 remedy="put all shards beside the index and name them without a folder",
             )
         headers = {name: read_header(self.folder / name) for name in names}
         for key, name in weight_map.items():
             if key not in headers[name].tensors:
                 raise CheckpointError(
-                    f"{self.folder / name}: the index promises {key}, which is not there", remedy=_DOWNLOAD_AGAIN
+                    f"{self.folder / name}: the index promises {shown_name(key)}, which is not there",
+                    remedy=_DOWNLOAD_AGAIN,
                 )
         return headers
 
@@ -163,19 +160,22 @@ class Checkpoint:
     def entries(self) -> dict[str, TensorEntry | QuantizedEntry]:
         """Every tensor of the checkpoint by key; the parts of a quantised weight are one entry, under the weight's key.
 
+        Keys have the prefix of the whole model, also where the base model was saved (qwen3vl_export/key_prefixes.py).
+
         Raises:
-            CheckpointError: A key is in two files, or weights are quantised in a form that is not read.
+            CheckpointError: A key is in two files, keys have a prefix that transformers does not map, or weights are
+                quantised in a form that is not read.
         """
         entries: dict[str, TensorEntry] = {}
         for name, header in self.headers.items():
             for key, entry in header.tensors.items():
                 if key in entries:
                     raise CheckpointError(
-                        f"{self.folder / name}: {key} is also in {entries[key].path.name}",
+                        f"{self.folder / name}: {shown_name(key)} is also in {entries[key].path.name}",
                         remedy="the shards are of different checkpoints: download all of them again",
                     )
                 entries[key] = entry
-        return join_parts(entries, self.hf_config, self.folder)
+        return join_parts(as_in_graph(entries, self.folder), self.hf_config, self.folder)
 
     def tensor(self, key: str, shape: Iterable[int], *, view: tuple[int, ...] | None = None) -> StreamedTensor:
         """Refer to one tensor, to be read later, and dequantised if it is quantised.
@@ -190,9 +190,13 @@ class Checkpoint:
         """
         entry = self.entries.get(key)
         if entry is None:
+            is_base = key == HEAD_KEY and not self.config.text.tie_word_embeddings
             raise CheckpointError(
                 f"{self.folder}: {key} is missing",
-                remedy="the weights do not belong to this config.json, or a shard is lost",
+                remedy="the head was not saved with the base model (AutoModel): save the whole one, "
+                "Qwen3VLForConditionalGeneration; or set tie_word_embeddings in config.json if it is the embedding"
+                if is_base
+                else "the weights do not belong to this config.json, or a shard is lost",
             )
         if entry.shape != tuple(shape):
             raise CheckpointError(
@@ -239,7 +243,7 @@ class Checkpoint:
             left.discard(HEAD_KEY)
         left = {key for key in left if not any(pattern.fullmatch(key) for pattern in IGNORED_KEYS)}
         if left:
-            listed = ", ".join(sorted(left)[:_MAX_LISTED]) + (", …" if len(left) > _MAX_LISTED else "")
+            listed = ", ".join(map(shown_name, sorted(left)[:_MAX_LISTED])) + (", …" if len(left) > _MAX_LISTED else "")
             raise CheckpointError(
                 f"{self.folder}: {len(left)} keys belong to no part of the model: {listed}",
                 remedy="an export that drops weights would be silently wrong; check that config.json fits the weights",
@@ -269,6 +273,16 @@ class Checkpoint:
         """Return what an engine's manifest says of its source."""
         files = {name: {"num_bytes": h.num_bytes, "header_sha256": h.sha256} for name, h in self.headers.items()}
         return {"name": self.name, "revision": self.revision, "weight_files": files}
+
+
+def _local(source: str) -> Path | None:
+    """Return the path that a source may be, or None for text that is no path."""
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user's home
+        return None
+    return path
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

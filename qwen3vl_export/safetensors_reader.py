@@ -8,7 +8,7 @@ The safetensors package maps the file, and mapped pages count as resident memory
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,9 +20,17 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines.weights import BLOCK_BYTES, StreamedTensor
+from qwen3vl_export.names import shown_name
 from runtime.errors import CheckpointError
+from runtime.files import parse_json_object
+from runtime.shown import shown
 
-_FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_FLOATS: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F64": np.dtype("<f8"),
+}
 # What parts of quantised weights are stored in. FP8 is read as its byte.
 _DTYPES: dict[str, np.dtype[Any]] = _FLOATS | {
     "I8": np.dtype("i1"),
@@ -30,7 +38,15 @@ _DTYPES: dict[str, np.dtype[Any]] = _FLOATS | {
     "I64": np.dtype("<i8"),
     "F8_E4M3": np.dtype("u1"),
 }
-_MAX_HEADER_BYTES = 100 << 20
+# Others of the format, by the bits of an element (safetensors 0.8, `Dtype`).
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "U32": 32, "U64": 64, "C64": 64},
+    **{name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()},
+}
+# A dimension of 2^63 and more fits no array, and no weight here has more than 5.
+_MAX_DIMENSION, _MAX_RANK = (1 << 63) - 1, 16
+_MAX_HEADER_BYTES = 32 << 20  # one file with all 56 000 tensors of 30B-A3B in AWQ has 7 MB
 _TRANSPOSED_ROWS = 64
 
 
@@ -66,45 +82,73 @@ def read_header(path: Path) -> FileHeader:
     """Read and check the header of one file.
 
     Raises:
-        CheckpointError: The file is missing, truncated or no safetensors file.
+        CheckpointError: The file is missing, truncated or no safetensors file, or its header is larger than any.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing", remedy="download the checkpoint again; a shard is not there")
-    size = path.stat().st_size
     again = "the file was cut or is no safetensors file: download it again"
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path}: {size} bytes do not hold a header of {length} bytes", remedy=again)
-        raw = file.read(length)
-    try:
-        header: dict[str, Any] = json.loads(raw)
-        header.pop("__metadata__", None)
-        tensors = {}
-        for key, entry in header.items():
-            begin, end = map(_natural, entry["data_offsets"])
-            shape = tuple(map(_natural, entry["shape"]))
-            tensors[key] = TensorEntry(path, 8 + length + begin, end - begin, shape, entry["dtype"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: the header is not readable ({error})", remedy=again) from error
+    length, raw, size = _read_raw(path, again)
+    header = parse_json_object(raw, shown_name(str(path)), error=CheckpointError, remedy=again)
+    header.pop("__metadata__", None)
+    tensors = {key: _entry(path, key, values, 8 + length, again) for key, values in header.items()}
     for key, tensor in tensors.items():
         end = tensor.offset + tensor.num_bytes
         if tensor.num_bytes < 0 or end > size:
-            raise CheckpointError(f"{path}: {key} ends at byte {end}, the file has {size}", remedy=again)
-        dtype = _DTYPES.get(tensor.dtype)
-        if dtype is not None and int(np.prod(tensor.shape, dtype=np.int64)) * dtype.itemsize != tensor.num_bytes:
+            raise CheckpointError(f"{path}: {shown_name(key)} ends at byte {end}, the file has {size}", remedy=again)
+        bits = _BITS.get(tensor.dtype)
+        if bits is not None and math.prod(tensor.shape) * bits != tensor.num_bytes * 8:
             raise CheckpointError(
-                f"{path}: {key} has {tensor.num_bytes} bytes, {tensor.dtype} {list(tensor.shape)} needs another number",
+                f"{path}: {shown_name(key)} has {tensor.num_bytes} bytes, {tensor.dtype} {list(tensor.shape)} needs "
+                "another number",
                 remedy=again,
             )
     _check_layout(path, 8 + length, size, tensors, again)
     return FileHeader(tensors, size, hashlib.sha256(raw).hexdigest())
 
 
-def _natural(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"expected a non-negative integer, got {value!r}")
-    return value
+def _read_raw(path: Path, again: str) -> tuple[int, bytes, int]:
+    """Return the length of the header, its bytes, and the size of the file."""
+    name = shown_name(str(path))
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{name}: missing", remedy="download the checkpoint again; a shard is not there")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(f"{name}: {size} bytes do not hold a header of {length} bytes", remedy=again)
+            if length > _MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{name}: a header of {length} bytes, expected at most {_MAX_HEADER_BYTES}, as every checkpoint's",
+                    remedy=again,
+                )
+            return length, file.read(length), size
+    except (OSError, ValueError) as error:  # ValueError: a null byte or a lone surrogate in the name
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{name}: cannot be read ({reason})", remedy="check the file and its permissions"
+        ) from error
+
+
+def _entry(path: Path, key: str, values: Any, start: int, again: str) -> TensorEntry:
+    """Return one entry of a header whose data begin at byte `start`."""
+
+    def natural(value: Any, most: int) -> int:
+        if type(value) is not int or not 0 <= value <= most:
+            raise ValueError(f"expected a whole number of 0 to {most}, found {shown(value)}")
+        return value
+
+    try:
+        offsets, shape, dtype = values["data_offsets"], values["shape"], values["dtype"]
+        if not (isinstance(offsets, list) and len(offsets) == 2 and isinstance(shape, list) and type(dtype) is str):
+            raise ValueError("expected dtype, shape and two data_offsets")
+        if len(shape) > _MAX_RANK:
+            raise ValueError(f"a shape of {len(shape)} dimensions, expected at most {_MAX_RANK}")
+        begin, end = (natural(offset, _MAX_DIMENSION) for offset in offsets)
+        dimensions = tuple(natural(size, _MAX_DIMENSION) for size in shape)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: the header is not readable: {shown_name(key)}: {error}", remedy=again
+        ) from error
+    return TensorEntry(path, start + begin, end - begin, dimensions, dtype)
 
 
 def _check_layout(path: Path, start: int, size: int, tensors: Mapping[str, TensorEntry], remedy: str) -> None:
@@ -113,7 +157,8 @@ def _check_layout(path: Path, start: int, size: int, tensors: Mapping[str, Tenso
     for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
         if tensor.offset != position:
             raise CheckpointError(
-                f"{path}: {key} begins at byte {tensor.offset}, what lies before it ends at byte {position}",
+                f"{path}: {shown_name(key)} begins at byte {tensor.offset}, what lies before it ends at byte "
+                f"{position}",
                 remedy=remedy,
             )
         position += tensor.num_bytes
@@ -122,7 +167,7 @@ def _check_layout(path: Path, start: int, size: int, tensors: Mapping[str, Tenso
 
 
 class CheckpointTensor(StreamedTensor):
-    """One tensor of a checkpoint, cast to float32 while it is read.
+    """One tensor of a checkpoint, cast to float32 while it is read, float64 rounded as PyTorch does.
 
     Args:
         key: The checkpoint key, which is also the name in the graph.
@@ -133,8 +178,8 @@ class CheckpointTensor(StreamedTensor):
     def __init__(self, key: str, entry: TensorEntry, shape: tuple[int, ...] | None = None) -> None:
         if entry.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{entry.path}: {key} is {entry.dtype}, expected one of {', '.join(_FLOATS)}",
-                remedy="give the unquantised checkpoint",
+                f"{entry.path}: {key} is {shown_name(entry.dtype)}, expected one of {', '.join(_FLOATS)}",
+                remedy=_remedy_of(entry.dtype),
             )
         super().__init__(key, entry.shape if shape is None else shape, ir.DataType.FLOAT)
         self._entry = entry
@@ -161,6 +206,23 @@ class CheckpointTensor(StreamedTensor):
                 yield block
         finally:
             os.close(descriptor)
+
+
+def _remedy_of(dtype: str) -> str:
+    """Say what a weight of this dtype is likely to be, and what to do."""
+    if dtype.startswith(("F8", "F6", "F4")):
+        return (
+            "its config.json lacks the quantization_config that says how the codes are scaled: take both from the "
+            "quantised checkpoint, or give the unquantised one"
+        )
+    if dtype in ("I8", "U8"):
+        return (
+            "weights in 8 bits without a form that is read (bitsandbytes saves such ones): give the unquantised "
+            "checkpoint, or one of a form that docs/quantized_checkpoints.md lists"
+        )
+    return (
+        "no model of this kind stores weights so: take the weights from the original checkpoint, or cast them to BF16"
+    )
 
 
 def read_rows(entry: TensorEntry, first: int = 0, count: int | None = None) -> NDArray[Any]:
@@ -244,4 +306,7 @@ def _cast(values: NDArray[Any], dtype: str, out: NDArray[np.float32]) -> None:
         bits[...] = values
         bits <<= 16
     else:
-        out[...] = values
+        with np.errstate(
+            over="ignore"
+        ):  # a float64 beyond float32 becomes infinite, as in PyTorch, and is refused later
+            out[...] = values

@@ -119,8 +119,7 @@ def decode_steps(
     place follows the rest of that distribution. The next call overwrites the rows of the cache behind a wrong draft.
 
     The same up to rounding, that is: a call of several positions sums in another order, so near-ties of the logits
-    may fall otherwise, the more so where activations are quantised. A kernel with one activation scale for the whole
-    call (DynamicQuantizeMatMul) lets a draft change the logits before it by its quantisation error.
+    may fall otherwise, the more so where activations are quantised.
 
     Args:
         session: The engine.

@@ -1,8 +1,8 @@
 """The options of one generation, under Hugging Face's names.
 
-Defaults come from the checkpoint's `generation_config.json`, as `transformers.GenerationConfig` (5.23) reads it; the
-user's keyword arguments are laid over them. Nothing is ignored in silence: an option that would change the output and
-is not implemented raises, in the file as in the call.
+Defaults come from the checkpoint's `generation_config.json`, as transformers reads it (`runtime.generation_file`); the
+user's keyword arguments are laid over them. An option that would change the output and is not implemented raises, in
+the file as in the call.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import UsageError
+from runtime.generation_file import taken_values
+from runtime.shown import shown
+from runtime.stopping import check_stops
 
 # Only looked at when tokens are sampled: passing one of them to a greedy generation is a contradiction.
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
@@ -24,61 +27,20 @@ _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 # make infinities of ordinary logits.
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-15, 1e15
 
-# Keys of a generation_config.json that change no token: identity, caches, what `generate` returns, padding of batches.
-_METADATA = frozenset(
-    {
-        "_commit_hash",
-        "_from_model_config",
-        "bos_token_id",
-        "cache_config",
-        "cache_implementation",
-        "compile_config",
-        "decoder_start_token_id",
-        "disable_compile",
-        "low_memory",
-        "max_cache_len",
-        "output_attentions",
-        "output_hidden_states",
-        "output_logits",
-        "output_scores",
-        "pad_token_id",
-        "prefill_chunk_size",
-        "return_dict_in_generate",
-        "transformers_version",
-        "use_cache",
-    }
-)
-
-# Keys that are accepted at the value which means "off": the defaults of transformers 5.23
-# (`GenerationConfig._get_default_generation_params`), which older versions wrote into every saved file.
-_NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "assistant_confidence_threshold": (0.4,),
-    "assistant_lookbehind": (10,),
-    "diversity_penalty": (0.0,),
-    "early_stopping": (False,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "guidance_scale": (1.0,),
-    "is_assistant": (False,),
-    "length_penalty": (1.0,),
-    "max_length": (20,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "no_repeat_ngram_size": (0,),
-    "num_assistant_tokens": (20, 5),
-    "num_assistant_tokens_schedule": ("constant", "heuristic"),
-    "num_beam_groups": (1,),
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "remove_invalid_values": (False,),
-    "renormalize_logits": (False,),
-    "target_lookbehind": (10,),
-    "token_healing": (False,),
-    "typical_p": (1.0,),
-    "use_mtp": (False,),
+# Names that other libraries have for an option, and that are not quite the same: named in the error.
+_NAMES_ELSEWHERE: Mapping[str, str] = {
+    "max_completion_tokens": "max_new_tokens",
+    "max_output_tokens": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "num_predict": "max_new_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "stop_sequences": "stop",
+    "random_seed": "seed",
 }
+_MOST_IDS, _MOST_STOPS, _LONGEST_LISTED = 1024, 1024, 5
+# Each drafted token takes a row of logits: 64 of them 40 MB with Qwen's vocabulary.
+_MOST_DRAFTED = 64
 
 
 @dataclass(frozen=True)
@@ -89,9 +51,11 @@ class GenerationOptions:
         max_new_tokens: Upper limit on generated tokens, the end token included. The default, 512, is ours:
             transformers counts 20 tokens with the prompt, which ends most answers in the middle.
         do_sample: Draw from the distribution; False takes the most likely token.
-        temperature: Logits are divided by it, in [1e-15, 1e15].
+        temperature: Logits are divided by it, in [1e-15, 1e15]. It and the next three are only looked at when tokens
+            are sampled; without, any number will do, as in transformers.
         top_k: Keep the k most likely tokens; 0 keeps all. 50 when a configuration does not say, as in transformers.
-        top_p: Keep the smallest set of most likely tokens whose probabilities reach it, in (0, 1]; 1 keeps all.
+        top_p: Keep the smallest set of most likely tokens whose probabilities reach it, in [0, 1]; 1 keeps
+            all, 0 one.
         min_p: Keep tokens at least this likely relative to the most likely one, in [0, 1]; 0 keeps all.
         repetition_penalty: In [1e-15, 1e15]; above 1 makes tokens of the prompt and of the answer less likely, 1 is
             off.
@@ -124,64 +88,58 @@ class GenerationOptions:
         Raises:
             UsageError: A value has the wrong type or lies outside its range.
         """
+        object.__setattr__(self, "do_sample", _do_sample("do_sample", self.do_sample))
         for name, check in _CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
+            is_idle = name in _SAMPLING_ONLY and not self.do_sample
+            object.__setattr__(self, name, (_number if is_idle else check)(name, getattr(self, name)))
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> GenerationOptions:
         """Read the content of a checkpoint's `generation_config.json`.
 
-        A value of null means "not set". `eos_token_id` may be one id or a list; `stop_strings` becomes `stop`.
+        A value of null means "not set". `eos_token_id` may be one id or a list; `stop_strings` becomes `stop`. Our own
+        spellings and options are unknown to transformers, and so without effect in the file.
 
         Raises:
             UsageError: A value is out of range, or a key would change the output and is not implemented.
         """
-        values: dict[str, Any] = {}
-        refused: list[str] = []
-        # Our own spellings are not read from the file: there they would be unknown keys to transformers.
-        names = {field.name for field in dataclasses.fields(cls)} - {"stop", "seed", "eos_token_ids"}
-        for key, value in config.items():
-            if value is None or key in _METADATA:
-                continue
-            if key == "eos_token_id":
-                values["eos_token_ids"] = value
-            elif key == "stop_strings":
-                values["stop"] = value
-            elif key in names:
-                values[key] = value
-            elif value not in _NEUTRAL_VALUES.get(key, ()):
-                refused.append(f"{key}={value!r}")
-        if refused:
-            raise UsageError(
-                f"generation_config.json asks for what this runtime does not do: {', '.join(sorted(refused))}",
-                remedy="remove the key from the file, or use transformers for this kind of generation",
-            )
+        values = taken_values(config)
+        renamed = {"eos_token_id": "eos_token_ids", "stop_strings": "stop"}
+        values = {renamed.get(key, key): value for key, value in values.items()}
+        drafted = values.get("prompt_lookup_num_tokens")
+        if isinstance(drafted, int) and drafted > _MOST_DRAFTED:
+            values["prompt_lookup_num_tokens"] = _MOST_DRAFTED  # the tokens are the same
         return cls(**values)
 
     def replace(self, **options: Any) -> GenerationOptions:
         """Return a copy with the user's keyword arguments laid over these values.
 
-        None means "not given": the present value stays. `eos_token_id`, Hugging Face's name, is taken for
-        `eos_token_ids`. To switch a filter off pass `top_k=0`, `top_p=1.0` or `min_p=0.0`.
+        None means "not given": the present value stays. Hugging Face's names `eos_token_id` and `stop_strings` are
+        taken for `eos_token_ids` and `stop`. `temperature=0` is greedy decoding, as in the OpenAI API, whatever the
+        other options of sampling are. To switch a filter off pass `top_k=0`, `top_p=1.0` or `min_p=0.0`.
 
         Raises:
-            UsageError: An unknown option, a value out of range, or an option that only sampling looks at while
-                `do_sample` is False.
+            UsageError: An unknown option, a value out of range, an option under both of its names, or one that only
+                sampling looks at while `do_sample` is False.
         """
         given = {name: value for name, value in options.items() if value is not None}
         names = [field.name for field in dataclasses.fields(self)]
-        unknown = sorted(name for name in options if name not in names and name != "eos_token_id")
+        unknown = sorted(name for name in options if name not in names and name not in _ALIASES)
         if unknown:
-            close = difflib.get_close_matches(unknown[0], names, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UsageError(
-                f"unknown generation option{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}",
-                remedy=f"{hint}the options are {', '.join(names)}",
-            )
-        if "eos_token_id" in given:
-            if "eos_token_ids" in given:
-                raise UsageError("eos_token_id and eos_token_ids are both given", remedy="give one of them")
-            given["eos_token_ids"] = given.pop("eos_token_id")
+            raise _unknown(unknown, names)
+        for alias, name in _ALIASES.items():
+            if alias in given:
+                if name in given:
+                    raise UsageError(f"{alias} and {name} are both given", remedy="give one of them")
+                given[name] = given.pop(alias)
+        if _is_zero(given.get("temperature")):
+            if given.get("do_sample"):
+                raise UsageError(
+                    "temperature = 0 takes the likeliest token, do_sample=True draws one",
+                    remedy="for greedy decoding leave do_sample out; to sample pass a temperature above 0",
+                )
+            sampling = {*_SAMPLING_ONLY, "do_sample"}
+            given = {name: value for name, value in given.items() if name not in sampling} | {"do_sample": False}
         replaced = dataclasses.replace(self, **given)
         idle = [name for name in _SAMPLING_ONLY if name in given]
         if idle and not replaced.do_sample:
@@ -192,20 +150,49 @@ class GenerationOptions:
         return replaced
 
 
-def _integer(name: str, value: Any, minimum: int) -> int:
+_ALIASES: Mapping[str, str] = {"eos_token_id": "eos_token_ids", "stop_strings": "stop"}
+
+
+def _unknown(unknown: list[str], names: list[str]) -> UsageError:
+    listed = ", ".join(map(shown, unknown[:_LONGEST_LISTED])) + (", …" if len(unknown) > _LONGEST_LISTED else "")
+    name = unknown[0]
+    close = [_NAMES_ELSEWHERE[name]] if name in _NAMES_ELSEWHERE else difflib.get_close_matches(name[:80], names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return UsageError(
+        f"unknown generation option{'s' if len(unknown) > 1 else ''} {listed}",
+        remedy=f"{hint}the options are {', '.join(names)}",
+    )
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0
+
+
+def _integer(name: str, value: Any, minimum: int, bits: int = 63) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise UsageError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise UsageError(f"{name} must be at least {minimum}, got {value}")
-    return int(value)
+        raise UsageError(f"{name} must be an integer, got {shown(value)}")
+    number = int(value)
+    if number < minimum or number >= 1 << bits:
+        limit = f"at least {minimum}" if number < minimum else f"below 2^{bits}"
+        raise UsageError(f"{name} must be {limit}, got {shown(number)}")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    """Return any number; infinite for an integer beyond 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise UsageError(f"{name} must be a number, got {shown(value)}")
+    number = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(number, int) and number.bit_length() > 63:
+        return math.inf if number > 0 else -math.inf
+    return number
 
 
 def _real(name: str, value: Any, interval: str, is_inside: Callable[[float], bool], remedy: str | None = None) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise UsageError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and is_inside(float(value))):
-        raise UsageError(f"{name} must be {interval}, got {value}", remedy=remedy)
-    return float(value)
+    number = float(_number(name, value))
+    if not (math.isfinite(number) and is_inside(number)):
+        raise UsageError(f"{name} must be {interval}, got {shown(value)}", remedy=remedy)
+    return number
 
 
 def _factor(name: str, value: Any, remedy: str) -> float:
@@ -219,12 +206,12 @@ def _max_new_tokens(name: str, value: Any) -> int:
 
 def _do_sample(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise UsageError(f"{name} must be True or False, got {value!r}")
+        raise UsageError(f"{name} must be True or False, got {shown(value)}")
     return value
 
 
 def _temperature(name: str, value: Any) -> float:
-    # transformers refuses 0 as well: as a limit it means greedy, which has its own option.
+    # transformers refuses 0 as well, where it is told to sample: as a limit it means greedy.
     return _factor(name, value, "for greedy decoding pass do_sample=False")
 
 
@@ -233,7 +220,7 @@ def _top_k(name: str, value: Any) -> int:
 
 
 def _top_p(name: str, value: Any) -> float:
-    return _real(name, value, "in (0, 1]", lambda x: 0 < x <= 1, "top_p=1.0 keeps all tokens")
+    return _real(name, value, "in [0, 1]", lambda x: 0 <= x <= 1, "top_p=1.0 keeps all tokens")
 
 
 def _min_p(name: str, value: Any) -> float:
@@ -250,35 +237,38 @@ def _additive_penalty(name: str, value: Any) -> float:
 
 def _stop(name: str, value: Any) -> tuple[str, ...]:
     stops = (value,) if isinstance(value, str) else value
-    if not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
-        raise UsageError(f"{name} must be a string or a list of strings, got {value!r}")
+    if not isinstance(stops, Sequence) or len(stops) > _MOST_STOPS or not all(isinstance(stop, str) for stop in stops):
+        raise UsageError(f"{name} must be a string or a list of at most {_MOST_STOPS} strings, got {shown(value)}")
     if "" in stops:
         raise UsageError(f"{name} holds an empty string, which would end every answer at once")
+    check_stops(stops)
     return tuple(stops)
 
 
 def _seed(name: str, value: Any) -> int | None:
-    return None if value is None else _integer(name, value, 0)
+    return None if value is None else _integer(name, value, 0, bits=256)
 
 
 def _prompt_lookup_num_tokens(name: str, value: Any) -> int:
     length = _integer(name, value, 0)
-    # Each takes a row of logits: 64 of them 40 MB with Qwen's vocabulary.
-    if length > 64:
-        raise UsageError(f"{name} must be at most 64, got {value}", remedy="10 suits most texts; 0 switches it off")
+    if length > _MOST_DRAFTED:
+        raise UsageError(
+            f"{name} must be at most {_MOST_DRAFTED}, got {length}", remedy="10 suits most texts; 0 switches it off"
+        )
     return length
 
 
 def _eos_token_ids(name: str, value: Any) -> tuple[int, ...]:
     ids = (value,) if isinstance(value, numbers.Integral) else value
     if isinstance(ids, str) or not isinstance(ids, Sequence):
-        raise UsageError(f"{name} must be a token id or a list of token ids, got {value!r}")
+        raise UsageError(f"{name} must be a token id or a list of token ids, got {shown(value)}")
+    if len(ids) > _MOST_IDS:
+        raise UsageError(f"{name} must hold at most {_MOST_IDS} token ids, got {shown(value)}")
     return tuple(_integer(f"{name}[{i}]", token_id, 0) for i, token_id in enumerate(ids))
 
 
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "max_new_tokens": _max_new_tokens,
-    "do_sample": _do_sample,
     "temperature": _temperature,
     "top_k": _top_k,
     "top_p": _top_p,

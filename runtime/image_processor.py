@@ -20,7 +20,8 @@ import numpy as np
 
 from runtime.errors import CapacityError, CheckpointError, ImageError, UsageError
 from runtime.images import load_image
-from runtime.resize import resize_bicubic
+from runtime.resize import BICUBIC, BILINEAR, Kernel, resize
+from runtime.shown import shown
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -33,10 +34,12 @@ MAX_ASPECT_RATIO = 200
 MAX_PIXEL_VALUES_BYTES = 2 * 1024**3
 """Largest `pixel_values` of one image; a 16.8-megapixel image, the usual `max_pixels`, takes 0.4 GB."""
 
-BICUBIC = 3
-"""Pillow's number of the bicubic filter, as checkpoints write it."""
+FILTERS: Mapping[int, Kernel] = {2: BILINEAR, 3: BICUBIC}
+"""Filters by Pillow's numbers, as checkpoints write them; every published Qwen3-VL has 3."""
 
 NUM_CHANNELS = 3
+
+_LARGEST = (1 << 63) - 1
 
 # Settings that say how transformers runs its processor, not which pixels come out.
 _IGNORED_KEYS = frozenset(
@@ -57,6 +60,15 @@ _IGNORED_KEYS = frozenset(
         "transformers_version",
     }
 )
+# Settings of videos, which older releases wrote into this file, too.
+_VIDEO_KEYS = frozenset(
+    {
+        *("do_sample_frames", "fps", "max_frames", "max_video_tokens", "min_frames", "num_frames", "return_metadata"),
+        *("video_metadata", "video_processor_type"),
+    }
+)
+# Under which names releases have had the one image processor that is reproduced here.
+_CLASSES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 # Steps that Qwen3-VL checkpoints do not use; accepted while switched off.
 _UNSUPPORTED_KEYS = frozenset({"do_pad", "do_center_crop", "crop_size", "pad_size"})
 
@@ -78,7 +90,7 @@ class ImageProcessorConfig:
         do_rescale: Multiply by `rescale_factor`.
         do_normalize: Subtract the mean and divide by the standard deviation.
         do_convert_rgb: Always true: the vision tower has three input channels.
-        resample: Always 3, bicubic.
+        resample: Pillow's number of the filter, 2 or 3: see `FILTERS`.
     """
 
     patch_size: int = 14
@@ -93,7 +105,7 @@ class ImageProcessorConfig:
     do_rescale: bool = True
     do_normalize: bool = True
     do_convert_rgb: bool = True
-    resample: int = BICUBIC
+    resample: int = 3
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -103,19 +115,19 @@ class ImageProcessorConfig:
         """
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"{name}: expected a whole number of at least 1, found {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+                raise UsageError(f"{name}: expected a whole number of at least 1, found {shown(value)}")
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name}: expected true or false, found {getattr(self, name)!r}")
+                raise UsageError(f"{name}: expected true or false, found {shown(getattr(self, name))}")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != NUM_CHANNELS or not all(_is_finite_number(value) for value in values):
-                raise UsageError(f"{name}: expected {NUM_CHANNELS} finite numbers, found {values!r}")
+                raise UsageError(f"{name}: expected {NUM_CHANNELS} finite numbers, found {shown(values)}")
         if not all(value > 0 for value in self.image_std):
-            raise UsageError(f"image_std: expected numbers above 0, found {self.image_std!r}")
+            raise UsageError(f"image_std: expected numbers above 0, found {shown(self.image_std)}")
         if not _is_finite_number(self.rescale_factor) or self.rescale_factor <= 0:
-            raise UsageError(f"rescale_factor: expected a number above 0, found {self.rescale_factor!r}")
+            raise UsageError(f"rescale_factor: expected a number above 0, found {shown(self.rescale_factor)}")
         if self.min_pixels > self.max_pixels:
             raise UsageError(
                 f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}",
@@ -123,8 +135,11 @@ class ImageProcessorConfig:
             )
         if not self.do_convert_rgb:
             raise UsageError("do_convert_rgb: expected true, found false; the vision tower takes three channels")
-        if self.resample != BICUBIC:
-            raise UsageError(f"resample: expected {BICUBIC} (bicubic), found {self.resample!r}")
+        if type(self.resample) is not int or self.resample not in FILTERS:
+            raise UsageError(
+                f"resample: expected 3 (bicubic, as every published Qwen3-VL) or 2 (bilinear), "
+                f"found {shown(self.resample)}"
+            )
 
     @property
     def factor(self) -> int:
@@ -146,21 +161,18 @@ class ImageProcessorConfig:
         nested = settings.get("image_processor", settings)
         if not isinstance(nested, Mapping):
             raise CheckpointError(f"image processor settings: expected an object, found {type(nested).__name__}")
-        values = {key: value for key, value in nested.items() if key not in _IGNORED_KEYS and value is not None}
-        size = values.pop("size", {})
-        if not isinstance(size, Mapping) or not size.keys() <= {"shortest_edge", "longest_edge"}:
-            raise CheckpointError(
-                f"image processor settings: size: expected shortest_edge and longest_edge in pixels, found {size!r}"
-            )
-        limits = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-        values = {**{key: value for key, value in limits.items() if value is not None}, **values}
+        _check_class(nested)
+        ignored = _IGNORED_KEYS | _VIDEO_KEYS
+        values = {key: value for key, value in nested.items() if key not in ignored and value is not None}
+        values |= _pixel_limits(values.pop("size", None), values)
         for key in sorted(_UNSUPPORTED_KEYS & values.keys()):
             if values.pop(key) and key.startswith("do_"):
                 raise CheckpointError(f"image processor settings: {key}: expected false, found true")
         known = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise CheckpointError(
-                f"image processor settings: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}",
+                f"image processor settings: unknown keys {', '.join(map(shown, unknown[:5]))}; "
+                f"known are {', '.join(sorted(known))}",
                 remedy="remove the keys if they do not change the pixels",
             )
         for key in {"image_mean", "image_std"} & values.keys():
@@ -204,7 +216,58 @@ class ImageProcessorConfig:
 
 
 def _is_finite_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(np.float32(value))  # what it is computed in
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def _check_class(settings: Mapping[str, Any]) -> None:
+    """Raise if the settings are of another image processor: transformers goes by the name.
+
+    Raises:
+        CheckpointError: It is none of `_CLASSES`.
+    """
+    for key in ("image_processor_type", "feature_extractor_type"):
+        name = settings.get(key)
+        if name is not None:
+            if name not in _CLASSES:
+                raise CheckpointError(
+                    f"image processor settings: {key} is {shown(name)}, expected {_CLASSES[0]}: another one makes "
+                    "other pixels",
+                    remedy="take the file from the original checkpoint",
+                )
+            return
+
+
+def _pixel_limits(size: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `min_pixels` and `max_pixels`, in all the forms that releases have written.
+
+    Without `size`, transformers lays them over its default; with it, over what it holds, and wants both in the end. In
+    `size` under these names they only stand beside themselves, and are dropped.
+
+    Raises:
+        CheckpointError: `size` is of another form, or a limit is missing.
+    """
+    given = {name: values[name] for name in ("min_pixels", "max_pixels") if name in values}
+    if size is None:
+        return given
+    spare = {name for name in given if isinstance(size, Mapping) and name in size}
+    edges = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+    if not isinstance(size, Mapping) or not size.keys() <= edges.keys() | spare:
+        raise CheckpointError(
+            f"image processor settings: size: expected shortest_edge and longest_edge in pixels, found {shown(size)}"
+        )
+    limits = {name: size[edge] for edge, name in edges.items() if size.get(edge) is not None} | given
+    if len(limits) < 2:
+        missing = next(edge for edge, name in edges.items() if name not in limits)
+        raise CheckpointError(
+            f"image processor settings: size: {missing} is missing, and transformers wants both",
+            remedy="write shortest_edge and longest_edge of the original checkpoint",
+        )
+    return limits
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,7 +363,7 @@ def process_image(
             remedy="lower max_pixels or min_pixels, or make the image smaller",
         )
     if (height, width) != image_HWC.shape[:2]:
-        image_HWC = resize_bicubic(image_HWC, height, width)
+        image_HWC = resize(image_HWC, height, width, FILTERS[config.resample])
     grid_thw = (1, height // config.patch_size, width // config.patch_size)
     return ProcessedImage(_patchify(image_HWC, config), grid_thw, config.merge_size)
 

@@ -42,7 +42,7 @@ from runtime.prompt import Prompt, PromptBuilder
 from runtime.prompt_lookup import PromptLookup
 from runtime.sampling import Sampler
 from runtime.session import Floats, Session, is_on_gpu, open_session
-from runtime.stopping import StopStringFilter
+from runtime.stop_text import AnswerText
 from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
 from runtime.vision_inputs import position_interpolation, vision_rotary
@@ -357,23 +357,21 @@ class Qwen3VLModel:
         steps = decode_steps(
             self.session, cache, logits, len(prompt_ids), delta, embeds[:, :1], sampler.next, lookup, top
         )
-        decoder, stops = self.tokenizer.stream_decoder(), StopStringFilter(options.stop)
+        text = AnswerText(self.tokenizer, options.stop, prompt_ids)
         token_ids: list[int] = []
         pieces: list[str] = []
         finish_reason, first = "length", 0.0
         for token in steps:
             token_ids.append(token)
             first = first or time.perf_counter()
-            piece = stops.feed(decoder.push(token))
+            piece = text.push(token)
             if token in options.eos_token_ids:
                 finish_reason = "eos"
-            elif stops.matched is not None:
+            elif text.is_stopped:
                 finish_reason = "stop"
             is_done = finish_reason != "length" or len(token_ids) >= max_new_tokens
-            if is_done and stops.matched is None:
-                piece += stops.feed(decoder.flush())
-                if stops.matched is None:
-                    piece += stops.flush()
+            if is_done:
+                piece += text.flush()
             pieces.append(piece)
             yield piece
             call.thread = threading.get_ident()  # a stream may be read by another thread than began it

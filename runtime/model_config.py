@@ -8,13 +8,29 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, TypeGuard
 
 from runtime.errors import CheckpointError
+from runtime.shown import shorten, shown
 
 SUPPORTED_MODEL_TYPE = "qwen3_vl"
 EXPERTS_MODEL_TYPE = "qwen3_vl_moe"
 
+# Models that are often taken for this one.
+_OTHER_FAMILIES: Mapping[str, str] = {
+    "qwen2_vl": "which is Qwen2-VL, ",
+    "qwen2_5_vl": "which is Qwen2.5-VL, ",
+    "qwen2_5_omni": "which is Qwen2.5-Omni, ",
+    "qwen3": "which is Qwen3, a text model, ",
+    "qwen3_moe": "which is Qwen3, a text model, ",
+    "qwen3_next": "which is Qwen3-Next, a text model, ",
+    "qwen3_omni_moe": "which is Qwen3-Omni, ",
+    "qwen3_vl_text": "which is the decoder of a Qwen3-VL alone, ",
+    "qwen3_vl_moe_text": "which is the decoder of a Qwen3-VL alone, ",
+    "qwen3_5": "which is Qwen3.5, ",
+    "qwen3_5_moe": "which is Qwen3.5, ",
+}
+
 # Far above all models, and low enough that no product of sizes of one weight exceeds 63 bits.
+_MOST_SHOWN = 8
 _MOST, _MOST_LAYERS, _MOST_TOKENS, _MOST_OF_PATCH = 1 << 20, 1 << 10, (1 << 31) - 1, 1 << 6
-_LONGEST_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -149,10 +165,11 @@ class ModelConfig:
             CheckpointError: Another architecture, a missing or wrong value, or a rotary embedding that is not exported.
         """
         model_type = config.get("model_type")
-        if model_type not in (SUPPORTED_MODEL_TYPE, EXPERTS_MODEL_TYPE):
+        if not isinstance(model_type, str) or model_type not in (SUPPORTED_MODEL_TYPE, EXPERTS_MODEL_TYPE):
+            family = _OTHER_FAMILIES.get(model_type, "") if isinstance(model_type, str) else ""
             raise CheckpointError(
-                f"config.json: model_type is {model_type!r}, "
-                f"expected {SUPPORTED_MODEL_TYPE!r} or {EXPERTS_MODEL_TYPE!r}",
+                f"config.json: model_type is {shown(model_type)}, "
+                f"{family}expected {SUPPORTED_MODEL_TYPE!r} or {EXPERTS_MODEL_TYPE!r}",
                 remedy="give a Qwen3-VL checkpoint (2B, 4B, 8B, 32B, 30B-A3B, 235B-A22B)",
             )
         has_experts = model_type == EXPERTS_MODEL_TYPE
@@ -161,7 +178,7 @@ class ModelConfig:
         if rope.get("mrope_interleaved", True) is not True:
             rope.refuse("mrope_interleaved", "true: Qwen3-VL interleaves the three axes")
         vision_rope = _rope(vision, ("default", "axial"))
-        text.fixed("hidden_act", "silu")
+        text.fixed("hidden_act", "silu", "swish")
         vision.fixed("hidden_act", "gelu_pytorch_tanh")
         if text.boolean("attention_bias", default=False):
             text.refuse("attention_bias", "false: biases are not exported")
@@ -183,9 +200,7 @@ class ModelConfig:
                 ),
                 max_positions=text.size("max_position_embeddings", most=_MOST_TOKENS),
                 rms_norm_eps=text.positive("rms_norm_eps", default=1e-6),
-                tie_word_embeddings=top.boolean(
-                    "tie_word_embeddings", default=text.boolean("tie_word_embeddings", default=False)
-                ),
+                tie_word_embeddings=_is_tied(top, text),
                 experts=_experts(text) if has_experts else None,
                 # Without one, releases of transformers disagree: 5e6 in 4.57, 5e5 in 5.24.
                 rope_theta=rope.positive("rope_theta"),
@@ -290,10 +305,10 @@ class _Section:
             self.refuse(key, "three non-negative integers")
         return value[0], value[1], value[2]
 
-    def fixed(self, key: str, expected: str) -> None:
-        """Raise unless the value, if there is one, is the one that is exported."""
-        if self.get(key, expected) != expected:
-            self.refuse(key, f"{expected!r}: no other is exported")
+    def fixed(self, key: str, *names: str) -> None:
+        """Raise unless the value, if there is one, is one of the names of what is exported."""
+        if self.get(key, names[0]) not in names:
+            self.refuse(key, f"{names[0]!r}: no other is exported")
 
     def boolean(self, key: str, *, default: bool) -> bool:
         """Return true or false."""
@@ -314,8 +329,11 @@ class _Section:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+    """Show a short list of numbers with what it holds, anything else as `shown` does."""
+    values = value if isinstance(value, list | tuple) and len(value) <= _MOST_SHOWN else [None]
+    if all(type(each) in (int, float) for each in values):
+        return shorten(f"[{', '.join(map(shown, values))}]", 120)
+    return shown(value)
 
 
 def _is_integer(value: object, minimum: int) -> TypeGuard[int]:
@@ -327,6 +345,22 @@ def _section(config: Mapping[str, Any], name: str) -> _Section:
     if not isinstance(values, Mapping):
         raise CheckpointError(f"config.json: {name} is missing", remedy="give the folder of a Qwen3-VL checkpoint")
     return _Section(values, name)
+
+
+def _is_tied(top: _Section, text: _Section) -> bool:
+    """Return whether the head is the embedding: the top says so. transformers 5 takes silence there for false.
+
+    Raises:
+        CheckpointError: Only text_config says that it is, which transformers 4 reads and 5 does not.
+    """
+    is_tied = top.boolean("tie_word_embeddings", default=False)
+    if top.get("tie_word_embeddings") is None and text.boolean("tie_word_embeddings", default=False):
+        raise CheckpointError(
+            "config.json: tie_word_embeddings is true in text_config and missing at the top: transformers 4 ties the "
+            "head to the embedding, 5 does not",
+            remedy="write it at the top: true if the weights hold no lm_head.weight, else as the model was trained",
+        )
+    return is_tied
 
 
 def _experts(text: _Section) -> ExpertsConfig:
@@ -378,7 +412,7 @@ def _rope(section: _Section, exported_types: tuple[str, ...]) -> _Section:
                 continue  # names of the same
             if key == "rope_type":
                 raise CheckpointError(
-                    f"config.json: {section.name}.{name}: rope type {value!r} is not exported; expected "
+                    f"config.json: {section.name}.{name}: rope type {shown(value)} is not exported; expected "
                     f"{exported_types[0]!r}",
                     remedy="remove the rope scaling from config.json, which limits the context to the trained length",
                 )

@@ -1,4 +1,4 @@
-"""Resize uint8 images with an antialiased bicubic filter, bit for bit as PyTorch does on a CPU.
+"""Resize uint8 images with an antialiased bicubic or bilinear filter, bit for bit as PyTorch does on a CPU.
 
 transformers' torchvision backend calls `torchvision.transforms.v2.functional.resize(..., BICUBIC, antialias=True)` on a
 uint8 tensor, which ends in `torch.nn.functional.interpolate(mode="bicubic", antialias=True)`. For uint8 input that
@@ -14,6 +14,7 @@ Shapes: X output positions, K filter taps, R values in a row of the other axes (
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,19 +49,28 @@ class FilterTable:
     precision: int
 
 
-def cubic_filter(source_size: int, target_size: int) -> FilterTable:
+@dataclass(frozen=True)
+class Kernel:
+    """A filter of one axis before it is stretched: its value at non-negative distances, and half its width."""
+
+    radius: int
+    value: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
+
+
+def build_filter(kernel: Kernel, source_size: int, target_size: int) -> FilterTable:
     """Build the filter that takes `source_size` samples to `target_size`.
 
     Windows and float64 weights follow `HelperInterpBase::_compute_indices_min_size_weights_aa`, the choice of the
     precision and the rounding of the weights `compute_index_ranges_int16_weights` (UpSampleKernel.cpp).
 
     Args:
+        kernel: Which filter.
         source_size: Number of samples along the axis, at least 1.
         target_size: Number of samples wanted, at least 1.
     """
     scale = source_size / target_size
     stretch = max(scale, 1.0)
-    support = CUBIC_RADIUS * stretch
+    support = kernel.radius * stretch
     center_X = scale * (np.arange(target_size, dtype=np.float64) + 0.5)
     first_X = np.maximum((center_X - support + 0.5).astype(np.int64), 0)
     size_X = np.minimum((center_X + support + 0.5).astype(np.int64), source_size) - first_X
@@ -68,7 +78,7 @@ def cubic_filter(source_size: int, target_size: int) -> FilterTable:
 
     taps_K = np.arange(int(size_X.max()), dtype=np.int64)
     distance_XK = np.abs((taps_K + first_X[:, None] - center_X[:, None] + 0.5) * (1.0 / stretch))
-    weights_XK = np.where(taps_K < size_X[:, None], _cubic(distance_XK), 0.0)
+    weights_XK = np.where(taps_K < size_X[:, None], kernel.value(distance_XK), 0.0)
     # Summed tap by tap as torch does: numpy's pairwise sum rounds differently.
     total_X = np.add.accumulate(weights_XK, axis=1)[:, -1]
     weights_XK /= np.where(total_X == 0.0, 1.0, total_X)[:, None]
@@ -87,6 +97,14 @@ def _cubic(distance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def _triangle(distance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Evaluate the triangle of bilinear interpolation at non-negative distances."""
+    return np.where(distance < 1, 1 - distance, 0.0)
+
+
+BICUBIC, BILINEAR = Kernel(CUBIC_RADIUS, _cubic), Kernel(1, _triangle)
 
 
 def _precision(max_weight: float) -> int:
@@ -127,13 +145,16 @@ def _resize_rows(source: npt.NDArray[np.uint8], table: FilterTable, target: npt.
             target[start : start + block, left : left + columns] = total
 
 
-def resize_bicubic(image_HWC: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Resize a uint8 image as `torchvision.transforms.v2.functional.resize(..., BICUBIC, antialias=True)` does.
+def resize(
+    image_HWC: npt.NDArray[np.uint8], height: int, width: int, kernel: Kernel = BICUBIC
+) -> npt.NDArray[np.uint8]:
+    """Resize a uint8 image as `torchvision.transforms.v2.functional.resize(..., antialias=True)` does.
 
     Args:
         image_HWC: uint8 [H, W, C], H and W at least 1. Not changed.
         height: Rows wanted, at least 1.
         width: Columns wanted, at least 1.
+        kernel: The filter of both axes.
 
     Returns:
         uint8 [height, width, C], C-contiguous; the input itself where its size is already the wanted one. Beside
@@ -143,7 +164,7 @@ def resize_bicubic(image_HWC: npt.NDArray[np.uint8], height: int, width: int) ->
     assert height > 0 and width > 0
     source_height, source_width, channels = image_HWC.shape
     if width != source_width:
-        table = cubic_filter(source_width, width)
+        table = build_filter(kernel, source_width, width)
         wide = np.empty((source_height, width, channels), np.uint8)
         strip = max(1, _STRIP_VALUES // (source_width * channels))
         for top in range(0, source_height, strip):
@@ -154,7 +175,7 @@ def resize_bicubic(image_HWC: npt.NDArray[np.uint8], height: int, width: int) ->
             wide[top : top + strip] = filtered.reshape(width, len(rows), channels).transpose(1, 0, 2)
         image_HWC = wide
     if height != source_height:
-        table = cubic_filter(source_height, height)
+        table = build_filter(kernel, source_height, height)
         tall = np.empty((height, width * channels), np.uint8)
         _resize_rows(np.ascontiguousarray(image_HWC).reshape(source_height, -1), table, tall)
         image_HWC = tall.reshape(height, width, channels)

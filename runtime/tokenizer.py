@@ -61,6 +61,11 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
+    def largest_id(self) -> int:
+        """Largest token id, added tokens included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids of the tokens that `skip_special_tokens` leaves out."""
         return self._special_ids

@@ -119,7 +119,7 @@ def other_ids(folder: Path) -> None:
         (
             lambda folder: edit_json(folder / "config.json", lambda c: c["text_config"].update(vocab_size=398)),
             "tokenizer.json",
-            "has 399 tokens, config.json a vocab_size of 398",
+            "has 399 tokens with ids up to 398, config.json a vocab_size of 398",
         ),
         (text("chat_template.jinja", "{% if %}"), "chat_template.jinja", "not valid jinja2"),
         (text("chat_template.jinja", b"\xff"), "chat_template.jinja", "can.t decode byte"),
@@ -131,8 +131,8 @@ def other_ids(folder: Path) -> None:
         (values(PREPROCESSOR, temporal_patch_size=1), PREPROCESSOR, "temporal_patch_size is 1"),
         (text(GENERATION, "[]"), GENERATION, "expected a JSON object"),
         (values(GENERATION, num_beams=4), GENERATION, "asks for what this runtime does not do: num_beams=4"),
-        (values(GENERATION, top_p=2), GENERATION, "top_p must be in"),
-        (values(GENERATION, eos_token_id=[387, 399]), GENERATION, "399 is not below config.json's vocab_size, 399"),
+        (values(GENERATION, do_sample=True, top_p=-1), GENERATION, "top_p must be in"),
+        (values(GENERATION, eos_token_id=[500, 399]), GENERATION, "399 is not below config.json's vocab_size, 399"),
     ],
 )
 def test_files_that_no_runtime_opens_are_refused(

@@ -92,7 +92,7 @@ def other_architecture(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: missing"),
-        (other_architecture, "model_type is 'qwen2_5_vl', expected"),
+        (other_architecture, "model_type is 'qwen2_5_vl', which is Qwen2.5-VL, expected"),
         (retensor(lambda t: t.pop("model.visual.blocks.1.norm1.bias")), "norm1.bias is missing"),
         (retensor(lambda t: t.update({"model.extra.weight": np.zeros(3, np.float32)})), "model.extra.weight"),
         (retensor(lambda t: t.update({NORM: np.ones(7, np.float32)})), "norm.weight has shape [7]"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,8 @@ def safetensors_file(path: Path, offsets: list[Any], num_bytes: int, shape: Any 
 @pytest.mark.parametrize(
     ("offsets", "num_bytes", "words"),
     [
-        ([[-8, 0], [0, 8]], 8, "expected a non-negative integer, got -8"),
-        ([[0, 8.0]], 8, "expected a non-negative integer, got 8.0"),
+        ([[-8, 0], [0, 8]], 8, "expected a whole number of 0 to .*, found -8"),
+        ([[0, 8.0]], 8, "expected a whole number of 0 to .*, found 8.0"),
         ([[0, 8], [4, 12]], 12, "1 begins at byte .*, what lies before it ends at byte"),
         ([[0, 8], [0, 8]], 8, "1 begins at byte"),
         ([[0, 8], [12, 20]], 20, "1 begins at byte"),
@@ -53,7 +56,7 @@ def test_offsets_that_safetensors_refuses(tmp_path: Path, offsets: list[Any], nu
 @pytest.mark.portable
 def test_a_negative_shape_is_refused(tmp_path: Path) -> None:
     path = safetensors_file(tmp_path / "model.safetensors", [[0, 8]], 8, shape=(-1, -2))
-    with pytest.raises(CheckpointError, match="expected a non-negative integer, got -1"):
+    with pytest.raises(CheckpointError, match=r"expected a whole number of 0 to .*, found -1"):
         read_header(path)
 
 
@@ -126,3 +129,140 @@ def test_a_download_that_fails_otherwise(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(CheckpointError, match=r"neither a folder here nor on the Hub \(ConnectionError: unreachable\)"):
         Checkpoint.open("someone/model")
+
+
+NORM = "model.language_model.norm.weight"
+
+
+@pytest.mark.judge
+def test_float64_is_cast_as_transformers_casts(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_reader, "BLOCK_BYTES", 4096)
+    folder = altered(tiny_checkpoint, tmp_path / "checkpoint")
+    random = np.random.default_rng(0)
+    wide: dict[str, np.ndarray] = {}
+
+    def widen(tensors: dict[str, np.ndarray]) -> None:
+        for key in (NORM, EMBEDDING_KEY):  # one block, and several
+            wide[key] = tensors[key] * (1 + random.uniform(-1e-8, 1e-8, tensors[key].shape))
+            wide[key].flat[:3] = (1 + 2**-24, 1 + 3 * 2**-24, 2**-140)  # halves, and a subnormal number
+        tensors.update(wide)
+
+    rewrite(folder, widen)
+    expected, checkpoint = judge.load(folder).state_dict(), Checkpoint.open(str(folder))
+    for key, values in wide.items():
+        found = checkpoint.tensor(key, values.shape).numpy()
+        assert checkpoint.entries[key].dtype == "F64"
+        np.testing.assert_array_equal(found, expected[key].numpy())
+        assert found.flat[0] == 1 and found.flat[1] == np.float32(1 + 2**-22) and found.flat[2] > 0
+
+
+@pytest.mark.portable
+def test_float64_beyond_float32_is_infinite_and_so_refused_later(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = altered(tiny_checkpoint, tmp_path / "checkpoint")
+    rewrite(folder, lambda tensors: tensors.update({NORM: np.full(48, 1e300)}))
+    assert np.isinf(Checkpoint.open(str(folder)).tensor(NORM, [48]).numpy()).all()
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    ("dtype", "bits", "remedy"),
+    [
+        ("F8_E4M3", 8, "lacks the quantization_config"),
+        ("F8_E5M2", 8, "lacks the quantization_config"),
+        ("F4", 4, "lacks the quantization_config"),
+        ("I8", 8, "bitsandbytes saves such ones"),
+        ("U8", 8, "bitsandbytes saves such ones"),
+        ("I32", 32, "cast them to BF16"),
+        ("I64", 64, "cast them to BF16"),
+        ("BOOL", 8, "cast them to BF16"),
+        ("C64", 64, "cast them to BF16"),
+        ("F1000", 32, "cast them to BF16"),
+        ("\x1b[2J", 32, "cast them to BF16"),
+    ],
+)
+def test_other_dtypes_are_refused_for_what_they_are(tmp_path: Path, dtype: str, bits: int, remedy: str) -> None:
+    num_bytes = 48 * bits // 8
+    raw = json.dumps({NORM: {"dtype": dtype, "shape": [48], "data_offsets": [0, num_bytes]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(num_bytes))
+    entry = read_header(path).tensors[NORM]
+    with pytest.raises(
+        CheckpointError, match=rf"{NORM} is .*, expected one of F32, F16, BF16, F64\n.*{remedy}"
+    ) as error:
+        entry.tensor(NORM)
+    assert error.value.message.isprintable()
+
+
+PLAIN = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    "header",
+    [
+        *({"a": PLAIN | {"dtype": dtype}} for dtype in (["F32"], {}, None, 1)),
+        *(
+            {"a": PLAIN | {"shape": shape}}
+            for shape in ("12", {}, [2**63], [0, 2**64], [2**32, 2**32], [1] * 20, [True])
+        ),
+        *({"a": PLAIN | {"data_offsets": offsets}} for offsets in ("04", {"0": 0}, [0], [0, 2**64], [4, 0], [0, 4, 8])),
+        *({"a": value} for value in (None, [], "x", 1, {})),
+        *(b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b"\xff", b"[]", b"null"),
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,' + b"9" * 5000 + b"]}}",
+        {"\ud800\x1b[2J" * 500: PLAIN | {"shape": [2]}},
+    ],
+    ids=lambda header: f"{str(header)[:40]}",
+)
+def test_any_header_ends_in_a_short_error_of_ours(tmp_path: Path, header: Any) -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
+    with pytest.raises(CheckpointError) as caught:
+        read_header(path)
+    assert caught.value.message.isprintable() and len(str(caught.value)) < 600
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(("num_tensors", "words"), [(1_400_000, "expected at most 33554432"), (400_000, "memory")])
+def test_a_header_of_more_tensors_than_any_model_takes_no_time_and_no_memory(
+    tmp_path: Path, num_tensors: int, words: str
+) -> None:
+    entry = '"%d":{"dtype":"X","shape":[],"data_offsets":[0,0]}'
+    raw = ("{" + ",".join(entry % i for i in range(num_tensors)) + "}").encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with pytest.raises(CheckpointError, match=words):
+        read_header(path)
+    assert time.perf_counter() - started < 2
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 300e6 + len(raw)
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("name", ["a" * 300, "\0", "x\ud800", "..", "", ".", "folder", "pipe", "device", "memory"])
+def test_any_name_of_a_shard_ends_in_a_short_error_of_ours(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "memory").symlink_to("/proc/self/mem")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(str(tmp_path)).headers  # noqa: B018
+    assert caught.value.message.isprintable() and len(str(caught.value)) < 600
+
+
+@pytest.mark.portable
+def test_shards_behind_links_into_the_cache_of_the_hub(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "disk" / "blobs", tmp_path / "cache" / "snapshots" / "main"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, path in enumerate(tiny_checkpoint.iterdir()):
+        (blobs / f"{i:064}").write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(blobs / f"{i:064}")
+    linked, plain = (Checkpoint.open(str(folder)) for folder in (snapshot, tiny_checkpoint))
+    assert linked.assets() == plain.assets()
+    assert linked.describe()["weight_files"] == plain.describe()["weight_files"]
+    np.testing.assert_array_equal(linked.tensor(NORM, [48]).numpy(), plain.tensor(NORM, [48]).numpy())

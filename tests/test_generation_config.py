@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import judge
@@ -109,8 +110,7 @@ def test_a_file_saved_by_transformers_is_accepted() -> None:
         ("no_repeat_ngram_size", 3),
         ("suppress_tokens", [1]),
         ("max_length", 100),
-        ("some_future_option", 1),
-        ("seed", 1),
+        ("logits_processor", []),
     ],
 )
 def test_a_file_that_asks_for_more_is_refused_by_name(key: str, value: Any) -> None:
@@ -121,7 +121,7 @@ def test_a_file_that_asks_for_more_is_refused_by_name(key: str, value: Any) -> N
 @pytest.mark.portable
 def test_a_bad_value_in_the_file_is_refused() -> None:
     with pytest.raises(UsageError, match="top_p must be in"):
-        GenerationOptions.from_generation_config({"do_sample": True, "top_p": 1.5})
+        GenerationOptions.from_generation_config({"do_sample": True, "top_p": -0.5})
 
 
 @pytest.mark.portable
@@ -181,7 +181,7 @@ def test_an_unknown_option_lists_the_known_ones() -> None:
         {"temperature": True},
         {"top_k": -1},
         {"top_k": 2.0},
-        {"top_p": 0.0},
+        {"top_p": -0.01},
         {"top_p": 1.01},
         {"min_p": -0.1},
         {"min_p": 1.1},
@@ -207,9 +207,19 @@ def test_values_out_of_range_are_refused(option: dict[str, Any]) -> None:
 
 
 @pytest.mark.portable
-def test_temperature_zero_points_to_greedy() -> None:
+@pytest.mark.parametrize("zero", [0, 0.0, -0.0, np.float32(0)])
+@pytest.mark.parametrize("others", [{}, {"top_p": 1.0, "top_k": 5}, {"do_sample": False}])
+def test_temperature_zero_is_greedy(zero: float, others: dict[str, Any]) -> None:
+    base = GenerationOptions(do_sample=True, temperature=0.7, top_k=20, seed=3)
+    assert base.replace(temperature=zero, **others) == base.replace(do_sample=False)
+
+
+@pytest.mark.portable
+def test_temperature_zero_and_sampling_contradict_each_other() -> None:
+    with pytest.raises(UsageError, match=r"temperature = 0 .* do_sample=True.*\n.*leave do_sample out"):
+        GenerationOptions().replace(temperature=0, do_sample=True)
     with pytest.raises(UsageError, match=r"temperature must be in \[1e-15, 1e\+15\], got 0.*\n.*do_sample=False"):
-        GenerationOptions(do_sample=True).replace(temperature=0)
+        GenerationOptions(do_sample=True, temperature=0)
 
 
 @pytest.mark.portable
@@ -224,6 +234,77 @@ def test_factors_at_their_ends_keep_logits_finite(temperature: float, penalty: f
 
 
 @pytest.mark.portable
-def test_both_names_of_the_end_tokens_at_once_are_refused() -> None:
+@pytest.mark.parametrize("options", [{"eos_token_id": 1, "eos_token_ids": [2]}, {"stop_strings": "a", "stop": ["b"]}])
+def test_both_names_of_one_option_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="both given"):
-        GenerationOptions().replace(eos_token_id=1, eos_token_ids=[2])
+        GenerationOptions().replace(**options)
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("stops", ["x", ["x", "yz"]])
+def test_stop_strings_are_stops(stops: Any) -> None:
+    assert GenerationOptions().replace(stop_strings=stops) == GenerationOptions().replace(stop=stops)
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_length"])
+def test_names_of_other_libraries_are_explained(name: str) -> None:
+    with pytest.raises(UsageError, match=f"'{name}'\n.*did you mean 'max_new_tokens'"):
+        GenerationOptions().replace(**{name: 5})
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def cyclic() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+HUGE = {
+    "400 digits": 10**400,
+    "-5000 digits": -(10**5000),
+    "nested": nested(5000),
+    "cyclic": cyclic(),
+    "range": range(10**9),
+    "surrogates": "\ud800" * 10_000,
+}
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("kind", HUGE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+        *("presence_penalty", "frequency_penalty", "eos_token_ids", "prompt_lookup_num_tokens"),
+    ],
+)
+def test_any_value_ends_in_a_short_error_of_ours(name: str, kind: str) -> None:
+    started = time.perf_counter()
+    with pytest.raises(UsageError, match=name) as caught:
+        GenerationOptions().replace(**{"do_sample": True, name: HUGE[kind]})
+    assert time.perf_counter() - started < 1
+    assert len(str(caught.value)) < 500 and caught.value.message.isprintable()
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("kind", ["400 digits", "nested", "cyclic", "range"])
+def test_any_value_of_stop_ends_in_a_short_error_of_ours(kind: str) -> None:
+    with pytest.raises(UsageError, match="stop") as caught:
+        GenerationOptions().replace(stop=HUGE[kind])
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("kind", ["long", "many", "controls"])
+def test_any_name_of_an_option_ends_in_a_short_error_of_ours(kind: str) -> None:
+    names = {"long": ["x" * 100_000], "many": [f"name{i}" for i in range(10_000)], "controls": ["\ud800\x1b[2J"]}[kind]
+    with pytest.raises(UsageError, match="unknown generation option") as caught:
+        GenerationOptions().replace(**dict.fromkeys(names, 1))
+    assert len(str(caught.value)) < 1000 and caught.value.message.isprintable()

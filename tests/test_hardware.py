@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.hardware import Gpu, Hardware, has_gpu, parse_cpuinfo, probe, probe_gpus
+from engines.hardware import Gpu, Hardware, has_gpu, probe, probe_gpus
+from runtime.machine import processor
 
 X86 = """processor\t: 0
 model name\t: AMD EPYC 9B14
@@ -32,10 +33,20 @@ def raises(error: Exception) -> Callable[[Sequence[str]], str]:
     return run
 
 
-def test_the_first_processor_and_its_features() -> None:
-    assert parse_cpuinfo(X86) == ("AMD EPYC 9B14", ("avx2", "avx512f", "avx512_vnni", "avx512_bf16"))
-    assert parse_cpuinfo(ARM) == ("", ("asimd", "asimddp", "i8mm"))
-    assert parse_cpuinfo("") == ("", ())
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (X86, ("AMD EPYC 9B14", ("avx2", "avx512f", "avx512_vnni", "avx512_bf16"))),
+        (ARM, ("", ("asimd", "asimddp", "i8mm"))),
+        ("", ("", ())),
+    ],
+)
+def test_the_first_processor_and_its_instruction_sets(
+    text: str, expected: tuple[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert processor(tmp_path / "cpuinfo") == expected
+    assert processor(tmp_path / "absent") == ("", ())
 
 
 def test_gpus_are_those_the_driver_lists() -> None:

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from runtime.errors import CheckpointError
 from runtime.image_processor import ImageProcessorConfig, process_image, smart_resize
 from runtime.images import load_image
-from runtime.resize import resize_bicubic
+from runtime.resize import BICUBIC, BILINEAR, Kernel, resize
 
 # As published with Qwen3-VL.
 QWEN3_VL: dict[str, Any] = {
@@ -146,12 +147,13 @@ def test_the_number_of_patches_of_any_size(height: int, width: int, min_pixels: 
     assert (rows // 16) * (columns // 16) == expected
 
 
-def torch_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def torch_resize(image: np.ndarray, height: int, width: int, kernel: Kernel = BICUBIC) -> np.ndarray:
     import torch
     from torchvision.transforms.v2 import functional as tvf
 
     tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-    resized = tvf.resize(tensor, [height, width], interpolation=tvf.InterpolationMode.BICUBIC, antialias=True)
+    mode = tvf.InterpolationMode.BICUBIC if kernel is BICUBIC else tvf.InterpolationMode.BILINEAR
+    resized = tvf.resize(tensor, [height, width], interpolation=mode, antialias=True)
     return resized.permute(1, 2, 0).numpy()
 
 
@@ -159,7 +161,9 @@ def torch_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(2, 300), st.integers(2, 300), st.integers(0, 99))
 def test_resize_is_equal(source_height: int, source_width: int, height: int, width: int, seed: int) -> None:
     image = noise(source_height, source_width, seed=seed)
-    np.testing.assert_array_equal(resize_bicubic(image, height, width), torch_resize(image, height, width))
+    for kernel in (BICUBIC, BILINEAR):
+        expected = torch_resize(image, height, width, kernel)
+        np.testing.assert_array_equal(resize(image, height, width, kernel), expected)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,8 @@ def test_resize_is_equal(source_height: int, source_width: int, height: int, wid
 def test_resize_in_pieces_is_equal(source: tuple[int, int], target: tuple[int, int]) -> None:
     image = noise(*source)
     before = image.copy()
-    np.testing.assert_array_equal(resize_bicubic(image, *target), torch_resize(image, *target))
+    for kernel in (BICUBIC, BILINEAR):
+        np.testing.assert_array_equal(resize(image, *target, kernel), torch_resize(image, *target, kernel))
     np.testing.assert_array_equal(image, before)
 
 
@@ -278,3 +283,66 @@ def test_array_without_channel_axis_is_grey() -> None:
     expected = process_image(grey, ImageProcessorConfig.from_dict(SMALL))
     found = process_image(grey[..., 0], ImageProcessorConfig.from_dict(SMALL))
     np.testing.assert_array_equal(found.pixel_values, expected.pixel_values)
+
+
+LIMITS = {"shortest_edge": 1024, "longest_edge": 65536}
+OLDER_FORMS: dict[str, dict[str, Any]] = {
+    "videos": {"do_sample_frames": True, "fps": 2, "max_frames": 768, "min_frames": 4, "num_frames": None},
+    "more of videos": {"return_metadata": False, "max_video_tokens": 768, "video_metadata": None},
+    "bilinear": {"resample": 2},
+    "limits at the top": {"size": None, "min_pixels": 1024, "max_pixels": 65536},
+    "one limit at the top": {"size": None, "min_pixels": 1024},
+    "limits in both places": {"size": {"min_pixels": 1, "max_pixels": 2}, "min_pixels": 1024, "max_pixels": 65536},
+    "limits mixed": {"size": {"longest_edge": 65536}, "min_pixels": 1024},
+    "limits at the top win": {"size": LIMITS, "min_pixels": 4096, "max_pixels": 16384},
+    "class of 4": {"image_processor_type": "Qwen2VLImageProcessor"},
+    "class by its older key": {"image_processor_type": None, "feature_extractor_type": "Qwen2VLImageProcessor"},
+    "numbers for all channels": {"image_mean": 0.5, "image_std": 0.25},
+    "steps that are off": {"do_pad": False, "do_center_crop": False, "crop_size": None, "pad_size": None},
+}
+
+
+@pytest.mark.judge
+@pytest.mark.parametrize("name", OLDER_FORMS)
+def test_settings_of_older_releases_are_read_as_transformers_reads_them(name: str) -> None:
+    judge.skip_unless(judge.release() >= (5, 10), "older ones read them in ways of their own")
+    checkpoint = {key: value for key, value in {**SMALL, **OLDER_FORMS[name]}.items() if value is not None}
+    for height, width in ((50, 70), (500, 300)):
+        assert_same(Image.fromarray(noise(height, width)), checkpoint)
+
+
+@pytest.mark.judge
+@pytest.mark.parametrize("size", [{"shortest_edge": 1024}, {"longest_edge": 65536}, {"min_pixels": 1, "max_pixels": 2}])
+def test_sizes_that_transformers_does_not_take_are_refused(size: dict[str, int]) -> None:
+    judge.skip_unless(judge.release() >= (5, 10), "older ones read them in ways of their own")
+    with pytest.raises(CheckpointError, match=r"size: .*(longest|shortest)_edge"):
+        ImageProcessorConfig.from_dict({**SMALL, "size": size})
+    with pytest.raises(ValueError, match="must contain 'shortest_edge' and 'longest_edge'"):
+        reference(Image.fromarray(noise(50, 70)), {**SMALL, "size": size})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resample": 0}, r"resample: expected 3 \(bicubic, as every published Qwen3-VL\) or 2 \(bilinear\), found 0"),
+        ({"resample": 1}, "resample: expected 3"),
+        ({"resample": True}, "resample: expected 3 .* found True"),
+        ({"resample": "bicubic"}, "resample: expected 3 .* found 'bicubic'"),
+        (
+            {"image_processor_type": "CLIPImageProcessor"},
+            "image_processor_type is 'CLIPImageProcessor', expected Qwen2VL",
+        ),
+        ({"image_processor_type": None, "feature_extractor_type": "X"}, "feature_extractor_type is 'X'"),
+        ({"size": {"height": 64, "width": 64}}, "size: expected shortest_edge and longest_edge"),
+        ({"size": 64}, "size: expected shortest_edge and longest_edge in pixels, found 64"),
+        ({"image_mean": [10**400] * 3}, "image_mean: expected 3 finite numbers"),
+        ({"rescale_factor": 10**400}, "rescale_factor: expected a number above 0"),
+        ({"min_pixels": 10**5000, "max_pixels": 10**5000}, "is no whole number|min_pixels: expected a whole number"),
+        ({"\ud800": 1}, r"unknown keys '\\ud800'"),
+    ],
+    ids=lambda value: "",
+)
+def test_settings_that_make_other_pixels_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words) as caught:
+        ImageProcessorConfig.from_dict({**SMALL, **changes})
+    assert caught.value.message.isprintable() and len(str(caught.value)) < 600

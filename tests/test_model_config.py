@@ -6,6 +6,7 @@ import copy
 import json
 from typing import Any
 
+import judge
 import pytest
 
 from qwen3vl_export.demo import CHECKPOINT
@@ -116,15 +117,62 @@ def test_missing_values_are_named(key: str) -> None:
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize(("top", "text", "expected"), [(None, True, True), (None, False, False), (False, True, False)])
-def test_tied_embeddings(top: bool | None, text: bool, expected: bool) -> None:
-    """The top decides; the section only where the top says nothing."""
+@pytest.mark.parametrize(
+    ("top", "text", "expected"), [(None, False, False), (None, None, False), (False, True, False), (True, False, True)]
+)
+def test_tied_embeddings(top: bool | None, text: bool | None, expected: bool) -> None:
+    """The top decides."""
+    assert ModelConfig.from_hf(tied(top, text)).text.tie_word_embeddings is expected
+
+
+@pytest.mark.judge
+@pytest.mark.parametrize("text", [None, False, True])
+@pytest.mark.parametrize("top", [False, True])
+def test_tied_embeddings_are_those_of_transformers(top: bool, text: bool | None) -> None:
+    config = tied(top, text)
+    assert judge.config_of(config).tie_word_embeddings is ModelConfig.from_hf(config).text.tie_word_embeddings
+
+
+@pytest.mark.portable
+def test_tied_embeddings_that_releases_read_differently_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"true in text_config and missing at the top.*\n.*lm_head\.weight"):
+        ModelConfig.from_hf(tied(None, True))
+
+
+def tied(top: bool | None, text: bool | None) -> dict[str, Any]:
     config = demo_config()
-    config["text_config"]["tie_word_embeddings"] = text
-    del config["tie_word_embeddings"]
-    if top is not None:
-        config["tie_word_embeddings"] = top
-    assert ModelConfig.from_hf(config).text.tie_word_embeddings is expected
+    for section, value in ((config, top), (config["text_config"], text)):
+        del section["tie_word_embeddings"]
+        if value is not None:
+            section["tie_word_embeddings"] = value
+    return config
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("name", ["silu", "swish"])
+def test_both_names_of_the_activation(name: str) -> None:
+    config = demo_config()
+    config["text_config"]["hidden_act"] = name
+    assert ModelConfig.from_hf(config) == ModelConfig.from_hf(demo_config())
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("qwen2_5_vl", "'qwen2_5_vl', which is Qwen2.5-VL, expected 'qwen3_vl'"),
+        ("qwen3", "'qwen3', which is Qwen3, a text model"),
+        ("qwen3_omni_moe", "'qwen3_omni_moe', which is Qwen3-Omni"),
+        ("llava", "'llava', expected 'qwen3_vl' or 'qwen3_vl_moe'"),
+        (["qwen3_vl"], "a list of 1, expected"),
+        pytest.param(10**5000, "an integer of 16610 bits, expected", id="5000 digits"),
+        ("\ud800\x1b[2J", r"'\\ud800\\x1b\[2J', expected"),
+    ],
+)
+def test_other_architectures_are_named(model_type: Any, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words) as caught:
+        ModelConfig.from_hf({**demo_config(), "model_type": model_type})
+    assert caught.value.message.isprintable() and len(str(caught.value)) < 300
 
 
 ROPE = {"rope_type": "default", "rope_theta": 7e5, "mrope_section": [8, 12, 12], "mrope_interleaved": True}

@@ -21,6 +21,7 @@ from engines.quantize.imported import GroupQuantizedTensor
 from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight, row_chunks
 from engines.weights import StreamedTensor
 from runtime.errors import BundleError, TargetError
+from runtime.kernels import EXACT_PRODUCTS, known_kernels, needs_exact_products
 
 RNG = np.random.default_rng(7)
 
@@ -206,7 +207,10 @@ def product_model(weights: dict[str, np.ndarray], *, bias: np.ndarray | None = N
 
 def run(model: ir.Model, folder: Path, x: np.ndarray) -> list[np.ndarray]:
     write_model(model, folder / "model.onnx", with_weights=True)
-    session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    if needs_exact_products(known_kernels()):
+        options.add_session_config_entry(*EXACT_PRODUCTS)
+    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     return [np.asarray(y) for y in session.run(None, {session.get_inputs()[0].name: x})]
 
 
@@ -264,6 +268,25 @@ def test_a_scale_per_token_keeps_a_huge_token_from_drowning_the_others(has_bias:
         assert np.allclose(found[1], expected[1], atol=1e-6)
     assert errors["token"] < 0.02
     assert errors["tensor"] > 0.5
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("has_gelu", [False, True])
+def test_a_scale_per_token_gives_a_row_the_same_bits_in_any_company(has_gelu: bool, tmp_path: Path) -> None:
+    x = normal(16, 160) * np.logspace(-2, 3, 16, dtype=np.float32)[:, None]
+    model = product_model({"w": normal(24, 160)}, bias=normal(24))
+    if has_gelu:
+        (product,) = (node for node in model.graph if node.op_type in ("MatMul", "Gemm"))
+        gelu = ir.node("Gelu", [product.inputs[0]])
+        product.replace_input_with(0, gelu.outputs[0])
+        model.graph.insert_before(model.graph[0], gelu)
+    QuantizeWeightsPass(plan(kind="rowwise", activations="token"))(model)
+    (middle,) = (name for name in model.graph.initializers if name.startswith("quantize.middle"))
+    assert middle == ("quantize.middle.32" if has_gelu else "quantize.middle.128")
+    (together,) = run(model, tmp_path, x)
+    for row in range(16):
+        (alone,) = run(model, tmp_path, x[row : row + 1])
+        assert alone[0].tobytes() == together[row].tobytes()
 
 
 @pytest.mark.portable

@@ -213,10 +213,10 @@ def images_swapped(subject: Subject) -> None:
 
 
 def resize_bilinear(subject: Subject) -> None:
-    def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    def bilinear(image: np.ndarray, height: int, width: int, kernel: object) -> np.ndarray:
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
-    subject.patch.setattr(runtime.image_processor, "resize_bicubic", bilinear)
+    subject.patch.setattr(runtime.image_processor, "resize", bilinear)
 
 
 # What breaks, and the case, the check and the layer that notice first.

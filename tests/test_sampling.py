@@ -283,3 +283,46 @@ def test_the_bare_functions_refuse_them_too(bad: float) -> None:
         sampling.sample(logits_V, np.random.default_rng(0))
     with pytest.raises(EngineError):
         sampling.sample(np.full(3, -np.inf, np.float32), np.random.default_rng(0))
+
+
+@pytest.mark.judge
+def test_any_options_give_the_scores_and_the_tokens_of_transformers() -> None:
+    """Random options together, as `generate` chains them; with the same uniform number, the same token."""
+    import torch
+
+    torch.manual_seed(0)
+    model = judge.new_model(tiny_values(tie_word_embeddings=False, text_config={"vocab_size": 400}))
+    model.lm_head.weight.data = torch.from_numpy(random_logits(0, 400, 48)) / 12
+    rng = np.random.default_rng(5)
+    choices: dict[str, list[Any]] = {
+        "do_sample": [True, True, False],
+        "temperature": [1.0, 0.3, 1.7],
+        "top_k": [0, 1, 7, 50, 1000],
+        "top_p": [0.0, 1e-6, 0.5, 0.95, 1.0],
+        "min_p": [0.0, 0.05, 1.0],
+        "repetition_penalty": [1.0, 0.8, 1.3],
+    }
+    num_kept = set()
+    for seed in range(60):
+        options = {name: values[rng.integers(len(values))] for name, values in choices.items()}
+        if not options["do_sample"]:
+            options = {name: options[name] for name in ("do_sample", "repetition_penalty")}
+        ids = torch.from_numpy(rng.integers(0, 400, (1, 30)))
+        asked = {"output_logits": True, "output_scores": True, "return_dict_in_generate": True, "max_new_tokens": 3}
+        made = model.generate(ids, eos_token_id=None, **options, **asked)
+        for step, (logits, scores) in enumerate(zip(made.logits, made.scores, strict=True)):
+            before = made.sequences[0, : 30 + step].tolist()
+            sampler, found = Sampler(GenerationOptions(**options, seed=seed)), logits.numpy()
+            for processor in build_processors(sampler.options):
+                found = processor(found, [TokenHistory(before)])
+            np.testing.assert_array_equal(found, scores.numpy(), err_msg=str(options))
+            num_kept.add(int(np.isfinite(found).sum()))
+            sampler.start(before)
+            chosen = sampler.next(logits[0].numpy())
+            if options["do_sample"]:
+                shares = torch.softmax(scores[0].double(), 0).cumsum(0).numpy()
+                uniform = np.random.default_rng(seed).random()
+                assert chosen == int(np.searchsorted(shares / shares[-1], uniform, side="right"))
+            else:
+                assert chosen == made.sequences[0, 30 + step]
+    assert len(num_kept) > 15 and {1, 400} <= num_kept

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import call
+from random_checkpoints import write_random
 
+from engines.build import check_options
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from engines.registry import all_targets
 from engines.target import Target
+from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.cli.export import app as export_app
 from runtime import generation
+from runtime.errors import TargetError
 from runtime.model import Qwen3VLModel
+from runtime.model_config import ModelConfig
 from tests.conftest import build
 
 PICTURES = Path(__file__).resolve().parent.parent / "qwen3vl_export" / "demo" / "images"
@@ -62,7 +70,8 @@ def test_a_held_out_picture_is_read(target: Target, engines: Engines) -> None:
 def test_the_manifest_repeats_the_capability_record(target: Target, engines: Engines) -> None:
     manifest = engines(target).manifest
     assert manifest.target == target.name
-    assert dict(manifest.capabilities) == target.capabilities(manifest.model, BuildOptions())
+    capabilities = {name: value for name, value in manifest.capabilities.items() if name != "kernels"}
+    assert capabilities == target.capabilities(manifest.model, BuildOptions())
     assert set(target.libraries) <= set(manifest.versions)
 
 
@@ -102,3 +111,29 @@ def test_a_second_decoder_takes_the_long_calls(engines: Engines) -> None:
     # Short chunks run on the same graph in both engines, long ones do not; the vision towers are equal.
     assert np.array_equal(prompt_logits(with_prefill, 5), prompt_logits(without, 5))
     assert not np.array_equal(prompt_logits(with_prefill, 512), prompt_logits(without, 512))
+
+
+@pytest.mark.parametrize("target", [t for t in all_targets() if t.session.startswith("ort_")], ids=lambda t: t.name)
+def test_heads_that_the_attention_kernel_does_not_take_are_refused_before_tracing(target: Target) -> None:
+    config = Checkpoint.open("demo").config
+    for head_dim in (8, 64, 128):
+        check_options(target, None, with_heads(config, head_dim))
+    for head_dim in (4, 12, 20):
+        with pytest.raises(TargetError, match=f"text_config.head_dim is {head_dim}, expected a multiple of 8"):
+            check_options(target, None, with_heads(config, head_dim))
+
+
+def test_the_command_refuses_such_heads_before_tracing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trace(*_: object) -> None:
+        raise AssertionError("traced before the target was asked")
+
+    monkeypatch.setattr("qwen3vl_export.export.trace_pieces", trace)
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 2, 2], "mrope_interleaved": True}
+    folder = write_random(tmp_path / "checkpoint", text_config={"head_dim": 12, "rope_parameters": rope})
+    code, out, err = call(export_app, str(folder), "--output", str(tmp_path / "engine"))
+    assert (code, out) == (TargetError.exit_code, "")
+    assert "text_config.head_dim is 12, expected a multiple of 8" in err
+
+
+def with_heads(config: ModelConfig, head_dim: int) -> ModelConfig:
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, head_dim=head_dim))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import configs
+from engines.attention_limits import check_grouped_query_attention
 from engines.quantize.formats import WeightPlan
 from engines.target import Availability, Target
 
@@ -160,6 +161,7 @@ def _target(precision: str, description: str) -> Target:
         prefill_min_tokens=settings.get("prefill_min_tokens", 0),
         cache_pass=_cache_pass,
         libraries=("onnx-ir",),
+        check_model=check_grouped_query_attention,
         availability=_availability,
     )
 

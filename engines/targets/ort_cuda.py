@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import configs
+from engines.attention_limits import check_grouped_query_attention
 from engines.quantize.formats import WeightPlan
 from engines.target import Availability, Target
 
@@ -196,6 +197,7 @@ def _target(precision: str, dtype: str, description: str) -> Target:
         },
         passes=lambda: _passes(dtype, plan),
         libraries=("onnx-ir",),
+        check_model=check_grouped_query_attention,
         availability=_availability,
         device="gpu",
         top_k=_TOP_K,

@@ -31,7 +31,7 @@ CHUNK_WEIGHTS = 1 << 18
 _BAND_BYTES = 32 << 20
 
 UNQUANTIZED = "give the unquantised checkpoint, or one of a form that docs/quantized_checkpoints.md lists"
-_FLOAT_DTYPES = ("F16", "BF16", "F32")
+_FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)

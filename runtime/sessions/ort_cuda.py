@@ -24,6 +24,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from runtime.engine_paths import check_paths
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.manifest import Manifest
 from runtime.session import Floats, Ints, KVCache, TopLogits
@@ -358,6 +359,7 @@ def open_session(
     """
     if huge_pages:
         raise UsageError("huge_pages: the weights are on the GPU", remedy="leave it out")
+    check_paths(folder, manifest)
     device = CUDA if cuda_graphs else replace(CUDA, decoder_options={})
     return OrtCudaSession(folder, manifest, threads, device=device)
 

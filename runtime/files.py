@@ -1,0 +1,168 @@
+"""Read the small files of a checkpoint or an engine: regular files alone, up to a size, never waiting.
+
+Whoever made a folder chose what its names lead to. A pipe would let a reader wait for ever, a device such as
+`/dev/zero` would fill the memory, and a short text of brackets can become gigabytes of Python objects. So every small
+file is read by these functions, which bound the work before they do it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import EngineError, Qwen3VLError
+
+MAX_SMALL_FILE_BYTES = 8 << 20
+"""Largest small file, such as `config.json` or a chat template."""
+
+MAX_INDEX_BYTES = 16 << 20
+"""Largest `model.safetensors.index.json`; the largest known model with a name for each expert's matrix has 9 MB."""
+
+MAX_TOKENIZER_BYTES = 32 << 20
+"""Largest `tokenizer.json`; Qwen's has 11 MB."""
+
+MAX_JSON_OBJECT_BYTES = 256 << 20
+"""Most memory that the objects of one JSON text may take, by estimate."""
+
+# Measured with CPython 3.11: a list or an object of one key, a string that is a new key, a number.
+_CONTAINER_BYTES, _STRING_BYTES, _VALUE_BYTES = 200, 120, 32
+_BLOCK_BYTES = 1 << 20
+# Windows has neither.
+_WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class NotRegularError(OSError):
+    """A name leads to no regular file; `strerror` says what it is instead."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a regular file for reading, without waiting, and return its descriptor.
+
+    Raises:
+        NotRegularError: It is a folder, a pipe, a device or a socket.
+        OSError: It is missing, or cannot be opened.
+        ValueError: The name holds a NUL or a lone surrogate.
+    """
+    # Before opening, which for some devices is an action; and again behind it, where nobody can exchange the file.
+    _check_regular(os.stat(path).st_mode, path)
+    descriptor = os.open(path, os.O_RDONLY | _WITHOUT_WAITING)
+    try:
+        _check_regular(os.fstat(descriptor).st_mode, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_small_file(
+    path: str | os.PathLike[str],
+    *,
+    max_bytes: int = MAX_SMALL_FILE_BYTES,
+    error: type[Qwen3VLError] = EngineError,
+    remedy: str | None = None,
+) -> bytes:
+    """Return the contents of a small regular file.
+
+    Args:
+        path: The file.
+        max_bytes: Largest size.
+        error: Class of what is raised.
+        remedy: What a missing or unreadable file needs.
+
+    Raises:
+        Qwen3VLError: Of the class `error`: it is missing, no regular file, too large, or cannot be read.
+    """
+    try:
+        descriptor = open_regular(path)
+        try:
+            contents = _read(descriptor, max_bytes)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError as failure:
+        raise error(f"{path}: missing", remedy=remedy) from failure
+    except NotRegularError as failure:
+        raise error(
+            f"{path}: expected a file, found {failure.strerror}", remedy=f"put the file itself there: {Path(path).name}"
+        ) from failure
+    except (OSError, ValueError) as failure:
+        reason = failure.strerror if isinstance(failure, OSError) else failure
+        raise error(f"cannot read {path}: {reason}", remedy=remedy) from failure
+    if len(contents) > max_bytes:
+        raise error(
+            f"{path}: larger than {max_bytes} bytes, the most that is read of this kind of file",
+            remedy=f"check what it holds: the {Path(path).name} of a model is smaller",
+        )
+    return contents
+
+
+def parse_json_object(
+    contents: bytes, name: str, *, error: type[Qwen3VLError] = EngineError, remedy: str | None = None
+) -> dict[str, Any]:
+    """Return the object that a JSON text holds.
+
+    Args:
+        contents: The text, in UTF-8.
+        name: What errors call it.
+        error: Class of what is raised.
+        remedy: What a text that cannot be read needs.
+
+    Raises:
+        Qwen3VLError: Of the class `error`: it is no JSON object, or its objects would take too much memory.
+    """
+    num_containers = contents.count(b"[") + contents.count(b"{")
+    estimate = (
+        _CONTAINER_BYTES * num_containers
+        + _STRING_BYTES * (contents.count(b'"') // 2)
+        + _VALUE_BYTES * contents.count(b",")
+    )
+    if estimate > MAX_JSON_OBJECT_BYTES:
+        raise error(
+            f"{name}: its JSON of {len(contents)} bytes would take about {estimate >> 20} MiB of memory; expected at "
+            f"most {MAX_JSON_OBJECT_BYTES >> 20}",
+            remedy=remedy,
+        )
+    try:
+        values = json.loads(contents.decode("utf-8"))
+    except (ValueError, RecursionError) as failure:  # no UTF-8, no JSON, thousands of digits or of brackets
+        raise error(f"{name}: not readable as JSON ({failure})", remedy=remedy) from failure
+    if not isinstance(values, dict):
+        raise error(f"{name}: expected a JSON object, got {type(values).__name__}", remedy=remedy)
+    return values
+
+
+def read_json_object(
+    path: str | os.PathLike[str],
+    *,
+    max_bytes: int = MAX_SMALL_FILE_BYTES,
+    error: type[Qwen3VLError] = EngineError,
+    remedy: str | None = None,
+) -> dict[str, Any]:
+    """Return the JSON object in a small regular file; arguments and errors are those of the two functions above."""
+    contents = read_small_file(path, max_bytes=max_bytes, error=error, remedy=remedy)
+    return parse_json_object(contents, str(path), error=error, remedy=remedy)
+
+
+def _check_regular(mode: int, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
+        raise NotRegularError(0, kind, os.fspath(path))
+
+
+def _read(descriptor: int, max_bytes: int) -> bytes:
+    """Read at most one byte more than `max_bytes`: files of /proc say that they are empty, and some never end."""
+    blocks: list[bytes] = []
+    left = max_bytes + 1
+    while left > 0 and (block := os.read(descriptor, min(left, _BLOCK_BYTES))):
+        blocks.append(block)
+        left -= len(block)
+    return b"".join(blocks)
