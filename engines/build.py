@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def build_engine(
     with_weights: bool = True,
     runnable: bool = True,
     progress: Progress | None = None,
+    report: Callable[[str], None] = lambda _: None,
     cache: CacheQuantization | None = None,
     options: BuildOptions | None = None,
 ) -> Manifest:
@@ -64,6 +65,7 @@ def build_engine(
         with_weights: False writes the lowered graphs alone, which nothing can open.
         runnable: False names the manifest `lowered.json`: lowered graphs to look at, which only `qwen3vl verify` runs.
         progress: Called while the weights are written.
+        report: Told of each stage of the work when it begins.
         cache: Store the KV cache in few bits. Not without weights: the engine is opened to find the scales.
         options: Sizes of an engine that is compiled for fixed ones.
 
@@ -77,6 +79,7 @@ def build_engine(
     sizes = options or BuildOptions()
     if target.compile is not None:
         fix_capacity(bundle.graphs[DECODER], sizes.max_context)
+    report(f"lowering the graphs for {target.name}")
     graphs = {}
     if target.prefill_passes is not None:
         copy = bundle.graphs[DECODER].clone()  # weights are references, so they are not copied
@@ -90,10 +93,12 @@ def build_engine(
     compiles = target.compile is not None and with_weights and runnable
     with output_folder(output, 2 * num_bytes if compiles else num_bytes, max(sizes_of_graphs)) as folder:
         files: dict[str, FileRecord] = {}
+        report(f"writing {output}, {num_bytes / 1e6:,.1f} MB of weights" if with_weights else f"writing {output}")
         for name, model in graphs.items():
             files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, advance=advance)
         compiled: Mapping[str, Any] = {}
         if target.compile is not None and compiles:
+            report(f"compiling for {target.name}")
             made = target.compile(folder, graphs, bundle.config, sizes)
             files, compiled = {**made.files, **(files if made.keeps_graphs else {})}, made.capabilities
         for name, contents in bundle.assets.items():

@@ -124,12 +124,12 @@ class Choice:
 def resolve_target(
     name: str,
     config: Callable[[], ModelConfig],
-    *,
     report: Callable[[str], None],
+    *,
     options: BuildOptions | None = None,
     hardware: Hardware | None = None,
 ) -> Target:
-    """Return the target of that name; for `auto`, choose one and report the table of the choice.
+    """Return the target of that name; for `auto`, choose one and report it, or the table if none fits.
 
     Args:
         name: A target, or `auto`.
@@ -144,9 +144,11 @@ def resolve_target(
     """
     if name != AUTO:
         return get(name)
-    choice = choose_target(hardware or probe(), config(), options=options)
-    assert choice.target is not None
-    report(f"{choice.render()}\n--target {AUTO}: {choice.target.name}")
+    choice = consider(hardware or probe(), config(), options=options)
+    if choice.target is None:
+        report(choice.render())
+        raise refusal_of(choice)
+    report(f"--target {AUTO}: {choice.target.name}; `qwen3vl targets --model MODEL` shows the choice")
     return choice.target
 
 
@@ -161,20 +163,28 @@ def choose_target(
     """Return the first target, in order of preference, that this machine builds, runs and has the memory for.
 
     Raises:
-        TargetError: No target builds and runs here; the message says why of each.
-        CapacityError: Those that do build and run do not fit; the message holds the table.
+        TargetError: No target builds and runs here.
+        CapacityError: Those that do build and run do not fit.
     """
     choice = consider(hardware, config, options=options, request=request, targets=targets)
-    if choice.target is not None:
-        return choice
-    if not any(each.refusal.startswith(_TOO_LARGE) for each in choice.candidates):
-        reasons = "\n".join(f"  {each.target}: {each.refusal}" for each in choice.candidates)
-        raise TargetError(
-            f"--target {AUTO} finds no target that this machine can build and run:\n{reasons}",
-            remedy="install the libraries of one of them, or name a target that builds here",
+    if choice.target is None:
+        raise refusal_of(choice)
+    return choice
+
+
+def refusal_of(choice: Choice) -> TargetError | CapacityError:
+    """Return the error for a choice in which nothing was chosen."""
+    too_large = [each for each in choice.candidates if each.refusal.startswith(_TOO_LARGE)]
+    if not too_large:
+        reasons = "; ".join(f"{each.target}: {each.refusal}" for each in choice.candidates)
+        return TargetError(
+            f"--target {AUTO} finds no target that this machine can build and run: {reasons}",
+            remedy="install the libraries of one of them, or name a target that builds here; see `qwen3vl targets`",
         )
-    raise CapacityError(
-        f"no target fits the memory of this machine:\n{choice.render()}",
+    nearest = min(too_large, key=lambda each: each.total_bytes - each.limit_bytes)
+    return CapacityError(
+        f"no target fits the memory of this machine: {nearest.target}, the nearest, takes "
+        f"{nearest.total_bytes / 1e6:,.1f} MB, and the limit is {nearest.limit_bytes / 1e6:,.1f} MB",
         remedy="use a smaller model or a larger machine, or name a target and run it with a lower --max-context",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +49,10 @@ def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dic
         assets = {_TEMPLATE: template_source(folder).encode()}
     for name in ("config.json", "tokenizer_config.json"):
         assets[name] = read_small_file(folder / name, error=CheckpointError, remedy=COMPLETE)
+    read_json("tokenizer_config.json")  # whose special tokens the template takes
     assets["tokenizer.json"] = read_tokenizer(folder, read_json)
     assets[_PREPROCESSOR] = _as_json(_preprocessor_config(folder, read_json))
-    generation = read_json(_GENERATION) if (folder / _GENERATION).is_file() else {}
+    generation = read_json(_GENERATION) if os.path.lexists(folder / _GENERATION) else {}
     if unknown := ignored_keys(generation):
         listed = ", ".join(map(shown_name, unknown[:_MAX_LISTED])) + (", …" if len(unknown) > _MAX_LISTED else "")
         _LOGGER.warning("note: %s: transformers knows no %s, so nothing comes of it", folder / _GENERATION, listed)
@@ -91,7 +93,7 @@ def _split_processor_config(settings: Mapping[str, Any]) -> dict[str, dict[str, 
 
 def _preprocessor_config(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     # transformers reads both, and takes the newer file if it holds this part.
-    settings = read_json(_PROCESSOR) if (folder / _PROCESSOR).is_file() else {}
+    settings = read_json(_PROCESSOR) if os.path.lexists(folder / _PROCESSOR) else {}
     return _split_processor_config(settings).get(_PREPROCESSOR) or read_json(_PREPROCESSOR)
 
 
@@ -152,7 +154,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Qwen3VLError as error:
-        message = error.message.removeprefix(f"{path.name} ")
+        message = error.message.removeprefix(f"{path.name} ").removeprefix(f"{path}: ")
         raise CheckpointError(
             f"{path}: {message}", remedy="take all files from one complete Qwen3-VL checkpoint, or repair this one"
         ) from error

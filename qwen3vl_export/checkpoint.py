@@ -124,7 +124,7 @@ class Checkpoint:
             CheckpointError: It is missing, no JSON object, or larger than any checkpoint's.
         """
         path = self.folder / name
-        remedy = "give a complete Hugging Face folder" if not os.path.exists(path) else _DOWNLOAD_AGAIN
+        remedy = "give a complete Hugging Face folder" if not os.path.lexists(path) else _DOWNLOAD_AGAIN
         most = _MOST_BYTES.get(name, MAX_SMALL_FILE_BYTES)
         return read_json_object(path, max_bytes=most, error=CheckpointError, remedy=remedy)
 
@@ -136,7 +136,7 @@ class Checkpoint:
             CheckpointError: A file is missing, truncated or unreadable, or the index contradicts the files.
         """
         check_weights(self.folder)
-        if (self.folder / SINGLE).is_file():  # wins over an index, as in transformers
+        if os.path.lexists(self.folder / SINGLE):  # wins over an index, as in transformers
             return {SINGLE: read_header(self.folder / SINGLE)}
         weight_map = self.read_json(INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or not all(type(n) is str for n in weight_map.values()):

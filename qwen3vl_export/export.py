@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import metadata
 
 from engines.bundle import DECODER, VISION, Bundle
@@ -12,8 +13,12 @@ from qwen3vl_export.tracing.pieces import trace_pieces
 _TRACING_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 
 
-def make_bundle(checkpoint: Checkpoint) -> Bundle:
+def make_bundle(checkpoint: Checkpoint, report: Callable[[str], None] = lambda _: None) -> Bundle:
     """Trace a checkpoint's model and refer to its weights, reading only their headers.
+
+    Args:
+        checkpoint: What to trace.
+        report: Told of each stage of the work when it begins.
 
     Raises:
         CheckpointError: A file or a key is missing, left over, or not what config.json implies.
@@ -22,6 +27,7 @@ def make_bundle(checkpoint: Checkpoint) -> Bundle:
     assets = checkpoint.assets()
     checkpoint.check_experts()
     pieces = trace_pieces(checkpoint.config)
+    report("stitching the graphs together")
     vision, vision_keys = build_vision(pieces, checkpoint)
     decoder, decoder_keys = build_decoder(pieces, checkpoint)
     checkpoint.check_keys(vision_keys | decoder_keys)

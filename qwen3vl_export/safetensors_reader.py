@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from engines.weights import BLOCK_BYTES, StreamedTensor
 from qwen3vl_export.names import shown_name
 from runtime.errors import CheckpointError
-from runtime.files import parse_json_object
+from runtime.files import NotRegularError, open_regular, parse_json_object
 from runtime.shown import shown
 
 _FLOATS: dict[str, np.dtype[Any]] = {
@@ -108,10 +108,9 @@ def _read_raw(path: Path, again: str) -> tuple[int, bytes, int]:
     """Return the length of the header, its bytes, and the size of the file."""
     name = shown_name(str(path))
     try:
-        if not path.is_file():
-            raise CheckpointError(f"{name}: missing", remedy="download the checkpoint again; a shard is not there")
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        descriptor = open_regular(path)
+        with open(descriptor, "rb") as file:
+            size = os.fstat(descriptor).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 raise CheckpointError(f"{name}: {size} bytes do not hold a header of {length} bytes", remedy=again)
@@ -121,6 +120,12 @@ def _read_raw(path: Path, again: str) -> tuple[int, bytes, int]:
                     remedy=again,
                 )
             return length, file.read(length), size
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: missing", remedy="download the checkpoint again; a shard is not there"
+        ) from error
+    except NotRegularError as error:
+        raise CheckpointError(f"{name}: expected a safetensors file, found {error.strerror}", remedy=again) from error
     except (OSError, ValueError) as error:  # ValueError: a null byte or a lone surrogate in the name
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(

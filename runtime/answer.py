@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 
 from runtime.errors import UsageError
+from runtime.guard import Owner
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class Generation:
 class Stream(Iterator[str]):
     """Pieces of an answer as they come.
 
-    The model is busy from the first piece until the stream is exhausted, closed or garbage-collected.
+    The model is busy from the first piece until the stream is exhausted, closed or garbage-collected. As a context
+    manager, a stream is closed at the end of its block:
+
+        with model.stream(messages) as pieces:
+            for piece in pieces:
+                ...
 
     Args:
         steps: Yields the text of each step, often none, and returns the whole answer.
@@ -59,11 +65,17 @@ class Stream(Iterator[str]):
 
     def __init__(self, steps: Generator[str, None, Generation]) -> None:
         self._steps = steps
+        self._owner = Owner()
         self._is_closed = False
         self.result: Generation | None = None
 
     def __next__(self) -> str:
-        """Return the next piece, which is never empty."""
+        """Return the next piece, which is never empty.
+
+        Raises:
+            UsageError: This process was forked from the one that began the stream.
+        """
+        self._owner.check()
         while True:
             try:
                 piece = next(self._steps)
@@ -75,6 +87,12 @@ class Stream(Iterator[str]):
                 raise StopIteration
             if piece:
                 return piece
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop generating, from any thread: at once, or behind the step that another thread is in."""

@@ -1,35 +1,53 @@
 """Render the checkpoint's own chat template, in a sandbox, as transformers 5.23 renders it.
 
-The environment (options, extensions, filters, globals) follows `transformers/utils/chat_template_utils.py`. Templates
-come from the Hub and are untrusted: they run in jinja2's immutable sandbox and see plain JSON data only.
+Templates come from the Hub and are untrusted. jinja2's sandbox bounds what they reach, and they see plain JSON data
+only; it does not bound what they cost: `{{ 'a' * 10**9 }}` takes gigabytes while it is compiled, since jinja2 folds
+constants, and two nested loops take days. So a template is compiled and rendered in a process of its own with limits
+(`runtime/template_process.py`), unless its SHA-256 is in `KNOWN_TEMPLATES`: their work was read to be in proportion to
+the messages, and needs no other process.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import jinja2
-import jinja2.exceptions
-import jinja2.ext
-import jinja2.meta
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
-
-from runtime.errors import EngineError, UsageError
-from runtime.messages import plain_data
+from runtime.errors import CapacityError, EngineError, UsageError
+from runtime.files import read_json_object, read_small_file
+from runtime.plain_data import plain_data
+from runtime.template_engine import (
+    FORBIDDEN,
+    LENGTH,
+    MEMORY,
+    REWRITTEN,
+    SYNTAX,
+    CompiledTemplate,
+    TemplateFailure,
+)
+from runtime.template_process import MAX_RENDER_MEMORY_BYTES, TemplateProcess
 
 IMAGE_TOKEN = "<|image_pad|>"
 """What a template writes for an image; the tokenizer has one id for it."""
 
+MAX_CHAT_CHARACTERS = 1 << 24
+"""Longest chat, as messages and as text: 16 million characters, beyond the context of every model."""
+
+MAX_TEMPLATE_CHARACTERS = 1 << 20
+"""Longest source of a template; Qwen3-VL's have about 5,000."""
+
+KNOWN_TEMPLATES: Mapping[str, str] = {
+    "a354b1f76978dce4634c95be2dc00686b07e36faf48e1af005b5b2bce5c6e5a1": "the demo checkpoints",
+}
+"""SHA-256, in UTF-8, of the templates that are rendered in this process, and whose they are."""
+
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")
+_LONGEST_REASON = 300
+_REPAIR = "repair the checkpoint's chat_template.jinja and export it again"
 
 
 @dataclass(frozen=True)
@@ -53,18 +71,32 @@ class ChatTemplate:
         source: The jinja2 source.
         special_tokens: Variables such as `eos_token`, as the tokenizer's `special_tokens_map` passes them.
 
+    Attributes:
+        variables: Names of what the template takes from outside.
+
     Raises:
-        EngineError: The source is no valid template.
+        EngineError: The source is no valid template, or compiling it exceeds the limits.
     """
 
     def __init__(self, source: str, *, special_tokens: Mapping[str, str] | None = None) -> None:
-        self._source = source
         self._special_tokens = dict(special_tokens or {})
-        self._environment = _build_environment()
-        self._template = self._compile(source)
-        undeclared = jinja2.meta.find_undeclared_variables(self._environment.parse(source))
-        self.variables = frozenset(undeclared - {*self._environment.globals, "strftime_now"})
-        self._marked = self._compile_marked(0)
+        self._compiled: CompiledTemplate | None = None
+        self._process: TemplateProcess | None = None
+        if len(source) > MAX_TEMPLATE_CHARACTERS:
+            raise EngineError(
+                f"the chat template has {len(source)} characters, expected at most {MAX_TEMPLATE_CHARACTERS}",
+                remedy=_REPAIR,
+            )
+        request = (source, IMAGE_TOKEN, MAX_CHAT_CHARACTERS)
+        if hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest() in KNOWN_TEMPLATES:
+            self._compiled = CompiledTemplate(*request)
+            self.variables = self._compiled.variables
+            return
+        self._process = TemplateProcess(*request)
+        answer = self._process.compile()
+        if "kind" in answer:
+            _fail(answer["kind"], answer["reason"])
+        self.variables = frozenset(answer["variables"])
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ChatTemplate:
@@ -101,10 +133,6 @@ class ChatTemplate:
     ) -> RenderedChat:
         """Render a chat and say which image tokens are the template's own.
 
-        To tell them from typed ones without looking at what users wrote, the template is rendered a second time from a
-        source in which the image token is replaced by a marker that is not in the text. The messages are the same in
-        both, so a template that inspects them takes the same path; that the two results agree is checked.
-
         Args:
             messages: The plain messages of `normalise_messages`.
             add_generation_prompt: End with the opening of the assistant's turn.
@@ -113,68 +141,32 @@ class ChatTemplate:
 
         Raises:
             UsageError: The template refuses the messages, or does not know a variable.
+            CapacityError: The messages, or the text that the template makes of them, exceed `MAX_CHAT_CHARACTERS`.
+            EngineError: The template attempts what the sandbox forbids, or exceeds its limits of time and memory.
         """
         variables = {
             "documents": None,
-            **self._special_tokens,
             **self._checked_kwargs(chat_template_kwargs or {}),
             "messages": list(messages),
             "tools": None if tools is None else self._checked_tools(tools),
             "add_generation_prompt": add_generation_prompt,
-            # One clock reading for both renderings.
-            "strftime_now": datetime.datetime.now().strftime,
         }
-        text = self._render(self._template, variables)
-        if IMAGE_TOKEN not in text:
-            return RenderedChat(text, ())
-        marker, marked_template = self._marked_for(text)
-        marked_tokens = {name: token.replace(IMAGE_TOKEN, marker) for name, token in self._special_tokens.items()}
-        pieces = self._render(marked_template, {**variables, **marked_tokens}).split(marker)
-        if IMAGE_TOKEN.join(pieces) != text:
-            raise UsageError(
-                f"the chat template treats {IMAGE_TOKEN} in the messages in a way of its own, so typed image tokens "
-                "cannot be told from attached images",
-                remedy=f"leave {IMAGE_TOKEN} out of the messages",
-            )
-        offsets = []
-        end = 0
-        for piece in pieces[:-1]:
-            offsets.append(end + len(piece))
-            end = offsets[-1] + len(IMAGE_TOKEN)
-        return RenderedChat(text, tuple(offsets))
-
-    def _marked_for(self, text: str) -> tuple[str, jinja2.Template]:
-        """Return a marker that is not in the text, and the template that writes it; normally the one at hand."""
-        number = 0
-        marked = self._marked
-        while marked[0] in text:
-            number += 1
-            marked = self._compile_marked(number)
-        return marked
-
-    def _compile_marked(self, number: int) -> tuple[str, jinja2.Template]:
-        # Letters and digits only: it must stay whole wherever a template can write a string.
-        marker = f"TemplateImageSlot{number}"
-        return marker, self._compile(self._source.replace(IMAGE_TOKEN, marker))
-
-    def _compile(self, source: str) -> jinja2.Template:
+        _check_length(variables)
+        special_tokens = {name: token for name, token in self._special_tokens.items() if name not in variables}
         try:
-            return self._environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise EngineError(
-                f"the chat template is not valid jinja2, line {error.lineno}: {error.message}",
-                remedy="repair the checkpoint's chat_template.jinja and export it again",
-            ) from error
-
-    def _render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-        try:
-            return template.render(**variables)
-        except jinja2.exceptions.SecurityError as error:
-            raise EngineError(
-                f"the chat template attempts what the sandbox forbids: {error}", remedy="do not trust this checkpoint"
-            ) from error
-        except Exception as error:  # a template can raise anything its expressions can
-            raise UsageError(f"the chat template refuses these messages: {error}") from error
+            if self._compiled is not None:
+                return RenderedChat(*self._compiled.render(special_tokens, variables))
+            assert self._process is not None
+            answer = self._process.render(special_tokens, variables)
+        except TemplateFailure as failure:
+            _fail(failure.kind, failure.reason)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"the messages cannot be handed to the chat template: {error}") from error
+        if "kind" in answer:
+            _fail(answer["kind"], answer["reason"])
+        return RenderedChat(answer["text"], tuple(answer["offsets"]))
 
     def _checked_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         for name in kwargs:
@@ -206,11 +198,12 @@ def template_source(folder: Path) -> str:
         EngineError: There is none, or a file cannot be read.
     """
     path = folder / "chat_template.jinja"
-    if path.is_file():
+    if os.path.lexists(path):
         try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise EngineError(f"cannot read {path}: {error}") from error
+            # As a file opened for text is read: one kind of line end.
+            return read_small_file(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            raise EngineError(f"{path}: cannot be read: {error}", remedy="write the template in UTF-8") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
         source = _read_json(folder / name).get("chat_template")
         if isinstance(source, list):
@@ -224,81 +217,55 @@ def template_source(folder: Path) -> str:
     )
 
 
-class _GenerationTag(jinja2.ext.Extension):
-    """Accept `{% generation %}…{% endgeneration %}`, which marks what an assistant wrote for training, and pass it."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares the attribute, as a plain set)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """Return the block as a scope of its own, as transformers' call block is."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_pass"), [], [], body).set_lineno(line)
-
-    def _pass(self, caller: Any) -> str:
-        return str(caller())
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """jinja2's namespace, without attributes that begin with an underscore (as in transformers)."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        # No parameter has a name, so that `namespace(self=…)` works, as in jinja2.
-        self, values = args[0], dict(*args[1:], **kwargs)
-        for name in values:
-            _Namespace._check(name)
-        jinja2.utils.Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _Namespace._check(name)
-        jinja2.utils.Namespace.__setitem__(self, name, value)
-
-    @staticmethod
-    def _check(name: str) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"attribute {name!r} of a namespace begins with an underscore")
-
-
-class _DictFunction:
-    """`dict` as a template may call it, without the attributes of the type (as in transformers)."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-def _build_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # jinja2's own filter escapes HTML characters.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, dict=_DictFunction(), namespace=_Namespace)
-    return environment
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, {} if there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EngineError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise EngineError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_json_object(path) if os.path.lexists(path) else {}
+
+
+def _check_length(value: Any) -> None:
+    """Raise if the strings in plain data hold too many characters together, before anything is made of them."""
+    num_characters = 0
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            num_characters += len(item)
+            if num_characters > MAX_CHAT_CHARACTERS:
+                raise CapacityError(
+                    f"the messages hold more than {MAX_CHAT_CHARACTERS} characters, which no context has room for",
+                    remedy="shorten the messages",
+                )
+        elif isinstance(item, dict):
+            waiting += item.keys()
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+
+
+def _fail(kind: str, reason: str) -> NoReturn:
+    """Raise what a template's failure is in this project's tree."""
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]}…"
+    if kind == SYNTAX:
+        raise EngineError(f"the chat template is not valid jinja2, {reason}", remedy=_REPAIR)
+    if kind == FORBIDDEN:
+        raise EngineError(
+            f"the chat template attempts what the sandbox forbids: {reason}", remedy="do not trust this checkpoint"
+        )
+    if kind == MEMORY:
+        raise EngineError(
+            f"the chat template was stopped: it took more than {MAX_RENDER_MEMORY_BYTES >> 20} MiB of memory",
+            remedy=f"do not trust this checkpoint, or {_REPAIR}",
+        )
+    if kind == LENGTH:
+        raise CapacityError(
+            f"the chat template wrote {reason} characters, expected at most {MAX_CHAT_CHARACTERS}",
+            remedy=f"shorten the messages; if they are short, {_REPAIR}",
+        )
+    if kind == REWRITTEN:
+        raise UsageError(
+            f"the chat template treats {IMAGE_TOKEN} in the messages in a way of its own, so typed image tokens "
+            "cannot be told from attached images",
+            remedy=f"leave {IMAGE_TOKEN} out of the messages",
+        )
+    raise UsageError(f"the chat template refuses these messages: {reason}")

@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import CapacityError, EngineError
+from runtime.installation import how_to_install
 
 Bytes = NDArray[np.uint8]
-
-_INSTALL = "install the extra of this target, such as pip install 'qwen3vl-export[tensorrt]'"
 
 
 class Device(Protocol):
@@ -100,7 +99,7 @@ class CudaDevice:
         except ModuleNotFoundError as error:
             raise EngineError(
                 "this engine runs on an NVIDIA GPU and needs the Python package cuda-bindings, which is not installed",
-                remedy=_INSTALL,
+                remedy=how_to_install("tensorrt"),
             ) from error
         driver = int(self._call("cudaDriverGetVersion"))
         if driver == 0:

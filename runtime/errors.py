@@ -3,9 +3,19 @@
 Every error that a user can meet derives from `Qwen3VLError`; the command line turns one into a single line and the
 exit code of its class. A message says what went wrong, where, what was expected, what was found, and the remedy.
 Assertions are for our own bugs.
+
+Messages quote what users, files and libraries say, so the base class makes each fit to be shown, whoever wrote it:
+one line, no control characters, and with the remedy no more than `MAX_CHARACTERS`.
 """
 
 from __future__ import annotations
+
+from runtime.shown import one_line, shorten
+
+MAX_CHARACTERS = 500
+"""Longest text of an error, message and remedy together; what is longer loses its middle."""
+
+_REMEDY = "\n  remedy: "
 
 
 class Qwen3VLError(Exception):
@@ -14,18 +24,27 @@ class Qwen3VLError(Exception):
     Args:
         message: What went wrong and where, with the expected and the found value.
         remedy: What the user can do about it; printed on its own line.
+
+    Attributes:
+        message: The same, shortened and escaped.
+        remedy: The same, or None.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, *, remedy: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.remedy = remedy
+        room = MAX_CHARACTERS - len(_REMEDY)
+        self.message = one_line(message, MAX_CHARACTERS)
+        self.remedy = None if remedy is None else one_line(remedy, MAX_CHARACTERS)
+        if self.remedy is not None:
+            # Each may have half of the room, and what the other leaves.
+            self.remedy = shorten(self.remedy, max(room // 2, room - len(self.message)))
+            self.message = shorten(self.message, room - len(self.remedy))
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         """Return the message, and the remedy on a line of its own."""
-        return self.message if self.remedy is None else f"{self.message}\n  remedy: {self.remedy}"
+        return self.message if self.remedy is None else f"{self.message}{_REMEDY}{self.remedy}"
 
 
 class UsageError(Qwen3VLError, ValueError):

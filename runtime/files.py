@@ -96,7 +96,7 @@ def read_small_file(
         ) from failure
     except (OSError, ValueError) as failure:
         reason = failure.strerror if isinstance(failure, OSError) else failure
-        raise error(f"cannot read {path}: {reason}", remedy=remedy) from failure
+        raise error(f"{path}: cannot be read: {reason}", remedy=remedy) from failure
     if len(contents) > max_bytes:
         raise error(
             f"{path}: larger than {max_bytes} bytes, the most that is read of this kind of file",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.errors import CapacityError, CheckpointError, ImageError, UsageError
-from runtime.images import load_image
+from runtime.images import MAX_IMAGE_PIXELS, load_image
 from runtime.resize import BICUBIC, BILINEAR, Kernel, resize
 from runtime.shown import shown
 
@@ -339,7 +339,11 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
 
 
 def process_image(
-    source: ImageSource, config: ImageProcessorConfig, *, base_dir: str | os.PathLike[str] | None = None
+    source: ImageSource,
+    config: ImageProcessorConfig,
+    *,
+    base_dir: str | os.PathLike[str] | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> ProcessedImage:
     """Load, resize, normalise and cut one image.
 
@@ -347,13 +351,14 @@ def process_image(
         source: What `runtime.images.load_image` takes.
         config: The checkpoint's settings.
         base_dir: Folder that a relative path starts from.
+        max_image_pixels: Images of more pixels are refused before they are decoded.
 
     Raises:
         ImageError: The image cannot be read, or its aspect ratio is too large.
         CapacityError: The image, or its patches, would take too much memory.
         UsageError: `source` is not an image, or a URL that would have to be fetched.
     """
-    image_HWC = load_image(source, base_dir=base_dir)
+    image_HWC = load_image(source, base_dir=base_dir, max_image_pixels=max_image_pixels)
     height, width = config.target_size(*image_HWC.shape[:2])
     num_bytes = height * width * NUM_CHANNELS * config.temporal_patch_size * np.dtype(np.float32).itemsize
     if num_bytes > MAX_PIXEL_VALUES_BYTES:
@@ -362,10 +367,17 @@ def process_image(
             f"{num_bytes} bytes; expected at most {MAX_PIXEL_VALUES_BYTES}",
             remedy="lower max_pixels or min_pixels, or make the image smaller",
         )
-    if (height, width) != image_HWC.shape[:2]:
-        image_HWC = resize(image_HWC, height, width, FILTERS[config.resample])
     grid_thw = (1, height // config.patch_size, width // config.patch_size)
-    return ProcessedImage(_patchify(image_HWC, config), grid_thw, config.merge_size)
+    try:
+        if (height, width) != image_HWC.shape[:2]:
+            image_HWC = resize(image_HWC, height, width, FILTERS[config.resample])
+        return ProcessedImage(_patchify(image_HWC, config), grid_thw, config.merge_size)
+    except MemoryError as error:
+        size = f"{image_HWC.shape[1]} x {image_HWC.shape[0]}"
+        raise CapacityError(
+            f"image of {size}: not enough memory to bring it to {width} x {height}",
+            remedy="lower max_pixels, or make the image smaller",
+        ) from error
 
 
 def normalized_levels(config: ImageProcessorConfig) -> npt.NDArray[np.float32]:

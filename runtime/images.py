@@ -16,24 +16,31 @@ Deviations, each on purpose:
 - Of an animation the first frame is taken; the torchvision backend returns all frames of a GIF.
 - BMP, TIFF, PPM, ICO and JPEG 2000 files are read too.
 - Arrays are [H, W] or [H, W, C]; transformers guesses between channels first and last.
+
+Images may come from anywhere. One of too many pixels is refused from its header. Of the others, the decoded image and
+the RGB array are in memory at once and no other copy: 7 bytes a pixel. Some decoders take more than 8 for themselves
+(`_decoder_bytes`); of their formats fewer pixels are allowed, so that no image takes more than 8 bytes for each pixel
+of `max_image_pixels`, 400 MB by default.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 
+from runtime.base64_text import decode_base64
 from runtime.errors import CapacityError, ImageError, Qwen3VLError, UsageError
-from runtime.urls import check_local, scheme_of, shown
+from runtime.files import NotRegularError, open_regular
+from runtime.shown import shown
+from runtime.urls import check_local, scheme_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -44,57 +51,112 @@ if TYPE_CHECKING:
     )
     RgbImage: TypeAlias = npt.NDArray[np.uint8]
 
-MAX_IMAGE_PIXELS = 178_956_970
-"""Largest image that is decoded: where Pillow's own check raises; 512 MiB as RGB."""
+MAX_IMAGE_PIXELS = 50_000_000
+"""Largest image that is decoded, unless the caller allows more."""
+
+MOST_IMAGE_PIXELS = 178_956_970
+"""Most pixels that the caller can allow: beyond, Pillow refuses."""
 
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the formats that are tried. A list, because Pillow also knows formats that start other programs."""
 
-_STRIP_PIXELS = 1_000_000
+_BYTES_PER_PIXEL = 8
+# Measured with Pillow 13, the largest of several kinds of files, rounded up: whole frames in the decoder's own format.
+_DECODER_BYTES = {"AVIF": 20, "JPEG2000": 24, "WEBP": 20}
+_STRIP_PIXELS = 1 << 18
+# A PNG file of 8 kB a chunk, as encoders write them, takes less than one read for 2 kB.
+_MOST_READS, _BYTES_PER_READ = 200_000, 256
+_ORIENTATION = 0x0112  # of EXIF
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # of TIFF
+_SMALL_TILE_PIXELS = 1 << 20
+_ICO_ENTRIES = 6, 16  # where they begin, and the bytes of one
+_MOST_ICO_ENTRIES = 64
+_WHITESPACE = b" \t\n\r\x0b\x0c"
+_ICO_MAGIC = b"\0\0\1\0"
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
-def load_image(source: ImageSource, *, base_dir: str | os.PathLike[str] | None = None) -> RgbImage:
+def check_max_image_pixels(max_image_pixels: int) -> int:
+    """Return the limit on the pixels of an image if it is one.
+
+    Raises:
+        UsageError: It is no whole number of 1 to `MOST_IMAGE_PIXELS`.
+    """
+    is_number = isinstance(max_image_pixels, int) and not isinstance(max_image_pixels, bool)
+    if not is_number or not 1 <= max_image_pixels <= MOST_IMAGE_PIXELS:
+        raise UsageError(
+            f"max_image_pixels = {max_image_pixels!r}, expected a whole number of 1 to {MOST_IMAGE_PIXELS}",
+            remedy=f"leave max_image_pixels out for {MAX_IMAGE_PIXELS}",
+        )
+    return max_image_pixels
+
+
+def load_image(
+    source: ImageSource,
+    *,
+    base_dir: str | os.PathLike[str] | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> RgbImage:
     """Load an image as uint8 RGB [H, W, 3].
 
     Args:
         source: A path, a `file:` or `data:` URL, the bytes of an image file, a PIL image, or a uint8 array
             [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
         base_dir: Folder that a relative path starts from; the working directory by default.
+        max_image_pixels: Images of more pixels are refused before they are decoded.
 
     Returns:
         uint8 [H, W, 3], C-contiguous. It may share the memory of an array given as `source`.
 
     Raises:
         ImageError: The image is missing, broken, empty, or of a format, shape or type that is not taken.
-        CapacityError: The image has more than `MAX_IMAGE_PIXELS` pixels, or memory ran out.
+        CapacityError: The image has more than `max_image_pixels` pixels, or memory ran out.
         UsageError: `source` is of another type, or a URL that would have to be fetched.
     """
+    limit = max_image_pixels
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_array(np.asarray(source), limit)  # a subclass, such as np.matrix, has an indexing of its own
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(source), f"image of {len(source)} bytes")
+        contents = bytes(source)  # a view may skip bytes
+        return _decode(io.BytesIO(contents), f"image of {len(contents)} bytes", limit)
     if isinstance(source, str):
         scheme = scheme_of(source)
         if scheme == "data":
-            return _from_data_url(source)
+            return _from_data_url(source, limit)
         if scheme == "file":
-            return _from_path(_path_of_file_url(source))
+            return _from_path(_path_of_file_url(source), limit)
     if isinstance(source, (str, os.PathLike)):
+        source = _path_text(source)
         check_local(source, "image", base_dir=base_dir)
-        return _from_path(Path(base_dir or ".", source))
+        return _from_path(Path(base_dir or ".", source), limit)
 
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return _from_pil(source)
+        return _from_pil(source, limit)
     raise UsageError(
         f"image: expected a path, bytes, a data URL, a PIL image or a numpy array, found {type(source).__name__}",
         remedy="pass a torch tensor as a uint8 array: tensor.permute(1, 2, 0).numpy()",
     )
 
 
+def _path_text(source: str | os.PathLike[Any]) -> str:
+    """Return a path as text, also one that is given as bytes or by an object of the caller's own."""
+    try:
+        return os.fsdecode(source)
+    except Exception as error:  # an own `__fspath__` can fail in any way
+        raise UsageError(
+            f"image: {type(source).__name__} gives no path: {type(error).__name__}: {error}", remedy="pass a string"
+        ) from error
+
+
 def _path_of_file_url(url: str) -> Path:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # of the host: brackets
+        raise UsageError(
+            f"image {shown(url)}: no URL of a file: {error}", remedy="write file:///folder/name.png, or the plain path"
+        ) from error
     if parts.netloc not in ("", "localhost"):
         raise UsageError(
             f"image {shown(url)}: expected a file on this machine, found host {parts.netloc!r}",
@@ -103,7 +165,7 @@ def _path_of_file_url(url: str) -> Path:
     return Path(url2pathname(parts.path))
 
 
-def _from_data_url(url: str) -> RgbImage:
+def _from_data_url(url: str, limit: int) -> RgbImage:
     where = f"image data URL {shown(url[:40])}"
     header, comma, body = url.partition(",")
     remedy = "write data:image/png;base64, followed by the base64 text of the file"
@@ -115,26 +177,24 @@ def _from_data_url(url: str) -> RgbImage:
     if "base64" not in (parameter.strip() for parameter in parameters):
         raise ImageError(f"{where}: expected base64 data, found none declared", remedy=remedy)
     try:
-        data = base64.b64decode(b"".join(unquote_to_bytes(body).split()), validate=True)
-    except binascii.Error as error:
+        data = decode_base64(unquote_to_bytes(body))
+    except ValueError as error:
         raise ImageError(f"{where}: expected base64 data, found text that is not: {error}", remedy=remedy) from error
-    return _decode(io.BytesIO(data), where)
+    return _decode(io.BytesIO(data), where, limit)
 
 
-def _from_path(path: Path) -> RgbImage:
+def _from_path(path: Path, limit: int) -> RgbImage:
     where = f"image {shown(path)}"
     try:
-        # Asked before opening: opening a named pipe would wait for ever.
-        if path.is_dir():
-            raise ImageError(f"{where}: expected an image file, found a folder", remedy="pass the path of one image")
-        if path.exists() and not path.is_file():
-            raise ImageError(f"{where}: expected an image file, found a device or a pipe", remedy="save it to a file")
-        with path.open("rb") as file:
-            return _decode(file, where)
+        with open(open_regular(path), "rb") as file:
+            return _decode(file, where, limit)
     except FileNotFoundError as error:
         raise ImageError(
             f"{where}: no such file (working directory {shown(Path.cwd())})", remedy="check the path"
         ) from error
+    except NotRegularError as error:
+        remedy = "pass the path of one image" if error.strerror == "a folder" else "save it to a file"
+        raise ImageError(f"{where}: expected an image file, found {error.strerror}", remedy=remedy) from error
     except (OSError, ValueError) as error:  # no permission, name too long, NUL in the name
         if isinstance(error, Qwen3VLError):
             raise
@@ -145,21 +205,31 @@ def _from_path(path: Path) -> RgbImage:
         ) from error
 
 
-def _decode(file: IO[bytes], where: str) -> RgbImage:
+def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
     """Decode an image file as torchvision's `decode_image(mode=RGB, apply_exif_orientation=True)` does."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     Image.init()
+    counted = cast(IO[bytes], _CountedReader(file, where))
     try:
         with warnings.catch_warnings():
-            # Pillow warns from half our limit on; this limit is checked below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
-        with image:
-            _check_size(image.width, image.height, where)
-            ImageOps.exif_transpose(image, in_place=True)
-            image.info.pop("transparency", None)
-            return _to_rgb(image, where)
+            # Pillow warns of large images, whose limit is checked below, and of what it repairs.
+            warnings.simplefilter("ignore")
+            for width, height in _sizes_in_ico(file):  # Pillow decodes it while it opens it
+                _check_size(width, height, where, limit)
+            image = Image.open(counted, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+            with image:
+                _check_size(image.width, image.height, where, limit)
+                _check_mode(image, where)
+                _check_parts(image, where, limit)
+                image.load()
+                # Once more: the image inside of an ICO file is as large as its own header says.
+                _check_size(image.width, image.height, where, limit)
+                orientation = image.getexif().get(_ORIENTATION, 1)
+                image.info.pop("transparency", None)
+                rgb_HWC = _to_rgb(image)
+        del image  # before the copy that turning makes
+        return _upright(rgb_HWC, orientation)
     except Qwen3VLError:
         raise
     except UnidentifiedImageError as error:
@@ -168,7 +238,7 @@ def _decode(file: IO[bytes], where: str) -> RgbImage:
             remedy="convert it to PNG or JPEG, or fetch it again",
         ) from error
     except Image.DecompressionBombError as error:
-        raise _too_large(where, str(error)) from error
+        raise _too_large(where, f"found more than {MOST_IMAGE_PIXELS}", limit) from error
     except MemoryError as error:
         raise CapacityError(f"{where}: not enough memory to decode it", remedy="make the image smaller") from error
     except Exception as error:  # decoders fail in many ways: OSError, SyntaxError, struct.error, zlib.error, ...
@@ -178,11 +248,147 @@ def _decode(file: IO[bytes], where: str) -> RgbImage:
         ) from error
 
 
-def _from_pil(image: Image.Image) -> RgbImage:
+class _CountedReader(io.RawIOBase):
+    """Read from a file, and raise when it is read in very many pieces.
+
+    Pillow reads headers, chunks and markers in Python, some of them byte by byte, so a file that is made of nothing
+    else takes minutes.
+    """
+
+    def __init__(self, file: IO[bytes], where: str) -> None:
+        super().__init__()
+        self._file = file
+        self._where = where
+        num_bytes = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        self._num_left = _MOST_READS + num_bytes // _BYTES_PER_READ
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return bytes of the file.
+
+        Raises:
+            ImageError: It was read in too many pieces.
+        """
+        self._num_left -= 1
+        if self._num_left < 0:
+            raise ImageError(
+                f"{self._where}: made of very many small pieces, which takes too long to read",
+                remedy="save the image again",
+            )
+        return self._file.read(-1 if size is None else size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        """Return bytes up to the end of a line; counted as `read`."""
+        self._num_left -= 1
+        return self._file.readline(-1 if size is None else size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the file."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the place in the file."""
+        return self._file.tell()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the file, if it has one."""
+        return self._file.fileno()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+
+def _check_parts(image: Image.Image, where: str, limit: int) -> None:
+    """Refuse a file that takes more to decode than the size in its header says."""
+    pixel_bytes = _decoder_bytes(image)
+    allowed = limit * _BYTES_PER_PIXEL // max(pixel_bytes, _BYTES_PER_PIXEL)
+    if image.width * image.height > allowed:
+        raise CapacityError(
+            f"{where}: {image.format} of {image.width} x {image.height} pixels; expected at most {allowed} pixels of "
+            f"this kind, since its decoder takes {pixel_bytes} bytes for each",
+            remedy="save the image as PNG, make it smaller, or raise max_image_pixels",
+        )
+    if image.format == "TIFF":
+        tags = getattr(image, "tag_v2", {})
+        width, height = (tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
+        if not (isinstance(width, int) and isinstance(height, int)):
+            raise ImageError(f"{where}: tiles of {width!r:.40} x {height!r:.40}", remedy="save the image again as PNG")
+        if width * height > max(_SMALL_TILE_PIXELS, 4 * image.width * image.height):
+            raise _too_large(where, f"found tiles of {width} x {height} = {width * height} pixels", limit)
+
+
+def _decoder_bytes(image: Image.Image) -> int:
+    """Return the most bytes a pixel that are in memory while an opened image is decoded."""
+    # Of a JPEG: number, samples across, samples down, table.
+    layers: list[tuple[int, int, int, int]] = getattr(image, "layer", [])
+    if image.format in ("JPEG", "MPO") and layers and image.info.get("progressive"):
+        # libjpeg holds two bytes for every sample of a progressive file, beside Pillow's four for the pixel.
+        across, down = (max(layer[i] for layer in layers) for i in (1, 2))
+        samples = sum(layer[1] * layer[2] for layer in layers)
+        return 4 + -(-2 * samples // max(1, across * down))
+    return _DECODER_BYTES.get(image.format or "", _BYTES_PER_PIXEL)
+
+
+def _sizes_in_ico(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield the sizes that the images inside of an ICO file have by their own headers, PNG or BMP without its head.
+
+    Of a file of another format, nothing. The file is left at its beginning.
+    """
+    start, size = _ICO_ENTRIES
+    file.seek(0)
+    head = file.read(start)
+    num_entries = int.from_bytes(head[4:], "little") if head.startswith(_ICO_MAGIC) else 0
+    if num_entries > _MOST_ICO_ENTRIES:
+        raise ImageError(
+            f"an ICO file of {num_entries} images, expected at most {_MOST_ICO_ENTRIES}",
+            remedy="save the image as PNG",
+        )
+    entries = file.read(num_entries * size)
+    for entry in range(0, len(entries), size):
+        file.seek(int.from_bytes(entries[entry + 12 : entry + 16], "little"))
+        head = file.read(24)
+        is_png = head.startswith(_PNG_MAGIC)
+        sides = (head[16:20], head[20:24]) if is_png else (head[4:8], head[8:12])
+        if int.from_bytes(head[:4], "little") == 12:  # the oldest header of BMP
+            sides = (head[4:6], head[6:8])
+        width, height = (int.from_bytes(side, "big" if is_png else "little", signed=not is_png) for side in sides)
+        yield max(1, abs(width)), max(1, abs(height) if is_png else abs(height) // 2)
+    file.seek(0)
+
+
+def _upright(rgb_HWC: RgbImage, orientation: object) -> RgbImage:
+    """Turn an image as EXIF's orientation asks, the names of Pillow's `ImageOps.exif_transpose` beside."""
+    turned = rgb_HWC
+    if orientation == 2:  # FLIP_LEFT_RIGHT
+        turned = rgb_HWC[:, ::-1]
+    elif orientation == 3:  # ROTATE_180
+        turned = rgb_HWC[::-1, ::-1]
+    elif orientation == 4:  # FLIP_TOP_BOTTOM
+        turned = rgb_HWC[::-1]
+    elif orientation == 5:  # TRANSPOSE
+        turned = rgb_HWC.transpose(1, 0, 2)
+    elif orientation == 6:  # ROTATE_270
+        turned = rgb_HWC[::-1].transpose(1, 0, 2)
+    elif orientation == 7:  # TRANSVERSE
+        turned = rgb_HWC[::-1, ::-1].transpose(1, 0, 2)
+    elif orientation == 8:  # ROTATE_90
+        turned = rgb_HWC.transpose(1, 0, 2)[::-1]
+    return np.ascontiguousarray(turned)
+
+
+def _from_pil(image: Image.Image, limit: int) -> RgbImage:
     where = f"PIL image (mode {image.mode}, {image.width} x {image.height})"
-    _check_size(image.width, image.height, where)
+    _check_size(image.width, image.height, where, limit)
+    _check_mode(image, where)
     try:
-        return _to_rgb(image, where, is_over_white=True)
+        image.load()
+        _check_size(image.width, image.height, where, limit)
+        return _to_rgb(image, is_over_white=True)
     except Qwen3VLError:
         raise
     except MemoryError as error:
@@ -194,27 +400,39 @@ def _from_pil(image: Image.Image) -> RgbImage:
         ) from error
 
 
-def _to_rgb(image: Image.Image, where: str, *, is_over_white: bool = False) -> RgbImage:
-    """Convert a PIL image to uint8 RGB, transparency laid over white or dropped."""
-    from PIL import Image
+def _to_rgb(image: Image.Image, *, is_over_white: bool = False) -> RgbImage:
+    """Convert a loaded PIL image to uint8 RGB, some rows at a time, transparency laid over white or dropped."""
+    rgb_HWC = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        rgb_HWC[top:bottom] = _strip_to_rgb(image.crop((0, top, image.width, bottom)), is_over_white=is_over_white)
+    return rgb_HWC
 
-    # Pillow opens 16-bit PGM as "I", scaled to 65535, and 16-bit PNG and TIFF as "I;16".
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        high_HW = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(high_HW[..., None], 3, axis=2)
-    if image.mode in ("I", "F"):
+
+def _check_mode(image: Image.Image, where: str) -> None:
+    """Refuse an image whose values have no known range."""
+    if image.mode in ("I", "F") and not (image.mode == "I" and image.format == "PPM"):
         raise ImageError(
             f"{where}: expected 8 or 16 bits a channel, found mode {image.mode!r}, whose range of values is not known",
             remedy="scale the values to 0..255 and convert the image to mode 'L'",
         )
-    has_alpha = image.mode in ("RGBA", "LA", "PA") or image.info.get("transparency") is not None
+
+
+def _strip_to_rgb(strip: Image.Image, *, is_over_white: bool) -> RgbImage:
+    from PIL import Image
+
+    # Pillow opens 16-bit PGM as "I", scaled to 65535, and 16-bit PNG and TIFF as "I;16".
+    if strip.mode.startswith("I"):
+        return (np.asarray(strip) >> 8).astype(np.uint8)[..., None]
+    has_alpha = strip.mode in ("RGBA", "LA", "PA") or strip.info.get("transparency") is not None
     if is_over_white and has_alpha:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
-    return np.array(image.convert("RGB"))
+        rgba = strip.convert("RGBA")
+        strip = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+    return np.asarray(strip.convert("RGB"))
 
 
-def _from_array(array: npt.NDArray[np.generic]) -> RgbImage:
+def _from_array(array: npt.NDArray[np.generic], limit: int) -> RgbImage:
     where = f"image array {array.dtype}{list(array.shape)}"
     is_channels_last = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
     if not is_channels_last:
@@ -222,12 +440,13 @@ def _from_array(array: npt.NDArray[np.generic]) -> RgbImage:
         if array.ndim == 3:
             remedy = "transpose a channels-first array: array.transpose(1, 2, 0)"
         raise ImageError(f"{where}: expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]", remedy=remedy)
+    # Before anything looks at the values: an array of many pixels can be a view of one.
+    _check_size(array.shape[1], array.shape[0], where, limit)
     if array.dtype != np.uint8:
         remedy = "scale the values to 0..255 and convert: array.round().astype(np.uint8)"
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             remedy = "it holds NaN or infinity: remove them, scale to 0..255 and convert to uint8"
         raise ImageError(f"{where}: expected uint8 values of 0 to 255, found {array.dtype}", remedy=remedy)
-    _check_size(array.shape[1], array.shape[0], where)
     pixels: RgbImage = array.astype(np.uint8, copy=False)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -251,15 +470,16 @@ def _over_white(rgba_HWC: RgbImage) -> RgbImage:
     return rgb_HWC
 
 
-def _check_size(width: int, height: int, where: str) -> None:
+def _check_size(width: int, height: int, where: str, limit: int) -> None:
     """Refuse an empty image and one too large to decode, from the sizes in its header."""
     if width < 1 or height < 1:
         raise ImageError(f"{where}: expected at least one pixel, found {width} x {height}", remedy="check the image")
-    if width * height > MAX_IMAGE_PIXELS:
-        raise _too_large(where, f"found {width} x {height} = {width * height} pixels")
+    if width * height > limit:
+        raise _too_large(where, f"found {width} x {height} = {width * height} pixels", limit)
 
 
-def _too_large(where: str, found: str) -> CapacityError:
+def _too_large(where: str, found: str, limit: int) -> CapacityError:
+    raised = ", or raise max_image_pixels" if limit < MOST_IMAGE_PIXELS else ""
     return CapacityError(
-        f"{where}: expected at most {MAX_IMAGE_PIXELS} pixels, {found}", remedy="make the image smaller and try again"
+        f"{where}: expected at most {limit} pixels, {found}", remedy=f"make the image smaller and try again{raised}"
     )

@@ -1,18 +1,22 @@
 """The manifest of an engine folder: what it is, what built it, and the hash of every file.
 
-Hashes catch damage and mix-ups, not malice: whoever can write the folder can write the manifest.
+Hashes catch damage and mix-ups, not malice: whoever can write the folder can write the manifest. Its entries are
+checked all the same, so that a wrong one is named here and not met later by whatever it leads to.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import EngineError
+from runtime.files import NotRegularError, open_regular, read_json_object
+from runtime.manifest_checks import check_capabilities, check_file_name, check_model, check_record, check_texts
 from runtime.model_config import ModelConfig
 
 MANIFEST_NAME = "engine.json"
@@ -78,7 +82,7 @@ class Manifest:
             raise EngineError(
                 f"{folder}: no such engine folder", remedy="build one with: qwen3vl-export MODEL --output DIR"
             )
-        if not path.is_file():
+        if not path.exists():
             if (folder / LOWERED_NAME).is_file():
                 raise EngineError(
                     f"{folder}: a folder of lowered graphs ({LOWERED_NAME}), as --no-compile leaves it, and no engine",
@@ -88,12 +92,9 @@ class Manifest:
                 f"{folder}: {name} is missing, so this is no engine folder",
                 remedy="give the folder that qwen3vl-export wrote, or build it again",
             )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise EngineError(f"{path}: not readable as JSON ({error})", remedy="build the engine again") from error
-        version = values.get("format_version") if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
+        values = read_json_object(path, remedy="build the engine again")
+        version = values.get("format_version")
+        if version != FORMAT_VERSION or type(version) is not int:
             raise EngineError(
                 f"{path}: format version {version!r}, expected {FORMAT_VERSION}",
                 remedy="build the engine again with this version, or install the version that wrote it",
@@ -104,12 +105,45 @@ class Manifest:
                 remedy="copy the engine folder again, or build it again",
             )
         try:
-            files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
-            return cls(model=ModelConfig.from_dict(values.pop("model")), files=files, **values)
-        except (KeyError, TypeError, AttributeError) as error:
+            files = {file: FileRecord(**record) for file, record in values.pop("files").items()}
+            manifest = cls(model=ModelConfig.from_dict(values.pop("model")), files=files, **values)
+            manifest._check_entries()
+        except EngineError as error:
+            raise EngineError(f"{path}: {error.message}", remedy=error.remedy) from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise EngineError(
                 f"{path}: an entry is missing or unknown ({error})", remedy="build the engine again"
             ) from error
+        return manifest
+
+    def _check_entries(self) -> None:
+        """Check types and ranges.
+
+        Raises:
+            EngineError: An entry is not what `write` writes.
+        """
+        check_texts("target and session", {"target": self.target, "session": self.session})
+        check_texts("versions", self.versions)
+        if not isinstance(self.source, Mapping):
+            raise EngineError(f"source is {self.source!r:.80}, expected an object", remedy="build the engine again")
+        check_capabilities(self.capabilities)
+        check_model(self.model)
+        for name, record in self.files.items():
+            check_record(name, vars(record))
+
+    def require(self, folder: Path, *names: str) -> None:
+        """Check that files which are about to be opened are among those that the manifest lists and `check` compared.
+
+        Raises:
+            EngineError: One is not.
+        """
+        for name in names:
+            check_file_name(name)
+            if name not in self.files:
+                raise EngineError(
+                    f"{folder / name}: not listed in {MANIFEST_NAME}, so it is not opened",
+                    remedy="copy the whole engine folder, or build it again",
+                )
 
     def check(self, folder: Path, name: str = MANIFEST_NAME, *, full: bool = False) -> None:
         """Compare the folder with the manifest: weight files by size, or by hash if `full`; all others by hash.
@@ -120,12 +154,22 @@ class Manifest:
             EngineError: A file is missing, has another size, or other contents; the message names it.
         """
         for file, record in self.files.items():
-            if Path(file).name != file or file == "..":
-                raise EngineError(f"{folder / name}: {file!r} is no name of a file in the engine's folder")
+            try:
+                check_file_name(file)
+            except EngineError as error:
+                raise EngineError(f"{folder / name}: {error.message}", remedy=error.remedy) from error
             path = folder / file
-            if not path.is_file():
-                raise EngineError(f"{path}: missing", remedy="copy the whole engine folder, or build it again")
-            found = path.stat().st_size
+            try:
+                found = _size(path)
+            except NotRegularError as error:
+                raise EngineError(
+                    f"{path}: expected a file, found {error.strerror}", remedy="copy the engine folder again"
+                ) from error
+            except OSError as error:
+                reason = "missing" if isinstance(error, FileNotFoundError) else error.strerror
+                raise EngineError(
+                    f"{path}: {reason}", remedy="copy the whole engine folder, or build it again"
+                ) from error
             if found != record.num_bytes:
                 raise EngineError(
                     f"{path}: {found} bytes, expected {record.num_bytes}",
@@ -151,7 +195,15 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _size(path: Path) -> int:
+    descriptor = open_regular(path)
+    try:
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
 def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb", buffering=0) as file:
+    with open(open_regular(path), "rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):
             yield block

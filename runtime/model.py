@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -12,17 +11,22 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from runtime.answer import Call, Generation, Stats, Stream, Turn
+from runtime.arguments import folder_path, reading, template_variables, tool_schemas, whole_number
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, UsageError
+from runtime.files import read_json_object
 from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
+from runtime.generation_keywords import GenerationKeywords
+from runtime.guard import Owner, as_engine_error
 from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
-from runtime.machine import available_cores
+from runtime.images import MAX_IMAGE_PIXELS, check_max_image_pixels
+from runtime.machine import available_cores, default_threads
 from runtime.manifest import Manifest
 from runtime.memory import (
     CACHE,
@@ -42,6 +46,7 @@ from runtime.prompt import Prompt, PromptBuilder
 from runtime.prompt_lookup import PromptLookup
 from runtime.sampling import Sampler
 from runtime.session import Floats, Session, is_on_gpu, open_session
+from runtime.shown import shown
 from runtime.stop_text import AnswerText
 from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
@@ -49,6 +54,9 @@ from runtime.vision_inputs import position_interpolation, vision_rotary
 
 DEFAULT_MAX_CONTEXT = 4096
 MANY_VISUAL_TOKENS = 2000
+# Images with this multiple of the context's tokens are not followed by more; until then, the error can say which
+# max_pixels would make all of them fit.
+_HOPELESS = 4
 # More only slow the engine down, and a mistyped number of them takes minutes to start.
 _MAX_THREADS_PER_CORE = 8
 # Python shows warnings on stderr if the program sets up no logging of its own.
@@ -77,6 +85,10 @@ class Qwen3VLModel:
         defaults: GenerationOptions,
         max_context: int,
         max_memory: int,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        *,
+        source: str | None = None,
+        threads: int | None = None,
     ) -> None:
         self.manifest = manifest
         self.config = manifest.model
@@ -86,10 +98,25 @@ class Qwen3VLModel:
         self.defaults = defaults
         self.max_context = max_context
         self.max_memory = max_memory
+        self.max_image_pixels = max_image_pixels
+        self._owner = Owner(session)
+        self._source = source
+        self._threads = threads
         self._builder = PromptBuilder(tokenizer, template)
         self._turn = Turn()
         self._chunk = chunk_limit(manifest.capabilities)
         self._logits_chunk = chunk_limit(manifest.capabilities, all_logits=True)
+
+    def __repr__(self) -> str:
+        """Say what is open: `Qwen3VLModel('out/demo', target='ort-cpu-fp32', model='demo', …)`."""
+        words = [
+            *([shown(self._source)] if self._source is not None else []),
+            f"target={shown(self.manifest.target)}",
+            f"model={shown(self.manifest.source.get('name'))}",
+            f"max_context={self.max_context}",
+            *([f"threads={self._threads}"] if self._threads is not None else []),
+        ]
+        return f"{type(self).__name__}({', '.join(words)})"
 
     @classmethod
     def from_engine(
@@ -104,6 +131,7 @@ class Qwen3VLModel:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         max_memory: int | None = None,
+        max_image_pixels: int | None = None,
     ) -> Qwen3VLModel:
         """Open an engine folder.
 
@@ -120,43 +148,52 @@ class Qwen3VLModel:
             max_memory: Most bytes that weights, cache and workspace may take together, by estimate; the machine's
                 memory, or the container's, by default. A GPU refuses by itself what it cannot hold, so an engine on one
                 has no default.
+            max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
+                would reduce them to; 50 million by default, at most 178 million.
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
             CapacityError: Weights, a full KV cache and the prefill exceed `max_memory`.
             UsageError: An option is out of range or of no use to this engine, or `path` is a URL.
         """
-        check_local(path, "engine")
-        folder = Path(path)
+        source = folder_path("engine", path)
+        check_local(source, "engine")
+        folder = Path(source)
         manifest = Manifest.read(folder)
         manifest.check(folder, full=check)
         capacity = manifest.capabilities.get("capacity")
         trained = manifest.model.text.max_positions
         limit = trained if capacity is None else min(int(capacity), trained)
-        max_context = min(DEFAULT_MAX_CONTEXT, limit) if max_context is None else max_context
-        if not 1 <= max_context <= limit:
-            is_trained = limit == trained
-            reason = "what the model was trained for" if is_trained else "the capacity that the engine was built with"
-            rebuild = "" if is_trained else ", or build the engine again with qwen3vl-export ... --max-context"
-            raise UsageError(
-                f"max_context = {max_context}, expected 1 to {limit}, {reason}",
-                remedy=f"leave max_context out for {min(DEFAULT_MAX_CONTEXT, limit)}{rebuild}",
-            )
+        is_trained = limit == trained
+        reason = "what the model was trained for" if is_trained else "the capacity that the engine was built with"
+        rebuild = "" if is_trained else ", or build the engine again with qwen3vl-export ... --max-context"
+        default_context = min(DEFAULT_MAX_CONTEXT, limit)
+        max_context = whole_number(
+            "max_context",
+            default_context if max_context is None else max_context,
+            1,
+            limit,
+            f"1 to {limit}, {reason}",
+            f"leave max_context out for {default_context}{rebuild}",
+        )
         most_threads = _MAX_THREADS_PER_CORE * available_cores()
-        if threads is not None and not 1 <= threads <= most_threads:
-            raise UsageError(
-                f"threads = {threads}, expected 1 to {most_threads}, {_MAX_THREADS_PER_CORE} for each core",
-                remedy="leave threads out for one for each core",
-            )
-        if max_memory is not None and max_memory < 1:
-            raise UsageError(
-                f"max_memory = {max_memory}, expected at least one byte",
-                remedy="leave max_memory out for the machine's memory",
-            )
+        if threads is not None:
+            expected = f"1 to {most_threads}, {_MAX_THREADS_PER_CORE} for each core"
+            remedy = "leave threads out for one for each core"
+            threads = whole_number("threads", threads, 1, most_threads, expected, remedy)
+        if max_memory is not None:
+            remedy = "leave max_memory out for the machine's memory"
+            max_memory = whole_number("max_memory", max_memory, 1, None, "at least one byte", remedy)
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if value is not None:
+                whole_number(name, value, 1, None, "at least 1", f"leave {name} out for the checkpoint's")
         if max_memory is None:
             max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
+        max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
         check_fits(_decoder_needs(manifest, max_context), max_memory)
+        manifest.require(folder, "preprocessor_config.json", "tokenizer.json", "generation_config.json")
         image_config = ImageProcessorConfig.from_dict(_read_json(folder / "preprocessor_config.json"))
+        _check_patches(image_config, manifest, folder)
         if min_pixels is not None or max_pixels is not None:
             if min_pixels is None and max_pixels is not None:
                 min_pixels = max(1, min(image_config.min_pixels, max_pixels))  # of a bad max_pixels, that is named
@@ -170,11 +207,22 @@ class Qwen3VLModel:
             GenerationOptions.from_generation_config(_read_json(folder / "generation_config.json")),
             max_context,
             max_memory,
+            max_image_pixels,
+            source=source,
+            threads=threads or default_threads(),
         )
 
-    def generate(self, messages: Any, **options: Any) -> Generation:
+    def generate(
+        self,
+        messages: Any,
+        options: GenerationOptions | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Generation:
         """Answer messages in the Hugging Face chat format; see `stream`."""
-        stream = self.stream(messages, **options)
+        stream = self.stream(messages, options, tools=tools, chat_template_kwargs=chat_template_kwargs, **keywords)
         for _ in stream:
             pass
         assert stream.result is not None
@@ -183,10 +231,11 @@ class Qwen3VLModel:
     def stream(
         self,
         messages: Any,
+        options: GenerationOptions | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
+        **keywords: Unpack[GenerationKeywords],
     ) -> Stream:
         """Answer messages piece by piece, cut at UTF-8 boundaries.
 
@@ -195,23 +244,40 @@ class Qwen3VLModel:
 
         Args:
             messages: Hugging Face chat format; an image is a path, bytes, a data URL, a PIL image or an array.
+            options: All options of the answer, in place of the defaults, but that its `eos_token_ids`, if it has none,
+                are the model's; `model.defaults.replace(…)` makes such a set. The defaults are `model.defaults`, which
+                come from generation_config.json.
             tools: JSON schemas of functions, for chat templates that know tools.
             chat_template_kwargs: Further variables of the chat template, such as `enable_thinking`.
-            **options: Generation options with Hugging Face's names; defaults come from generation_config.json.
+            **keywords: Single options with Hugging Face's names, laid over that set.
 
         Raises:
-            UsageError: A message or an option is not valid, the template does not know a variable, or this thread left
-                another stream open.
+            UsageError: A message or an option is not valid, the template does not know a variable, this thread left
+                another stream open, or this process was forked from the one that opened the model.
             ImageError: An image cannot be read.
             CapacityError: The prompt leaves no room in `max_context`, or the estimated memory exceeds `max_memory`. An
                 answer that fills `max_context` ends with finish_reason "length".
         """
-        chosen = self.defaults.replace(**options)
+        self._owner.check()
+        with reading("the options", "pass plain numbers and strings"):
+            chosen = self._chosen(options, keywords)
+        tools, chat_template_kwargs = tool_schemas(tools), template_variables(chat_template_kwargs)
         prepare = partial(self.prepare, messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
         return Stream(self._run(prepare, chosen))
 
+    def _chosen(self, options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:
+        if options is None:
+            return self.defaults.replace(**keywords)
+        if not isinstance(options, GenerationOptions):
+            raise UsageError(
+                f"options must be GenerationOptions, got {type(options).__name__}",
+                remedy="pass single options as keyword arguments: max_new_tokens=32",
+            )
+        return options.replace(eos_token_ids=options.eos_token_ids or self.defaults.eos_token_ids).replace(**keywords)
+
     def logits(self, messages: Any) -> Floats:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
+        self._owner.check()
         call = Call()
         try:
             self._turn.take(call)
@@ -223,6 +289,11 @@ class Qwen3VLModel:
             return prefill(
                 self.session, cache, input_ids, prepared.positions, embeds, all_logits=True, chunk=self._logits_chunk
             )
+        except Exception as error:
+            known = as_engine_error(error)
+            if known is None:
+                raise
+            raise known from error
         finally:
             self._turn.leave(call)
 
@@ -237,11 +308,22 @@ class Qwen3VLModel:
         images: list[ProcessedImage] = []
 
         def num_visual_tokens(source: Any) -> int:
-            images.append(process_image(source, self.image_config))
+            visual_tokens = sum(image.num_visual_tokens for image in images)
+            if visual_tokens >= _HOPELESS * self.max_context:
+                raise CapacityError(
+                    f"the first {len(images)} image(s) alone are {visual_tokens} visual tokens: max_context is "
+                    f"{self.max_context}",
+                    remedy="lower max_pixels, send fewer images, or raise max_context",
+                )
+            images.append(process_image(source, self.image_config, max_image_pixels=self.max_image_pixels))
             return images[-1].num_visual_tokens
 
         prompt = self._builder.build(
-            messages, num_visual_tokens, tools=tools, chat_template_kwargs=chat_template_kwargs
+            messages,
+            num_visual_tokens,
+            tools=tool_schemas(tools),
+            chat_template_kwargs=template_variables(chat_template_kwargs),
+            max_tokens=self.max_context,
         )
         if len(prompt.input_ids) > self.max_context:
             raise self._too_long(prompt)
@@ -252,6 +334,7 @@ class Qwen3VLModel:
 
     def encode_images(self, images: Sequence[ProcessedImage]) -> Floats:
         """Run the vision tower on each image: [1+D, V, hidden], in order; one zero row if none."""
+        self._owner.check()
         return self._join([self._encode(image) for image in images])
 
     def _join(self, embeds: Sequence[Floats]) -> Floats:
@@ -320,6 +403,11 @@ class Qwen3VLModel:
         try:
             self._turn.take(call)
             return (yield from self._generate(call, prepare, options))
+        except Exception as error:
+            known = as_engine_error(error)
+            if known is None:
+                raise
+            raise known from error
         finally:
             self._turn.leave(call)
 
@@ -406,11 +494,18 @@ def _decoder_needs(manifest: Manifest, capacity: int) -> dict[str, int]:
     }
 
 
+def _check_patches(image_config: ImageProcessorConfig, manifest: Manifest, folder: Path) -> None:
+    """Raise if images would be cut into other patches than the vision tower takes."""
+    vision = manifest.model.vision
+    found = (image_config.patch_size, image_config.temporal_patch_size, image_config.merge_size)
+    expected = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+    if found != expected:
+        raise EngineError(
+            f"{folder}: preprocessor_config.json has patch_size, temporal_patch_size and merge_size {found}, the model "
+            f"takes {expected}",
+            remedy="build the engine again",
+        )
+
+
 def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise EngineError(f"{path}: not readable as JSON ({error})", remedy="build the engine again") from error
-    if not isinstance(values, dict):
-        raise EngineError(f"{path}: expected a JSON object", remedy="build the engine again")
-    return values
+    return read_json_object(path, remedy="build the engine again")

@@ -52,6 +52,7 @@ class PromptBuilder:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
     ) -> Prompt:
         """Render, tokenise and give every image its room.
 
@@ -64,9 +65,11 @@ class PromptBuilder:
             add_generation_prompt: End with the opening of the assistant's turn.
             tools: JSON schemas of functions, for templates that know tools.
             chat_template_kwargs: Further variables of the template.
+            max_tokens: Give up a long text that has more; a prompt may still come out longer.
 
         Raises:
             UsageError: The messages are not valid, or the template does not write one image token for each image.
+            CapacityError: A text is too long.
         """
         plain, images = normalise_messages(messages)
         chat = self._template.render(
@@ -85,12 +88,17 @@ class PromptBuilder:
         input_ids: list[int] = []
         spans: list[tuple[int, int]] = []
         end = 0
+
+        def encode(text: str) -> list[int]:
+            room = None if max_tokens is None else max(0, max_tokens - len(input_ids))
+            return self._tokenizer.encode(text, max_tokens=room)
+
         for offset, image in zip(chat.image_offsets, images, strict=True):
-            input_ids += self._tokenizer.encode(chat.text[end:offset])
+            input_ids += encode(chat.text[end:offset])
             length = num_visual_tokens(image)
             assert length > 0, f"num_visual_tokens returned {length}"
             spans.append((len(input_ids), length))
             input_ids += [self.image_token_id] * length
             end = offset + len(IMAGE_TOKEN)
-        input_ids += self._tokenizer.encode(chat.text[end:])
+        input_ids += encode(chat.text[end:])
         return Prompt(input_ids, images, tuple(spans), chat.text)

@@ -7,6 +7,7 @@ H head dim.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+import runtime.sessions
 from runtime.errors import EngineError, UsageError
+from runtime.installation import how_to_install
 from runtime.manifest import Manifest
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+
+# Extra of pyproject.toml with the library of a kind of session.
+_EXTRAS = {"ort_cpu": "cpu", "ort_cuda": "cuda", "tensorrt": "tensorrt"}
 
 
 class KVCache(Protocol):
@@ -128,15 +134,21 @@ def open_session(
         raise UsageError(
             f"cuda_graphs=False: {folder} does not run on a GPU", remedy="leave cuda_graphs (--no-cuda-graphs) out"
         )
+    known = sorted(module.name for module in pkgutil.iter_modules(runtime.sessions.__path__))
+    if manifest.session not in known:
+        raise EngineError(
+            f"{folder}: unknown kind of session {manifest.session!r:.80}; known: {', '.join(known)}",
+            remedy="install the version that built the engine, or build it again",
+        )
     try:
         module = importlib.import_module(f"runtime.sessions.{manifest.session}")
     except ModuleNotFoundError as error:
         if error.name != f"runtime.sessions.{manifest.session}":
             raise EngineError(
                 f"{folder}: its session {manifest.session!r} needs {error.name}, which is not installed",
-                remedy="install the extra of this target, such as pip install 'qwen3vl-export[cpu]'",
+                remedy=how_to_install(_EXTRAS[manifest.session]),
             ) from error
-        raise EngineError(f"{folder}: unknown kind of session {manifest.session!r}") from error
+        raise
     # Sessions of CPUs do not know it.
     options = {} if cuda_graphs else {"cuda_graphs": False}
     session: Session = module.open_session(folder, manifest, threads=threads, huge_pages=huge_pages, **options)

@@ -9,9 +9,11 @@ from collections.abc import Sized
 # Characters that move the cursor, ring, start an escape sequence or turn the direction of the text around (the
 # "Trojan Source" characters, CVE-2021-42574), line separators of Unicode, and lone surrogates, which no UTF-8 can hold.
 _CONTROLS = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
-_CONTROL = re.compile(f"[{_CONTROLS}]")
+CONTROL = re.compile(f"[{_CONTROLS}]")
 _CONTROL_BUT_LAYOUT = re.compile(f"(?![\\n\\t])[{_CONTROLS}]")
 _LINE_BREAK = re.compile(r"\s*[\r\n]\s*")
+
+_GAP = " […] "
 
 # An integer above it is described: Python writes no more than 4300 digits, and slowly.
 _MOST_BITS = 1024
@@ -24,7 +26,7 @@ def escape_controls(text: str, *, keeps_layout: bool = False) -> str:
         text: Any text, from whatever source.
         keeps_layout: Leave line feeds and tabs as they are.
     """
-    pattern = _CONTROL_BUT_LAYOUT if keeps_layout else _CONTROL
+    pattern = _CONTROL_BUT_LAYOUT if keeps_layout else CONTROL
     return pattern.sub(lambda match: escape_of(match[0]), text)
 
 
@@ -42,13 +44,12 @@ def one_line(text: str, limit: int) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cut the middle out of a text of more than `limit` characters and say how much is missing."""
+    """Cut the middle out of a text of more than `limit` characters, and mark the place."""
     if len(text) <= limit:
         return text
-    gap = f" …[{len(text) - limit} more characters]… "
-    kept = max(0, limit - len(gap))
+    kept = max(0, limit - len(_GAP))
     head = (kept + 1) // 2
-    return (text[:head] + gap + text[len(text) - (kept - head) :])[:limit]
+    return (text[:head] + _GAP + text[len(text) - (kept - head) :])[:limit]
 
 
 def shown(value: object, limit: int = 120) -> str:

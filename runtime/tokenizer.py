@@ -1,15 +1,48 @@
-"""Text to token ids and back, over the checkpoint's own `tokenizer.json`."""
+"""Text to token ids and back, over the checkpoint's own `tokenizer.json`.
+
+The work on a text is bounded. A tokenizer may hold no regex but those of `KNOWN_PATTERNS`: another one can take time
+that doubles with each character. A long text is encoded in pieces and given up as soon as it has too many tokens; the
+library takes about 230 bytes and a microsecond for each byte of a piece.
+"""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders
 
-from runtime.errors import EngineError, UsageError
+from runtime.errors import CapacityError, EngineError, UsageError
+from runtime.files import MAX_TOKENIZER_BYTES, parse_json_object, read_small_file
+
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen2 to Qwen3 cut a text into words (`PRETOKENIZE_REGEX` of transformers' models/qwen2)."""
+
+KNOWN_PATTERNS: Mapping[str, str] = {
+    QWEN_PATTERN: "Qwen",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "GPT-2",
+}
+"""Regexes that a tokenizer may hold: their time was read to grow with the text alone."""
+
+MAX_WORD_BYTES = 500_000
+"""Most bytes of text without a place to cut it, such as one word or one run of spaces."""
+
+_PIECE_CHARACTERS = 1 << 16
+_LONGEST_SHOWN = 120
+_EXPORT_AGAIN = "export the checkpoint again"
+
+# Places where Qwen's pattern always ends a word and NFC joins nothing, whatever stands further away: before a line that
+# begins with a letter; before one space or mark between letters, since a word is letters with at most one other
+# character before them; and around a digit, which is a word of its own. Letters of few scripts, so that no version of
+# Unicode matters, and none that NFC composes with what is behind it.
+_LETTER = "[A-Za-z\u4e00-\u9fa5]"
+_CUT = re.compile(rf"(?<=\n)(?={_LETTER})|(?<={_LETTER})(?=[ ,.;:!?()，。、；：！？]{_LETTER})|(?<=[0-9])(?=[0-9])")
 
 
 class Tokenizer:
@@ -20,16 +53,19 @@ class Tokenizer:
         name: How errors call the file.
 
     Raises:
-        EngineError: The content cannot be read, or is not a byte-level tokenizer.
+        EngineError: The content cannot be read, is not a byte-level tokenizer, or holds a regex or a normalizer that is
+            not known.
     """
 
     def __init__(self, tokenizer_json: bytes, *, name: str = "tokenizer.json") -> None:
+        settings = parse_json_object(tokenizer_json, name, remedy=_EXPORT_AGAIN)
+        _check_work(settings, name)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
-        except Exception as error:  # the library raises plain Exception and ValueError
-            raise EngineError(
-                f"{name} cannot be read as a tokenizer: {error}", remedy="export the checkpoint again"
-            ) from error
+        except BaseException as error:  # the library raises plain Exception and ValueError, and panics
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
+            raise EngineError(f"{name} cannot be read as a tokenizer: {error}", remedy=_EXPORT_AGAIN) from error
         if not isinstance(self._tokenizer.decoder, decoders.ByteLevel):
             # Streaming turns each token into bytes on its own; that is only exact for the byte-level decoder.
             raise EngineError(
@@ -41,18 +77,16 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes_of_ids: dict[int, bytes] = {}
+        self._has_cuts = _is_qwens(settings) and not any(map(_reaches_over_cuts, added.values()))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Read a `tokenizer.json`.
 
         Raises:
-            EngineError: The file is missing or not a byte-level tokenizer.
+            EngineError: The file is missing, larger than `MAX_TOKENIZER_BYTES`, or not a byte-level tokenizer.
         """
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise EngineError(f"cannot read {path}: {error.strerror}", remedy="export the checkpoint again") from error
+        content = read_small_file(path, max_bytes=MAX_TOKENIZER_BYTES, remedy=_EXPORT_AGAIN)
         return cls(content, name=str(path))
 
     @property
@@ -70,22 +104,68 @@ class Tokenizer:
         """Ids of the tokens that `skip_special_tokens` leaves out."""
         return self._special_ids
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
         """Return the token ids of a text.
 
-        Special tokens spelled out in the text become their ids; none is added around it.
+        Special tokens spelled out in the text become their ids; none is added around it. A long text is encoded piece
+        by piece, with the same ids as at once.
+
+        Args:
+            text: Any text.
+            max_tokens: Give up a long text once it has more than so many.
 
         Raises:
-            UsageError: The text holds a lone surrogate, which no UTF-8 can express.
+            UsageError: The text holds a lone surrogate, which no UTF-8 can express, or the tokenizer fails on it.
+            CapacityError: The text has more than `max_tokens` tokens, or `MAX_WORD_BYTES` without a place to cut it.
         """
+        token_ids: list[int] = []
+        num_characters = 0
+        for piece in self._pieces(text):
+            num_characters += len(piece)
+            token_ids += self._encode(piece, num_characters - len(piece))
+            if max_tokens is not None and len(token_ids) > max_tokens and num_characters < len(text):
+                raise CapacityError(
+                    f"the text has {len(text)} characters, and the first {num_characters} are {len(token_ids)} tokens "
+                    f"already; expected at most {max_tokens} together",
+                    remedy="shorten the text, or raise max_context",
+                )
+        return token_ids
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Cut a text where it makes no difference to its tokens, into pieces of `_PIECE_CHARACTERS` or more."""
+        start = 0
+        while len(text) - start > _PIECE_CHARACTERS and self._has_cuts:
+            # A cut further away would leave a piece that is refused.
+            cut = _CUT.search(text, start + _PIECE_CHARACTERS, start + _PIECE_CHARACTERS + MAX_WORD_BYTES)
+            if cut is None:
+                break
+            yield text[start : cut.start()]
+            start = cut.start()
+        yield text[start:]
+
+    def _encode(self, text: str, position: int) -> list[int]:
         try:
-            text.encode()  # the library would say "TextInputSequence must be str"
+            num_bytes = len(text.encode())  # the library would say "TextInputSequence must be str"
         except UnicodeEncodeError as error:
             raise UsageError(
-                f"the text holds a lone surrogate, {text[error.start]!r}, at character {error.start}",
+                f"the text holds a lone surrogate, {text[error.start]!r}, at character {position + error.start}",
                 remedy="decode the text from its bytes as UTF-8",
             ) from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if num_bytes > MAX_WORD_BYTES:
+            raise CapacityError(
+                f"the text from character {position} on has {num_bytes} bytes without a place to cut it, expected at "
+                f"most {MAX_WORD_BYTES}",
+                remedy="shorten the text, or break it into lines and words",
+            )
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except BaseException as error:
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
+            raise UsageError(
+                f"the tokenizer fails on the text from character {position} on: {str(error)[:200]}",
+                remedy="shorten the text, or leave out its runs of the same character",
+            ) from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
@@ -139,6 +219,66 @@ class StreamDecoder:
     def flush(self) -> str:
         """Return what is left at the end of the answer: U+FFFD for an unfinished character, else ""."""
         return self._decoder.decode(b"", final=True)
+
+
+def _check_work(settings: Mapping[str, Any], name: str) -> None:
+    """Raise if a tokenizer's settings ask for work on a text that is not known to be bounded."""
+    normalizer = settings.get("normalizer")
+    if normalizer is not None and not (isinstance(normalizer, dict) and normalizer.get("type") == "NFC"):
+        raise EngineError(
+            f"{name} has the normalizer {_shown(normalizer)}, expected NFC or none",
+            remedy="use a checkpoint with Qwen's own tokenizer.json",
+        )
+    for pattern in _regexes({key: value for key, value in settings.items() if key != "model"}):
+        if not isinstance(pattern, str) or pattern not in KNOWN_PATTERNS:
+            raise EngineError(
+                f"{name} holds the regex {_shown(pattern)}, which is not one of those that are known to take bounded "
+                "time",
+                remedy="use a checkpoint with Qwen's own tokenizer.json; known patterns stand in runtime/tokenizer.py",
+            )
+
+
+def _regexes(value: Any) -> Iterator[Any]:
+    """Yield every regex in a tokenizer's settings."""
+    if isinstance(value, dict):
+        if "Regex" in value:
+            yield value["Regex"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _regexes(item)
+
+
+def _is_qwens(settings: Mapping[str, Any]) -> bool:
+    """Return whether a text is cut into words by Qwen's pattern alone, each then encoded for itself."""
+    steps = (settings.get("pre_tokenizer") or {}).get("pretokenizers")
+    if not isinstance(steps, list) or len(steps) != 2 or settings.get("model", {}).get("dropout"):
+        return False
+    split, byte_level = steps
+    return (
+        split.get("type") == "Split"
+        and split.get("pattern") == {"Regex": QWEN_PATTERN}
+        and split.get("behavior") == "Isolated"
+        and not split.get("invert", False)
+        and byte_level.get("type") == "ByteLevel"
+        and byte_level.get("add_prefix_space") is False
+        and byte_level.get("use_regex") is False
+    )
+
+
+def _reaches_over_cuts(token: tokenizers.AddedToken) -> bool:
+    """Return whether an added token, found before words are, may hold a place to cut, or ask what is beside it."""
+    return token.lstrip or token.rstrip or token.single_word or _CUT.search(f"a{token.content}a") is not None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Return whether this is how Rust's panics arrive: no `Exception`, and of a module that cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -6,9 +6,9 @@ import os
 import re
 
 from runtime.errors import UsageError
+from runtime.shown import shown
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):")  # two characters at least: C:\ is a drive
-_SHOWN_CHARACTERS = 120
 
 
 def scheme_of(text: str) -> str | None:
@@ -39,9 +39,3 @@ def check_local(source: str | os.PathLike[str], what: str, *, base_dir: str | os
             f"{what} {shown(text)}: expected a local {what}, found a URL of scheme {scheme!r}; nothing is fetched",
             remedy="pass the plain path" if scheme == "file" else f"download the {what} first and pass its path",
         )
-
-
-def shown(text: object) -> str:
-    """Return `text` in quotes, cut to a length that fits a message."""
-    whole = str(text)
-    return repr(whole if len(whole) <= _SHOWN_CHARACTERS else whole[: _SHOWN_CHARACTERS - 3] + "...")

@@ -1,4 +1,7 @@
-"""Export the demo checkpoint to an ONNX Runtime CPU engine and let it read a picture that training never saw."""
+"""Export the demo checkpoint to an ONNX Runtime CPU engine and let it read a picture that training never saw.
+
+With a picture of your own, an engine of the demo that is there already reads it as it is.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from qwen3_vl import Qwen3VLModel
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "qwen3vl_export" / "demo" / "images"
-TARGET = "ort-cpu-fp32"
+CHECKPOINT, TARGET = "demo", "ort-cpu-fp32"
 
 
 def main() -> int:
@@ -45,20 +55,39 @@ def show(output: Path, image: str | None) -> int:
     else:
         question, truth = "Read the digits.", None
         pixels_HWC = load_image(image)  # before the export, which takes longer than to find that the path is wrong
-    export = [str(Path(sys.executable).with_name("qwen3vl-export")), "demo", "--target", TARGET]
+    model = opened(output) if truth is None else None
+    if model is not None:
+        print(f"engine:   {output}, which was there; `make demo` without IMAGE builds it anew", file=sys.stderr)
+        return answer(model, image, pixels_HWC, question, truth)
+    export = [str(Path(sys.executable).with_name("qwen3vl-export")), CHECKPOINT, "--target", TARGET]
     exported = subprocess.run([*export, "--output", str(output)], check=False)
     if exported.returncode != 0:
         return exported.returncode
+    return answer(Qwen3VLModel.from_engine(output), image, pixels_HWC, question, truth)
+
+
+def opened(folder: Path) -> Qwen3VLModel | None:
+    """Open an engine of the demo, or return None where there is none, or a damaged or older one: it is built then."""
+    from qwen3_vl import EngineError, Qwen3VLModel
+
+    try:
+        model = Qwen3VLModel.from_engine(folder)
+    except EngineError:
+        return None
+    return model if model.manifest.source.get("name") == CHECKPOINT else None
+
+
+def answer(model: Qwen3VLModel, image: str, pixels_HWC: npt.NDArray[np.uint8], question: str, truth: str | None) -> int:
+    """Ask, print, and compare with the truth, if there is one; return the exit code."""
     content = [{"type": "image", "image": pixels_HWC}, {"type": "text", "text": question}]
-    model = Qwen3VLModel.from_engine(output)
-    answer = model.generate([{"role": "user", "content": content}], do_sample=False).text
+    found = model.generate([{"role": "user", "content": content}], do_sample=False).text
     print(f"picture:  {image}")
     print(f"question: {question}")
-    print(f"answer:   {answer}")
+    print(f"answer:   {found}")
     if truth is None:
         return 0
     print(f"truth:    {truth}")
-    if answer != truth:
+    if found != truth:
         print("The answer differs from the truth.", file=sys.stderr)
         return 1
     return 0

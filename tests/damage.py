@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import struct
@@ -45,3 +46,25 @@ def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+
+
+def resign(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the entries of an engine's manifest, and its own digest with them, as whoever writes the folder can."""
+    values = json.loads((folder / "engine.json").read_text())
+    del values["sha256"]
+    change(values)
+    values["sha256"] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    (folder / "engine.json").write_text(json.dumps(values))
+
+
+def rehash(folder: Path, *names: str) -> None:
+    """Write the sizes and hashes of changed files into an engine's manifest."""
+
+    def change(values: dict[str, Any]) -> None:
+        for name in names:
+            contents = (folder / name).read_bytes()
+            values["files"].setdefault(name, {"is_weights": False}).update(
+                num_bytes=len(contents), sha256=hashlib.sha256(contents).hexdigest()
+            )
+
+    resign(folder, change)

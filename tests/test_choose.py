@@ -204,9 +204,11 @@ def test_nothing_fits() -> None:
         choose_target(tiny_machine, config, targets=[CPU_INT8, CPU_INT4, GPU_FP16])
     table = consider(tiny_machine, config, targets=[CPU_INT8, CPU_INT4, GPU_FP16])
     assert table.target is None
-    assert table.render() in caught.value.message
-    needed = estimate(CPU_INT8, config)[WEIGHTS]
-    assert f"{needed / 1e6:,.1f}" in caught.value.message
+    nearest = table.candidates[-1]
+    assert nearest.target == "ort-cpu-int4"
+    assert f"ort-cpu-int4, the nearest, takes {nearest.total_bytes / 1e6:,.1f} MB" in caught.value.message
+    assert "the limit is 1,073.7 MB" in caught.value.message
+    assert nearest.parts[WEIGHTS] == estimate(CPU_INT4, config)[WEIGHTS] > 1 << 30
 
 
 def test_nothing_is_available() -> None:
@@ -237,12 +239,15 @@ def test_resolving_a_name_reads_no_checkpoint() -> None:
         resolve_target("ort-cpu-int9", unread, report=lambda text: None)
 
 
-def test_auto_reports_the_table() -> None:
+def test_auto_reports_what_it_chose_and_the_table_if_nothing_fits() -> None:
     said: list[str] = []
-    target = resolve_target(AUTO, lambda: shape("tiny"), report=said.append, hardware=CPU_ONLY)
-    choice = choose_target(CPU_ONLY, shape("tiny"))
+    target = resolve_target(AUTO, lambda: shape("tiny"), said.append, hardware=CPU_ONLY)
     assert target.name == "ort-cpu-int8"
-    assert said == [f"{choice.render()}\n--target auto: ort-cpu-int8"]
+    assert [line.partition(";")[0] for line in said] == ["--target auto: ort-cpu-int8"]
+    small = replace(CPU_ONLY, memory_bytes=1 << 20)
+    with pytest.raises(CapacityError):
+        resolve_target(AUTO, lambda: shape("tiny"), said.append, hardware=small)
+    assert said[1:] == [consider(small, shape("tiny")).render()]
 
 
 def test_a_batch_that_is_asked_for_counts() -> None:

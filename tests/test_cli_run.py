@@ -443,7 +443,7 @@ def test_debug_after_two_dashes_is_text(model: FakeModel, qwen3vl: Any) -> None:
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize("args", [["run", "folder"], ["run", "f", "p", "--seed", "x"], ["fly"], ["verify", "f"]])
+@pytest.mark.parametrize("args", [["run"], ["run", "f", "p", "--seed", "x"], ["fly"], ["verify", "f"]])
 def test_wrong_usage_exits_with_2(args: list[str], qwen3vl: Any) -> None:
     code, out, err = qwen3vl(*args)
     assert (code, out) == (2, "")

@@ -100,7 +100,7 @@ def test_no_warning_is_shown() -> None:
         warnings.simplefilter("error")
         load_image(encode(palette, transparency=bytes(range(8))))
         with pytest.raises(ImageError):  # in the range in which Pillow warns
-            load_image(png_of_size(10_000, 10_000))
+            load_image(png_of_size(10_000, 10_000), max_image_pixels=10**8)
 
 
 @pytest.mark.portable
@@ -109,7 +109,7 @@ def test_no_warning_is_shown() -> None:
     [
         ("missing.png", ImageError, "no such file"),
         (".", ImageError, "found a folder"),
-        ("/dev/zero", ImageError, "device or a pipe"),
+        ("/dev/zero", ImageError, "found a device"),
         ("a" * 5000, ImageError, "cannot be opened"),
         ("nul\0.png", ImageError, ""),
         ("", ImageError, "found a folder"),
@@ -136,8 +136,8 @@ def test_no_warning_is_shown() -> None:
         ("data:image/png,abcd", ImageError, "base64"),
         ("data:text/plain;base64,abcd", ImageError, "text/plain"),
         ("data:image/png;base64,ab!d", ImageError, "text that is not"),
-        ("data:image/png;base64,abc", ImageError, "text that is not"),
-        ("data:image/png;base64,", ImageError, "not an image"),
+        ("data:image/png;base64,abcde", ImageError, "text that is not"),
+        ("data:image/png;base64,", ImageError, "it is empty"),
         (None, UsageError, "NoneType"),
         (7, UsageError, "int"),
         ([PIXELS], UsageError, "list"),
@@ -169,7 +169,7 @@ def test_bad_sources(source: Any, error: type[Qwen3VLError], text: str) -> None:
 @pytest.mark.portable
 def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ImageError, match="device or a pipe"):
+    with pytest.raises(ImageError, match="found a named pipe"):
         load_image(tmp_path / "pipe.png")
 
 

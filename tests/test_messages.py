@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections.abc
 import copy
+import enum
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +114,10 @@ def test_a_turn_of_tool_calls_needs_no_content() -> None:
         (user({"type": "text", "text": "x", "txt": 1}), r"messages\[0\]\.content\[0\] has the unknown key 'txt'"),
         (user({"type": "image"}), r"messages\[0\]\.content\[0\] must hold its image under one key, found none"),
         (user({"type": "image", "image": "a", "url": "b"}), "under one key, found 2: image, url"),
-        (user({"type": "image", "image": "a", "max_pixels": 9}), "unknown key 'max_pixels'"),
+        (
+            user({"type": "image", "image": "a", "max_pixels": 9}),
+            r"has the key .max_pixels., which is not taken here\n.*when the engine is opened",
+        ),
         (user({"type": "image", "path": 3}), r"content\[0\]\.path must be a path, got int"),
         (user({"type": "image", "url": 3}), r"content\[0\]\.url must be a string, got int"),
         (user({"type": "image", "base64": "a*b"}), r"content\[0\]\.base64 is not base64"),
@@ -137,3 +142,194 @@ def test_the_place_counts_messages_and_parts() -> None:
     bad = {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "video"}]}
     with pytest.raises(UsageError, match=r"messages\[2\]\.content\[1\]"):
         normalise_messages([fine, fine, bad])
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        # openai: every field of the class, null where it is not set
+        (
+            {"role": "assistant", "content": "ok", "refusal": None, "audio": None, "function_call": None,
+             "tool_calls": None, "name": None, "annotations": []},
+            {"role": "assistant", "content": "ok", "annotations": []},
+        ),
+        ({"role": "assistant", "content": None}, {"role": "assistant", "content": ""}),
+        ({"role": "user", "content": None}, {"role": "user", "content": ""}),
+        ({"role": "tool", "content": None, "tool_call_id": "1"}, {"role": "tool", "tool_call_id": "1", "content": ""}),
+        ({"role": "assistant", "content": None, "refusal": "No."}, {"role": "assistant", "content": "No."}),
+        ({"role": "developer", "content": "x"}, {"role": "system", "content": "x"}),
+        ({"role": "function", "name": "f", "content": "4"}, {"role": "tool", "name": "f", "content": "4"}),
+        # the Responses API
+        (
+            {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant",
+             "content": [{"type": "output_text", "text": "ok", "annotations": [], "logprobs": None}]},
+            {"role": "assistant", "id": "msg_1", "type": "message", "status": "completed",
+             "content": [{"type": "text", "text": "ok"}]},
+        ),
+        ({"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+         {"role": "user", "content": [{"type": "text", "text": "x"}]}),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+         {"role": "assistant", "content": [{"type": "text", "text": "No."}]}),
+        # Anthropic
+        ({"role": "system", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
+         {"role": "system", "content": [{"type": "text", "text": "x"}]}),
+        # langchain
+        ({"type": "human", "content": "x", "id": None, "example": False, "additional_kwargs": {}},
+         {"role": "user", "type": "human", "content": "x", "example": False, "additional_kwargs": {}}),
+        (
+            {"type": "ai", "content": "", "tool_calls": [{"name": "f", "args": {"a": 1}, "id": "1"}]},
+            {"role": "assistant", "type": "ai", "content": "",
+             "tool_calls": [{"type": "function", "id": "1", "function": {"name": "f", "arguments": {"a": 1}}}]},
+        ),
+    ],
+)  # fmt: skip
+def test_messages_of_client_libraries(message: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert normalise_messages([message]) == ([expected], ())
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ({"type": "image", "base64": "aG\r\nk"}, b"hi"),
+        ({"type": "image", "base64": "data:image/png;base64,aGk="}, b"hi"),
+        ({"type": "image", "data": "aGk"}, b"hi"),
+        ({"type": "image", "source_type": "base64", "data": "aGk=", "mime_type": "image/png"}, b"hi"),
+        ({"type": "image", "source_type": "url", "url": "data:x"}, "data:x"),
+        ({"type": "image", "base64": "aGk=", "mime_type": "image/png", "id": "1"}, b"hi"),
+        ({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}, b"hi"),
+        (
+            {"type": "image", "source": {"type": "url", "url": "data:x"}, "cache_control": {"type": "ephemeral"}},
+            "data:x",
+        ),
+        ({"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}, "data:x"),
+        ({"type": "image_url", "image_url": {"url": "data:x", "detail": None}}, "data:x"),
+        ({"type": "input_image", "image_url": "data:x", "detail": "auto", "file_id": None}, "data:x"),
+    ],
+)
+def test_images_of_client_libraries(part: dict[str, Any], expected: Any) -> None:
+    assert normalise_messages(user(part)) == ([{"role": "user", "content": [IMAGE_PART]}], (expected,))
+
+
+class Dumping:
+    """Like an object of pydantic, as clients hand out and users put into the next request."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+    def model_dump(self) -> dict[str, Any]:
+        return self.values
+
+
+@pytest.mark.portable
+def test_objects_of_pydantic_are_dumped() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    answer = Dumping(role="assistant", content=None, refusal=None, tool_calls=[Dumping(**call)])
+    question = {"role": "user", "content": [Dumping(type="text", text="x")]}
+    plain, _ = normalise_messages(
+        [question, answer, {"role": "assistant", "content": None, "tool_calls": [Dumping(**call)]}]
+    )
+    expected = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert plain == [{"role": "user", "content": [{"type": "text", "text": "x"}]}, expected, expected]
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def shared(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
+LOOP: dict[str, Any] = {}
+LOOP["a"] = LOOP
+
+
+class Hostile:
+    """Its own methods raise."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("evil ==")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("evil repr")
+
+
+class HostileDict(dict[str, Any]):
+    def items(self) -> Any:
+        raise RuntimeError("evil \x1b items")
+
+
+class EndlessMessages(collections.abc.Sequence[Any]):
+    """Of one message by its length, and of any number by its iterator."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        return {"role": "user", "content": "x"}
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([{"role": "user", "content": "x", "tool_calls": nested(101)}], "tool_calls is nested deeper than 100 levels"),
+        ([{"role": "user", "content": "x", "tool_calls": nested(100_000)}], "nested deeper than 100 levels"),
+        ([{"role": "user", "content": "x", "thinking": ENDLESS}], "thinking is nested deeper.*\n.*holds itself"),
+        ([{"role": "user", "content": "x", "thinking": LOOP}], "thinking is nested deeper.*\n.*holds itself"),
+        ([{"role": "user", "content": "x", "thinking": shared(40)}], "holds more than 100000 values"),
+        ([{"role": "user", "content": "x", "name": 10**400}], r"\.name is an integer of 1329 bits"),
+        ([{"role": nested(5000), "content": "x"}], "unknown role a list of 1"),
+        ([{"role": [1], "content": "x"}], "unknown role a list of 1"),
+        ([{"role": Hostile(), "content": "x"}], "unknown role a Hostile"),
+        ([{"role": 10**5000, "content": "x"}], "unknown role an integer of 16610 bits"),
+        ([{"role": "x" * 10**6, "content": "x"}], "unknown role 'xxx"),
+        ([{Hostile: 1, "role": "user", "content": "x"}], "has the unknown key <class"),
+        ([{"role": "user", "content": "x", "\ud800": 1}], r"a key of messages\[0\] holds a lone surrogate"),
+        ([HostileDict(role="user")], r"messages cannot be read: RuntimeError: evil \\x1b items"),
+        (
+            user({"type": Hostile()}),
+            "has the unknown type a Hostile\n.* text, input_text, output_text, refusal, image, im",
+        ),
+        (user({"type": "text", "text": "\udcff"}), r"lone surrogate, \\udcff, at character 0"),
+        (user({"type": "image", "file_id": "1"}), "has the key 'file_id'"),
+        (user({"type": "image", "images": ["a"]}), "unknown key 'images'.*\n.*did you mean 'image'"),
+        (user({"type": "image", "source": "a"}), r"\.source must be a dict, got str"),
+        (user({"type": "input_image", "image_url": None}), r"image_url must be a string, got NoneType"),
+        ([{"role": "user", "content": "x", "images": ["a.png"]}], "has the key 'images'.*\n.*content, as a part"),
+        ([{"role": "user", "parts": [{"text": "x"}]}], "has the key 'parts'"),
+        ([{"role": "assistant", "content": "x", "audio": {"id": "1"}}], "has the key 'audio'.*\n.*transcript"),
+        ([{"role": "assistant", "content": "", "function_call": {"name": "f"}}], "'function_call'.*\n.*tool_calls"),
+        ([{"role": "user", "Content": "x"}], "unknown key 'Content'"),
+        ([{"type": "function_call", "name": "f"}], "has no 'role'"),
+    ],
+)
+def test_hostile_values_end_in_an_error_of_ours(messages: Any, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected) as raised:
+        normalise_messages(messages)
+    assert len(str(raised.value)) <= 500
+    str(raised.value).encode()
+
+
+@pytest.mark.portable
+def test_messages_are_as_many_as_their_length_says() -> None:
+    assert normalise_messages(EndlessMessages())[0] == [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.portable
+def test_a_role_may_be_of_an_enumeration() -> None:
+    role = enum.Enum("Role", {"USER": "user"}, type=str)
+    plain, _ = normalise_messages([{"role": role["USER"], "content": "x"}])
+    assert type(plain[0]["role"]) is str and plain[0]["role"] == "user"

@@ -272,7 +272,7 @@ def test_options_of_the_engine(demo_engine: Path) -> None:
         with pytest.raises(UsageError, match=rf"threads = {threads}, expected 1 to \d+"):
             Qwen3VLModel.from_engine(demo_engine, threads=threads)
     for max_pixels in (0, -1):
-        with pytest.raises(UsageError, match=rf"^max_pixels: .* found {max_pixels}$"):
+        with pytest.raises(UsageError, match=rf"^max_pixels = {max_pixels}, expected "):
             Qwen3VLModel.from_engine(demo_engine, max_pixels=max_pixels)
     with pytest.raises(UsageError, match="max_memory"):
         Qwen3VLModel.from_engine(demo_engine, max_memory=0)

@@ -6,7 +6,10 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ from qwen3vl_export.parity.verify import verify
 from runtime.errors import ParityError, UsageError
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
+
+ROOT = Path(__file__).parents[1]
 
 
 def floats(*rows: object) -> np.ndarray:
@@ -248,6 +253,43 @@ def test_a_checkpoint_that_the_release_does_not_read_is_no_bug_of_ours(
         verify(tiny_engine, str(folder), max_new_tokens=1)
     assert "--reference own" in str(raised.value.remedy)
     assert verify(tiny_engine, str(folder), max_new_tokens=1, reference="own").passed
+
+
+@pytest.mark.judge
+def test_the_code_of_a_checkpoint_is_neither_run_nor_offered(
+    tiny_engine: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """In a process whose stdin would say yes; transformers asks where it is not told what to do."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    own = "from pathlib import Path\nPath(__file__).with_name('witness').touch()\nclass Evil: pass\n"
+    (folder / "evil.py").write_text(own)
+    names = ("AutoConfig", "AutoProcessor", "AutoImageProcessor", "AutoModelForImageTextToText")
+    own_classes = {
+        "config.json": {},
+        "preprocessor_config.json": {"processor_class": "Evil", "image_processor_type": "Evil"},
+        "tokenizer_config.json": {"processor_class": "Evil", "tokenizer_class": "Evil"},
+    }
+    for name, classes in own_classes.items():
+        auto_map = {each: "evil.Evil" for each in names} | {"AutoTokenizer": ["evil.Evil", None]}
+        values = json.loads((folder / name).read_text()) | {"auto_map": auto_map} | classes
+        (folder / name).write_text(json.dumps(values))
+    command = [sys.executable, "-m", "qwen3vl_export.cli.run", "verify", str(tiny_engine), "--checkpoint", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, env=environment, timeout=120)
+    assert "[y/N]" not in done.stdout + done.stderr
+    assert done.returncode == UsageError.exit_code, done.stderr
+    assert re.fullmatch(r"error: transformers .* does not read .*\n  remedy: .*\n", done.stderr)
+    assert list(tmp_path.rglob("witness")) == []
+
+
+@pytest.mark.judge
+def test_what_other_libraries_say_is_not_shown(tiny_engine: Path, tiny_checkpoint: Path) -> None:
+    arguments = ["verify", str(tiny_engine), "--checkpoint", str(tiny_checkpoint), "--max-new-tokens", "1"]
+    command = [sys.executable, "-W", "default", "-m", "qwen3vl_export.cli.run", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {"comparing: text", "comparing: one image"} <= set(done.stderr.splitlines())
+    assert all(line.startswith("comparing: ") for line in done.stderr.splitlines())
 
 
 def test_a_release_that_is_too_old_is_named(

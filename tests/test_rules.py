@@ -74,13 +74,29 @@ def test_loading_is_seen() -> None:
 
 def test_public_names_are_those_of_the_runtime() -> None:
     import qwen3_vl
-    from runtime.errors import Qwen3VLError
+    from runtime import __version__, answer, errors
     from runtime.generation_config import GenerationOptions
     from runtime.model import Qwen3VLModel
 
-    assert [getattr(qwen3_vl, name) for name in qwen3_vl.__all__] == [GenerationOptions, Qwen3VLError, Qwen3VLModel]
-    with pytest.raises(AttributeError, match="it has GenerationOptions, Qwen3VLError, Qwen3VLModel"):
+    found = {name: getattr(qwen3_vl, name) for name in qwen3_vl.__all__}
+    assert found.pop("errors").__all__ == sorted(name for name, value in found.items() if is_error(value))
+    assert found.pop("__version__") == __version__
+    assert {name: value for name, value in found.items() if not is_error(value)} == {
+        "Generation": answer.Generation,
+        "GenerationOptions": GenerationOptions,
+        "Qwen3VLModel": Qwen3VLModel,
+        "Stats": answer.Stats,
+        "Stream": answer.Stream,
+    }
+    every_error = {errors.Qwen3VLError, *errors.Qwen3VLError.__subclasses__()}
+    assert {value for value in found.values() if is_error(value)} == every_error
+    with pytest.raises(AttributeError, match="it has BundleError, CapacityError, "):
         qwen3_vl.missing  # noqa: B018
+    assert dir(qwen3_vl) == qwen3_vl.__all__
+
+
+def is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Exception)
 
 
 def test_entry_points_and_extras() -> None:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import UsageError
-from runtime.stopping import StopStringFilter
+from runtime.generation_config import GenerationOptions
+from runtime.stopping import MAX_STOP_CHARACTERS, StopStringFilter
 
 
 def oracle(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -81,3 +82,28 @@ def test_without_stop_strings_nothing_is_held() -> None:
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(UsageError, match="empty"):
         StopStringFilter(["a", ""])
+
+
+@pytest.mark.portable
+def test_many_and_long_stop_strings_cost_no_more_than_few() -> None:
+    text = "ab" * 2000
+    many = [f"{i:05}" for i in range(13_000)]
+    long = ["ab" * 15_000 + "c", "ba" * 15_000 + "c"]
+    for stops in (many, long):
+        text_filter = StopStringFilter(stops)
+        emitted = [text_filter.feed(character) for character in text]
+        assert "".join(emitted) + text_filter.flush() == text
+        assert ("".join(emitted) == text) == (stops is many)
+    text_filter = StopStringFilter(many)
+    assert (text_filter.feed("9x0420099"), text_filter.matched) == ("9x", "04200")
+
+
+@pytest.mark.portable
+def test_the_characters_of_all_stop_strings_are_limited() -> None:
+    fitting = ["a" * 32, *["b" * 32] * (MAX_STOP_CHARACTERS // 32 - 1)]
+    assert StopStringFilter(fitting).feed("x") == "x"
+    for stops in ([*fitting, "c"], ["a" * (MAX_STOP_CHARACTERS + 1)], [f"{i:05}" for i in range(20_000)]):
+        with pytest.raises(UsageError, match=f"expected at most {MAX_STOP_CHARACTERS}"):
+            StopStringFilter(stops)
+        with pytest.raises(UsageError, match="stop strings hold"):
+            GenerationOptions(stop=tuple(stops))

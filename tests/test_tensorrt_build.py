@@ -215,7 +215,9 @@ def test_what_the_library_cannot_is_said_in_our_words(options: tuple[str, ...], 
 
 
 def test_sizes_for_a_target_that_has_none_are_refused(tmp_path: Path) -> None:
-    code, _, err = call(export.app, "demo", "--max-batch", "2", "--output", str(tmp_path / "engine"))
+    code, _, err = call(
+        export.app, "demo", "--target", "ort-cpu-fp32", "--max-batch", "2", "--output", str(tmp_path / "engine")
+    )
     assert code == 2 and "ort-cpu-fp32 is built for no fixed sizes" in err
 
 

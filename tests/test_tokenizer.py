@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_fixture import PLAIN_ADDED_TOKENS, SPECIAL_TOKENS, build_tokenizer_files, build_tokenizer_json
 
-from runtime.errors import EngineError, UsageError
-from runtime.tokenizer import Tokenizer
+from runtime.errors import CapacityError, EngineError, UsageError
+from runtime.tokenizer import KNOWN_PATTERNS, MAX_WORD_BYTES, Tokenizer
 
 TOKENIZER = Tokenizer(build_tokenizer_json())
+REFERENCE = tokenizers.Tokenizer.from_buffer(build_tokenizer_json())
 TEXTS = [
     "",
     "What is in the picture?",
@@ -130,12 +133,12 @@ def test_an_added_token_outside_the_byte_alphabet_is_taken_literally() -> None:
 
 @pytest.mark.portable
 def test_files_that_are_no_byte_level_tokenizer_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"tokenizer\.json cannot be read"):
+    with pytest.raises(EngineError, match=r"tokenizer\.json: not readable as JSON"):
         Tokenizer(build_tokenizer_json()[:-100])
     with pytest.raises(EngineError, match="decoder Metaspace, expected ByteLevel"):
         metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
         Tokenizer(edited(lambda content: content.update(decoder=metaspace)))
-    with pytest.raises(EngineError, match=r"cannot read .*absent\.json: No such file"):
+    with pytest.raises(EngineError, match=r"absent\.json: missing"):
         Tokenizer.from_file(tmp_path / "absent.json")
 
 
@@ -155,3 +158,128 @@ def test_an_unknown_token_is_an_error() -> None:
 def test_a_lone_surrogate_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"lone surrogate.*character 3"):
         TOKENIZER.encode("abc\ud800")
+
+
+PIECES = [
+    *("Hello, world. ", "It's 12345 o'clock;we'll see!\n", "\r\n\n  tabs\t\x0b \n", "日本語、今天。天気は？ ", "   "),
+    *("e\u0301\u0338=\u0338 ", "<|im_start|>user\n", "<think>\na b</think>", "🙂👍🏽 ", "a.b,c;d:e!f?g(h)i ", "ﬁ K ſ "),
+    *("\u3000\u2028x ", "!!!???\n\n"),
+]
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("seed", range(12))
+def test_a_long_text_has_the_ids_of_the_whole(seed: int) -> None:
+    draw = random.Random(seed)
+    some = draw.sample(PIECES, draw.randrange(2, len(PIECES)))
+    text = "".join(draw.choices(some, k=100_000 // max(map(len, some))))
+    text *= 80_000 // len(text) + 1
+    assert len(text) > 80_000
+    assert TOKENIZER.encode(text) == REFERENCE.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("text", ["a b " * 60_000, "天、地" * 40_000, "12" * 100_000, "x\n" * 100_000])
+def test_every_kind_of_place_to_cut_is_used(text: str) -> None:
+    # One piece of more than MAX_WORD_BYTES is refused, so one that passes was cut.
+    long = text * (MAX_WORD_BYTES // len(text.encode()) + 1)
+    ids = TOKENIZER.encode(long)
+    assert len(long.encode()) > MAX_WORD_BYTES and TOKENIZER.decode(ids) == long
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    "text", [" " * 3_000_000 + "x", "a" * 3_000_000, "!" * 600_000, "🙂" * 200_000, "か" * 200_000]
+)
+def test_a_word_that_is_too_long_is_refused_before_it_is_encoded(text: str) -> None:
+    with pytest.raises(CapacityError, match=rf"bytes without a place to cut it, expected at most {MAX_WORD_BYTES}"):
+        TOKENIZER.encode(text)
+    assert TOKENIZER.encode("digits") == REFERENCE.encode("digits").ids
+
+
+@pytest.mark.portable
+def test_a_text_of_too_many_tokens_is_given_up() -> None:
+    text = "word " * 1_000_000
+    with pytest.raises(CapacityError, match=r"5000000 characters, and the first 655\d\d are \d+ tokens already.* 1000"):
+        TOKENIZER.encode(text, max_tokens=1000)
+    short = text[:50_000]
+    assert len(TOKENIZER.encode(short, max_tokens=10)) > 10  # whoever asked counts them
+    assert TOKENIZER.encode(text[:200_000], max_tokens=10**9) == TOKENIZER.encode(text[:200_000])
+
+
+def with_added(**token: Any) -> Callable[[dict[str, Any]], object]:
+    entry = {"id": 9999, "content": "<x>", "special": False, "normalized": False}
+    entry |= {"lstrip": False, "rstrip": False, "single_word": False} | token
+    return lambda content: content["added_tokens"].append(entry)
+
+
+def another_pattern(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": list(KNOWN_PATTERNS)[1]}
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_added(content="a,b"),
+        with_added(content="x\ny"),
+        with_added(content="55"),
+        with_added(lstrip=True),
+        with_added(rstrip=True),
+        with_added(single_word=True),
+        another_pattern,
+        lambda content: content["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+        lambda content: content["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+    ],
+)
+def test_a_tokenizer_whose_words_are_not_known_is_given_the_whole_text(
+    change: Callable[[dict[str, Any]], object],
+) -> None:
+    tokenizer = Tokenizer(edited(change))
+    reference = tokenizers.Tokenizer.from_buffer(edited(change))
+    text = "<x> a,b 5555 x\ny 55 " * 5000
+    assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    with pytest.raises(CapacityError, match="without a place to cut it"):
+        tokenizer.encode(text * 6)
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda content: content["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(x+x+)+y"}),
+            r"regex '\(x\+x\+\)\+y', which is not one",
+        ),
+        (
+            lambda content: content.update(
+                decoder={
+                    "type": "Sequence",
+                    "decoders": [{"type": "Replace", "pattern": {"Regex": "(a|a)*b"}, "content": ""}],
+                }
+            ),
+            "regex",
+        ),
+        (
+            lambda content: content.update(
+                normalizer={"type": "Replace", "pattern": {"Regex": "(a|a)*b"}, "content": ""}
+            ),
+            "normalizer",
+        ),
+        (lambda content: content.update(normalizer={"type": "NFKC"}), "normalizer .*NFKC.*, expected NFC or none"),
+        (lambda content: content.update(normalizer=[]), "normalizer"),
+        (lambda content: content["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": ["x"]}), "regex"),
+    ],
+)
+def test_work_of_unknown_length_is_refused(change: Callable[[dict[str, Any]], object], words: str) -> None:
+    with pytest.raises(EngineError, match=words):
+        Tokenizer(edited(change))
+
+
+@pytest.mark.slow
+@pytest.mark.portable
+def test_a_panic_of_the_library_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.tokenizer.MAX_WORD_BYTES", 1 << 30)
+    with pytest.raises(UsageError, match="the tokenizer fails on the text from character 0 on"):
+        TOKENIZER.encode(" " * 12_000_000 + "x")
+    assert TOKENIZER.encode("digits") == REFERENCE.encode("digits").ids

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UsageError
+from runtime.files import read_small_file
 from runtime.urls import scheme_of
 
+_MAX_FILE_BYTES = 64 << 20  # answers of teachers may stand in it
 _PROMPTS_NAME = "prompts.txt"
 _IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _LAYOUT = "put *.jsonl files with messages into it, or prompts.txt and images"
@@ -101,8 +103,9 @@ def _ask(images: list[Path], questions: Path) -> Iterator[CalibrationPrompt]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not blank, with their numbers."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        contents = read_small_file(path, max_bytes=_MAX_FILE_BYTES, error=UsageError, remedy="save it as UTF-8")
+        text = contents.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not readable as UTF-8 text ({error})", remedy="save it as UTF-8") from error
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

@@ -16,6 +16,7 @@ import configs
 from engines.attention_limits import check_grouped_query_attention
 from engines.quantize.formats import WeightPlan
 from engines.target import Availability, Target
+from runtime.installation import how_to_install
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,7 +136,7 @@ def _availability() -> Availability:
     # An engine is built of what torch traces, although nothing here imports it.
     builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "onnxscript", "torch"))
     missing = [extra for extra, found in (("cpu", runs), ("export", builds)) if not found]
-    reason = f"install the extras: pip install 'qwen3vl-export[{','.join(missing)}]'" if missing else ""
+    reason = how_to_install(*missing) if missing else ""
     return Availability(can_build=builds, can_run=runs, reason=reason)
 
 

@@ -22,6 +22,7 @@ import configs
 from engines.attention_limits import check_grouped_query_attention
 from engines.quantize.formats import WeightPlan
 from engines.target import Availability, Target
+from runtime.installation import how_to_install
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -158,15 +159,15 @@ def _availability() -> Availability:
 
     builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "onnxscript", "torch"))
     if not builds:
-        return Availability(False, False, "install the extras: pip install 'qwen3vl-export[export,cuda]'")
+        return Availability(False, False, how_to_install("export", "cuda"))
     if not has_gpu():
         return Availability(True, False, "builds here; needs an NVIDIA GPU to run")
     if not _has_provider():
         return Availability(
             True,
             False,
-            "install ONNX Runtime for CUDA in place of that for the CPU: pip uninstall onnxruntime, then "
-            "pip install 'onnxruntime-gpu[cuda,cudnn]'",
+            f"ONNX Runtime for CUDA has to take the place of that for the CPU: uninstall onnxruntime, then "
+            f"{how_to_install('cuda')}",
         )
     return Availability(True, True)
 

@@ -23,6 +23,7 @@ from engines.tensorrt.experts import (
     mixture_of_experts_layer,
 )
 from runtime.errors import TargetError
+from runtime.installation import how_to_install
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -77,10 +78,9 @@ def _availability(precision: str) -> Availability:
         reason = f"a GPU of SM {first} or later is needed, the {gpu.name} has {gpu.compute_capability}; {lowered}"
         return Availability(False, False, reason)
     if importlib.util.find_spec(_LIBRARY) is None:
-        reason = f"install the extras: pip install 'qwen3vl-export[export,tensorrt]'; {lowered}"
-        return Availability(False, False, reason)
+        return Availability(False, False, f"{how_to_install('export', 'tensorrt')}; {lowered}")
     builds = all(importlib.util.find_spec(each) is not None for each in ("onnx_ir", "onnxscript", "torch"))
-    return Availability(builds, True, "" if builds else "install the extra: pip install 'qwen3vl-export[export]'")
+    return Availability(builds, True, "" if builds else how_to_install("export"))
 
 
 TARGETS = tuple(

@@ -16,6 +16,7 @@ from engines.target import Availability, Compiled, Target
 from engines.tensorrt import lowering
 from engines.tensorrt.experts import gathered_bytes
 from runtime.errors import TargetError
+from runtime.installation import how_to_install
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -74,10 +75,10 @@ def _availability(precision: str) -> Availability:
     runs = gpu is not None and gpu.compute_capability in offered
     where = f"an NVIDIA GPU of SM {', '.join(offered)}" + (f", not {gpu.name}" if gpu else "")
     if importlib.util.find_spec(_LIBRARY) is None:
-        return Availability(False, False, "install the extras: pip install 'qwen3vl-export[export,tensorrt-rtx]'")
+        return Availability(False, False, how_to_install("export", "tensorrt-rtx"))
     builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "onnxscript", "torch"))
     if not builds:
-        return Availability(False, runs, "install the extra: pip install 'qwen3vl-export[export]'")
+        return Availability(False, runs, how_to_install("export"))
     return Availability(True, runs, "" if runs else f"builds here; to run, it needs {where}")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qwen3vl_export.cli.errors import spell_options
 from qwen3vl_export.cli.output import note, print_stats, print_stream
 from runtime.errors import Qwen3VLError, UsageError
+from runtime.messages import system_message, user_message
 
 if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
@@ -20,10 +21,13 @@ class Conversation:
         ImageError, UsageError: One of the first images cannot be shown.
     """
 
-    def __init__(self, model: Qwen3VLModel, options: dict[str, Any], images: list[str], *, has_stats: bool) -> None:
+    def __init__(
+        self, model: Qwen3VLModel, options: dict[str, Any], images: list[str], *, system: str | None, has_stats: bool
+    ) -> None:
         self._model = model
         self._options = options
         self._has_stats = has_stats
+        self._system = system_message(system)
         self._turns: list[dict[str, Any]] = []
         self._images: list[str] = []
         for path in images:
@@ -66,18 +70,16 @@ class Conversation:
         if not path:
             raise UsageError("/image needs a path", remedy="/image picture.png")
         # What is wrong with it is said now: an image that is attached stays until a turn succeeds.
-        height, width = load_image(path).shape[:2]
+        height, width = load_image(path, max_image_pixels=self._model.max_image_pixels).shape[:2]
         self._model.image_config.target_size(height, width)
         self._images.append(path)
         note(f"{path}: {width} x {height} pixels, shown with the next turn")
 
     def _answer(self, prompt: str) -> None:
         """Generate one turn; a turn that fails or is stopped leaves no trace, and its images stay attached."""
-        from runtime.messages import user_message
-
         turns = [*self._turns, *user_message(prompt, self._images)]
         try:
-            generation = print_stream(self._model, turns, self._options)
+            generation = print_stream(self._model, [*self._system, *turns], self._options)
         except KeyboardInterrupt:
             note("stopped; this turn is dropped")
             return

@@ -9,13 +9,15 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
+from qwen3vl_export.cli.output import is_terminal, note
+from qwen3vl_export.cli.progress import progress
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from qwen3vl_export.checkpoint import Checkpoint
     from runtime.model_config import ModelConfig
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command(epilog=DEBUG_HELP)
@@ -38,7 +40,7 @@ def export(
             metavar="MODEL",
         ),
     ],
-    target: Annotated[str, typer.Option(help="What to build for: of `qwen3vl targets`, or auto.")] = "ort-cpu-fp32",
+    target: Annotated[str, typer.Option(help="What to build for: of `qwen3vl targets`, or auto.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="Engine folder to write. [default: out/MODEL-TARGET]")] = None,
     bundle: Annotated[
         Path | None,
@@ -111,6 +113,9 @@ def export(
         ),
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print no progress and no notes on stderr, but errors.")
+    ] = False,
 ) -> None:
     """Export a Qwen3-VL checkpoint into an engine.
 
@@ -122,7 +127,7 @@ def export(
     \b
     Examples:
       qwen3vl-export demo --output out/demo
-      qwen3vl-export ./Qwen3-VL-2B-Instruct --target auto
+      qwen3vl-export ./Qwen3-VL-2B-Instruct
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-fp32 --output engines/2b
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-int4 --calibration ./prompts
       qwen3vl-export ./Qwen3-VL-2B-Instruct --target ort-cpu-int4 --calibration ./prompts --kv-cache int8
@@ -168,8 +173,14 @@ def export(
     def shape() -> ModelConfig:
         return Checkpoint.open(model).config
 
-    chosen = resolve_target(target, shape, report=lambda text: print(text, file=sys.stderr), options=options)
-    if target == AUTO and chosen.compile is None:
+    def say(text: str) -> None:
+        if not (quiet or as_json):
+            note(text)
+
+    # A bundle is for no target, so there is nothing to choose.
+    is_chosen = bundle is None or target != AUTO
+    chosen = resolve_target(target, shape, say, options=options) if is_chosen else None
+    if target == AUTO and chosen is not None and chosen.compile is None:
         options = None  # they said how much has to fit
     is_engine = bundle is None and weights and compile
     if is_engine:
@@ -185,16 +196,22 @@ def export(
         check_options(chosen, options, checkpoint.config)
     destination = bundle or output or Path("out") / f"{checkpoint.short_name}-{chosen.name}"
     check_output(destination, _estimated_bytes(checkpoint, None if bundle else chosen) if weights else 0)
-    print(f"tracing {checkpoint.name}", file=sys.stderr)
-    from qwen3vl_export.export import make_bundle  # loads torch, so only once there is something to trace
+    is_wanted = not quiet and (not as_json or is_terminal(sys.stderr))
+    with progress(is_wanted=is_wanted) as shown:
+        shown.stage(f"tracing {checkpoint.name}")
+        from qwen3vl_export.export import make_bundle  # loads torch, so only once there is something to trace
 
-    made = make_bundle(checkpoint)
-    traced_s = time.perf_counter() - started
-    with _calibrated(made, chosen, weight_prompts, destination), _progress() as progress:
+        made = make_bundle(checkpoint, shown.stage)
+        traced_s = time.perf_counter() - started
+    with (
+        _calibrated(made, chosen, weight_prompts, destination, say),
+        progress(is_wanted=is_wanted) as shown,
+    ):
         if bundle is not None:
             weight_bytes = made.weight_bytes if weights else 0
             with output_folder(destination, weight_bytes, weight_bytes // 2) as folder:
-                made.write(folder, with_weights=weights, progress=progress)
+                shown.stage(f"writing {destination}")
+                made.write(folder, with_weights=weights, progress=shown.advance)
         else:
             # ONNX Runtime compiles when it opens the graph, so for it the lowered graph is the engine.
             manifest = build_engine(
@@ -203,7 +220,8 @@ def export(
                 destination,
                 with_weights=weights,
                 runnable=is_engine,
-                progress=progress,
+                progress=shown.advance,
+                report=shown.stage,
                 cache=cache,
                 options=options,
             )
@@ -258,7 +276,9 @@ def _build_options(**values: Any) -> BuildOptions | None:
 
 
 @contextmanager
-def _calibrated(made: Bundle, target: Target, prompts: list[CalibrationPrompt], destination: Path) -> Iterator[None]:
+def _calibrated(
+    made: Bundle, target: Target, prompts: list[CalibrationPrompt], destination: Path, say: Callable[[str], None]
+) -> Iterator[None]:
     """Calibrate with the prompts, if there are any; the rounded weights last as long as the context."""
     if not prompts:
         yield
@@ -266,25 +286,10 @@ def _calibrated(made: Bundle, target: Target, prompts: list[CalibrationPrompt], 
     from engines.quantize.calibration import calibrate
     from engines.work_folder import work_folder
 
-    print(f"calibrating on {len(prompts)} prompts", file=sys.stderr)
+    say(f"calibrating on {len(prompts)} prompts")
     with work_folder(destination.resolve().parent) as (work, _):
         calibrate(made, target, prompts, work)
         yield
-
-
-def _progress() -> AbstractContextManager[Callable[[int, int], None]]:
-    """Return a context that shows a bar on stderr, and the function that tells it of written and of all bytes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    @contextmanager
-    def shown() -> Iterator[Callable[[int, int], None]]:
-        columns = TextColumn("writing weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("weights", total=None)
-            yield lambda written, total: progress.update(task, advance=written, total=total)
-
-    return shown()
 
 
 def main() -> None:

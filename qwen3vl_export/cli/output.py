@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
+
+from runtime.errors import UsageError
+from runtime.shown import CONTROL, escape_controls
 
 if TYPE_CHECKING:
     from runtime.answer import Generation, Stats
@@ -14,13 +17,18 @@ if TYPE_CHECKING:
 
 
 def print_stream(model: Qwen3VLModel, messages: list[dict[str, Any]], options: dict[str, Any]) -> Generation:
-    """Print an answer as it comes and end its line, also when it is interrupted."""
+    """Print an answer as it comes and end its line, also when it is interrupted.
+
+    To a pipe or a file goes the answer as it is. On a terminal control characters, which a model can be made to write
+    by the picture that it reads, are escaped, but for line feeds and tabs.
+    """
+    is_shown = is_terminal(sys.stdout)
     stream = model.stream(messages, **options)
     has_text = False
     try:
         for piece in stream:
             has_text = has_text or bool(piece)
-            print(piece, end="", flush=True)
+            print(escape_controls(piece, keeps_layout=True) if is_shown else piece, end="", flush=True)
     except BaseException:
         stream.close()
         if has_text:
@@ -120,10 +128,40 @@ def _json_value(value: Any) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON value on a line of stdout."""
-    print(json.dumps(value, ensure_ascii=False, default=_json_value), flush=True)
+    """Print one JSON value on a line of stdout; control characters and lone surrogates in JSON's escapes."""
+    # json.dumps leaves those beyond U+007E as they are. They stand in strings alone.
+    text = json.dumps(value, ensure_ascii=False, default=_json_value)
+    print(CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text), flush=True)
+
+
+def print_text(text: str) -> None:
+    """Print a table or a report on stdout. Control characters, which a manifest may quote, are escaped."""
+    print(escape_controls(text, keeps_layout=True), flush=True)
 
 
 def note(text: str) -> None:
-    """Print one line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one line on stderr; control characters are escaped."""
+    print(escape_controls(text, keeps_layout=True), file=sys.stderr, flush=True)
+
+
+def is_terminal(file: TextIO) -> bool:
+    """Whether a standard file is a terminal; one that is closed is none."""
+    return not file.closed and file.isatty()
+
+
+def read_stdin() -> str:
+    """Return all of stdin as a prompt, without the line feed at its end.
+
+    Raises:
+        UsageError: It is empty or no UTF-8.
+    """
+    try:
+        # Python's own decoding may let bytes that are no UTF-8 pass as surrogates.
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"stdin is no text in UTF-8: {error}", remedy="convert it, or pass an image with --image"
+        ) from error
+    if not text.strip():
+        raise UsageError("PROMPT is missing, and stdin is empty", remedy='give one, such as "Describe the image."')
+    return text.removesuffix("\n").removesuffix("\r")

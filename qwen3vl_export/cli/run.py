@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,16 @@ import typer
 from qwen3vl_export.cli.bench import bench
 from qwen3vl_export.cli.conversation import Conversation
 from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
-from qwen3vl_export.cli.output import manifest_text, print_json, print_stats, print_stream
+from qwen3vl_export.cli.output import (
+    is_terminal,
+    manifest_text,
+    note,
+    print_json,
+    print_stats,
+    print_stream,
+    print_text,
+    read_stdin,
+)
 from qwen3vl_export.cli.targets import targets
 from runtime.errors import ParityError, UsageError
 
@@ -32,9 +42,8 @@ HASH_NOTE = "hashes catch damage and mix-ups, not malice"
 
 app = typer.Typer(
     name="qwen3vl",
-    help="Run Qwen3-VL engines. Build one first: qwen3vl-export demo --target ort-cpu-fp32 --output demo-engine",
+    help="Run Qwen3-VL engines. Build one first: qwen3vl-export demo --output demo-engine",
     epilog=DEBUG_HELP,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -48,6 +57,10 @@ Images = Annotated[
     list[str] | None,
     typer.Option("--image", metavar="PATH", help="Image file shown before the prompt; repeat for several, in order."),
 ]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="System message: how the model is to answer.", show_default=False)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress and no notes on stderr, but errors.")]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print times, speed and cache size on stderr.")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)]
 DoSample = Annotated[
@@ -76,6 +89,10 @@ PromptLookupNumTokens = Annotated[
 ]
 MinPixels = Annotated[int | None, typer.Option(help="Enlarge images below this many pixels.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Shrink images above this many pixels: faster, less detail.")]
+MaxImagePixels = Annotated[
+    int | None,
+    typer.Option(help="Refuse images of more pixels before they are decoded. [default: 50000000]", show_default=False),
+]
 MaxContext = Annotated[int | None, typer.Option(help="Room of the KV cache: prompt, images and answer, in tokens.")]
 MaxMemory = Annotated[
     float | None,
@@ -96,8 +113,14 @@ HugePages = Annotated[
 @app.command()
 def run(
     engine: Engine,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="What to ask. - reads stdin, and so does no prompt, unless stdin is a terminal."
+        ),
+    ] = None,
     image: Images = None,
+    system: System = None,
     max_new_tokens: MaxNewTokens = None,
     do_sample: DoSample = None,
     temperature: Temperature = None,
@@ -112,6 +135,7 @@ def run(
     prompt_lookup_num_tokens: PromptLookupNumTokens = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
+    max_image_pixels: MaxImagePixels = None,
     max_context: MaxContext = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
@@ -119,6 +143,7 @@ def run(
     no_cuda_graphs: NoCudaGraphs = False,
     as_json: AsJson = False,
     stats: ShowStats = False,
+    quiet: Quiet = False,
     check: CheckAll = False,
 ) -> None:
     """Answer one prompt; the text, and nothing else, appears on stdout as it is generated.
@@ -134,10 +159,17 @@ def run(
       qwen3vl run ENGINE "What changed?" --image before.jpg --image after.jpg
       qwen3vl run ENGINE "Write a haiku" --do-sample --temperature 0.8 --seed 1
       qwen3vl run ENGINE "Describe it" --image photo.jpg --max-pixels 500000 --stats
+      qwen3vl run ENGINE "Describe it" --image photo.jpg --system "Answer in one sentence." --quiet
       qwen3vl run ENGINE --json -- "--a prompt that begins with dashes"
+      qwen3vl run ENGINE < question.txt
     """
-    from runtime.messages import user_message
+    from runtime.messages import system_message, user_message
 
+    question = read_stdin() if prompt == "-" or (prompt is None and not is_terminal(sys.stdin)) else prompt
+    if question is None:
+        raise UsageError(
+            "PROMPT is missing", remedy='give one, such as "Describe the image.", or - to read it from stdin'
+        )
     options = _given(
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,
@@ -162,8 +194,9 @@ def run(
         max_memory=_bytes(max_memory),
         min_pixels=min_pixels,
         max_pixels=max_pixels,
+        max_image_pixels=max_image_pixels,
     )
-    messages = user_message(prompt, image or [])
+    messages = [*system_message(system), *user_message(question, image or [])]
     if as_json:
         generation = model.generate(messages, **options)
         print_json(
@@ -184,6 +217,7 @@ def run(
 def chat(
     engine: Engine,
     image: Images = None,
+    system: System = None,
     max_new_tokens: MaxNewTokens = None,
     do_sample: DoSample = None,
     temperature: Temperature = None,
@@ -191,6 +225,7 @@ def chat(
     prompt_lookup_num_tokens: PromptLookupNumTokens = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
+    max_image_pixels: MaxImagePixels = None,
     max_context: MaxContext = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
@@ -229,8 +264,9 @@ def chat(
         max_memory=_bytes(max_memory),
         min_pixels=min_pixels,
         max_pixels=max_pixels,
+        max_image_pixels=max_image_pixels,
     )
-    Conversation(model, options, image or [], has_stats=stats).loop()
+    Conversation(model, options, image or [], system=system, has_stats=stats).loop()
 
 
 @app.command()
@@ -255,7 +291,7 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
     manifest = Manifest.read(engine)
     if not as_json:
         # Before the check: what the folder says it is helps to understand what is wrong with it.
-        print(manifest_text(manifest), flush=True)
+        print_text(manifest_text(manifest))
     manifest.check(engine, full=check)
     compared = "SHA-256 of every file" if check else "SHA-256 of small files, size of weight files"
     if as_json:
@@ -308,6 +344,7 @@ def verify(
         ),
     ] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare an engine with PyTorch in float32 on the same pixels; exit code 9 if a tolerance fails.
 
@@ -348,18 +385,19 @@ def verify(
     if engine is None:
         report = _measure_ranges(checkpoint, plot, **_given(max_new_tokens=max_new_tokens))
     elif tasks:
-        report = _compare_tasks(engine, checkpoint, limit, plot)
+        report = _compare_tasks(engine, checkpoint, limit, plot, is_quiet=quiet)
     else:
         from qwen3vl_export.parity.verify import verify as compare
 
         def say(case: str) -> None:
-            typer.echo(f"comparing: {case}", err=True)
+            if not (quiet or as_json):
+                note(f"comparing: {case}")
 
         report = compare(engine, checkpoint, on_case=say, **_given(max_new_tokens=max_new_tokens, reference=reference))
     if as_json:
         print_json(report.to_dict())
     else:
-        print(report.render(), flush=True)
+        print_text(report.render())
     if ranges and not report.passed:
         raise ParityError(
             f"float16 does not hold every tensor of {checkpoint}", remedy="take a target that computes in bfloat16"
@@ -393,7 +431,9 @@ def _bytes(gigabytes: float | None) -> int | None:
     return round(gigabytes * 1e9)
 
 
-def _compare_tasks(engine: Path, checkpoint: str, limit: int | None, plot: Path | None) -> TaskReport:
+def _compare_tasks(
+    engine: Path, checkpoint: str, limit: int | None, plot: Path | None, *, is_quiet: bool
+) -> TaskReport:
     """Ask the held-out questions, with a bar on stderr, and draw the plot."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -404,7 +444,7 @@ def _compare_tasks(engine: Path, checkpoint: str, limit: int | None, plot: Path 
     if plot is not None:
         check_plot(plot)  # before the minutes of work
     shown = TextColumn("canvases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*shown, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*shown, console=Console(stderr=True), transient=True, disable=is_quiet) as progress:
         bar = progress.add_task("canvases", total=None)
         report = run_tasks(
             engine,

@@ -5,18 +5,26 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import configs
-from qwen3vl_export.cli.output import columns, print_json
-from runtime.errors import UsageError
+from qwen3vl_export.cli.output import columns, print_json, print_text
+from runtime.errors import CheckpointError, UsageError
+from runtime.shown import shown
 
 if TYPE_CHECKING:
     from engines.target import Target
     from runtime.model_config import ModelConfig
+
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+# What the authors of the model published of each size; all of a size have one shape.
+_RELEASED = re.compile(r"Qwen/(?P<size>Qwen3-VL-[\w-]+?)-(Instruct|Thinking)(-FP8)?")
 
 
 def targets(
@@ -24,7 +32,8 @@ def targets(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Estimate what this model takes: a folder, demo, demo-moe, or a size such as qwen3-vl-2b.",
+            help="Estimate what this model takes: a folder, a Hub id (owner/name[@revision]), demo, demo-moe, or a "
+            "size such as qwen3-vl-2b.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")] = False,
@@ -32,7 +41,8 @@ def targets(
     """Show this machine and the targets: which of them it can build and run, and why not otherwise.
 
     --model adds the memory that an engine of each target takes, by part, and what --target auto of the export makes of
-    it; the weights of a folder are not read.
+    it. The weights of a folder are not read. Of a Hub id config.json alone is fetched, and not even that for the
+    released Qwen3-VL checkpoints, whose shapes are shipped.
 
     --json prints one object: machine (cpu, cpu_features, num_cores, memory_bytes, gpus, versions, notes), targets
     (each: name, description, can_build, can_run, reason) and, with --model, choice: target (of --target auto, null if
@@ -43,6 +53,7 @@ def targets(
     Examples:
       qwen3vl targets
       qwen3vl targets --model qwen3-vl-8b
+      qwen3vl targets --model Qwen/Qwen3-VL-4B-Instruct
       qwen3vl targets --model ./Qwen3-VL-2B-Instruct --json
     """
     from engines.choose import AUTO, consider
@@ -60,7 +71,7 @@ def targets(
             values["choice"] = {"target": chosen, "candidates": [each.to_dict() for each in choice.candidates]}
         print_json(values)
         return
-    print("\n".join(columns(machine.lines())), end="\n\n")
+    print_text("\n".join(columns(machine.lines())) + "\n")
     cells = [("TARGET", "BUILD", "RUN", "DESCRIPTION")]
     cells += [(row["name"], _yes(row["can_build"]), _yes(row["can_run"]), row["description"]) for row in rows]
     lines = columns(cells)
@@ -74,24 +85,49 @@ def targets(
 
 
 def model_shape(model: str) -> ModelConfig:
-    """Return the shape of a folder, of `demo`, or of a name in configs/models; nothing is downloaded.
+    """Return the shape of a folder, of `demo`, of a name in configs/models, or of a Hub id.
+
+    Of the Hub `config.json` alone is fetched, or taken from its cache; of `Qwen/Qwen3-VL-2B-Instruct` and its kin the
+    shape is that of configs/models.
 
     Raises:
         UsageError: It is none of them.
-        CheckpointError: The folder has no `config.json` of a Qwen3-VL.
+        CheckpointError: There is no `config.json` of a Qwen3-VL, in the folder or on the Hub, or the Hub is out of
+            reach.
     """
     from runtime.model_config import SUPPORTED_MODEL_TYPE, ModelConfig
 
-    if not Path(model).expanduser().is_dir() and model in configs.names("models"):
-        return ModelConfig.from_hf({"model_type": SUPPORTED_MODEL_TYPE, **configs.load(f"models/{model}")})
+    released = _RELEASED.fullmatch(model)
+    size = model if released is None else released["size"].lower()
+    if not Path(model).expanduser().is_dir() and size in configs.names("models"):
+        return ModelConfig.from_hf({"model_type": SUPPORTED_MODEL_TYPE, **configs.load(f"models/{size}")})
     from qwen3vl_export.checkpoint import DEMO, DEMO_MOE, Checkpoint
 
     if Path(model).expanduser().is_dir() or model in (DEMO, DEMO_MOE):
         return Checkpoint.open(model).config
+    match = _HUB_ID.fullmatch(model)
+    if match is not None and not Path(model).expanduser().exists():
+        return Checkpoint(_fetched_config(model, match["repo"], match["revision"]).parent, model).config
     raise UsageError(
-        f"--model {model}: no such folder",
-        remedy=f"give a Hugging Face folder, {DEMO}, {DEMO_MOE}, or one of {', '.join(configs.names('models'))}",
+        f"--model {shown(model)}: no such folder",
+        remedy=f"give a Hugging Face folder, a Hub id, {DEMO}, {DEMO_MOE}, or one of {_sizes()}",
     )
+
+
+def _fetched_config(model: str, repo: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision))
+    except Exception as error:  # the Hub client raises errors of several libraries
+        raise CheckpointError(
+            f"--model {model}: its config.json is neither here nor on the Hub ({type(error).__name__}: {error})",
+            remedy=f"check the spelling and the connection, or give one of {_sizes()}",
+        ) from error
+
+
+def _sizes() -> str:
+    return ", ".join(configs.names("models"))
 
 
 def _row(target: Target) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engines.disk import check_file, replaced_file
 from qwen3vl_export.parity.metrics import Floats
+from runtime.installation import how_to_install
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def check_plot(file: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             "a plot needs the Python package 'matplotlib', which is not installed",
-            remedy="install this project with its extra [plot]",
+            remedy=how_to_install("plot"),
         )
     if file.suffix not in (".png", ".svg"):
         raise UsageError(f"{file}: a plot is a .png or a .svg file", remedy="give the file one of these suffixes")

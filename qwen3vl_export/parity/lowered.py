@@ -13,7 +13,6 @@ Shapes: see runtime/session.py.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -198,6 +197,7 @@ def open_model(folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
 def model_of(folder: Path, manifest: Manifest, session: LoweredSession) -> Qwen3VLModel:
     """Put tokenizer, chat template and image processor of a folder around a session."""
     from runtime.chat import ChatTemplate
+    from runtime.files import read_json_object
     from runtime.generation_config import GenerationOptions
     from runtime.image_processor import ImageProcessorConfig
     from runtime.memory import machine_bytes
@@ -209,8 +209,8 @@ def model_of(folder: Path, manifest: Manifest, session: LoweredSession) -> Qwen3
         session,
         Tokenizer.from_file(folder / "tokenizer.json"),
         ChatTemplate.from_folder(folder),
-        ImageProcessorConfig.from_dict(json.loads((folder / "preprocessor_config.json").read_text("utf-8"))),
-        GenerationOptions.from_generation_config(json.loads((folder / "generation_config.json").read_text("utf-8"))),
+        ImageProcessorConfig.from_dict(read_json_object(folder / "preprocessor_config.json")),
+        GenerationOptions.from_generation_config(read_json_object(folder / "generation_config.json")),
         min(session.capacity or DEFAULT_MAX_CONTEXT, manifest.model.text.max_positions),
         machine_bytes(),
     )

@@ -30,12 +30,13 @@ from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import weights_of
 from qwen3vl_export.modeling import Qwen3VL
 from qwen3vl_export.parity.metrics import difference
+from qwen3vl_export.parity.quiet import quiet_libraries
 from qwen3vl_export.parity.reference import OwnReference, ReferenceOutput
 from qwen3vl_export.routing import Choice, RouterStatistics
 from runtime.errors import CheckpointError, Qwen3VLError, UsageError
+from runtime.installation import how_to_install
 from runtime.session import Floats
 
-_INSTALL = "install this project with its extra [verify]: python -m pip install '.[verify]' in its folder"
 _COMPARE_WITH_OWN = "compare with this package's own PyTorch definition of the model: --reference own"
 FOLLOWED_NOTE = (
     "where the engine chose other experts, it was compared with our own definition, which can make the same choices "
@@ -46,6 +47,10 @@ _OUR_READING = (
     "weights as the exporter reads them, so a fault of that reading does not show here"
 )
 
+
+# A checkpoint may name code of its own (`auto_map` in its JSON files). Left out, transformers asks at the terminal
+# whether to run it; False refuses, without a question.
+_LOCAL_DATA = {"local_files_only": True, "trust_remote_code": False}
 
 _OLDEST = (4, 57)
 """The first release with Qwen3-VL."""
@@ -61,13 +66,13 @@ def check_installed() -> None:
         if importlib.util.find_spec(name) is None:
             raise UsageError(
                 f"a comparison with transformers needs the Python package {name!r}, which is not installed",
-                remedy=f"{_INSTALL}, or {_COMPARE_WITH_OWN}",
+                remedy=f"{how_to_install('verify')}; or {_COMPARE_WITH_OWN}",
             )
     installed = metadata.version("transformers")
     if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < _OLDEST:
         raise UsageError(
             f"transformers {installed} is installed, which does not know Qwen3-VL; expected 4.57 or later",
-            remedy=f"{_INSTALL}, or {_COMPARE_WITH_OWN}",
+            remedy=f"{how_to_install('verify')}; or {_COMPARE_WITH_OWN}",
         )
 
 
@@ -81,16 +86,17 @@ class TransformersReference:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         check_installed()
-        import transformers
+        with quiet_libraries():
+            import transformers
 
-        self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
-        with _refusing(checkpoint):
-            self._processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
-            model = _as_transformers_reads_it(checkpoint)
-        self.notes = [_OUR_READING] if model is None else []
-        if model is None:
+            self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
             with _refusing(checkpoint):
-                model = _as_we_read_it(checkpoint)
+                self._processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint.folder, **_LOCAL_DATA)
+                model = _as_transformers_reads_it(checkpoint)
+            self.notes = [_OUR_READING] if model is None else []
+            if model is None:
+                with _refusing(checkpoint):
+                    model = _as_we_read_it(checkpoint)
         model.eval()
         # The checkpoint's own file may ask for sampling, penalties and an end; the comparison wants none of them.
         model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
@@ -100,9 +106,10 @@ class TransformersReference:
 
     def inputs(self, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
         """Return what the processor makes of messages."""
-        output = self._processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        with quiet_libraries():
+            output = self._processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
         return {name: value.numpy() for name, value in output.items()}
 
     def run(
@@ -120,7 +127,8 @@ class TransformersReference:
         if swapped:
             assert self._own is not None, "a dense model has no routers"
             return self._own.run(*prompt, swapped=swapped, likely_tokens=likely_tokens)
-        output = self._run(*prompt, likely_tokens)
+        with quiet_libraries():
+            output = self._run(*prompt, likely_tokens)
         if self._own is None:
             return output
         own = self._own.run(*prompt, likely_tokens=output.tokens)
@@ -244,7 +252,7 @@ def _as_transformers_reads_it(checkpoint: Checkpoint) -> Any | None:
         checkpoint.folder,
         dtype=torch.float32,
         attn_implementation="eager",
-        local_files_only=True,
+        **_LOCAL_DATA,
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are looked at below
@@ -276,7 +284,8 @@ def _as_we_read_it(checkpoint: Checkpoint) -> Any:
     """Load what this package reads: what the codes of a quantised checkpoint stand for, experts that lie one by one."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    values = copy.deepcopy({key: value for key, value in checkpoint.hf_config.items() if key != "quantization_config"})
+    left_out = ("quantization_config", "auto_map")
+    values = copy.deepcopy({key: value for key, value in checkpoint.hf_config.items() if key not in left_out})
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
     model.load_state_dict(_exchanged(weights_of(checkpoint)))

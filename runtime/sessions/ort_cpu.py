@@ -5,7 +5,9 @@ Shapes: see runtime/session.py.
 
 from __future__ import annotations
 
+import io
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,18 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from runtime.contract import (
+    DECODER_INPUTS,
+    DECODER_OUTPUTS,
+    VISION_INPUTS,
+    VISION_OUTPUTS,
+    check_names,
+    past_names,
+    present_names,
+)
 from runtime.engine_paths import check_paths
 from runtime.errors import EngineError, UsageError
+from runtime.files import read_small_file
 from runtime.huge_pages import anonymous_regions, use_huge_pages
 from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
@@ -100,13 +112,15 @@ class OrtCpuSession:
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._cache_bits = cache_bits(manifest)
         scales = manifest.capabilities.get("cache_scales")
-        self._cache_scales: Floats | None = None if scales is None else np.load(folder / scales)
+        self._cache_scales = None if scales is None else _read_scales(folder, manifest, scales)
         before = anonymous_regions()
-        self._vision = _open(folder / "vision.onnx", options)
-        self._decoder = _open(folder / "decoder.onnx", options)
+        self._vision = _open_vision(folder, manifest, options)
+        self._decoder = _open_decoder(folder, manifest, options)
         # Some engines hold the decoder twice: this one is faster for that many new tokens or more.
         self._prefill_min_tokens = manifest.capabilities.get("prefill_min_tokens")
-        self._prefill = self._decoder if self._prefill_min_tokens is None else _open(folder / "prefill.onnx", options)
+        self._prefill = self._decoder
+        if self._prefill_min_tokens is not None:
+            self._prefill = _open_decoder(folder, manifest, options, "prefill.onnx")
         if exact:
             # The library made two more copies of the weights on its way, 96 MB of weights: 234 MB before, 98 MB after.
             release_freed_memory()
@@ -187,9 +201,50 @@ def _dequantize(codes: NDArray[Any], scales_KH: Floats) -> Floats:
     return np.asarray(codes * scales_KH[:, None], np.float32)
 
 
+def _read_scales(folder: Path, manifest: Manifest, name: str) -> Floats:
+    """Read the scales of a cache's codes, float32 [layers, 2, K, H]."""
+    manifest.require(folder, name)
+    text = manifest.model.text
+    shape = (text.num_layers, 2, text.num_kv_heads, text.head_dim)
+    try:
+        scales = np.load(io.BytesIO(read_small_file(folder / name)), allow_pickle=False)
+    except (ValueError, EOFError, MemoryError) as error:
+        raise EngineError(f"{folder / name}: no array ({error})", remedy="build the engine again") from error
+    if not isinstance(scales, np.ndarray) or scales.shape != shape or scales.dtype != np.float32:
+        found = f"{scales.dtype}{list(scales.shape)}" if isinstance(scales, np.ndarray) else "an archive"
+        raise EngineError(
+            f"{folder / name}: found {found}, expected float32{list(shape)}", remedy="build the engine again"
+        )
+    return scales
+
+
+def _open_vision(folder: Path, manifest: Manifest, options: ort.SessionOptions) -> ort.InferenceSession:
+    manifest.require(folder, "vision.onnx")
+    session = _open(folder / "vision.onnx", options)
+    _check(folder / "vision.onnx", session, VISION_INPUTS, VISION_OUTPUTS)
+    return session
+
+
+def _open_decoder(
+    folder: Path, manifest: Manifest, options: ort.SessionOptions, name: str = "decoder.onnx"
+) -> ort.InferenceSession:
+    manifest.require(folder, name)
+    session = _open(folder / name, options)
+    num_layers = manifest.model.text.num_layers
+    inputs, outputs = past_names(num_layers), present_names(num_layers)
+    _check(folder / name, session, [*DECODER_INPUTS, *inputs], [*DECODER_OUTPUTS, *outputs])
+    return session
+
+
+def _check(path: Path, session: ort.InferenceSession, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    names = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+    check_names(path, *names, expected_inputs=inputs, expected_outputs=outputs)
+
+
 def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(str(path), options, providers=[_PROVIDER])
+        # Its fallback would print on stdout and try the same provider once more.
+        return ort.InferenceSession(str(path), options, providers=[_PROVIDER], enable_fallback=0)
     except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
         raise EngineError(
             f"{path}: ONNX Runtime {ort.__version__} does not open it ({str(error).splitlines()[0]})",

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from runtime.engine_paths import check_paths
 from runtime.errors import CapacityError, EngineError, UsageError
+from runtime.installation import how_to_install
 from runtime.manifest import Manifest
 from runtime.session import Floats, Ints, KVCache, TopLogits
 
@@ -35,7 +36,6 @@ _ONNX_TYPES = {"float16": 10, "bfloat16": 16}
 # A capacity is rounded up to this, so that the buffers of one answer, and their captured step, serve the next.
 _CAPACITY_STEP = 512
 _UNCAPTURED = "-1"
-_INSTALL = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 @dataclass(frozen=True)
@@ -369,7 +369,7 @@ def _open(path: Path, device: Device, provider_options: Mapping[str, str], threa
         raise EngineError(
             f"{path}: onnxruntime {ort.__version__} has no {device.provider}, only "
             f"{', '.join(ort.get_available_providers())}",
-            remedy=f"pip uninstall onnxruntime, which excludes the other, then {_INSTALL}",
+            remedy=f"uninstall onnxruntime, which excludes the other, then {how_to_install('cuda')}",
         )
     if device.name == "cuda":
         # CUDA's libraries from the package index lie where the loader does not look; it prints what it misses.
@@ -394,7 +394,7 @@ def _open(path: Path, device: Device, provider_options: Mapping[str, str], threa
     if session.get_providers()[0] != device.provider:
         raise EngineError(
             f"{path}: {device.provider} does not start, ONNX Runtime offers {', '.join(session.get_providers())}",
-            remedy=f"see that nvidia-smi lists a GPU, and that CUDA's libraries are there: {_INSTALL}",
+            remedy=f"see that nvidia-smi lists a GPU, and that CUDA's libraries are there: {how_to_install('cuda')}",
         )
     return session
 

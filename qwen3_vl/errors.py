@@ -1,0 +1,25 @@
+"""The errors that calls of this package raise: `except qwen3_vl.errors.CapacityError`."""
+
+from runtime.errors import (
+    BundleError,
+    CapacityError,
+    CheckpointError,
+    EngineError,
+    ImageError,
+    ParityError,
+    Qwen3VLError,
+    TargetError,
+    UsageError,
+)
+
+__all__ = [
+    "BundleError",
+    "CapacityError",
+    "CheckpointError",
+    "EngineError",
+    "ImageError",
+    "ParityError",
+    "Qwen3VLError",
+    "TargetError",
+    "UsageError",
+]

@@ -1,0 +1,29 @@
+"""Options of one answer as keyword arguments, typed, so that editors complete them and type checkers know them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+
+class GenerationKeywords(TypedDict, total=False):
+    """Hugging Face's names; None means "not given".
+
+    The fields are those of `runtime.generation_config.GenerationOptions`, which says what each does and checks the
+    values, and the names that `GenerationOptions.replace` takes besides. A test keeps both in step.
+    """
+
+    max_new_tokens: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    stop: str | Sequence[str] | None
+    seed: int | None
+    prompt_lookup_num_tokens: int | None
+    eos_token_ids: int | Sequence[int] | None
+    eos_token_id: int | Sequence[int] | None

@@ -1,0 +1,64 @@
+"""How this package was installed, so that a remedy names a command that adds to that installation."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+DISTRIBUTION = "qwen3vl-export"
+
+
+def how_to_install(*extras: str) -> str:
+    """Return a remedy: the extras by name, and for instance the command that adds them here.
+
+    An editable checkout, a folder, a wheel, a Git address and the package index are told apart by what the installer
+    wrote (PEP 610); pipx and `uv tool` by the file that they keep in the environment; an environment without pip is
+    given uv's command.
+    """
+    names = ", ".join(f"`{extra}`" for extra in extras)
+    return (
+        f"install the extra{'s' if len(extras) > 1 else ''} {names} of {DISTRIBUTION}, for instance: "
+        f"{shlex.join(install_command(extras))}"
+    )
+
+
+def install_command(extras: tuple[str, ...]) -> list[str]:
+    """Return the words of a command that adds extras to this installation."""
+    options, requirement = _source(extras)
+    environment = Path(sys.prefix)
+    if (environment / "uv-receipt.toml").is_file():
+        return ["uv", "tool", "install", "--force", *options, requirement]
+    if (environment / "pipx_metadata.json").is_file():
+        return ["pipx", "install", "--force", *[word.replace("-e", "--editable") for word in options], requirement]
+    if importlib.util.find_spec("pip") is None:
+        return ["uv", "pip", "install", "--python", sys.executable or "python", *options, requirement]
+    return [sys.executable or "python", "-m", "pip", "install", *options, requirement]
+
+
+def _source(extras: tuple[str, ...]) -> tuple[list[str], str]:
+    """Return options of the installer, and what it is to install."""
+    wanted = f"[{','.join(extras)}]"
+    try:
+        record = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        # Not installed: the folder of the source is on sys.path.
+        return ["-e"], f"{Path(__file__).resolve().parents[1]}{wanted}"
+    if record is None:
+        return [], f"{DISTRIBUTION}{wanted}"
+    direct: dict[str, Any] = json.loads(record)
+    parts = urlsplit(direct["url"])
+    if "vcs_info" in direct:
+        vcs = direct["vcs_info"]
+        revision = vcs.get("requested_revision") or vcs["commit_id"]
+        return [], f"{DISTRIBUTION}{wanted} @ {vcs['vcs']}+{direct['url']}@{revision}"
+    if parts.scheme == "file":
+        is_editable = direct.get("dir_info", {}).get("editable", False)
+        return ["-e"] if is_editable else [], f"{url2pathname(parts.path)}{wanted}"
+    return [], f"{DISTRIBUTION}{wanted} @ {direct['url']}"
