@@ -20,6 +20,7 @@ MAX_SECONDS = 2.0
 """Of CPU time: the wall clock also shows what else the machine is doing."""
 MAX_BYTES = 300_000_000
 MAX_MESSAGE = 500
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,16 @@ def fault_of_message(error: Qwen3VLError) -> str:
         return "no remedy"
     if len(text) > MAX_MESSAGE:
         return "longer than 500 characters"
-    if any(
-        unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") for letter in text.replace("\n  remedy: ", "")
-    ):
+    if any(map(_is_control, text.replace("\n  remedy: ", "", 1))):
         return "control characters"
     if "internal error" in text or not error.message.strip():
         return "says nothing"
     return ""
+
+
+def _is_control(letter: str) -> bool:
+    """Whether a letter moves the cursor, ends a line, turns the direction of the text, or cannot be written."""
+    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(letter) in _TURNS
 
 
 def place_of(error: BaseException) -> str:
