@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 import unicodedata
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ MAX_SECONDS = 2.0
 """Of CPU time: the wall clock also shows what else the machine is doing."""
 MAX_BYTES = 300_000_000
 MAX_MESSAGE = 500
+# What a wrong value has to be is remedy enough.
+_SAYS_WHAT_IS_WANTED = re.compile(r"\b(must be|expected|at most|at least|is missing|without|known are)\b")
 _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
@@ -71,7 +74,7 @@ def of_error(error: BaseException) -> Outcome:
 def fault_of_message(error: Qwen3VLError) -> str:
     """Return what is wrong with the text of an error of ours; empty if nothing is."""
     text = str(error)
-    if not error.remedy or not error.remedy.strip():
+    if not (error.remedy or "").strip() and not _SAYS_WHAT_IS_WANTED.search(error.message):
         return "no remedy"
     if len(text) > MAX_MESSAGE:
         return "longer than 500 characters"
