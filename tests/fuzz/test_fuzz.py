@@ -109,6 +109,13 @@ def test_findings_are_found_and_the_next_input_runs(does: Callable[[Any], Any], 
     assert outcomes[0].is_finding == (kind not in (TAKEN, REFUSED))
 
 
+def test_a_fault_of_a_family_is_no_finding() -> None:
+    family = family_that(lambda _: "well")
+    family.size = lambda recipe: 1 / 0
+    with Worker(family, Path()) as worker, pytest.raises(RuntimeError, match="cannot make an input"):
+        worker.run({"edits": []})
+
+
 def test_an_input_that_hangs_is_ended_with_its_children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fuzz.worker.MAX_WALL_S", 0.5)
 
