@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3vl_export.added_tokens import SAVE_AGAIN, AddedTokenEntry, special_entry
 from runtime.errors import CheckpointError
 from runtime.files import MAX_TOKENIZER_BYTES, read_small_file
 from runtime.shown import one_line, shown
@@ -36,7 +37,6 @@ _QWEN2, _AS_IN_FILE = "Qwen2Tokenizer", ("TokenizersBackend", "PreTrainedTokeniz
 # `PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES`; tokens without an id are numbered in this order.
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _QWEN2_DEFAULTS = {name: "<|endoftext|>" for name in ("unk_token", "eos_token", "pad_token")}
-_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 # What `Qwen2Tokenizer.__init__` has in its code, as the tokenizers library writes it.
 _SPLIT = (
@@ -53,9 +53,6 @@ _MODEL_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "ignore_merges": (False, None),
 }
 COMPLETE = "give a complete Hugging Face folder"
-_SAVE_AGAIN = (
-    "load the tokenizer with transformers, see that it encodes the new tokens, and save it again with save_pretrained"
-)
 
 
 def read_tokenizer(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> bytes:
@@ -78,7 +75,7 @@ def read_tokenizer(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> 
     if is_qwen2:
         _check_settings(folder, content, files.settings)
     plan = _plan(files, content, is_qwen2)
-    own = [AddedJson.read(token, f"{folder / NAME}: added_tokens") for token in _list_of(content, folder)]
+    own = [AddedTokenEntry.read(token, f"{folder / NAME}: added_tokens") for token in _list_of(content, folder)]
     if _is_numbered_as_stated(content, own) and plan.changes_nothing(own, is_qwen2):
         return read_small_file(folder / NAME, max_bytes=MAX_TOKENIZER_BYTES, error=CheckpointError)
     tokenizer = _opened(content if not is_qwen2 else {**content, "added_tokens": []}, folder / NAME)
@@ -87,71 +84,30 @@ def read_tokenizer(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> 
     return _serialised(tokenizer)
 
 
-@dataclass(frozen=True)
-class AddedJson:
-    """A token as a file states it: its id if there is one, and its flags with the library's defaults filled in."""
-
-    content: str
-    id: int | None = None
-    single_word: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    normalized: bool = True
-    special: bool = False
-
-    @classmethod
-    def read(cls, value: Any, where: str, *, token_id: int | None = None) -> AddedJson:
-        """Read an object of a file.
-
-        Raises:
-            CheckpointError: It is none, or a value is of the wrong type.
-        """
-        if not isinstance(value, Mapping) or not isinstance(value.get("content"), str) or not value["content"]:
-            raise CheckpointError(f"{where}: expected tokens with a content, found {shown(value)}", remedy=_SAVE_AGAIN)
-        found = {key: value[key] for key in _FLAGS if key in value}
-        unknown = value.keys() - {*_FLAGS, "id", "__type"}
-        if unknown or not all(type(flag) is bool for key, flag in found.items() if key != "content"):
-            raise CheckpointError(f"{where}: expected true or false as flags, found {shown(value)}", remedy=_SAVE_AGAIN)
-        if token_id is None and "id" in value:
-            token_id = value["id"]
-            if type(token_id) is not int or token_id < 0:
-                raise CheckpointError(f"{where}: {shown(value)} has no valid id", remedy=_SAVE_AGAIN)
-        # The library: a special token is taken from the text as it stands, unless the file says otherwise.
-        found.setdefault("normalized", not found.get("special", False))
-        return cls(id=token_id, **found)
-
-    def flags(self) -> dict[str, Any]:
-        """Return the arguments of the library's `AddedToken`, its content included."""
-        return {key: getattr(self, key) for key in _FLAGS}
-
-    def as_special(self) -> AddedJson:
-        """Return the token with the flag `special` and all other flags as they are."""
-        return AddedJson(**{**self.flags(), "special": True}, id=self.id)
-
-
 @dataclass
 class _Plan:
     """What transformers adds to the vocabulary: `tokens` in this order, then `specials` again with default flags."""
 
-    tokens: list[AddedJson] = field(default_factory=list)
+    tokens: list[AddedTokenEntry] = field(default_factory=list)
     specials: list[str] = field(default_factory=list)
-    stated: list[tuple[AddedJson, str]] = field(default_factory=list)
+    stated: list[tuple[AddedTokenEntry, str]] = field(default_factory=list)
 
-    def changes_nothing(self, own: list[AddedJson], is_qwen2: bool) -> bool:
+    def changes_nothing(self, own: list[AddedTokenEntry], is_qwen2: bool) -> bool:
         """Return whether a tokenizer.json with the added tokens `own` is what would come of adding."""
-        plain = {token.content: AddedJson(**token.flags()) for token in own}
-        added = {token.content: AddedJson(**token.flags()) for token in self.tokens}
+        plain = {token.content: AddedTokenEntry(**token.flags()) for token in own}
+        added = {token.content: AddedTokenEntry(**token.flags()) for token in self.tokens}
         if not all(plain.get(content) == token for content, token in added.items()):
             return False
-        if is_qwen2 and (added.keys() != plain.keys() or not all(map(plain.__contains__, self.specials))):
+        # In the order of the file: a token without an id that was left out elsewhere is numbered after all others.
+        if is_qwen2 and (list(added) != list(plain) or not all(map(plain.__contains__, self.specials))):
             return False
-        if is_qwen2 and not all(plain[content] == _special(content) for content in self.specials):
+        if is_qwen2 and not all(plain[content] == special_entry(content) for content in self.specials):
             return False
         ids = {token.content: token.id for token in own}
         return all(token.id is None or ids.get(token.content) == token.id for token, _ in self.stated)
 
 
-def _is_numbered_as_stated(content: Mapping[str, Any], own: list[AddedJson]) -> bool:
+def _is_numbered_as_stated(content: Mapping[str, Any], own: list[AddedTokenEntry]) -> bool:
     """Return whether the library gives the file's added tokens the ids that the file states: it numbers them itself."""
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
@@ -163,12 +119,8 @@ def _is_numbered_as_stated(content: Mapping[str, Any], own: list[AddedJson]) -> 
     )
 
 
-def _special(content: str) -> AddedJson:
-    return AddedJson(content, normalized=False, special=True)
-
-
 class _Files:
-    """The small files of one folder, each read once."""
+    """The small files of one folder that concern tokens."""
 
     def __init__(self, folder: Path, read_json: Callable[[str], dict[str, Any]]) -> None:
         self.folder = folder
@@ -218,56 +170,61 @@ def _plan(files: _Files, content: Mapping[str, Any] | None, is_qwen2: bool) -> _
     }
     if isinstance(settings.get("extra_special_tokens"), Mapping):
         named_by_model |= settings.pop("extra_special_tokens")
-    plan, decoder = _Plan(), dict[int, AddedJson]()
+    plan, decoder = _Plan(), dict[int, AddedTokenEntry]()
     own = [] if content is None else _list_of(content, folder)
     if "added_tokens_decoder" in settings:
         for key, value in _object(settings.pop("added_tokens_decoder"), f"{where}: added_tokens_decoder").items():
             if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise CheckpointError(f"{where}: added_tokens_decoder: {shown(key)} is no id", remedy=_SAVE_AGAIN)
-            decoder[int(key)] = AddedJson.read(value, f"{where}: added_tokens_decoder", token_id=int(key))
+                raise CheckpointError(f"{where}: added_tokens_decoder: {shown(key)} is no id", remedy=SAVE_AGAIN)
+            decoder[int(key)] = AddedTokenEntry.read(value, f"{where}: added_tokens_decoder", token_id=int(key))
         plan.stated += [(token, f"{SETTINGS}'s added_tokens_decoder") for token in decoder.values()]
-        plan.stated += [(AddedJson.read(token, f"{folder / NAME}: added_tokens"), NAME) for token in own]
+        plan.stated += [(AddedTokenEntry.read(token, f"{folder / NAME}: added_tokens"), NAME) for token in own]
     else:
         if files.has(_SPECIAL_MAP):
             named_by_model |= _merge_special_map(files, settings)
         if files.has(_ADDED):
-            specials = {_content(settings[key]) for key in _NAMED if settings.get(key)}
-            specials |= {_content(value) for value in settings.get("extra_special_tokens") or []}
+            extra = settings.get("extra_special_tokens")
+            specials = {_content(settings.get(key)) for key in _NAMED}
+            specials |= {_content(value) for value in (extra if isinstance(extra, list) else ())}
             for text, token_id in files.json(_ADDED).items():
                 if type(token_id) is not int or token_id < 0 or not text:
                     raise CheckpointError(
                         f"{folder / _ADDED}: {shown(text)} has the id {shown(token_id)}, expected a number",
-                        remedy=_SAVE_AGAIN,
+                        remedy=SAVE_AGAIN,
                     )
                 is_special = text in specials
-                token = AddedJson(text, id=token_id, normalized=not is_special, special=is_special)
+                token = AddedTokenEntry(text, id=token_id, normalized=not is_special, special=is_special)
                 decoder[token_id] = token
                 plan.stated.append((token, _ADDED))
         for value in own:
-            token = AddedJson.read(value, f"{folder / NAME}: added_tokens")
+            token = AddedTokenEntry.read(value, f"{folder / NAME}: added_tokens")
             decoder[token.id if token.id is not None else -1] = token
             plan.stated.append((token, NAME))
     plan.tokens = [token for _, token in sorted(decoder.items())]
+    if "additional_special_tokens" in settings and "extra_special_tokens" not in settings:
+        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
     _add_named(plan, settings, named_by_model, where, is_qwen2, own)
     return plan
 
 
 def _merge_special_map(files: _Files, settings: dict[str, Any]) -> dict[str, Any]:
     """Lay special_tokens_map.json over the settings; return the tokens that it names beyond the usual."""
+    where = f"{files.folder / _SPECIAL_MAP}"
+
+    def special(value: Any, key: str) -> Any:
+        is_token = isinstance(value, Mapping)
+        return AddedTokenEntry.read({**value, "special": True}, f"{where}: {key}") if is_token else value
+
     for key, value in files.json(_SPECIAL_MAP).items():
-        if isinstance(value, Mapping) and key != "extra_special_tokens":
-            value = {**value, "special": True, "__type": "AddedToken"}
-        elif key == "extra_special_tokens" and isinstance(value, list):
-            present = list(settings.get("extra_special_tokens") or [])
-            marked = [
-                {**each, "special": True, "__type": "AddedToken"} if isinstance(each, Mapping) else each
-                for each in value
-            ]
-            value = present + [each for each in marked if each not in present]
-        settings[key] = value
+        if key != "extra_special_tokens":
+            settings[key] = special(value, key)
+        elif isinstance(value, list):
+            present = settings.get(key) or []
+            present = list(present) if isinstance(present, list) else [present]
+            settings[key] = [*present, *(special(each, key) for each in value)]
+        else:
+            settings[key] = value
     named = settings.pop("extra_special_tokens") if isinstance(settings.get("extra_special_tokens"), Mapping) else {}
-    if "additional_special_tokens" in settings and "extra_special_tokens" not in settings:
-        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
     return dict(named)
 
 
@@ -281,7 +238,7 @@ def _add_named(
 ) -> None:
     """Append the special tokens that no file has given an id, and list all special tokens."""
     known = {token.content: token for token in plan.tokens}
-    named: list[AddedJson | None] = []
+    named: list[AddedTokenEntry | None] = []
     for key in _NAMED:
         value = settings.get(key) if key in settings or not is_qwen2 else _QWEN2_DEFAULTS.get(key)
         token = _token(value, f"{where}: {key}")
@@ -289,40 +246,42 @@ def _add_named(
     automatic = {
         key: value
         for key, value in settings.items()
-        if key.endswith("_token") and key not in _NAMED and isinstance(value, Mapping) and "__type" in value
+        if key.endswith("_token")
+        and key not in _NAMED
+        and (isinstance(value, AddedTokenEntry) or (isinstance(value, Mapping) and "__type" in value))
     }
     named += [_token(value, f"{where}: {key}") for key, value in {**automatic, **named_by_model}.items()]
     extra = settings.get("extra_special_tokens")
     if extra is not None and not isinstance(extra, list):
         raise CheckpointError(
             f"{where}: extra_special_tokens is {shown(extra)}, expected a list of tokens, or an object of named ones",
-            remedy=_SAVE_AGAIN,
+            remedy=SAVE_AGAIN,
         )
     extras = [_token(value, f"{where}: extra_special_tokens") for value in extra or []]
     # The vocabulary of the file itself is not searched: a token that is there already keeps its id when it is added.
     present = {*known, *([] if is_qwen2 else (token["content"] for token in own))}
-    for token in (*named, *extras):
-        if token is not None and token.content not in present:
-            present.add(token.content)
-            plan.tokens.append(token)
+    # Twice if it is named twice: the flags of the last count.
+    plan.tokens += [token for token in (*named, *extras) if token is not None and token.content not in present]
     of_names = {token.content for token in named if token is not None}
     plan.tokens = [token.as_special() if token.content in of_names else token for token in plan.tokens]
     plan.specials = list(dict.fromkeys(token.content for token in (*named, *extras) if token is not None))
 
 
-def _token(value: Any, where: str) -> AddedJson | None:
+def _token(value: Any, where: str) -> AddedTokenEntry | None:
     if value is None:
         return None
     if isinstance(value, str) and value:
-        return _special(value)
+        return special_entry(value)
+    if isinstance(value, AddedTokenEntry):
+        return value
     if isinstance(value, Mapping) and value.get("__type") == "AddedToken":
-        return AddedJson.read(value, where)
-    raise CheckpointError(f"{where}: expected a token, found {shown(value)}", remedy=_SAVE_AGAIN)
+        return AddedTokenEntry.read(value, where)
+    raise CheckpointError(f"{where}: expected a token, found {shown(value)}", remedy=SAVE_AGAIN)
 
 
-def _content(value: Any) -> Any:
-    """Return the text of a token in either form; anything else is refused where the token is added."""
-    return value.get("content") if isinstance(value, Mapping) else value if isinstance(value, str) else None
+def _content(value: Any) -> str | None:
+    """Return the text of a token; None for an object with `__type`, which transformers looks at later."""
+    return value.content if isinstance(value, AddedTokenEntry) else value if isinstance(value, str) else None
 
 
 def _check_settings(folder: Path, content: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -399,13 +358,13 @@ def _opened(content: Mapping[str, Any], path: Path) -> Tokenizer:
 def _add(tokenizer: Tokenizer, plan: _Plan, is_qwen2: bool, folder: Path) -> None:
     from tokenizers import AddedToken
 
-    def added(tokens: Iterator[AddedJson]) -> list[AddedToken]:
+    def added(tokens: Iterator[AddedTokenEntry]) -> list[AddedToken]:
         return [AddedToken(**token.flags()) for token in tokens]
 
     with _refusing(f"{folder}: its added tokens cannot be added"):
         tokenizer.add_tokens(added(iter(plan.tokens)))
         if is_qwen2:
-            tokenizer.add_tokens(added(map(_special, plan.specials)))
+            tokenizer.add_tokens(added(map(special_entry, plan.specials)))
 
 
 @contextmanager
@@ -435,14 +394,14 @@ def _check_stated(tokenizer: Tokenizer, plan: _Plan, folder: Path) -> None:
             raise CheckpointError(
                 f"{folder / name}: {shown(token.content)} is an added token here, and in no file that transformers 5 "
                 "takes added tokens from: there it is split",
-                remedy=f"add it to added_tokens_decoder in {SETTINGS}; or {_SAVE_AGAIN}",
+                remedy=f"add it to added_tokens_decoder in {SETTINGS}; or {SAVE_AGAIN}",
             )
         if token.id is not None and found != token.id:
             raise CheckpointError(
                 f"{folder / name.partition(chr(39))[0]}: {shown(token.content)} has the id {token.id}, transformers "
                 f"and the tokenizers library number it {found}: another file says so, or ids before it are unused",
                 remedy=f"give the added tokens ids without gaps behind the vocabulary, the same in all files; or "
-                f"{_SAVE_AGAIN}",
+                f"{SAVE_AGAIN}",
             )
 
 
@@ -453,11 +412,11 @@ def _serialised(tokenizer: Tokenizer) -> bytes:
 def _list_of(content: Mapping[str, Any], folder: Path) -> list[Any]:
     tokens = content.get("added_tokens") or []
     if not isinstance(tokens, list):
-        raise CheckpointError(f"{folder / NAME}: added_tokens is {shown(tokens)}, expected a list", remedy=_SAVE_AGAIN)
+        raise CheckpointError(f"{folder / NAME}: added_tokens is {shown(tokens)}, expected a list", remedy=SAVE_AGAIN)
     return tokens
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise CheckpointError(f"{where} is {shown(value)}, expected an object", remedy=_SAVE_AGAIN)
+        raise CheckpointError(f"{where} is {shown(value)}, expected an object", remedy=SAVE_AGAIN)
     return value

@@ -44,7 +44,8 @@ NO_EFFECT = frozenset(
         *("diversity_penalty", "early_stopping", "length_penalty", "num_beam_groups"),
         # Of a draft model, which is no part of a checkpoint; and of prompt lookup, which changes the speed alone.
         *("assistant_confidence_threshold", "assistant_ensemble_weight", "assistant_lookbehind"),
-        *("max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "target_lookbehind"),
+        *("max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type"),
+        "target_lookbehind",
         # Logits that are no numbers are an error here; a softmax more changes neither the largest nor the draw.
         *("remove_invalid_values", "renormalize_logits"),
     }
@@ -60,11 +61,11 @@ _ARGUMENTS_OF_GENERATE = frozenset(
 
 
 def _is_at_most(limit: float) -> Callable[[Any], bool]:
-    return lambda value: _is_number(value) and value <= limit
+    return lambda value: isinstance(value, numbers.Real) and value <= limit
 
 
 def _is_one(value: Any) -> bool:
-    return _is_number(value) and value == 1
+    return isinstance(value, numbers.Real) and value == 1
 
 
 def _is_empty(value: Any) -> bool:
@@ -72,7 +73,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _is_false(value: Any) -> bool:
-    return value is False
+    return not value
 
 
 def _is_never(value: Any) -> bool:
@@ -104,10 +105,9 @@ NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     "max_time": _is_never,
     "no_repeat_ngram_size": _is_at_most(0),
     "num_beams": _is_one,
-    "num_return_sequences": _is_one,
+    "num_return_sequences": _is_at_most(1),
     "penalty_alpha": _is_at_most(0),
     "sequence_bias": _is_empty,
-    "speculation_type": _is_never,
     "suppress_tokens": _is_empty,
     "token_healing": _is_false,
     "use_mtp": _is_false,

@@ -109,6 +109,13 @@ READ: dict[str, Change] = {
     "additional": also("additional_special_tokens", "<loc>"),
     "additional with flags": also("additional_special_tokens", MARKED),
     "extra": settings(extra_special_tokens=["<loc>", "<b>"]),
+    "extra by name beside additional": steps(
+        settings(extra_special_tokens={"x_token": "<loc>"}), also("additional_special_tokens", "<b>")
+    ),
+    "extra twice, with and without flags": settings(unk_token="<loc>", extra_special_tokens=[MARKED]),
+    "extra of added_tokens.json with flags": steps(
+        settings(extra_special_tokens=[MARKED]), write(ADDED, {"<loc>": FIRST_FREE})
+    ),
     "extra in the vocabulary": settings(extra_special_tokens=["it"]),
     "extra beside additional": settings(extra_special_tokens=["<loc>"], additional_special_tokens=["<b>"]),
     "extra by name": settings(extra_special_tokens={"loc_token": "<loc>", "other": "<b>"}),
@@ -213,6 +220,7 @@ def test_an_added_token_is_one_id(folder: Path) -> None:
         (write(ADDED, {"<a>": -1}), rf"{ADDED}: '<a>' has the id -1"),
         (decoder({"405": {"content": "<b>"}}), rf"{SETTINGS}: '<b>' has the id 405, .* number it 399"),
         (decoder({"400": {"content": "<|im_end|>"}, "387": None}), "has the id 388, .* number it 387"),
+        (decoder({"385": None}), "has the id 386, .* number it 385"),
         (decoder({"x": {"content": "<b>"}}), rf"{SETTINGS}: added_tokens_decoder: 'x' is no id"),
         (decoder({"399": "<b>"}), "expected tokens with a content"),
         (decoder({"399": {"content": "<b>", "lstrip": 1}}), "expected true or false as flags"),
