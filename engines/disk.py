@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runtime.errors import CapacityError, Qwen3VLError, UsageError
 
-_OTHER_PLACE = "choose another --output"
+_OTHER_PLACE = "choose another place"
 
 
 def check_disk_space(folder: Path, num_bytes: int) -> None:
@@ -63,7 +63,9 @@ def full_disk_error(error: OSError, place: Path) -> CapacityError | None:
 
 
 def disk_error(error: OSError | ValueError, place: Path) -> Qwen3VLError:
-    """Return what to raise when `place` cannot be written."""
+    """Return what to raise when `place` cannot be written, or is no name at all (ValueError)."""
+    if isinstance(error, Qwen3VLError):
+        return error  # some of ours are ValueErrors, too
     if not isinstance(error, OSError):
         return UsageError(f"{str(place)!r}: no name of a file ({error})", remedy=_OTHER_PLACE)
     full = full_disk_error(error, place)
@@ -72,6 +74,8 @@ def disk_error(error: OSError | ValueError, place: Path) -> Qwen3VLError:
     match error.errno:
         case errno.EROFS:
             return UsageError(f"{place}: on a file system that is read-only", remedy=_OTHER_PLACE)
+        case errno.EEXIST | errno.ENOTDIR:
+            return UsageError(f"{place}: it, or what is above it, is a file and no folder", remedy=_OTHER_PLACE)
         case errno.EACCES | errno.EPERM:
             return UsageError(
                 f"{place}: not writable for this user ({error.strerror})",

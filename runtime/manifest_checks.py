@@ -138,6 +138,11 @@ def _text(name: str, value: object) -> None:
         _refuse(name, value, "a string")
 
 
+def _texts(name: str, value: object) -> None:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        _refuse(name, value, "a list of strings")
+
+
 def _positive(name: str, value: object) -> None:
     _integer(name, value, 1, _MOST_OF_AN_INTEGER)
 
@@ -195,6 +200,7 @@ _CAPABILITIES: Mapping[str, Callable[[str, object], None]] = {
     "capacity": _positive,
     "device": _one_of("cpu", "gpu"),
     "hardware_compatible": _boolean,
+    "kernels": _texts,
     "library": _text,
     "library_version": _text,
     "logits_chunk": _positive,

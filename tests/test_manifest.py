@@ -126,6 +126,8 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], object]:
         (put("capabilities", "prefill_chunk", value=True), "prefill_chunk is True, expected an integer of 1"),
         (put("capabilities", "prefill_min_tokens", value=1), r"prefill\.onnx: not listed"),
         (put("capabilities", "device", value="tpu"), "device is 'tpu', expected one of cpu, gpu"),
+        (put("capabilities", "kernels", value=5), "kernels is 5, expected a list of strings"),
+        (put("capabilities", "kernels", value=[["x"]]), "kernels is .* expected a list of strings"),
         (put("capabilities", "profiles", value={"decoder": [1]}), r"profiles\.decoder\[0\] is 1, expected"),
         (put("model", "text", "max_positions", value=10**30), "max_positions is 10+, expected an integer of 1"),
         (put("model", "text", "num_layers", value=0), "num_layers is 0, expected an integer of 1 to 1024"),

@@ -61,7 +61,7 @@ def json_edits(random: Random, value: Any, extra_keys: Sequence[str]) -> list[Ed
 
 
 def _json_edit(random: Random, value: Any, extra_keys: Sequence[str]) -> Edit:
-    places = list(_paths(value))
+    places = list(paths_of(value))
     path = random.choice(places)
     if not path and random.random() < 0.8:
         path = random.choice(places)
@@ -105,29 +105,30 @@ def apply_json(value: Any, edits: Sequence[Edit]) -> Any:
     for name, path, *arguments in edits:
         try:
             if name == "set":
-                value = _with(value, path, copy.deepcopy(WEIRD[arguments[0]]))
+                value = with_value(value, path, copy.deepcopy(WEIRD[arguments[0]]))
             elif name == "delete":
                 del _at(value, path[:-1])[path[-1]]
             elif name == "add":
                 _at(value, path)[arguments[0]] = copy.deepcopy(WEIRD[arguments[1]])
             elif name == "copy":
-                value = _with(value, path, copy.deepcopy(_at(value, arguments[0])))
+                value = with_value(value, path, copy.deepcopy(_at(value, arguments[0])))
             else:
                 change = _NUMBERS[arguments[0]] if name == "number" else _STRINGS[arguments[0]]
-                value = _with(value, path, change(_at(value, path)))
+                value = with_value(value, path, change(_at(value, path)))
         except (KeyError, IndexError, TypeError, OverflowError):
             continue
     return value
 
 
-def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[list[Any]]:
+def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[list[Any]]:
+    """Yield the path to each place of a JSON value, its root included; of a long list to the first places only."""
     yield list(path)
     if isinstance(value, dict):
         for key in value:
-            yield from _paths(value[key], (*path, key))
+            yield from paths_of(value[key], (*path, key))
     elif isinstance(value, list):
         for index in range(min(len(value), 20)):
-            yield from _paths(value[index], (*path, index))
+            yield from paths_of(value[index], (*path, index))
 
 
 def _at(value: Any, path: Sequence[Any]) -> Any:
@@ -136,7 +137,8 @@ def _at(value: Any, path: Sequence[Any]) -> Any:
     return value
 
 
-def _with(value: Any, path: Sequence[Any], new: Any) -> Any:
+def with_value(value: Any, path: Sequence[Any], new: Any) -> Any:
+    """Put another value into a place, and return the whole."""
     if not path:
         return new
     _at(value, path[:-1])[path[-1]] = new

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzz.family import ROOT
+import runtime
 from runtime.errors import Qwen3VLError
+
+_CODE = Path(runtime.__file__).resolve().parent.parent
 
 TAKEN, REFUSED = "taken", "refused"
 RAW, MESSAGE, SLOW, MEMORY, HANG, CRASH = "raw exception", "message", "slow", "memory", "hang", "crash"
@@ -18,6 +21,9 @@ MAX_SECONDS = 2.0
 """Of CPU time: the wall clock also shows what else the machine is doing."""
 MAX_BYTES = 300_000_000
 MAX_MESSAGE = 500
+# What a wrong value has to be is remedy enough.
+_SAYS_WHAT_IS_WANTED = re.compile(r"\b(must be|expected|at most|at least|is missing|without|known are)\b")
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 @dataclass(frozen=True)
@@ -68,17 +74,20 @@ def of_error(error: BaseException) -> Outcome:
 def fault_of_message(error: Qwen3VLError) -> str:
     """Return what is wrong with the text of an error of ours; empty if nothing is."""
     text = str(error)
-    if not error.remedy or not error.remedy.strip():
+    if not (error.remedy or "").strip() and not _SAYS_WHAT_IS_WANTED.search(error.message):
         return "no remedy"
     if len(text) > MAX_MESSAGE:
         return "longer than 500 characters"
-    if any(
-        unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") for letter in text.replace("\n  remedy: ", "")
-    ):
+    if any(map(_is_control, text.replace("\n  remedy: ", "", 1))):
         return "control characters"
     if "internal error" in text or not error.message.strip():
         return "says nothing"
     return ""
+
+
+def _is_control(letter: str) -> bool:
+    """Whether a letter moves the cursor, ends a line, turns the direction of the text, or cannot be written."""
+    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(letter) in _TURNS
 
 
 def place_of(error: BaseException) -> str:
@@ -86,11 +95,11 @@ def place_of(error: BaseException) -> str:
     own = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).is_relative_to(ROOT) and not Path(frame.filename).is_relative_to(ROOT / "tests")
+        if Path(frame.filename).is_relative_to(_CODE) and not Path(frame.filename).is_relative_to(_CODE / "tests")
     ]
     if not own:
         return "a library"
-    return f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].name}"
+    return f"{Path(own[-1].filename).relative_to(_CODE)}:{own[-1].name}"
 
 
 def _text(error: BaseException) -> str:

@@ -21,6 +21,8 @@ from fuzz.outcome import CRASH, HANG, MAX_BYTES, MAX_SECONDS, MEMORY, SLOW, TAKE
 MAX_WALL_S = 12.0
 """After which an input hangs: six times its CPU time, for a machine that is busy with other things."""
 SETUP_S = 120.0
+_OWN_FAULT = 70
+"""Exit code of a child in which not the project but a family failed (EX_SOFTWARE of sysexits.h)."""
 _ADDRESS_SPACE_BYTES = 3 << 30
 """Beyond what is mapped when inputs begin: an input beyond it gets a MemoryError and not the machine's last page."""
 
@@ -50,6 +52,8 @@ class Worker:
             return Outcome(HANG, "", f"no answer after {MAX_WALL_S:.0f} s")
         if not line:
             status = os.waitstatus_to_exitcode(self._reap())
+            if status == _OWN_FAULT:
+                raise RuntimeError(f"the family cannot make an input of {json.dumps(recipe)[:1000]}")
             name = signal.Signals(-status).name if status < 0 else f"exit code {status}"
             return Outcome(CRASH, name, f"the process ended: {name}")
         return Outcome(**json.loads(line))
@@ -66,7 +70,7 @@ class Worker:
         self._rest = b""
         self._pid = os.fork()
         if not self._pid:
-            status = 70
+            status = _OWN_FAULT
             try:
                 os.close(self._to)
                 os.close(self._from)

@@ -195,9 +195,12 @@ def _edited(header: dict[str, Any], edits: list[list[Any]]) -> Any:
             continue
         key = arguments[0]
         entry = header.get(key)
-        if not isinstance(entry, dict) or "data_offsets" not in entry:
+        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or not isinstance(offsets, list) or len(offsets) != 2:
             continue
-        begin, end = entry["data_offsets"]
+        begin, end = offsets
+        if not isinstance(begin, int) or not isinstance(end, int):
+            continue
         if name == "shift":
             entry["data_offsets"] = [begin + arguments[1], end + arguments[1]]
         elif name == "swap":
@@ -206,7 +209,7 @@ def _edited(header: dict[str, Any], edits: list[list[Any]]) -> Any:
             entry["data_offsets"] = [begin, arguments[1]]
         elif name == "as":
             other = header.get(arguments[1])
-            entry["data_offsets"] = other["data_offsets"] if isinstance(other, dict) else None
+            entry["data_offsets"] = other.get("data_offsets") if isinstance(other, dict) else None
         elif name == "field":
             entry[arguments[1]] = arguments[2]
         elif name == "rename":
