@@ -32,7 +32,6 @@ _NAMES_ELSEWHERE: Mapping[str, str] = {
     "max_completion_tokens": "max_new_tokens",
     "max_output_tokens": "max_new_tokens",
     "max_tokens": "max_new_tokens",
-    "max_length": "max_new_tokens",
     "num_predict": "max_new_tokens",
     "repeat_penalty": "repetition_penalty",
     "stop_sequences": "stop",
@@ -50,6 +49,8 @@ class GenerationOptions:
     Attributes:
         max_new_tokens: Upper limit on generated tokens, the end token included. The default, 512, is ours:
             transformers counts 20 tokens with the prompt, which ends most answers in the middle.
+        max_length: Upper limit on the tokens of prompt and answer together; None is off. As in transformers,
+            `max_new_tokens` takes its place wherever it is given.
         do_sample: Draw from the distribution; False takes the most likely token.
         temperature: Logits are divided by it, in [1e-15, 1e15]. It and the next three are only looked at when tokens
             are sampled; without, any number will do, as in transformers.
@@ -69,6 +70,7 @@ class GenerationOptions:
     """
 
     max_new_tokens: int = 512
+    max_length: int | None = None
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 50
@@ -109,6 +111,8 @@ class GenerationOptions:
         drafted = values.get("prompt_lookup_num_tokens")
         if isinstance(drafted, int) and drafted > _MOST_DRAFTED:
             values["prompt_lookup_num_tokens"] = _MOST_DRAFTED  # the tokens are the same
+        if "max_length" in values:
+            values["max_new_tokens"] = values["max_length"]  # what it leaves for the answer is less
         return cls(**values)
 
     def replace(self, **options: Any) -> GenerationOptions:
@@ -140,6 +144,10 @@ class GenerationOptions:
                 )
             sampling = {*_SAMPLING_ONLY, "do_sample"}
             given = {name: value for name, value in given.items() if name not in sampling} | {"do_sample": False}
+        if "max_new_tokens" in given:
+            given["max_length"] = None
+        elif "max_length" in given:
+            given["max_new_tokens"] = given["max_length"]  # what it leaves for the answer is less
         replaced = dataclasses.replace(self, **given)
         idle = [name for name in _SAMPLING_ONLY if name in given]
         if idle and not replaced.do_sample:
@@ -210,6 +218,10 @@ def _do_sample(name: str, value: Any) -> bool:
     return value
 
 
+def _max_length(name: str, value: Any) -> int | None:
+    return None if value is None else _integer(name, value, 1)
+
+
 def _temperature(name: str, value: Any) -> float:
     # transformers refuses 0 as well, where it is told to sample: as a limit it means greedy.
     return _factor(name, value, "for greedy decoding pass do_sample=False")
@@ -269,6 +281,7 @@ def _eos_token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "max_new_tokens": _max_new_tokens,
+    "max_length": _max_length,
     "temperature": _temperature,
     "top_k": _top_k,
     "top_p": _top_p,

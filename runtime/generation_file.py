@@ -18,6 +18,7 @@ TAKEN = frozenset(
     {
         "do_sample",
         "eos_token_id",
+        "max_length",
         "max_new_tokens",
         "min_p",
         "prompt_lookup_num_tokens",
@@ -128,7 +129,7 @@ _OLD_DEFAULT_OF_MAX_LENGTH = 20
 
 def ignored_keys(config: Mapping[str, Any]) -> list[str]:
     """Return the keys that transformers does not know, so that they have no effect there nor here."""
-    known = TAKEN | NO_EFFECT | NEUTRAL.keys() | NEUTRAL_IN_SAMPLING.keys() | _ARGUMENTS_OF_GENERATE | {"max_length"}
+    known = TAKEN | NO_EFFECT | NEUTRAL.keys() | NEUTRAL_IN_SAMPLING.keys() | _ARGUMENTS_OF_GENERATE
     return sorted(key for key in config if key not in known)
 
 
@@ -143,18 +144,15 @@ def taken_values(config: Mapping[str, Any]) -> dict[str, Any]:
     refused += [key for key, is_neutral in NEUTRAL.items() if key in given and not is_neutral(given[key])]
     if given.get("do_sample"):
         refused += [k for k, is_neutral in NEUTRAL_IN_SAMPLING.items() if k in given and not is_neutral(given[k])]
-    if "max_new_tokens" not in given and given.get("max_length", _OLD_DEFAULT_OF_MAX_LENGTH) != (
-        _OLD_DEFAULT_OF_MAX_LENGTH
-    ):
-        refused.append("max_length")
     if refused:
         asked = ", ".join(f"{key}={shown(given[key])}" for key in sorted(refused))
-        instead = "; max_new_tokens limits the answer without counting the prompt" if "max_length" in refused else ""
         raise UsageError(
             f"generation_config.json asks for what this runtime does not do: {asked}",
-            remedy=f"remove the key from the file, or use transformers for this kind of generation{instead}",
+            remedy="remove the key from the file, or use transformers for this kind of generation",
         )
     values = {key: value for key, value in given.items() if key in TAKEN}
+    if "max_new_tokens" in values or values.get("max_length") == _OLD_DEFAULT_OF_MAX_LENGTH:
+        values.pop("max_length", None)
     if values.get("do_sample") is True and _is_number(values.get("top_p")) and values["top_p"] > 1:
         values["top_p"] = 1.0  # transformers makes a filter only of what is below 1
     return values

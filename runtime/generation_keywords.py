@@ -14,6 +14,7 @@ class GenerationKeywords(TypedDict, total=False):
     """
 
     max_new_tokens: int | None
+    max_length: int | None
     do_sample: bool | None
     temperature: float | None
     top_k: int | None
@@ -27,3 +28,4 @@ class GenerationKeywords(TypedDict, total=False):
     prompt_lookup_num_tokens: int | None
     eos_token_ids: int | Sequence[int] | None
     eos_token_id: int | Sequence[int] | None
+    stop_strings: str | Sequence[str] | None

@@ -429,6 +429,13 @@ class Qwen3VLModel:
         room = self.max_context - len(prompt_ids)
         if room < 1:
             raise self._too_long(prepared.prompt)
+        if options.max_length is not None:
+            room = min(room, options.max_length - len(prompt_ids))
+        if room < 1:
+            raise UsageError(
+                f"the prompt has {len(prompt_ids)} tokens, and max_length = {options.max_length} counts them",
+                remedy="pass max_new_tokens, which counts the answer alone, or a larger max_length",
+            )
         max_new_tokens = min(options.max_new_tokens, room)
         self._check_memory(prepared, len(prompt_ids) + max_new_tokens)
         if visual_tokens > MANY_VISUAL_TOKENS:

@@ -109,7 +109,6 @@ def test_a_file_saved_by_transformers_is_accepted() -> None:
         ("typical_p", 0.9),
         ("no_repeat_ngram_size", 3),
         ("suppress_tokens", [1]),
-        ("max_length", 100),
         ("logits_processor", []),
     ],
 )
@@ -247,7 +246,7 @@ def test_stop_strings_are_stops(stops: Any) -> None:
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_length"])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_names_of_other_libraries_are_explained(name: str) -> None:
     with pytest.raises(UsageError, match=f"'{name}'\n.*did you mean 'max_new_tokens'"):
         GenerationOptions().replace(**{name: 5})

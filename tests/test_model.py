@@ -49,6 +49,17 @@ def test_held_out_pictures_are_answered(model: Qwen3VLModel, index: int) -> None
 
 
 @pytest.mark.portable
+def test_max_length_counts_the_prompt(model: Qwen3VLModel) -> None:
+    messages, _ = question()
+    whole = model.generate(messages)
+    most = whole.stats.prompt_tokens + 2
+    short = model.generate(messages, max_length=most)
+    assert (short.token_ids, short.finish_reason) == (whole.token_ids[:2], "length")
+    with pytest.raises(UsageError, match=f"the prompt has {most - 2} tokens, and max_length = {most - 2} counts them"):
+        model.generate(messages, max_length=most - 2)
+
+
+@pytest.mark.portable
 def test_stream_joins_to_the_text(model: Qwen3VLModel) -> None:
     messages, answer = question()
     stream = model.stream(messages)

@@ -50,6 +50,7 @@ _API_OPTIONS = (
     "huge_pages",
     "max_context",
     "max_image_pixels",
+    "max_length",
     "max_memory",
     "max_new_tokens",
     "max_pixels",

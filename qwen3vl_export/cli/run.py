@@ -63,6 +63,10 @@ System = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress and no notes on stderr, but errors.")]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print times, speed and cache size on stderr.")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Longest prompt and answer together, in tokens; --max-new-tokens takes its place."),
+]
 DoSample = Annotated[
     bool | None,
     typer.Option("--do-sample/--greedy", help="Draw tokens, or take the likeliest. [default: the checkpoint's]"),
@@ -122,6 +126,7 @@ def run(
     image: Images = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = None,
+    max_length: MaxLength = None,
     do_sample: DoSample = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -172,6 +177,7 @@ def run(
         )
     options = _given(
         max_new_tokens=max_new_tokens,
+        max_length=max_length,
         do_sample=do_sample,
         temperature=temperature,
         top_k=top_k,
