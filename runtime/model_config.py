@@ -30,6 +30,7 @@ _OTHER_FAMILIES: Mapping[str, str] = {
 
 # Far above all models, and low enough that no product of sizes of one weight exceeds 63 bits.
 _MOST_SHOWN = 8
+_TAKE_IT_AGAIN = "config.json was altered, or is of another model: take it again from where the weights are from"
 _MOST, _MOST_LAYERS, _MOST_TOKENS, _MOST_OF_PATCH = 1 << 20, 1 << 10, (1 << 31) - 1, 1 << 6
 
 
@@ -238,27 +239,32 @@ class ModelConfig:
             )
         if text.num_heads % text.num_kv_heads:
             raise CheckpointError(
-                f"config.json: {text.num_heads} attention heads are no multiple of {text.num_kv_heads} key/value heads"
+                f"config.json: {text.num_heads} attention heads are no multiple of {text.num_kv_heads} key/value heads",
+                remedy=_TAKE_IT_AGAIN,
             )
         if vision.num_grid_per_side**2 != vision.num_position_embeddings:
             raise CheckpointError(
-                f"config.json: vision_config.num_position_embeddings = {vision.num_position_embeddings} is no square"
+                f"config.json: vision_config.num_position_embeddings = {vision.num_position_embeddings} is no square",
+                remedy=_TAKE_IT_AGAIN,
             )
         if vision.hidden_size % vision.num_heads:
             raise CheckpointError(
                 f"config.json: vision_config.hidden_size = {vision.hidden_size} is no multiple of "
-                f"num_heads = {vision.num_heads}"
+                f"num_heads = {vision.num_heads}",
+                remedy=_TAKE_IT_AGAIN,
             )
         # Rotary embeddings turn pairs of elements; those of the vision tower, pairs for rows and for columns.
         for name, head_dim, factor in (("text_config", text.head_dim, 2), ("vision_config", vision.head_dim, 4)):
             if head_dim % factor:
                 raise CheckpointError(
-                    f"config.json: {name}: heads of {head_dim} elements, expected a multiple of {factor}"
+                    f"config.json: {name}: heads of {head_dim} elements, expected a multiple of {factor}",
+                    remedy=_TAKE_IT_AGAIN,
                 )
         if len(vision.deepstack_layers) > text.num_layers or any(i >= vision.depth for i in vision.deepstack_layers):
             raise CheckpointError(
                 f"config.json: deepstack_visual_indexes {list(vision.deepstack_layers)} do not fit a vision tower of "
-                f"{vision.depth} and a decoder of {text.num_layers} layers"
+                f"{vision.depth} and a decoder of {text.num_layers} layers",
+                remedy=_TAKE_IT_AGAIN,
             )
 
 
