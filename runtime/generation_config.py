@@ -145,6 +145,7 @@ class GenerationOptions:
             sampling = {*_SAMPLING_ONLY, "do_sample"}
             given = {name: value for name, value in given.items() if name not in sampling} | {"do_sample": False}
         if "max_new_tokens" in given:
+            _max_length("max_length", given.get("max_length"))  # it gives way, but has to be a number
             given["max_length"] = None
         elif "max_length" in given:
             given["max_new_tokens"] = given["max_length"]  # what it leaves for the answer is less

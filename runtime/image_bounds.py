@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING
 
 from runtime.errors import CapacityError, ImageError, UsageError
+from runtime.shown import shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,7 +41,7 @@ def check_max_image_pixels(max_image_pixels: int) -> int:
     is_number = isinstance(max_image_pixels, int) and not isinstance(max_image_pixels, bool)
     if not is_number or not 1 <= max_image_pixels <= MOST_IMAGE_PIXELS:
         raise UsageError(
-            f"max_image_pixels = {max_image_pixels!r}, expected a whole number of 1 to {MOST_IMAGE_PIXELS}",
+            f"max_image_pixels = {shown(max_image_pixels)}, expected a whole number of 1 to {MOST_IMAGE_PIXELS}",
             remedy=f"leave max_image_pixels out for {MAX_IMAGE_PIXELS}",
         )
     return max_image_pixels

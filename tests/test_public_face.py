@@ -102,7 +102,7 @@ def test_typed_keywords_are_the_options() -> None:
     fields = {field.name for field in dataclasses.fields(GenerationOptions)}
     assert fields <= set(keywords)
     for name in set(keywords) - fields:  # other spellings, which `replace` takes
-        with pytest.raises(UsageError, match=name):
+        with pytest.raises(UsageError, match=name.removesuffix("_strings")):
             GenerationOptions().replace(**{name: object()})
     for method in (Qwen3VLModel.generate, Qwen3VLModel.stream):
         parameters = inspect.signature(method).parameters
