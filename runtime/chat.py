@@ -268,4 +268,7 @@ def _fail(kind: str, reason: str) -> NoReturn:
             "cannot be told from attached images",
             remedy=f"leave {IMAGE_TOKEN} out of the messages",
         )
-    raise UsageError(f"the chat template refuses these messages: {reason}")
+    raise UsageError(
+        f"the chat template refuses these messages: {reason}",
+        remedy="give messages of the kind that this model was trained on; chat_template.jinja says which it takes",
+    )

@@ -30,6 +30,7 @@ MAX_JSON_OBJECT_BYTES = 256 << 20
 # Measured with CPython 3.11: a list or an object of one key, a string that is a new key, a number.
 _CONTAINER_BYTES, _STRING_BYTES, _VALUE_BYTES = 200, 120, 32
 _BLOCK_BYTES = 1 << 20
+_GET_AGAIN = "get the file again from where it came"
 # Windows has neither.
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = (
@@ -69,7 +70,7 @@ def read_small_file(
     *,
     max_bytes: int = MAX_SMALL_FILE_BYTES,
     error: type[Qwen3VLError] = EngineError,
-    remedy: str | None = None,
+    remedy: str = _GET_AGAIN,
 ) -> bytes:
     """Return the contents of a small regular file.
 
@@ -106,7 +107,7 @@ def read_small_file(
 
 
 def parse_json_object(
-    contents: bytes, name: str, *, error: type[Qwen3VLError] = EngineError, remedy: str | None = None
+    contents: bytes, name: str, *, error: type[Qwen3VLError] = EngineError, remedy: str = _GET_AGAIN
 ) -> dict[str, Any]:
     """Return the object that a JSON text holds.
 
@@ -145,7 +146,7 @@ def read_json_object(
     *,
     max_bytes: int = MAX_SMALL_FILE_BYTES,
     error: type[Qwen3VLError] = EngineError,
-    remedy: str | None = None,
+    remedy: str = _GET_AGAIN,
 ) -> dict[str, Any]:
     """Return the JSON object in a small regular file; arguments and errors are those of the two functions above."""
     contents = read_small_file(path, max_bytes=max_bytes, error=error, remedy=remedy)
