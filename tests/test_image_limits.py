@@ -286,7 +286,7 @@ class Promises:
     ("source", "error"),
     [
         (Promises(7), UsageError),
-        (Promises(b"a.png"), UsageError),
+        (Promises(b"a.png"), ImageError),  # a path of bytes is one; there is no such file
         (Promises("\0"), ImageError),
         ("data:image/png;base64,\ud800", ImageError),
         ("data:image/png;base64,%ff", ImageError),

@@ -211,7 +211,7 @@ def test_settings_of_a_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"resample": 2}, "resample"),
+        ({"resample": 1}, "resample"),
         ({"do_convert_rgb": False}, "do_convert_rgb"),
         ({"do_center_crop": True, "crop_size": {"height": 9, "width": 9}}, "do_center_crop"),
         ({"do_pad": True}, "do_pad"),
@@ -225,7 +225,7 @@ def test_settings_of_a_checkpoint() -> None:
         ({"merge_size": 2.0}, "merge_size"),
         ({"do_resize": "yes"}, "do_resize"),
         ({"rescale_factor": 0}, "rescale_factor"),
-        ({"sharpen": True}, "unknown keys sharpen"),
+        ({"sharpen": True}, "unknown keys 'sharpen'"),
         ({"image_processor": 3}, "expected an object"),
     ],
 )

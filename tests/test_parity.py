@@ -244,11 +244,9 @@ def test_a_checkpoint_that_the_release_does_not_read_is_no_bug_of_ours(
     tiny_engine: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(
-            json.loads((folder / "preprocessor_config.json").read_text()) | {"image_processor_type": "NoSuchProcessor"}
-        )
-    )
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["pad_token_id"] = config["text_config"]["vocab_size"] + 1  # transformers wants an embedding
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=r"transformers \d.* does not read .*checkpoint \(\w+") as raised:
         verify(tiny_engine, str(folder), max_new_tokens=1)
     assert "--reference own" in str(raised.value.remedy)
@@ -266,8 +264,8 @@ def test_the_code_of_a_checkpoint_is_neither_run_nor_offered(
     names = ("AutoConfig", "AutoProcessor", "AutoImageProcessor", "AutoModelForImageTextToText")
     own_classes = {
         "config.json": {},
-        "preprocessor_config.json": {"processor_class": "Evil", "image_processor_type": "Evil"},
-        "tokenizer_config.json": {"processor_class": "Evil", "tokenizer_class": "Evil"},
+        "preprocessor_config.json": {"processor_class": "Evil"},
+        "tokenizer_config.json": {"processor_class": "Evil"},
     }
     for name, classes in own_classes.items():
         auto_map = {each: "evil.Evil" for each in names} | {"AutoTokenizer": ["evil.Evil", None]}

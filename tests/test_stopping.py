@@ -105,5 +105,7 @@ def test_the_characters_of_all_stop_strings_are_limited() -> None:
     for stops in ([*fitting, "c"], ["a" * (MAX_STOP_CHARACTERS + 1)], [f"{i:05}" for i in range(20_000)]):
         with pytest.raises(UsageError, match=f"expected at most {MAX_STOP_CHARACTERS}"):
             StopStringFilter(stops)
-        with pytest.raises(UsageError, match="stop strings hold"):
-            GenerationOptions(stop=tuple(stops))
+    with pytest.raises(UsageError, match="stop strings hold"):
+        GenerationOptions(stop=("a" * (MAX_STOP_CHARACTERS + 1),))
+    with pytest.raises(UsageError, match="at most 1024 strings, got a list of 20000"):
+        GenerationOptions(stop=stops)

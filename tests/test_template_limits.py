@@ -126,14 +126,14 @@ def test_the_text_is_that_of_jinja2_in_this_process(source: str) -> None:
 @pytest.mark.portable
 def test_values_arrive_as_they_are() -> None:
     template = ChatTemplate("{{ x }}|{{ x | tojson if x is mapping else '' }}")
-    for value in (10**4000, -1.5e300, float("inf"), True, None, {"a": [1, {"b": "\u2028"}]}, "é" * 9):
+    for value in (10**300, -1.5e300, float("inf"), True, None, {"a": [1, {"b": "\u2028"}]}, "é" * 9):
         rendered = template.render(CHAT, chat_template_kwargs={"x": value})
         assert rendered.text == f"{value}|{json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else ''}"
 
 
 @pytest.mark.portable
 def test_a_number_of_too_many_digits_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="digits"):
+    with pytest.raises(UsageError, match="an integer of 16610 bits"):
         ChatTemplate("{{ x }}").render(CHAT, chat_template_kwargs={"x": 10**5000})
 
 

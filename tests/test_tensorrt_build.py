@@ -24,7 +24,7 @@ from engines.tensorrt import compiler
 from engines.tensorrt.checks import GraphFacts, check_graph, check_network, check_plan_size, graph_facts
 from engines.tensorrt.profiles import profiles_of
 from qwen3vl_export.cli import export, run
-from runtime.errors import EngineError, TargetError, UsageError
+from runtime.errors import CapacityError, EngineError, TargetError, UsageError
 from runtime.manifest import Manifest
 from tests.command_line import call
 
@@ -149,7 +149,7 @@ def test_an_older_engine_stays_when_a_build_fails_and_goes_when_one_succeeds(
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "_stream_writer", lambda trt, file: real(trt, Full(file)))
         # The library itself calls such a build a success.
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(CapacityError, match="the disk is full"):
             built(demo_bundle, "trt-rtx-fp16", engine)
     assert {path.name: path.read_bytes() for path in engine.iterdir()} == before
     built(demo_bundle, "trt-rtx-fp16", engine, dataclasses.replace(SMALL, max_context=128))
