@@ -152,4 +152,10 @@ def open_session(
     # Sessions of CPUs do not know it.
     options = {} if cuda_graphs else {"cuda_graphs": False}
     session: Session = module.open_session(folder, manifest, threads=threads, huge_pages=huge_pages, **options)
+    if manifest.capabilities.get("top_k") and not hasattr(session, "decode_top"):
+        raise EngineError(
+            f"{folder}: engine.json promises the largest logits (top_k), which a session {manifest.session!r} does not "
+            "find",
+            remedy="build the engine again",
+        )
     return session

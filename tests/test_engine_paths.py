@@ -43,9 +43,7 @@ def is_weights(path: Path) -> bool:
 def test_weights_alone_behind_links_are_named_with_a_remedy_that_works(engine: Path, tmp_path: Path) -> None:
     expected = answer(engine)
     move(engine, is_weights)
-    with pytest.raises(
-        EngineError, match=r"vision.onnx.data is a symlink to .*, away from vision.onnx"
-    ) as caught:
+    with pytest.raises(EngineError, match=r"vision.onnx.data is a symlink to .*, away from vision.onnx") as caught:
         answer(engine)
     assert "build the engine again" not in str(caught.value)
     assert f"cp -rL {engine} NEW" in str(caught.value)

@@ -125,6 +125,11 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], object]:
         (put("capabilities", "prefill_chunk", value=0), "prefill_chunk is 0, expected an integer of 1"),
         (put("capabilities", "prefill_chunk", value=True), "prefill_chunk is True, expected an integer of 1"),
         (put("capabilities", "prefill_min_tokens", value=1), r"prefill\.onnx: not listed"),
+        (
+            put("capabilities", "cache_dtype", value="bfloat16"),
+            r"cache is of tensor\(float\), engine\.json says bfloat16",
+        ),
+        (put("capabilities", "top_k", value=8), r"promises the largest logits \(top_k\), which a session 'ort_cpu'"),
         (put("capabilities", "device", value="tpu"), "device is 'tpu', expected one of cpu, gpu"),
         (put("capabilities", "kernels", value=5), "kernels is 5, expected a list of strings"),
         (put("capabilities", "kernels", value=[["x"]]), "kernels is .* expected a list of strings"),

@@ -37,6 +37,7 @@ from runtime.session import Floats, Ints, KVCache
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
 _PROVIDER = "CPUExecutionProvider"
+_TYPE_NAMES = {"float32": "tensor(float)", "int8": "tensor(int8)", "uint8": "tensor(uint8)"}
 _AS_REQUESTED = 1  # of onnxruntime's ArenaExtendStrategy; 0 doubles
 
 
@@ -233,6 +234,13 @@ def _open_decoder(
     num_layers = manifest.model.text.num_layers
     inputs, outputs = past_names(num_layers), present_names(num_layers)
     _check(folder / name, session, [*DECODER_INPUTS, *inputs], [*DECODER_OUTPUTS, *outputs])
+    dtype = manifest.capabilities["cache_dtype"]
+    types = {value.type for value in session.get_inputs() if value.name in inputs}
+    if types != {_TYPE_NAMES.get(dtype)}:
+        raise EngineError(
+            f"{folder / name}: its KV cache is of {', '.join(sorted(types))}, engine.json says {dtype}",
+            remedy="build the engine again",
+        )
     return session
 
 

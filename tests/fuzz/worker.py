@@ -18,8 +18,8 @@ from typing import Any
 from fuzz.family import Family, Recipe
 from fuzz.outcome import CRASH, HANG, MAX_BYTES, MAX_SECONDS, MEMORY, SLOW, TAKEN, Outcome, of_error
 
-MAX_WALL_S = 12.0
-"""After which an input hangs: six times its CPU time, for a machine that is busy with other things."""
+MAX_WALL_S = 30.0
+"""After which an input hangs: fifteen times its CPU time, for a machine that is busy with other things."""
 SETUP_S = 120.0
 _OWN_FAULT = 70
 """Exit code of a child in which not the project but a family failed (EX_SOFTWARE of sysexits.h)."""
