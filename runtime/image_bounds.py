@@ -109,14 +109,7 @@ def check_decoding(image: Image.Image, where: str, limit: int) -> None:
         CapacityError: Its decoder, or a tile of it, takes more memory than `limit` allows for.
         ImageError: Its tiles have no size.
     """
-    pixel_bytes = _decoder_bytes(image)
-    allowed = limit * _BYTES_PER_PIXEL // max(pixel_bytes, _BYTES_PER_PIXEL)
-    if image.width * image.height > allowed:
-        raise CapacityError(
-            f"{where}: {image.format} of {image.width} x {image.height} pixels; expected at most {allowed} pixels of "
-            f"this kind, since its decoder takes {pixel_bytes} bytes for each",
-            remedy="save the image as PNG, make it smaller, or raise max_image_pixels",
-        )
+    _check_decoder(image.format or "", image.width, image.height, _decoder_bytes(image), where, limit)
     if image.format == "TIFF":
         tags = getattr(image, "tag_v2", {})
         width, height = (tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
@@ -124,6 +117,39 @@ def check_decoding(image: Image.Image, where: str, limit: int) -> None:
             raise ImageError(f"{where}: tiles of {width!r:.40} x {height!r:.40}", remedy="save the image again as PNG")
         if width * height > max(_SMALL_TILE_PIXELS, 4 * image.width * image.height):
             raise too_large(where, f"found tiles of {width} x {height} = {width * height} pixels", limit)
+
+
+def check_webp(file: IO[bytes], where: str, limit: int) -> None:
+    """Check the size of a WebP file by its own header, since Pillow makes room for its frames while it opens it.
+
+    Of a file of another format, nothing. The file is left at its beginning. The header is that of RFC 9649.
+
+    Raises:
+        CapacityError: Its decoder takes more memory than `limit` allows for.
+    """
+    file.seek(0)
+    head = file.read(30)
+    file.seek(0)
+    if len(head) < 30 or (head[:4], head[8:12]) != (b"RIFF", b"WEBP"):
+        return
+    if head[12:16] == b"VP8X":
+        width, height = (1 + int.from_bytes(head[start : start + 3], "little") for start in (24, 27))
+    elif head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    else:
+        width, height = (int.from_bytes(head[start : start + 2], "little") & 0x3FFF for start in (26, 28))
+    _check_decoder("WEBP", width, height, _DECODER_BYTES["WEBP"], where, limit)
+
+
+def _check_decoder(kind: str, width: int, height: int, pixel_bytes: int, where: str, limit: int) -> None:
+    allowed = limit * _BYTES_PER_PIXEL // max(pixel_bytes, _BYTES_PER_PIXEL)
+    if width * height > allowed:
+        raise CapacityError(
+            f"{where}: {kind} of {width} x {height} pixels; expected at most {allowed} pixels of this kind, since its "
+            f"decoder takes {pixel_bytes} bytes for each",
+            remedy="save the image as PNG, make it smaller, or raise max_image_pixels",
+        )
 
 
 def _decoder_bytes(image: Image.Image) -> int:

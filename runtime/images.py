@@ -44,6 +44,7 @@ from runtime.image_bounds import (
     CountedReader,
     check_decoding,
     check_size,
+    check_webp,
     sizes_in_ico,
     too_large,
 )
@@ -193,6 +194,7 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
             warnings.simplefilter("ignore")
             for width, height in sizes_in_ico(file, where):  # Pillow decodes it while it opens it
                 check_size(width, height, where, limit)
+            check_webp(file, where, limit)
             image = Image.open(counted, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
             with image:
                 check_size(image.width, image.height, where, limit)

@@ -259,6 +259,22 @@ def test_an_image_takes_at_most_eight_bytes_a_pixel(tmp_path: Path) -> None:
 
 @pytest.mark.portable
 @pytest.mark.parametrize(
+    "chunk",
+    [
+        b"VP8X" + bytes(8) + (9999).to_bytes(3, "little") * 2,
+        b"VP8L" + bytes(4) + b"/" + (9999 | 9999 << 14).to_bytes(4, "little") + bytes(5),
+        b"VP8 " + bytes(7) + b"\x9d\x01\x2a" + (10_000).to_bytes(2, "little") * 2,
+    ],
+    ids=lambda chunk: chunk[:4].decode(),
+)
+def test_a_webp_is_refused_by_its_header(chunk: bytes) -> None:
+    """Of which nothing but the header is there: Pillow makes room for the frames when it opens the file."""
+    with pytest.raises(CapacityError, match="WEBP of 10000 x 10000 pixels"):
+        load_image(b"RIFF" + bytes(4) + b"WEBP" + chunk)
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
     ("data", "pixel_bytes"),
     [
         (encode(RGB, "WEBP"), 20),
