@@ -305,7 +305,7 @@ def make(random: Random) -> Recipe:
 
 
 def _encoded(recipe: Recipe) -> bytes:
-    return bomb(recipe["name"]) if recipe["what"] == "bomb" else apply_bytes(corpus()[recipe["name"]], recipe["edits"])
+    return _bomb(recipe["name"]) if recipe["what"] == "bomb" else apply_bytes(corpus()[recipe["name"]], recipe["edits"])
 
 
 @lru_cache(maxsize=1)
