@@ -171,7 +171,10 @@ class ChatTemplate:
     def _checked_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         for name in kwargs:
             if name in _OWN_VARIABLES:
-                raise UsageError(f"chat_template_kwargs must not hold {name!r}: it has its own argument")
+                raise UsageError(
+                    f"chat_template_kwargs must not hold {name!r}: it has its own argument",
+                    remedy=f"pass {name} as an argument" if name != "add_generation_prompt" else "leave it out",
+                )
             if name not in self.variables:
                 free = sorted(self.variables - {*_OWN_VARIABLES, *_SPECIAL_TOKEN_NAMES})
                 raise UsageError(

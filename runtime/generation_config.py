@@ -253,7 +253,9 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(stops, Sequence) or len(stops) > _MOST_STOPS or not all(isinstance(stop, str) for stop in stops):
         raise UsageError(f"{name} must be a string or a list of at most {_MOST_STOPS} strings, got {shown(value)}")
     if "" in stops:
-        raise UsageError(f"{name} holds an empty string, which would end every answer at once")
+        raise UsageError(
+            f"{name} holds an empty string, which would end every answer at once", remedy="leave the empty string out"
+        )
     check_stops(stops)
     return tuple(stops)
 
