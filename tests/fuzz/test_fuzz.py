@@ -24,15 +24,7 @@ from runtime.errors import UsageError
 _INPUTS = {"configs": 40, "engines": 15, "images": 40, "messages": 40, "safetensors": 40, "templates": 8}
 
 
-# Families with findings that are known and not mended yet. Strict: once mended, the name has to go from here.
-_NOT_MENDED = ("templates",)
-_FAMILIES = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="known findings")) if name in _NOT_MENDED else name
-    for name in sorted(SHARES)
-]
-
-
-@pytest.mark.parametrize("name", _FAMILIES)
+@pytest.mark.parametrize("name", sorted(SHARES))
 def test_inputs_are_taken_or_refused(name: str, demo_engine: Path) -> None:
     tallies = driver.fuzz({name: _INPUTS[name]}, demo_engine, seed=0, folder=None, max_findings=1)
     assert tallies[name].kinds[TAKEN] + tallies[name].kinds[REFUSED] == _INPUTS[name], driver.table(tallies)
