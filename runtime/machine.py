@@ -8,31 +8,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.cgroup import cpu_quotas
 from runtime.settings import omp_num_threads
 
-# Quota and period of a container in microseconds: in one file of version 2, in two of version 1
-# (https://docs.kernel.org/admin-guide/cgroup-v2.html, cpu.max; https://docs.kernel.org/scheduler/sched-bwc.html).
-_CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_QUOTAS = ((_CGROUP / "cpu.max",), (_CGROUP / "cpu/cpu.cfs_quota_us", _CGROUP / "cpu/cpu.cfs_period_us"))
 CPUINFO = Path("/proc/cpuinfo")
 # Flags of /proc/cpuinfo that kernels of the CPU targets are chosen by, x86 then Arm.
 _X86_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _FEATURES = (*_X86_FEATURES, "asimd", "asimddp", "i8mm", "bf16", "sve")
 
 
-def available_cores(cgroup_quotas: Sequence[Sequence[Path]] = _CGROUP_QUOTAS) -> int:
-    """Return the cores that this process may run on: of its affinity, or of the container's quota if that is less.
+def available_cores(quotas: Sequence[float] | None = None) -> int:
+    """Return the cores that this process may run on: of its affinity, or of a container's quota if that is less.
 
     A quota is rounded down: threads that wait for each other would spend the rest of a period stopped.
+
+    Args:
+        quotas: In processors; those of the process's control groups by default.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for paths in cgroup_quotas:
-        fields = " ".join(path.read_text() for path in paths if path.is_file()).split()
-        if (
-            len(fields) == 2 and all(field.isdecimal() for field in fields) and int(fields[1]) > 0
-        ):  # "max", -1: no limit
-            cores = min(cores, int(fields[0]) // int(fields[1]))
-    return max(cores, 1)
+    return max(1, min([cores, *map(int, cpu_quotas() if quotas is None else quotas)]))
 
 
 def default_threads() -> int:

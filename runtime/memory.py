@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
+from runtime.cgroup import memory_limits
 from runtime.errors import CapacityError
 from runtime.generation import PREFILL_CHUNK
 from runtime.manifest import Manifest
@@ -27,18 +27,16 @@ _REMEDIES = {
     LOGITS: "shorten the prompt",
 }
 _FLOAT_BYTES = 4
-# Of a container: version 2, then version 1 (https://docs.kernel.org/admin-guide/cgroup-v2.html, memory.max).
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def machine_bytes(cgroup_limits: Sequence[Path] = _CGROUP_LIMITS) -> int:
-    """Return the memory of the machine, or of the container if that is less."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in cgroup_limits:
-        text = path.read_text().strip() if path.is_file() else ""
-        if text.isdigit():  # "max" means no limit
-            limits.append(int(text))
-    return min(limits)
+def machine_bytes(limits: Sequence[int] | None = None) -> int:
+    """Return the memory of the machine, or of a container if that is less.
+
+    Args:
+        limits: In bytes; those of the process's control groups by default.
+    """
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([whole, *(memory_limits() if limits is None else limits)])
 
 
 def cache_bits(manifest: Manifest) -> int:

@@ -349,15 +349,11 @@ def test_the_logits_of_a_long_prompt_count(demo_engine: Path) -> None:
 
 
 @pytest.mark.portable
-def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
-    version_1, version_2 = tmp_path / "memory.limit_in_bytes", tmp_path / "memory.max"
+def test_the_limit_of_a_container_counts() -> None:
     whole = machine_bytes([])
     assert whole > 1 << 28
-    version_2.write_text("max\n")
-    version_1.write_text("9223372036854771712\n")
-    assert machine_bytes([version_1, version_2, tmp_path / "none"]) == whole
-    version_2.write_text("1000\n")
-    assert machine_bytes([version_1, version_2]) == 1000
+    assert machine_bytes([1 << 60]) == whole  # what version 1 says where nobody set a limit is larger than any memory
+    assert machine_bytes([1000, 2000]) == 1000
 
 
 @pytest.mark.portable

@@ -67,26 +67,11 @@ def test_omp_num_threads(value: str, expected: int | None, monkeypatch: pytest.M
     assert machine.default_threads() == (expected or machine.available_cores())
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"cpu.max": "max 100000"}, 8),
-        ({"cpu.max": "250000 100000"}, 2),
-        ({"cpu.max": "50000 100000"}, 1),
-        ({"cpu.max": "1600000 100000"}, 8),
-        ({"cpu.max": "odd"}, 8),
-        ({"quota": "300000", "period": "100000"}, 3),
-        ({"quota": "-1", "period": "100000"}, 8),
-        ({}, 8),
-    ],
-)
+@pytest.mark.parametrize(("quotas", "expected"), [([], 8), ([2.5], 2), ([0.5], 1), ([16.0], 8), ([6.0, 3.0], 3)])
 def test_cores_are_those_of_affinity_and_quota(
-    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quotas: list[float], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    for name, text in files.items():
-        (tmp_path / name).write_text(text + "\n")
-    quotas = ((tmp_path / "cpu.max",), (tmp_path / "quota", tmp_path / "period"))
     assert machine.available_cores(quotas) == expected
 
 
