@@ -25,7 +25,7 @@ from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
 from runtime.guard import Owner, as_engine_error
 from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
-from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
+from runtime.image_processor import NUM_CHANNELS, ImageProcessorConfig, ProcessedImage, process_image
 from runtime.machine import available_cores, default_threads
 from runtime.manifest import Manifest
 from runtime.memory import (
@@ -514,6 +514,11 @@ def _check_patches(image_config: ImageProcessorConfig, manifest: Manifest, folde
     vision = manifest.model.vision
     found = (image_config.patch_size, image_config.temporal_patch_size, image_config.merge_size)
     expected = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+    if vision.in_channels != NUM_CHANNELS:
+        raise EngineError(
+            f"{folder}: the model takes images of {vision.in_channels} channels, expected {NUM_CHANNELS}",
+            remedy="build the engine again",
+        )
     if found != expected:
         raise EngineError(
             f"{folder}: preprocessor_config.json has patch_size, temporal_patch_size and merge_size {found}, the model "

@@ -376,7 +376,7 @@ def _open(path: Path, device: Device, provider_options: Mapping[str, str], threa
         with contextlib.redirect_stdout(sys.stderr):
             ort.preload_dlls()
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # as in ort_cpu.py
     options.intra_op_num_threads = threads or 1  # the CPU computes shapes alone
     try:
         session = ort.InferenceSession(
