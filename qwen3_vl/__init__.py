@@ -57,6 +57,8 @@ _MODULES = {
 }
 
 check_names()
+# Which turns ONNX Runtime's telemetry off, if the program imports that library next.
+importlib.import_module("runtime")
 
 
 def __getattr__(name: str) -> Any:

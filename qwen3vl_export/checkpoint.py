@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from engines.quantize.tensors import row_chunks
+from engines.weight_shapes import weight_shapes
 from engines.weights import StackedTensor, StreamedTensor
 from qwen3vl_export.assets import check_assets, read_assets
 from qwen3vl_export.experts import find_experts
@@ -220,16 +221,22 @@ class Checkpoint:
         assert config is not None, f"layer {layer} is dense"
         return find_experts(self.entries, scope, config, text.hidden_size)
 
-    def check_experts(self) -> None:
-        """Look at the headers of all experts, which tell in milliseconds what tracing would find in seconds.
+    def check_shapes(self) -> None:
+        """Look at the headers of all weights, which tell in milliseconds what tracing would find in seconds.
 
         Raises:
-            CheckpointError: As `experts`.
+            CheckpointError: As `tensor` and `experts`, or keys are left over.
         """
+        used = set()
+        for key, shape in weight_shapes(self.config).items():
+            if ".mlp.experts." not in key:  # which have several layouts
+                self.tensor(key, shape)
+                used.add(key)
         text = self.config.text
         for layer in range(text.num_layers):
             if text.experts_of(layer) is not None:
-                self.experts(layer, f"model.language_model.layers.{layer}.mlp")
+                used |= self.experts(layer, f"model.language_model.layers.{layer}.mlp")[1]
+        self._check_left_over(used)
 
     def check_keys(self, used: Iterable[str]) -> None:
         """Raise unless every key is used, or on the ignore list, or the tied head's copy of the embedding.
@@ -237,9 +244,14 @@ class Checkpoint:
         Raises:
             CheckpointError: Keys are left over (named), or the tied copy differs from the embedding.
         """
-        left = set(self.entries) - set(used)
-        if self.config.text.tie_word_embeddings and HEAD_KEY in left:
+        used = set(used)
+        if self.config.text.tie_word_embeddings and HEAD_KEY in set(self.entries) - used:
             self._check_tied_head()
+        self._check_left_over(used)
+
+    def _check_left_over(self, used: set[str]) -> None:
+        left = set(self.entries) - used
+        if self.config.text.tie_word_embeddings:
             left.discard(HEAD_KEY)
         left = {key for key in left if not any(pattern.fullmatch(key) for pattern in IGNORED_KEYS)}
         if left:

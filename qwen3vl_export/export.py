@@ -25,7 +25,7 @@ def make_bundle(checkpoint: Checkpoint, report: Callable[[str], None] = lambda _
     """
     checkpoint.entries  # noqa: B018  (a damaged file, or a form that is not read, is found before the seconds of tracing)
     assets = checkpoint.assets()
-    checkpoint.check_experts()
+    checkpoint.check_shapes()
     pieces = trace_pieces(checkpoint.config)
     report("stitching the graphs together")
     vision, vision_keys = build_vision(pieces, checkpoint)
