@@ -187,7 +187,7 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
-    counted = cast(IO[bytes], CountedReader(file, where))
+    reader = CountedReader(file, where)
     try:
         with warnings.catch_warnings():
             # Pillow warns of large images, whose limit is checked below, and of what it repairs.
@@ -195,11 +195,11 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
             for width, height in sizes_in_ico(file, where):  # Pillow decodes it while it opens it
                 check_size(width, height, where, limit)
             check_webp(file, where, limit)
-            image = Image.open(counted, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+            image = Image.open(cast(IO[bytes], reader), formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
             with image:
                 check_size(image.width, image.height, where, limit)
                 _check_mode(image, where)
-                check_decoding(image, where, limit)
+                check_decoding(image, reader, where, limit)
                 image.load()
                 # Once more: the image inside of an ICO file is as large as its own header says.
                 check_size(image.width, image.height, where, limit)

@@ -212,6 +212,7 @@ def test_settings_of_a_checkpoint() -> None:
     ("change", "text"),
     [
         ({"resample": 1}, "resample"),
+        ({"do_rescale": None, "image_mean": None}, "do_rescale, image_mean: null, which releases of transformers read"),
         ({"do_convert_rgb": False}, "do_convert_rgb"),
         ({"do_center_crop": True, "crop_size": {"height": 9, "width": 9}}, "do_center_crop"),
         ({"do_pad": True}, "do_pad"),
