@@ -215,7 +215,7 @@ def test_base64_without_a_prefix_is_an_image_unless_it_is_a_path(
 ) -> None:
     text = encode(PNG).decode()
     assert np.array_equal(load_image(text), load_image(PNG))
-    with pytest.raises(ImageError, match="no such file|cannot be opened"):
+    with pytest.raises(ImageError, match=r"no such file|cannot be opened"):
         load_image(text.replace("iVBOR", "aVBOR"))
     (tmp_path / "iVBORw0KGgo").mkdir()
     with pytest.raises(ImageError, match="found a folder"):
