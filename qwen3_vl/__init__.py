@@ -57,6 +57,7 @@ _MODULES = {
 }
 
 check_names()
+importlib.import_module("runtime")  # turns ONNX Runtime's telemetry off, which is too late once that is imported
 
 
 def __getattr__(name: str) -> Any:

@@ -186,7 +186,7 @@ def test_files_that_the_caller_closed_or_filled(demo_engine: Path) -> None:
     assert shell(f"{bad} 2>&-") == (5, "", "")
     assert shell(f"{bad} 2>/dev/full") == (5, "", "")
     code, _, err = shell(f"{good} >/dev/full")
-    assert code == 8 and err.startswith("error: no space left on the disk\n  remedy: ") and err.count("\n") == 2
+    assert code == 8 and err.startswith("error: the output: the disk is full\n  remedy: ") and err.count("\n") == 2
 
 
 def test_ctrl_c_while_the_prompt_is_read(demo_engine: Path) -> None:
