@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +76,21 @@ def grow(_: object) -> int:
     return sum(bytearray(b"x" * 400_000_000)[::4096])
 
 
+def grow_in(command: list[str]) -> int:
+    return subprocess.run([sys.executable, *command], check=True, close_fds=True).returncode
+
+
+def grow_in_a_fork(given: object) -> int:
+    child = os.fork()
+    if not child:
+        grow(given)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+TAKES_400_MB = ["-c", "import time; x = bytearray(b'x' * 400_000_000); time.sleep(0.2)"]
+
+
 @pytest.mark.parametrize(
     ("does", "kind"),
     [
@@ -89,6 +106,9 @@ def grow(_: object) -> int:
         (lambda _: refuse("internal error"), MESSAGE),
         (lambda _: work(2.2), SLOW),
         (grow, MEMORY),
+        (lambda _: grow_in(TAKES_400_MB), MEMORY),
+        (lambda _: grow_in(["-c", "pass"]), TAKEN),
+        (grow_in_a_fork, MEMORY),
         (lambda _: bytes(1 << 40), MEMORY),
         (lambda _: os.kill(os.getpid(), signal.SIGSEGV), CRASH),
         (lambda _: os._exit(3), CRASH),
