@@ -57,7 +57,8 @@ _MODULES = {
 }
 
 check_names()
-importlib.import_module("runtime")  # turns ONNX Runtime's telemetry off, which is too late once that is imported
+# Which turns ONNX Runtime's telemetry off, if the program imports that library next.
+importlib.import_module("runtime")
 
 
 def __getattr__(name: str) -> Any:

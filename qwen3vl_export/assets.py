@@ -123,7 +123,9 @@ def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
     if largest >= config.text.vocab_size:
         raise CheckpointError(
             f"with all added tokens it has {tokenizer.num_tokens} tokens with ids up to {largest}, config.json a "
-            f"vocab_size of {config.text.vocab_size}, the rows of the embedding"
+            f"vocab_size of {config.text.vocab_size}, the rows of the embedding",
+            remedy="take tokenizer and weights from one checkpoint; after tokens were added, the model needs "
+            "resize_token_embeddings, and is to be saved as well",
         )
     for name, token in (
         ("image_token_id", IMAGE_TOKEN),
@@ -133,7 +135,7 @@ def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
     ):
         found, expected = tokenizer.token_id(token), getattr(config, name)
         if found != expected:
-            raise CheckpointError(f"{token} has the id {found}, config.json says {name} = {expected}")
+            raise CheckpointError(f"{token} has the id {found}, config.json says {name} = {expected}", remedy=TAKE_ALL)
 
 
 def _check_patches(found: ImageProcessorConfig, config: ModelConfig) -> None:
@@ -144,12 +146,18 @@ def _check_patches(found: ImageProcessorConfig, config: ModelConfig) -> None:
         ("merge_size", found.merge_size, "spatial_merge_size", vision.spatial_merge_size),
     ):
         if value != expected:
-            raise CheckpointError(f"{name} is {value}, config.json says vision_config.{key} = {expected}")
+            raise CheckpointError(
+                f"{name} is {value}, config.json says vision_config.{key} = {expected}",
+                remedy=f"set {name} to {expected} if config.json is of these weights; otherwise {TAKE_ALL}",
+            )
 
 
 def _expect_below(name: str, value: int, limit: int) -> None:
     if value >= limit:
-        raise CheckpointError(f"{name}: {value} is not below config.json's vocab_size, {limit}")
+        raise CheckpointError(
+            f"{name}: {value} is not below config.json's vocab_size, {limit}",
+            remedy="write the ids of <|im_end|> and <|endoftext|> in this checkpoint's tokenizer",
+        )
 
 
 @contextmanager

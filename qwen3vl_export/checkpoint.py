@@ -34,10 +34,6 @@ DEMO, DEMO_MOE = "demo", "demo-moe"
 _SHIPPED = {DEMO: "checkpoint", DEMO_MOE: "checkpoint_moe"}
 HEAD_KEY = "lm_head.weight"
 EMBEDDING_KEY = "model.language_model.embed_tokens.weight"
-LAYERS = "model.language_model.layers"
-
-# In `weight_shapes`, stacked; a checkpoint may hold them in other layouts, which `find_experts` knows.
-_OF_EXPERTS = re.compile(r".*\.mlp\.experts\..*")
 
 # Keys that some checkpoints hold and no graph needs: buffers that are recomputed from config.json.
 IGNORED_KEYS = (re.compile(r".*rotary_(pos_)?emb\.(original_)?inv_freq"),)
@@ -228,35 +224,35 @@ class Checkpoint:
 
     @cached_property
     def used_keys(self) -> frozenset[str]:
-        """Keys of all weights that the model takes, each compared with config.json by its header, in milliseconds.
-
-        Tracing takes seconds; nothing about the weights is left to be refused behind it.
+        """Keys of all weights that the model takes; nothing about the weights is left to be refused behind tracing.
 
         Raises:
-            CheckpointError: A key is missing, left over, of another shape or dtype, or in a layout that is not read;
-                or the copy of a tied head differs from the embedding.
+            CheckpointError: As `check_shapes`, or the copy of a tied head differs from the embedding.
+        """
+        used = self.check_shapes()
+        self.check_keys(used)
+        return used
+
+    def check_shapes(self) -> frozenset[str]:
+        """Look at the headers of all weights, which tell in milliseconds what tracing would find in seconds.
+
+        Returns:
+            The keys that the model takes.
+
+        Raises:
+            CheckpointError: As `tensor` and `experts`, or keys are left over.
         """
         used: set[str] = set()
-        for layer in range(self.config.text.num_layers):
-            if self.config.text.experts_of(layer) is not None:
-                used |= self.experts(layer, f"{LAYERS}.{layer}.mlp")[1]
-        for key, shape in weight_shapes(self.config).items():
-            if not _OF_EXPERTS.fullmatch(key):
-                self.tensor(key, shape)
-                used.add(key)
-        self.check_keys(used)
-        return frozenset(used)
-
-    def check_experts(self) -> None:
-        """Look at the headers of all experts, which tell in milliseconds what tracing would find in seconds.
-
-        Raises:
-            CheckpointError: As `experts`.
-        """
         text = self.config.text
         for layer in range(text.num_layers):
             if text.experts_of(layer) is not None:
-                self.experts(layer, f"{LAYERS}.{layer}.mlp")
+                used |= self.experts(layer, f"model.language_model.layers.{layer}.mlp")[1]
+        for key, shape in weight_shapes(self.config).items():
+            if ".mlp.experts." not in key:  # which have several layouts
+                self.tensor(key, shape)
+                used.add(key)
+        self._check_left_over(used)
+        return frozenset(used)
 
     def check_keys(self, used: Iterable[str]) -> None:
         """Raise unless every key is used, or on the ignore list, or the tied head's copy of the embedding.
@@ -264,9 +260,14 @@ class Checkpoint:
         Raises:
             CheckpointError: Keys are left over (named), or the tied copy differs from the embedding.
         """
-        left = set(self.entries) - set(used)
-        if self.config.text.tie_word_embeddings and HEAD_KEY in left:
+        used = set(used)
+        if self.config.text.tie_word_embeddings and HEAD_KEY in set(self.entries) - used:
             self._check_tied_head()
+        self._check_left_over(used)
+
+    def _check_left_over(self, used: set[str]) -> None:
+        left = set(self.entries) - used
+        if self.config.text.tie_word_embeddings:
             left.discard(HEAD_KEY)
         left = {key for key in left if not any(pattern.fullmatch(key) for pattern in IGNORED_KEYS)}
         if left:

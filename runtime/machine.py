@@ -11,6 +11,9 @@ from pathlib import Path
 from runtime.cgroup import cpu_quotas
 from runtime.settings import omp_num_threads
 
+MAX_THREADS_PER_CORE = 8
+"""More only slow the engine down, and a mistyped number of them takes minutes to start."""
+
 CPUINFO = Path("/proc/cpuinfo")
 # Flags of /proc/cpuinfo that kernels of the CPU targets are chosen by, x86 then Arm.
 _X86_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
@@ -30,8 +33,12 @@ def available_cores(quotas: Sequence[float] | None = None) -> int:
 
 
 def default_threads() -> int:
-    """Return the threads to compute with where nobody says: what OMP_NUM_THREADS asks for, or the available cores."""
-    return omp_num_threads() or available_cores()
+    """Return the threads to compute with where nobody says: what OMP_NUM_THREADS asks for, or the available cores.
+
+    Of OMP_NUM_THREADS no more than `MAX_THREADS_PER_CORE` for each core: it may be meant for another machine.
+    """
+    cores = available_cores()
+    return min(omp_num_threads() or cores, MAX_THREADS_PER_CORE * cores)
 
 
 def processor(cpuinfo: Path = CPUINFO) -> tuple[str, tuple[str, ...]]:

@@ -25,8 +25,8 @@ from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
 from runtime.guard import Owner, as_engine_error
 from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
-from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
-from runtime.machine import available_cores, default_threads
+from runtime.image_processor import NUM_CHANNELS, ImageProcessorConfig, ProcessedImage, process_image
+from runtime.machine import MAX_THREADS_PER_CORE, available_cores, default_threads
 from runtime.manifest import Manifest
 from runtime.memory import (
     CACHE,
@@ -57,8 +57,6 @@ MANY_VISUAL_TOKENS = 2000
 # Images with this multiple of the context's tokens are not followed by more; until then, the error can say which
 # max_pixels would make all of them fit.
 _HOPELESS = 4
-# More only slow the engine down, and a mistyped number of them takes minutes to start.
-_MAX_THREADS_PER_CORE = 8
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
 
@@ -176,9 +174,9 @@ class Qwen3VLModel:
             f"1 to {limit}, {reason}",
             f"leave max_context out for {default_context}{rebuild}",
         )
-        most_threads = _MAX_THREADS_PER_CORE * available_cores()
+        most_threads = MAX_THREADS_PER_CORE * available_cores()
         if threads is not None:
-            expected = f"1 to {most_threads}, {_MAX_THREADS_PER_CORE} for each core"
+            expected = f"1 to {most_threads}, {MAX_THREADS_PER_CORE} for each core"
             remedy = "leave threads out for one for each core"
             threads = whole_number("threads", threads, 1, most_threads, expected, remedy)
         if max_memory is not None:
@@ -514,6 +512,11 @@ def _check_patches(image_config: ImageProcessorConfig, manifest: Manifest, folde
     vision = manifest.model.vision
     found = (image_config.patch_size, image_config.temporal_patch_size, image_config.merge_size)
     expected = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+    if vision.in_channels != NUM_CHANNELS:
+        raise EngineError(
+            f"{folder}: the model takes images of {vision.in_channels} channels, expected {NUM_CHANNELS}",
+            remedy="build the engine again",
+        )
     if found != expected:
         raise EngineError(
             f"{folder}: preprocessor_config.json has patch_size, temporal_patch_size and merge_size {found}, the model "

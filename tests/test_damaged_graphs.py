@@ -87,6 +87,29 @@ def test_a_changed_graph(tiny_engine: Path, tmp_path: Path, name: str, change: C
     assert caught.value.remedy and len(str(caught.value)) <= 500
 
 
+def test_names_of_a_graph_do_not_reach_the_terminal(
+    tiny_engine: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime would log the name of a node that fails, as it is."""
+    folder = shutil.copytree(tiny_engine, tmp_path / "engine")
+    model = onnx.load(folder / "vision.onnx", load_external_data=False)
+    graph, output = model.graph, model.graph.output[0].name
+    (last,) = (node for node in graph.node if output in node.output)
+    last.output[list(last.output).index(output)] = "whole"
+    graph.initializer.append(helper.make_tensor("seven", TensorProto.INT64, [1], [7]))
+    graph.node.append(
+        helper.make_node("Reshape", [graph.input[0].name, "seven"], ["few"], name="\x1b]0;title\x07\x1b[2J")
+    )
+    graph.node.append(helper.make_node("ReduceSum", ["few"], ["sum"], keepdims=0))
+    graph.node.append(helper.make_node("Add", ["whole", "sum"], [output]))
+    (folder / "vision.onnx").write_bytes(model.SerializeToString())
+    rehash(folder, "vision.onnx")
+    with pytest.raises(EngineError, match="Reshape") as caught:
+        Qwen3VLModel.from_engine(folder, threads=1).generate(MESSAGES, max_new_tokens=2)
+    assert "\x1b" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("name", "other"), [("vision.onnx", "decoder.onnx"), ("decoder.onnx", "vision.onnx")])
 def test_the_other_graph(tiny_engine: Path, tmp_path: Path, name: str, other: str) -> None:
     folder = shutil.copytree(tiny_engine, tmp_path / "engine")

@@ -103,12 +103,23 @@ def test_the_library_would_write_without_the_variable(demo_engine: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [("3", 3), ("4,2", 4), (" 2 ", 2), ("", None), ("0", None), ("-1", None), ("many", None)]
+    ("value", "expected"),
+    [
+        ("3", 3),
+        ("4,2", 4),
+        (" 2 ", 2),
+        ("", None),
+        ("0", None),
+        ("-1", None),
+        ("many", None),
+        ("9" * 20, int("9" * 20)),
+    ],
 )
 def test_omp_num_threads(value: str, expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert settings.omp_num_threads() == expected
-    assert machine.default_threads() == (expected or machine.available_cores())
+    most = machine.MAX_THREADS_PER_CORE * machine.available_cores()
+    assert machine.default_threads() == min(expected or machine.available_cores(), most)
 
 
 @pytest.mark.parametrize(("quotas", "expected"), [([], 8), ([2.5], 2), ([0.5], 1), ([16.0], 8), ([6.0, 3.0], 3)])

@@ -30,7 +30,7 @@ from runtime.chat import (
 from runtime.errors import CapacityError, EngineError, Qwen3VLError, UsageError
 from runtime.messages import normalise_messages
 from runtime.template_engine import CompiledTemplate
-from runtime.template_process import MAX_RENDER_S, TemplateProcess
+from runtime.template_process import TemplateProcess
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_TEMPLATE = (ROOT / "qwen3vl_export/demo/checkpoint/chat_template.jinja").read_text(encoding="utf-8")

@@ -59,11 +59,14 @@ class Slice:
         path = folder / "slice.onnx"
         write_model(ir.Model(graph, ir_version=11), path, with_weights=True)
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is in the exception
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
-            raise EngineError(f"{path}: ONNX Runtime does not open it ({str(error).splitlines()[0]})") from error
+            raise EngineError(
+                f"{path}: ONNX Runtime does not open it ({str(error).splitlines()[0]})",
+                remedy="this release of ONNX Runtime may lack a kernel: install the one that locks/dev.txt names",
+            ) from error
         return OpenSlice(self, session)
 
 

@@ -166,7 +166,9 @@ class OrtCudaSession:
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None, *, device: Device = CUDA) -> None:
         if threads is not None and threads < 1:
-            raise UsageError(f"threads = {threads}, expected at least 1")
+            raise UsageError(
+                f"threads = {threads}, expected at least 1", remedy="leave threads out for one for each core"
+            )
         self._config = manifest.model
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._device = device
@@ -376,7 +378,7 @@ def _open(path: Path, device: Device, provider_options: Mapping[str, str], threa
         with contextlib.redirect_stdout(sys.stderr):
             ort.preload_dlls()
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # as in ort_cpu.py
     options.intra_op_num_threads = threads or 1  # the CPU computes shapes alone
     try:
         session = ort.InferenceSession(

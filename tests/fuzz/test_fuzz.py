@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fuzz import driver
-from fuzz.family import SHARES, load
+from fuzz.family import ROOT, SHARES, load
 from fuzz.mutation import WHOLE, apply_bytes, apply_json, byte_edits, json_edits
 from fuzz.outcome import CRASH, HANG, MEMORY, MESSAGE, RAW, REFUSED, SLOW, TAKEN
 from fuzz.worker import Worker
@@ -157,6 +157,20 @@ def test_a_finding_is_made_smaller_saved_and_counted(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3  # of one cause, the first few
     text = driver.table(tallies)
     assert "5 x raw exception ZeroDivisionError at a library" in text and str(example.file) in text
+
+
+def test_an_engine_may_be_named_from_the_working_directory(demo_engine: Path, tmp_path: Path) -> None:
+    """Each worker has a folder of its own."""
+    command = [sys.executable, "-m", "fuzz", "engines", "--inputs", "1", "--engine", demo_engine.name]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(
+        [*command, "--findings", str(tmp_path)],
+        cwd=demo_engine.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "engines" in done.stdout
 
 
 def test_inputs_are_divided_by_shares() -> None:
