@@ -54,7 +54,10 @@ class BuildOptions:
             ("prefill_chunk", self.prefill_chunk, 2, self.max_context),
         ):
             if not low <= value <= high:
-                raise UsageError(f"{name} = {value}, expected {low} to {high}")
+                raise UsageError(
+                    f"{name} = {value}, expected {low} to {high}",
+                    remedy=f"choose a {name} in that range",
+                )
         buckets, unit = self.patch_buckets, merge_size**2
         if not buckets or any(bucket % unit or bucket < unit for bucket in buckets):
             raise UsageError(
@@ -62,4 +65,7 @@ class BuildOptions:
                 remedy="a patch is 16 x 16 pixels: 4096 patches are 1024 x 1024 pixels",
             )
         if list(buckets) != sorted(set(buckets)):
-            raise UsageError(f"patch buckets {list(buckets)}: expected ascending sizes, none twice")
+            raise UsageError(
+                f"patch buckets {list(buckets)}: expected ascending sizes, none twice",
+                remedy=f"give {sorted(set(buckets))}",
+            )

@@ -65,7 +65,10 @@ class Bundle:
             graph = self.graphs[name].graph
             found = [value.name for value in graph.inputs], [value.name for value in graph.outputs]
             if found != (inputs, outputs):
-                raise BundleError(f"{name}.onnx: inputs and outputs are {found}, the contract says {(inputs, outputs)}")
+                raise BundleError(
+                    f"{name}.onnx: inputs and outputs are {found}, the contract says {(inputs, outputs)}",
+                    remedy="keep names and order of what engines/bundle.py lists, in a graph or pass of your own",
+                )
 
     def write(self, folder: Path, *, with_weights: bool = True, progress: Progress | None = None) -> None:
         """Write graphs, weights, small files and `bundle.json` into an empty folder, for any ONNX runtime.

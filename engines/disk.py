@@ -17,8 +17,13 @@ from runtime.errors import CapacityError, Qwen3VLError, UsageError
 _OTHER_PLACE = "choose another place"
 
 
-def check_disk_space(folder: Path, num_bytes: int) -> None:
+def check_disk_space(folder: Path, num_bytes: int, name: Path | None = None) -> None:
     """Raise before any work if `folder` cannot take `num_bytes`.
+
+    Args:
+        folder: Where they will be written.
+        num_bytes: How many.
+        name: What the user knows the place by, if `folder` is one that we made for the work.
 
     Raises:
         CapacityError: Less is free.
@@ -26,7 +31,7 @@ def check_disk_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise CapacityError(
-            f"{folder}: {num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+            f"{name or folder}: {num_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
             remedy="free space, or choose another disk with --output",
         )
 
@@ -46,7 +51,17 @@ def check_file_size(folder: Path, num_bytes: int) -> None:
         )
 
 
-def full_disk_error(error: OSError, place: Path) -> CapacityError | None:
+def full_disk_in(error: BaseException | None, place: Path | str) -> CapacityError | None:
+    """Return `full_disk_error` of an error, or of what is behind it: libraries raise errors of their own."""
+    while error is not None:
+        full = full_disk_error(error, place) if isinstance(error, OSError) else None
+        if full is not None:
+            return full
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def full_disk_error(error: OSError, place: Path | str) -> CapacityError | None:
     """Return what to raise for an error that only a full disk, a quota or a size limit gives; else None."""
     remedy = f"free space, or {_OTHER_PLACE}"
     match error.errno:

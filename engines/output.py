@@ -106,7 +106,7 @@ def _work_folder(
         raise disk_error(error, output) from error
     parent, name = (place, "") if is_inside else (place.parent, place.name)
     with work_folder(parent, name) as (folder, interrupts):
-        check_disk_space(folder, weight_bytes + _SMALL_FILES_BYTES)
+        check_disk_space(folder, weight_bytes + _SMALL_FILES_BYTES, output)
         check_file_size(place, largest_file_bytes)
         yield place, folder, interrupts.held()
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qwen3vl_export.formats import COMPLETE
 from qwen3vl_export.names import shown_name
-from qwen3vl_export.tokenizer_files import COMPLETE, read_tokenizer
+from qwen3vl_export.tokenizer_files import TAKE_ALL, read_tokenizer
 from runtime.chat import IMAGE_TOKEN, ChatTemplate, template_source
 from runtime.errors import CheckpointError, Qwen3VLError
 from runtime.files import read_small_file
@@ -29,6 +31,8 @@ _TEMPLATE = "chat_template.jinja"
 _PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR = "processor_config.json"
 _GENERATION = "generation_config.json"
+# In the runtime's advice: an engine can be exported again, and whoever has it may not have made its files.
+_OF_ENGINES = re.compile(r"\b(engine|export|do not trust)")
 _GENERATION_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 # Parts of transformers 5's processor_config.json, and the file of the Hub's Qwen3-VL folders that holds the same.
@@ -119,7 +123,9 @@ def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
     if largest >= config.text.vocab_size:
         raise CheckpointError(
             f"with all added tokens it has {tokenizer.num_tokens} tokens with ids up to {largest}, config.json a "
-            f"vocab_size of {config.text.vocab_size}, the rows of the embedding"
+            f"vocab_size of {config.text.vocab_size}, the rows of the embedding",
+            remedy="take tokenizer and weights from one checkpoint; after tokens were added, the model needs "
+            "resize_token_embeddings, and is to be saved as well",
         )
     for name, token in (
         ("image_token_id", IMAGE_TOKEN),
@@ -129,7 +135,7 @@ def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
     ):
         found, expected = tokenizer.token_id(token), getattr(config, name)
         if found != expected:
-            raise CheckpointError(f"{token} has the id {found}, config.json says {name} = {expected}")
+            raise CheckpointError(f"{token} has the id {found}, config.json says {name} = {expected}", remedy=TAKE_ALL)
 
 
 def _check_patches(found: ImageProcessorConfig, config: ModelConfig) -> None:
@@ -140,24 +146,29 @@ def _check_patches(found: ImageProcessorConfig, config: ModelConfig) -> None:
         ("merge_size", found.merge_size, "spatial_merge_size", vision.spatial_merge_size),
     ):
         if value != expected:
-            raise CheckpointError(f"{name} is {value}, config.json says vision_config.{key} = {expected}")
+            raise CheckpointError(
+                f"{name} is {value}, config.json says vision_config.{key} = {expected}",
+                remedy=f"set {name} to {expected} if config.json is of these weights; otherwise {TAKE_ALL}",
+            )
 
 
 def _expect_below(name: str, value: int, limit: int) -> None:
     if value >= limit:
-        raise CheckpointError(f"{name}: {value} is not below config.json's vocab_size, {limit}")
+        raise CheckpointError(
+            f"{name}: {value} is not below config.json's vocab_size, {limit}",
+            remedy="write the ids of <|im_end|> and <|endoftext|> in this checkpoint's tokenizer",
+        )
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Say of an error which file it is about; the runtime's own advice speaks of engines."""
+    """Say of an error which file it is about, and keep its advice unless it speaks of an engine."""
     try:
         yield
     except Qwen3VLError as error:
         message = error.message.removeprefix(f"{path.name} ").removeprefix(f"{path}: ")
-        raise CheckpointError(
-            f"{path}: {message}", remedy="take all files from one complete Qwen3-VL checkpoint, or repair this one"
-        ) from error
+        is_of_engine = error.remedy is None or _OF_ENGINES.search(error.remedy) is not None
+        raise CheckpointError(f"{path}: {message}", remedy=TAKE_ALL if is_of_engine else error.remedy) from error
 
 
 def _as_json(values: Mapping[str, Any]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -14,19 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from engines.disk import full_disk_in
 from engines.quantize.tensors import row_chunks
 from engines.weight_shapes import weight_shapes
 from engines.weights import StackedTensor, StreamedTensor
 from qwen3vl_export.assets import check_assets, read_assets
 from qwen3vl_export.experts import find_experts
-from qwen3vl_export.formats import INDEX, SINGLE, check_folder, check_weights, refuse_file
+from qwen3vl_export.formats import COMPLETE, INDEX, SINGLE, check_folder, check_weights, refuse_file
+from qwen3vl_export.hub import quiet_hub
 from qwen3vl_export.key_prefixes import as_in_graph
 from qwen3vl_export.names import shown_name
 from qwen3vl_export.quantized import join_parts
 from qwen3vl_export.quantized.parts import QuantizedEntry
 from qwen3vl_export.safetensors_reader import FileHeader, TensorEntry, read_header
 from runtime.errors import CapacityError, CheckpointError
-from runtime.files import MAX_INDEX_BYTES, MAX_SMALL_FILE_BYTES, MAX_TOKENIZER_BYTES, read_json_object
+from runtime.files import MAX_INDEX_BYTES, MAX_SMALL_FILE_BYTES, MAX_TOKENIZER_BYTES, is_folder, read_json_object
 from runtime.model_config import ModelConfig
 
 DEMO, DEMO_MOE = "demo", "demo-moe"
@@ -63,12 +64,12 @@ class Checkpoint:
         """Open `source`: a folder, `owner/name[@revision]` of the Hub, or `demo`. A folder that exists wins.
 
         Raises:
-            CheckpointError: There is no such folder, it is something else than a checkpoint, or the Hub cannot be
-                reached.
+            CheckpointError: There is no such folder, this user may not look at it, it is something else than a
+                checkpoint, or the Hub cannot be reached.
             CapacityError: The disk is too small for the download.
         """
-        folder = _local(source)
-        if folder is not None and folder.is_dir():
+        folder = local_path(source)
+        if folder is not None and is_folder(folder, error=CheckpointError):
             check_folder(folder)
             return cls(folder, source)
         if source in _SHIPPED:
@@ -88,18 +89,18 @@ class Checkpoint:
         import huggingface_hub
 
         try:
-            folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(_HUB_FILES)))
+            with quiet_hub():
+                path = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(_HUB_FILES))
         except Exception as error:  # the Hub client raises errors of several libraries
-            if _is_disk_full(error):
-                raise CapacityError(
-                    f"{source}: the disk became full while downloading",
-                    remedy="free space, or choose another disk for the Hub's cache with HF_HOME",
-                ) from error
+            full = full_disk_in(error, f"{source}: the Hub's cache")
+            if full is not None:
+                raise CapacityError(full.message, remedy=f"{full.remedy} for the Hub's cache, with HF_HOME") from error
             reason = " ".join(str(error).split())  # some are paragraphs
             raise CheckpointError(
                 f"{source}: neither a folder here nor on the Hub ({type(error).__name__}: {reason})",
                 remedy="check the spelling and the connection, or download the folder and give its path",
             ) from error
+        folder = Path(path)
         check_folder(folder)
         return cls(folder, source, folder.name)
 
@@ -125,7 +126,7 @@ class Checkpoint:
             CheckpointError: It is missing, no JSON object, or larger than any checkpoint's.
         """
         path = self.folder / name
-        remedy = "give a complete Hugging Face folder" if not os.path.lexists(path) else _DOWNLOAD_AGAIN
+        remedy = COMPLETE if not os.path.lexists(path) else _DOWNLOAD_AGAIN
         most = _MOST_BYTES.get(name, MAX_SMALL_FILE_BYTES)
         return read_json_object(path, max_bytes=most, error=CheckpointError, remedy=remedy)
 
@@ -221,22 +222,37 @@ class Checkpoint:
         assert config is not None, f"layer {layer} is dense"
         return find_experts(self.entries, scope, config, text.hidden_size)
 
-    def check_shapes(self) -> None:
+    @cached_property
+    def used_keys(self) -> frozenset[str]:
+        """Keys of all weights that the model takes; nothing about the weights is left to be refused behind tracing.
+
+        Raises:
+            CheckpointError: As `check_shapes`, or the copy of a tied head differs from the embedding.
+        """
+        used = self.check_shapes()
+        self.check_keys(used)
+        return used
+
+    def check_shapes(self) -> frozenset[str]:
         """Look at the headers of all weights, which tell in milliseconds what tracing would find in seconds.
+
+        Returns:
+            The keys that the model takes.
 
         Raises:
             CheckpointError: As `tensor` and `experts`, or keys are left over.
         """
-        used = set()
-        for key, shape in weight_shapes(self.config).items():
-            if ".mlp.experts." not in key:  # which have several layouts
-                self.tensor(key, shape)
-                used.add(key)
+        used: set[str] = set()
         text = self.config.text
         for layer in range(text.num_layers):
             if text.experts_of(layer) is not None:
                 used |= self.experts(layer, f"model.language_model.layers.{layer}.mlp")[1]
+        for key, shape in weight_shapes(self.config).items():
+            if ".mlp.experts." not in key:  # which have several layouts
+                self.tensor(key, shape)
+                used.add(key)
         self._check_left_over(used)
+        return frozenset(used)
 
     def check_keys(self, used: Iterable[str]) -> None:
         """Raise unless every key is used, or on the ignore list, or the tied head's copy of the embedding.
@@ -277,6 +293,10 @@ class Checkpoint:
         Raises:
             CheckpointError: A file is missing, or not what the runtime reads, or belongs to another model.
         """
+        return dict(self._assets)
+
+    @cached_property
+    def _assets(self) -> dict[str, bytes]:
         assets = read_assets(self.folder, self.read_json)
         check_assets(assets, self.config, self.folder)
         return assets
@@ -287,20 +307,9 @@ class Checkpoint:
         return {"name": self.name, "revision": self.revision, "weight_files": files}
 
 
-def _local(source: str) -> Path | None:
+def local_path(source: str) -> Path | None:
     """Return the path that a source may be, or None for text that is no path."""
     try:
-        path = Path(source).expanduser()
-        path.exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user's home
+        return Path(source).expanduser()
+    except RuntimeError:  # an unknown user's home
         return None
-    return path
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Look through the chain: the client raises its own errors behind those of the system."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -56,7 +56,10 @@ def open_eager(
     trained = source.config.text.max_positions
     max_context = min(DEFAULT_MAX_CONTEXT, trained) if max_context is None else max_context
     if not 1 <= max_context <= trained:
-        raise UsageError(f"max_context = {max_context}, expected 1 to {trained}, what the model was trained for")
+        raise UsageError(
+            f"max_context = {max_context}, expected 1 to {trained}, what the model was trained for",
+            remedy=f"leave max_context out for {min(DEFAULT_MAX_CONTEXT, trained)}",
+        )
     assets = source.assets()
     model = load(source, dtype=DTYPES[dtype], device=device)
     manifest = Manifest(

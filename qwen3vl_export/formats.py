@@ -14,11 +14,12 @@ from typing import NoReturn
 
 from qwen3vl_export.names import shown_name
 from runtime.errors import CheckpointError, Qwen3VLError
-from runtime.files import read_json_object
+from runtime.files import open_regular, read_json_object
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME
 from runtime.shown import shown
 
 CONFIG = "config.json"
+COMPLETE = "give a complete Hugging Face folder"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _GGUF = "give the Hugging Face folder that the GGUF file was made from: its weights are rounded for llama.cpp"
@@ -59,6 +60,8 @@ def refuse_file(path: Path) -> NoReturn:
         CheckpointError: Always; it says what the file is, where that can be told, and what to give.
     """
     name = shown_name(str(path))
+    if not os.path.exists(path):
+        raise CheckpointError(f"{name}: a link to nothing", remedy="mend the link, or give the folder itself")
     what, remedy = _kind_of_file(path)
     raise CheckpointError(f"{name}: a file ({what}), expected the folder of a checkpoint", remedy=remedy)
 
@@ -72,9 +75,9 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
         if pattern.fullmatch(path.name.lower()):
             return what, remedy
     try:
-        with path.open("rb") as file:
-            start = file.read(4) if path.is_file() else b""
-    except OSError:
+        with open(open_regular(path), "rb") as file:
+            start = file.read(4)
+    except OSError:  # no regular file, which would let us wait for whoever writes into it, or not ours to read
         start = b""
     for magic, what, remedy in _MAGIC:
         if start == magic:
@@ -131,7 +134,7 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _refuse_without_config(folder: Path, name: str, files: Collection[str]) -> NoReturn:
-    inside = sorted(each for each in files if (folder / each / CONFIG).is_file())
+    inside = sorted(each for each in files if os.path.isfile(folder / each / CONFIG))
     if len(inside) == 1:
         raise CheckpointError(
             f"{name}: {CONFIG} is missing; the checkpoint lies one folder deeper, in {shown_name(inside[0])}",
@@ -147,8 +150,7 @@ def _refuse_without_config(folder: Path, name: str, files: Collection[str]) -> N
         _refuse_weights(name, *found)
     raise CheckpointError(
         f"{name}: {CONFIG}: missing",
-        remedy="give a complete Hugging Face folder; if this came from the Hub, the repository holds no checkpoint of "
-        "transformers",
+        remedy=f"{COMPLETE}; if this came from the Hub, the repository holds no checkpoint of transformers",
     )
 
 
@@ -164,7 +166,7 @@ def _refuse_without_weights(name: str, files: Collection[str]) -> NoReturn:
         _refuse_weights(name, *found)
     raise CheckpointError(
         f"{name}: {SINGLE} and {INDEX} are missing",
-        remedy="give a complete Hugging Face folder; without weights, too, their headers are read",
+        remedy=f"{COMPLETE}; without weights, too, their headers are read",
     )
 
 

@@ -122,7 +122,8 @@ def _read_raw(path: Path, again: str) -> tuple[int, bytes, int]:
             return length, file.read(length), size
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{name}: missing", remedy="download the checkpoint again; a shard is not there"
+            f"{name}: {'a link to nothing' if path.is_symlink() else 'missing'}",
+            remedy=f"download {shown_name(path.name)} again, or the whole checkpoint",
         ) from error
     except NotRegularError as error:
         raise CheckpointError(f"{name}: expected a safetensors file, found {error.strerror}", remedy=again) from error

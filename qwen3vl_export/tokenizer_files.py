@@ -14,6 +14,7 @@ they read differently is refused.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,9 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_export.added_tokens import SAVE_AGAIN, AddedTokenEntry, special_entry
+from qwen3vl_export.formats import COMPLETE
 from runtime.errors import CheckpointError
 from runtime.files import MAX_TOKENIZER_BYTES, read_small_file
+from runtime.panics import is_panic
 from runtime.shown import one_line, shown
+from runtime.tokenizer import QWEN_PATTERN
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -39,9 +43,6 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _QWEN2_DEFAULTS = {name: "<|endoftext|>" for name in ("unk_token", "eos_token", "pad_token")}
 
 # What `Qwen2Tokenizer.__init__` has in its code, as the tokenizers library writes it.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _MODEL_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "type": ("BPE", None),
     "dropout": (None,),
@@ -52,7 +53,7 @@ _MODEL_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "byte_fallback": (False, None),
     "ignore_merges": (False, None),
 }
-COMPLETE = "give a complete Hugging Face folder"
+TAKE_ALL = "take all files from one complete Qwen3-VL checkpoint, or repair this one"
 
 
 def read_tokenizer(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> bytes:
@@ -133,7 +134,8 @@ class _Files:
             )
 
     def has(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        """Return whether the name is there, whatever it leads to: what is no file is refused when it is read."""
+        return os.path.lexists(self.folder / name)
 
     def json(self, name: str) -> dict[str, Any]:
         return self._read_json(name)
@@ -308,7 +310,7 @@ def _check_settings(folder: Path, content: Mapping[str, Any], settings: Mapping[
 
 
 def _qwen2_splitting(add_prefix_space: bool) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False}
     to_bytes = {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "use_regex": False}
     return {"type": "Sequence", "pretokenizers": [split, to_bytes]}
 
@@ -330,16 +332,29 @@ def _from_vocabulary(files: _Files, is_qwen2: bool) -> Tokenizer:
 
     folder = files.folder
     missing = [name for name in (_VOCABULARY, _MERGES) if not files.has(name)]
-    if missing or not is_qwen2:
-        beside = "" if missing == [_VOCABULARY, _MERGES] else f", and {' and '.join(missing) or SETTINGS} does not do"
-        raise CheckpointError(f"{folder / NAME}: missing{beside}", remedy=COMPLETE)
+    if len(missing) == 1:
+        present = _MERGES if missing == [_VOCABULARY] else _VOCABULARY
+        raise CheckpointError(
+            f"{folder / NAME}: missing, and so is {missing[0]}, which together with {present} would do instead",
+            remedy=COMPLETE,
+        )
+    if missing:
+        raise CheckpointError(f"{folder / NAME}: missing", remedy=COMPLETE)
+    if not is_qwen2:
+        raise CheckpointError(
+            f"{folder / NAME}: missing; {_VOCABULARY} and {_MERGES} do instead only where the tokenizer_class is "
+            f"{_QWEN2}",
+            remedy=f"{COMPLETE}, or set tokenizer_class to {_QWEN2} in {SETTINGS} if that wrote the two files",
+        )
+    for name in (_VOCABULARY, _MERGES):  # the library would wait for a pipe
+        read_small_file(folder / name, max_bytes=MAX_TOKENIZER_BYTES, error=CheckpointError, remedy=COMPLETE)
     with _refusing(f"{folder}: {_VOCABULARY} and {_MERGES} cannot be read as a tokenizer"):
         model = models.BPE.from_file(str(folder / _VOCABULARY), str(folder / _MERGES))
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=bool(files.settings.get("add_prefix_space")), use_regex=False),
         ]
     )
@@ -379,12 +394,11 @@ def _refusing(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # pyo3's panics derive from BaseException and have no public class.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise CheckpointError(
             f"{what}: {one_line(str(error), 160)}",
-            remedy="take all files from one complete Qwen3-VL checkpoint, or repair this one",
+            remedy=TAKE_ALL,
         ) from error
 
 

@@ -7,6 +7,7 @@ file is read by these functions, which bound the work before they do it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -31,8 +32,11 @@ MAX_JSON_OBJECT_BYTES = 256 << 20
 _CONTAINER_BYTES, _STRING_BYTES, _VALUE_BYTES = 200, 120, 32
 _BLOCK_BYTES = 1 << 20
 _GET_AGAIN = "get the file again from where it came"
+_MAY_SEARCH = "let this user read it, and search each folder above it (chmod u+x)"
 # Windows has neither.
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+# What the system says of a name behind which there is nothing: none, a file above it, a loop of links, too long.
+_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -44,6 +48,44 @@ _KINDS = (
 
 class NotRegularError(OSError):
     """A name leads to no regular file; `strerror` says what it is instead."""
+
+
+def is_folder(path: str | os.PathLike[str], *, error: type[Qwen3VLError] = EngineError) -> bool:
+    """Return whether a name leads to a folder; of one that leads nowhere, or that no file can have, False.
+
+    `Path.is_dir` raises PermissionError below a folder that this user may not search, and `os.path.isdir` answers that
+    there is nothing. Neither is an answer for whoever gave the name.
+
+    Args:
+        path: What was given from outside.
+        error: Class of what is raised.
+
+    Raises:
+        Qwen3VLError: Of the class `error`: the system does not let this user look.
+    """
+    mode = _mode_of(path, error)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def leads_somewhere(path: str | os.PathLike[str], *, error: type[Qwen3VLError] = EngineError) -> bool:
+    """Return whether a name leads to anything, as `is_folder` does.
+
+    Raises:
+        Qwen3VLError: Of the class `error`: the system does not let this user look.
+    """
+    return _mode_of(path, error) is not None
+
+
+def _mode_of(path: str | os.PathLike[str], error: type[Qwen3VLError]) -> int | None:
+    try:
+        return os.stat(path).st_mode
+    except ValueError:  # a NUL or a lone surrogate
+        return None
+    except OSError as failure:
+        if failure.errno in _NOWHERE:
+            return None
+        remedy = _MAY_SEARCH if isinstance(failure, PermissionError) else "check the disk that it lies on"
+        raise error(f"{path}: cannot be looked at: {failure.strerror}", remedy=remedy) from failure
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:

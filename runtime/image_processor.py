@@ -130,29 +130,44 @@ class ImageProcessorConfig:
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-                raise UsageError(f"{name}: expected a whole number of at least 1, found {shown(value)}")
+                raise UsageError(
+                    f"{name}: expected a whole number of at least 1, found {shown(value)}", remedy=_take(name)
+                )
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name}: expected true or false, found {shown(getattr(self, name))}")
+                raise UsageError(
+                    f"{name}: expected true or false, found {shown(getattr(self, name))}", remedy=_take(name)
+                )
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != NUM_CHANNELS or not all(_is_finite_number(value) for value in values):
-                raise UsageError(f"{name}: expected {NUM_CHANNELS} finite numbers, found {shown(values)}")
+                raise UsageError(
+                    f"{name}: expected {NUM_CHANNELS} finite numbers, found {shown(values)}", remedy=_take(name)
+                )
         if not all(value > 0 for value in self.image_std):
-            raise UsageError(f"image_std: expected numbers above 0, found {shown(self.image_std)}")
+            raise UsageError(
+                f"image_std: expected numbers above 0, found {shown(self.image_std)}", remedy=_take("image_std")
+            )
         if not _is_finite_number(self.rescale_factor) or self.rescale_factor <= 0:
-            raise UsageError(f"rescale_factor: expected a number above 0, found {shown(self.rescale_factor)}")
+            raise UsageError(
+                f"rescale_factor: expected a number above 0, found {shown(self.rescale_factor)}",
+                remedy=_take("rescale_factor"),
+            )
         if self.min_pixels > self.max_pixels:
             raise UsageError(
                 f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}",
                 remedy="lower min_pixels or raise max_pixels",
             )
         if not self.do_convert_rgb:
-            raise UsageError("do_convert_rgb: expected true, found false; the vision tower takes three channels")
+            raise UsageError(
+                "do_convert_rgb: expected true, found false; the vision tower takes three channels",
+                remedy="set do_convert_rgb to true: an image that is RGB already stays as it is",
+            )
         if type(self.resample) is not int or self.resample not in FILTERS:
             raise UsageError(
                 f"resample: expected 3 (bicubic, as every published Qwen3-VL) or 2 (bilinear), "
-                f"found {shown(self.resample)}"
+                f"found {shown(self.resample)}",
+                remedy=_take("resample"),
             )
 
     @property
@@ -174,7 +189,10 @@ class ImageProcessorConfig:
         """
         nested = settings.get("image_processor", settings)
         if not isinstance(nested, Mapping):
-            raise CheckpointError(f"image processor settings: expected an object, found {type(nested).__name__}")
+            raise CheckpointError(
+                f"image processor settings: expected an object, found {type(nested).__name__}",
+                remedy=_take("image_processor"),
+            )
         _check_class(nested)
         ignored = _IGNORED_KEYS | _VIDEO_KEYS
         unclear = sorted(key for key, value in nested.items() if value is None and key in _NOT_NULL)
@@ -187,7 +205,10 @@ class ImageProcessorConfig:
         values |= _pixel_limits(values.pop("size", None), values)
         for key in sorted(_UNSUPPORTED_KEYS & values.keys()):
             if values.pop(key) and key.startswith("do_"):
-                raise CheckpointError(f"image processor settings: {key}: expected false, found true")
+                raise CheckpointError(
+                    f"image processor settings: {key}: expected false, found true",
+                    remedy=f"set {key} to false, as every published Qwen3-VL has it; this runtime cannot do it",
+                )
         known = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise CheckpointError(
@@ -244,6 +265,10 @@ def _is_finite_number(value: object) -> bool:
         return False
 
 
+def _take(name: str) -> str:
+    return f"take {name} from the original checkpoint's preprocessor_config.json"
+
+
 def _check_class(settings: Mapping[str, Any]) -> None:
     """Raise if the settings are of another image processor: transformers goes by the name.
 
@@ -278,7 +303,8 @@ def _pixel_limits(size: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     edges = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
     if not isinstance(size, Mapping) or not size.keys() <= edges.keys() | spare:
         raise CheckpointError(
-            f"image processor settings: size: expected shortest_edge and longest_edge in pixels, found {shown(size)}"
+            f"image processor settings: size: expected shortest_edge and longest_edge in pixels, found {shown(size)}",
+            remedy=_take("size"),
         )
     limits = {name: size[edge] for edge, name in edges.items() if size.get(edge) is not None} | given
     if len(limits) < 2:
@@ -337,7 +363,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
         ImageError: A side is below 1, or the sides' ratio is above `MAX_ASPECT_RATIO`.
     """
     if height < 1 or width < 1:
-        raise ImageError(f"image of {width} x {height}: expected at least one pixel")
+        raise ImageError(f"image of {width} x {height}: expected at least one pixel", remedy="leave the image out")
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise ImageError(
             f"image of {width} x {height}: expected sides of a ratio of at most {MAX_ASPECT_RATIO}, "

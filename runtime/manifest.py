@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import EngineError
-from runtime.files import NotRegularError, open_regular, read_json_object
+from runtime.files import NotRegularError, is_folder, leads_somewhere, open_regular, read_json_object
 from runtime.manifest_checks import check_capabilities, check_file_name, check_model, check_record, check_texts
 from runtime.model_config import ModelConfig
 
@@ -75,15 +75,15 @@ class Manifest:
         """Read the manifest of an engine folder, or of a folder of lowered graphs.
 
         Raises:
-            EngineError: The folder or its manifest is missing or damaged, or a newer version wrote it.
+            EngineError: The folder or its manifest is missing or damaged, may not be read, or a newer version wrote it.
         """
         path = folder / name
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise EngineError(
                 f"{folder}: no such engine folder", remedy="build one with: qwen3vl-export MODEL --output DIR"
             )
-        if not path.exists():
-            if (folder / LOWERED_NAME).is_file():
+        if not leads_somewhere(path):
+            if leads_somewhere(folder / LOWERED_NAME):
                 raise EngineError(
                     f"{folder}: a folder of lowered graphs ({LOWERED_NAME}), as --no-compile leaves it, and no engine",
                     remedy="`qwen3vl verify` reads it; for an engine, leave --no-compile out of the export",

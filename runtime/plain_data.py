@@ -41,7 +41,7 @@ def text_data(value: Any, place: str) -> str:
         UsageError: It is no string, or holds a lone surrogate.
     """
     if not isinstance(value, str):
-        raise UsageError(f"{place} must be a string, got {type(value).__name__}")
+        raise UsageError(f"{place} must be a string, got {type(value).__name__}", remedy="pass it as a str")
     text = str.__str__(value)
     try:
         text.encode()
@@ -93,7 +93,10 @@ class _Copier:
             }
         if isinstance(value, (list, tuple)):
             return [self.copy(item, [*path, f"[{i}]"]) for i, item in enumerate(value)]
-        raise UsageError(f"{self._where(path)} must be JSON data, got {type(value).__name__}")
+        raise UsageError(
+            f"{self._where(path)} must be JSON data, got {type(value).__name__}",
+            remedy="pass None, a bool, a number, a str, or a list or dict of these",
+        )
 
     def _where(self, path: list[str]) -> str:
         return self._place + "".join(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 TELEMETRY_VARIABLE = "ORT_DISABLE_TELEMETRY"
 
@@ -15,12 +16,18 @@ def disable_telemetry() -> bool:
     stops it, and only before the library is imported; its own `disable_telemetry_events()` does not.
 
     Returns:
-        False if it is too late: the library was imported before, without the variable.
+        False if it may be too late: the library was imported before. Where the system tells what variables a process
+        began with, those count, since nobody knows when a later one was set; elsewhere the present ones do.
     """
-    if TELEMETRY_VARIABLE in os.environ:
+    was_set = TELEMETRY_VARIABLE in os.environ
+    os.environ.setdefault(TELEMETRY_VARIABLE, "1")
+    if "onnxruntime" not in sys.modules:
         return True
-    os.environ[TELEMETRY_VARIABLE] = "1"
-    return "onnxruntime" not in sys.modules
+    try:
+        initial = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return was_set
+    return any(each.startswith(f"{TELEMETRY_VARIABLE}=".encode()) for each in initial)
 
 
 def omp_num_threads() -> int | None:

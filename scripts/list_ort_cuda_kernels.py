@@ -109,8 +109,13 @@ def without_gpu() -> Iterator[dict[str, str]]:
                 ["cc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}", str(source), "-o", str(Path(folder) / name)],
                 check=True,
             )
-        # The stand-ins come before the libraries of the same name.
-        yield os.environ | {"LD_LIBRARY_PATH": folder, "LD_PRELOAD": str(Path(folder) / LIBRARIES[0])}
+        yield {
+            **os.environ,
+            "ORT_DISABLE_TELEMETRY": "1",  # which it reads when it is imported
+            # The stand-ins come before the libraries of the same name.
+            "LD_LIBRARY_PATH": folder,
+            "LD_PRELOAD": str(Path(folder) / LIBRARIES[0]),
+        }
 
 
 def list_kernels(python: str) -> dict[str, list]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -145,3 +146,28 @@ def test_files_that_no_runtime_opens_are_refused(
     assert caught.value.message.startswith(f"{folder / name}: ")
     assert caught.value.remedy is not None
     assert "export" not in caught.value.remedy
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    ("damage", "remedy"),
+    [
+        (values(GENERATION, num_beams=2), "^remove the key from the file, or use transformers for this kind of"),
+        (
+            values(PREPROCESSOR, size={"shortest_edge": 0, "longest_edge": 0}),
+            "^take min_pixels from the original check",
+        ),
+        (values(PREPROCESSOR, do_pad=True), "^set do_pad to false"),
+        (text("chat_template.jinja", b"\xff"), "^write the template in UTF-8$"),
+        (text("chat_template.jinja", "{% if %}"), "^take all files from one complete Qwen3-VL checkpoint"),
+        (other_ids, "^take all files from one complete Qwen3-VL checkpoint"),
+        (text(PREPROCESSOR, "{"), "^the file is damaged: download it again$"),
+    ],
+)
+def test_advice_is_kept_unless_it_speaks_of_engines(
+    folder: Path, damage: Callable[[Path], object], remedy: str
+) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(str(folder)).assets()
+    assert re.search(remedy, str(caught.value.remedy)), caught.value

@@ -343,3 +343,44 @@ def test_a_weight_beyond_what_can_be_squared_is_not_quantised_to_rubbish() -> No
         BundleError, match=r"layer\.weight: 3.*e\+38 at row 1, column 7: no number that can be quantised"
     ):
         list(weight.packed.blocks())
+
+
+def test_nothing_of_a_checkpoint_is_refused_after_tracing_began(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is torch loaded for it: what is refused is so in a moment, and without a line of progress."""
+    monkeypatch.setattr("qwen3vl_export.export.make_bundle", lambda *_: pytest.fail("traced"))
+    damages: list[Callable[[Path], object]] = [
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        lambda folder: cut(folder / "model.safetensors"),
+        shard,
+        retensor(lambda t: t.pop(NORM)),
+        retensor(lambda t: t.update({"model.extra.weight": np.zeros(3, np.float32)})),
+        retensor(lambda t: t.update({NORM: np.ones(7, np.float32)})),
+        retensor(lambda t: t.update({NORM: np.ones(48, np.int64)})),
+        retensor(lambda t: t.update({HEAD_KEY: t[EMBEDDING_KEY] + 1})),
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "chat_template.jinja").write_text("{% if %}"),
+    ]
+    for number, damage in enumerate(damages):
+        checkpoint = altered(tiny_checkpoint, tmp_path / f"checkpoint{number}")
+        damage(checkpoint)
+        output = str(tmp_path / "out")
+        code, out, err = call(export_app, str(checkpoint), "--target", "ort-cpu-fp32", "--output", output)
+        assert (code, out) == (CheckpointError.exit_code, ""), err
+        assert err.startswith(f"error: {checkpoint}") and err.count("\n") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_file_that_a_link_promises_is_called_by_its_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = altered(tiny_checkpoint, tmp_path / "checkpoint")
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=r"/model\.safetensors: a link to nothing") as caught:
+        Checkpoint.open(str(checkpoint)).entries  # noqa: B018
+    assert str(caught.value.remedy).startswith("download model.safetensors again")
+    (checkpoint / "model.safetensors").unlink()
+    shard(altered(tiny_checkpoint, tmp_path / "sharded"))
+    with pytest.raises(CheckpointError, match=r"/model-00001-of-00002\.safetensors: missing") as caught:
+        Checkpoint.open(str(tmp_path / "sharded")).entries  # noqa: B018
+    assert str(caught.value.remedy).startswith("download model-00001-of-00002.safetensors again")

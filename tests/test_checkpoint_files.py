@@ -109,16 +109,27 @@ def test_copy_of_the_tied_head_in_another_dtype(
 
 @pytest.mark.portable
 @pytest.mark.parametrize("is_chained", [False, True])
-def test_a_full_disk_while_downloading(monkeypatch: pytest.MonkeyPatch, is_chained: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EFBIG, "a file became larger than this process may write"),
+    ],
+)
+def test_a_full_disk_while_downloading(
+    monkeypatch: pytest.MonkeyPatch, is_chained: bool, code: int, words: str
+) -> None:
     def download(*_: object, **__: object) -> str:
-        full = OSError(errno.ENOSPC, "No space left on device")
+        full = OSError(code, os.strerror(code))
         if is_chained:
             raise RuntimeError("download failed") from full
         raise full
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(CapacityError, match=r"someone/model@main: the disk became full"):
+    with pytest.raises(CapacityError, match=f"^someone/model@main: the Hub's cache: {words}") as caught:
         Checkpoint.open("someone/model@main")
+    assert str(caught.value.remedy).endswith("choose another place for the Hub's cache, with HF_HOME")
 
 
 @pytest.mark.portable

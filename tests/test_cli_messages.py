@@ -174,7 +174,7 @@ def test_an_answer_is_escaped_on_a_terminal_and_whole_in_a_pipe() -> None:
     assert done.stdout.decode() == f"a\tb\n{ESCAPES}é 👩‍💻\n"
 
 
-def test_files_that_the_caller_closed_or_filled(demo_engine: Path) -> None:
+def test_files_that_the_caller_closed_or_filled(demo_engine: Path, tmp_path: Path) -> None:
     words = f"{sys.executable} -m qwen3vl_export.cli.run inspect"
     good, bad = f"{words} {demo_engine}", f"{words} /none"
 
@@ -185,8 +185,13 @@ def test_files_that_the_caller_closed_or_filled(demo_engine: Path) -> None:
     assert shell(f"{good} >&-") == (0, "", "")
     assert shell(f"{bad} 2>&-") == (5, "", "")
     assert shell(f"{bad} 2>/dev/full") == (5, "", "")
+    code, out, err = shell(f"ulimit -f 0; {good} >{tmp_path}/out; rc=$?; cat {tmp_path}/out; exit $rc")
+    assert (code, out) == (8, "") and err.startswith(
+        "error: the output: a file became larger than this process may wri"
+    )
+    assert "ulimit -f unlimited" in err
     code, _, err = shell(f"{good} >/dev/full")
-    assert code == 8 and err.startswith("error: no space left on the disk\n  remedy: ") and err.count("\n") == 2
+    assert code == 8 and err.startswith("error: the output: the disk is full\n  remedy: ") and err.count("\n") == 2
 
 
 def test_ctrl_c_while_the_prompt_is_read(demo_engine: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from logging import StreamHandler
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 from engines import hardware
 from engines.choose import choose_target, consider
 from engines.hardware import Gpu, Hardware
+from qwen3vl_export.cli.errors import run_app
 from qwen3vl_export.cli.run import app
 from qwen3vl_export.cli.targets import model_shape
 from runtime.errors import CheckpointError, UsageError
@@ -108,6 +111,40 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     return asked
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("command", [["targets", "--model"], ["verify", "--ranges", "--json", "--checkpoint"]])
+def test_nothing_but_our_error_is_said_of_a_hub_out_of_reach(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The client has a log with a handler of its own, to which it writes a line for each retry."""
+    import huggingface_hub
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    log, said = logging.get_logger("huggingface_hub.utils._http"), io.StringIO()
+    handler = StreamHandler(said)
+    logging.get_logger("huggingface_hub").addHandler(handler)
+
+    def fail(*_: object, **__: object) -> str:
+        log.warning("Retrying in 1s [Retry 1/5].")
+        log.error("Too many retries")
+        raise OSError("unreachable")
+
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, name, fail)
+    arguments = [*command, "me/mine", *(["--json"] if "--json" not in command else [])]
+    with pytest.raises(SystemExit) as end:
+        run_app(app, arguments)
+    out, err = capfd.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (CheckpointError.exit_code, "", 1)
+    assert "unreachable" in json.loads(err)["error"]["message"]
+    assert logging.get_verbosity() == level
+    assert said.getvalue() == ""
+    log.warning("said again")
+    logging.get_logger("huggingface_hub").removeHandler(handler)
+    assert said.getvalue() == "said again\n"
 
 
 @pytest.mark.portable

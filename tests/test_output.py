@@ -277,6 +277,19 @@ def test_files_larger_than_the_process_may_write_are_refused_before_any_work(tmp
 
 
 @pytest.mark.portable
+@pytest.mark.parametrize("name", ["out", "new/out", "link"])
+def test_too_little_room_is_told_of_the_output_and_not_of_our_folder_beside_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    output = tmp_path / name
+    with pytest.raises(CapacityError, match=r": 1000000000000\.07 GB are needed, ") as raised:
+        check_output(output, 10**21)
+    assert raised.value.message.startswith(f"{output}: ") and "qwen3vl-" not in raised.value.message
+    with pytest.raises(CapacityError, match=f"^{output}: "), output_folder(output, 10**21):
+        pytest.fail("the block runs")
+
+
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("code", "error", "message"),
     [
@@ -358,7 +371,7 @@ BOUND = 'echo old > "$0"/engine.json; mount --bind "$0" "$0"'
         (BOUND, 0, 10, ["decoder.onnx.data engine.json new"]),
         (f'{TMPFS}; mkdir -m 700 "$0"/lost+found', 0, 10, ["decoder.onnx.data engine.json lost+found new"]),
         (f'{BOUND} && mount -o remount,ro,bind "$0"', 0, 10, ["UsageError OUT: on a file system that is read-only"]),
-        (TMPFS, 60 << 20, 10, ["CapacityError OUT/", "0.13 GB are needed, 0.08 GB are free"]),
+        (TMPFS, 60 << 20, 10, ["CapacityError OUT: 0.13 GB are needed, 0.08 GB are free"]),
         (TMPFS, 0, 90 << 20, ["CapacityError OUT: the disk is full"]),
     ],
     ids=["tmpfs", "bound", "lost+found", "read-only", "too small", "becomes full"],

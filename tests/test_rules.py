@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from runtime import errors
+
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "transformers", "tensorrt"}
 FORBIDDEN = {
@@ -53,6 +55,25 @@ def test_the_import_rule_sees_every_form_of_import(tmp_path: Path) -> None:
     assert violations("runtime", tmp_path) == expected
 
 
+_ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type)}
+# Where the type of an argument is wrong, what it has to be stands in the message.
+_ARGUMENTS = {"runtime/chat.py", "runtime/generation_config.py", "runtime/messages.py"}
+
+
+@pytest.mark.parametrize("package", ["runtime", "engines", "qwen3vl_export", "qwen3_vl"])
+def test_an_error_says_what_to_do(package: str) -> None:
+    found = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            kind = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            if kind in _ERRORS and not (name in _ARGUMENTS and kind == "UsageError"):
+                assert isinstance(node, ast.Call)
+                if "remedy" not in {keyword.arg for keyword in node.keywords}:
+                    found.append(f"{name}:{node.lineno}: {kind} without a remedy")
+    assert found == []
+
+
 def loaded_after(statement: str) -> set[str]:
     code = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -65,7 +86,10 @@ def test_import_loads_no_heavy_library(statement: str) -> None:
 
 
 def test_public_import_is_lazy() -> None:
-    assert loaded_after("import qwen3_vl") & {"numpy", "PIL", "tokenizers", "jinja2", "onnxruntime", "runtime"} == set()
+    """Of ours it loads what turns telemetry off (tests/test_settings.py)."""
+    loaded = loaded_after("import qwen3_vl")
+    assert loaded & {"numpy", "PIL", "tokenizers", "jinja2", "onnxruntime", "engines", "qwen3vl_export"} == set()
+    assert "runtime" in loaded and "runtime.model" not in loaded
 
 
 def test_loading_is_seen() -> None:

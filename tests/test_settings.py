@@ -44,9 +44,53 @@ def test_onnxruntime_before_this_package_is_warned_of_once(demo_engine: Path, tm
     code = OPEN.format(graph=str(demo_engine / "vision.onnx"))
     late = run(code + "import runtime.model, runtime.chat", tmp_path)
     assert late.stderr.count("warning: ") == 1
-    assert "onnxruntime was imported before this package" in late.stderr and "ORT_DISABLE_TELEMETRY=1" in late.stderr
+    assert "onnxruntime was imported before this package" in late.stderr
+    assert "set ORT_DISABLE_TELEMETRY=1 before Python starts, or import qwen3_vl before onnxruntime" in late.stderr
     for value in ("1", "0"):  # whoever says so, has chosen
         assert "warning: " not in run(code + "import runtime.model", tmp_path, ORT_DISABLE_TELEMETRY=value).stderr
+
+
+def test_a_variable_that_is_set_behind_the_library_is_too_late(tmp_path: Path) -> None:
+    setting = "import os; os.environ['ORT_DISABLE_TELEMETRY'] = '1'\n"
+    for code in ("import onnxruntime\n" + setting, setting + "import onnxruntime\n"):  # which of them, nobody can tell
+        assert run(code + "import qwen3_vl", tmp_path).stderr.count("warning: ") == 1
+    assert "warning: " not in run(setting + "import qwen3_vl, onnxruntime", tmp_path).stderr
+
+
+def test_the_public_package_before_the_library_is_early_enough(demo_engine: Path, tmp_path: Path) -> None:
+    done = run("import qwen3_vl\n" + OPEN.format(graph=str(demo_engine / "vision.onnx")), tmp_path)
+    assert files_in(tmp_path) == [] and "warning: " not in done.stderr
+
+
+def test_without_a_record_of_the_first_variables_the_present_ones_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: Path) -> bytes:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_bytes", absent)
+    monkeypatch.setitem(sys.modules, "onnxruntime", sys)
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    assert settings.disable_telemetry()
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    assert not settings.disable_telemetry() and os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+def test_scripts_that_start_the_library_in_other_processes_turn_it_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Both take the environment of `without_gpu`; here a program that prints it stands for Python with the library."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    import list_ort_cuda_kernels
+    import place_on_ort_cuda
+
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nunset LD_PRELOAD\necho "{\\"telemetry\\": \\"$ORT_DISABLE_TELEMETRY\\"}"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(list_ort_cuda_kernels, "LIBRARIES", ("libcuda.so.1",))
+    assert list_ort_cuda_kernels.list_kernels(str(python)) == {"telemetry": "1"}
+    with place_on_ort_cuda.without_gpu() as environment:
+        log = place_on_ort_cuda.open_graph(str(python), tmp_path, environment, capture=True)
+    assert log == '{"telemetry": "1"}\n'
 
 
 def test_the_library_would_write_without_the_variable(demo_engine: Path, tmp_path: Path) -> None:

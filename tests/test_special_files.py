@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -160,6 +161,42 @@ def test_the_exporter_reads_no_special_file(tiny_checkpoint: Path, tmp_path: Pat
         read_all(folder)
     assert name in caught.value.message and caught.value.message.count(str(folder)) == 1
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", list(SPECIAL))
+@pytest.mark.parametrize("name", ["tokenizer.json", "added_tokens.json", "special_tokens_map.json"])
+def test_files_of_tokens_that_lead_nowhere_are_not_absent(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    """A link to nothing, for one: what it was to add would be dropped in silence."""
+    folder = altered(tiny_checkpoint, tmp_path / "checkpoint")
+    make, words = SPECIAL[kind]
+    replaced(folder / name, make)
+    with pytest.raises(CheckpointError, match=re.escape(f"{folder / name}: {words}")) as caught:
+        Checkpoint.open(str(folder)).assets()
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "dangling"])
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_files_of_a_vocabulary_are_files(tiny_checkpoint: Path, tmp_path: Path, name: str, kind: str) -> None:
+    folder = altered(tiny_checkpoint, tmp_path / "checkpoint")
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    make, words = SPECIAL[kind]
+    replaced(folder / name, make)
+    with pytest.raises(CheckpointError, match=re.escape(f"{folder / name}: {words}")):
+        Checkpoint.open(str(folder)).assets()
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "dangling", "loop"])
+def test_what_is_no_folder_is_refused_without_waiting(tmp_path: Path, kind: str) -> None:
+    SPECIAL[kind][0](tmp_path / "model")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/model: a ") as caught:
+        Checkpoint.open(str(tmp_path / "model"))
+    assert caught.value.remedy and ("link to nothing" in caught.value.message) == (kind in ("dangling", "loop"))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "memory", "loop"])

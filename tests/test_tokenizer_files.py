@@ -247,7 +247,12 @@ def test_an_added_token_is_one_id(folder: Path) -> None:
             "normalizer differs from what transformers 5 has.*\n.*PreTrainedTokenizerFast",
         ),
         (as_vocabulary(), rf"{TOKENIZER}: missing\n"),
-        (as_vocabulary("vocab.json"), rf"{TOKENIZER}: missing, and merges.txt does not do"),
+        (as_vocabulary("vocab.json"), rf"{TOKENIZER}: missing, and so is merges.txt, which together with vocab.json"),
+        (as_vocabulary("merges.txt"), rf"{TOKENIZER}: missing, and so is vocab.json, which together with merges.txt"),
+        (
+            steps(as_vocabulary("vocab.json", "merges.txt"), AS_FILE),
+            rf"{TOKENIZER}: missing; vocab.json and merges.txt do instead only where the tokenizer_class is Qwen2",
+        ),
         (
             steps(as_vocabulary("vocab.json", "merges.txt"), lambda folder: (folder / "vocab.json").write_text("[")),
             "vocab.json and merges.txt cannot be read as a tokenizer",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UsageError
-from runtime.files import read_small_file
+from runtime.files import is_folder, read_small_file
 from runtime.urls import scheme_of
 
 _MAX_FILE_BYTES = 64 << 20  # answers of teachers may stand in it
@@ -39,14 +39,21 @@ def read_prompts(folder: Path) -> list[CalibrationPrompt]:
     Raises:
         UsageError: There is none, or a line is not what it should be; the message names file and line.
     """
-    if not folder.is_dir():
+    if not is_folder(folder, error=UsageError):
         raise UsageError(f"{folder}: no such folder of calibration prompts", remedy=_LAYOUT)
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: its files cannot be listed: {error.strerror}", remedy="let this user read the folder"
+        ) from error
     prompts: list[CalibrationPrompt] = []
-    for path in sorted(folder.glob("*.jsonl")):
-        prompts += _read_conversations(path)
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_ENDINGS)
+    for path in paths:
+        if path.suffix == ".jsonl":
+            prompts += _read_conversations(path)
+    images = [path for path in paths if path.suffix.lower() in _IMAGE_ENDINGS]
     questions = folder / _PROMPTS_NAME
-    if questions.is_file():
+    if questions in paths:
         prompts += _ask(images, questions)
     elif images and not prompts:
         raise UsageError(

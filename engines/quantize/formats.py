@@ -14,6 +14,7 @@ from runtime.errors import TargetError
 
 BLOCKWISE, ROWWISE, FLOAT8, NVFP4, FLOAT = "blockwise", "rowwise", "float8", "nvfp4", "float32"
 _KINDS = (BLOCKWISE, ROWWISE, FLOAT8, NVFP4, FLOAT)
+_IN_CONFIG = "mend the format in the target's file in configs/targets"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -40,7 +41,7 @@ class WeightFormat:
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
-            raise TargetError(f"weight format {self.kind!r}, expected one of {', '.join(_KINDS)}")
+            raise TargetError(f"weight format {self.kind!r}, expected one of {', '.join(_KINDS)}", remedy=_IN_CONFIG)
         if self.kind == BLOCKWISE and (self.bits not in (4, 8) or self.block not in BLOCK_SIZES):
             raise TargetError(
                 f"blockwise format of {self.bits} bits in blocks of {self.block}: no kernel reads it",
@@ -48,7 +49,7 @@ class WeightFormat:
             )
 
         if self.activations not in ("tensor", "token"):
-            raise TargetError(f"activations {self.activations!r}, expected tensor or token")
+            raise TargetError(f"activations {self.activations!r}, expected tensor or token", remedy=_IN_CONFIG)
 
     def __str__(self) -> str:
         if self.kind == BLOCKWISE:

@@ -63,7 +63,10 @@ class Slice:
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
-            raise EngineError(f"{path}: ONNX Runtime does not open it ({str(error).splitlines()[0]})") from error
+            raise EngineError(
+                f"{path}: ONNX Runtime does not open it ({str(error).splitlines()[0]})",
+                remedy="this release of ONNX Runtime may lack a kernel: install the one that locks/dev.txt names",
+            ) from error
         return OpenSlice(self, session)
 
 

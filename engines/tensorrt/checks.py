@@ -24,6 +24,8 @@ _TYPES |= {"FP4": "FLOAT4E2M1", "INT8": "INT8", "INT64": "INT64", "INT32": "INT3
 _FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
 # A plan holds the weights once, in the layout of its kernels, and code for its shapes.
 _CODE_BYTES = 64 << 20
+_LOWERING = "a pass of this target is wrong: look at its graph with --no-compile, and report this"
+_PARSER = "this release of the library changes the graph when it reads it: install another one, and report this"
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,13 @@ def check_graph(facts: GraphFacts, config: ModelConfig, place: str) -> None:
         ("TensorScatter", facts.cache_updates, 2 * layers if place == DECODER else 0),
     ):
         if found != expected:
-            raise TargetError(f"{place}: the lowered graph has {found} nodes {what}, the model asks for {expected}")
+            raise TargetError(
+                f"{place}: the lowered graph has {found} nodes {what}, the model asks for {expected}", remedy=_LOWERING
+            )
     if facts.stray_casts:
-        raise TargetError(f"{place}: {', '.join(facts.stray_casts)} convert where no float32 place begins or ends")
+        raise TargetError(
+            f"{place}: {', '.join(facts.stray_casts)} convert where no float32 place begins or ends", remedy=_LOWERING
+        )
 
 
 def check_network(trt: Any, network: Any, facts: GraphFacts, place: str) -> None:
@@ -92,7 +98,9 @@ def check_network(trt: Any, network: Any, facts: GraphFacts, place: str) -> None
             given, made = (_TYPES.get(t.dtype.name, t.dtype.name) for t in (layer.get_input(0), layer.get_output(0)))
             is_conversion = {given, made} <= _FLOATS and given != made and not _is_scalar(layer.get_input(0))
             if is_conversion and layer.name not in facts.casts:
-                raise TargetError(f"{place}: {layer.name!r} converts {given} to {made}, which the graph does not")
+                raise TargetError(
+                    f"{place}: {layer.name!r} converts {given} to {made}, which the graph does not", remedy=_PARSER
+                )
     for kind, expected in (
         ("ATTENTION_INPUT", facts.attentions),
         ("KV_CACHE_UPDATE", facts.cache_updates),
@@ -100,11 +108,13 @@ def check_network(trt: Any, network: Any, facts: GraphFacts, place: str) -> None
         ("DEQUANTIZE", facts.dequantizations),
     ):
         if kinds[kind] != expected:
-            raise TargetError(f"{place}: the network has {kinds[kind]} layers {kind}, the graph {expected}")
+            raise TargetError(
+                f"{place}: the network has {kinds[kind]} layers {kind}, the graph {expected}", remedy=_PARSER
+            )
     for name, dtype in facts.weights.items():
         if found.get(name) != dtype:
             known = found.get(name, "missing")
-            raise TargetError(f"{place}: weight {name} is {known} in the network, {dtype} in the graph")
+            raise TargetError(f"{place}: weight {name} is {known} in the network, {dtype} in the graph", remedy=_PARSER)
 
 
 def _is_scalar(tensor: Any) -> bool:

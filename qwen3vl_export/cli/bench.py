@@ -166,7 +166,10 @@ def parse_size(text: str) -> tuple[int, int] | None:
         return None
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise UsageError(f"--image-size {text}: expected WIDTHxHEIGHT in pixels, such as 1024x768, or none")
+        raise UsageError(
+            f"--image-size {text}: expected WIDTHxHEIGHT in pixels, such as 1024x768, or none",
+            remedy="leave it out for 448x448",
+        )
     return int(parts[0]), int(parts[1])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import logging
@@ -18,6 +17,7 @@ from typing import Any
 import typer
 import typer.main
 
+from engines.disk import full_disk_error
 from runtime.errors import CapacityError, Qwen3VLError, UsageError
 from runtime.installation import how_to_install
 from runtime.shown import escape_controls
@@ -231,9 +231,10 @@ def _as_known_error(error: Exception) -> Qwen3VLError:
                 f"this command needs the Python package {error.name.partition('.')[0]!r}, which is not installed",
                 remedy=how_to_install(extra),
             )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f"{error.filename}: " if error.filename else ""
-        return CapacityError(f"{where}no space left on the disk", remedy="free some space or choose another folder")
+    if isinstance(error, OSError):
+        full = full_disk_error(error, str(error.filename or "the output"))
+        if full is not None:
+            return full
     if isinstance(error, MemoryError):
         return CapacityError("not enough memory", remedy="use a smaller image, context or model")
     return Qwen3VLError(

@@ -196,6 +196,9 @@ def export(
         check_options(chosen, options, checkpoint.config)
     destination = bundle or output or Path("out") / f"{checkpoint.short_name}-{chosen.name}"
     check_output(destination, _estimated_bytes(checkpoint, None if bundle else chosen) if weights else 0)
+    # All that may be refused of the checkpoint, before the seconds of loading torch and of tracing.
+    checkpoint.used_keys  # noqa: B018
+    checkpoint.assets()
     is_wanted = not quiet and (not as_json or is_terminal(sys.stderr))
     with progress(is_wanted=is_wanted) as shown:
         shown.stage(f"tracing {checkpoint.name}")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ import typer
 import configs
 from qwen3vl_export.cli.output import columns, print_json, print_text
 from runtime.errors import CheckpointError, UsageError
+from runtime.files import is_folder
 from runtime.shown import shown
 
 if TYPE_CHECKING:
@@ -99,14 +101,18 @@ def model_shape(model: str) -> ModelConfig:
 
     released = _RELEASED.fullmatch(model)
     size = model if released is None else released["size"].lower()
-    if not Path(model).expanduser().is_dir() and size in configs.names("models"):
+    is_size = size in configs.names("models")
+    if is_size and not is_folder(model, error=CheckpointError):
         return ModelConfig.from_hf({"model_type": SUPPORTED_MODEL_TYPE, **configs.load(f"models/{size}")})
-    from qwen3vl_export.checkpoint import DEMO, DEMO_MOE, Checkpoint
+    from qwen3vl_export.checkpoint import DEMO, DEMO_MOE, Checkpoint, local_path
 
-    if Path(model).expanduser().is_dir() or model in (DEMO, DEMO_MOE):
+    path = local_path(model)
+    if model in (DEMO, DEMO_MOE) or (path is not None and os.path.lexists(path)):
         return Checkpoint.open(model).config
+    if path is not None:
+        is_folder(path, error=CheckpointError)  # raises where the system does not let this user look
     match = _HUB_ID.fullmatch(model)
-    if match is not None and not Path(model).expanduser().exists():
+    if match is not None:
         return Checkpoint(_fetched_config(model, match["repo"], match["revision"]).parent, model).config
     raise UsageError(
         f"--model {shown(model)}: no such folder",
@@ -117,8 +123,11 @@ def model_shape(model: str) -> ModelConfig:
 def _fetched_config(model: str, repo: str, revision: str | None) -> Path:
     import huggingface_hub
 
+    from qwen3vl_export.hub import quiet_hub
+
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision))
+        with quiet_hub():
+            return Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision))
     except Exception as error:  # the Hub client raises errors of several libraries
         raise CheckpointError(
             f"--model {model}: its config.json is neither here nor on the Hub ({type(error).__name__}: {error})",

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import DECODER, VISION
 from runtime.errors import CapacityError, ParityError
+from runtime.files import is_folder, leads_somewhere
 from runtime.machine import default_threads
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, Manifest
 from runtime.session import Floats, Ints, KVCache, TopLogits
@@ -217,8 +218,14 @@ def model_of(folder: Path, manifest: Manifest, session: LoweredSession) -> Qwen3
 
 
 def is_lowered(folder: Path) -> bool:
-    """Whether the folder holds lowered graphs and no engine."""
-    return (folder / LOWERED_NAME).is_file() and not (folder / MANIFEST_NAME).is_file()
+    """Whether the folder holds lowered graphs and no engine.
+
+    Raises:
+        EngineError: This user may not look into it.
+    """
+    if not is_folder(folder):
+        return False  # of what it is instead, the reader of engines tells
+    return leads_somewhere(folder / LOWERED_NAME) and not leads_somewhere(folder / MANIFEST_NAME)
 
 
 def _held(path: Path) -> bytes:

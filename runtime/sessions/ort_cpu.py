@@ -93,7 +93,9 @@ class OrtCpuSession:
         self, folder: Path, manifest: Manifest, threads: int | None = None, *, huge_pages: bool = False
     ) -> None:
         if threads is not None and threads < 1:
-            raise UsageError(f"threads = {threads}, expected at least 1")
+            raise UsageError(
+                f"threads = {threads}, expected at least 1", remedy="leave threads out for one for each core"
+            )
         options = ort.SessionOptions()
         # What fails is in the exception; the log would write names of the graph to stderr as they are.
         options.log_severity_level = 4

@@ -166,7 +166,9 @@ class OrtCudaSession:
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None, *, device: Device = CUDA) -> None:
         if threads is not None and threads < 1:
-            raise UsageError(f"threads = {threads}, expected at least 1")
+            raise UsageError(
+                f"threads = {threads}, expected at least 1", remedy="leave threads out for one for each core"
+            )
         self._config = manifest.model
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._device = device

@@ -25,7 +25,8 @@ def main() -> int:
     parser.add_argument("--replay", type=Path, help="run this finding again and nothing else")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qwen3vl-fuzz-") as folder:
-        engine = options.engine or _build(Path(folder) / "engine")
+        # Resolved, since each worker has a folder of its own.
+        engine = options.engine.resolve() if options.engine else _build(Path(folder) / "engine")
         if options.replay is not None:
             outcome = driver.replay(options.replay, engine)
             print(

@@ -35,7 +35,7 @@ class Outcome:
         place: Of a raw exception its type and the line of ours it came from; of a refusal the class.
         text: The message, or what the family said.
         cpu_s: CPU time, that of child processes included.
-        grown_bytes: Peak of resident memory above what was resident before.
+        grown_bytes: Peak of resident memory above what was resident before, of this process or of a child.
     """
 
     kind: str

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from fuzz import driver
-from fuzz.family import SHARES, load
+from fuzz.family import ROOT, SHARES, load
 from fuzz.mutation import WHOLE, apply_bytes, apply_json, byte_edits, json_edits
 from fuzz.outcome import CRASH, HANG, MEMORY, MESSAGE, RAW, REFUSED, SLOW, TAKEN
 from fuzz.worker import Worker
@@ -74,6 +76,21 @@ def grow(_: object) -> int:
     return sum(bytearray(b"x" * 400_000_000)[::4096])
 
 
+def grow_in(command: list[str]) -> int:
+    return subprocess.run([sys.executable, *command], check=True, close_fds=True).returncode
+
+
+def grow_in_a_fork(given: object) -> int:
+    child = os.fork()
+    if not child:
+        grow(given)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+TAKES_400_MB = ["-c", "import time; x = bytearray(b'x' * 400_000_000); time.sleep(0.2)"]
+
+
 @pytest.mark.parametrize(
     ("does", "kind"),
     [
@@ -89,6 +106,9 @@ def grow(_: object) -> int:
         (lambda _: refuse("internal error"), MESSAGE),
         (lambda _: work(2.2), SLOW),
         (grow, MEMORY),
+        (lambda _: grow_in(TAKES_400_MB), MEMORY),
+        (lambda _: grow_in(["-c", "pass"]), TAKEN),
+        (grow_in_a_fork, MEMORY),
         (lambda _: bytes(1 << 40), MEMORY),
         (lambda _: os.kill(os.getpid(), signal.SIGSEGV), CRASH),
         (lambda _: os._exit(3), CRASH),
@@ -137,6 +157,20 @@ def test_a_finding_is_made_smaller_saved_and_counted(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3  # of one cause, the first few
     text = driver.table(tallies)
     assert "5 x raw exception ZeroDivisionError at a library" in text and str(example.file) in text
+
+
+def test_an_engine_may_be_named_from_the_working_directory(demo_engine: Path, tmp_path: Path) -> None:
+    """Each worker has a folder of its own."""
+    command = [sys.executable, "-m", "fuzz", "engines", "--inputs", "1", "--engine", demo_engine.name]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(
+        [*command, "--findings", str(tmp_path)],
+        cwd=demo_engine.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "engines" in done.stdout
 
 
 def test_inputs_are_divided_by_shares() -> None:

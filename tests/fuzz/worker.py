@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fuzz.children import ChildrenWatch, status_bytes
 from fuzz.family import Family, Recipe
 from fuzz.outcome import CRASH, HANG, MAX_BYTES, MAX_SECONDS, MEMORY, SLOW, TAKEN, Outcome, of_error
 
@@ -131,7 +132,7 @@ def _serve(family: Family, engine: Path, folder: Path, take: int, give: int) -> 
     gc.freeze()  # what was there before is not looked through at each input
     os.dup2(nothing, 2)  # libraries complain about hostile inputs
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_status_bytes("VmSize") + _ADDRESS_SPACE_BYTES, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (status_bytes("VmSize") + _ADDRESS_SPACE_BYTES, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.write(give, b"ready\n")
     with os.fdopen(take) as lines:
@@ -146,12 +147,14 @@ def measured(family: Family, recipe: Recipe, context: Any) -> Outcome:
     input_bytes, taken_bytes = family.size(recipe)
     # The peak of resident memory starts anew (proc_pid_clear_refs(5)).
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before, started = _status_bytes("VmRSS"), _cpu_s()
-    try:
-        outcome = Outcome(TAKEN, "", family.run(recipe, context))
-    except BaseException as error:
-        outcome = of_error(error)
-    cpu_s, grown = _cpu_s() - started, max(0, _status_bytes("VmHWM") - before)
+    before, started = status_bytes("VmRSS"), _cpu_s()
+    with ChildrenWatch() as children:
+        try:
+            outcome = Outcome(TAKEN, "", family.run(recipe, context))
+        except BaseException as error:
+            outcome = of_error(error)
+        own_bytes = status_bytes("VmHWM") - before
+    cpu_s, grown = _cpu_s() - started - children.cpu_s, max(0, own_bytes, children.grown_bytes)
     values = outcome.to_dict() | {"cpu_s": round(cpu_s, 3), "grown_bytes": grown}
     allowed = MAX_BYTES + input_bytes + (taken_bytes if outcome.kind == TAKEN else 0)
     if not outcome.is_finding and cpu_s > MAX_SECONDS:
@@ -166,10 +169,3 @@ def _cpu_s() -> float:
     """Return the CPU time of this process and of the children that it waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"/proc/self/status has no {field}")
