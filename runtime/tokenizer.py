@@ -45,6 +45,9 @@ class Tokenizer:
     def __init__(self, tokenizer_json: bytes, *, name: str = "tokenizer.json") -> None:
         settings = parse_json_object(tokenizer_json, name, remedy=_EXPORT_AGAIN)
         _check_work(settings, name)
+        if isinstance(settings.get("model"), dict):  # the library reads them itself, and both would be in memory
+            settings["model"].pop("vocab", None)
+            settings["model"].pop("merges", None)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         except BaseException as error:  # the library raises plain Exception and ValueError, and panics
