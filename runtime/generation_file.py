@@ -123,6 +123,9 @@ NEUTRAL_IN_SAMPLING: Mapping[str, Callable[[Any], bool]] = {
     "typical_p": lambda value: _is_number(value) and value >= 1,
 }
 
+MISSING_FILTERS = "missing_filters"
+"""Key of the filters of sampling that a greedy file names and this runtime does not do, among the values taken."""
+
 # Older releases wrote it into every file that they saved.
 _OLD_DEFAULT_OF_MAX_LENGTH = 20
 
@@ -151,6 +154,9 @@ def taken_values(config: Mapping[str, Any]) -> dict[str, Any]:
             remedy="remove the key from the file, or use transformers for this kind of generation",
         )
     values = {key: value for key, value in given.items() if key in TAKEN}
+    filters = [k for k, is_neutral in NEUTRAL_IN_SAMPLING.items() if k in given and not is_neutral(given[k])]
+    if filters:
+        values[MISSING_FILTERS] = tuple(sorted(filters))  # of a greedy file, which a caller may ask to sample
     if "max_new_tokens" in values or values.get("max_length") == _OLD_DEFAULT_OF_MAX_LENGTH:
         values.pop("max_length", None)
     if type(values.get("do_sample")) in (int, str):

@@ -28,7 +28,7 @@ TAKEN_FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "greedy, filters that are not done": (
         {"typical_p": 0.5, "top_h": 0.4, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1},
-        {},
+        {"missing_filters": ("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p")},
     ),
     "sampling, filters that are off": (
         {"do_sample": True, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_p": 1.5},
@@ -101,9 +101,17 @@ def test_a_field_with_an_effect_is_refused_by_name(key: str) -> None:
 @pytest.mark.portable
 @pytest.mark.parametrize("key", sorted(NEUTRAL_IN_SAMPLING))
 def test_a_filter_is_refused_where_tokens_are_sampled(key: str) -> None:
-    assert GenerationOptions.from_generation_config({key: 0.5}) == GenerationOptions()
+    assert GenerationOptions.from_generation_config({key: 0.5}) == GenerationOptions(missing_filters=(key,))
     with pytest.raises(UsageError, match=f"{key}=0.5"):
         GenerationOptions.from_generation_config({key: 0.5, "do_sample": True})
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("key", sorted(NEUTRAL_IN_SAMPLING))
+def test_a_filter_of_a_greedy_file_is_not_forgotten_by_a_caller_who_samples(key: str) -> None:
+    options = GenerationOptions.from_generation_config({"do_sample": False, key: 0.5}).replace(max_new_tokens=3)
+    with pytest.raises(UsageError, match=f"generation_config.json asks for {key}, which"):
+        options.replace(do_sample=True)
 
 
 @pytest.mark.portable
