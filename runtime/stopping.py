@@ -117,7 +117,9 @@ def check_stops(stops: Sequence[str]) -> None:
         UsageError: One is empty, or all of them together exceed `MAX_STOP_CHARACTERS`.
     """
     if any(not stop for stop in stops):
-        raise UsageError("a stop string is empty, which would end every answer at once")
+        raise UsageError(
+            "a stop string is empty, which would end every answer at once", remedy="leave the empty string out"
+        )
     num_characters = sum(map(len, stops))
     if num_characters > MAX_STOP_CHARACTERS:
         raise UsageError(
