@@ -122,9 +122,10 @@ def _normalised(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
     count.add(len(messages))
     plain: list[dict[str, Any]] = []
     for i in range(len(messages)):  # by index, since a class of the caller's own may iterate for ever
-        message = _message(messages[i], f"messages[{i}]", images, count)
+        item = dumped(messages[i])
+        message = _message(item, f"messages[{i}]", images, count)
         before = plain[-1] if plain else {}
-        if _is_call(messages[i]) and before.get("role") == "assistant" and type(before.get("tool_calls", [])) is list:
+        if _is_call(item) and before.get("role") == "assistant" and type(before.get("tool_calls", [])) is list:
             # The items of one answer are one turn.
             before.setdefault("tool_calls", []).extend(message["tool_calls"])
         else:
@@ -151,7 +152,6 @@ def _exact(value: Any) -> str:
 
 
 def _message(message: Any, place: str, images: list[Any], count: ValueCount) -> dict[str, Any]:
-    message = dumped(message)
     if not isinstance(message, Mapping):
         raise UsageError(f"{place} must be a dict, got {type(message).__name__}")
     _check_num_keys(message, place, count)
@@ -202,8 +202,7 @@ def _required(item: Mapping[Any, Any], key: str, kind: str, place: str) -> Any:
 
 def _is_call(item: Any) -> bool:
     """Return whether a message is an item of the Responses API that calls a function."""
-    item = dumped(item)
-    return isinstance(item, Mapping) and "role" not in item and _exact(item.get("type")) == "function_call"
+    return isinstance(item, Mapping) and item.get("role") is None and _exact(item.get("type")) == "function_call"
 
 
 def _check_num_keys(values: Mapping[Any, Any], place: str, count: ValueCount) -> None:

@@ -360,7 +360,7 @@ def test_items_of_the_responses_api_are_turns() -> None:
         {"role": "user", "content": "weather?"},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
         {"type": "function_call", "id": "fc_1", "call_id": "1", "name": "f", "arguments": "{}", "status": "completed"},
-        {"type": "function_call", "call_id": "2", "name": "g", "arguments": "{}"},
+        {"type": "function_call", "call_id": "2", "name": "g", "arguments": "{}", "role": None},
         {"type": "function_call_output", "call_id": "1", "output": "rain"},
         {"type": "function_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "sun"}]},
         {"type": "function_call", "call_id": "3", "name": "h", "arguments": "{}"},
