@@ -19,6 +19,7 @@ from torch import Tensor
 from engines.weight_shapes import weight_shapes
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.modeling import LayerCache, Qwen3VL
+from runtime.arguments import whole_number
 from runtime.chat import ChatTemplate
 from runtime.errors import CheckpointError, UsageError
 from runtime.generation_config import GenerationOptions
@@ -27,7 +28,10 @@ from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
 from runtime.model import DEFAULT_MAX_CONTEXT, Qwen3VLModel
 from runtime.session import Floats, Ints, KVCache
+from runtime.shown import one_line, shown
 from runtime.tokenizer import Tokenizer
+
+_LONGEST_REASON = 200
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,18 +52,21 @@ def open_eager(
         UsageError: There is no such dtype or device, or `max_context` is beyond what the model was trained for.
     """
     if not isinstance(checkpoint, str) or not checkpoint:
-        raise UsageError(f"{checkpoint!r} is no checkpoint", remedy="give a folder, a Hub id, or 'demo'")
+        raise UsageError(f"{shown(checkpoint)} is no checkpoint", remedy="give a folder, a Hub id, or 'demo'")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}", remedy=f"give one of {', '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype {shown(dtype)}", remedy=f"give one of {', '.join(DTYPES)}")
     kind = _kind_of(device)
     source = Checkpoint.open(checkpoint)
     trained = source.config.text.max_positions
-    max_context = min(DEFAULT_MAX_CONTEXT, trained) if max_context is None else max_context
-    if not 1 <= max_context <= trained:
-        raise UsageError(
-            f"max_context = {max_context}, expected 1 to {trained}, what the model was trained for",
-            remedy=f"leave max_context out for {min(DEFAULT_MAX_CONTEXT, trained)}",
-        )
+    default_context = min(DEFAULT_MAX_CONTEXT, trained)
+    max_context = whole_number(
+        "max_context",
+        default_context if max_context is None else max_context,
+        1,
+        trained,
+        f"1 to {trained}, what the model was trained for",
+        f"leave max_context out for {default_context}",
+    )
     assets = source.assets()
     model = load(source, dtype=DTYPES[dtype], device=device)
     manifest = Manifest(
@@ -89,13 +96,14 @@ def _kind_of(device: str) -> str:
     Raises:
         UsageError: It is none, or is not here.
     """
+    if not isinstance(device, (str, torch.device)):
+        raise UsageError(f"device must be a string, got {type(device).__name__}", remedy="give 'cpu'")
     try:
         torch.zeros(1, device=device).cpu()  # `meta` holds no numbers to bring back
         return torch.device(device).type
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # torch raises each, by device
-        raise UsageError(
-            f"device {device!r}: PyTorch cannot use it ({str(error).splitlines()[0]})", remedy="give 'cpu'"
-        ) from error
+    except Exception as error:  # each device fails in classes of its own
+        reason = one_line(str(error).partition("\n")[0], _LONGEST_REASON)
+        raise UsageError(f"device {shown(device)}: PyTorch cannot use it ({reason})", remedy="give 'cpu'") from error
 
 
 def load(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Qwen3VL:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen3vl_export.ops import causal_attention, mixture_of_experts, rms_norm, vision_attention
+from runtime.errors import UsageError
 from runtime.model_config import ExpertsConfig, ModelConfig, TextConfig, VisionConfig
 
 LayerCache = tuple[Tensor, Tensor]
@@ -35,6 +36,11 @@ class Qwen3VL(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise UsageError(
+                f"config must be a ModelConfig, got {type(config).__name__}",
+                remedy="read a config.json with runtime.model_config.ModelConfig.from_hf",
+            )
         self.config = config
         self.model = nn.ModuleDict({"visual": VisionTower(config), "language_model": LanguageModel(config)})
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)

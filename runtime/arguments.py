@@ -86,13 +86,13 @@ def template_variables(values: Any) -> dict[str, Any] | None:
         raise UsageError(f"chat_template_kwargs must be a dict, got {type(values).__name__}", remedy=remedy)
     with reading("chat_template_kwargs", remedy):
         return {
-            text_data(name, "a name in chat_template_kwargs"): plain_data(value, f"chat_template_kwargs.{shown(name)}")
+            text_data(name, "a name in chat_template_kwargs"): plain_data(value, f"chat_template_kwargs[{shown(name)}]")
             for name, value in values.items()
         }
 
 
 def tool_schemas(values: Any) -> list[dict[str, Any]] | None:
-    """Return `tools` as plain data.
+    """Return `tools` as plain data; None if there are none, as the clients of other libraries send an empty list.
 
     Raises:
         UsageError: It is no list of dicts of JSON data.
@@ -107,7 +107,7 @@ def tool_schemas(values: Any) -> list[dict[str, Any]] | None:
     for i, tool in enumerate(plain):
         if not isinstance(tool, dict):
             raise UsageError(f"tools[{i}] must be a dict, got {type(tool).__name__}", remedy=remedy)
-    return plain
+    return plain or None
 
 
 def _text_of(error: Exception) -> str:

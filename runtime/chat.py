@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runtime.arguments import template_variables, tool_schemas
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import read_json_object, read_small_file
-from runtime.plain_data import plain_data
+from runtime.shown import shorten
 from runtime.template_engine import (
     FORBIDDEN,
     LENGTH,
@@ -136,7 +137,7 @@ class ChatTemplate:
         Args:
             messages: The plain messages of `normalise_messages`.
             add_generation_prompt: End with the opening of the assistant's turn.
-            tools: JSON schemas of functions, for templates that know tools.
+            tools: JSON schemas of functions, for templates that know tools; none of them are as if left out.
             chat_template_kwargs: Further variables of the template.
 
         Raises:
@@ -146,9 +147,9 @@ class ChatTemplate:
         """
         variables = {
             "documents": None,
-            **self._checked_kwargs(chat_template_kwargs or {}),
+            **self._checked_kwargs(template_variables(chat_template_kwargs) or {}),
             "messages": list(messages),
-            "tools": None if tools is None else self._checked_tools(tools),
+            "tools": self._checked_tools(tools),
             "add_generation_prompt": add_generation_prompt,
         }
         _check_length(variables)
@@ -181,14 +182,13 @@ class ChatTemplate:
                     f"the chat template has no variable {name!r}",
                     remedy=f"its variables are {', '.join(free)}" if free else "it takes none",
                 )
-        return {name: plain_data(value, f"chat_template_kwargs.{name}") for name, value in kwargs.items()}
+        return dict(kwargs)
 
-    def _checked_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
-        if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
-            raise UsageError("tools must be a list of JSON schemas (dicts)")
-        if "tools" not in self.variables:
+    def _checked_tools(self, tools: Any) -> list[dict[str, Any]] | None:
+        schemas = tool_schemas(tools)
+        if schemas is not None and "tools" not in self.variables:
             raise UsageError("the chat template knows no tools", remedy="leave tools out")
-        return [plain_data(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+        return schemas
 
 
 def template_source(folder: Path) -> str:
@@ -247,8 +247,7 @@ def _check_length(value: Any) -> None:
 
 def _fail(kind: str, reason: str) -> NoReturn:
     """Raise what a template's failure is in this project's tree."""
-    if len(reason) > _LONGEST_REASON:
-        reason = f"{reason[:_LONGEST_REASON]}…"
+    reason = shorten(reason, _LONGEST_REASON)
     if kind == SYNTAX:
         raise EngineError(f"the chat template is not valid jinja2, {reason}", remedy=_REPAIR)
     if kind == FORBIDDEN:

@@ -10,7 +10,7 @@ one line, no control characters, and with the remedy no more than `MAX_CHARACTER
 
 from __future__ import annotations
 
-from runtime.shown import one_line, shorten
+from runtime.shown import one_line, shorten, shown
 
 MAX_CHARACTERS = 500
 """Longest text of an error, message and remedy together; what is longer loses its middle."""
@@ -34,8 +34,11 @@ class Qwen3VLError(Exception):
 
     def __init__(self, message: str, *, remedy: str | None = None) -> None:
         room = MAX_CHARACTERS - len(_REMEDY)
-        self.message = one_line(message, MAX_CHARACTERS)
-        self.remedy = None if remedy is None else one_line(remedy, MAX_CHARACTERS)
+        # They are texts; but an error that raises another would hide what went wrong.
+        self.message = one_line(message if isinstance(message, str) else shown(message), MAX_CHARACTERS)
+        self.remedy = remedy
+        if remedy is not None:
+            self.remedy = one_line(remedy if isinstance(remedy, str) else shown(remedy), MAX_CHARACTERS)
         if self.remedy is not None:
             # Each may have half of the room, and what the other leaves.
             self.remedy = shorten(self.remedy, max(room // 2, room - len(self.message)))

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.arguments import reading
 from runtime.errors import UsageError
 from runtime.generation_file import MISSING_FILTERS, taken_values
 from runtime.shown import shown
 from runtime.stopping import check_stops
 
+_LOGGER = logging.getLogger(__name__)
 # Only looked at when tokens are sampled: passing one of them to a greedy generation is a contradiction.
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 
@@ -93,10 +97,11 @@ class GenerationOptions:
         Raises:
             UsageError: A value has the wrong type or lies outside its range.
         """
-        object.__setattr__(self, "do_sample", _do_sample("do_sample", self.do_sample))
-        for name, check in _CHECKS.items():
-            is_idle = name in _SAMPLING_ONLY and not self.do_sample
-            object.__setattr__(self, name, (_number if is_idle else check)(name, getattr(self, name)))
+        with _reading_options():
+            object.__setattr__(self, "do_sample", _do_sample("do_sample", self.do_sample))
+            for name, check in _CHECKS.items():
+                is_idle = name in _SAMPLING_ONLY and not self.do_sample
+                object.__setattr__(self, name, (_number if is_idle else check)(name, getattr(self, name)))
         if self.do_sample and self.missing_filters:
             raise UsageError(
                 f"generation_config.json asks for {', '.join(self.missing_filters)}, which this runtime does not do "
@@ -115,14 +120,24 @@ class GenerationOptions:
         Raises:
             UsageError: A value is out of range, or a key would change the output and is not implemented.
         """
-        values = taken_values(config)
+        if not isinstance(config, Mapping):
+            raise UsageError(
+                f"a generation config must be a dict, got {type(config).__name__}",
+                remedy="pass json.load of a generation_config.json",
+            )
+        with _reading_options():
+            return cls._from_values(taken_values(config))
+
+    @classmethod
+    def _from_values(cls, values: Mapping[str, Any]) -> GenerationOptions:
         renamed = {"eos_token_id": "eos_token_ids", "stop_strings": "stop"}
         values = {renamed.get(key, key): value for key, value in values.items()}
         drafted = values.get("prompt_lookup_num_tokens")
         if isinstance(drafted, int) and drafted > _MOST_DRAFTED:
             values["prompt_lookup_num_tokens"] = _MOST_DRAFTED  # the tokens are the same
         if "max_length" in values:
-            values["max_new_tokens"] = values["max_length"]  # what it leaves for the answer is less
+            # What it leaves for the answer is less.
+            values["max_new_tokens"] = _max_length("max_length", values["max_length"])
         return cls(**values)
 
     def replace(self, **options: Any) -> GenerationOptions:
@@ -136,6 +151,10 @@ class GenerationOptions:
             UsageError: An unknown option, a value out of range, an option under both of its names, or one that only
                 sampling looks at while `do_sample` is False.
         """
+        with _reading_options():
+            return self._replaced(options)
+
+    def _replaced(self, options: Mapping[str, Any]) -> GenerationOptions:
         given = {name: value for name, value in options.items() if value is not None}
         names = list(OPTIONS)
         unknown = sorted(name for name in options if name not in names and name not in _ALIASES)
@@ -158,7 +177,12 @@ class GenerationOptions:
             _max_length("max_length", given.get("max_length"))  # it gives way, but has to be a number
             given["max_length"] = None
         elif "max_length" in given:
-            given["max_new_tokens"] = given["max_length"]  # what it leaves for the answer is less
+            length = _max_length("max_length", given["max_length"])
+            if self.max_length is None and self.max_new_tokens != type(self).max_new_tokens:
+                _LOGGER.warning("note: max_length has no effect: max_new_tokens = %d counts", self.max_new_tokens)
+                del given["max_length"]  # as in transformers
+            else:
+                given["max_new_tokens"] = length  # what it leaves for the answer is less
         replaced = dataclasses.replace(self, **given)
         idle = [name for name in _SAMPLING_ONLY if name in given]
         if idle and not replaced.do_sample:
@@ -167,6 +191,10 @@ class GenerationOptions:
                 remedy="pass do_sample=True to sample, or leave the option out",
             )
         return replaced
+
+
+def _reading_options() -> AbstractContextManager[None]:
+    return reading("the options", "pass plain numbers and strings")
 
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(GenerationOptions) if field.name != MISSING_FILTERS)
@@ -265,10 +293,6 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
     stops = (value,) if isinstance(value, str) else value
     if not isinstance(stops, Sequence) or len(stops) > _MOST_STOPS or not all(isinstance(stop, str) for stop in stops):
         raise UsageError(f"{name} must be a string or a list of at most {_MOST_STOPS} strings, got {shown(value)}")
-    if "" in stops:
-        raise UsageError(
-            f"{name} holds an empty string, which would end every answer at once", remedy="leave the empty string out"
-        )
     check_stops(stops)
     return tuple(stops)
 

@@ -9,6 +9,7 @@ import weakref
 from functools import partial
 
 from runtime.errors import CapacityError, EngineError, Qwen3VLError, UsageError
+from runtime.shown import shorten
 
 _LONGEST_REASON = 300
 _PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Non-zero status code returned while )?")
@@ -69,8 +70,7 @@ def as_engine_error(error: Exception) -> Qwen3VLError | None:
     if not _is_of_onnxruntime(error):
         return None
     reason = _PREFIX.sub("", (str(error).splitlines() or [type(error).__name__])[0])
-    if len(reason) > _LONGEST_REASON:
-        reason = f"{reason[:_LONGEST_REASON]}…"
+    reason = shorten(reason, _LONGEST_REASON)
     if any(words in str(error).lower() for words in _WANT_OF_MEMORY):
         return CapacityError(
             f"not enough memory for this call ({reason})", remedy="use a smaller image, prompt or max_context"

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING
 
-from runtime.errors import CapacityError, ImageError, UsageError
-from runtime.shown import shown
+from runtime.arguments import whole_number
+from runtime.errors import CapacityError, ImageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,13 +45,9 @@ def check_max_image_pixels(max_image_pixels: int) -> int:
     Raises:
         UsageError: It is no whole number of 1 to `MOST_IMAGE_PIXELS`.
     """
-    is_number = isinstance(max_image_pixels, int) and not isinstance(max_image_pixels, bool)
-    if not is_number or not 1 <= max_image_pixels <= MOST_IMAGE_PIXELS:
-        raise UsageError(
-            f"max_image_pixels = {shown(max_image_pixels)}, expected a whole number of 1 to {MOST_IMAGE_PIXELS}",
-            remedy=f"leave max_image_pixels out for {MAX_IMAGE_PIXELS}",
-        )
-    return max_image_pixels
+    expected = f"a whole number of 1 to {MOST_IMAGE_PIXELS}"
+    remedy = f"leave max_image_pixels out for {MAX_IMAGE_PIXELS}"
+    return whole_number("max_image_pixels", max_image_pixels, 1, MOST_IMAGE_PIXELS, expected, remedy)
 
 
 class CountedReader(io.RawIOBase):
@@ -79,18 +75,25 @@ class CountedReader(io.RawIOBase):
         Raises:
             ImageError: It was read in too many pieces.
         """
+        self._count()
+        return self._file.read(-1 if size is None else size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        """Return bytes up to the end of a line.
+
+        Raises:
+            ImageError: It was read in too many pieces.
+        """
+        self._count()
+        return self._file.readline(-1 if size is None else size)
+
+    def _count(self) -> None:
         self._num_left -= 1
         if self._num_left < 0:
             raise ImageError(
                 f"{self._where}: made of very many small pieces, which takes too long to read",
                 remedy="save the image again",
             )
-        return self._file.read(-1 if size is None else size)
-
-    def readline(self, size: int | None = -1) -> bytes:
-        """Return bytes up to the end of a line; counted as `read`."""
-        self._num_left -= 1
-        return self._file.readline(-1 if size is None else size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a place in the file."""

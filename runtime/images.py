@@ -35,6 +35,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 
+from runtime.arguments import reading
 from runtime.base64_text import decode_base64
 from runtime.errors import CapacityError, ImageError, Qwen3VLError, UsageError
 from runtime.files import NotRegularError, open_regular
@@ -67,7 +68,6 @@ _STRIP_PIXELS = 1 << 18
 _SHORTEST_BASE64, _LONGEST_PATH = 60, 4096
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 _ORIENTATION = 0x0112  # of EXIF
-_WHITESPACE = b" \t\n\r\x0b\x0c"
 
 
 def load_image(
@@ -96,7 +96,8 @@ def load_image(
     if isinstance(source, np.ndarray):
         return _from_array(np.asarray(source), limit)  # a subclass, such as np.matrix, has an indexing of its own
     if isinstance(source, (bytes, bytearray, memoryview)):
-        contents = bytes(source)  # a view may skip bytes
+        with reading("the image", "pass bytes"):
+            contents = bytes(source)  # a view may skip bytes, or be released
         return _decode(io.BytesIO(contents), f"image of {len(contents)} bytes", limit)
     if isinstance(source, str):
         scheme = scheme_of(source)
@@ -263,9 +264,10 @@ def _upright(rgb_HWC: RgbImage, orientation: object) -> RgbImage:
 
 
 def _from_pil(image: Image.Image, limit: int) -> RgbImage:
-    where = f"PIL image (mode {image.mode}, {image.width} x {image.height})"
-    check_size(image.width, image.height, where, limit)
-    _check_mode(image, where)
+    with reading("the PIL image", "pass image.convert('RGB')"):  # a class of the caller's own
+        where = f"PIL image (mode {image.mode}, {image.width} x {image.height})"
+        check_size(image.width, image.height, where, limit)
+        _check_mode(image, where)
     try:
         image.load()
         check_size(image.width, image.height, where, limit)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from runtime.errors import EngineError
 from runtime.model_config import ExpertsConfig, ModelConfig, TextConfig, VisionConfig
+from runtime.shown import shown_numbers
 
 CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8", "uint8")
 
@@ -31,7 +32,6 @@ _RANGES = {
     "vision_start_token_id": (0, _MOST_OF_AN_INTEGER),
     "vision_end_token_id": (0, _MOST_OF_AN_INTEGER),
 }
-_LONGEST_SHOWN = 80
 
 
 def check_file_name(name: object) -> str:
@@ -43,7 +43,7 @@ def check_file_name(name: object) -> str:
     is_name = isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0\ud800-\udfff]", name)
     if not is_name or len(str(name)) > 255:
         raise EngineError(
-            f"{_shown(name)} is no name of a file in the engine's folder", remedy="build the engine again"
+            f"{shown_numbers(name)} is no name of a file in the engine's folder", remedy="build the engine again"
         )
     return str(name)
 
@@ -184,12 +184,7 @@ def _profiles(name: str, value: object) -> None:
 
 
 def _refuse(name: str, value: object, expected: str) -> NoReturn:
-    raise EngineError(f"{name} is {_shown(value)}, expected {expected}", remedy="build the engine again")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+    raise EngineError(f"{name} is {shown_numbers(value)}, expected {expected}", remedy="build the engine again")
 
 
 _CAPABILITIES: Mapping[str, Callable[[str, object], None]] = {

@@ -11,7 +11,7 @@ from typing import Any
 from runtime.arguments import reading
 from runtime.base64_text import decode_base64
 from runtime.errors import UsageError
-from runtime.plain_data import dumped, plain_data, text_data
+from runtime.plain_data import ValueCount, dumped, plain_data, text_data
 from runtime.shown import shown
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -46,6 +46,22 @@ _RESOLUTION = "set the resolution when the engine is opened: min_pixels, max_pix
 _REFUSED_PART_KEYS = {
     **dict.fromkeys(("max_pixels", "min_pixels", "resized_height", "resized_width"), _RESOLUTION),
     "file_id": "nothing is fetched: pass the image itself, as a path, bytes or base64",
+}
+_MOST_KEYS = 100  # of a message or a part: each that is not known is compared with those that are
+# Parts of Anthropic's and OpenAI's interfaces, and items of OpenAI's Responses API, that are said otherwise here.
+_REFUSED_PARTS = {
+    "tool_use": "write it into tool_calls of the assistant's message: [{'type': 'function', 'function': {'name': …, "
+    "'arguments': …}}]",
+    "tool_result": "write it as a message of its own: {'role': 'tool', 'content': …}",
+    "thinking": "write it as reasoning_content of the assistant's message, or leave it out",
+    "redacted_thinking": "leave it out: nobody but Anthropic can read it",
+    "reasoning": "write it as reasoning_content of the assistant's message, or leave it out",
+    **dict.fromkeys(("input_audio", "audio"), "audio is not supported; pass its transcript as text"),
+    **dict.fromkeys(("document", "file", "input_file"), "pass its text as text and its pages as images"),
+}
+_REFUSED_ITEMS = {
+    "reasoning": "leave it out, or write its text as reasoning_content of the assistant's message behind it",
+    "item_reference": "nothing is stored: pass the item itself",
 }
 _LEAST_LIKENESS = 0.8  # of a key to a known one, to be called mistyped
 _LONGEST_KEY = 40  # that is compared: longer ones are nothing mistyped, and take long
@@ -102,8 +118,18 @@ def _normalised(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
     if not messages:
         raise UsageError("messages is empty", remedy='pass at least one {"role": "user", "content": "…"}')
     images: list[Any] = []
-    # By index, since a class of the caller's own may iterate for ever.
-    plain = [_message(messages[i], f"messages[{i}]", images) for i in range(len(messages))]
+    count = ValueCount("the list of messages")
+    count.add(len(messages))
+    plain: list[dict[str, Any]] = []
+    for i in range(len(messages)):  # by index, since a class of the caller's own may iterate for ever
+        item = dumped(messages[i])
+        message = _message(item, f"messages[{i}]", images, count)
+        before = plain[-1] if plain else {}
+        if _is_call(item) and before.get("role") == "assistant" and type(before.get("tool_calls", [])) is list:
+            # The items of one answer are one turn.
+            before.setdefault("tool_calls", []).extend(message["tool_calls"])
+        else:
+            plain.append(message)
     return plain, tuple(images)
 
 
@@ -125,16 +151,17 @@ def _exact(value: Any) -> str:
     return str.__str__(value) if isinstance(value, str) else ""
 
 
-def _message(message: Any, place: str, images: list[Any]) -> dict[str, Any]:
-    message = dumped(message)
+def _message(message: Any, place: str, images: list[Any], count: ValueCount) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise UsageError(f"{place} must be a dict, got {type(message).__name__}")
+    _check_num_keys(message, place, count)
     # A client that sends every field of its class sends null for those that are not set.
     message = {key: value for key, value in message.items() if value is not None or key == "content"}
+    message = _of_item(message, place)
     role = _role(message, place)
     _check_keys(message, _MESSAGE_KEYS, _REFUSED_MESSAGE_KEYS, place)
     plain = {
-        text_data(key, f"a key of {place}"): plain_data(value, f"{place}.{key}")
+        text_data(key, f"a key of {place}"): plain_data(value, f"{place}.{key}", count)
         for key, value in message.items()
         if key not in ("role", "content", "refusal")
     }
@@ -147,7 +174,41 @@ def _message(message: Any, place: str, images: list[Any]) -> dict[str, Any]:
     content = message.get("content")
     if content is None:
         content = message.get("refusal", "" if "content" in message or plain.get("tool_calls") else None)
-    return {"role": role, **plain, "content": _content(content, f"{place}.content", images)}
+    return {"role": role, **plain, "content": _content(content, f"{place}.content", images, count)}
+
+
+def _of_item(item: dict[Any, Any], place: str) -> dict[Any, Any]:
+    """Return the message that an item of OpenAI's Responses API is, if it is one without a role; else the same."""
+    kind = _exact(item.get("type"))
+    if "role" in item or not kind:
+        return item
+    if kind in _REFUSED_ITEMS:
+        raise UsageError(f"{place} is an item of the type {kind!r}, which is not taken", remedy=_REFUSED_ITEMS[kind])
+    if kind == "function_call":
+        function = {key: _required(item, key, kind, place) for key in ("name", "arguments")}
+        call = {"type": "function", "id": item.get("call_id", item.get("id")), "function": function}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
+    if kind == "function_call_output":
+        output = _required(item, "output", kind, place)
+        return {"role": "tool", "tool_call_id": item.get("call_id"), "content": output}
+    return item
+
+
+def _required(item: Mapping[Any, Any], key: str, kind: str, place: str) -> Any:
+    if key not in item:
+        raise UsageError(f"{place} is a {kind} without {key!r}", remedy="pass the item as the client returned it")
+    return item[key]
+
+
+def _is_call(item: Any) -> bool:
+    """Return whether a message is an item of the Responses API that calls a function."""
+    return isinstance(item, Mapping) and item.get("role") is None and _exact(item.get("type")) == "function_call"
+
+
+def _check_num_keys(values: Mapping[Any, Any], place: str, count: ValueCount) -> None:
+    if len(values) > _MOST_KEYS:
+        raise UsageError(f"{place} has {len(values)} keys, expected at most {_MOST_KEYS}", remedy="pass less data")
+    count.add(max(0, len(values) - 2))  # every message and part has two
 
 
 def _tool_calls(calls: Any) -> Any:
@@ -166,21 +227,24 @@ def _is_empty(value: Any) -> bool:
     return isinstance(value, (str, list, tuple, dict)) and len(value) == 0
 
 
-def _content(content: Any, place: str, images: list[Any]) -> str | list[dict[str, Any]]:
+def _content(content: Any, place: str, images: list[Any], count: ValueCount) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return text_data(content, place)
     if not isinstance(content, (list, tuple)):
         found = "nothing" if content is None else type(content).__name__
         raise UsageError(f"{place} must be a string or a list of parts, got {found}")
-    return [_part(part, f"{place}[{i}]", images) for i, part in enumerate(content)]
+    count.add(len(content))
+    # By index, as above.
+    return [_part(content[i], f"{place}[{i}]", images, count) for i in range(len(content))]
 
 
-def _part(part: Any, place: str, images: list[Any]) -> dict[str, Any]:
+def _part(part: Any, place: str, images: list[Any], count: ValueCount) -> dict[str, Any]:
     part = dumped(part)
     if not isinstance(part, Mapping):
         raise UsageError(
             f"{place} must be a dict, got {type(part).__name__}", remedy='write text as {"type": "text", "text": "…"}'
         )
+    _check_num_keys(part, place, count)
     part = {key: value for key, value in part.items() if value is not None}
     kind = _exact(part.get("type"))
     if kind in _TEXT_PARTS:
@@ -200,6 +264,10 @@ def _part(part: Any, place: str, images: list[Any]) -> dict[str, Any]:
     if kind in ("video", "video_url"):
         raise UsageError(
             f"{place} is a video, which is not supported yet", remedy="pass frames of it as images, one part each"
+        )
+    if kind in _REFUSED_PARTS:
+        raise UsageError(
+            f"{place} is a part of the type {kind!r}, which is not taken as a part", remedy=_REFUSED_PARTS[kind]
         )
     found = f"has the unknown type {shown(part['type'])}" if "type" in part else "has no 'type'"
     raise UsageError(f"{place} {found}", remedy=f"the types are {', '.join((*_TEXT_PARTS, *_IMAGE_PARTS))}")

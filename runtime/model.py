@@ -88,6 +88,11 @@ class Qwen3VLModel:
         source: str | None = None,
         threads: int | None = None,
     ) -> None:
+        if not isinstance(manifest, Manifest):
+            raise UsageError(
+                f"manifest must be a Manifest, got {type(manifest).__name__}",
+                remedy="open an engine with Qwen3VLModel.from_engine",
+            )
         self.manifest = manifest
         self.config = manifest.model
         self.session = session
@@ -257,8 +262,8 @@ class Qwen3VLModel:
                 answer that fills `max_context` ends with finish_reason "length".
         """
         self._owner.check()
-        with reading("the options", "pass plain numbers and strings"):
-            chosen = self._chosen(options, keywords)
+        chosen = self._chosen(options, keywords)
+        # Now, since work begins later, when the caller may have changed them.
         tools, chat_template_kwargs = tool_schemas(tools), template_variables(chat_template_kwargs)
         prepare = partial(self.prepare, messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
         return Stream(self._run(prepare, chosen))
@@ -323,8 +328,8 @@ class Qwen3VLModel:
         prompt = self._builder.build(
             messages,
             num_visual_tokens,
-            tools=tool_schemas(tools),
-            chat_template_kwargs=template_variables(chat_template_kwargs),
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
             max_tokens=self.max_context,
         )
         if len(prompt.input_ids) > self.max_context:
@@ -335,9 +340,18 @@ class Qwen3VLModel:
         return Prepared(prompt, tuple(images), mrope_positions(len(prompt.input_ids), spans))
 
     def encode_images(self, images: Sequence[ProcessedImage]) -> Floats:
-        """Run the vision tower on each image: [1+D, V, hidden], in order; one zero row if none."""
+        """Run the vision tower on each image: [1+D, V, hidden], in order; one zero row if none.
+
+        Raises:
+            UsageError: They are not the images of `prepare`, or this process was forked from another.
+        """
         self._owner.check()
-        return self._join([self._encode(image) for image in images])
+        remedy = "pass model.prepare(messages).images"
+        with reading("images", remedy):
+            processed = list(images) if isinstance(images, (list, tuple)) else [None]
+        if any(type(image) is not ProcessedImage for image in processed):
+            raise UsageError(f"images must be a list of ProcessedImage, got {shown(images)}", remedy=remedy)
+        return self._join([self._encode(image) for image in processed if image is not None])
 
     def _join(self, embeds: Sequence[Floats]) -> Floats:
         if not embeds:

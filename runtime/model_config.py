@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, TypeGuard
 
 from runtime.errors import CheckpointError
-from runtime.shown import shorten, shown
+from runtime.shown import shown, shown_numbers
 
 SUPPORTED_MODEL_TYPE = "qwen3_vl"
 EXPERTS_MODEL_TYPE = "qwen3_vl_moe"
@@ -29,7 +29,6 @@ _OTHER_FAMILIES: Mapping[str, str] = {
 }
 
 # Far above all models, and low enough that no product of sizes of one weight exceeds 63 bits.
-_MOST_SHOWN = 8
 _TAKE_IT_AGAIN = "config.json was altered, or is of another model: take it again from where the weights are from"
 _MOST, _MOST_LAYERS, _MOST_TOKENS, _MOST_OF_PATCH = 1 << 20, 1 << 10, (1 << 31) - 1, 1 << 6
 
@@ -328,18 +327,10 @@ class _Section:
     def refuse(self, key: str, expected: str) -> NoReturn:
         """Raise the error that names the key, what it is and what it should be."""
         path = f"{self.name}.{key}" if self.name else key
-        found = _shown(self._values[key]) if key in self._values else "missing"
+        found = shown_numbers(self._values[key]) if key in self._values else "missing"
         raise CheckpointError(
             f"config.json: {path} is {found}, expected {expected}", remedy="take config.json from the original model"
         )
-
-
-def _shown(value: object) -> str:
-    """Show a short list of numbers with what it holds, anything else as `shown` does."""
-    values = value if isinstance(value, list | tuple) and len(value) <= _MOST_SHOWN else [None]
-    if all(type(each) in (int, float) for each in values):
-        return shorten(f"[{', '.join(map(shown, values))}]", 120)
-    return shown(value)
 
 
 def _is_integer(value: object, minimum: int) -> TypeGuard[int]:
@@ -424,8 +415,8 @@ def _rope(section: _Section, exported_types: tuple[str, ...]) -> _Section:
                 )
             if merged.setdefault(key, value) != value:
                 raise CheckpointError(
-                    f"config.json: {section.name}: {key} is {_shown(merged[key])} in one place and {_shown(value)} in "
-                    "another of rope_parameters, rope_scaling and rope_theta",
+                    f"config.json: {section.name}: {key} is {shown_numbers(merged[key])} in one place and "
+                    f"{shown_numbers(value)} in another of rope_parameters, rope_scaling and rope_theta",
                     remedy="take config.json from the original model",
                 )
     # Of two forms transformers takes `rope_scaling` alone, but for the theta that stands beside it.

@@ -17,7 +17,29 @@ MAX_VALUES = 100_000
 _MAX_INTEGER_BITS = 1024  # as a float64; Python writes none of more than 4300 digits
 
 
-def plain_data(value: Any, place: str) -> Any:
+class ValueCount:
+    """Count the values of data that is looked at part by part.
+
+    Args:
+        name: What an error calls all of it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._num_values = 0
+
+    def add(self, num_values: int = 1) -> None:
+        """Count further values, before anything is made of them.
+
+        Raises:
+            UsageError: There are more than `MAX_VALUES`.
+        """
+        self._num_values += num_values
+        if self._num_values > MAX_VALUES:
+            raise UsageError(f"{self._name} holds more than {MAX_VALUES} values", remedy="pass less data")
+
+
+def plain_data(value: Any, place: str, count: ValueCount | None = None) -> Any:
     """Return a copy of JSON-like data built of exact built-in types, fit for an untrusted template.
 
     Objects of other types are refused: their methods would be open to the template. Those of pydantic, which client
@@ -26,12 +48,13 @@ def plain_data(value: Any, place: str) -> Any:
     Args:
         value: The data. Not written to.
         place: Where it stands, for the message: `messages[0].tool_calls`.
+        count: Of the whole that the data is a part of.
 
     Raises:
         UsageError: A value is no JSON, a string cannot be written as UTF-8, or the data are deeper than `MAX_DEPTH`
             (such as a list that holds itself) or more than `MAX_VALUES`.
     """
-    return _Copier(place).copy(value, [])
+    return _Copier(place, count or ValueCount(place)).copy(value, [])
 
 
 def text_data(value: Any, place: str) -> str:
@@ -60,16 +83,14 @@ def dumped(value: Any) -> Any:
 
 
 class _Copier:
-    """One copy in progress: how many values it has, and the path to the one it is at, for a message."""
+    """One copy in progress: the count of its values, and the path to the one it is at, for a message."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, count: ValueCount) -> None:
         self._place = place
-        self._num_values = 0
+        self._count = count
 
     def copy(self, value: Any, path: list[str]) -> Any:
-        self._num_values += 1
-        if self._num_values > MAX_VALUES:
-            raise UsageError(f"{self._place} holds more than {MAX_VALUES} values", remedy="pass less data")
+        self._count.add()
         if len(path) > MAX_DEPTH:
             raise UsageError(
                 f"{self._place} is nested deeper than {MAX_DEPTH} levels",

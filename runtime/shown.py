@@ -18,6 +18,8 @@ _GAP = " […] "
 # An integer above it is described: Python writes no more than 4300 digits, and slowly.
 _MOST_BITS = 1024
 
+_LONGEST, _MOST_NUMBERS = 120, 8
+
 
 def escape_controls(text: str, *, keeps_layout: bool = False) -> str:
     r"""Write control characters, bidirectional overrides and lone surrogates as `\x1b` or `\u202e`.
@@ -52,7 +54,7 @@ def shorten(text: str, limit: int) -> str:
     return (text[:head] + _GAP + text[len(text) - (kept - head) :])[:limit]
 
 
-def shown(value: object, limit: int = 120) -> str:
+def shown(value: object, limit: int = _LONGEST) -> str:
     """Return a `repr` that never fails, on one line of at most `limit` characters.
 
     Text is cut before it is quoted. A large integer is described, a container by its type and length when its `repr`
@@ -74,6 +76,14 @@ def shown(value: object, limit: int = 120) -> str:
         return one_line(repr(value), limit)
     except Exception:  # a `repr` of the caller's own can fail in any way
         return f"a {type(value).__name__}"
+
+
+def shown_numbers(value: object) -> str:
+    """Show a short list of numbers with what it holds, anything else as `shown` does."""
+    values = value if type(value) in (list, tuple) and len(value) <= _MOST_NUMBERS else None  # type: ignore[arg-type]
+    if values is None or any(type(each) not in (int, float) for each in values):  # type: ignore[attr-defined]
+        return shown(value)
+    return shorten(f"[{', '.join(map(shown, values))}]", _LONGEST)  # type: ignore[call-overload]
 
 
 def _quoted(value: str | bytes | bytearray, limit: int) -> str:

@@ -202,12 +202,23 @@ def test_unknown_variables_are_refused() -> None:
         template.render(plain, chat_template_kwargs={"tools": []})
     with pytest.raises(UsageError, match="no variable 'strftime_now'"):
         ChatTemplate("{{ strftime_now('%Y') }}").render(plain, chat_template_kwargs={"strftime_now": "x"})
-    with pytest.raises(UsageError, match="add_vision_id must be JSON data"):
+    with pytest.raises(UsageError, match=r"chat_template_kwargs\['add_vision_id'\] must be JSON data"):
         template.render(plain, chat_template_kwargs={"add_vision_id": object()})
     with pytest.raises(UsageError, match="knows no tools"):
         ChatTemplate("{{ messages }}").render(plain, tools=[TOOL])
     with pytest.raises(UsageError, match="list of JSON schemas"):
+        template.render(plain, tools="x")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"tools\[0\] must be JSON data"):
         template.render(plain, tools=[len])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match=r"tools\[0\] must be a dict, got str"):
+        template.render(plain, tools=["x"])  # type: ignore[list-item]
+
+
+@pytest.mark.portable
+def test_an_empty_list_of_tools_is_none() -> None:
+    plain, _ = normalise_messages("hi")
+    assert ChatTemplate("{{ messages[0].role }}").render(plain, tools=[]).text == "user"
+    assert ChatTemplate("{{ tools is none }}").render(plain, tools=()).text == "True"
 
 
 def write_config(key: str, value: Any) -> Callable[[Path], None]:

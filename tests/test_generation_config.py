@@ -307,3 +307,18 @@ def test_any_name_of_an_option_ends_in_a_short_error_of_ours(kind: str) -> None:
     with pytest.raises(UsageError, match="unknown generation option") as caught:
         GenerationOptions().replace(**dict.fromkeys(names, 1))
     assert len(str(caught.value)) < 1000 and caught.value.message.isprintable()
+
+
+@pytest.mark.portable
+def test_a_wrong_max_length_is_named_by_its_name() -> None:
+    for wrong in ("abc", 0, 1.5, [1]):
+        for read in (
+            lambda value: GenerationOptions.from_generation_config({"max_length": value}),
+            lambda value: GenerationOptions().replace(max_length=value),
+            lambda value: GenerationOptions(max_length=value),
+        ):
+            with pytest.raises(UsageError, match="max_length must be"):
+                read(wrong)
+    for value in (5, None, [("top_k", 1)]):
+        with pytest.raises(UsageError, match="a generation config must be a dict, got"):
+            GenerationOptions.from_generation_config(value)  # type: ignore[arg-type]

@@ -134,7 +134,8 @@ def test_max_length_counts_prompt_and_answer_and_gives_way_to_max_new_tokens() -
     assert (of_file.max_length, of_file.max_new_tokens) == (100, 100)
     asked = of_file.replace(max_new_tokens=7)
     assert (asked.max_length, asked.max_new_tokens) == (None, 7)
-    again = asked.replace(max_length=50)
+    assert asked.replace(max_length=50) == asked, "as in transformers, where the file has max_new_tokens"
+    again = of_file.replace(max_length=50)
     assert (again.max_length, again.max_new_tokens) == (50, 50)
     both = asked.replace(max_length=50, max_new_tokens=9)
     assert (both.max_length, both.max_new_tokens) == (None, 9)

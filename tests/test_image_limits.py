@@ -18,7 +18,7 @@ from damage import png_of_size
 from PIL import Image, ImageOps
 
 from runtime.errors import CapacityError, ImageError, UsageError
-from runtime.image_bounds import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
+from runtime.image_bounds import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, CountedReader
 from runtime.image_processor import ImageProcessorConfig, process_image
 from runtime.images import load_image
 from runtime.model import Qwen3VLModel
@@ -333,3 +333,15 @@ def test_sources_that_python_itself_refuses(source: Any, error: type[Exception])
     with pytest.raises(error) as caught:
         load_image(source)
     assert type(caught.value) is error
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("method", ["read", "readline"])
+def test_reads_of_every_kind_are_counted(method: str) -> None:
+    reader = CountedReader(io.BytesIO(b"\n" * 1000), "here")
+    num_reads = 0
+    with pytest.raises(ImageError, match="here: made of very many small pieces"):
+        while num_reads < 1_000_000:
+            num_reads += 1
+            getattr(reader, method)(1)
+    assert 200_000 <= num_reads <= 200_010

@@ -144,7 +144,7 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], object]:
         (put("model", "text", "num_layers", value=3), "has the unknown inputs past_key_values.3.key"),
         (put("model", "text", "hidden_size", value="a"), "hidden_size is 'a', expected an integer of 1"),
         (put("model", "text", "rms_norm_eps", value=float("nan")), "rms_norm_eps is nan, expected a number above 0"),
-        (put("model", "text", "mrope_section", value=[1, 2]), r"mrope_section is \(1, 2\), expected three integers"),
+        (put("model", "text", "mrope_section", value=[1, 2]), r"mrope_section is \[1, 2\], expected three integers"),
         (put("model", "text", "tie_word_embeddings", value=1), "tie_word_embeddings is 1, expected true or false"),
         (put("model", "vision", "patch_size", value=0), "patch_size is 0, expected an integer of 1 to 64"),
         (put("model", "vision", "patch_size", value=32), "preprocessor_config.json has patch_size"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import copy
 import enum
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ def test_a_turn_of_tool_calls_needs_no_content() -> None:
         ([{"role": "user", "content": "a\ud800"}], r"messages\[0\]\.content holds a lone surrogate"),
         (user("x"), r"messages\[0\]\.content\[0\] must be a dict, got str"),
         (user({"text": "x"}), r"messages\[0\]\.content\[0\] has no 'type'"),
-        (user({"type": "audio", "audio": "x"}), r"messages\[0\]\.content\[0\] has the unknown type 'audio'"),
+        (
+            user({"type": "audio", "audio": "x"}),
+            r"messages\[0\]\.content\[0\] is a part of the type 'audio'.*\n.*transcript",
+        ),
         (user({"type": "text"}), r"messages\[0\]\.content\[0\] is a text part without 'text'"),
         (user({"type": "text", "text": 3}), r"messages\[0\]\.content\[0\]\.text must be a string, got int"),
         (user({"type": "text", "text": "x", "txt": 1}), r"messages\[0\]\.content\[0\] has the unknown key 'txt'"),
@@ -313,7 +317,18 @@ class EndlessMessages(collections.abc.Sequence[Any]):
         ([{"role": "assistant", "content": "x", "audio": {"id": "1"}}], "has the key 'audio'.*\n.*transcript"),
         ([{"role": "assistant", "content": "", "function_call": {"name": "f"}}], "'function_call'.*\n.*tool_calls"),
         ([{"role": "user", "Content": "x"}], "unknown key 'Content'"),
-        ([{"type": "function_call", "name": "f"}], "has no 'role'"),
+        ([{"type": "function_call", "name": "f"}], r"messages\[0\] is a function_call without 'arguments'"),
+        ([{"type": "function_call_output"}], "is a function_call_output without 'output'"),
+        ([{"type": "reasoning", "summary": []}], "is an item of the type 'reasoning'.*\n.*leave it out"),
+        ([{"type": "item_reference", "id": "1"}], "is an item of the type 'item_reference'.*\n.*the item itself"),
+        ([{"type": "web_search_call"}], "has no 'role'"),
+        (user({"type": "tool_use", "name": "f", "input": {}}), "part of the type 'tool_use'.*\n.*tool_calls"),
+        (user({"type": "tool_result", "content": "x"}), "part of the type 'tool_result'.*\n.*'role': 'tool'"),
+        (user({"type": "thinking", "thinking": "x"}), "part of the type 'thinking'.*\n.*reasoning_content"),
+        (user({"type": "redacted_thinking", "data": "x"}), "'redacted_thinking'.*\n.*leave it out"),
+        (user({"type": "input_file", "file_id": "x"}), "'input_file'.*\n.*pages as images"),
+        (user({"type": "text", "text": "x", **{str(i): i for i in range(200)}}), "has 202 keys, expected at most 100"),
+        ([{"role": "user", "content": "x", **{str(i): i for i in range(200)}}], "has 202 keys, expected at most 100"),
     ],
 )
 def test_hostile_values_end_in_an_error_of_ours(messages: Any, expected: str) -> None:
@@ -333,3 +348,73 @@ def test_a_role_may_be_of_an_enumeration() -> None:
     role = enum.Enum("Role", {"USER": "user"}, type=str)
     plain, _ = normalise_messages([{"role": role["USER"], "content": "x"}])
     assert type(plain[0]["role"]) is str and plain[0]["role"] == "user"
+
+
+def call_of(name: str, call_id: str) -> dict[str, Any]:
+    return {"type": "function", "id": call_id, "function": {"name": name, "arguments": "{}"}}
+
+
+@pytest.mark.portable
+def test_items_of_the_responses_api_are_turns() -> None:
+    items = [
+        {"role": "user", "content": "weather?"},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+        {"type": "function_call", "id": "fc_1", "call_id": "1", "name": "f", "arguments": "{}", "status": "completed"},
+        {"type": "function_call", "call_id": "2", "name": "g", "arguments": "{}", "role": None},
+        {"type": "function_call_output", "call_id": "1", "output": "rain"},
+        {"type": "function_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "sun"}]},
+        {"type": "function_call", "call_id": "3", "name": "h", "arguments": "{}"},
+    ]
+    plain, images = normalise_messages(items)
+    said = [{"type": "text", "text": "I look."}]
+    first = {
+        "role": "assistant",
+        "type": "message",
+        "content": said,
+        "tool_calls": [call_of("f", "1"), call_of("g", "2")],
+    }
+    assert plain == [
+        {"role": "user", "content": "weather?"},
+        first,
+        {"role": "tool", "tool_call_id": "1", "content": "rain"},
+        {"role": "tool", "tool_call_id": "2", "content": [{"type": "text", "text": "sun"}]},
+        {"role": "assistant", "tool_calls": [call_of("h", "3")], "content": ""},
+    ]
+    assert images == () and "tool_calls" not in items[1]
+    # Messages with roles stay the turns that they are.
+    turns = [
+        {"role": "assistant", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call_of("f", "1")]},
+    ]
+    assert [turn["content"] for turn in normalise_messages(turns)[0]] == ["a", ""]
+
+
+TEXT = {"type": "text", "text": ""}
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": [TEXT] * 1_000_000}],
+        [{"role": "user", "content": "x"}] * 1_000_000,
+        [{"role": "user", "content": [TEXT] * 1000}] * 1000,
+        [{"role": "user", "content": "x", "tool_calls": [0] * 90_000}] * 1000,
+        [{"role": "user", "content": [TEXT | {f"key {i}": i for i in range(90)}] * 100_000}],
+        [{"role": "user", "content": "x", **{f"key {i}": i for i in range(90)}}] * 100_000,
+        [{"type": "function_call", "name": "f", "arguments": "{}"}] * 100_000,
+    ],
+    ids=["parts", "messages", "parts of many", "values", "keys of parts", "keys of messages", "calls"],
+)
+def test_all_messages_and_parts_are_counted_before_they_are_copied(messages: Any) -> None:
+    started = time.process_time()
+    with pytest.raises(UsageError, match="the list of messages holds more than 100000 values"):
+        normalise_messages(messages)
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.portable
+def test_as_many_messages_and_parts_as_a_context_has_room_for_are_taken() -> None:
+    assert len(normalise_messages([{"role": "user", "content": "x"}] * 100_000)[0]) == 100_000
+    parts = [TEXT] * 99_999
+    assert len(normalise_messages([{"role": "user", "content": parts}])[0][0]["content"]) == 99_999

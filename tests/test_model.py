@@ -19,6 +19,7 @@ from runtime.answer import Turn
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
 from runtime.generation import PREFILL_CHUNK
+from runtime.generation_config import GenerationOptions
 from runtime.manifest import Manifest
 from runtime.memory import cache_bytes, machine_bytes, prefill_bytes, vision_bytes
 from runtime.messages import user_message
@@ -53,10 +54,12 @@ def test_max_length_counts_the_prompt(model: Qwen3VLModel) -> None:
     messages, _ = question()
     whole = model.generate(messages)
     most = whole.stats.prompt_tokens + 2
-    short = model.generate(messages, max_length=most)
+    short = model.generate(messages, GenerationOptions(max_length=most))
     assert (short.token_ids, short.finish_reason) == (whole.token_ids[:2], "length")
     with pytest.raises(UsageError, match=f"the prompt has {most - 2} tokens, and max_length = {most - 2} counts them"):
-        model.generate(messages, max_length=most - 2)
+        model.generate(messages, GenerationOptions(max_length=most - 2))
+    # The demo's generation_config.json has max_new_tokens, which counts in its place, as in transformers.
+    assert model.generate(messages, max_length=most).token_ids == whole.token_ids
 
 
 @pytest.mark.portable

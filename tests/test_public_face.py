@@ -11,12 +11,15 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 
+import qwen3_vl
+import qwen3_vl.core
 from qwen3vl_export.demo import IMAGES
 from runtime.errors import CapacityError, ImageError, Qwen3VLError, UsageError
 from runtime.generation_config import OPTIONS as OPTION_NAMES
@@ -221,6 +224,102 @@ def test_no_value_of_an_argument_of_from_engine_does(name: str, demo_engine: Pat
             refused += 1
             assert len(str(error)) <= 500
     assert refused >= len(VALUES) - (name in ("max_memory", "max_pixels"))  # which may be 10**400
+
+
+def fields_of(value: Any) -> list[dict[str, Any]]:
+    return [{name: value} for name in OPTION_NAMES]
+
+
+# Of every public name that can be called, its calls with a value in each place.
+CALLS: dict[str, Callable[[Any, Qwen3VLModel], list[Callable[[], object]]]] = {
+    **{
+        name: lambda value, _, name=name: [
+            lambda: str(getattr(qwen3_vl, name)(value)),
+            lambda: str(getattr(qwen3_vl, name)("x", remedy=value)),
+        ]
+        for name in qwen3_vl.__all__
+        if name.endswith("Error")
+    },
+    "Generation": lambda value, _: [lambda: qwen3_vl.Generation(value, value, value, value)],
+    "GenerationOptions": lambda value, _: [
+        *(lambda fields=fields: GenerationOptions(**fields) for fields in fields_of(value)),
+        *(lambda fields=fields: GenerationOptions().replace(**fields) for fields in fields_of(value)),
+        *(lambda fields=fields: GenerationOptions.from_generation_config(fields) for fields in fields_of(value)),
+        lambda: GenerationOptions.from_generation_config({"num_beams": value, "bad_words_ids": value}),
+        lambda: GenerationOptions.from_generation_config(value),
+    ],
+    "Qwen3VLModel": lambda value, model: [
+        lambda: Qwen3VLModel(*[value] * 8),
+        lambda: model.generate(value, max_new_tokens=1),
+        lambda: model.logits(value),
+        lambda: model.prepare(value),
+        lambda: model.prepare("x", tools=value),
+        lambda: model.prepare("x", chat_template_kwargs=value),
+        lambda: model.encode_images(value),
+        lambda: model.encode_images([value]),
+    ],
+    "Stats": lambda value, _: [lambda: qwen3_vl.Stats(*[value] * 10)],
+    "Stream": lambda value, _: [lambda: qwen3_vl.Stream(value)],
+    "Qwen3VL": lambda value, _: [lambda: qwen3_vl.core.Qwen3VL(value)],
+    "open_eager": lambda value, _: [
+        lambda: qwen3_vl.core.open_eager(value),
+        *(
+            lambda name=name: qwen3_vl.core.open_eager("demo", **{name: value})
+            for name in ("dtype", "device", "max_context")
+        ),
+    ],
+}
+NEVER_REFUSE = {name for name in CALLS if name.endswith("Error")} | {"Generation", "Stats", "Stream"}
+
+
+def test_every_public_name_that_can_be_called_is_called() -> None:
+    modules = (qwen3_vl, qwen3_vl.core)
+    assert set(CALLS) == {name for each in modules for name in each.__all__ if callable(getattr(each, name))}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_value_in_a_public_call_ends_in_an_exception_of_python(name: str, model: Qwen3VLModel) -> None:
+    refused = num_calls = 0
+    for value in [None, 5, [1], *VALUES]:
+        for call in CALLS[name](value, model):
+            num_calls += 1
+            try:
+                call()
+            except Qwen3VLError as error:
+                refused += 1
+                assert len(str(error)) <= 500 and all(line.isprintable() for line in str(error).split("\n"))
+    assert refused == 0 if name in NEVER_REFUSE else refused > num_calls // 2
+
+
+def test_max_context_of_a_checkpoint_is_a_whole_number() -> None:
+    for wrong in (10**5000, "x", 1.5, 0, True):
+        with pytest.raises(UsageError, match=r"max_context = .*, expected 1 to \d+, what the model was trained for"):
+            qwen3_vl.core.open_eager("demo", max_context=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.portable
+def test_encode_images_takes_those_of_prepare(model: Qwen3VLModel) -> None:
+    images = model.prepare(question()).images
+    assert model.encode_images(images).shape == model.encode_images(list(images)).shape
+    for wrong in (None, [1], images[0], [*images, None]):
+        with pytest.raises(UsageError, match="images must be a list of ProcessedImage"):
+            model.encode_images(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("attribute", ["mode", "width", "size"])
+def test_an_image_whose_own_methods_raise_is_an_error_of_ours(attribute: str) -> None:
+    from PIL import Image
+
+    kind = type("Own", (Image.Image,), {attribute: property(lambda self: 1 / 0)})
+    image = Image.new("RGB", (4, 4))
+    image.__class__ = kind
+    with pytest.raises((UsageError, ImageError), match="division by zero"):
+        load_image(image)
+    view = memoryview(b"x")
+    view.release()
+    with pytest.raises(UsageError, match="released"):
+        load_image(view)
 
 
 @pytest.mark.portable

@@ -116,7 +116,11 @@ VALUES: tuple[Callable[[], Any], ...] = (
         for data in (b"x", bytearray(b"x"), (), {1: 2}, {None: 1}, ["a", ""], ["a" * 10_000] * 3)
     ),
     lambda: ["ab"] * 20_000,
-    lambda: [dict(_MESSAGE)] * 100_000,
+    *((lambda count=count: [dict(_MESSAGE)] * count) for count in (100_000, 1_000_000)),
+    lambda: [{"type": "text", "text": ""}] * 1_000_000,
+    lambda: [{"role": "user", "content": [{"type": "text", "text": ""}] * 1_000}] * 1_000,
+    lambda: [{"role": "user", "content": "x", "tool_calls": [0] * 90_000}] * 1_000,
+    lambda: [{"type": "text", "text": "x"} | {f"key {i}": i for i in range(1_000)}] * 1_000,
     *(
         (lambda part=part: part)
         for part in (
@@ -139,6 +143,9 @@ VALUES: tuple[Callable[[], Any], ...] = (
             {"type": "image", "base64": "é"},
             {"type": "image", "path": b"x"},
             {"type": "image", "url": "a", "image": "b"},
+            {"type": "tool_use", "name": "f", "input": {}},
+            [{"type": "function_call", "name": "f", "arguments": "{}"}],
+            {"type": "function_call_output", "output": 5},
         )
     ),
     lambda: {"type": "image", "image": _numpy("picture")},
