@@ -46,7 +46,7 @@ _BITS = {
 }
 # A dimension of 2^63 and more fits no array, and no weight here has more than 5.
 _MAX_DIMENSION, _MAX_RANK = (1 << 63) - 1, 16
-_MAX_HEADER_BYTES = 32 << 20  # one file with all 56 000 tensors of 30B-A3B in AWQ has 7 MB
+_MAX_HEADER_BYTES = 20 << 20  # one file with all 56 000 tensors of 30B-A3B in AWQ has 7 MB
 _TRANSPOSED_ROWS = 64
 
 

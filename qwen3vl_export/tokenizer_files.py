@@ -172,6 +172,8 @@ def _plan(files: _Files, content: Mapping[str, Any] | None, is_qwen2: bool) -> _
     }
     if isinstance(settings.get("extra_special_tokens"), Mapping):
         named_by_model |= settings.pop("extra_special_tokens")
+    elif isinstance(settings.get("model_specific_special_tokens"), Mapping):
+        named_by_model |= settings.pop("model_specific_special_tokens")
     plan, decoder = _Plan(), dict[int, AddedTokenEntry]()
     own = [] if content is None else _list_of(content, folder)
     if "added_tokens_decoder" in settings:

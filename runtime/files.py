@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ MAX_SMALL_FILE_BYTES = 8 << 20
 MAX_INDEX_BYTES = 16 << 20
 """Largest `model.safetensors.index.json`; the largest known model with a name for each expert's matrix has 9 MB."""
 
-MAX_TOKENIZER_BYTES = 32 << 20
+MAX_TOKENIZER_BYTES = 20 << 20
 """Largest `tokenizer.json`; Qwen's has 11 MB."""
 
-MAX_JSON_OBJECT_BYTES = 256 << 20
-"""Most memory that the objects of one JSON text may take, by estimate."""
+MAX_JSON_OBJECT_BYTES = 192 << 20
+"""Most memory that one JSON text may take as decoded text and as objects, by estimate."""
 
-# Measured with CPython 3.11: a list or an object of one key, a string that is a new key, a number.
-_CONTAINER_BYTES, _STRING_BYTES, _VALUE_BYTES = 200, 120, 32
+# Measured with CPython 3.11: a list or an object of one key, a string that is a new key, a float in a growing list.
+_CONTAINER_BYTES, _STRING_BYTES, _VALUE_BYTES = 200, 120, 40
 _BLOCK_BYTES = 1 << 20
 _GET_AGAIN = "get the file again from where it came"
 _MAY_SEARCH = "let this user read it, and search each folder above it (chmod u+x)"
@@ -162,21 +163,23 @@ def parse_json_object(
     Raises:
         Qwen3VLError: Of the class `error`: it is no JSON object, or its objects would take too much memory.
     """
-    num_containers = contents.count(b"[") + contents.count(b"{")
-    estimate = (
-        _CONTAINER_BYTES * num_containers
-        + _STRING_BYTES * (contents.count(b'"') // 2)
-        + _VALUE_BYTES * contents.count(b",")
-    )
-    if estimate > MAX_JSON_OBJECT_BYTES:
-        raise error(
-            f"{name}: its JSON of {len(contents)} bytes would take about {estimate >> 20} MiB of memory; expected at "
-            f"most {MAX_JSON_OBJECT_BYTES >> 20}",
-            remedy=remedy,
-        )
     try:
-        values = json.loads(contents.decode("utf-8"))
+        text = contents.decode("utf-8")
+        num_bytes = sys.getsizeof(text) + (
+            _CONTAINER_BYTES * (text.count("[") + text.count("{"))
+            + _STRING_BYTES * (text.count('"') // 2)
+            + _VALUE_BYTES * text.count(",")
+        )
+        if num_bytes > MAX_JSON_OBJECT_BYTES:
+            raise error(
+                f"{name}: its JSON of {len(contents)} bytes would take about {num_bytes >> 20} MiB of memory; expected "
+                f"at most {MAX_JSON_OBJECT_BYTES >> 20}",
+                remedy=remedy,
+            )
+        values = json.loads(text)
     except (ValueError, RecursionError) as failure:  # no UTF-8, no JSON, thousands of digits or of brackets
+        if isinstance(failure, Qwen3VLError):
+            raise
         raise error(f"{name}: not readable as JSON ({failure})", remedy=remedy) from failure
     if not isinstance(values, dict):
         raise error(f"{name}: expected a JSON object, got {type(values).__name__}", remedy=remedy)

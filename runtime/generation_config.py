@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import UsageError
-from runtime.generation_file import taken_values
+from runtime.generation_file import MISSING_FILTERS, taken_values
 from runtime.shown import shown
 from runtime.stopping import check_stops
 
@@ -67,6 +67,8 @@ class GenerationOptions:
         prompt_lookup_num_tokens: Most tokens that are drafted for one call of the decoder by looking up the last tokens
             in prompt and answer; 0 is off. It changes the speed alone, up to rounding (`runtime.generation`).
         eos_token_ids: Token ids that end the answer.
+        missing_filters: Filters of sampling that generation_config.json asks for and this runtime does not do: with
+            any, `do_sample` is refused. No option of a request.
     """
 
     max_new_tokens: int = 512
@@ -83,6 +85,7 @@ class GenerationOptions:
     seed: int | None = None
     prompt_lookup_num_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    missing_filters: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Check and normalise every value, so that no unchecked instance exists.
@@ -94,6 +97,13 @@ class GenerationOptions:
         for name, check in _CHECKS.items():
             is_idle = name in _SAMPLING_ONLY and not self.do_sample
             object.__setattr__(self, name, (_number if is_idle else check)(name, getattr(self, name)))
+        if self.do_sample and self.missing_filters:
+            raise UsageError(
+                f"generation_config.json asks for {', '.join(self.missing_filters)}, which this runtime does not do "
+                "when it samples",
+                remedy="leave do_sample out for greedy decoding, or remove the key from the file and build the engine "
+                "again",
+            )
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> GenerationOptions:
@@ -127,7 +137,7 @@ class GenerationOptions:
                 sampling looks at while `do_sample` is False.
         """
         given = {name: value for name, value in options.items() if value is not None}
-        names = [field.name for field in dataclasses.fields(self)]
+        names = list(OPTIONS)
         unknown = sorted(name for name in options if name not in names and name not in _ALIASES)
         if unknown:
             raise _unknown(unknown, names)
@@ -158,6 +168,9 @@ class GenerationOptions:
             )
         return replaced
 
+
+OPTIONS = tuple(field.name for field in dataclasses.fields(GenerationOptions) if field.name != MISSING_FILTERS)
+"""Names of the options of a request."""
 
 _ALIASES: Mapping[str, str] = {"eos_token_id": "eos_token_ids", "stop_strings": "stop"}
 

@@ -123,6 +123,9 @@ NEUTRAL_IN_SAMPLING: Mapping[str, Callable[[Any], bool]] = {
     "typical_p": lambda value: _is_number(value) and value >= 1,
 }
 
+MISSING_FILTERS = "missing_filters"
+"""Key of the filters of sampling that a greedy file names and this runtime does not do, among the values taken."""
+
 # Older releases wrote it into every file that they saved.
 _OLD_DEFAULT_OF_MAX_LENGTH = 20
 
@@ -151,8 +154,21 @@ def taken_values(config: Mapping[str, Any]) -> dict[str, Any]:
             remedy="remove the key from the file, or use transformers for this kind of generation",
         )
     values = {key: value for key, value in given.items() if key in TAKEN}
+    filters = [k for k, is_neutral in NEUTRAL_IN_SAMPLING.items() if k in given and not is_neutral(given[k])]
+    if filters:
+        values[MISSING_FILTERS] = tuple(sorted(filters))  # of a greedy file, which a caller may ask to sample
     if "max_new_tokens" in values or values.get("max_length") == _OLD_DEFAULT_OF_MAX_LENGTH:
         values.pop("max_length", None)
+    if type(values.get("do_sample")) in (int, str):
+        values["do_sample"] = bool(values["do_sample"])  # what Python makes of it counts there
+    length = values.get("max_new_tokens")
+    if isinstance(length, float) and length.is_integer():
+        values["max_new_tokens"] = int(length)
+    ends = values.get("eos_token_id")
+    if type(ends) is int and ends < 0:
+        del values["eos_token_id"]  # no token has it
+    elif isinstance(ends, list):
+        values["eos_token_id"] = [end for end in ends if not (type(end) is int and end < 0)]
     if values.get("do_sample") is True and _is_number(values.get("top_p")) and values["top_p"] > 1:
         values["top_p"] = 1.0  # transformers makes a filter only of what is below 1
     return values

@@ -19,7 +19,14 @@ MAX_IMAGE_PIXELS = 50_000_000
 MOST_IMAGE_PIXELS = 178_956_970
 """Most pixels that the caller can allow: beyond, Pillow refuses."""
 
+MAX_ASPECT_RATIO = 200
+"""Largest ratio of an image's sides, itself allowed, as in transformers."""
+
+# Smaller thin images are decoded, and refused when they are to be resized.
+_THIN_PIXELS = 1 << 24
 _BYTES_PER_PIXEL = 8
+# Decoders of Pillow that read pixel by pixel in Python, 1.7 us each: PPM as text, or of other values than 0 to 255.
+_SLOW_DECODERS, _MOST_SLOW_PIXELS = ("ppm", "ppm_plain"), 1 << 20
 # Measured with Pillow 13, the largest of several kinds of files, rounded up: whole frames in the decoder's own format.
 _DECODER_BYTES = {"AVIF": 20, "JPEG2000": 24, "WEBP": 20}
 # A PNG file of 8 kB a chunk, as encoders write them, takes less than one read for 2 kB.
@@ -62,6 +69,10 @@ class CountedReader(io.RawIOBase):
         file.seek(0)
         self._num_left = _MOST_READS + num_bytes // _BYTES_PER_READ
 
+    def allow(self, num_reads: int) -> None:
+        """Let so many reads more pass."""
+        self._num_left += num_reads
+
     def read(self, size: int | None = -1) -> bytes:
         """Return bytes of the file.
 
@@ -102,14 +113,23 @@ class CountedReader(io.RawIOBase):
         return True
 
 
-def check_decoding(image: Image.Image, where: str, limit: int) -> None:
+def check_decoding(image: Image.Image, reader: CountedReader, where: str, limit: int) -> None:
     """Refuse a file that takes more to decode than the size in its header says.
 
     Raises:
         CapacityError: Its decoder, or a tile of it, takes more memory than `limit` allows for.
-        ImageError: Its tiles have no size.
+        ImageError: Its tiles have no size, or its decoder is slow and the image large.
     """
     _check_decoder(image.format or "", image.width, image.height, _decoder_bytes(image), where, limit)
+    tiles: list[tuple[str, ...]] = getattr(image, "tile", [])
+    if tiles and tiles[0][0] in _SLOW_DECODERS:
+        if image.width * image.height > _MOST_SLOW_PIXELS:
+            raise ImageError(
+                f"{where}: a PPM image of {image.width} x {image.height} pixels, as text or of other values than 0 to "
+                f"255, which is read pixel by pixel; expected at most {_MOST_SLOW_PIXELS} pixels",
+                remedy="save the image as PNG",
+            )
+        reader.allow(4 * image.width * image.height)
     if image.format == "TIFF":
         tags = getattr(image, "tag_v2", {})
         width, height = (tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
@@ -198,13 +218,18 @@ def check_size(width: int, height: int, where: str, limit: int) -> None:
     """Refuse an empty image and one too large to decode, from the sizes in its header.
 
     Raises:
-        ImageError: It has no pixel.
+        ImageError: It has no pixel, or it is large and very thin: rows of a pixel take more memory than the pixels.
         CapacityError: It has more than `limit`.
     """
     if width < 1 or height < 1:
         raise ImageError(f"{where}: expected at least one pixel, found {width} x {height}", remedy="check the image")
     if width * height > limit:
         raise too_large(where, f"found {width} x {height} = {width * height} pixels", limit)
+    if width * height > _THIN_PIXELS and max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(
+            f"{where}: {width} x {height} pixels, expected sides of a ratio of at most {MAX_ASPECT_RATIO}",
+            remedy="cut the image into pieces or pad it",
+        )
 
 
 def too_large(where: str, found: str, limit: int) -> CapacityError:

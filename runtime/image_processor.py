@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.errors import CapacityError, CheckpointError, ImageError, UsageError
-from runtime.image_bounds import MAX_IMAGE_PIXELS
+from runtime.image_bounds import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS
 from runtime.images import load_image
 from runtime.resize import BICUBIC, BILINEAR, Kernel, resize
 from runtime.shown import shown
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from runtime.images import ImageSource, RgbImage
 
-MAX_ASPECT_RATIO = 200
-"""Largest ratio of the sides, itself allowed, as in transformers."""
 
 MAX_PIXEL_VALUES_BYTES = 2 * 1024**3
 """Largest `pixel_values` of one image; a 16.8-megapixel image, the usual `max_pixels`, takes 0.4 GB."""
@@ -71,6 +69,21 @@ _VIDEO_KEYS = frozenset(
 # Under which names releases have had the one image processor that is reproduced here.
 _CLASSES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 # Steps that Qwen3-VL checkpoints do not use; accepted while switched off.
+# Null is the default of the class to some releases, and "no" or a crash to others.
+_NOT_NULL = frozenset(
+    {
+        "do_normalize",
+        "do_rescale",
+        "do_resize",
+        "image_mean",
+        "image_std",
+        "merge_size",
+        "patch_size",
+        "resample",
+        "rescale_factor",
+        "temporal_patch_size",
+    }
+)
 _UNSUPPORTED_KEYS = frozenset({"do_pad", "do_center_crop", "crop_size", "pad_size"})
 
 
@@ -182,6 +195,12 @@ class ImageProcessorConfig:
             )
         _check_class(nested)
         ignored = _IGNORED_KEYS | _VIDEO_KEYS
+        unclear = sorted(key for key, value in nested.items() if value is None and key in _NOT_NULL)
+        if unclear:
+            raise CheckpointError(
+                f"image processor settings: {', '.join(unclear)}: null, which releases of transformers read otherwise",
+                remedy="write the value, as in the original checkpoint",
+            )
         values = {key: value for key, value in nested.items() if key not in ignored and value is not None}
         values |= _pixel_limits(values.pop("size", None), values)
         for key in sorted(_UNSUPPORTED_KEYS & values.keys()):

@@ -64,6 +64,8 @@ IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", 
 """Pillow's names of the formats that are tried. A list, because Pillow also knows formats that start other programs."""
 
 _STRIP_PIXELS = 1 << 18
+_SHORTEST_BASE64, _LONGEST_PATH = 60, 4096
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 _ORIENTATION = 0x0112  # of EXIF
 _WHITESPACE = b" \t\n\r\x0b\x0c"
 
@@ -77,8 +79,8 @@ def load_image(
     """Load an image as uint8 RGB [H, W, 3].
 
     Args:
-        source: A path, a `file:` or `data:` URL, the bytes of an image file, a PIL image, or a uint8 array
-            [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+        source: A path, a `file:` or `data:` URL, the bytes of an image file or their base64, a PIL image, or a uint8
+            array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
         base_dir: Folder that a relative path starts from; the working directory by default.
         max_image_pixels: Images of more pixels are refused before they are decoded.
 
@@ -102,6 +104,9 @@ def load_image(
             return _from_data_url(source, limit)
         if scheme == "file":
             return _from_path(_path_of_file_url(source), limit)
+        bare = _from_bare_base64(source, base_dir)
+        if bare is not None:
+            return _decode(io.BytesIO(bare), f"image of {len(bare)} bytes in base64", limit)
     if isinstance(source, (str, os.PathLike)):
         source = _path_text(source)
         check_local(source, "image", base_dir=base_dir)
@@ -115,6 +120,17 @@ def load_image(
         f"image: expected a path, bytes, a data URL, a PIL image or a numpy array, found {type(source).__name__}",
         remedy="pass a torch tensor as a uint8 array: tensor.permute(1, 2, 0).numpy()",
     )
+
+
+def _from_bare_base64(text: str, base_dir: str | os.PathLike[str] | None) -> bytes | None:
+    """Return the image file that a text is the base64 of, as transformers takes it too; None if it is a path."""
+    if len(text) < _SHORTEST_BASE64 or os.path.lexists(os.path.join(base_dir or ".", text[:_LONGEST_PATH])):
+        return None
+    try:
+        start = decode_base64(text[:_SHORTEST_BASE64])
+        return decode_base64(text) if start.startswith(_MAGIC) else None
+    except ValueError:
+        return None
 
 
 def _path_text(source: str | os.PathLike[Any]) -> str:
@@ -187,7 +203,7 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
-    counted = cast(IO[bytes], CountedReader(file, where))
+    reader = CountedReader(file, where)
     try:
         with warnings.catch_warnings():
             # Pillow warns of large images, whose limit is checked below, and of what it repairs.
@@ -195,11 +211,11 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
             for width, height in sizes_in_ico(file, where):  # Pillow decodes it while it opens it
                 check_size(width, height, where, limit)
             check_webp(file, where, limit)
-            image = Image.open(counted, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+            image = Image.open(cast(IO[bytes], reader), formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
             with image:
                 check_size(image.width, image.height, where, limit)
                 _check_mode(image, where)
-                check_decoding(image, where, limit)
+                check_decoding(image, reader, where, limit)
                 image.load()
                 # Once more: the image inside of an ICO file is as large as its own header says.
                 check_size(image.width, image.height, where, limit)

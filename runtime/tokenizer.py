@@ -7,8 +7,6 @@ library takes about 230 bytes and a microsecond for each byte of a piece.
 
 from __future__ import annotations
 
-import codecs
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,31 +16,18 @@ from tokenizers import decoders
 
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import MAX_TOKENIZER_BYTES, parse_json_object, read_small_file
+from runtime.shown import one_line, shown
+from runtime.text_cuts import GPT2_PATTERN, QWEN_PATTERN, places_to_cut
 
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""How Qwen2 to Qwen3 cut a text into words (`PRETOKENIZE_REGEX` of transformers' models/qwen2)."""
-
-KNOWN_PATTERNS: Mapping[str, str] = {
-    QWEN_PATTERN: "Qwen",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "GPT-2",
-}
+KNOWN_PATTERNS: Mapping[str, str] = {QWEN_PATTERN: "Qwen", GPT2_PATTERN: "GPT-2"}
 """Regexes that a tokenizer may hold: their time was read to grow with the text alone."""
 
 MAX_WORD_BYTES = 500_000
-"""Most bytes of text without a place to cut it, such as one word or one run of spaces."""
+"""Most bytes of text without a place to cut it, such as one word, or one run of symbols or of spaces."""
 
 _PIECE_CHARACTERS = 1 << 16
-_LONGEST_SHOWN = 120
+_LONGEST_REASON = 200
 _EXPORT_AGAIN = "export the checkpoint again"
-
-# Places where Qwen's pattern always ends a word and NFC joins nothing, whatever stands further away: before a line that
-# begins with a letter; before one space or mark between letters, since a word is letters with at most one other
-# character before them; and around a digit, which is a word of its own. Letters of few scripts, so that no version of
-# Unicode matters, and none that NFC composes with what is behind it.
-_LETTER = "[A-Za-z\u4e00-\u9fa5]"
-_CUT = re.compile(rf"(?<=\n)(?={_LETTER})|(?<={_LETTER})(?=[ ,.;:!?()，。、；：！？]{_LETTER})|(?<=[0-9])(?=[0-9])")
 
 
 class Tokenizer:
@@ -60,6 +45,9 @@ class Tokenizer:
     def __init__(self, tokenizer_json: bytes, *, name: str = "tokenizer.json") -> None:
         settings = parse_json_object(tokenizer_json, name, remedy=_EXPORT_AGAIN)
         _check_work(settings, name)
+        if isinstance(settings.get("model"), dict):  # the library reads them itself, and both would be in memory
+            settings["model"].pop("vocab", None)
+            settings["model"].pop("merges", None)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         except BaseException as error:  # the library raises plain Exception and ValueError, and panics
@@ -77,7 +65,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes_of_ids: dict[int, bytes] = {}
-        self._has_cuts = _is_qwens(settings) and not any(map(_reaches_over_cuts, added.values()))
+        self._cuts = places_to_cut(settings, list(added.values()))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -132,11 +120,15 @@ class Tokenizer:
         return token_ids
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """Cut a text where it makes no difference to its tokens, into pieces of `_PIECE_CHARACTERS` or more."""
+        """Cut a text where it makes no difference to its tokens; a piece above `MAX_WORD_BYTES` is one word."""
         start = 0
-        while len(text) - start > _PIECE_CHARACTERS and self._has_cuts:
-            # A cut further away would leave a piece that is refused.
-            cut = _CUT.search(text, start + _PIECE_CHARACTERS, start + _PIECE_CHARACTERS + MAX_WORD_BYTES)
+        while len(text) - start > _PIECE_CHARACTERS and self._cuts is not None:
+            middle = start + _PIECE_CHARACTERS
+            cut = self._cuts.search(text, middle, middle + MAX_WORD_BYTES)
+            if cut is None or _num_bytes(text[start : cut.start()]) > MAX_WORD_BYTES:
+                # A long word, which may yet fit alone.
+                before = list(self._cuts.finditer(text, start + 1, middle))
+                cut = before[-1] if before else cut
             if cut is None:
                 break
             yield text[start : cut.start()]
@@ -148,22 +140,28 @@ class Tokenizer:
             num_bytes = len(text.encode())  # the library would say "TextInputSequence must be str"
         except UnicodeEncodeError as error:
             raise UsageError(
-                f"the text holds a lone surrogate, {text[error.start]!r}, at character {position + error.start}",
+                f"the text holds a lone surrogate, {shown(text[error.start])}, at character {position + error.start}",
                 remedy="decode the text from its bytes as UTF-8",
             ) from error
         if num_bytes > MAX_WORD_BYTES:
+            where = f"the text from character {position} on has more than {MAX_WORD_BYTES} bytes"
+            if self._cuts is None:
+                raise CapacityError(
+                    f"{where}, the most that this tokenizer.json takes: its rules allow no place to cut a text",
+                    remedy="shorten the text, or use a checkpoint with Qwen's own tokenizer.json",
+                )
             raise CapacityError(
-                f"the text from character {position} on has {num_bytes} bytes without a place to cut it, expected at "
-                f"most {MAX_WORD_BYTES}",
-                remedy="shorten the text, or break it into lines and words",
+                f"{where} without a place to cut it, the most that is taken",
+                remedy="shorten the text, or break its longest word, or run of symbols or of spaces, by line ends",
             )
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         except BaseException as error:
             if not isinstance(error, Exception) and not _is_panic(error):
                 raise
+            reason = one_line(str(error), _LONGEST_REASON)
             raise UsageError(
-                f"the tokenizer fails on the text from character {position} on: {str(error)[:200]}",
+                f"the tokenizer fails on the text from character {position} on: {reason}",
                 remedy="shorten the text, or leave out its runs of the same character",
             ) from error
 
@@ -191,48 +189,20 @@ class Tokenizer:
             self._bytes_of_ids[token_id] = known
         return known
 
-    def stream_decoder(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
-        """Return a decoder for one answer that arrives token by token."""
-        return StreamDecoder(self, skip_special_tokens=skip_special_tokens)
-
-
-class StreamDecoder:
-    """Turn tokens into text as they come, whole characters only.
-
-    Each token becomes its bytes, and an incremental UTF-8 decoder keeps an unfinished character back: constant work per
-    token, no re-decoding. All pieces and `flush()` together equal `Tokenizer.decode` of all ids, for every sequence of
-    ids: Python and Rust both write one U+FFFD for each maximal invalid part (Unicode 16, section 3.9, "U+FFFD
-    Substitution of Maximal Subparts").
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        """Take the next token and return the characters it completes."""
-        if token_id in self._skipped_ids:
-            return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
-
-    def flush(self) -> str:
-        """Return what is left at the end of the answer: U+FFFD for an unfinished character, else ""."""
-        return self._decoder.decode(b"", final=True)
-
 
 def _check_work(settings: Mapping[str, Any], name: str) -> None:
     """Raise if a tokenizer's settings ask for work on a text that is not known to be bounded."""
     normalizer = settings.get("normalizer")
-    if normalizer is not None and not (isinstance(normalizer, dict) and normalizer.get("type") == "NFC"):
+    kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
+    if normalizer is not None and not (isinstance(normalizer, dict) and kind == "NFC"):
         raise EngineError(
-            f"{name} has the normalizer {_shown(normalizer)}, expected NFC or none",
+            f"{name} has the normalizer {shown(kind)}, expected NFC or none",
             remedy="use a checkpoint with Qwen's own tokenizer.json",
         )
     for pattern in _regexes({key: value for key, value in settings.items() if key != "model"}):
         if not isinstance(pattern, str) or pattern not in KNOWN_PATTERNS:
             raise EngineError(
-                f"{name} holds the regex {_shown(pattern)}, which is not one of those that are known to take bounded "
+                f"{name} holds the regex {shown(pattern)}, which is not one of those that are known to take bounded "
                 "time",
                 remedy="use a checkpoint with Qwen's own tokenizer.json; known patterns stand in runtime/tokenizer.py",
             )
@@ -249,36 +219,13 @@ def _regexes(value: Any) -> Iterator[Any]:
             yield from _regexes(item)
 
 
-def _is_qwens(settings: Mapping[str, Any]) -> bool:
-    """Return whether a text is cut into words by Qwen's pattern alone, each then encoded for itself."""
-    steps = (settings.get("pre_tokenizer") or {}).get("pretokenizers")
-    if not isinstance(steps, list) or len(steps) != 2 or settings.get("model", {}).get("dropout"):
-        return False
-    split, byte_level = steps
-    return (
-        split.get("type") == "Split"
-        and split.get("pattern") == {"Regex": QWEN_PATTERN}
-        and split.get("behavior") == "Isolated"
-        and not split.get("invert", False)
-        and byte_level.get("type") == "ByteLevel"
-        and byte_level.get("add_prefix_space") is False
-        and byte_level.get("use_regex") is False
-    )
-
-
-def _reaches_over_cuts(token: tokenizers.AddedToken) -> bool:
-    """Return whether an added token, found before words are, may hold a place to cut, or ask what is beside it."""
-    return token.lstrip or token.rstrip or token.single_word or _CUT.search(f"a{token.content}a") is not None
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _is_panic(error: BaseException) -> bool:
     """Return whether this is how Rust's panics arrive: no `Exception`, and of a module that cannot be imported."""
     return type(error).__name__ == "PanicException"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _byte_of_character() -> dict[str, int]:

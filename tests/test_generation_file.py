@@ -28,7 +28,7 @@ TAKEN_FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "greedy, filters that are not done": (
         {"typical_p": 0.5, "top_h": 0.4, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1},
-        {},
+        {"missing_filters": ("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p")},
     ),
     "sampling, filters that are off": (
         {"do_sample": True, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_p": 1.5},
@@ -38,6 +38,10 @@ TAKEN_FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "max_length beside max_new_tokens": ({"max_length": 262144, "max_new_tokens": 7}, {"max_new_tokens": 7}),
     "empty lists": ({"suppress_tokens": [], "begin_suppress_tokens": [], "sequence_bias": None}, {}),
     "nulls": (dict.fromkeys([*TAKEN, *NEUTRAL, *NEUTRAL_IN_SAMPLING], None), {}),
+    "sampling as a number": ({"do_sample": 1}, {"do_sample": True}),
+    "a length as a float": ({"max_new_tokens": 5.0}, {"max_new_tokens": 5}),
+    "an end that no token has": ({"eos_token_id": [3, -1]}, {"eos_token_ids": (3,)}),
+    "no end that a token has": ({"eos_token_id": -1}, {}),
     "one end": ({"eos_token_id": 3}, {"eos_token_ids": (3,)}),
     "several ends": ({"eos_token_id": [3, 5]}, {"eos_token_ids": (3, 5)}),
     "stop strings": ({"stop_strings": "a"}, {"stop": ("a",)}),
@@ -97,9 +101,17 @@ def test_a_field_with_an_effect_is_refused_by_name(key: str) -> None:
 @pytest.mark.portable
 @pytest.mark.parametrize("key", sorted(NEUTRAL_IN_SAMPLING))
 def test_a_filter_is_refused_where_tokens_are_sampled(key: str) -> None:
-    assert GenerationOptions.from_generation_config({key: 0.5}) == GenerationOptions()
+    assert GenerationOptions.from_generation_config({key: 0.5}) == GenerationOptions(missing_filters=(key,))
     with pytest.raises(UsageError, match=f"{key}=0.5"):
         GenerationOptions.from_generation_config({key: 0.5, "do_sample": True})
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("key", sorted(NEUTRAL_IN_SAMPLING))
+def test_a_filter_of_a_greedy_file_is_not_forgotten_by_a_caller_who_samples(key: str) -> None:
+    options = GenerationOptions.from_generation_config({"do_sample": False, key: 0.5}).replace(max_new_tokens=3)
+    with pytest.raises(UsageError, match=f"generation_config.json asks for {key}, which"):
+        options.replace(do_sample=True)
 
 
 @pytest.mark.portable

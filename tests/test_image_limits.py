@@ -258,6 +258,23 @@ def test_an_image_takes_at_most_eight_bytes_a_pixel(tmp_path: Path) -> None:
 
 
 @pytest.mark.portable
+@pytest.mark.parametrize("size", [(1, 17_000_000), (17_000_000, 1)])
+def test_a_large_thin_image_is_refused_by_its_header(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError, match="sides of a ratio of at most 200"):
+        load_image(png_of_size(*size))
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("head", [b"P6\n{0} {0}\n65535\n", b"P6\n{0} {0}\n100\n", b"P3\n{0} {0}\n255\n"])
+def test_a_ppm_that_is_read_pixel_by_pixel_is_small(head: bytes) -> None:
+    small, large = (head.decode().format(side).encode() for side in (600, 1100))
+    values = b"1 " * (3 * 600 * 600) if head.startswith(b"P3") else bytes(6 * 600 * 600)
+    assert load_image(small + values).shape == (600, 600, 3)
+    with pytest.raises(ImageError, match="read pixel by pixel; expected at most 1048576 pixels"):
+        load_image(large)
+
+
+@pytest.mark.portable
 @pytest.mark.parametrize(
     "chunk",
     [

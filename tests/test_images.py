@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +209,25 @@ def test_settings_of_a_checkpoint() -> None:
 
 
 @pytest.mark.portable
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.encodebytes, base64.urlsafe_b64encode])
+def test_base64_without_a_prefix_is_an_image_unless_it_is_a_path(
+    encode: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    text = encode(PNG).decode()
+    assert np.array_equal(load_image(text), load_image(PNG))
+    with pytest.raises(ImageError, match=r"no such file|cannot be opened"):
+        load_image(text.replace("iVBOR", "aVBOR"))
+    (tmp_path / "iVBORw0KGgo").mkdir()
+    with pytest.raises(ImageError, match="found a folder"):
+        load_image("iVBORw0KGgo" + "/." * 40, base_dir=tmp_path)
+
+
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"resample": 1}, "resample"),
+        ({"do_rescale": None, "image_mean": None}, "do_rescale, image_mean: null, which releases of transformers read"),
         ({"do_convert_rgb": False}, "do_convert_rgb"),
         ({"do_center_crop": True, "crop_size": {"height": 9, "width": 9}}, "do_center_crop"),
         ({"do_pad": True}, "do_pad"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import json
 import os
@@ -221,11 +220,11 @@ def test_documented_options_of_the_runtime() -> None:
 
 
 def test_documented_defaults_of_an_answer() -> None:
-    from runtime.generation_config import GenerationOptions
+    from runtime.generation_config import OPTIONS, GenerationOptions
 
     rows = re.findall(r"^\| `(\w+)` \| ([\w.()]+) \| .*\|$", COMMANDS, re.MULTILINE)
     documented = {name: ast.literal_eval(default) for name, default in rows}
-    defaults = {field.name: field.default for field in dataclasses.fields(GenerationOptions)}
+    defaults = {name: getattr(GenerationOptions(), name) for name in OPTIONS}
     assert documented == {name: value for name, value in defaults.items() if name != "eos_token_ids"}
     options = {f"--{name.replace('_', '-')}" for name in documented}
     assert options | {"--greedy"} <= options_of("run")

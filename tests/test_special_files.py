@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,8 +106,11 @@ def test_a_regular_file_is_opened_without_waiting_and_closed_at_exec(tmp_path: P
         (b"\xff", "not readable as JSON"),
         (b"", "not readable as JSON"),
         (b"[]", "expected a JSON object, got list"),
-        (b'{"a": [' + b"[]," * 1_500_000 + b"[]]}", "would take about 3.. MiB of memory; expected at most 256"),
-        (b'{"a": [' + b'"bc",' * 2_000_000 + b'""]}', "would take about 2.. MiB of memory"),
+        (b'{"a": [' + b"[]," * 1_500_000 + b"[]]}", "would take about 3.. MiB of memory; expected at most 192"),
+        (b'{"a": [' + b'"bc",' * 2_000_000 + b'""]}', "would take about 3.. MiB of memory"),
+        (b'{"a": [' + b"1.5," * 5_000_000 + b"0]}", "would take about 2.. MiB of memory"),
+        # One letter beyond the basic plane makes four bytes of each character.
+        (b'{"a": "' + "😀".encode() + b"x" * 51_000_000 + b'"}', "would take about 194 MiB of memory"),
     ],
 )
 def test_json_that_is_no_object_or_too_many(text: bytes, words: str) -> None:
@@ -115,15 +120,56 @@ def test_json_that_is_no_object_or_too_many(text: bytes, words: str) -> None:
 
 @pytest.mark.portable
 def test_the_estimate_has_room_for_the_largest_files_that_models_have(tmp_path: Path) -> None:
-    assert MAX_JSON_OBJECT_BYTES == 256 << 20
+    assert MAX_JSON_OBJECT_BYTES == 192 << 20
     # An index of 80,000 names, and a tokenizer of 152,000 tokens and as many merges.
     index = {f"model.language_model.layers.{i % 94}.mlp.experts.{i}.down_proj.weight": "a" for i in range(80_000)}
-    words = {f"w{i}": i for i in range(152_000)}
-    merges = [[f"w{i}", f"x{i}"] for i in range(152_000)]
+    words = {f"Ġw{i}": i for i in range(152_000)}
+    merges = [[f"Ġw{i}", f"x{i}"] for i in range(152_000)]
 
     for values in ({"weight_map": index}, {"model": {"vocab": words, "merges": merges}}):
-        (tmp_path / "a.json").write_text(json.dumps(values))
+        (tmp_path / "a.json").write_text(json.dumps(values, indent=2, ensure_ascii=False))
         assert read_json_object(tmp_path / "a.json", max_bytes=MAX_TOKENIZER_BYTES) == values
+
+
+COST = """
+import json, sys, time
+from pathlib import Path
+from runtime.errors import Qwen3VLError
+from runtime.tokenizer import Tokenizer
+from qwen3vl_export.safetensors_reader import read_header
+
+def high_water():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
+
+path, piece, costs = Path(sys.argv[1]), sys.argv[2], []
+for read, num_bytes, head in ((read_header, 20_000_000, True), (Tokenizer.from_file, 20_000_000, False)) * 2:
+    if costs[2:]:
+        num_bytes = 15_000_000
+    body = ('{"a": [' + piece * (num_bytes // len(piece.encode())) + '0]}').encode()
+    path.write_bytes((len(body).to_bytes(8, "little") if head else b"") + body)
+    del body
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = high_water(), time.process_time()
+    try:
+        read(path)
+        raise SystemExit("was taken")
+    except Qwen3VLError:
+        pass
+    costs.append((time.process_time() - start, high_water() - before - num_bytes))
+print(json.dumps(costs))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel keeps no high-water mark to reset")
+@pytest.mark.parametrize("piece", ["1.5,", "[],", '"\U0001f642",', "1,"])
+def test_no_short_text_of_json_takes_long_or_much_before_it_is_refused(piece: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COST, str(tmp_path / "a"), piece], capture_output=True, text=True, check=True
+    )
+    costs = json.loads(done.stdout)
+    assert len(costs) == 4
+    for seconds, num_bytes in costs:
+        assert seconds < 2 and num_bytes < 300e6
 
 
 def replaced(path: Path, make: Callable[[Path], None]) -> None:

@@ -118,6 +118,13 @@ READ: dict[str, Change] = {
     ),
     "extra in the vocabulary": settings(extra_special_tokens=["it"]),
     "extra beside additional": settings(extra_special_tokens=["<loc>"], additional_special_tokens=["<b>"]),
+    "of the model": settings(model_specific_special_tokens={"loc_token": "<loc>", "other": "<b>"}),
+    "of the model, beside extra by name": settings(
+        extra_special_tokens={"loc_token": "<loc>"}, model_specific_special_tokens={"b_token": "<b>"}
+    ),
+    "of the model, beside extra": settings(
+        extra_special_tokens=["<loc>"], model_specific_special_tokens={"b_token": "<b>"}
+    ),
     "extra by name": settings(extra_special_tokens={"loc_token": "<loc>", "other": "<b>"}),
     "named": settings(eos_token="<loc>", pad_token="<b>"),
     "named with flags": settings(eos_token=MARKED),
