@@ -83,11 +83,15 @@ def test_a_folder_that_is_closed_itself(name: str, mode: int, tmp_path: Path) ->
         (run.app, ["run", "FOLDER", "Hello"], EngineError.exit_code),
         (run.app, ["inspect", "FOLDER"], EngineError.exit_code),
         (run.app, ["verify", "FOLDER", "--checkpoint", "demo", "--reference", "own"], EngineError.exit_code),
+        (run.app, ["verify", "FOLDER", "--checkpoint", "demo", "--tasks"], EngineError.exit_code),
+        (run.app, ["verify", "--ranges", "--checkpoint", "FOLDER"], CheckpointError.exit_code),
+        (run.app, ["chat", "FOLDER"], EngineError.exit_code),
         (run.app, ["bench", "FOLDER"], EngineError.exit_code),
         (run.app, ["targets", "--model", "FOLDER"], CheckpointError.exit_code),
         (export.app, ["FOLDER"], CheckpointError.exit_code),
         (export.app, ["demo", "--target", "ort-cpu-int4", "--calibration", "FOLDER"], UsageError.exit_code),
         (export.app, ["demo", "--target", "ort-cpu-fp32", "--output", "FOLDER"], UsageError.exit_code),
+        (export.app, ["demo", "--bundle", "FOLDER"], UsageError.exit_code),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -98,6 +102,15 @@ def test_commands_say_so(app: Any, arguments: list[str], code: int, tmp_path: Pa
         found, out, err = call(app, *(str(folder) if each == "FOLDER" else each for each in arguments))
     assert (found, out) == (code, ""), err
     assert f"error: {folder}: " in err and "Permission denied" in err and "\n  remedy: " in err
+
+
+@pytest.mark.parametrize("options", [["--reference", "own"], ["--tasks", "--limit", "1"]])
+def test_a_checkpoint_to_compare_with(options: list[str], demo_engine: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "closed" / "model"
+    folder.mkdir(parents=True)
+    with closed(folder.parent):
+        code, _, err = call(run.app, "verify", str(demo_engine), "--checkpoint", str(folder), "--quiet", *options)
+    assert code == CheckpointError.exit_code and f"error: {folder}" in err and "chmod u+x" in err
 
 
 def test_an_image_that_may_not_be_looked_at(demo_engine: Path, tmp_path: Path) -> None:

@@ -102,6 +102,10 @@ def test_a_process_that_dies_of_the_stack_is_an_error() -> None:
     process.compile()
     child = max(children(), key=lambda child: child.create_time())
     child.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 10
+    while child.status() != psutil.STATUS_STOPPED:  # of two that wait, the system would deliver SIGSEGV first
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     child.send_signal(signal.SIGSEGV)  # met when it goes on
     threading.Timer(0.2, lambda: child.send_signal(signal.SIGCONT)).start()
     with pytest.raises(EngineError, match="nested too deeply"):
