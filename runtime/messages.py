@@ -18,7 +18,11 @@ _ROLES = ("system", "user", "assistant", "tool")
 # Names that client libraries have for them: OpenAI's, which calls system messages of newer models "developer", and
 # langchain's, which has no role and says under "type" what a message is.
 _OTHER_ROLES = {"developer": "system", "function": "tool"}
-_TYPES_AS_ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "developer": "system"}
+_TYPES_AS_ROLES = {
+    **{"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "developer": "system"},
+    **{"function": "tool", "HumanMessageChunk": "user", "AIMessageChunk": "assistant"},
+    **{"SystemMessageChunk": "system", "ToolMessageChunk": "tool", "FunctionMessageChunk": "tool"},
+}
 _MESSAGE_KEYS = (
     "role",
     "content",

@@ -16,6 +16,7 @@ from tokenizers import decoders
 
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import MAX_TOKENIZER_BYTES, parse_json_object, read_small_file
+from runtime.panics import is_panic
 from runtime.shown import one_line, shown
 from runtime.text_cuts import GPT2_PATTERN, QWEN_PATTERN, places_to_cut
 
@@ -51,7 +52,7 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         except BaseException as error:  # the library raises plain Exception and ValueError, and panics
-            if not isinstance(error, Exception) and not _is_panic(error):
+            if not isinstance(error, Exception) and not is_panic(error):
                 raise
             raise EngineError(f"{name} cannot be read as a tokenizer: {error}", remedy=_EXPORT_AGAIN) from error
         if not isinstance(self._tokenizer.decoder, decoders.ByteLevel):
@@ -157,7 +158,7 @@ class Tokenizer:
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         except BaseException as error:
-            if not isinstance(error, Exception) and not _is_panic(error):
+            if not isinstance(error, Exception) and not is_panic(error):
                 raise
             reason = one_line(str(error), _LONGEST_REASON)
             raise UsageError(
@@ -221,11 +222,6 @@ def _regexes(value: Any) -> Iterator[Any]:
 
 def _num_bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
-
-
-def _is_panic(error: BaseException) -> bool:
-    """Return whether this is how Rust's panics arrive: no `Exception`, and of a module that cannot be imported."""
-    return type(error).__name__ == "PanicException"
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -179,6 +179,7 @@ def test_the_place_counts_messages_and_parts() -> None:
         ({"role": "system", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
          {"role": "system", "content": [{"type": "text", "text": "x"}]}),
         # langchain
+        ({"type": "AIMessageChunk", "content": "x"}, {"role": "assistant", "type": "AIMessageChunk", "content": "x"}),
         ({"type": "human", "content": "x", "id": None, "example": False, "additional_kwargs": {}},
          {"role": "user", "type": "human", "content": "x", "example": False, "additional_kwargs": {}}),
         (
