@@ -85,6 +85,11 @@ def check_assets(assets: Mapping[str, bytes], config: ModelConfig, folder: Path)
     with _naming(folder / _GENERATION):
         options = GenerationOptions.from_generation_config(json.loads(assets[_GENERATION]))
         # One that the model never gives does no harm beside others, and transformers takes it.
+        if not options.eos_token_ids:
+            raise CheckpointError(
+                "eos_token_id holds no id that a token can have, so no answer would end",
+                remedy="write the ids of <|im_end|> and <|endoftext|> as eos_token_id",
+            )
         _expect_below("eos_token_id", min(options.eos_token_ids), config.text.vocab_size)
 
 

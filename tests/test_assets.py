@@ -133,6 +133,7 @@ def other_ids(folder: Path) -> None:
         (text(GENERATION, "[]"), GENERATION, "expected a JSON object"),
         (values(GENERATION, num_beams=4), GENERATION, "asks for what this runtime does not do: num_beams=4"),
         (values(GENERATION, do_sample=True, top_p=-1), GENERATION, "top_p must be in"),
+        (values(GENERATION, eos_token_id=[-1]), GENERATION, "eos_token_id holds no id that a token can have"),
         (values(GENERATION, eos_token_id=[500, 399]), GENERATION, "399 is not below config.json's vocab_size, 399"),
     ],
 )
