@@ -419,7 +419,7 @@ def _failing_app(error: BaseException) -> typer.Typer:
         (CheckpointError("bad key", remedy="drop it"), 3, "error: bad key\n  remedy: drop it\n"),
         (EngineError("gone"), 5, "error: gone\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (OSError(28, "No space left on device", "/x/y"), 8, "error: /x/y: no space left on the disk\n  remedy: free"),
+        (OSError(28, "No space left on device", "/x/y"), 8, "error: /x/y: the disk is full\n  remedy: free"),
         (MemoryError(), 8, "error: not enough memory\n"),
         (ModuleNotFoundError("no", name="torch.nn"), 2, "error: this command needs the Python package 'torch'"),
         (ZeroDivisionError("1/0"), 1, "error: internal error: ZeroDivisionError: 1/0\n  remedy: this is a bug"),
