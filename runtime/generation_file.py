@@ -40,7 +40,7 @@ NO_EFFECT = frozenset(
         *("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "pad_token_id"),
         # How it is computed.
         *("cache_config", "cache_implementation", "compile_config", "continuous_batching_config", "disable_compile"),
-        *("low_memory", "max_cache_len", "prefill_chunk_size", "use_cache"),
+        *("low_memory", "max_cache_len", "prefill_chunk_size", "return_legacy_cache", "use_cache"),
         # Of several beams, which `num_beams` asks for.
         *("diversity_penalty", "early_stopping", "length_penalty", "num_beam_groups"),
         # Of a draft model, which is no part of a checkpoint; and of prompt lookup, which changes the speed alone.

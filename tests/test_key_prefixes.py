@@ -48,6 +48,9 @@ def test_weights_of_the_base_model_are_those_of_transformers(
 ) -> None:
     from qwen3vl_export.eager import weights_of
 
+    judge.skip_unless(
+        rename is base or judge.release() >= (5, 0), "it does not load keys of which some lack the prefix"
+    )
     folder = renamed(tiny_checkpoint, tmp_path / "base", rename)
     found, expected = weights_of(Checkpoint.open(str(folder))), judge.load(folder).state_dict()
     plain = weights_of(Checkpoint.open(str(tiny_checkpoint)))
