@@ -126,7 +126,7 @@ def test_an_engine_commands_no_terminal(demo_engine: Path, tmp_path: Path) -> No
         assert all(line.isprintable() for line in (out + err).splitlines())
         assert "owned" in out + err
     code, _, err = call(run.app, "run", str(engine), "x", "--\x1b[2Jowned")
-    assert code == 2 and "No such option: --\\x1b[2Jowned" in err and "Usage:" in err
+    assert code == 2 and "--\\x1b[2Jowned" in err and "Usage:" in err
     code, _, err = call(run.app, "run", str(engine), "x")
     assert code != 0 and len(err.splitlines()) <= 2 and err.startswith("error: the chat template refuses")
     assert json.loads(call(run.app, "inspect", str(engine), "--json")[1])["source"]["name"] == ESCAPES
