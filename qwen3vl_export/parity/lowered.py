@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import DECODER, VISION
+from runtime.contract import DECODER_INPUTS
 from runtime.errors import CapacityError, ParityError
 from runtime.files import is_folder, leads_somewhere
 from runtime.machine import default_threads
@@ -37,14 +38,6 @@ if TYPE_CHECKING:
 CPU_NOTE = (
     "these are the lowered graphs, run by ONNX Runtime's CPU provider: every tensor has the type of the graph, but "
     "kernels may compute in float32 inside, so this proves the graphs and not how a GPU rounds"
-)
-_DECODER_INPUTS = (
-    "input_ids",
-    "position_ids",
-    "visual_rows",
-    "visual_embeds",
-    "past_lengths",
-    "logits_positions",
 )
 _PROVIDER = "CPUExecutionProvider"
 
@@ -128,7 +121,7 @@ class LoweredSession:
         ]
 
     def _decode(self, given: tuple[Any, ...], cache: KVCache, names: Sequence[str]) -> list[NDArray[Any]]:
-        inputs = dict(zip(_DECODER_INPUTS, given, strict=True))
+        inputs = dict(zip(DECODER_INPUTS, given, strict=True))
         last = int(inputs["past_lengths"].max()) + inputs["input_ids"].shape[1]
         assert last <= cache.capacity, "past_lengths + S exceeds the cache"
         return self._run(DECODER, inputs, names, cache)
