@@ -56,7 +56,7 @@ test: setup
 
 # The next three run tests in environments that share the PyTorch of $(VENV), which takes gigabytes. Of the test files only
 # those with a test that is asked for are read: others import what an environment may lack.
-files-with = $(shell grep -lE 'mark\.($(1))\b' tests/test_*.py)
+files-with = $(shell grep -rlE --include='test_*.py' 'mark\.($(1))\b' tests)
 SHARED := -c build/shared-torch/constraints.txt
 
 # The newest release of all else that the ranges in pyproject.toml allow today, whatever the locks say.

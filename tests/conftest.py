@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from helpers.engines import build
+
 # Before PyTorch is imported: models this small gain nothing from a second thread, and where other processes want the
 # cores, two threads that wait for each other were measured to take fifty times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from random_checkpoints import write_random
+from helpers.random_checkpoints import write_random
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
@@ -62,13 +63,3 @@ def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
     bundle = make_bundle(Checkpoint.open(str(tiny_checkpoint)))
     return build(bundle, "ort-cpu-fp32", tmp_path_factory.mktemp("tiny-engine") / "engine")
-
-
-def build(bundle: Bundle, target: str, output: Path) -> Path:
-    """Build an engine and leave the bundle as it is: tracing takes seconds, building for a target a fraction of one."""
-    from engines import registry
-    from engines.build import build_engine
-
-    copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
-    build_engine(copy, registry.get(target), output)
-    return output

@@ -1,0 +1,29 @@
+"""Engines made of one bundle or of another engine: tracing takes seconds, the rest a fraction of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from engines import registry
+from engines.build import build_engine
+from engines.bundle import Bundle
+from engines.quantize.cache_ranges import CacheQuantization, quantize_cache
+from engines.quantize.calibration_data import CalibrationPrompt
+from runtime.manifest import Manifest
+
+
+def build(bundle: Bundle, target: str, output: Path) -> Path:
+    """Build an engine and leave the bundle as it is."""
+    copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
+    build_engine(copy, registry.get(target), output)
+    return output
+
+
+def requantized(engine: Path, output: Path, bits: int, prompts: list[CalibrationPrompt]) -> Path:
+    shutil.copytree(engine, output)
+    manifest = Manifest.read(engine)
+    wanted = CacheQuantization(bits, prompts)
+    quantize_cache(output, manifest, wanted, registry.get(manifest.target)).write(output)
+    return output

@@ -1,0 +1,161 @@
+"""Rules of the layout: imports point one way, and running an engine loads no training or export library."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+from runtime import errors
+
+HEAVY = {"torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "transformers", "tensorrt"}
+FORBIDDEN = {
+    "runtime": {"engines", "qwen3vl_export", "qwen3_vl", *HEAVY - {"tensorrt"}},
+    "engines": {"qwen3vl_export", "qwen3_vl", "torch", "torchvision", "transformers"},
+    "configs": {"runtime", "engines", "qwen3vl_export", "qwen3_vl", "numpy", *HEAVY},
+}
+
+
+def imported_packages(source: str) -> set[str]:
+    """Top-level packages that a source imports anywhere, inside functions too."""
+    packages = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            packages.add((node.module or "").partition(".")[0])
+    return packages
+
+
+def violations(package: str, root: Path) -> list[str]:
+    files = sorted((root / package).rglob("*.py"))
+    assert files, f"{package} holds no source"
+    return [
+        f"{path.relative_to(root)} imports {name}"
+        for path in files
+        for name in sorted(imported_packages(path.read_text(encoding="utf-8")) & FORBIDDEN[package])
+    ]
+
+
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_imports_point_one_way(package: str) -> None:
+    assert violations(package, ROOT) == []
+
+
+def test_the_import_rule_sees_every_form_of_import(tmp_path: Path) -> None:
+    (tmp_path / "runtime" / "deep").mkdir(parents=True)
+    source = "import numpy\ndef f():\n    import torch.nn as nn\n    from engines.target import Target\n"
+    (tmp_path / "runtime" / "deep" / "bad.py").write_text(source, encoding="utf-8")
+    expected = ["runtime/deep/bad.py imports engines", "runtime/deep/bad.py imports torch"]
+    assert violations("runtime", tmp_path) == expected
+
+
+_ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type)}
+# Where the type of an argument is wrong, what it has to be stands in the message.
+_ARGUMENTS = {"runtime/chat.py", "runtime/generation_config.py", "runtime/messages.py"}
+
+
+@pytest.mark.parametrize("package", ["runtime", "engines", "qwen3vl_export", "qwen3_vl"])
+def test_an_error_says_what_to_do(package: str) -> None:
+    found = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            kind = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            if kind in _ERRORS and not (name in _ARGUMENTS and kind == "UsageError"):
+                assert isinstance(node, ast.Call)
+                if "remedy" not in {keyword.arg for keyword in node.keywords}:
+                    found.append(f"{name}:{node.lineno}: {kind} without a remedy")
+    assert found == []
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import qwen3_vl", "import runtime.model", "from qwen3_vl import Qwen3VLModel"])
+def test_import_loads_no_heavy_library(statement: str) -> None:
+    assert loaded_after(statement) & HEAVY == set()
+
+
+def test_public_import_is_lazy() -> None:
+    """Of ours it loads what turns telemetry off (tests/test_settings.py)."""
+    loaded = loaded_after("import qwen3_vl")
+    assert loaded & {"numpy", "PIL", "tokenizers", "jinja2", "onnxruntime", "engines", "qwen3vl_export"} == set()
+    assert "runtime" in loaded and "runtime.model" not in loaded
+
+
+def test_loading_is_seen() -> None:
+    assert "onnx" in loaded_after("import onnx")
+
+
+def test_public_names_are_those_of_the_runtime() -> None:
+    import qwen3_vl
+    from runtime import __version__, answer, errors
+    from runtime.generation_config import GenerationOptions
+    from runtime.model import Qwen3VLModel
+
+    found = {name: getattr(qwen3_vl, name) for name in qwen3_vl.__all__}
+    assert found.pop("errors").__all__ == sorted(name for name, value in found.items() if is_error(value))
+    assert found.pop("__version__") == __version__
+    assert {name: value for name, value in found.items() if not is_error(value)} == {
+        "Generation": answer.Generation,
+        "GenerationOptions": GenerationOptions,
+        "Qwen3VLModel": Qwen3VLModel,
+        "Stats": answer.Stats,
+        "Stream": answer.Stream,
+    }
+    every_error = {errors.Qwen3VLError, *errors.Qwen3VLError.__subclasses__()}
+    assert {value for value in found.values() if is_error(value)} == every_error
+    with pytest.raises(AttributeError, match="it has BundleError, CapacityError, "):
+        qwen3_vl.missing  # noqa: B018
+    assert dir(qwen3_vl) == qwen3_vl.__all__
+
+
+def is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Exception)
+
+
+def test_entry_points_and_extras() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {
+        "qwen3vl-export": "qwen3vl_export.cli.export:main",
+        "qwen3vl": "qwen3vl_export.cli.run:main",
+    }
+    extras = {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "verify", "plot", "test", "dev"}
+    assert set(project["optional-dependencies"]) == extras
+    assert HEAVY.isdisjoint(project["dependencies"])
+
+
+def test_core_is_lazy_and_re_exports() -> None:
+    import qwen3_vl.core
+    from qwen3vl_export.eager import open_eager
+    from qwen3vl_export.modeling import Qwen3VL
+    from runtime.model import Qwen3VLModel
+
+    assert loaded_after("from qwen3_vl.core import Qwen3VLModel") & HEAVY == set()
+    assert [getattr(qwen3_vl.core, name) for name in qwen3_vl.core.__all__] == [Qwen3VL, Qwen3VLModel, open_eager]
+    with pytest.raises(AttributeError, match="it has Qwen3VL, Qwen3VLModel, open_eager"):
+        qwen3_vl.core.missing  # noqa: B018
+
+
+def test_core_without_torch_says_what_to_install() -> None:
+    code = "import sys; sys.modules['torch'] = None\nfrom qwen3_vl.core import Qwen3VLModel, open_eager"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    error, remedy = done.stderr.splitlines()[-2:]
+    assert error == "ImportError: open_eager needs the Python package 'torch', which is not installed"
+    assert remedy.startswith("  remedy: install the extra `export` of qwen3vl-export, for instance: ")
+
+
+@pytest.mark.parametrize("package", ["runtime", "engines", "qwen3vl_export", "qwen3_vl", "configs"])
+def test_environment_variables_are_touched_in_one_file(package: str) -> None:
+    texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / package).rglob("*.py")}
+    found = {str(path) for path, text in texts.items() if "os.environ" in text or "getenv" in text}
+    assert found == ({"runtime/settings.py"} if package == "runtime" else set())

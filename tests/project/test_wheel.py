@@ -1,0 +1,80 @@
+"""The wheel holds all that it needs: export in one empty environment, run that engine in another without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    # An editable install of this checkout must not be found: only the wheel counts.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # A copy of what git tracks: setuptools would take whatever an earlier build left in build/.
+    for name in run("git", "ls-files", "-z", cwd=ROOT).split("\0"):
+        if (ROOT / name).is_file():  # a link is copied as a file; what was deleted since is left out
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / "source" / name)
+    options = ("-q", "--no-deps", "--no-build-isolation")  # with the setuptools of the lock
+    run(sys.executable, "-m", "pip", "wheel", *options, "-w", folder, folder / "source", cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def environment(folder: Path, wheel: Path, extras: str) -> Path:
+    """An environment of the wheel and its extras, in the versions of the lock: they do not depend on the day."""
+    run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
+    locked = ROOT / "locks" / "demo.txt"
+    run(folder / "bin" / "pip", "install", "-q", "-c", locked, f"{wheel}[{extras}]", cwd=folder.parent)
+    return folder / "bin"
+
+
+def installed(binaries: Path, cwd: Path) -> set[str]:
+    return {entry["name"] for entry in json.loads(run(binaries / "pip", "list", "--format", "json", cwd=cwd))}
+
+
+def ask(binaries: Path, engine: Path, cwd: Path) -> tuple[str, str]:
+    """Answer the first shipped picture with the installed command; return the answer and the truth."""
+    find = "import importlib.resources as r; print(r.files('qwen3vl_export') / 'demo' / 'images')"
+    images = Path(run(binaries / "python", "-c", find, cwd=cwd).strip())
+    assert ROOT not in images.parents
+    entry = json.loads((images / "truth.json").read_text())[0]
+    answer = run(binaries / "qwen3vl", "run", engine, entry["question"], "--image", images / entry["file"], cwd=cwd)
+    return answer.strip(), entry["answer"]
+
+
+@pytest.fixture(scope="module")
+def exported(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Commands of an environment with the wheel and its extras [export,cpu], and the engine that they exported."""
+    folder = tmp_path_factory.mktemp("export")
+    binaries = environment(folder / "env", wheel, "export,cpu")
+    run(binaries / "qwen3vl-export", "demo", "--target", "ort-cpu-fp32", "--output", folder / "engine", cwd=folder)
+    return binaries, folder / "engine"
+
+
+def test_export_extra_exports_the_demo(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    assert not installed(exported[0], tmp_path) & {"torchvision", "transformers"}
+    answer, truth = ask(*exported, tmp_path)
+    assert answer == truth
+
+
+def test_cpu_extra_alone_runs_that_engine(wheel: Path, exported: tuple[Path, Path], tmp_path: Path) -> None:
+    binaries = environment(tmp_path / "env", wheel, "cpu")
+    assert not installed(binaries, tmp_path) & {"torch", "torchvision", "transformers", "onnx", "onnx-ir"}
+    answer, truth = ask(binaries, exported[1], tmp_path)
+    assert answer == truth

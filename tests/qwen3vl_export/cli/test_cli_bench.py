@@ -1,0 +1,63 @@
+"""`qwen3vl bench`: its figures, its output, and sizes that it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+
+from helpers.command_line import call
+from qwen3vl_export.cli.bench import bench, parse_size, summarise
+from runtime.answer import Stats
+from runtime.errors import UsageError
+
+
+def stats(ttft_s: float, tpot_s: float) -> Stats:
+    return Stats(
+        preprocess_s=0.0,
+        vision_s=0.0,
+        prefill_s=0.0,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        tokens_per_s=1 / tpot_s,
+        prompt_tokens=30,
+        visual_tokens=16,
+        new_tokens=8,
+        peak_cache_bytes=1,
+    )
+
+
+def test_percentiles_are_those_of_the_answers() -> None:
+    speed = summarise([stats(ttft, 0.01 * ttft) for ttft in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)])
+    assert (speed.ttft_p50_s, speed.ttft_p90_s) == (6.0, 10.0)
+    assert speed.tpot_s == pytest.approx(0.06) and speed.tokens_per_s == pytest.approx(1 / 0.06)
+    assert (speed.runs, speed.prompt_tokens, speed.visual_tokens, speed.new_tokens) == (11, 30, 16, 8)
+
+
+def test_sizes() -> None:
+    assert parse_size("1024x768") == (1024, 768)
+    assert parse_size("none") is None
+
+
+@pytest.mark.parametrize("text", ["1024", "0x5", "axb", "5x", "-4x4", "1x2x3", "٣x٣"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="WIDTHxHEIGHT"):
+        parse_size(text)
+
+
+def test_command_prints_what_it_measured(tiny_engine: Path) -> None:
+    app = typer.Typer()
+    app.command()(bench)
+    options = [str(tiny_engine), "--new-tokens", "4", "--runs", "2", "--threads", "1"]
+    code, out, _ = call(app, *options, "--image-size", "96x64", "--prompt-tokens", "40", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["visual_tokens"], found["new_tokens"], found["runs"], found["threads"]) == (6, 4, 2, 1)
+    assert found["target"] == "ort-cpu-fp32"
+    assert 0 < found["ttft_p50_s"] <= found["ttft_p90_s"] and found["tpot_s"] > 0
+    code, out, _ = call(app, *options, "--image-size", "none")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["device", "engine", "prompt", "TTFT", "TPOT", "decode"]
+    assert "0 of them visual" in out

@@ -1,0 +1,157 @@
+"""Kernels of quantised numbers are proven on the machine at hand, and an engine computes the same on every CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from benchmarks import kernels
+from engines.bundle import Bundle
+from engines.kernels import BITS
+from helpers import PICTURES
+from helpers.engines import build
+from runtime.errors import EngineError
+from runtime.kernels import KERNEL_TESTS, kernels_of, known_kernels, needs_exact_products
+from runtime.manifest import Manifest
+from scripts import write_kernel_tests
+
+EMULATOR = shutil.which("qemu-x86_64")
+# AVX2 without VNNI, and processors before AVX2.
+EMULATED = {"Haswell": True, "SandyBridge": False, "Nehalem": False}
+IMAGE = PICTURES / "held_out_0.png"
+READ = """
+import sys
+import numpy as np
+from qwen3_vl import Qwen3VLModel
+
+engine, image, output = sys.argv[1:]
+model = Qwen3VLModel.from_engine(engine, threads=1)
+messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Read"}]}]
+np.savez(output, levels=model.encode_images(model.prepare(messages).images), logits=model.logits(messages))
+"""
+needs_emulator = pytest.mark.skipif(EMULATOR is None, reason="qemu-x86_64 is not installed (Debian: qemu-user)")
+
+
+def emulated(cpu: str, source: str, *arguments: str) -> str:
+    """Run Python on an emulated processor; return what it prints."""
+    command = [str(EMULATOR), "-cpu", cpu, sys.executable, "-c", source, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def sabotaged(kernel: str, folder: Path) -> None:
+    """Write the tests, one of them with a constant of codes changed."""
+    shutil.copytree(KERNEL_TESTS, folder)
+    path = folder / f"{kernel}.onnx"
+    model = onnx.load(path)
+    codes = [
+        i
+        for i, t in enumerate(model.graph.initializer)
+        if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    ]
+    for i in codes:
+        old = model.graph.initializer[i]
+        values = numpy_helper.to_array(old)
+        if values.size > 1:
+            model.graph.initializer[i].CopyFrom(numpy_helper.from_array((values // 2).astype(values.dtype), old.name))
+    onnx.save(model, path)
+
+
+@pytest.mark.portable
+def test_the_tests_are_what_the_script_writes(tmp_path: Path) -> None:
+    write_kernel_tests.main(tmp_path / "tests")
+    written = {path.name: path.read_bytes() for path in (tmp_path / "tests").iterdir()}
+    assert written == {path.name: path.read_bytes() for path in KERNEL_TESTS.iterdir()}
+    assert known_kernels() == sorted(write_kernel_tests.TESTS)
+
+
+@pytest.mark.portable
+def test_every_kernel_is_right_on_this_machine() -> None:
+    needs_exact_products(known_kernels())
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("kernel", sorted(write_kernel_tests.TESTS))
+def test_a_kernel_that_reads_other_codes_is_noticed(kernel: str, tmp_path: Path) -> None:
+    sabotaged(kernel, tmp_path / "tests")
+    with pytest.raises(EngineError, match=r"computes wrong products on this processor: relative error .*; instruction"):
+        needs_exact_products([kernel], tmp_path / "tests")
+
+
+@pytest.mark.portable
+def test_a_kernel_that_does_not_run_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "MatMulNBits.4.onnx").write_bytes(b"no graph")
+    with pytest.raises(EngineError, match=r"MatMulNBits\.4 .* relative error inf"):
+        needs_exact_products(["MatMulNBits.4"], tmp_path)
+
+
+@pytest.mark.portable
+def test_a_kernel_without_a_test_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"cannot test: MatMulNBits\.3"):
+        needs_exact_products(["MatMulNBits.4", "MatMulNBits.3"])
+
+
+BYTE_KERNELS = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits.8"}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("ort-cpu-fp32", set()),
+        ("ort-cpu-int8", BYTE_KERNELS | {"GatherBlockQuantized.8"}),
+        ("ort-cpu-int4", BYTE_KERNELS | {"GatherBlockQuantized.4", "MatMulNBits.4"}),
+    ],
+)
+def test_manifests_name_the_kernels(target: str, expected: set[str], demo_bundle: Bundle, tmp_path: Path) -> None:
+    engine = build(demo_bundle, target, tmp_path / "engine")
+    assert kernels_of(Manifest.read(engine)) == sorted(expected)
+
+
+def test_kernels_of_a_cache_in_few_bits_and_of_an_engine_that_names_none(demo_engine: Path) -> None:
+    manifest = Manifest.read(demo_engine)
+    cached = dataclasses.replace(manifest, capabilities={**manifest.capabilities, "cache_bits": 4})
+    assert kernels_of(cached) == ["GroupQueryAttention.4"]
+    silent = {name: value for name, value in manifest.capabilities.items() if name != "kernels"}
+    assert kernels_of(dataclasses.replace(manifest, capabilities=silent)) == known_kernels()
+
+
+@pytest.mark.portable
+def test_every_kernel_that_the_exporter_names_has_a_test() -> None:
+    assert {name.split(".")[0] for name in known_kernels()} == {*BITS, "GroupQueryAttention"}
+
+
+@needs_emulator
+@pytest.mark.portable
+@pytest.mark.parametrize("cpu", EMULATED)
+def test_other_processors_are_right_or_made_right(cpu: str) -> None:
+    source = (
+        "from runtime.kernels import known_kernels, needs_exact_products; print(needs_exact_products(known_kernels()))"
+    )
+    assert emulated(cpu, source).strip() == str(EMULATED[cpu])
+
+
+@needs_emulator
+@pytest.mark.parametrize("target", ["ort-cpu-int8", "ort-cpu-int4", "ort-cpu-int4p8"])
+def test_an_engine_computes_the_same_without_vnni(target: str, demo_bundle: Bundle, tmp_path: Path) -> None:
+    engine = build(demo_bundle, target, tmp_path / "engine")
+    arguments = (str(engine), str(IMAGE))
+    subprocess.run([sys.executable, "-c", READ, *arguments, str(tmp_path / "here.npz")], check=True)
+    emulated("Haswell", READ, *arguments, str(tmp_path / "there.npz"))
+    here, there = np.load(tmp_path / "here.npz"), np.load(tmp_path / "there.npz")
+    for name in ("levels", "logits"):
+        assert np.linalg.norm(there[name] - here[name]) < 0.005 * np.linalg.norm(here[name]), name
+
+
+def test_weights_are_in_memory_once_whatever_the_processor() -> None:
+    found = kernels.opened_bytes()
+    assert found[kernels.CALL_EXACT]["now"] < 1.1 * found[kernels.CALL]["now"]
+    assert found[kernels.CALL_EXACT]["peak"] > 1.5 * found[kernels.CALL_EXACT]["now"], "copies were made on the way"
