@@ -23,7 +23,7 @@ from engines.quantize.blockwise import QuantizedBlocks
 from engines.quantize.calibration import Rounding, calibrate
 from engines.quantize.calibration_data import CalibrationPrompt
 from engines.quantize.formats import WeightPlan
-from engines.quantize.gptq import Floats, InputMetric, quantize_rows
+from engines.quantize.gptq import FloatArray, InputMetric, quantize_rows
 from engines.target import Target
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.data import canvas_at, example_of, held_out
@@ -35,7 +35,7 @@ BLOCKS = (32, 64, 128)
 _TRAINING_SEED = 7
 
 
-def importance_alone(weights_NK: Floats, metric: InputMetric, bits: int) -> QuantizedBlocks:
+def importance_alone(weights_NK: FloatArray, metric: InputMetric, bits: int) -> QuantizedBlocks:
     """Search with each column's error weighted by the mean square of its input, the diagonal of H = R Rᵀ."""
     diagonal_K = (metric.factor_KK**2).sum(1)
     return quantize_rows(weights_NK, replace(metric, factor_KK=np.diag(np.sqrt(diagonal_K))), bits)
@@ -71,7 +71,7 @@ def training_prompts(num_canvases: int) -> list[CalibrationPrompt]:
     return prompts
 
 
-def held_out_logits(engine: Path, num_canvases: int) -> Iterator[Floats]:
+def held_out_logits(engine: Path, num_canvases: int) -> Iterator[FloatArray]:
     """Yield the logits of every prompt, [S, vocab]."""
     model = Qwen3VLModel.from_engine(engine)
     for index in range(num_canvases):

@@ -27,7 +27,7 @@ from runtime.image_processor import ImageProcessorConfig
 from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
 from runtime.model import DEFAULT_MAX_CONTEXT, Qwen3VLModel
-from runtime.session import Floats, Ints, KVCache
+from runtime.session import FloatArray, IntArray, KVCache
 from runtime.shown import one_line, shown
 from runtime.tokenizer import Tokenizer
 
@@ -186,8 +186,13 @@ class EagerSession:
 
     @torch.inference_mode()
     def vision(
-        self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
-    ) -> Floats:
+        self,
+        pixel_values: FloatArray,
+        pos_indices: IntArray,
+        pos_weights: FloatArray,
+        rope_cos: FloatArray,
+        rope_sin: FloatArray,
+    ) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`."""
         # Tables stay float32 whatever the weights' type, as in transformers.
         indices, weights, cos, sin = map(self._tensor, (pos_indices, pos_weights, rope_cos, rope_sin))
@@ -200,14 +205,14 @@ class EagerSession:
     @torch.inference_mode()
     def decode(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
-    ) -> Floats:
+    ) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
         assert isinstance(cache, EagerCache)
         assert int(past_lengths.max()) + input_ids.shape[1] <= cache.capacity, "past_lengths + S exceeds the cache"
@@ -218,12 +223,12 @@ class EagerSession:
         logits, cache.layers = self.model(ids, positions, rows, embeds, lengths, chosen, cache.layers)
         return _array(logits)
 
-    def _floats(self, values: Floats) -> Tensor:
+    def _floats(self, values: FloatArray) -> Tensor:
         return self._tensor(values).to(self.model.lm_head.weight.dtype)
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.lm_head.weight.device)
 
 
-def _array(values: Tensor) -> Floats:
+def _array(values: Tensor) -> FloatArray:
     return values.float().cpu().numpy()

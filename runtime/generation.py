@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from runtime.positions import PromptPositions
-from runtime.session import Floats, KVCache, Session, TopLogits, TopLogitsSession
+from runtime.session import FloatArray, KVCache, Session, TopLogits, TopLogitsSession
 
 # A chunk bounds the activations of a long prompt; the products reach their full speed well below it.
 PREFILL_CHUNK = 512
@@ -33,11 +33,11 @@ def prefill(
     cache: KVCache,
     input_ids: list[int],
     positions: PromptPositions,
-    visual_embeds: Floats,
+    visual_embeds: FloatArray,
     *,
     all_logits: bool = False,
     chunk: int = PREFILL_CHUNK,
-) -> Floats:
+) -> FloatArray:
     """Run all of `prefill_chunks`, with the same arguments.
 
     Returns:
@@ -53,11 +53,11 @@ def prefill_chunks(
     cache: KVCache,
     input_ids: list[int],
     positions: PromptPositions,
-    visual_embeds: Floats,
+    visual_embeds: FloatArray,
     *,
     all_logits: bool = False,
     chunk: int = PREFILL_CHUNK,
-) -> Iterator[Floats]:
+) -> Iterator[FloatArray]:
     """Run the prompt through the decoder in chunks, writing rows 0 … S - 1 of `cache`.
 
     Args:
@@ -101,10 +101,10 @@ class Drafter(Protocol):
 def decode_steps(
     session: Session,
     cache: KVCache,
-    logits_V: Floats,
+    logits_V: FloatArray,
     num_cached: int,
     delta: int,
-    dummy_embeds: Floats,
+    dummy_embeds: FloatArray,
     choose: Callable[[Any], int],
     drafter: Drafter | None = None,
     top: bool = False,
@@ -134,7 +134,7 @@ def decode_steps(
             session is a `TopLogitsSession`.
     """
     drafts: list[int] = []
-    rows: Sequence[Floats | TopLogits] | Floats = logits_V[None]
+    rows: Sequence[FloatArray | TopLogits] | FloatArray = logits_V[None]
     num_tokens = num_cached
     while True:
         for row, draft in zip(rows, [*drafts, None], strict=True):

@@ -45,7 +45,7 @@ from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.prompt import Prompt, PromptBuilder
 from runtime.prompt_lookup import PromptLookup
 from runtime.sampling import Sampler
-from runtime.session import Floats, Session, is_on_gpu, open_session
+from runtime.session import FloatArray, Session, is_on_gpu, open_session
 from runtime.shown import shown
 from runtime.stop_text import AnswerText
 from runtime.tokenizer import Tokenizer
@@ -278,7 +278,7 @@ class Qwen3VLModel:
             )
         return options.replace(eos_token_ids=options.eos_token_ids or self.defaults.eos_token_ids).replace(**keywords)
 
-    def logits(self, messages: Any) -> Floats:
+    def logits(self, messages: Any) -> FloatArray:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
         self._owner.check()
         call = Call()
@@ -339,7 +339,7 @@ class Qwen3VLModel:
         ]
         return Prepared(prompt, tuple(images), mrope_positions(len(prompt.input_ids), spans))
 
-    def encode_images(self, images: Sequence[ProcessedImage]) -> Floats:
+    def encode_images(self, images: Sequence[ProcessedImage]) -> FloatArray:
         """Run the vision tower on each image: [1+D, V, hidden], in order; one zero row if none.
 
         Raises:
@@ -353,12 +353,12 @@ class Qwen3VLModel:
             raise UsageError(f"images must be a list of ProcessedImage, got {shown(images)}", remedy=remedy)
         return self._join([self._encode(image) for image in processed if image is not None])
 
-    def _join(self, embeds: Sequence[Floats]) -> Floats:
+    def _join(self, embeds: Sequence[FloatArray]) -> FloatArray:
         if not embeds:
             return np.zeros((self.config.num_visual_levels, 1, self.config.text.hidden_size), np.float32)
         return np.concatenate(embeds, axis=1)
 
-    def _encode(self, image: ProcessedImage) -> Floats:
+    def _encode(self, image: ProcessedImage) -> FloatArray:
         vision = self.config.vision
         t, h, w = image.grid_thw
         indices, weights = position_interpolation(h, w, vision.num_grid_per_side, vision.spatial_merge_size)

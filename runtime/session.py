@@ -21,8 +21,8 @@ from runtime.errors import EngineError, UsageError
 from runtime.installation import how_to_install
 from runtime.manifest import Manifest
 
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
 
 # Extra of pyproject.toml with the library of a kind of session.
 _EXTRAS = {"ort_cpu": "cpu", "ort_cuda": "cuda", "tensorrt": "tensorrt"}
@@ -45,8 +45,13 @@ class Session(Protocol):
     """An opened engine: two graphs and the memory they work in."""
 
     def vision(
-        self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
-    ) -> Floats:
+        self,
+        pixel_values: FloatArray,
+        pos_indices: IntArray,
+        pos_weights: FloatArray,
+        rope_cos: FloatArray,
+        rope_sin: FloatArray,
+    ) -> FloatArray:
         """Run the vision tower on I segments of one grid: pixel_values [I, P, C·Tp·p·p] to [1+D, I·P/4, hidden]."""
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
@@ -54,14 +59,14 @@ class Session(Protocol):
 
     def decode(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
-    ) -> Floats:
+    ) -> FloatArray:
         """Run the decoder on [B, S] new tokens behind `past_lengths` cached ones.
 
         Writes rows past_lengths … past_lengths + S - 1 of `cache`, and nothing else. past_lengths + S ≤ capacity.
@@ -82,10 +87,10 @@ class TopLogits:
         fetch: Copies all logits from the device, float32 [vocab]; only until the session's next call.
     """
 
-    ids: Ints
-    values: Floats
+    ids: IntArray
+    values: FloatArray
     vocab_size: int
-    fetch: Callable[[], Floats]
+    fetch: Callable[[], FloatArray]
 
 
 class TopLogitsSession(Session, Protocol):
@@ -93,12 +98,12 @@ class TopLogitsSession(Session, Protocol):
 
     def decode_top(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
     ) -> list[list[TopLogits]]:
         """Run the decoder as `decode` does, and leave the logits on the device: the largest of each, [B][L]."""

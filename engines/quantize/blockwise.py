@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
 # Ranges tried for few bits, as shares of a block's own range. A narrower one clips the tails and rounds the rest finer.
@@ -29,20 +29,20 @@ class QuantizedBlocks:
     """Codes [M, G], scales [M] and zero points [M] of M blocks."""
 
     codes: Codes
-    scales: Floats
+    scales: FloatArray
     zero_points: Codes
 
-    def dequantize(self) -> Floats:
+    def dequantize(self) -> FloatArray:
         """Return what the codes stand for, [M, G]."""
         steps = self.codes.astype(np.float32) - self.zero_points[:, None]
         return np.asarray(steps * self.scales[:, None], np.float32)
 
 
 def quantize_blocks(
-    weights_MG: Floats,
+    weights_MG: FloatArray,
     bits: int,
     *,
-    importance_G: Floats | None = None,
+    importance_G: FloatArray | None = None,
     shrinks: tuple[float, ...] | None = None,
     symmetric: bool = False,
 ) -> QuantizedBlocks:
@@ -76,7 +76,7 @@ def quantize_blocks(
 class _Search:
     """The search over the blocks of one pass; its buffers are reused by every try."""
 
-    def __init__(self, weights_MG: Floats, top: int, importance_G: Floats | None, symmetric: bool) -> None:
+    def __init__(self, weights_MG: FloatArray, top: int, importance_G: FloatArray | None, symmetric: bool) -> None:
         self._w = np.ascontiguousarray(weights_MG)
         self._top = np.float32(top)
         self._middle = np.float32((top + 1) // 2) if symmetric else None
@@ -115,13 +115,13 @@ class _Search:
             fitted = products / np.maximum(squares, np.float32(1e-30))
             scale = np.where((squares > 0) & (fitted > 0), fitted, scale)
 
-    def best(self) -> tuple[Codes, Floats, Codes]:
+    def best(self) -> tuple[Codes, FloatArray, Codes]:
         """Return codes, scales and zero points of the best tries."""
         steps = self._round(self._best_scale, self._best_zero)
         codes = (steps + self._best_zero[:, None]).astype(np.uint8)
         return codes, self._best_scale, self._best_zero.astype(np.uint8)
 
-    def _round(self, scale: Floats, zero: Floats) -> Floats:
+    def _round(self, scale: FloatArray, zero: FloatArray) -> FloatArray:
         """Return q - z, [M, G], in a reused buffer."""
         steps = self._steps
         np.multiply(self._w, (1 / scale)[:, None], out=steps)
@@ -130,14 +130,14 @@ class _Search:
         np.minimum(steps, (self._top - zero)[:, None], out=steps)
         return steps
 
-    def _sum(self, a: Floats, b: Floats) -> Floats:
+    def _sum(self, a: FloatArray, b: FloatArray) -> FloatArray:
         """Return Σ a·b over each block, weighted by the importance."""
         if self._importance is not None:
             b = np.multiply(b, self._importance, out=self._scratch)
         return np.asarray(np.einsum("mg,mg->m", a, b), np.float32)
 
 
-def quantize_rows_int8(weights_NK: Floats) -> tuple[NDArray[np.int8], Floats]:
+def quantize_rows_int8(weights_NK: FloatArray) -> tuple[NDArray[np.int8], FloatArray]:
     """Give each row one scale, symmetric about zero: codes [N, K] in -127 … 127 and scales [N].
 
     -128 stays unused, so that a row and its negative have the same codes.

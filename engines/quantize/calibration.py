@@ -33,7 +33,7 @@ from engines.passes.quantize_weights import stored_block
 from engines.quantize.blockwise import QuantizedBlocks
 from engines.quantize.calibration_data import CalibrationPrompt
 from engines.quantize.formats import BLOCKWISE, FLOAT8, WeightPlan
-from engines.quantize.gptq import Floats, InputMetric, factorize, quantize_rows
+from engines.quantize.gptq import FloatArray, InputMetric, factorize, quantize_rows
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.quantize.input_ranges import attach_ranges
 from engines.quantize.products import exchange, largest_slice_bytes, not_finite, products_by_input
@@ -45,7 +45,7 @@ from runtime.errors import Qwen3VLError, UsageError
 from runtime.manifest import Manifest
 from runtime.session import Session
 
-Rounding: TypeAlias = Callable[[Floats, InputMetric, int], QuantizedBlocks]
+Rounding: TypeAlias = Callable[[FloatArray, InputMetric, int], QuantizedBlocks]
 """Signature of `gptq.quantize_rows`."""
 
 METHOD = "gptq"
@@ -179,7 +179,7 @@ class _RecordingSession:
     def __init__(self, images: list[Arrays]) -> None:
         self._images = images
 
-    def vision(self, *inputs: NDArray[Any]) -> Floats:
+    def vision(self, *inputs: NDArray[Any]) -> FloatArray:
         self._images.append(dict(zip(VISION_INPUTS, inputs, strict=True)))
         return np.zeros((1, 1, 1), np.float32)
 
@@ -336,15 +336,15 @@ class Gram:
 
     def __init__(self, num_columns: int) -> None:
         self._sum_KK = np.zeros((num_columns, num_columns), np.float32)
-        self._waiting: list[Floats] = []
+        self._waiting: list[FloatArray] = []
 
-    def add(self, x: Floats) -> None:
+    def add(self, x: FloatArray) -> None:
         """Add inputs [..., K]."""
         self._waiting.append(x.reshape(-1, len(self._sum_KK)))
         if sum(map(len, self._waiting)) >= _GRAM_ROWS:
             self._flush()
 
-    def total(self) -> Floats:
+    def total(self) -> FloatArray:
         """Return the sum."""
         self._flush()
         return self._sum_KK

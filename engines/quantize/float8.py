@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
@@ -28,18 +28,18 @@ _NVFP4_STRETCHES = (1.0, 1.5, 0.9)
 _PASS_BLOCKS = 1 << 12
 
 
-def half_scale(largest: Floats, largest_code: float) -> Floats:
+def half_scale(largest: FloatArray, largest_code: float) -> FloatArray:
     """Return the scale that lets a code reach each magnitude, rounded to float16; 1 for 0."""
     scale = np.maximum((largest / np.float32(largest_code)).astype(np.float16), np.float16(_SMALLEST_HALF))
     return np.asarray(np.where(largest > 0, scale.astype(np.float32), np.float32(1)), np.float32)
 
 
-def to_e4m3(values: Floats) -> NDArray[Any]:
+def to_e4m3(values: FloatArray) -> NDArray[Any]:
     """Round to the nearest E4M3, ties to even; beyond 448 to 448."""
     return np.clip(values, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
 
 
-def quantize_rows_float8(weights_NK: Floats) -> tuple[NDArray[Any], Floats]:
+def quantize_rows_float8(weights_NK: FloatArray) -> tuple[NDArray[Any], FloatArray]:
     """Give each row the scale that lets its largest weight be 448: E4M3 codes [N, K] and scales [N]."""
     scales = half_scale(np.abs(weights_NK).max(1), E4M3_MAX)
     return to_e4m3(weights_NK / scales[:, None]), scales
@@ -50,7 +50,7 @@ def nvfp4_global_scale(largest: float) -> float:
     return float(half_scale(np.asarray([largest], np.float32), E2M1_MAX * E4M3_MAX)[0])
 
 
-def quantize_blocks_nvfp4(weights_MG: Floats, global_scale: float) -> tuple[NDArray[Any], NDArray[Any]]:
+def quantize_blocks_nvfp4(weights_MG: FloatArray, global_scale: float) -> tuple[NDArray[Any], NDArray[Any]]:
     """Round blocks of 16 weights: E2M1 codes [M, 16] and E4M3 scales [M], of a few scales the best of each block.
 
     A block stands for code · float16(scale · global scale), as the graph's two DequantizeLinear compute it.
@@ -63,12 +63,12 @@ def quantize_blocks_nvfp4(weights_MG: Floats, global_scale: float) -> tuple[NDAr
     return codes_MG, scales_M
 
 
-def nvfp4_steps(scales_M: NDArray[Any], global_scale: float) -> Floats:
+def nvfp4_steps(scales_M: NDArray[Any], global_scale: float) -> FloatArray:
     """Return what a code of 1 stands for in each block."""
     return np.asarray((scales_M.astype(np.float32) * np.float32(global_scale)).astype(np.float16), np.float32)
 
 
-def _search_nvfp4(weights_MG: Floats, global_scale: float) -> tuple[NDArray[Any], NDArray[Any]]:
+def _search_nvfp4(weights_MG: FloatArray, global_scale: float) -> tuple[NDArray[Any], NDArray[Any]]:
     wanted_M = np.abs(weights_MG).max(1) / np.float32(E2M1_MAX) / np.float32(global_scale)
     best_M = np.full(len(weights_MG), np.inf, np.float32)
     codes_MG = np.zeros(weights_MG.shape, ml_dtypes.float4_e2m1fn)

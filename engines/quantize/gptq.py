@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from engines.quantize.blockwise import QuantizedBlocks, quantize_blocks
 
-Floats = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 
 DAMPENING = 0.01
 """Share of H's mean diagonal that is added to its diagonal, as in the paper: columns that were never active count too,
@@ -41,11 +41,11 @@ class InputMetric:
 
     block: int
     columns: tuple[NDArray[np.int64], ...]
-    factor_KK: Floats
+    factor_KK: FloatArray
     symmetric: bool = False
 
 
-def factorize(gram_KK: Floats, block: int, *, dampening: float = DAMPENING, symmetric: bool = False) -> InputMetric:
+def factorize(gram_KK: FloatArray, block: int, *, dampening: float = DAMPENING, symmetric: bool = False) -> InputMetric:
     """Return R with R Rᵀ = H / m + dampening · I, m the mean of H's diagonal, and the order of its columns.
 
     Dividing by m changes no code. H of zeros counts as the identity.
@@ -65,7 +65,7 @@ def factorize(gram_KK: Floats, block: int, *, dampening: float = DAMPENING, symm
     return InputMetric(block, ordered, np.ascontiguousarray(factor_KK), symmetric)
 
 
-def quantize_rows(weights_NK: Floats, metric: InputMetric, bits: int) -> QuantizedBlocks:
+def quantize_rows(weights_NK: FloatArray, metric: InputMetric, bits: int) -> QuantizedBlocks:
     """Quantise rows of a weight; the last block of a row is padded with zeros if G does not divide K.
 
     Scale and zero point of a block come from the search of `quantize_blocks`, on the weights that make up best for the
@@ -102,7 +102,7 @@ def quantize_rows(weights_NK: Floats, metric: InputMetric, bits: int) -> Quantiz
     return QuantizedBlocks(codes.reshape(-1, block), scales.reshape(-1), zeros.reshape(-1))
 
 
-def _quantize_block(targets_NG: Floats, factor_GG: Floats, bits: int, metric: InputMetric) -> QuantizedBlocks:
+def _quantize_block(targets_NG: FloatArray, factor_GG: FloatArray, bits: int, metric: InputMetric) -> QuantizedBlocks:
     """Return the codes of one block of every row, from what its weights should be."""
     size = len(factor_GG)
     importance_G = np.diagonal(factor_GG) ** 2

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.disk import check_file, replaced_file
-from qwen3vl_export.parity.metrics import Floats
+from qwen3vl_export.parity.metrics import FloatArray
 from runtime.installation import how_to_install
 
 
@@ -38,7 +38,7 @@ class LayerSums:
     def __init__(self) -> None:
         self._sums: defaultdict[tuple[str, int], NDArray[np.float64]] = defaultdict(lambda: np.zeros(2))
 
-    def add_levels(self, found: Floats, expected: Floats) -> None:
+    def add_levels(self, found: FloatArray, expected: FloatArray) -> None:
         """Take the visual embeddings [1+D, V, hidden] of one prompt."""
         for level in range(len(expected)):
             self._add("visual_levels", level, found[level], expected[level])

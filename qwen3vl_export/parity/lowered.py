@@ -27,7 +27,7 @@ from runtime.errors import CapacityError, ParityError
 from runtime.files import is_folder, leads_somewhere
 from runtime.machine import default_threads
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, Manifest
-from runtime.session import Floats, Ints, KVCache, TopLogits
+from runtime.session import FloatArray, IntArray, KVCache, TopLogits
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -55,8 +55,13 @@ class LoweredSession:
         self.capacity = shape[2] if isinstance(shape[2], int) else None
 
     def vision(
-        self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
-    ) -> Floats:
+        self,
+        pixel_values: FloatArray,
+        pos_indices: IntArray,
+        pos_weights: FloatArray,
+        rope_cos: FloatArray,
+        rope_sin: FloatArray,
+    ) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`."""
         inputs = {
             "pixel_values": pixel_values,
@@ -86,14 +91,14 @@ class LoweredSession:
 
     def decode(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
-    ) -> Floats:
+    ) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
         given = (input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions)
         (logits,) = self._decode(given, cache, ("logits",))
@@ -101,12 +106,12 @@ class LoweredSession:
 
     def decode_top(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
     ) -> list[list[TopLogits]]:
         """Run the decoder; see `runtime.session.TopLogitsSession.decode_top`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Difference:
         return self.max_abs / max(1.0, self.reference_std)
 
 
-def difference(found: Floats, expected: Floats) -> Difference:
+def difference(found: FloatArray, expected: FloatArray) -> Difference:
     """Compare two arrays; another shape, or anything not finite, gives infinite differences."""
     a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
     if found.shape != expected.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -43,7 +43,7 @@ def difference(found: Floats, expected: Floats) -> Difference:
     return Difference(float(np.max(np.abs(a - b), initial=0.0)), relative, cosine, float(np.std(b)))
 
 
-def relative_by_position(found_BKTH: Floats, expected_BKTH: Floats) -> NDArray[np.float64]:
+def relative_by_position(found_BKTH: FloatArray, expected_BKTH: FloatArray) -> NDArray[np.float64]:
     """Return the norm of the difference over that of the reference at each position, [T]; infinite if not finite."""
     gap, norm = (
         np.linalg.norm(np.moveaxis(values, 2, 0).reshape(values.shape[2], -1).astype(np.float64), axis=-1)
@@ -54,7 +54,7 @@ def relative_by_position(found_BKTH: Floats, expected_BKTH: Floats) -> NDArray[n
     return np.where(np.isfinite(relative), relative, np.inf)
 
 
-def kl_divergence(found_SV: Floats, expected_SV: Floats) -> NDArray[np.float64]:
+def kl_divergence(found_SV: FloatArray, expected_SV: FloatArray) -> NDArray[np.float64]:
     """Return KL(reference ‖ engine) of the distributions at every position, in nats, [S]."""
     p, q = log_softmax(expected_SV), log_softmax(found_SV)
     values: NDArray[np.float64] = np.sum(np.exp(p) * (p - q), axis=-1)
@@ -82,7 +82,7 @@ class Agreement:
         return 1 - len(self.differing) / self.total
 
 
-def agreement(tokens_S: NDArray[np.int64], expected_SV: Floats, near_tie_gap: float) -> Agreement:
+def agreement(tokens_S: NDArray[np.int64], expected_SV: FloatArray, near_tie_gap: float) -> Agreement:
     """Compare the engine's tokens with the reference's logits; a gap of at most `near_tie_gap` is a near-tie."""
     rows = np.arange(len(expected_SV))
     gaps_S = (expected_SV.max(-1) - expected_SV[rows, tokens_S]).astype(np.float64)
@@ -94,7 +94,7 @@ def agreement(tokens_S: NDArray[np.int64], expected_SV: Floats, near_tie_gap: fl
     )
 
 
-def log_softmax(logits_SV: Floats) -> NDArray[np.float64]:
+def log_softmax(logits_SV: FloatArray) -> NDArray[np.float64]:
     """Return the logarithms of the probabilities, [S, vocab]."""
     shifted = logits_SV.astype(np.float64) - logits_SV.max(-1, keepdims=True)
     values: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -23,7 +23,7 @@ from qwen3vl_export.modeling import Qwen3VL
 from qwen3vl_export.routing import Choice, RouterStatistics, watched_routers
 from runtime.errors import UsageError
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
-from runtime.session import Floats, Ints
+from runtime.session import FloatArray, IntArray
 from runtime.vision_inputs import position_interpolation, vision_rotary
 
 TRANSFORMERS, OWN = "transformers", "own"
@@ -48,11 +48,11 @@ class ReferenceOutput:
             choices cannot be followed.
     """
 
-    visual_embeds: Floats | None
-    logits: Floats
-    layers: list[tuple[Floats, Floats]]
+    visual_embeds: FloatArray | None
+    logits: FloatArray
+    layers: list[tuple[FloatArray, FloatArray]]
     tokens: list[int]
-    step_logits: Floats
+    step_logits: FloatArray
     routers: RouterStatistics
     gaps: dict[Choice, float]
 
@@ -74,7 +74,7 @@ class Reference(Protocol):
     def run(
         self,
         input_ids: Sequence[int],
-        pixel_values: Sequence[Floats],
+        pixel_values: Sequence[FloatArray],
         grids_thw: Sequence[tuple[int, int, int]],
         num_steps: int,
         *,
@@ -128,7 +128,7 @@ class OwnReference:
     def run(
         self,
         input_ids: Sequence[int],
-        pixel_values: Sequence[Floats],
+        pixel_values: Sequence[FloatArray],
         grids_thw: Sequence[tuple[int, int, int]],
         num_steps: int,
         *,
@@ -144,7 +144,7 @@ class OwnReference:
                 return output
         return run((), num_steps)
 
-    def _encode(self, pixel_values: Sequence[Floats], grids_thw: Sequence[tuple[int, int, int]]) -> Floats:
+    def _encode(self, pixel_values: Sequence[FloatArray], grids_thw: Sequence[tuple[int, int, int]]) -> FloatArray:
         vision = self._model.config.vision
         levels = []
         for pixels, (t, h, w) in zip(pixel_values, grids_thw, strict=True):
@@ -166,7 +166,7 @@ class OwnReference:
         self,
         input_ids: Sequence[int],
         positions: PromptPositions,
-        visual: Floats | None,
+        visual: FloatArray | None,
         swapped: frozenset[Choice],
         given: Sequence[int],
         num_steps: int,
@@ -177,13 +177,13 @@ class OwnReference:
         num_prompt, num_first = len(input_ids), len(input_ids) + len(given)
         cache = self._session.new_cache(num_first + num_steps - 1)
 
-        def call(ids: Sequence[int], position_ids: Ints, rows: Ints, past: int) -> Floats:
+        def call(ids: Sequence[int], position_ids: IntArray, rows: IntArray, past: int) -> FloatArray:
             embeds = dummy if visual is None else visual
             places = np.arange(len(ids))[None]
             lengths = np.array([past])
             return self._session.decode(np.array([ids]), position_ids, rows, embeds, lengths, places, cache)[0]
 
-        def text_at(first: int, num: int) -> Ints:
+        def text_at(first: int, num: int) -> IntArray:
             return np.broadcast_to(np.arange(first, first + num) + positions.delta, (3, 1, num))
 
         with watched_routers(self._model, num_prompt, swapped=swapped) as watched:

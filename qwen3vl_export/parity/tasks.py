@@ -26,7 +26,7 @@ from qwen3vl_export.demo.data import HELD_OUT_COUNT, Example, held_out
 from qwen3vl_export.demo.evaluate import MAX_NEW_TOKENS
 from qwen3vl_export.parity.layers import LayerErrors, LayerSums
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model
-from qwen3vl_export.parity.metrics import Floats, kl_divergence, log_softmax
+from qwen3vl_export.parity.metrics import FloatArray, kl_divergence, log_softmax
 from qwen3vl_export.parity.task_report import TaskReport
 
 if TYPE_CHECKING:
@@ -163,8 +163,8 @@ def ask_all(
 
 
 def ask(
-    model: Qwen3VLModel, prepared: Prepared, embeds: Floats, truth_ids: Sequence[int]
-) -> tuple[list[int], Floats, KVCache]:
+    model: Qwen3VLModel, prepared: Prepared, embeds: FloatArray, truth_ids: Sequence[int]
+) -> tuple[list[int], FloatArray, KVCache]:
     """Return the engine's greedy answer, the logits [T, V] in front of each true token, and the cache."""
     from runtime.generation import chunk_limit, decode_steps, prefill
 
@@ -172,13 +172,13 @@ def ask(
     cache = session.new_cache(len(ids) + max(len(truth_ids), MAX_NEW_TOKENS))
     chunk = chunk_limit(model.manifest.capabilities)
     behind_prompt = prefill(session, cache, ids, positions, embeds, chunk=chunk)[-1]
-    seen: list[Floats] = []
+    seen: list[FloatArray] = []
 
-    def take_true(logits_V: Floats) -> int:
+    def take_true(logits_V: FloatArray) -> int:
         seen.append(logits_V.copy())
         return truth_ids[len(seen) - 1]
 
-    def take_likeliest(logits_V: Floats) -> int:
+    def take_likeliest(logits_V: FloatArray) -> int:
         return int(logits_V.argmax())
 
     steps = decode_steps(session, cache, behind_prompt, len(ids), positions.delta, embeds[:, :1], take_true)
@@ -205,7 +205,7 @@ def _prepare(model: Qwen3VLModel, example: Example) -> list[Prepared]:
     return [model.prepare(user_message(question, [example.image])) for question, _ in example.tasks.values()]
 
 
-def _nll(logits_TV: Floats, tokens: Sequence[int]) -> float:
+def _nll(logits_TV: FloatArray, tokens: Sequence[int]) -> float:
     values: NDArray[np.float64] = log_softmax(logits_TV)[np.arange(len(tokens)), tokens]
     return -float(values.sum())
 

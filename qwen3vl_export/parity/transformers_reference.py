@@ -35,7 +35,7 @@ from qwen3vl_export.parity.reference import OwnReference, ReferenceOutput
 from qwen3vl_export.routing import Choice, RouterStatistics
 from runtime.errors import CheckpointError, Qwen3VLError, UsageError
 from runtime.installation import how_to_install
-from runtime.session import Floats
+from runtime.session import FloatArray
 
 _COMPARE_WITH_OWN = "compare with this package's own PyTorch definition of the model: --reference own"
 FOLLOWED_NOTE = (
@@ -115,7 +115,7 @@ class TransformersReference:
     def run(
         self,
         input_ids: Sequence[int],
-        pixel_values: Sequence[Floats],
+        pixel_values: Sequence[FloatArray],
         grids_thw: Sequence[tuple[int, int, int]],
         num_steps: int,
         *,
@@ -143,12 +143,12 @@ class TransformersReference:
     def _run(
         self,
         input_ids: Sequence[int],
-        pixel_values: Sequence[Floats],
+        pixel_values: Sequence[FloatArray],
         grids_thw: Sequence[tuple[int, int, int]],
         num_steps: int,
         likely_tokens: Sequence[int],
     ) -> ReferenceOutput:
-        visual: Floats | None = None
+        visual: FloatArray | None = None
         images: dict[str, Any] = {}
         with torch.no_grad():
             if pixel_values:
@@ -172,7 +172,9 @@ class TransformersReference:
         assert len(steps) == num_steps, f"generate ended after {len(steps)} of {num_steps} tokens"
         return _output(visual, logits, _layers(made.past_key_values), steps)
 
-    def _forward(self, ids: Sequence[int], images: Mapping[str, Any]) -> tuple[Floats, list[tuple[Floats, Floats]]]:
+    def _forward(
+        self, ids: Sequence[int], images: Mapping[str, Any]
+    ) -> tuple[FloatArray, list[tuple[FloatArray, FloatArray]]]:
         """Run a whole text in one call; return its logits, and each layer's keys and values."""
         output = self._model(**self._model_inputs(ids, images), use_cache=True)
         return output.logits[0].numpy(), _layers(output.past_key_values)
@@ -214,16 +216,16 @@ def _same_within() -> float:
 
 
 def _output(
-    visual: Floats | None, logits: Floats, layers: list[tuple[Floats, Floats]], steps: Floats
+    visual: FloatArray | None, logits: FloatArray, layers: list[tuple[FloatArray, FloatArray]], steps: FloatArray
 ) -> ReferenceOutput:
     return ReferenceOutput(visual, logits, layers, steps.argmax(-1).tolist(), steps, RouterStatistics(), {})
 
 
-def _layers(cache: Any) -> list[tuple[Floats, Floats]]:
+def _layers(cache: Any) -> list[tuple[FloatArray, FloatArray]]:
     return [(layer.keys.numpy(), layer.values.numpy()) for layer in cache.layers]
 
 
-def _levels(features: Any) -> Floats:
+def _levels(features: Any) -> FloatArray:
     """Stack the levels of what `get_image_features` returns: a pair in 4.57, an object later."""
     merged, deepstack = features if type(features) is tuple else (features.pooler_output, features.deepstack_features)
     levels = [merged, *deepstack]

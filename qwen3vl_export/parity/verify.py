@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from qwen3vl_export.parity.cases import Case, make_cases
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
-from qwen3vl_export.parity.reference import TRANSFORMERS, Floats, Reference, ReferenceOutput, open_reference
+from qwen3vl_export.parity.reference import TRANSFORMERS, FloatArray, Reference, ReferenceOutput, open_reference
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.routes import Followed, follow
 from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE, check_installed
@@ -133,9 +133,9 @@ class _Decoded:
         step_logits: [N, vocab], the first of them the prompt's last.
     """
 
-    layers: list[tuple[Floats, Floats]]
-    logits: Floats
-    step_logits: Floats
+    layers: list[tuple[FloatArray, FloatArray]]
+    logits: FloatArray
+    step_logits: FloatArray
 
 
 class _Comparison:
@@ -168,12 +168,14 @@ class _Comparison:
     def _add(self, name: str, value: float, limit: float | None = None, **fields: Any) -> None:
         self._checks.append(Check(self._case.name, name, float(value), limit, **fields))
 
-    def _add_tensor(self, name: str, found: Floats, expected: Floats, limit: float, layer: int | None = None) -> None:
+    def _add_tensor(
+        self, name: str, found: FloatArray, expected: FloatArray, limit: float, layer: int | None = None
+    ) -> None:
         diff = difference(found, expected)
         detail = {"max_abs": diff.max_abs, "cosine": diff.cosine}
         self._add(name, diff.relative, limit, layer=layer, detail=detail)
 
-    def _find_not_finite(self, place: str, values: Floats) -> None:
+    def _find_not_finite(self, place: str, values: FloatArray) -> None:
         """Note the first place where a value of the engine is not finite; called in the order of computation."""
         if not self._is_finite:
             return
@@ -209,7 +211,7 @@ class _Comparison:
         return same_ids and same_grids
 
     def _run_both(
-        self, prepared: Prepared, embeds: Floats, num_steps: int
+        self, prepared: Prepared, embeds: FloatArray, num_steps: int
     ) -> tuple[Followed[ReferenceOutput], _Decoded]:
         """Run reference and engine, the reference with the engine's choices of experts."""
         decoded: dict[tuple[int, ...], _Decoded] = {}
@@ -249,7 +251,7 @@ class _Comparison:
                 f"{self._case.name}: after {followed.num_runs} runs of PyTorch no more choices of routers were followed"
             )
 
-    def _decode(self, prepared: Prepared, embeds: Floats, tokens: tuple[int, ...]) -> _Decoded:
+    def _decode(self, prepared: Prepared, embeds: FloatArray, tokens: tuple[int, ...]) -> _Decoded:
         """Run the engine. It sees the reference's tokens, so that a near-tie does not make all later steps differ."""
         from runtime import generation
 
@@ -259,9 +261,9 @@ class _Comparison:
         logits = generation.prefill(session, cache, ids, positions, embeds, all_logits=True, chunk=chunk)
         # Before any step, which may write over what the prompt wrote.
         prompt_layers = self._rows(cache, 0, len(ids))
-        taken: list[Floats] = []
+        taken: list[FloatArray] = []
 
-        def choose(step_logits: Floats) -> int:
+        def choose(step_logits: FloatArray) -> int:
             taken.append(np.array(step_logits))
             return tokens[len(taken) - 1]
 
@@ -275,7 +277,7 @@ class _Comparison:
         ]
         return _Decoded(layers, logits, np.stack(taken))
 
-    def _rows(self, cache: KVCache, start: int, end: int) -> list[tuple[Floats, Floats]]:
+    def _rows(self, cache: KVCache, start: int, end: int) -> list[tuple[FloatArray, FloatArray]]:
         """Return a copy of some rows of every layer's keys and values."""
         return [
             (keys[:, :, start:end].astype(np.float32), values[:, :, start:end].astype(np.float32))
@@ -292,7 +294,7 @@ class _Comparison:
         scale = max(1.0, float(np.std(theirs))) * self._limits["logits_scaled"]
         return [*errors, np.abs(ours - theirs).max(-1).astype(np.float64) / scale]
 
-    def _compare_vision(self, embeds: Floats, expected: ReferenceOutput) -> None:
+    def _compare_vision(self, embeds: FloatArray, expected: ReferenceOutput) -> None:
         if expected.visual_embeds is not None:
             for level in (*range(1, len(embeds)), 0):  # level 0 is that of the last block
                 self._find_not_finite(f"visual_embeds level {level}", embeds[level])
@@ -310,7 +312,7 @@ class _Comparison:
         self._find_not_finite("the logits of greedy steps", found.step_logits)
         self._compare_logits("greedy", "greedy_agreement", found.step_logits, expected.step_logits)
 
-    def _compare_logits(self, name: str, agreement_limit: str, found: Floats, expected: Floats) -> None:
+    def _compare_logits(self, name: str, agreement_limit: str, found: FloatArray, expected: FloatArray) -> None:
         diff = difference(found, expected)
         detail = {"max_abs": diff.max_abs, "relative": diff.relative, "cosine": diff.cosine}
         self._add(f"{name} logits", diff.scaled, self._limits["logits_scaled"], detail=detail)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.quantize.blockwise import Codes, Floats
+from engines.quantize.blockwise import Codes, FloatArray
 from qwen3vl_export.quantized.parts import GroupedWeight, Module, QuantizedEntry, column_slices, unsupported
 from qwen3vl_export.safetensors_reader import read_rows
 from runtime.errors import CheckpointError
@@ -66,7 +66,7 @@ class _AwqWeight(GroupedWeight):
         for words_KW in column_slices(self.module.parts["qweight"], 8 * self.shape[1]):
             yield _unpack(words_KW)
 
-    def read_scales(self) -> Floats:
+    def read_scales(self) -> FloatArray:
         return np.ascontiguousarray(self.module.scales(self.module.parts["scales"]).T)
 
     def read_zero_points(self) -> Codes:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.quantize.blockwise import Codes, Floats
+from engines.quantize.blockwise import Codes, FloatArray
 from qwen3vl_export.quantized.parts import (
     CHUNK_WEIGHTS,
     GroupedWeight,
@@ -136,7 +136,7 @@ class _PackedWeight(GroupedWeight):
             words = read_rows(entry, first, min(count, num_rows - first))
             yield unpack_codes(words, self.bits)[:, :num_columns]
 
-    def read_scales(self) -> Floats:
+    def read_scales(self) -> FloatArray:
         return self.module.scales(self.module.parts["weight_scale"])
 
     def read_zero_points(self) -> Codes:

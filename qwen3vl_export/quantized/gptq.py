@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.quantize.blockwise import Codes, Floats
+from engines.quantize.blockwise import Codes, FloatArray
 from qwen3vl_export.quantized.parts import (
     GroupedWeight,
     Module,
@@ -98,7 +98,7 @@ class _GptqWeight(GroupedWeight):
         for words in column_slices(self.module.parts["qweight"], self.shape[1]):
             yield unpack_codes(words.T, self.bits)
 
-    def read_scales(self) -> Floats:
+    def read_scales(self) -> FloatArray:
         return np.ascontiguousarray(self.module.scales(self.module.parts["scales"]).T)
 
     def read_zero_points(self) -> Codes:

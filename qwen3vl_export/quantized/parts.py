@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from engines.quantize.blockwise import Codes, Floats, QuantizedBlocks
+from engines.quantize.blockwise import Codes, FloatArray, QuantizedBlocks
 from engines.quantize.formats import BLOCK_SIZES
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.weights import StreamedTensor
@@ -119,7 +119,7 @@ class Module:
             )
         return groups_K
 
-    def scales(self, entry: TensorEntry) -> Floats:
+    def scales(self, entry: TensorEntry) -> FloatArray:
         """Read scales as float32.
 
         Raises:
@@ -166,7 +166,7 @@ class GroupedWeight(abc.ABC):
         """Yield codes [R, K] of whole rows, in order, about `CHUNK_WEIGHTS` at a time."""
 
     @abc.abstractmethod
-    def read_scales(self) -> Floats:
+    def read_scales(self) -> FloatArray:
         """Read the scales [N, J]."""
 
     @abc.abstractmethod

@@ -32,7 +32,7 @@ from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
 from runtime.manifest import Manifest
 from runtime.memory import cache_bits
-from runtime.session import Floats, Ints, KVCache
+from runtime.session import FloatArray, IntArray, KVCache
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class OrtKVCache:
         num_layers: int,
         shape_BKTH: tuple[int, int, int, int],
         dtype: str,
-        scales_L2KH: Floats | None = None,
+        scales_L2KH: FloatArray | None = None,
     ) -> None:
         self.capacity = shape_BKTH[2]
         self.values = [
@@ -132,8 +132,13 @@ class OrtCpuSession:
             _LOGGER.warning("note: the kernel gave no huge pages, so tokens come as they would without")
 
     def vision(
-        self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
-    ) -> Floats:
+        self,
+        pixel_values: FloatArray,
+        pos_indices: IntArray,
+        pos_weights: FloatArray,
+        rope_cos: FloatArray,
+        rope_sin: FloatArray,
+    ) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`."""
         (embeds,) = self._vision.run(
             ["visual_embeds"],
@@ -156,14 +161,14 @@ class OrtCpuSession:
 
     def decode(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
-    ) -> Floats:
+    ) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
         assert isinstance(cache, OrtKVCache)
         num_new = input_ids.shape[1]
@@ -185,7 +190,7 @@ class OrtCpuSession:
         # Else the run would write into the logits of the last one.
         binding.bind_output("logits", "cpu")
         session.run_with_iobinding(binding)
-        logits: Floats = binding.get_outputs_as_ortvaluevector()[0].numpy()
+        logits: FloatArray = binding.get_outputs_as_ortvaluevector()[0].numpy()
         return logits
 
 
@@ -197,7 +202,7 @@ def open_session(
     return OrtCpuSession(folder, manifest, threads, huge_pages=huge_pages)
 
 
-def _dequantize(codes: NDArray[Any], scales_KH: Floats) -> Floats:
+def _dequantize(codes: NDArray[Any], scales_KH: FloatArray) -> FloatArray:
     """Return the values of codes [B, K, T, H], or [B, K, T, H / 2] if two share a byte."""
     if codes.dtype == np.uint8:
         halves = np.stack((codes & 15, codes >> 4), axis=-1)
@@ -205,7 +210,7 @@ def _dequantize(codes: NDArray[Any], scales_KH: Floats) -> Floats:
     return np.asarray(codes * scales_KH[:, None], np.float32)
 
 
-def _read_scales(folder: Path, manifest: Manifest, name: str) -> Floats:
+def _read_scales(folder: Path, manifest: Manifest, name: str) -> FloatArray:
     """Read the scales of a cache's codes, float32 [layers, 2, K, H]."""
     manifest.require(folder, name)
     text = manifest.model.text

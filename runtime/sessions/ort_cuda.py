@@ -28,7 +28,7 @@ from runtime.engine_paths import check_paths
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.installation import how_to_install
 from runtime.manifest import Manifest
-from runtime.session import Floats, Ints, KVCache, TopLogits
+from runtime.session import FloatArray, IntArray, KVCache, TopLogits
 
 LOGITS, TOP_LOGITS, TOP_IDS = "logits", "top_logits", "top_ids"
 # Element types of a cache as ONNX numbers them (TensorProto.DataType): numpy has no bfloat16.
@@ -92,12 +92,12 @@ class _Buffers:
                 binding.bind_input(f"past_key_values.{index}.{kind}", *place)
                 binding.bind_output(f"present_key_values.{index}.{kind}", *place)
 
-    def layer(self, index: int) -> tuple[Floats, Floats]:
+    def layer(self, index: int) -> tuple[FloatArray, FloatArray]:
         """Return copies of one layer's keys and values as float32."""
         key, value = (self._floats(value.numpy()) for value in self.values[index])
         return key, value
 
-    def _floats(self, stored: NDArray[np.float16]) -> Floats:
+    def _floats(self, stored: NDArray[np.float16]) -> FloatArray:
         if self.dtype == "float16":
             return stored.astype(np.float32)
         # A bfloat16 is the upper half of a float32.
@@ -179,8 +179,13 @@ class OrtCudaSession:
         self._graph_ids = itertools.count(1)
 
     def vision(
-        self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
-    ) -> Floats:
+        self,
+        pixel_values: FloatArray,
+        pos_indices: IntArray,
+        pos_weights: FloatArray,
+        rope_cos: FloatArray,
+        rope_sin: FloatArray,
+    ) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`."""
         inputs = {
             "pixel_values": pixel_values,
@@ -218,14 +223,14 @@ class OrtCudaSession:
 
     def decode(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
-    ) -> Floats:
+    ) -> FloatArray:
         """Run the decoder and copy all logits to the host; see `runtime.session.Session.decode`."""
         runs = self._runs(
             input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions, cache, (LOGITS,)
@@ -234,12 +239,12 @@ class OrtCudaSession:
 
     def decode_top(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
     ) -> list[list[TopLogits]]:
         """Run the decoder and copy the largest logits alone; see `runtime.session.TopLogitsSession.decode_top`."""
@@ -252,7 +257,7 @@ class OrtCudaSession:
     def _top_of(self, outputs: Mapping[str, ort.OrtValue]) -> list[list[TopLogits]]:
         values, ids, logits = outputs[TOP_LOGITS].numpy(), outputs[TOP_IDS].numpy(), outputs[LOGITS]
 
-        def fetch(b: int, position: int) -> Floats:
+        def fetch(b: int, position: int) -> FloatArray:
             return np.asarray(logits.numpy()[b, position], np.float32)
 
         return [
@@ -270,12 +275,12 @@ class OrtCudaSession:
 
     def _runs(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
         names: tuple[str, ...],
     ) -> list[Mapping[str, ort.OrtValue]]:

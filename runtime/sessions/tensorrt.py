@@ -27,7 +27,7 @@ from runtime.errors import CapacityError, EngineError, Qwen3VLError, UsageError
 from runtime.manifest import Manifest
 from runtime.memory import cache_bytes
 from runtime.profiles import Profile, Shape, choose, largest_bytes, read_profiles
-from runtime.session import Floats, Ints, KVCache, TopLogits
+from runtime.session import FloatArray, IntArray, KVCache, TopLogits
 from runtime.tensorrt_plan import Library, Plan, share_memory
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
@@ -142,8 +142,13 @@ class TensorRtSession:
             self.close.atexit = False  # the driver frees what a process leaves
 
     def vision(
-        self, pixel_values: Floats, pos_indices: Ints, pos_weights: Floats, rope_cos: Floats, rope_sin: Floats
-    ) -> Floats:
+        self,
+        pixel_values: FloatArray,
+        pos_indices: IntArray,
+        pos_weights: FloatArray,
+        rope_cos: FloatArray,
+        rope_sin: FloatArray,
+    ) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`.
 
         Raises:
@@ -181,14 +186,14 @@ class TensorRtSession:
 
     def decode(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
-    ) -> Floats:
+    ) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
         addresses, _, _ = self._decode(
             input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions, cache
@@ -198,12 +203,12 @@ class TensorRtSession:
 
     def decode_top(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
     ) -> list[list[TopLogits]]:
         """Run the decoder; see `runtime.session.TopLogitsSession.decode_top`."""
@@ -212,7 +217,7 @@ class TensorRtSession:
         )
         call, size = self._num_calls, self._config.text.vocab_size
 
-        def fetch(address: int) -> Floats:
+        def fetch(address: int) -> FloatArray:
             assert call == self._num_calls, "the logits of an earlier call are gone"
             return self._floats(address, (size,))
 
@@ -224,19 +229,19 @@ class TensorRtSession:
             for address, ids_Lk, values_Lk in zip(addresses, ids_BLk, values_BLk, strict=True)
         ]
 
-    def _floats(self, address: int, shape: Shape) -> Floats:
+    def _floats(self, address: int, shape: Shape) -> FloatArray:
         return np.asarray(self._staging.download(address, shape, np.float32), np.float32)
 
     def _decode(
         self,
-        input_ids: Ints,
-        position_ids: Ints,
-        visual_rows: Ints,
-        visual_embeds: Floats,
-        past_lengths: Ints,
-        logits_positions: Ints,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        visual_rows: IntArray,
+        visual_embeds: FloatArray,
+        past_lengths: IntArray,
+        logits_positions: IntArray,
         cache: KVCache,
-    ) -> tuple[list[int], Ints, Floats]:
+    ) -> tuple[list[int], IntArray, FloatArray]:
         """Run the decoder: the device address of each sequence's logits, and the largest of them, [B, L, k]."""
         assert isinstance(cache, DeviceKVCache)
         batch, num_new = input_ids.shape
@@ -267,8 +272,8 @@ class TensorRtSession:
         return addresses, np.concatenate([ids for ids, _ in tops]), np.concatenate([values for _, values in tops])
 
     def _chunk(
-        self, ints: Mapping[str, Ints], visual_embeds: Floats, logits: int, cache: DeviceKVCache, sequence: int
-    ) -> tuple[Ints, Floats]:
+        self, ints: Mapping[str, IntArray], visual_embeds: FloatArray, logits: int, cache: DeviceKVCache, sequence: int
+    ) -> tuple[IntArray, FloatArray]:
         """Run new tokens of one sequence; the logits go to the address `logits`."""
         rows, embeds = _rows_of_call(ints["visual_rows"], visual_embeds)
         inputs: dict[str, NDArray[Any]] = {**ints, "visual_rows": rows, "visual_embeds": embeds}
@@ -301,7 +306,7 @@ class TensorRtSession:
         plan.enqueue(profile, shapes, addresses, self._stream)
         return addresses
 
-    def _step(self, ints: Mapping[str, Ints], cache: DeviceKVCache) -> tuple[list[int], Ints, Floats]:
+    def _step(self, ints: Mapping[str, IntArray], cache: DeviceKVCache) -> tuple[list[int], IntArray, FloatArray]:
         """Run a decode step of text, as a CUDA graph where there is or can be one; returns what `_decode` does."""
         for name, array in ints.items():
             self._inputs.array(name, array.shape)[:] = array
@@ -408,12 +413,12 @@ def _shapes_of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Shape]:
     return {name: array.shape for name, array in arrays.items()}
 
 
-def _sequence(name: str, array: Ints, index: int) -> Ints:
+def _sequence(name: str, array: IntArray, index: int) -> IntArray:
     """Return the part of one sequence of a decoder input."""
     return array[:, index : index + 1] if name == "position_ids" else array[index : index + 1]
 
 
-def _rows_of_call(visual_rows: Ints, visual_embeds: Floats) -> tuple[Ints, Floats]:
+def _rows_of_call(visual_rows: IntArray, visual_embeds: FloatArray) -> tuple[IntArray, FloatArray]:
     """Cut the visual rows down to those that a call takes, so that a chunk uploads its own alone."""
     used = visual_rows[visual_rows >= 0]
     if not used.size:

@@ -43,14 +43,14 @@ from qwen3vl_export.parity.metrics import difference
 from runtime.errors import BundleError, ParityError, UsageError
 from runtime.model import Qwen3VLModel
 
-Floats = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 RNG = np.random.default_rng(5)
 OPTIONS = BuildOptions(max_context=256, prefill_chunk=64, patch_buckets=(256,))
 E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 class Streamed(StreamedTensor):
-    def __init__(self, values: Floats) -> None:
+    def __init__(self, values: FloatArray) -> None:
         super().__init__("layer.weight", values.shape, ir.DataType.FLOAT)
         self._values = values
 
@@ -67,7 +67,7 @@ def e4m3_values() -> NDArray[np.float64]:
     return np.where(codes >= 128, -magnitudes, magnitudes)
 
 
-def nearest(values: Floats, magnitudes: NDArray[Any]) -> NDArray[np.int64]:
+def nearest(values: FloatArray, magnitudes: NDArray[Any]) -> NDArray[np.int64]:
     """Index of the nearest magnitude, of two as near the even one."""
     distances = np.abs(np.abs(values.astype(np.float64))[..., None] - magnitudes)
     least = distances.min(-1, keepdims=True)
@@ -130,7 +130,7 @@ def test_nvfp4_of_a_weight_that_is_all_zero_is_zero() -> None:
     assert np.isfinite(next(weight.block_scales.blocks()).astype(np.float32)).all()
 
 
-def product(values: Floats, kind: str, bias: bool, largest_input: float | None = None) -> ir.Model:
+def product(values: FloatArray, kind: str, bias: bool, largest_input: float | None = None) -> ir.Model:
     """A model of one product, with the pass of that kind applied."""
     rows, columns = values.shape
     model = ir.from_onnx_text(

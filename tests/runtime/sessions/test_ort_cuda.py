@@ -23,7 +23,7 @@ from runtime.errors import EngineError, TargetError, UsageError
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
-from runtime.session import Floats
+from runtime.session import FloatArray
 from runtime.sessions import ort_cuda
 from runtime.sessions.ort_cuda import Device, OrtCudaSession, OrtDeviceCache
 from tests.conftest import build
@@ -77,7 +77,7 @@ def lowered(bundle: Bundle, name: str, target: Target) -> ir.Model:
     return lower(bundle.graphs[name].clone(), target, bundle.config, target.passes())
 
 
-def run(model: Qwen3VLModel, chunk: int = 512) -> tuple[Floats, Floats, list[tuple[Floats, Floats]]]:
+def run(model: Qwen3VLModel, chunk: int = 512) -> tuple[FloatArray, FloatArray, list[tuple[FloatArray, FloatArray]]]:
     """Return the levels of a picture, the logits of its prompt, and the cache."""
     prepared = model.prepare(MESSAGES)
     ids = prepared.prompt.input_ids
@@ -88,7 +88,7 @@ def run(model: Qwen3VLModel, chunk: int = 512) -> tuple[Floats, Floats, list[tup
     return embeds, logits, [(key[:, :, : len(ids)], value[:, :, : len(ids)]) for key, value in layers]
 
 
-def cosine(found: Floats, expected: Floats) -> float:
+def cosine(found: FloatArray, expected: FloatArray) -> float:
     a, b = found.ravel().astype(np.float64), expected.ravel().astype(np.float64)
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
@@ -298,7 +298,7 @@ def test_chunks_give_the_logits_of_the_whole_prompt(target: Target, models: Mode
     assert np.array_equal(whole.argmax(-1), chunked.argmax(-1))
 
 
-def decode(session: OrtCudaSession, cache: OrtDeviceCache, ids: np.ndarray, past: np.ndarray) -> Floats:
+def decode(session: OrtCudaSession, cache: OrtDeviceCache, ids: np.ndarray, past: np.ndarray) -> FloatArray:
     """Run text alone; logits of the last position."""
     return session.decode(*arguments(session, ids, past), cache)
 
