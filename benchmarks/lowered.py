@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.quantizers import copy_of, training_prompts
+from benchmarks.quantizers import training_prompts
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.choose import GPU, device_of
@@ -88,7 +88,7 @@ def verified(
     """Build an engine, of a GPU's target its lowered graphs alone, and compare it with PyTorch.
 
     Args:
-        bundle: Is kept.
+        bundle: Of the checkpoint.
         target: What to build; calibrated on training canvases where it has to be.
         checkpoint: What the bundle was made of.
         max_new_tokens: Greedy tokens of each prompt.
@@ -101,12 +101,11 @@ def verified(
     from qwen3vl_export.parity.verify import verify
 
     options = BuildOptions(max_context=_CAPACITY, prefill_chunk=_CAPACITY) if target.compile is not None else None
-    copy = copy_of(bundle)
     folder, codes = work / "engine", work / "codes"
     if needs_prompts(target):
         codes.mkdir()
-        calibrate(copy, target, training_prompts(_CALIBRATION_CANVASES), codes)
-    build_engine(copy, target, folder, runnable=device_of(target) != GPU, options=options, cache=cache)
+        bundle = calibrate(bundle, target, training_prompts(_CALIBRATION_CANVASES), codes).applied_to(bundle)
+    build_engine(bundle, target, folder, runnable=device_of(target) != GPU, options=options, cache=cache)
     return verify(folder, checkpoint, max_new_tokens=max_new_tokens)
 
 

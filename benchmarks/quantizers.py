@@ -80,17 +80,12 @@ def held_out_logits(engine: Path, num_canvases: int) -> Iterator[FloatArray]:
             yield model.logits(_ask(example.image, question))
 
 
-def copy_of(bundle: Bundle) -> Bundle:
-    """Return another bundle of the same weights: building consumes the graphs, and tracing takes seconds."""
-    return replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
-
-
-def build(folder: Path, traced: Bundle, target: Target, rounding: Rounding | None, num_calibration: int) -> Path:
+def build(folder: Path, bundle: Bundle, target: Target, rounding: Rounding | None, num_calibration: int) -> Path:
     """Build an engine of a traced bundle."""
-    bundle = copy_of(traced)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         if rounding is not None:
-            calibrate(bundle, target, training_prompts(num_calibration), Path(work), rounding=rounding)
+            prompts = training_prompts(num_calibration)
+            bundle = calibrate(bundle, target, prompts, Path(work), rounding=rounding).applied_to(bundle)
         build_engine(bundle, target, folder / "engine")
     return folder / "engine"
 

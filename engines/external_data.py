@@ -13,16 +13,13 @@ from numpy.typing import NDArray
 
 from engines.weights import StreamedTensor, ViewTensor
 from runtime.errors import BundleError
-from runtime.manifest import FileRecord, sha256_of
+from runtime.manifest import FileRecord
 
 # ONNX asks for page-aligned offsets so that a runtime can map the file.
 _ALIGNMENT_BYTES = 4096
 
 Advance = Callable[[int], None]
 """Takes the number of weight bytes written since the last call."""
-
-Progress = Callable[[int, int], None]
-"""Takes that number and the bytes of all weights to write."""
 
 
 def streamed_tensors(model: ir.Model) -> dict[str, StreamedTensor]:
@@ -37,11 +34,6 @@ def streamed_tensors(model: ir.Model) -> dict[str, StreamedTensor]:
 def weight_bytes(model: ir.Model) -> int:
     """Return the bytes that the streamed weights of a model take on disk, without alignment."""
     return sum(tensor.nbytes for tensor in streamed_tensors(model).values())
-
-
-def advance_of(progress: Progress | None, num_bytes: int) -> Advance | None:
-    """Return what tells `progress` of `num_bytes` in all."""
-    return None if progress is None else lambda written: progress(written, num_bytes)
 
 
 def write_model(
@@ -84,7 +76,7 @@ def write_model(
                 base_dir=path.parent,
             )
     ir.save(model, path)
-    records[path.name] = FileRecord(path.stat().st_size, sha256_of(path))
+    records[path.name] = FileRecord.of(path)
     return records
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engines.bundle import DECODER, PREFILL
 from engines.target import Target
 from runtime.errors import BundleError, UsageError
-from runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, sha256_of
+from runtime.manifest import MANIFEST_NAME, FileRecord, Manifest
 
 if TYPE_CHECKING:
     from engines.quantize.calibration_data import CalibrationPrompt
@@ -95,9 +95,9 @@ def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, 
             model = ir.load(path)
             target.cache_pass(wanted.bits, scales_L2KH)(model)
             ir.save(model, path)
-            files[path.name] = _record(path)
+            files[path.name] = FileRecord.of(path)
     np.save(folder / SCALES_NAME, scales_L2KH)
-    files[SCALES_NAME] = _record(folder / SCALES_NAME)
+    files[SCALES_NAME] = FileRecord.of(folder / SCALES_NAME)
     cache = {"cache_dtype": _DTYPE_NAMES[wanted.bits], "cache_bits": wanted.bits, "cache_scales": SCALES_NAME}
     source = {**manifest.source, "cache_calibration": {"prompts": len(wanted.prompts)}}
     return replace(manifest, capabilities={**manifest.capabilities, **cache}, source=source, files=files)
@@ -136,7 +136,3 @@ def scales_of(ranges_L2KH: NDArray[np.float32], bits: int) -> NDArray[np.float32
     filled = np.where(ranges_L2KH > 0, ranges_L2KH, np.where(heads > 0, heads, 1.0))
     largest_code = 2 ** (bits - 1) - 1
     return np.asarray(filled * (MARGINS[bits] / largest_code), np.float32)
-
-
-def _record(path: Path) -> FileRecord:
-    return FileRecord(path.stat().st_size, sha256_of(path))

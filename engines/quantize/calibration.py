@@ -18,8 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -35,8 +35,8 @@ from engines.quantize.calibration_data import CalibrationPrompt
 from engines.quantize.formats import BLOCKWISE, FLOAT8, WeightPlan
 from engines.quantize.gptq import FloatArray, InputMetric, factorize, quantize_rows
 from engines.quantize.imported import GroupQuantizedTensor
-from engines.quantize.input_ranges import attach_ranges
-from engines.quantize.products import exchange, largest_slice_bytes, not_finite, products_by_input
+from engines.quantize.input_ranges import ranged_weights
+from engines.quantize.products import largest_slice_bytes, not_finite, products_by_input
 from engines.quantize.slices import Arrays, cut
 from engines.quantize.tensors import row_chunks
 from engines.target import Target
@@ -62,6 +62,27 @@ _GRAM_ROWS = 1024
 _CHUNK_WEIGHTS = 1 << 23
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found.
+
+    Attributes:
+        weights: Tensors in place of those that the bundle refers to, by checkpoint key.
+        record: What a manifest says of it, under `source`.
+    """
+
+    weights: Mapping[str, StreamedTensor]
+    record: Mapping[str, Any]
+
+    def applied_to(self, bundle: Bundle) -> Bundle:
+        """Return a bundle with these weights."""
+        graphs = bundle.copies()
+        for model in graphs.values():
+            for key, value in model.graph.initializers.items():
+                value.const_value = self.weights.get(key, value.const_value)
+        return replace(bundle, graphs=graphs, source={**bundle.source, "calibration": self.record})
+
+
 def calibrate(
     bundle: Bundle,
     target: Target,
@@ -69,19 +90,18 @@ def calibrate(
     folder: Path,
     *,
     rounding: Rounding = quantize_rows,
-) -> None:
-    """Exchange, in a bundle, what calibration changes of the weights of `target`.
+) -> Calibration:
+    """Find what prompts change of the weights of `target`.
 
     Weights in blocks become codes chosen by GPTQ, but those that the checkpoint already holds as codes stay; weights of
     products whose activations are float8 get the range of these. Experts are inside one node, which shows neither the
-    tokens of each nor the inputs of its second product: they are rounded as without calibration. What was done is added
-    to `bundle.source`.
+    tokens of each nor the inputs of its second product: they are rounded as without calibration.
 
     Args:
-        bundle: Exchanged in place; build the engine while `folder` exists.
+        bundle: The graphs, and the weights before calibration.
         target: The target that the engine will be built for.
         prompts: At least one.
-        folder: An empty folder for the codes and one slice of the graph.
+        folder: An empty folder for the codes and one slice of the graph; build the engine while it exists.
         rounding: Another one, to compare with.
 
     Raises:
@@ -99,24 +119,23 @@ def calibrate(
         raise UsageError("the calibration set is empty", remedy="give at least one prompt")
     record = _record(bundle, target, prompts, folder)
 
-    def run(name: str, samples: list[Arrays]) -> None:
+    def run(name: str, samples: list[Arrays]) -> Mapping[str, StreamedTensor]:
         if method == METHOD:
-            _quantize(bundle, name, target, plan, samples, folder, rounding)
-        else:
-            attach_ranges(bundle, name, target, plan, samples, folder, SLICE_BYTES)
+            return _quantized_weights(bundle, name, target, plan, samples, folder, rounding)
+        return ranged_weights(bundle, name, target, plan, samples, folder, SLICE_BYTES)
 
-    run(VISION, record.images)
+    of_vision = run(VISION, record.images)
     embeds = iter([sample[_EMBEDS] for sample in record.images])
     for sample, num_images in zip(record.prompts, record.num_images, strict=True):
         if num_images:
             sample[_EMBEDS] = np.concatenate([next(embeds) for _ in range(num_images)], axis=1)
     del embeds
     record.images.clear()
-    run(DECODER, record.prompts)
-    calibration = {"method": method, "prompts": len(prompts), "tokens": record.num_tokens, "sha256": record.sha256}
+    of_decoder = run(DECODER, record.prompts)
+    found = {"method": method, "prompts": len(prompts), "tokens": record.num_tokens, "sha256": record.sha256}
     if bundle.config.text.experts is not None:
-        calibration["experts"] = EXPERTS
-    bundle.source = {**bundle.source, "calibration": calibration}
+        found["experts"] = EXPERTS
+    return Calibration({**of_vision, **of_decoder}, found)
 
 
 def blockwise_plan(target: Target) -> WeightPlan | None:
@@ -246,12 +265,13 @@ def _record(bundle: Bundle, target: Target, prompts: Sequence[CalibrationPrompt]
     return record
 
 
-def _quantize(
+def _quantized_weights(
     bundle: Bundle, name: str, target: Target, plan: WeightPlan, samples: list[Arrays], folder: Path, rounding: Rounding
-) -> None:
+) -> dict[str, StreamedTensor]:
     """Run one graph over its samples, quantising on the way; the samples become outputs of the vision graph."""
+    calibrated: dict[str, StreamedTensor] = {}
     if not samples:
-        return
+        return calibrated
     model, products = products_by_input(bundle, name, target, plan, BLOCKWISE)
     products = {
         x: kept
@@ -285,13 +305,14 @@ def _quantize(
                     codes = _StoredCodes(found.tensor, weight_format.bits, block, folder)
                     for rows_RK in row_chunks(found.tensor, _CHUNK_WEIGHTS):
                         codes.append(rounding(rows_RK, metrics[kind], weight_format.bits))
-                    exchange(model.graph, found.tensor, codes)
-                    exchange(bundle.graphs[name].graph, found.tensor, _Calibrated(codes, found.tensor))
+                    found.value.const_value = codes
+                    calibrated[found.key] = _Calibrated(codes, found.tensor)
             if not part.later:
                 continue
             opened = part.open(samples[0], folder)
         for sample in samples:
             opened.advance(sample)
+    return calibrated
 
 
 class _StoredCodes(GroupQuantizedTensor):

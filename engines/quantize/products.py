@@ -9,7 +9,6 @@ from engines.lower import lower
 from engines.passes.matmul_weight import MatMulWeight, find_weight
 from engines.quantize.formats import WeightPlan
 from engines.target import Target
-from engines.weights import StreamedTensor
 from runtime.errors import BundleError
 
 
@@ -27,13 +26,6 @@ def products_by_input(
         if found is not None and found.x.producer() is not None and plan.format_of(found.key).kind == kind:
             products.setdefault(found.x, []).append(found)
     return model, products
-
-
-def exchange(graph: ir.Graph, old: StreamedTensor, new: StreamedTensor) -> None:
-    """Put another tensor in the place of a weight."""
-    for value in graph.initializers.values():
-        if value.const_value is old:
-            value.const_value = new
 
 
 def largest_slice_bytes(bundle: Bundle, slice_bytes: int) -> int:

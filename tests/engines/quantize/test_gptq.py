@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.quantizers import copy_of, decoder_target, training_prompts
+from benchmarks.quantizers import decoder_target, training_prompts
 from engines import registry
 from engines.build import build_engine
 from engines.bundle import DECODER, VISION, Bundle
@@ -126,11 +126,11 @@ def demo() -> Bundle:
 def build(
     demo: Bundle, folder: Path, prompts: list[CalibrationPrompt] | None, rounding: Rounding = quantize_rows
 ) -> Path:
-    bundle, work = copy_of(demo), folder / "work"
+    work = folder / "work"
     work.mkdir(parents=True)
     if prompts is not None:
-        calibrate(bundle, TARGET, prompts, work, rounding=rounding)
-    build_engine(bundle, TARGET, folder / "engine")
+        demo = calibrate(demo, TARGET, prompts, work, rounding=rounding).applied_to(demo)
+    build_engine(demo, TARGET, folder / "engine")
     return folder / "engine"
 
 

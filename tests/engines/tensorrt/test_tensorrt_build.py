@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quantizers import copy_of, training_prompts
+from benchmarks.quantizers import training_prompts
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, Bundle
@@ -34,7 +34,7 @@ SMALL = BuildOptions(max_context=256, prefill_chunk=64, patch_buckets=(64, 256),
 
 
 def built(bundle: Bundle, target: str, output: Path, options: BuildOptions = SMALL, **more: Any) -> Path:
-    build_engine(copy_of(bundle), get(target), output, options=options, **more)
+    build_engine(bundle, get(target), output, options=options, **more)
     return output
 
 
@@ -60,9 +60,9 @@ def parsed(lowered: Path) -> Iterator[tuple[Any, GraphFacts]]:
     ("precision", "first"), [("fp16", "7.5"), ("bf16", "8.0"), ("int4", "8.0"), ("fp8", "8.9"), ("nvfp4", "12.0")]
 )
 def test_the_demo_becomes_plans(precision: str, first: str, demo_bundle: Bundle, tmp_path: Path) -> None:
-    bundle = copy_of(demo_bundle)
+    bundle = demo_bundle
     if precision == "fp8":
-        calibrate(bundle, get("trt-rtx-fp8"), training_prompts(2), tmp_path)
+        bundle = calibrate(bundle, get("trt-rtx-fp8"), training_prompts(2), tmp_path).applied_to(bundle)
     engine = built(bundle, f"trt-rtx-{precision}", tmp_path / "engine")
     manifest = Manifest.read(engine)
     manifest.check(engine, full=True)

@@ -45,7 +45,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     folder = tmp_path_factory.mktemp("quantised")
     for precision in PRECISIONS:
-        bundle = make_bundle(Checkpoint.open("demo"))  # consumed by the build
+        bundle = make_bundle(Checkpoint.open("demo"))
         build_engine(bundle, registry.get(f"ort-cpu-{precision}"), folder / precision)
     return {precision: folder / precision for precision in PRECISIONS}
 
