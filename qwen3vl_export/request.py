@@ -17,91 +17,53 @@ _SWITCHES = ("strip_weights", "weight_streaming", "version_compatible", "hardwar
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export, and how: the options of `qwen3vl-export`, whose help says what each is.
+    """What to export, and how. The command `qwen3vl-export` makes its options and their help of this.
+
+    Attributes:
+        model: A Hugging Face folder, a Hub id (owner/name[@revision]), or a shipped one: demo, demo-moe.
+        target: What to build for: of `qwen3vl targets`, or auto.
+        output: Engine folder to write. [default: out/MODEL-TARGET]
+        bundle: Write the target-neutral graphs and weights here instead of building an engine.
+        calibration: Round the weights of few bits by what the prompts of this folder put into their products (GPTQ),
+            or, for fp8, which needs it, scale activations by it: *.jsonl with messages, or prompts.txt and images.
+        kv_cache: Keep keys and values in int8 or int4, by scales from the prompts of --calibration. [default: the
+            target's]
+        max_context: Compiled targets: tokens that the KV cache holds. [default: 4096]
+        max_batch: Compiled targets: most sequences of a decode step. [default: 4]
+        prefill_chunk: Compiled targets: most new tokens of one call. [default: 512]
+        max_patches: Compiled targets: most patches of 16 x 16 pixels of one image; profiles for 1024, 4096 and 16384
+            up to it. [default: 16384]
+        compute_capability: trt-rtx-*: build for this GPU generation, such as 8.6; repeatable. [default: all]
+        strip_weights: trt*: leave the weights out of the plans; refitted when opened.
+        weight_streaming: trt*: weights may stay in host memory, for small GPUs.
+        version_compatible: trt*: newer versions of the library open the plans.
+        hardware_compatible: trt-*: newer GPUs run the plans, slower.
+        compile: --no-compile stops at the lowered graphs and their weights, to look at or to run with other tools; here
+            `qwen3vl verify` alone reads them.
+        weights: --no-weights writes the graphs only, which nothing opens; of the checkpoint's weights it reads the
+            headers, though from the Hub it downloads them whole.
 
     Raises:
         UsageError: Two of them exclude each other.
     """
 
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A Hugging Face folder, a Hub id (owner/name[@revision]), or a shipped one: demo, demo-moe.",
-            metavar="MODEL",
-        ),
-    ]
-    target: Annotated[str, typer.Option(help="What to build for: of `qwen3vl targets`, or auto.")] = "auto"
-    output: Annotated[Path | None, typer.Option(help="Engine folder to write. [default: out/MODEL-TARGET]")] = None
-    bundle: Annotated[
-        Path | None,
-        typer.Option(help="Write the target-neutral graphs and weights here instead of building an engine."),
-    ] = None
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="Round the weights of few bits by what the prompts of this folder put into their products (GPTQ), or, "
-            "for fp8, which needs it, scale activations by it: *.jsonl with messages, or prompts.txt and images.",
-            metavar="DIR",
-        ),
-    ] = None
-    kv_cache: Annotated[
-        str | None,
-        typer.Option(
-            help="Keep keys and values in int8 or int4, by scales from the prompts of --calibration. "
-            "[default: the target's]",
-            metavar="KIND",
-            show_default=False,
-        ),
-    ] = None
-    max_context: Annotated[
-        int | None, typer.Option(help="Compiled targets: tokens that the KV cache holds. [default: 4096]", min=2)
-    ] = None
-    max_batch: Annotated[
-        int | None, typer.Option(help="Compiled targets: most sequences of a decode step. [default: 4]", min=1)
-    ] = None
-    prefill_chunk: Annotated[
-        int | None, typer.Option(help="Compiled targets: most new tokens of one call. [default: 512]", min=2)
-    ] = None
-    max_patches: Annotated[
-        int | None,
-        typer.Option(
-            help="Compiled targets: most patches of 16 x 16 pixels of one image; profiles for 1024, 4096 and 16384 up "
-            "to it. [default: 16384]",
-            min=4,
-        ),
-    ] = None
-    compute_capability: Annotated[
-        list[str] | None,
-        typer.Option(help="trt-rtx-*: build for this GPU generation, such as 8.6; repeatable. [default: all]"),
-    ] = None
-    strip_weights: Annotated[
-        bool, typer.Option("--strip-weights", help="trt*: leave the weights out of the plans; refitted when opened.")
-    ] = False
-    weight_streaming: Annotated[
-        bool, typer.Option("--weight-streaming", help="trt*: weights may stay in host memory, for small GPUs.")
-    ] = False
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="trt*: newer versions of the library open the plans.")
-    ] = False
-    hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="trt-*: newer GPUs run the plans, slower.")
-    ] = False
-    compile: Annotated[
-        bool,
-        typer.Option(
-            "--compile/--no-compile",
-            help="--no-compile stops at the lowered graphs and their weights, to look at or to run with other tools; "
-            "here `qwen3vl verify` alone reads them.",
-        ),
-    ] = True
-    weights: Annotated[
-        bool,
-        typer.Option(
-            "--weights/--no-weights",
-            help="--no-weights writes the graphs only, which nothing opens; of the checkpoint's weights it reads the "
-            "headers, though from the Hub it downloads them whole.",
-        ),
-    ] = True
+    model: Annotated[str, typer.Argument(metavar="MODEL")]
+    target: str = "auto"
+    output: Path | None = None
+    bundle: Path | None = None
+    calibration: Annotated[Path | None, typer.Option(metavar="DIR")] = None
+    kv_cache: Annotated[str | None, typer.Option(metavar="KIND")] = None
+    max_context: Annotated[int | None, typer.Option(min=2)] = None
+    max_batch: Annotated[int | None, typer.Option(min=1)] = None
+    prefill_chunk: Annotated[int | None, typer.Option(min=2)] = None
+    max_patches: Annotated[int | None, typer.Option(min=4)] = None
+    compute_capability: list[str] | None = None
+    strip_weights: bool = False
+    weight_streaming: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    compile: bool = True
+    weights: bool = True
 
     def __post_init__(self) -> None:
         """Check what excludes what."""
@@ -130,7 +92,7 @@ class ExportRequest:
         values = {
             "prefill_chunk": self.prefill_chunk,
             "patch_buckets": None if self.max_patches is None else BuildOptions.buckets_up_to(self.max_patches),
-            "compute_capabilities": tuple(self.compute_capability) or None,
+            "compute_capabilities": tuple(self.compute_capability or ()) or None,
             **{name: getattr(self, name) or None for name in _SWITCHES},
         }
         return {name: value for name, value in values.items() if value is not None}

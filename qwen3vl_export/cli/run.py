@@ -20,17 +20,12 @@ from qwen3vl_export.cli.options import (
     Answering,
     AsJson,
     CheckAll,
-    DoSample,
     Engine,
     Images,
-    MaxNewTokens,
     Opening,
-    PromptLookupNumTokens,
     Quiet,
-    Seed,
     ShowStats,
     System,
-    Temperature,
     given,
     grouped,
 )
@@ -123,11 +118,7 @@ def chat(
     *,
     image: Images = None,
     system: System = None,
-    max_new_tokens: MaxNewTokens = None,
-    do_sample: DoSample = None,
-    temperature: Temperature = None,
-    seed: Seed = None,
-    prompt_lookup_num_tokens: PromptLookupNumTokens = None,
+    answering: Annotated[Answering, ("max_new_tokens", "do_sample", "temperature", "seed", "prompt_lookup_num_tokens")],
     opening: Opening,
     stats: ShowStats = False,
     check: CheckAll = False,
@@ -145,13 +136,6 @@ def chat(
     Example:
       qwen3vl chat demo-engine --image note.png
     """
-    answering = Answering(
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        seed=seed,
-        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-    )
     model = opening.open(engine, check=check)
     Conversation(model, given(answering), image or [], system=system, has_stats=stats).loop()
 

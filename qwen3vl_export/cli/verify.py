@@ -22,45 +22,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and with what."""
+    """What is compared, and with what.
 
-    checkpoint: Annotated[
-        str,
-        typer.Option(metavar="CKPT", help="What the engine was built from: folder, Hub id[@revision], demo, demo-moe."),
-    ]
-    engine: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="ENGINE",
-            help="Engine folder, or lowered graphs of --no-compile; not with --ranges.",
-            show_default=False,
-        ),
-    ] = None
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Greedy tokens to compare for each prompt. [default: 64]")
-    ] = None
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND",
-            help="What to compare with: transformers, or own, this package's PyTorch definition of the model, where "
-            "transformers is not installed. [default: transformers]",
-            show_default=False,
-        ),
-    ] = None
-    tasks: Annotated[
-        bool, typer.Option("--tasks", help="Compare answers to the demo's held-out questions, with float32.")
-    ] = False
-    ranges: Annotated[
-        bool, typer.Option("--ranges", help="Compare every tensor of the checkpoint with the end of float16, 65504.")
-    ] = False
-    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: only the first N canvases of 2000.")] = None
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="With --tasks: each layer's error, with --ranges its range, as .svg or .png."
-        ),
-    ] = None
+    Attributes:
+        checkpoint: What the engine was built from: folder, Hub id[@revision], demo, demo-moe.
+        engine: Engine folder, or lowered graphs of --no-compile; not with --ranges.
+        max_new_tokens: Greedy tokens to compare for each prompt. [default: 64]
+        reference: What to compare with: transformers, or own, this package's PyTorch definition of the model, where
+            transformers is not installed. [default: transformers]
+        tasks: Compare answers to the demo's held-out questions, with float32.
+        ranges: Compare every tensor of the checkpoint with the end of float16, 65504.
+        limit: With --tasks: only the first N canvases of 2000.
+        plot: With --tasks: each layer's error, with --ranges its range, as .svg or .png.
+
+    Raises:
+        UsageError: Two of them exclude each other.
+    """
+
+    checkpoint: Annotated[str, typer.Option(metavar="CKPT")]
+    engine: Annotated[Path | None, typer.Argument(metavar="ENGINE", show_default=False)] = None
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None
+    reference: Annotated[str | None, typer.Option(metavar="KIND")] = None
+    tasks: bool = False
+    ranges: bool = False
+    limit: Annotated[int | None, typer.Option(min=1)] = None
+    plot: Annotated[Path | None, typer.Option(metavar="FILE")] = None
 
     def __post_init__(self) -> None:
         """Check what excludes what."""

@@ -171,7 +171,7 @@ def test_a_graph_that_lost_a_layer_or_gained_a_cast_is_refused(
 
 
 def test_options_are_refused_before_the_model_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen3vl_export.export.make_bundle", lambda checkpoint: pytest.fail("traced"))
+    monkeypatch.setattr("qwen3vl_export.export.make_bundle", lambda *_: pytest.fail("traced"))
     for options in (("--compute-capability", "abc"), ("--max-context", "100000000"), ("--strip-weights",)):
         arguments = ("demo", "--target", "trt-rtx-fp16", "--output", str(tmp_path / "engine"), *options)
         code, _, err = call(export.app, *arguments)
