@@ -222,6 +222,27 @@ class Checkpoint:
         assert config is not None, f"layer {layer} is dense"
         return find_experts(self.entries, scope, config, text.hidden_size)
 
+    def weights(self) -> tuple[dict[str, StreamedTensor], set[str]]:
+        """Refer to all weights by the names that the model has for them; also the keys they are read from.
+
+        Raises:
+            CheckpointError: As `tensor` and `experts`.
+        """
+        weights: dict[str, StreamedTensor] = {}
+        used: set[str] = set()
+        text = self.config.text
+        for layer in range(text.num_layers):
+            if text.experts_of(layer) is not None:
+                scope = f"model.language_model.layers.{layer}.mlp"
+                experts, keys = self.experts(layer, scope)
+                weights |= {f"{scope}.{name}": tensor for name, tensor in experts.items()}
+                used |= keys
+        for key, shape in weight_shapes(self.config).items():
+            if ".mlp.experts." not in key:  # which have several layouts
+                weights[key] = self.tensor(key, shape)
+                used.add(key)
+        return weights, used
+
     @cached_property
     def used_keys(self) -> frozenset[str]:
         """Keys of all weights that the model takes; nothing about the weights is left to be refused behind tracing.
@@ -242,15 +263,7 @@ class Checkpoint:
         Raises:
             CheckpointError: As `tensor` and `experts`, or keys are left over.
         """
-        used: set[str] = set()
-        text = self.config.text
-        for layer in range(text.num_layers):
-            if text.experts_of(layer) is not None:
-                used |= self.experts(layer, f"model.language_model.layers.{layer}.mlp")[1]
-        for key, shape in weight_shapes(self.config).items():
-            if ".mlp.experts." not in key:  # which have several layouts
-                self.tensor(key, shape)
-                used.add(key)
+        _, used = self.weights()
         self._check_left_over(used)
         return frozenset(used)
 

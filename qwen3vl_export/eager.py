@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.weight_shapes import weight_shapes
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.modeling import LayerCache, Qwen3VL
 from runtime.arguments import whole_number
@@ -126,9 +125,7 @@ def weights_of(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, de
         CheckpointError: A weight is missing, left over, not finite, or of another shape than config.json implies.
         UsageError: A weight is beyond the range of `dtype`.
     """
-    text = checkpoint.config.text
     weights: dict[str, Tensor] = {}
-    used: set[str] = set()
 
     def take(key: str, values: NDArray[Any]) -> None:
         stored = torch.from_numpy(np.ascontiguousarray(values))
@@ -143,19 +140,11 @@ def weights_of(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, de
                 remedy="the checkpoint is damaged, or was saved after a training that diverged: get it again",
             )
 
-    for key, shape in weight_shapes(checkpoint.config).items():
-        if ".mlp.experts." not in key:  # experts lie in one of several layouts
-            take(key, checkpoint.tensor(key, shape).numpy())
-            used.add(key)
-    for layer in range(text.num_layers):
-        if text.experts_of(layer) is not None:
-            scope = f"model.language_model.layers.{layer}.mlp"
-            experts, keys = checkpoint.experts(layer, scope)
-            used |= keys
-            for name, tensor in experts.items():
-                take(f"{scope}.{name}", tensor.numpy())
+    tensors, used = checkpoint.weights()
+    for key, tensor in tensors.items():
+        take(key, tensor.numpy())
     checkpoint.check_keys(used)
-    if text.tie_word_embeddings:
+    if checkpoint.config.text.tie_word_embeddings:
         weights[HEAD_KEY] = weights[EMBEDDING_KEY]
     return weights
 
