@@ -257,18 +257,6 @@ def read_columns(entry: TensorEntry, first: int, count: int) -> NDArray[Any]:
     return columns
 
 
-def read_floats(entry: TensorEntry) -> NDArray[np.float32]:
-    """Read a whole small tensor of floats as float32.
-
-    Raises:
-        CheckpointError: The file became shorter since its header was read.
-    """
-    stored = read_rows(entry)
-    values = np.empty(stored.shape, np.float32)
-    _cast(stored, entry.dtype, values)
-    return values
-
-
 def read_transposed(entry: TensorEntry) -> NDArray[np.float32]:
     """Read a matrix [N, K] of floats as float32 [K, N].
 

@@ -21,7 +21,7 @@ from engines.quantize.blockwise import Codes, FloatArray, QuantizedBlocks
 from engines.quantize.formats import BLOCK_SIZES
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.weights import StreamedTensor
-from qwen3vl_export.safetensors_reader import TensorEntry, read_columns, read_floats, read_rows
+from qwen3vl_export.safetensors_reader import TensorEntry, read_columns, read_rows
 from runtime.errors import CheckpointError
 
 # Weights dequantised at a time: 1 MiB as float32, which stays in the cache (engines.weights.BLOCK_BYTES).
@@ -137,7 +137,7 @@ class Module:
         Raises:
             CheckpointError: One is NaN or infinite.
         """
-        scales = read_floats(entry)
+        scales: FloatArray = entry.tensor(self.name).numpy()
         if not np.isfinite(scales).all():
             raise CheckpointError(
                 f"{entry.path}: scales of {self.name} are not finite", remedy="the checkpoint is damaged: get it again"
