@@ -237,7 +237,7 @@ _OF_SAMPLING = [name for name, field in OPTIONS.items() if field.metadata["is_of
 
 
 def ignored_keys(config: Mapping[str, Any]) -> list[str]:
-    """Return the keys of a generation_config.json that transformers does not know: they have no effect there nor here."""
+    """Return the keys of a generation_config.json that transformers does not know, so that nothing comes of them."""
     return unknown_keys(config, IN_FILE)
 
 

@@ -1,8 +1,8 @@
 """Read a checkpoint's `generation_config.json` as `transformers.GenerationConfig` (5.24) reads it.
 
 Every field of that class is decided on: taken (those that an option of `runtime.generation_config` names), of no effect
-on the tokens of one answer, or refused by name unless its value switches it off. Keys that it does not know it keeps and
-never looks at, and so they are passed over here, too, with a warning where a checkpoint is exported.
+on the tokens of one answer, or refused by name unless its value switches it off. Keys that it does not know it keeps
+and never looks at, and so they are passed over here, too, with a warning where a checkpoint is exported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From logits to the next token: penalties, filters, and the draw.
 
-Every processor is a callable `(logits_BV, histories) -> logits_BV` with the value of one option: float32 in and out, the
-input is left as it is, filtered tokens become -inf. Each equals the processor of transformers 5.23 named in its
+Every processor is a callable `(logits_BV, histories) -> logits_BV` with the value of one option: float32 in and out,
+the input is left as it is, filtered tokens become -inf. Each equals the processor of transformers 5.23 named in its
 docstring. A new one is a class here and its place in `PROCESSORS`.
 
 Shape suffixes: B sequences, V vocabulary, K candidates that a filter has left.
