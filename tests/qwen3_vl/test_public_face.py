@@ -249,7 +249,7 @@ CALLS: dict[str, Callable[[Any, Qwen3VLModel], list[Callable[[], object]]]] = {
         lambda: GenerationOptions.from_generation_config(value),
     ],
     "Qwen3VLModel": lambda value, model: [
-        lambda: Qwen3VLModel(*[value] * 8),
+        lambda: Qwen3VLModel(*[value] * 5),
         lambda: model.generate(value, max_new_tokens=1),
         lambda: model.logits(value),
         lambda: model.prepare(value),
