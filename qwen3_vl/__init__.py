@@ -52,14 +52,12 @@ check_names()
 # Which imports `runtime`, and so turns ONNX Runtime's telemetry off, if the program imports that library next.
 importlib.import_module("qwen3_vl.errors")
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    __all__,
-    {
-        "runtime": ["__version__"],
-        "runtime.answer": ["Generation", "Stats", "Stream"],
-        "runtime.errors": [name for name in __all__ if name.endswith("Error")],
-        "runtime.generation_config": ["GenerationOptions"],
-        "runtime.model": ["Qwen3VLModel"],
-    },
-)
+_SOURCES = {
+    "runtime": ["__version__"],
+    "runtime.answer": ["Generation", "Stats", "Stream"],
+    "runtime.errors": [name for name in __all__ if name.endswith("Error")],
+    "runtime.generation_config": ["GenerationOptions"],
+    "runtime.model": ["Qwen3VLModel"],
+}
+
+__getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

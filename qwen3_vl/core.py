@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Qwen3VL", "Qwen3VLModel", "open_eager"]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    __all__,
-    {
-        "qwen3vl_export.eager": ["open_eager"],
-        "qwen3vl_export.modeling": ["Qwen3VL"],
-        "runtime.model": ["Qwen3VLModel"],
-    },
-)
+_SOURCES = {
+    "qwen3vl_export.eager": ["open_eager"],
+    "qwen3vl_export.modeling": ["Qwen3VL"],
+    "runtime.model": ["Qwen3VLModel"],
+}
+
+__getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

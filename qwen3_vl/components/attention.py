@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING
 from qwen3_vl.lazy import lazy
 
 if TYPE_CHECKING:
-    from qwen3vl_export.flash_attention import (
-        FlashAttention2,
-        VisionFlashAttention2,
-        use_flash_attention,
-    )
+    from qwen3vl_export.flash_attention import FlashAttention2, VisionFlashAttention2, use_flash_attention
     from qwen3vl_export.modeling import CausalAttention, VisionAttention
     from qwen3vl_export.ops import causal_attention, vision_attention
 
@@ -29,12 +25,10 @@ __all__ = [
     "vision_attention",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    __all__,
-    {
-        "qwen3vl_export.flash_attention": ["FlashAttention2", "VisionFlashAttention2", "use_flash_attention"],
-        "qwen3vl_export.modeling": ["CausalAttention", "VisionAttention"],
-        "qwen3vl_export.ops": ["causal_attention", "vision_attention"],
-    },
-)
+_SOURCES = {
+    "qwen3vl_export.flash_attention": ["FlashAttention2", "VisionFlashAttention2", "use_flash_attention"],
+    "qwen3vl_export.modeling": ["CausalAttention", "VisionAttention"],
+    "qwen3vl_export.ops": ["causal_attention", "vision_attention"],
+}
+
+__getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

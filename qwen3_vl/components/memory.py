@@ -13,14 +13,7 @@ from qwen3_vl.lazy import lazy
 if TYPE_CHECKING:
     from qwen3vl_export.eager import EagerCache
     from runtime.device_cache import DeviceKVCache
-    from runtime.memory import (
-        cache_bytes,
-        check_fits,
-        logits_bytes,
-        machine_bytes,
-        prefill_bytes,
-        vision_bytes,
-    )
+    from runtime.memory import cache_bytes, check_fits, logits_bytes, machine_bytes, prefill_bytes, vision_bytes
     from runtime.session import KVCache
     from runtime.sessions.ort_cpu import OrtKVCache
     from runtime.sessions.ort_cuda import OrtDeviceCache
@@ -39,22 +32,13 @@ __all__ = [
     "vision_bytes",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    __all__,
-    {
-        "qwen3vl_export.eager": ["EagerCache"],
-        "runtime.device_cache": ["DeviceKVCache"],
-        "runtime.memory": [
-            "cache_bytes",
-            "check_fits",
-            "logits_bytes",
-            "machine_bytes",
-            "prefill_bytes",
-            "vision_bytes",
-        ],
-        "runtime.session": ["KVCache"],
-        "runtime.sessions.ort_cpu": ["OrtKVCache"],
-        "runtime.sessions.ort_cuda": ["OrtDeviceCache"],
-    },
-)
+_SOURCES = {
+    "qwen3vl_export.eager": ["EagerCache"],
+    "runtime.device_cache": ["DeviceKVCache"],
+    "runtime.memory": ["cache_bytes", "check_fits", "logits_bytes", "machine_bytes", "prefill_bytes", "vision_bytes"],
+    "runtime.session": ["KVCache"],
+    "runtime.sessions.ort_cpu": ["OrtKVCache"],
+    "runtime.sessions.ort_cuda": ["OrtDeviceCache"],
+}
+
+__getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

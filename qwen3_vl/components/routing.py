@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["MixtureOfExperts", "Router", "mixture_of_experts"]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    __all__,
-    {
-        "qwen3vl_export.modeling": ["MixtureOfExperts", "Router"],
-        "qwen3vl_export.ops": ["mixture_of_experts"],
-    },
-)
+_SOURCES = {
+    "qwen3vl_export.modeling": ["MixtureOfExperts", "Router"],
+    "qwen3vl_export.ops": ["mixture_of_experts"],
+}
+
+__getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)
