@@ -15,7 +15,6 @@ from qwen3vl_export.ops import causal_attention, vision_attention
 from runtime.model_config import ModelConfig
 
 N, K, H = 4, 2, 32
-NATIVE = get("ort-cpu-fp32").native_ops
 
 
 def _config() -> ModelConfig:
@@ -81,7 +80,7 @@ def _causal_inputs(num_new: int, past: list[int], capacity: int = 16) -> dict[st
     ],
 )
 def test_causal_attention(native: bool, num_new: int, past: list[int]) -> None:
-    body = NATIVE["CausalAttention"](_config()) if native else causal_attention.BODY
+    body = get("ort-cpu-fp32").native_ops["CausalAttention"](_config()) if native else causal_attention.BODY
     inputs = _causal_inputs(num_new, past)
     attributes = {"scale": 0.2, "epsilon": 1e-6}
     found = _run(body, inputs, attributes)
@@ -101,6 +100,6 @@ def test_vision_attention(native: bool) -> None:
     angles = rng.standard_normal((12, 10)).astype(np.float32)
     inputs = {"q": q, "k": k, "v": v, "cos": np.cos(angles), "sin": np.sin(angles)}
     attributes = {"num_heads": 2, "scale": 0.3}
-    body = NATIVE["VisionAttention"](_config()) if native else vision_attention.BODY
+    body = get("ort-cpu-fp32").native_ops["VisionAttention"](_config()) if native else vision_attention.BODY
     (found,) = _run(body, inputs, attributes)
     np.testing.assert_allclose(found, vision_attention.reference(**inputs, **attributes), atol=1e-5)
