@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from engines.bundle import DECODER, PREFILL
 from engines.target import Target
 from runtime.errors import BundleError, UsageError
-from runtime.manifest import MANIFEST_NAME, FileRecord, Manifest
+from runtime.manifest import FileRecord, Manifest
 
 if TYPE_CHECKING:
     from engines.quantize.calibration_data import CalibrationPrompt
+    from runtime.model import Qwen3VLModel
 
 SCALES_NAME = "cache_scales.npy"
 CACHE_BITS = {"int8": 8, "int4": 4}
@@ -72,7 +73,7 @@ def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, 
     Weights stay as they are. The engine is opened, so its memory is needed.
 
     Args:
-        folder: Its graphs and weights; the graphs are rewritten, the scales are added, `engine.json` is not left.
+        folder: All its files but the manifest; the graphs are rewritten, and the scales are added.
         manifest: What describes it so far.
         wanted: Bits and prompts.
         target: What the engine was built for.
@@ -85,10 +86,7 @@ def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, 
         BundleError: A key or a value is NaN or infinite.
     """
     assert target.cache_pass is not None
-    manifest.write(folder)
-    ranges_L2KH = cache_ranges(folder, wanted.prompts)
-    (folder / MANIFEST_NAME).unlink()
-    scales_L2KH = scales_of(ranges_L2KH, wanted.bits)
+    scales_L2KH = scales_of(cache_ranges(folder, manifest, wanted.prompts), wanted.bits)
     files = dict(manifest.files)
     for path in (folder / f"{name}.onnx" for name in (DECODER, PREFILL)):
         if path.name in files:
@@ -103,22 +101,30 @@ def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, 
     return replace(manifest, capabilities={**manifest.capabilities, **cache}, source=source, files=files)
 
 
-def cache_ranges(engine: Path, prompts: Sequence[CalibrationPrompt]) -> NDArray[np.float32]:
+def cache_ranges(folder: Path, manifest: Manifest, prompts: Sequence[CalibrationPrompt]) -> NDArray[np.float32]:
     """Return the largest magnitude of each channel of the keys and values of all prompt tokens, [L, 2, K, H].
 
     Keys as the cache holds them: behind norm and rotary embedding.
+
+    Args:
+        folder: Files of an engine.
+        manifest: What describes it; it need not be in the folder.
+        prompts: What to run.
+
+    Raises:
+        CapacityError: A prompt is longer than the context, or the engine does not fit into memory.
+        BundleError: A key or a value is NaN or infinite.
     """
     from runtime.generation import prefill
-    from runtime.model import Qwen3VLModel
 
-    model = Qwen3VLModel.from_engine(engine)
+    model = _opened(folder, manifest)
     text = model.config.text
     largest_L2KH = np.zeros((text.num_layers, 2, text.num_kv_heads, text.head_dim), np.float32)
     for prompt in prompts:
         prepared = model.prepare(prompt.messages)
-        ids = prepared.prompt.input_ids
-        cache = model.session.new_cache(len(ids))
-        prefill(model.session, cache, ids, prepared.positions, model.encode_images(prepared.images))
+        inputs = prepared.decoder_inputs(model.encode_images(prepared.images))
+        cache = model.session.new_cache(inputs.num_cache_rows)
+        prefill(model.session, cache, inputs)
         for layer, largest_2KH in enumerate(largest_L2KH):
             for largest_KH, values_BKTH in zip(largest_2KH, cache.layer(layer), strict=True):
                 np.maximum(largest_KH, np.abs(values_BKTH).max(axis=(0, 2)), out=largest_KH)
@@ -128,6 +134,25 @@ def cache_ranges(engine: Path, prompts: Sequence[CalibrationPrompt]) -> NDArray[
                 remedy="check the checkpoint's weights, or leave the prompt out",
             )
     return largest_L2KH
+
+
+def _opened(folder: Path, manifest: Manifest) -> Qwen3VLModel:
+    from runtime import memory
+    from runtime.model import DEFAULT_MAX_CONTEXT, Qwen3VLModel
+    from runtime.preparation import Preparation
+    from runtime.session import open_session
+
+    config = manifest.model
+    capacity = min(DEFAULT_MAX_CONTEXT, config.text.max_positions)
+    needed = {
+        memory.WEIGHTS: manifest.weight_bytes,
+        memory.CACHE: memory.cache_bytes(manifest, capacity),
+        memory.PREFILL: memory.prefill_bytes(config, capacity),
+    }
+    limit = memory.machine_bytes()
+    memory.check_fits(needed, limit)
+    preparation = Preparation.from_folder(folder, config)
+    return Qwen3VLModel(manifest, open_session(folder, manifest), preparation, capacity, limit)
 
 
 def scales_of(ranges_L2KH: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
