@@ -18,9 +18,6 @@ from runtime.manifest import FileRecord
 # ONNX asks for page-aligned offsets so that a runtime can map the file.
 _ALIGNMENT_BYTES = 4096
 
-Advance = Callable[[int], None]
-"""Takes the number of weight bytes written since the last call."""
-
 
 def streamed_tensors(model: ir.Model) -> dict[str, StreamedTensor]:
     """Return the initializers of the main graph that are streamed and have bytes of their own, in file order."""
@@ -37,7 +34,7 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def write_model(
-    model: ir.Model, path: Path, *, with_weights: bool, advance: Advance | None = None
+    model: ir.Model, path: Path, *, with_weights: bool, advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, FileRecord]:
     """Write `model` to `path` and its streamed weights to `<path>.data`.
 
@@ -45,7 +42,7 @@ def write_model(
         model: The model; its initializers are replaced by references to the written file.
         path: The `.onnx` file to write.
         with_weights: False writes the graph alone: it refers to a data file that is not there.
-        advance: Told of what is written.
+        advance: Told the bytes of weights that were written since the last call.
 
     Returns:
         A record for each file written.
@@ -80,7 +77,7 @@ def write_model(
     return records
 
 
-def _write_weights(tensors: dict[str, StreamedTensor], path: Path, advance: Advance | None) -> FileRecord:
+def _write_weights(tensors: dict[str, StreamedTensor], path: Path, advance: Callable[[int], None]) -> FileRecord:
     digest = hashlib.sha256()
     position = 0
     with path.open("wb", buffering=0) as file:
@@ -100,8 +97,7 @@ def _write_weights(tensors: dict[str, StreamedTensor], path: Path, advance: Adva
                 if block.dtype == np.float32:
                     _check_finite(block, str(tensor.name), (position - start) // block.itemsize)
                 put(block.view(np.uint8).data)
-                if advance is not None:
-                    advance(block.nbytes)
+                advance(block.nbytes)
             assert position - start == tensor.nbytes, (
                 f"{tensor.name}: wrote {position - start} of {tensor.nbytes} bytes"
             )

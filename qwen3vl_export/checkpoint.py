@@ -222,12 +222,18 @@ class Checkpoint:
         assert config is not None, f"layer {layer} is dense"
         return find_experts(self.entries, scope, config, text.hidden_size)
 
-    def weights(self) -> tuple[dict[str, StreamedTensor], set[str]]:
-        """Refer to all weights by the names that the model has for them; also the keys they are read from.
+    @property
+    def weights(self) -> Mapping[str, StreamedTensor]:
+        """All weights by the names that the model has for them, to be read later.
 
         Raises:
             CheckpointError: As `tensor` and `experts`.
         """
+        return self._weights_and_keys[0]
+
+    @cached_property
+    def _weights_and_keys(self) -> tuple[dict[str, StreamedTensor], set[str]]:
+        """The weights, and the keys that they are read from."""
         weights: dict[str, StreamedTensor] = {}
         used: set[str] = set()
         text = self.config.text
@@ -247,24 +253,13 @@ class Checkpoint:
     def used_keys(self) -> frozenset[str]:
         """Keys of all weights that the model takes; nothing about the weights is left to be refused behind tracing.
 
+        The headers tell in milliseconds what tracing would find in seconds.
+
         Raises:
-            CheckpointError: As `check_shapes`, or the copy of a tied head differs from the embedding.
+            CheckpointError: As `weights` and `check_keys`.
         """
-        used = self.check_shapes()
+        _, used = self._weights_and_keys
         self.check_keys(used)
-        return used
-
-    def check_shapes(self) -> frozenset[str]:
-        """Look at the headers of all weights, which tell in milliseconds what tracing would find in seconds.
-
-        Returns:
-            The keys that the model takes.
-
-        Raises:
-            CheckpointError: As `tensor` and `experts`, or keys are left over.
-        """
-        _, used = self.weights()
-        self._check_left_over(used)
         return frozenset(used)
 
     def check_keys(self, used: Iterable[str]) -> None:
@@ -273,15 +268,10 @@ class Checkpoint:
         Raises:
             CheckpointError: Keys are left over (named), or the tied copy differs from the embedding.
         """
-        used = set(used)
-        if self.config.text.tie_word_embeddings and HEAD_KEY in set(self.entries) - used:
+        left = set(self.entries).difference(used)
+        if self.config.text.tie_word_embeddings and HEAD_KEY in left:
             self._check_tied_head()
-        self._check_left_over(used)
-
-    def _check_left_over(self, used: set[str]) -> None:
-        left = set(self.entries) - used
-        if self.config.text.tie_word_embeddings:
-            left.discard(HEAD_KEY)
+            left.remove(HEAD_KEY)
         left = {key for key in left if not any(pattern.fullmatch(key) for pattern in IGNORED_KEYS)}
         if left:
             listed = ", ".join(map(shown_name, sorted(left)[:_MAX_LISTED])) + (", …" if len(left) > _MAX_LISTED else "")

@@ -134,10 +134,9 @@ def weights_of(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, de
                 remedy="the checkpoint is damaged, or was saved after a training that diverged: get it again",
             )
 
-    tensors, used = checkpoint.weights()
-    for key, tensor in tensors.items():
+    checkpoint.used_keys  # noqa: B018 (raises for those that are left over)
+    for key, tensor in checkpoint.weights.items():
         take(key, tensor.numpy())
-    checkpoint.check_keys(used)
     if checkpoint.config.text.tie_word_embeddings:
         weights[HEAD_KEY] = weights[EMBEDDING_KEY]
     return weights

@@ -43,10 +43,12 @@ class Piece:
     Attributes:
         function: Inputs are the activations, then the parameters, all named.
         parameters: Shape of each parameter in the checkpoint, by its name inside the module, in input order.
+        views: Shapes of those that the function takes in another shape.
     """
 
     function: ir.Function
     parameters: Mapping[str, tuple[int, ...]]
+    views: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ def trace_pieces(config: ModelConfig) -> Pieces:
         tasks = _vision_tasks(config) | _text_tasks(config)
         functions = _trace(list(tasks.values()), config.vision.patches_per_token)
     pieces = {
-        name: Piece(function, {key: tuple(value.shape) for key, value in task.parameters().items()})
+        name: Piece(function, {key: tuple(value.shape) for key, value in task.parameters().items()}, task.views)
         for (name, task), function in zip(tasks.items(), functions, strict=True)
     }
     inv_freq, axis_of_frequency = modeling.rotary_frequencies(config.text)
