@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from demo_training.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tokenizer
 from engines.exchange import exchange
 from qwen3vl_export.checkpoint import HEAD_KEY
-from qwen3vl_export.demo.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tokenizer
 from runtime.model_config import EXPERTS_MODEL_TYPE, SUPPORTED_MODEL_TYPE, ModelConfig, TextConfig, VisionConfig
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from demo_training.batches import IGNORE, NO_DIGIT, Batch, Prompter, collate, training_batch
+from demo_training.model import build_config
+from demo_training.tokenizer import build_tokenizer
 from qwen3vl_export.checkpoint import Checkpoint
-from qwen3vl_export.demo.batches import IGNORE, NO_DIGIT, Batch, Prompter, collate, training_batch
 from qwen3vl_export.demo.data import Digits, canvas_at, load_half
-from qwen3vl_export.demo.model import build_config
 from qwen3vl_export.demo.tasks import TASKS
-from qwen3vl_export.demo.tokenizer import build_tokenizer
 from qwen3vl_export.eager import load
 from qwen3vl_export.modeling import MixtureOfExperts, Qwen3VL
 from runtime.vision_inputs import position_interpolation, vision_rotary

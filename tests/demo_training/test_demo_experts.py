@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from demo_training.training import SMOKE_EXPERTS, Trainer
+from demo_training.upcycle import INTERMEDIATE, NUM_EXPERTS, TOP_K, upcycled
 from qwen3vl_export.checkpoint import Checkpoint
-from qwen3vl_export.demo.training import SMOKE_EXPERTS, Trainer
-from qwen3vl_export.demo.upcycle import INTERMEDIATE, NUM_EXPERTS, TOP_K, upcycled
 from qwen3vl_export.eager import load
 from qwen3vl_export.modeling import Qwen3VL
 from runtime.model_config import ExpertsConfig

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from demo_training.packing import Plan, make_plan
 from qwen3vl_export.demo.data import MAX_DIGITS, MAX_SIDE, MIN_SIDE, Canvas, Digits, make_canvas
-from qwen3vl_export.demo.packing import Plan, make_plan
-from qwen3vl_export.demo.tasks import QUESTIONS, answer, question
+from qwen3vl_export.demo.tasks import QUESTIONS, answer, place_of, question
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -117,6 +117,17 @@ def patchify(images_BHWC: np.ndarray) -> torch.Tensor:
     return x.float().mul_(2 / 255).sub_(1).expand(-1, -1, -1, 2, -1).flatten(2)
 
 
+def dense_labels(canvases: Sequence[Canvas], rows: int, cols: int) -> tuple[torch.Tensor, ...]:
+    """Return class, rank and place of the digit in each visual token, as `Batch` has them, [B, V] each."""
+    shape_BV = len(canvases), rows * cols
+    classes, ranks, places = np.full(shape_BV, NO_DIGIT), np.full(shape_BV, IGNORE), np.full(shape_BV, IGNORE)
+    for i, canvas in enumerate(canvases):
+        for rank, (digit, cell) in enumerate(zip(canvas.digits, cell_of(canvas, rows, cols), strict=True)):
+            classes[i, cell], ranks[i, cell] = digit.label, rank
+            places[i, cell] = place_of(*digit.centre, *canvas.image.size)
+    return torch.from_numpy(classes), torch.from_numpy(ranks), torch.from_numpy(places)
+
+
 def collate(
     canvases: Sequence[Canvas],
     rows: int,
@@ -140,15 +151,7 @@ def collate(
     """
     b, v = len(canvases), rows * cols
     patches = patchify(np.stack([to_pixels(c, rows, cols) for c in canvases]))
-    classes = np.full((b, v), NO_DIGIT)
-    ranks, places = np.full((b, v), IGNORE), np.full((b, v), IGNORE)
-    for i, canvas in enumerate(canvases):
-        for rank, (digit, cell) in enumerate(zip(canvas.digits, cell_of(canvas, rows, cols), strict=True)):
-            classes[i, cell], ranks[i, cell] = digit.label, rank
-            x, y = digit.centre
-            width, height = canvas.image.size
-            places[i, cell] = 3 * min(2, int(3 * y / height)) + min(2, int(3 * x / width))
-    dense = [torch.from_numpy(a) for a in (classes, ranks, places)]
+    dense = dense_labels(canvases, rows, cols)
     if prompter is None:
         return Batch(patches, None, None, None, None, rows, cols, *dense)
 

@@ -1,17 +1,29 @@
 """Measure how many held-out questions are answered exactly right, whoever answers: PyTorch or an engine.
 
+    python -m demo_training.evaluate                       # the shipped checkpoint, all 2000 canvases
+    python -m demo_training.evaluate --limit 100 CHECKPOINT
+    python -m demo_training.evaluate --engine out/demo-ort-cpu-fp32
+    python -m demo_training.evaluate --engine out/demo-moe-ort-cpu-fp32 --name demo_moe_accuracy
+
+Writes docs/demo_accuracy.md and docs/demo_accuracy.json (of an engine: demo_accuracy_TARGET) unless --limit is given.
 An answer counts only if it equals the truth, character by character, after stripping white space at its ends.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3vl_export.demo.data import Example
-from qwen3vl_export.demo.tasks import TASKS
+from engines.disk import replace_text
+from qwen3vl_export.demo import CHECKPOINT
+from qwen3vl_export.demo.data import HELD_OUT_COUNT, Example, held_out
+from qwen3vl_export.demo.tasks import MAX_NEW_TOKENS, TASKS
 from runtime.messages import user_message
 
 if TYPE_CHECKING:
@@ -22,8 +34,7 @@ if TYPE_CHECKING:
 Predict = Callable[["Image.Image", Sequence[str]], Sequence[str]]
 """Takes a picture and independent questions about it, returns one answer to each."""
 
-MAX_NEW_TOKENS = 24
-"""The longest answer, JSON with four digits, has 19 tokens and the end token."""
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 SIDES = ((64, 128), (129, 256), (257, 384), (385, 512))
 
 
@@ -120,3 +131,52 @@ def torch_predictor(checkpoint: Path) -> Predict:
     from qwen3vl_export.eager import open_eager
 
     return predictor(open_eager(str(checkpoint)))
+
+
+def main() -> None:
+    """Parse the options, evaluate, print and write the table."""
+    from demo_training.evaluate import as_markdown, evaluate, predictor, summarise, torch_predictor
+
+    parser = argparse.ArgumentParser(description="Evaluate the demo checkpoint on held-out canvases.")
+    parser.add_argument("checkpoint", nargs="?", type=Path, default=CHECKPOINT)
+    parser.add_argument("--engine", type=Path, help="evaluate this engine instead of a checkpoint")
+    parser.add_argument("--limit", type=int, help="only the first N canvases; nothing is written")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser.add_argument("--name", default="demo_accuracy", help="of the files, such as demo_moe_accuracy")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder for the two files (default docs/)")
+    options = parser.parse_args()
+
+    if options.engine is None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+        name, how = options.name, "PyTorch, float32 arithmetic on the bfloat16 weights, greedy"
+        predict = torch_predictor(options.checkpoint)
+    else:
+        from qwen3_vl import Qwen3VLModel
+
+        model = Qwen3VLModel.from_engine(options.engine, threads=options.threads)
+        target, predict = model.manifest.target, predictor(model)
+        name, how = f"{options.name}_{target}", f"engine {target}, greedy"
+    count = options.limit or HELD_OUT_COUNT
+    started = time.monotonic()
+
+    def progress(index: int) -> None:
+        if (index + 1) % 100 == 0:
+            print(f"{index + 1}/{count} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+    outcomes = evaluate(predict, map(held_out, range(count)), on_example=progress)
+    summary = summarise(outcomes)
+    table = as_markdown(summary)
+    print(table, end="")
+    if options.limit is None:
+        head = (
+            f"Exact matches on the {count} held-out canvases: {how}.\n"
+            f"Written by `python -m demo_training.evaluate`; wrong answers are listed in `{name}.json`.\n\n"
+        )
+        replace_text(options.output / f"{name}.md", head + table)
+        replace_text(options.output / f"{name}.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

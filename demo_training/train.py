@@ -1,11 +1,10 @@
-#!/usr/bin/env python
 """Train the demo checkpoint.
 
-    python scripts/train_demo.py --work DIR             # a new run; DIR gets state.pt, train.log and checkpoint/
-    python scripts/train_demo.py --work DIR --resume    # go on after a stop
-    python scripts/train_demo.py --work DIR --init-from qwen3vl_export/demo/checkpoint   # the last stage once more
-    python scripts/train_demo.py --work DIR --experts   # demo-moe: a mixture of experts, started from the dense demo
-    python scripts/train_demo.py --work DIR --smoke     # every stage for two steps
+    python -m demo_training.train --work DIR             # a new run; DIR gets state.pt, train.log and checkpoint/
+    python -m demo_training.train --work DIR --resume    # go on after a stop
+    python -m demo_training.train --work DIR --init-from qwen3vl_export/demo/checkpoint   # the last stage once more
+    python -m demo_training.train --work DIR --experts   # demo-moe: a mixture of experts, started from the dense demo
+    python -m demo_training.train --work DIR --smoke     # every stage for two steps
 
 The state and `checkpoint/`, a Hugging Face folder with the averaged weights in bfloat16, are rewritten at every report;
 stopping the script loses at most the steps since. Nothing is written into the repository: copy `checkpoint/` over
@@ -20,8 +19,15 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
+from demo_training.model import save_checkpoint
+from demo_training.training import CURRICULUM, EXPERTS, SMOKE, SMOKE_EXPERTS, Trainer
+from demo_training.upcycle import upcycled
+from qwen3vl_export.checkpoint import DEMO, Checkpoint
+from qwen3vl_export.eager import load
+
 ROOT = Path(__file__).resolve().parent.parent
-DENSE = ROOT / "qwen3vl_export" / "demo" / "checkpoint"
 
 
 class ThreadGovernor:
@@ -44,8 +50,6 @@ class ThreadGovernor:
 
     def __call__(self) -> None:
         """Look every two seconds how many cores the others used, and set torch's threads."""
-        import torch
-
         now, busy, own = time.monotonic(), self._busy_s(), time.process_time()
         elapsed = now - self.read[0]
         if elapsed < 2:
@@ -69,14 +73,6 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=100, help="canvases per half in a report (default 100)")
     options = parser.parse_args()
 
-    import torch
-
-    from qwen3vl_export.checkpoint import Checkpoint
-    from qwen3vl_export.demo.model import save_checkpoint
-    from qwen3vl_export.demo.training import CURRICULUM, EXPERTS, SMOKE, SMOKE_EXPERTS, Trainer
-    from qwen3vl_export.demo.upcycle import upcycled
-    from qwen3vl_export.eager import load
-
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
 
@@ -87,7 +83,7 @@ def main() -> None:
             file.write(stamped + "\n")
 
     if options.experts:
-        dense = load(Checkpoint.open(str(DENSE)))
+        dense = load(Checkpoint.open(DEMO))
         trainer = Trainer(SMOKE_EXPERTS if options.smoke else EXPERTS, options.work, log, model=upcycled(dense))
     else:
         trainer = Trainer(SMOKE if options.smoke else CURRICULUM, options.work, log)

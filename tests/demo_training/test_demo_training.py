@@ -13,10 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT
-from qwen3vl_export.checkpoint import Checkpoint
-from qwen3vl_export.demo import data
-from qwen3vl_export.demo.batches import (
+from demo_training.batches import (
     IGNORE,
     NO_DIGIT,
     Batch,
@@ -26,12 +23,15 @@ from qwen3vl_export.demo.batches import (
     draw_side_in,
     training_batch,
 )
-from qwen3vl_export.demo.evaluate import Outcome, as_markdown, evaluate, summarise
-from qwen3vl_export.demo.model import save_checkpoint
-from qwen3vl_export.demo.packing import make_plan
+from demo_training.evaluate import Outcome, as_markdown, evaluate, summarise
+from demo_training.model import save_checkpoint
+from demo_training.packing import make_plan
+from demo_training.training import CURRICULUM, SMOKE, Trainee, Trainer, rate_at
+from demo_training.upcycle import upcycled
+from helpers import ROOT
+from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.demo import data
 from qwen3vl_export.demo.tasks import TASKS
-from qwen3vl_export.demo.training import CURRICULUM, SMOKE, Trainee, Trainer, rate_at
-from qwen3vl_export.demo.upcycle import upcycled
 from qwen3vl_export.eager import load
 
 
@@ -236,7 +236,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, *more: str) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "train_demo.py"), "--work", str(folder), "--smoke"]
+    command = [sys.executable, "-m", "demo_training.train", "--work", str(folder), "--smoke"]
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
     subprocess.run([*command, "--threads", "1", *more], check=True, cwd=ROOT, env=environment, capture_output=True)
 

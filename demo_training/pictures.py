@@ -3,7 +3,7 @@
 They are canvases 0 to 7, fixed before any training, so nobody chose those that the checkpoint gets right; picture i
 asks task i modulo four.
 
-    python -m qwen3vl_export.demo.pictures
+    python -m demo_training.pictures
 """
 
 from __future__ import annotations
