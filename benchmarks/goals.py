@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import against, report
+from benchmarks import export, imports, run
 from benchmarks.compare.tables import bytes_per_s
 from benchmarks.compare.workloads import DECODE, Point
-
-Results = Mapping[str, Mapping[str, Any]]
+from benchmarks.result_files import Results, markdown
 
 
 @dataclass(frozen=True)
@@ -68,35 +67,20 @@ _EXPORT_2B, _RUN_2B = (f"{what}-qwen3-vl-2b-{_FP32}" for what in ("export", "run
 _IMPORT = "from qwen3_vl import Qwen3VLModel"  # more than the lazy `import qwen3_vl`
 
 GOALS = (
-    Goal("2B, graphs without weights: wall time", 25, " s", (_GRAPHS_2B,), lambda r: report.export_median(r, "wall_s")),
+    Goal("2B, graphs without weights: wall time", 25, " s", (_GRAPHS_2B,), lambda r: export.median(r, "wall_s")),
     Goal(
         "32B, graphs without weights: wall time beyond that of 2B",
         3,
         " s",
         (_GRAPHS_2B, _GRAPHS_32B),
-        lambda small, large: report.export_median(large, "wall_s") - report.export_median(small, "wall_s"),
+        lambda small, large: export.median(large, "wall_s") - export.median(small, "wall_s"),
     ),
-    Goal("2B, graphs without weights: peak RSS", 2, " GB", (_GRAPHS_2B,), lambda r: report.export_peak_bytes(r) / 1e9),
-    Goal("2B, export in fp32: CPU time", 75, " s", (_EXPORT_2B,), lambda r: report.export_median(r, "cpu_s")),
-    Goal("2B, export in fp32: peak RSS", 2, " GB", (_EXPORT_2B,), lambda r: report.export_peak_bytes(r) / 1e9),
-    Goal("2B, engine in fp32: prefill", 1, " × PyTorch", (_RUN_2B,), lambda r: report.speed(r, "prefill"), True),
-    Goal("2B, engine in fp32: decode", 1, " × PyTorch", (_RUN_2B,), lambda r: report.speed(r, "decode"), True),
-    Goal("Import of `Qwen3VLModel`", 0.3, " s", ("import",), lambda r: report.added_s(r, _IMPORT)),
-    *(
-        Goal(
-            f"{what} beside commit dbe2769, which traced transformers",
-            limit,
-            " ×",
-            ("against-dbe2769",),
-            lambda r, step=step: against.ratio(r, step),
-        )
-        for what, step, limit in (
-            ("Export of the demo, CPU time", "demo", 0.6),
-            ("2B, graphs without weights, CPU time", "qwen3-vl-2b", 0.6),
-            # Not slower, within the noise of two medians.
-            ("Import of `Qwen3VLModel`, wall time", "import", 1.05),
-        )
-    ),
+    Goal("2B, graphs without weights: peak RSS", 2, " GB", (_GRAPHS_2B,), lambda r: export.peak_bytes(r) / 1e9),
+    Goal("2B, export in fp32: CPU time", 75, " s", (_EXPORT_2B,), lambda r: export.median(r, "cpu_s")),
+    Goal("2B, export in fp32: peak RSS", 2, " GB", (_EXPORT_2B,), lambda r: export.peak_bytes(r) / 1e9),
+    Goal("2B, engine in fp32: prefill", 1, " × PyTorch", (_RUN_2B,), lambda r: run.speed(r, "prefill"), True),
+    Goal("2B, engine in fp32: decode", 1, " × PyTorch", (_RUN_2B,), lambda r: run.speed(r, "decode"), True),
+    Goal("Import of `Qwen3VLModel`", 0.3, " s", ("import",), lambda r: imports.added_s(r, _IMPORT)),
     Goal(
         "Import of `Qwen3VLModel`: torch, transformers, ONNX libraries",
         0,
@@ -106,7 +90,7 @@ GOALS = (
     ),
 )
 
-_COMPARE, _SPECULATION, _OVERHEAD = "compare-qwen3-vl-2b", "speculation-2b-int4", "overhead-2b-int4"
+_COMPARE = "compare-qwen3-vl-2b"
 # A run of fewer sides, ours on default pages among them; the other one has more peers, and ours on huge pages alone.
 _PAGES = "compare-qwen3-vl-2b-pages"
 _INT4, _INT4P8 = "ort-cpu-int4", "ort-cpu-int4p8"
@@ -206,15 +190,6 @@ def _export(result: Mapping[str, Any], side: str, value: str, unit: float) -> fl
     return float(result["sides"][side]["export"][value]) / unit
 
 
-def _nothing_accepted(result: Mapping[str, Any]) -> float:
-    """Return the least speed of prompt lookup on a text of which no draft was right."""
-    races = [race["lookup"] for race in result["natural"].values()]
-    speeds = [float(race["speed"]) for race in races if not race["accepted"]]
-    if not speeds:
-        raise KeyError("something is accepted in every text")
-    return min(speeds)
-
-
 QUANTISED_GOALS = (
     *(
         _goal(
@@ -268,29 +243,6 @@ QUANTISED_GOALS = (
             _goal("peak RSS of the export", 2, " GB", target, _export, "peak_rss_bytes", 1e9, depends_on_pages=False),
         )
     ),
-    Goal(
-        "2B, `ort-cpu-int4`: host, share of a decode step behind 512 tokens",
-        1,
-        " %",
-        (_OVERHEAD,),
-        lambda r: 100 * r["outside"]["median_s"] / r["step"]["median_s"],
-    ),
-    Goal(
-        "2B, `ort-cpu-int4`: prompt lookup, every draft wrong, 256 tokens",
-        0.97,
-        " × plain",
-        (_SPECULATION,),
-        lambda r: r["forced"]["0%"]["speed"],
-        True,
-    ),
-    Goal(
-        "2B, `ort-cpu-int4`: prompt lookup, a text of which nothing is accepted",
-        0.97,
-        " × plain",
-        (_SPECULATION,),
-        _nothing_accepted,
-        True,
-    ),
 )
 
 
@@ -307,14 +259,14 @@ EXPERTS_GOALS = (
         4,
         " GB",
         ("export-qwen3-vl-30b-a3b-ort-cpu-int4",),
-        lambda r: report.export_peak_bytes(r) / 1e9,
+        lambda r: export.peak_bytes(r) / 1e9,
     ),
     Goal(
         "235B-A22B, `ort-cpu-int4`, graphs without weights: wall time beyond that of 2B",
         5,
         " s",
         (_GRAPHS_INT4.format("2b"), _GRAPHS_INT4.format("235b-a22b")),
-        lambda small, large: report.export_median(large, "wall_s") - report.export_median(small, "wall_s"),
+        lambda small, large: export.median(large, "wall_s") - export.median(small, "wall_s"),
     ),
     Goal(
         "4 layers of 30B-A3B, `ort-cpu-int4`: peak RSS but weights on disk and KV cache",
@@ -336,4 +288,4 @@ EXPERTS_GOALS = (
 def table(results: Results) -> str:
     """Return figure asked against figure reached."""
     asked = (*GOALS, *QUANTISED_GOALS, *EXPERTS_GOALS)
-    return report.table([("figure", "asked", "reached", "met"), *(goal.row(results) for goal in asked)])
+    return markdown([("figure", "asked", "reached", "met"), *(goal.row(results) for goal in asked)])

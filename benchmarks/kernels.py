@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import measure, options
+from benchmarks.result_files import RESULTS, markdown, write
 
 ROWS = (1, 16, 128, 512)
 # A product of the 2B shape, and enough of them that memory is theirs.
@@ -22,6 +23,13 @@ FORMS = {
     TOKEN_BEFORE: "one scale for each token by rows divided before `DynamicQuantizeMatMul`",
     TOKEN: "one scale for each token by `MatMulIntegerToFloat`, rows independent",
 }
+
+
+def kernels(repeats: int = 21, threads: int = 1, results: options.Results = RESULTS) -> None:
+    """Measure 8-bit products in the forms that engines use, their memory, and the tests of kernels at opening."""
+    environment = measure.environment()
+    result = measure_all(repeats, threads) | {"environment": environment}
+    write("kernels", result, table(result), results)
 
 
 def measure_all(repeats: int, threads: int) -> dict[str, Any]:
@@ -66,10 +74,8 @@ def opened_bytes() -> dict[str, dict[str, int]]:
     return found
 
 
-def table_of(result: Mapping[str, Any]) -> str:
-    """Return the table of a result."""
-    from benchmarks.report import table
-
+def table(result: Mapping[str, Any]) -> str:
+    """Return the tables of times, of memory, and of the tests."""
     inputs, outputs = result["shape"]
     rows = [("form", *(f"{rows} rows, ms" for rows in ROWS), "512 rows over the first")]
     first = result["seconds"][CALL]["512"]["median_s"]
@@ -85,11 +91,11 @@ def table_of(result: Mapping[str, Any]) -> str:
     tests += [(name, f"{1e3 * value['median_s']:.1f}") for name, value in result["test_s"].items()]
     return (
         f"One product [rows, {inputs}] · [{inputs}, {outputs}], {result['threads']} threads, median of "
-        f"{result['repeats']} repeats, forms alternated.\n\n{table(rows)}\n"
+        f"{result['repeats']} repeats, forms alternated.\n\n{markdown(rows)}\n"
         f"Memory of a graph with {weights / 1e6:.0f} MB of such weights once it is open and what was freed is given "
-        f"back, and the process's largest resident memory beyond its start.\n\n{table(memory)}\n"
+        f"back, and the process's largest resident memory beyond its start.\n\n{markdown(memory)}\n"
         f"The tests of kernels when an engine is opened; the first of a process also starts ONNX Runtime.\n\n"
-        f"{table(tests)}"
+        f"{markdown(tests)}"
     )
 
 

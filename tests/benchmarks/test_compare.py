@@ -157,6 +157,24 @@ def test_bytes_of_products_are_those_of_weights_read_whole(tmp_path: Path) -> No
     assert bytes_of_products(tmp_path / "m.onnx") == 160 + 12 + 24
 
 
+def test_of_stacked_experts_a_token_reads_those_it_goes_through(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    weights = {
+        "router": np.zeros((4, 6), np.float32),  # 96 bytes, read whole
+        "gate_up": np.zeros((6, 8, 2), np.uint8),  # 16 bytes an expert
+        "scales": np.zeros((6, 8, 1), np.float32),  # 32 bytes an expert
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "router"], ["logits"]),
+        helper.make_node("QMoE", ["x", "logits", "gate_up", "scales"], ["y"], domain="com.microsoft", k=2),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    save(helper.make_model(helper.make_graph(nodes, "g", [x], [y], initializers)), tmp_path / "m.onnx")
+    assert bytes_of_products(tmp_path / "m.onnx") == 96 + 2 * (16 + 32)
+
+
 def test_engine_and_pytorch_drivers_agree(tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path) -> None:
     from PIL import Image
 

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, status
+from benchmarks import gpu_check, report, status
 from engines.hardware import Gpu, Hardware
-from scripts import gpu_check
 
 DEVICES = {"ort-cpu-fp32": "cpu", "ort-cpu-new": "cpu", "trt-fp16": "gpu"}
 
@@ -89,7 +88,7 @@ def test_builds_without_plans_are_none(tmp_path: Path) -> None:
 def test_every_target_of_the_registry_has_a_row() -> None:
     from engines.registry import all_targets
 
-    text = status.generated()[status.ROOT / "README.md"]
+    text = report.generated()[report.ROOT / "README.md"]
     assert all(f"\n| `{target.name}` | " in text for target in all_targets())
 
 

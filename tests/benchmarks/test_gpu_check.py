@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from benchmarks import gpu_check, plans
+from benchmarks.__main__ import app
+from benchmarks.gpu_check import BENCH, BUILD, FAILED, INSPECT, PASSED, SKIPPED, VERIFY, Done, Outcome
 from engines.hardware import Gpu, Hardware
 from engines.registry import get
 from engines.target import Availability, Target
 from helpers import ROOT
 from runtime.errors import TargetError
-from scripts import gpu_check
-from scripts.gpu_check import BENCH, BUILD, FAILED, INSPECT, PASSED, SKIPPED, VERIFY, Done
 
 GPU = Gpu("NVIDIA H200", "9.0", 140 << 30, 139 << 30, "570.1")
 MACHINE = Hardware("Abacus", (), 2, 24 << 30, (GPU,))
@@ -38,7 +41,7 @@ SAID = {
 
 
 def step_of(command: Sequence[str]) -> str:
-    if "--inspect-plans" in command:
+    if "benchmarks.plans" in command:
         return INSPECT
     if "benchmarks" in command:
         return "synthetic"
@@ -97,7 +100,7 @@ def test_all_steps_in_order_with_the_public_commands(tmp_path: Path) -> None:
         *("-m", "qwen3vl_export.cli.export", "demo", "--target", "trt-fp16", "--output", engine, "--json"),
     ]
     assert verify[1:] == ["-m", "qwen3vl_export.cli.run", "verify", engine, "--checkpoint", "demo", "--json"]
-    assert inspect[1:] == [str(ROOT / "scripts" / "gpu_check.py"), "--inspect-plans", engine]
+    assert inspect[1:] == ["-m", "benchmarks.plans", engine]
     assert bench[1:] == ["-m", "qwen3vl_export.cli.run", "bench", engine, "--json"]
     assert outcome.result == PASSED and outcome.why == ""
     assert file == f"demo_nvidia-h200_trt-fp16_{result['date']}.json"
@@ -164,7 +167,7 @@ def test_steps_share_the_time_of_their_target(tmp_path: Path, monkeypatch: pytes
     clock = iter(range(0, 10_000, 500))
     monkeypatch.setattr(gpu_check, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     commands = Commands()
-    gpu_check.check_target("demo", "demo", "trt-fp16", tmp_path / "engine", commands, 1800)
+    gpu_check.check_target(Outcome("demo", "trt-fp16"), "demo", tmp_path / "engine", commands, 1800)
     assert [timeout for _, _, timeout in commands.ran] == [1300, 800, 300, 0]
 
 
@@ -207,7 +210,7 @@ def test_the_page(tmp_path: Path) -> None:
     passing, failing = Commands(), Commands(build=Done(8, "", "error: no room\n", 61.0))
     targets = [named("trt-fp16"), named("trt-int4"), named("trt-fp8", available=False)]
     outcomes, _, _ = check(tmp_path, run, *targets)
-    text = gpu_check.report(outcomes, MACHINE)
+    text = gpu_check.page(outcomes, MACHINE)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "demo trt-fp16 passed 1 1/1 40+2 42 87.7" in lines
     assert "demo trt-int4 FAILED 61 - - - -" in lines
@@ -215,49 +218,51 @@ def test_the_page(tmp_path: Path) -> None:
     assert "demo trt-int4: build: no room" in lines
     assert lines[-1] == "1 passed, 1 FAILED, 1 skipped"
     assert any("NVIDIA H200, SM 9.0" in line for line in lines)
-    verified = gpu_check.check_target(
-        "demo", "demo", "trt-fp16", tmp_path / "engine", Commands(verify=Done(9, report, "", 1.0))
-    )
-    assert "1/2" in gpu_check.report([verified], MACHINE)
+    verified = Outcome("demo", "trt-fp16")
+    gpu_check.check_target(verified, "demo", tmp_path / "engine", Commands(verify=Done(9, report, "", 1.0)))
+    assert "1/2" in gpu_check.page([verified], MACHINE)
 
 
-Mains = Callable[..., int]
+Invoked = Callable[..., Result]
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mains:
-    def call(hardware: Hardware, targets: Sequence[Target], run: gpu_check.Runner, *arguments: str) -> int:
+def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoked:
+    def call(hardware: Hardware, targets: Sequence[Target], run: gpu_check.Runner, *arguments: str) -> Result:
         monkeypatch.setattr(gpu_check, "probe", lambda: hardware)
         monkeypatch.setattr(gpu_check, "gpu_targets", lambda names: list(targets))
         monkeypatch.setattr(gpu_check.signal, "signal", lambda number, handler: None)
+        monkeypatch.setattr(gpu_check, "run_command", run)
         places = ["--results", str(tmp_path / "results"), "--work-dir", str(tmp_path / "out")]
-        return gpu_check.main([*places, *arguments], run=run)
+        return CliRunner().invoke(app, ["gpu-check", *places, *arguments])
 
     return call
 
 
-def test_exit_codes(main: Mains, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes(invoke: Invoked) -> None:
     good, gone = named("trt-fp16"), named("trt-int4", available=False)
-    assert main(MACHINE, [good, gone], Commands()) == 0
-    assert "2 passed, 2 skipped" in capsys.readouterr().out
-    assert main(MACHINE, [good], Commands(bench=Done(5, "", "error: x\n", 1.0))) == 1
-    assert main(MACHINE, [gone], Commands()) == 1
-    assert main(replace(MACHINE, gpus=(), notes=("driver hangs",)), [good], Commands()) == 2
-    assert "driver hangs" in capsys.readouterr().out
-    assert main(MACHINE, [good], Commands(), "--target", "abacus") == 1
-    assert capsys.readouterr().err.startswith("error: no GPU target abacus")
+    done = invoke(MACHINE, [good, gone], Commands())
+    assert done.exit_code == 0 and "2 passed, 2 skipped" in done.stdout
+    assert invoke(MACHINE, [good], Commands(bench=Done(5, "", "error: x\n", 1.0))).exit_code == 1
+    assert invoke(MACHINE, [gone], Commands()).exit_code == 1
+    done = invoke(replace(MACHINE, gpus=(), notes=("driver hangs",)), [good], Commands())
+    assert done.exit_code == 2 and "driver hangs" in done.stdout
+    done = invoke(MACHINE, [good], Commands(), "--target", "abacus")
+    assert done.exit_code == 1 and isinstance(done.exception, TargetError)
+    assert str(done.exception).startswith("no GPU target abacus")
 
 
-def test_nothing_is_left_in_the_work_folder(main: Mains, tmp_path: Path) -> None:
-    main(MACHINE, [named("trt-fp16")], Commands(), "--model", "qwen3-vl-2b")
+def test_nothing_is_left_in_the_work_folder(invoke: Invoked, tmp_path: Path) -> None:
+    invoke(MACHINE, [named("trt-fp16")], Commands(), "--model", "qwen3-vl-2b")
     assert list((tmp_path / "out").iterdir()) == []
     assert len(list((tmp_path / "results").iterdir())) == 3
 
 
 def test_without_a_gpu_for_real(tmp_path: Path) -> None:
     # No nvidia-smi on this path, so also on a machine with a GPU there is none.
-    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--model", "qwen3-vl-2b"]
-    done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks", "gpu-check", "--model", "qwen3-vl-2b"]
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "no NVIDIA GPU on this machine" in done.stdout
     targets = ", ".join(target.name for target in gpu_check.gpu_targets())
@@ -273,8 +278,8 @@ def test_make_passes_the_model_only_if_it_is_given() -> None:
         outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=outside).stdout
 
-    assert "gpu_check.py" in dry() and "--model" not in dry().splitlines()[-1]
-    assert dry("MODEL=./a b").splitlines()[-1].endswith("gpu_check.py --model './a b'")
+    assert dry().splitlines()[-1].strip().endswith("-m benchmarks gpu-check")
+    assert dry("MODEL=./a b").splitlines()[-1].endswith("-m benchmarks gpu-check --model './a b'")
 
 
 def test_a_command_runs_for_real_and_is_killed_with_its_children_in_time(tmp_path: Path) -> None:
@@ -315,13 +320,13 @@ DETAILED = {
 
 
 def test_layers_of_a_plan() -> None:
-    assert gpu_check.layer_summary(json.dumps(DETAILED)) == {
+    assert plans.layer_summary(json.dumps(DETAILED)) == {
         "num_layers": 3,
         "layer_types": {"gemm": 1, "kgen": 2},
         "output_types": {"FP32": 1, "Half": 2},
         "layers": ["norm", "product", "add"],
     }
-    assert gpu_check.layer_summary('{"Layers": ["norm", "product"]}') == {
+    assert plans.layer_summary('{"Layers": ["norm", "product"]}') == {
         "num_layers": 2,
         "layer_types": {},
         "output_types": {},
@@ -353,15 +358,15 @@ class FakeLibrary(types.SimpleNamespace):
 
 def test_plans_of_an_engine_are_inspected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = types.SimpleNamespace(capabilities={"library": "a_library"})
-    monkeypatch.setattr(gpu_check.Manifest, "read", lambda folder: manifest)
+    monkeypatch.setattr(plans.Manifest, "read", lambda folder: manifest)
     (tmp_path / "vision.plan").write_bytes(b"abc")
     monkeypatch.setitem(sys.modules, "a_library", FakeLibrary(opens=True))
-    (name, plan), *rest = gpu_check.inspect_plans(tmp_path).items()
+    (name, plan), *rest = plans.inspect_plans(tmp_path).items()
     assert rest == [] and name == "vision"
     assert (plan["plan_bytes"], plan["num_profiles"], plan["num_layers"]) == (3, 2, 3)
     monkeypatch.setitem(sys.modules, "a_library", FakeLibrary(opens=False))
     with pytest.raises(TargetError, match=r"vision.plan: a_library 10.1 does not open it"):
-        gpu_check.inspect_plans(tmp_path)
+        plans.inspect_plans(tmp_path)
 
 
 @pytest.mark.slow
@@ -372,7 +377,7 @@ def test_the_commands_for_real_on_a_target_of_the_cpu(tmp_path: Path) -> None:
     assert list(outcome.steps) == [BUILD, VERIFY, BENCH]
     assert result["values"][VERIFY]["num_checks"] > 10 and result["values"][VERIFY]["failed"] == []
     assert result["values"][BENCH]["target"] == target.name
-    assert "passed" in gpu_check.report([outcome], MACHINE)
+    assert "passed" in gpu_check.page([outcome], MACHINE)
 
 
 def test_a_target_that_needs_calibration_gets_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
