@@ -88,12 +88,13 @@ def environment() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
+        "libraries": {name: found for name in _LIBRARIES if (found := version(name)) is not None},
         "load_average_1min": os.getloadavg()[0],
     }
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """Return the installed version of a distribution, if there is one."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import measure
 from benchmarks.compare import workloads
@@ -21,6 +21,10 @@ from benchmarks.compare.builds import build
 from benchmarks.compare.driver import IMAGE_MODE, SPEED_MODE
 from benchmarks.compare.sides import REFERENCE, ROOT, Side
 from benchmarks.compare.workloads import Point
+from qwen3vl_export.parity.metrics import kl_divergence
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -164,10 +168,24 @@ def _run(command: list[str]) -> None:
     measure.run_child(command, ROOT)
 
 
+def divergence(reference_NV: np.ndarray[Any, Any], other_NV: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Return mean and greatest KL(reference ‖ other) of the next-token distributions in nats, and top-1 agreement.
+
+    Args:
+        reference_NV: Logits of N positions over V tokens.
+        other_NV: The same of another side.
+    """
+    assert reference_NV.shape == other_NV.shape
+    # One position at a time: a child inherits the peak of memory of this process.
+    rows = [(reference_NV[i : i + 1], other_NV[i : i + 1]) for i in range(len(reference_NV))]
+    kl_N = [float(kl_divergence(other_1V, reference_1V)[0]) for reference_1V, other_1V in rows]
+    is_same_N = [bool(reference_1V.argmax() == other_1V.argmax()) for reference_1V, other_1V in rows]
+    top1 = sum(is_same_N) / len(rows)
+    return {"mean_kl": sum(kl_N) / len(rows), "max_kl": max(kl_N), "top1": top1, "positions": len(rows)}
+
+
 def _add_divergences(sides: dict[str, Any], scratch: Path) -> None:
     import numpy as np
-
-    from benchmarks.compare.divergence import divergence
 
     reference = scratch / f"{REFERENCE}.npy"
     if not reference.is_file():

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from benchmarks import synthetic
 from benchmarks.__main__ import app
-from benchmarks.compare import builds, chart, comparison, divergence, sides, tables, workloads
-from benchmarks.compare.driver import IMAGE_MODE, SPEED_MODE, FirstToken, measure, time_call, time_points
+from benchmarks.compare import builds, chart, comparison, sides, tables, workloads
+from benchmarks.compare.driver import IMAGE_MODE, SPEED_MODE, Driver, FirstToken, measure, time_call, time_points
 from benchmarks.compare.onnx_bytes import bytes_of_products
 from benchmarks.compare.sides import Side
 from benchmarks.compare.workloads import DECODE, PREFILL, VISION, Point, operations
@@ -77,8 +77,10 @@ def test_a_call_is_warmed_up_and_repeated(budget_s: float, min_repeats: int, max
     assert (len(made), len(found["all_s"])) == (timed + 1, timed)
 
 
-class Recorder:
+class Recorder(Driver):
     """A driver that notes what is prepared and can do no vision."""
+
+    libraries = ()
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int, int]] = []
@@ -121,11 +123,11 @@ def test_divergence_of_known_distributions() -> None:
     other = np.log(np.array([[0.25, 0.75], [0.1, 0.9]], np.float32)) + 3  # a constant changes no distribution
     first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     second = 0.9 * math.log(9) + 0.1 * math.log(1 / 9)
-    found = divergence.divergence(reference, other)
+    found = comparison.divergence(reference, other)
     assert found["mean_kl"] == pytest.approx((first + second) / 2, rel=1e-5)
     assert found["max_kl"] == pytest.approx(second, rel=1e-5)
     assert (found["top1"], found["positions"]) == (0.0, 2)
-    assert divergence.divergence(reference, reference)["mean_kl"] == 0.0
+    assert comparison.divergence(reference, reference)["mean_kl"] == 0.0
 
 
 def test_bytes_of_products_are_those_of_weights_read_whole(tmp_path: Path) -> None:
@@ -180,7 +182,8 @@ def test_engine_and_pytorch_drivers_agree(tiny_checkpoint: Path, tiny_engine: Pa
 
     from benchmarks.compare.drivers import engine, torch_eager
 
-    ours, theirs = engine.load(tiny_engine, 2, SPEED_MODE), torch_eager.load(tiny_checkpoint, 2, SPEED_MODE, "float32")
+    ours = engine.EngineDriver(tiny_engine, 2, SPEED_MODE)
+    theirs = torch_eager.TorchDriver(tiny_checkpoint, 2, SPEED_MODE, "float32")
     ids = [5, 80, 33, 41, 7]
     np.testing.assert_allclose(ours.logits(ids), theirs.logits(ids), atol=2e-3)
     assert ours.decoder_bytes() == pytest.approx(theirs.decoder_bytes(), rel=0.02)  # norms are no products

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from helpers import ROOT
-from scripts.read_tensorrt_stubs import parameters, read
+from helpers.tensorrt_stubs import parameters, read
 
 STUBS = json.loads((ROOT / "tests" / "data" / "tensorrt_stubs.json").read_text(encoding="utf-8"))
 DOCS = ROOT / "docs" / "targets.md"

@@ -1,7 +1,7 @@
 """Write names and parameters of TensorRT's Python API, as type stubs of the package index have them, to a test's data.
 
     pip download --no-deps tensorrt-stubs==10.13.0.35.1 && unzip tensorrt_stubs-*.whl -d stubs
-    python scripts/read_tensorrt_stubs.py stubs/tensorrt_bindings/tensorrt.pyi 10.13.0.35.1
+    PYTHONPATH=tests python -m helpers.tensorrt_stubs stubs/tensorrt_bindings/tensorrt.pyi 10.13.0.35.1
 
 The package itself is no dependency of the tests: it requires `tensorrt`, which is of no use without a GPU and fetches
 gigabytes from elsewhere.
@@ -14,7 +14,7 @@ import json
 import re
 from pathlib import Path
 
-OUTPUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "tensorrt_stubs.json"
+OUTPUT = Path(__file__).resolve().parent.parent / "data" / "tensorrt_stubs.json"
 _LINE = re.compile(
     r"^(?P<indent> *)(?:class (?P<cls>\w+)|def (?P<method>\w+)\((?P<given>.*)\)(?: ->.*)?:$|(?P<name>\w+):)"
 )
