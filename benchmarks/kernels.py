@@ -16,11 +16,10 @@ from benchmarks.result_files import RESULTS, markdown, write
 ROWS = (1, 16, 128, 512)
 # A product of the 2B shape, and enough of them that memory is theirs.
 _INPUTS, _OUTPUTS, _PRODUCTS = 2048, 6144, 8
-CALL, CALL_EXACT, TOKEN_BEFORE, TOKEN = "call", "call, without VNNI", "token, before", "token"
+CALL, CALL_EXACT, TOKEN = "call", "call, without VNNI", "token"
 FORMS = {
     CALL: "`DynamicQuantizeMatMul`, one scale for a call",
     CALL_EXACT: "the same with the option for processors without VNNI",
-    TOKEN_BEFORE: "one scale for each token by rows divided before `DynamicQuantizeMatMul`",
     TOKEN: "one scale for each token by `MatMulIntegerToFloat`, rows independent",
 }
 
@@ -125,21 +124,14 @@ def _write_graph(path: Path, form: str, num_products: int) -> None:
         if form in (CALL, CALL_EXACT):
             add("DynamicQuantizeMatMul", "x w scales", "y", "com.microsoft")
             continue
-        if form == TOKEN_BEFORE:
-            add("Abs", "x", "va")
-            add("ReduceMax", "va axis", "vb")
-            add("Max", "vb smallest", "vs")
-            add("Div", "x vs", "vd")
-            add("DynamicQuantizeMatMul", "vd w scales", "vp", "com.microsoft")
-        else:
-            add("ReduceMax", "x axis", "va")
-            add("ReduceMin", "x axis", "vb")
-            add("Mul", "va up", "vu")
-            add("Mul", "vb down", "vw")
-            add("Max", "vu vw smallest", "vs")
-            add("Div", "x vs", "vd")
-            add("QuantizeLinear", "vd unit middle", "vq")
-            add("MatMulIntegerToFloat", "vq w unit scales middle", "vp", "com.microsoft")
+        add("ReduceMax", "x axis", "va")
+        add("ReduceMin", "x axis", "vb")
+        add("Mul", "va up", "vu")
+        add("Mul", "vb down", "vw")
+        add("Max", "vu vw smallest", "vs")
+        add("Div", "x vs", "vd")
+        add("QuantizeLinear", "vd unit middle", "vq")
+        add("MatMulIntegerToFloat", "vq w unit scales middle", "vp", "com.microsoft")
         add("Mul", "vp vs", "y")
     graph = helper.make_graph(
         nodes,

@@ -161,12 +161,11 @@ def collate(
     lengths = [len(prompter.after)]
     owner = [-1] * len(prefix)
     for t, task in enumerate(tasks):
-        segments = [
-            prompter.segment(task, c, 0 if phrasings is None else int(phrasings[i, t])) for i, c in enumerate(canvases)
-        ]
-        if chained and t:
-            opening = prompter.next_turn
-            segments = [(opening + tokens, len(opening) + given) for tokens, given in segments]
+        opening = prompter.next_turn if chained and t else []
+        segments = []
+        for i, canvas in enumerate(canvases):
+            tokens, given = prompter.segment(task, canvas, 0 if phrasings is None else int(phrasings[i, t]))
+            segments.append((opening + tokens, len(opening) + given))
         length = max(len(tokens) for tokens, _ in segments)
         assert not chained or all(len(tokens) == length for tokens, _ in segments)
         ids = np.full((b, length), prompter.end[0])

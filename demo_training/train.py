@@ -14,8 +14,6 @@ stopping the script loses at most the steps since. Nothing is written into the r
 from __future__ import annotations
 
 import argparse
-import os
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,35 +28,6 @@ from qwen3vl_export.eager import load
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class ThreadGovernor:
-    """Give up the second thread while other processes want a core.
-
-    A parallel region waits for its slowest thread: with two threads on two cores, one of them taken by a process of
-    higher priority, training was measured to slow down fourfold; one thread then keeps a whole core.
-    """
-
-    def __init__(self, threads: int) -> None:
-        """Start with all `threads`."""
-        self.threads = threads
-        self.read = (time.monotonic(), self._busy_s(), time.process_time())
-
-    @staticmethod
-    def _busy_s() -> float:
-        """Return the CPU seconds that all processes have used, from /proc/stat."""
-        user, nice, system = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:4]
-        return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-    def __call__(self) -> None:
-        """Look every two seconds how many cores the others used, and set torch's threads."""
-        now, busy, own = time.monotonic(), self._busy_s(), time.process_time()
-        elapsed = now - self.read[0]
-        if elapsed < 2:
-            return
-        others = (busy - self.read[1] - (own - self.read[2])) / elapsed
-        self.read = (now, busy, own)
-        torch.set_num_threads(1 if others > 0.3 else self.threads)
-
-
 def main() -> None:
     """Parse the options and train."""
     parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
@@ -68,7 +37,6 @@ def main() -> None:
     parser.add_argument("--experts", action="store_true", help="upcycle the dense demo and train the experts")
     parser.add_argument("--smoke", action="store_true", help="two steps of every stage")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--share", action="store_true", help="one thread only while other processes want the cores")
     parser.add_argument("--report-every", type=int, default=250, help="steps between reports (default 250)")
     parser.add_argument("--validation", type=int, default=100, help="canvases per half in a report (default 100)")
     options = parser.parse_args()
@@ -98,7 +66,6 @@ def main() -> None:
         lambda: save_checkpoint(trainer.trainee.model, options.work / "checkpoint", card),
         report_every=every,
         validation_count=count,
-        before_step=ThreadGovernor(options.threads) if options.share else lambda: None,
     )
 
 

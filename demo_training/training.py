@@ -386,19 +386,11 @@ class Trainer:
         self.average.update(self.trainee)
         return parts
 
-    def run(
-        self,
-        on_report: Callable[[], None],
-        *,
-        report_every: int,
-        validation_count: int,
-        before_step: Callable[[], None] = lambda: None,
-    ) -> None:
+    def run(self, on_report: Callable[[], None], *, report_every: int, validation_count: int) -> None:
         """Train until the last stage ends.
 
         Args:
             on_report: Called after each report and at the end, with the averaged, rounded weights in place.
-            before_step: Called before each step.
             report_every: Steps between reports; the state is saved with each.
             validation_count: Canvases per half in a report.
         """
@@ -411,7 +403,6 @@ class Trainer:
             sums: dict[str, float] = {}
             taken = 0
             while self.step < stage.steps:
-                before_step()
                 started = time.perf_counter()
                 for name, value in self.train_step(stage, pool, prompter).items():
                     sums[name] = sums.get(name, 0.0) + value
