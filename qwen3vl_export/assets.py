@@ -17,8 +17,7 @@ from qwen3vl_export.tokenizer_files import TAKE_ALL, read_tokenizer
 from runtime.chat import IMAGE_TOKEN, ChatTemplate, template_source
 from runtime.errors import CheckpointError, Qwen3VLError
 from runtime.files import read_small_file
-from runtime.generation_config import GenerationOptions
-from runtime.generation_file import ignored_keys
+from runtime.generation_config import GenerationOptions, ignored_keys
 from runtime.image_processor import ImageProcessorConfig
 from runtime.model_config import ModelConfig
 from runtime.prompt import PromptBuilder
