@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,17 @@ def time_imports(repeats: int = 11, results: options.Results = RESULTS) -> None:
 def wall_times(repeats: int) -> dict[str, Any]:
     """Return the wall times of a bare interpreter and of each statement; one run of each warms the file cache."""
     imports = {
-        statement: repeat(lambda code=statement: _wall_s(code), warmup=1, repeats=repeats)
+        statement: repeat(lambda code=statement: _run(code), warmup=1, repeats=repeats)
         | {"heavy_modules": heavy_modules_after(statement)}
         for statement in STATEMENTS
     }
-    return {"bare": repeat(lambda: _wall_s("pass"), warmup=1, repeats=repeats), "imports": imports}
+    return {"bare": repeat(lambda: _run("pass"), warmup=1, repeats=repeats), "imports": imports}
 
 
 def heavy_modules_after(statement: str) -> list[str]:
     """Return which of `HEAVY` are in `sys.modules` after a statement."""
     code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(set({HEAVY!r}) & set(sys.modules))))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, stdout=subprocess.PIPE, check=True)
-    loaded: list[str] = json.loads(done.stdout)
+    loaded: list[str] = json.loads(_run(code, stdout=subprocess.PIPE).stdout)
     return loaded
 
 
@@ -61,7 +59,5 @@ def table(result: Mapping[str, Any]) -> str:
     )
 
 
-def _wall_s(code: str) -> float:
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], cwd=_ROOT, check=True)
-    return time.perf_counter() - start
+def _run(code: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-c", code], cwd=_ROOT, check=True, **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,37 +76,22 @@ def time_engine(engine: Path, work: Workload) -> dict[str, Any]:
     no_rows = np.full((1, 1), -1, np.int64)
     step_count = 0
 
-    def vision() -> float:
-        start = time.perf_counter()
-        model.encode_images(prepared.images)
-        return time.perf_counter() - start
-
-    def prefill() -> float:
-        start = time.perf_counter()
+    def prefill() -> None:
         last = np.asarray([[length - 1]], np.int64)
         model.session.decode(input_ids, positions, rows, visual, np.zeros(1, np.int64), last, cache)
-        return time.perf_counter() - start
 
-    def decode() -> float:
+    def decode() -> None:
         nonlocal step_count
         past = length + step_count
         step_count += 1
         token = np.full((1, 1), _DECODED_TOKEN, np.int64)
         position = np.full((3, 1, 1), past + prepared.positions.delta, np.int64)
-        start = time.perf_counter()
         model.session.decode(
             token, position, no_rows, visual[:, :1], np.full(1, past, np.int64), np.zeros((1, 1), np.int64), cache
         )
-        return time.perf_counter() - start
 
-    return {
-        "load_s": loaded,
-        "prompt_tokens": length,
-        "visual_tokens": int((rows >= 0).sum()),
-        "vision": repeat(vision, warmup=work.warmup, repeats=work.repeats),
-        "prefill": repeat(prefill, warmup=work.warmup, repeats=work.repeats),
-        "decode": repeat(decode, warmup=work.warmup, repeats=work.decode_steps),
-    }
+    counts = {"load_s": loaded, "prompt_tokens": length, "visual_tokens": int((rows >= 0).sum())}
+    return counts | _time_phases(work, lambda: model.encode_images(prepared.images), prefill, decode)
 
 
 def time_torch(checkpoint: Path, work: Workload) -> dict[str, Any]:
@@ -133,29 +119,29 @@ def time_torch(checkpoint: Path, work: Workload) -> dict[str, Any]:
     cache: Any = None
     token = torch.full((1, 1), _DECODED_TOKEN)
 
-    def vision() -> float:
-        start = time.perf_counter()
-        model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-        return time.perf_counter() - start
-
-    def prefill() -> float:
+    def prefill() -> None:
         nonlocal cache
-        start = time.perf_counter()
         cache = model(
             **text_inputs, mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1
         ).past_key_values
-        return time.perf_counter() - start
 
-    def decode() -> float:
+    def decode() -> None:
         nonlocal cache
-        start = time.perf_counter()
         cache = model(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
-        return time.perf_counter() - start
 
-    return {
+    counts = {
         "load_s": loaded,
         "prompt_tokens": int(inputs["input_ids"].shape[1]),
         "visual_tokens": int((inputs["input_ids"] == model.config.image_token_id).sum()),
+    }
+    images = inputs["pixel_values"], inputs["image_grid_thw"]
+    return counts | _time_phases(work, lambda: model.model.get_image_features(*images), prefill, decode)
+
+
+def _time_phases(
+    work: Workload, vision: Callable[[], object], prefill: Callable[[], object], decode: Callable[[], object]
+) -> dict[str, Any]:
+    return {
         "vision": repeat(vision, warmup=work.warmup, repeats=work.repeats),
         "prefill": repeat(prefill, warmup=work.warmup, repeats=work.repeats),
         "decode": repeat(decode, warmup=work.warmup, repeats=work.decode_steps),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,9 +45,7 @@ def measure_all(repeats: int, threads: int) -> dict[str, Any]:
             taken: dict[str, list[float]] = {form: [] for form in FORMS}
             for _ in range(repeats + 2):  # alternated, so that what else runs here meets all alike
                 for form, session in sessions.items():
-                    start = time.perf_counter()
-                    session.run(None, {"x": x})
-                    taken[form].append(time.perf_counter() - start)
+                    taken[form].append(measure.seconds(lambda session=session, x=x: session.run(None, {"x": x})))
             for form in FORMS:
                 seconds[form][str(num_rows)] = measure.summarise(taken[form][2:])
     return {
@@ -192,9 +189,7 @@ def _tests() -> dict[str, float]:
     from runtime.kernels import known_kernels, needs_exact_products
 
     def seconds(kernels: list[str]) -> float:
-        start = time.perf_counter()
-        needs_exact_products(kernels)
-        return time.perf_counter() - start
+        return measure.seconds(lambda: needs_exact_products(kernels))
 
     first = seconds(["DynamicQuantizeMatMul"])
     each = {name: seconds([name]) for name in known_kernels() if name != "DynamicQuantizeMatMul"}

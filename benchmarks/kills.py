@@ -36,7 +36,6 @@ _ANSWER = "1654"
 _MARK = "export_number"
 # Longer than it takes: some exports end.
 _PUT_S = 0.01
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 
 
 def kills(
@@ -57,7 +56,7 @@ def kills(
         for way, has_exchange in (("one step", True), ("two renames", False)):
             (Path(name) / way).mkdir()
             rows[way] = kill_exports(bundle, target, Path(name) / way, count, seed, has_exchange=has_exchange)
-    result = {"target": target, "seed": seed, "ways": rows, "cpu_flags": cpu_flags(), "environment": environment}
+    result = {"target": target, "seed": seed, "ways": rows, "environment": environment}
     write("kills", result, table(result), results)
     if any(row["broken"] or row["left_after_next_run"] for row in rows.values()):
         raise typer.Exit(1)
@@ -81,7 +80,7 @@ def table(result: Mapping[str, Any]) -> str:
     return (
         f"{markdown(rows)}\nThe demo for {result['target']}, killed (SIGKILL) at random moments of the {seconds:.1f} s "
         "from the end of tracing to the end, a third of them while the engine is put into its place; seed "
-        f"{result['seed']}. CPU flags: {', '.join(result['cpu_flags'])}.\n"
+        f"{result['seed']}.\n"
     )
 
 
@@ -210,10 +209,3 @@ def _is_whole(output: Path) -> bool:
     except Qwen3VLError:
         return False
     return answer == _ANSWER and len(os.listdir(output)) == len(manifest.files) + 1
-
-
-def cpu_flags() -> list[str]:
-    """Return which of the instruction sets that kernels differ by this processor has."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return [flag for flag in _FLAGS if flag in flags]

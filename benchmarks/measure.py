@@ -61,20 +61,27 @@ def run_child(command: Sequence[str], folder: Path | None = None) -> ChildCost:
     return ChildCost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def repeat(step: Callable[[], float], *, warmup: int, repeats: int) -> dict[str, Any]:
-    """Call `step`, which returns its own duration in seconds, and summarise the calls after the warm-up."""
+def seconds(call: Callable[[], object]) -> float:
+    """Return how long a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def repeat(call: Callable[[], object], *, warmup: int, repeats: int) -> dict[str, Any]:
+    """Summarise the seconds of some calls behind others of warm-up."""
     for _ in range(warmup):
-        step()
-    return summarise([step() for _ in range(repeats)])
+        call()
+    return summarise([seconds(call) for _ in range(repeats)])
 
 
-def summarise(seconds: Sequence[float]) -> dict[str, Any]:
+def summarise(taken_s: Sequence[float]) -> dict[str, Any]:
     """Return median, extremes and all values of some durations."""
     return {
-        "median_s": statistics.median(seconds),
-        "min_s": min(seconds),
-        "max_s": max(seconds),
-        "all_s": list(seconds),
+        "median_s": statistics.median(taken_s),
+        "min_s": min(taken_s),
+        "max_s": max(taken_s),
+        "all_s": list(taken_s),
     }
 
 

@@ -28,7 +28,7 @@ def tables(results: Results, folder: Path, docs: Path) -> str:
     """Return both tables, of result files of `folder` and accuracies of `docs`."""
     accuracies = read_accuracies(docs)
     devices = {target.name: device_of(target) for target in all_targets()}
-    states = target_states(devices, results, accuracies, read_checks(folder), read_builds(folder))
+    states = target_states(devices, results, accuracies, read_checks(folder))
     return f"{works_table(results, accuracies)}\n{states}"
 
 
@@ -71,16 +71,14 @@ def target_states(
     results: Results,
     accuracies: Accuracies,
     checks: Sequence[Mapping[str, Any]],
-    builds: Sequence[Mapping[str, Any]],
 ) -> str:
     """Return one row for each target: whether it was run, built, or neither, and what shows it.
 
     Args:
         devices: `cpu` or `gpu` by target.
-        results: What `report.load` returns: an engine that was timed has run.
+        results: What `report.load` returns: an engine that was timed has run; of `build` are plans that were compiled.
         accuracies: Shares of right answers by checkpoint and target: an engine that was asked has run.
         checks: Results of `make gpu-check`, each of one model and target on one GPU.
-        builds: Results with `plan_bytes`: plans that were compiled, not executed.
     """
     timed = {str(result["target"]) for result in of_kind(results, "run")}
     compared = [result["sides"] for result in of_kind(results, "compare")]
@@ -89,7 +87,7 @@ def target_states(
     rows = [("target", "status", "shown by")]
     for target, device in sorted(devices.items()):
         checked = [each for each in checks if each["target"] == target]
-        built = [each for each in builds if each["target"] == target]
+        built = [each for each in of_kind(results, "build") if each["target"] == target]
         passed = [each for each in checked if each["result"] == _PASSED]
         state, shown = ("**needs a GPU to run**" if device == GPU else "not run"), ""
         failed = [f"{each['model']} FAILED: {each['why']}" for each in checked if each["result"] != _PASSED]
@@ -101,7 +99,9 @@ def target_states(
             state, shown = f"**fails on {_gpus(checked)}**", "<br>".join(failed)
         elif built:
             state = "built here, needs a GPU to run"
-            shown = "<br>".join(f"{each['model']}: {_plan_bytes(each) / 1e6:,.1f} MB of plans" for each in built)
+            shown = "<br>".join(
+                f"{each['model']}: {sum(each['plan_bytes'].values()) / 1e6:,.1f} MB of plans" for each in built
+            )
         rows.append((f"`{target}`", state, shown))
     return markdown(rows) + (
         "\n`run`: engines of it answered, on the machine of the result files or on the GPU that is named. `built here`:"
@@ -121,12 +121,6 @@ def read_checks(folder: Path) -> list[dict[str, Any]]:
     return list(latest.values())
 
 
-def read_builds(folder: Path) -> list[dict[str, Any]]:
-    """Return the results of builds that compiled plans."""
-    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("build-*.json")))
-    return [result for result in found if "plan_bytes" in result]
-
-
 def _gpus(checks: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(sorted({each["gpu"] for each in checks}))
 
@@ -135,12 +129,6 @@ def _timed(check: Mapping[str, Any]) -> str:
     bench = check["values"]["bench"]
     speed = f"TTFT {1e3 * bench['ttft_p50_s']:.0f} ms, {bench['tokens_per_s']:.1f} tokens/s"
     return f"{check['model']}: {speed} ({check['gpu']}, {check['date']})"
-
-
-def _plan_bytes(build: Mapping[str, Any]) -> int:
-    """Return the bytes of all plans; a result holds their sum, or the bytes of each by name."""
-    plans = build["plan_bytes"]
-    return sum(plans.values()) if isinstance(plans, Mapping) else plans
 
 
 def _compared(sides: Mapping[str, Any], target: str, *, has_export: bool) -> list[str]:

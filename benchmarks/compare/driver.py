@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.compare.workloads import PREFILL, VISION, Point
-from benchmarks.measure import summarise, version
+from benchmarks.measure import seconds, summarise, version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,7 +92,7 @@ def time_call(call: Call, *, budget_s: float, min_repeats: int, max_repeats: int
     call()
     times = []
     while len(times) < min_repeats or (len(times) < max_repeats and sum(times) + times[-1] < budget_s):
-        times.append(_seconds(call))
+        times.append(seconds(call))
     return summarise(times)
 
 
@@ -159,12 +159,6 @@ def main() -> None:
     """Measure what the request file on the command line says and write the result beside it."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     Path(request["result"]).write_text(json.dumps(measure(request)), encoding="utf-8")
-
-
-def _seconds(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -93,9 +93,14 @@ def test_failing_child_is_an_error() -> None:
     assert caught.value.output == "last"
 
 
-def test_repeat_leaves_the_warm_up_out() -> None:
-    durations = iter([9.0, 1.0, 4.0, 2.0])
-    assert measure.repeat(lambda: next(durations), warmup=1, repeats=3) == {
+def test_repeat_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations, now = iter([9.0, 1.0, 4.0, 2.0]), [0.0]
+
+    def call() -> None:
+        now[0] += next(durations)
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    assert measure.repeat(call, warmup=1, repeats=3) == {
         "median_s": 2.0,
         "min_s": 1.0,
         "max_s": 4.0,
@@ -118,6 +123,11 @@ def test_export_table_has_medians_and_the_largest_peak(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("[]")
     (name,) = report.load(tmp_path)
     assert report.render(name, report.load(tmp_path)[name]) == text
+
+
+def test_the_page_names_the_instruction_sets_of_the_processor() -> None:
+    result = {"environment": ENVIRONMENT | {"instruction_sets": ["avx2", "amx_int8"]}}
+    assert "\nAbacus (avx2 amx_int8), 2 cores," in result_files.page("import", result, "")
 
 
 def test_export_table_has_the_bytes_a_second_of_the_checkpoint() -> None:
