@@ -148,9 +148,9 @@ def _time_phases(
     }
 
 
-def command(side: str, source: Path, work: Workload, result: Path) -> list[str]:
-    """Return the command line of one side's process."""
-    return [sys.executable, "-m", "benchmarks.inference", side, str(source), json.dumps(asdict(work)), str(result)]
+def command(side: str, source: Path, work: Workload) -> list[str]:
+    """Return the command line of one side's process, to which the file for the result is added."""
+    return [sys.executable, "-m", "benchmarks.inference", side, str(source), json.dumps(asdict(work))]
 
 
 def main() -> None:

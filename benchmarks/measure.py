@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -59,6 +60,12 @@ def run_child(command: Sequence[str], folder: Path | None = None) -> ChildCost:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, output=last)
     return ChildCost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def child_result(command: Sequence[str], output: Path, folder: Path | None = None) -> tuple[dict[str, Any], ChildCost]:
+    """Run a command that writes a JSON object into the file that is its last argument; return it, and what it took."""
+    cost = run_child([*command, str(output)], folder)
+    return json.loads(output.read_text(encoding="utf-8")), cost
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -45,9 +44,9 @@ def run(
             run_export(source, engine, target)
         result["environment"] = measure.environment()
         for side, path in (("engine", engine), ("torch", source)):
-            output = Path(name) / f"{side}.json"
-            cost = measure.run_child(inference.command(side, path, work, output))
-            result[side] = json.loads(output.read_text(encoding="utf-8")) | {"peak_rss_bytes": cost.peak_rss_bytes}
+            command = inference.command(side, path, work)
+            values, cost = measure.child_result(command, Path(name) / f"{side}.json")
+            result[side] = values | {"peak_rss_bytes": cost.peak_rss_bytes}
     for count in ("prompt_tokens", "visual_tokens"):
         if result["engine"][count] != result["torch"][count]:
             raise UsageError(

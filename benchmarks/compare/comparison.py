@@ -61,7 +61,7 @@ def compare(
     result["texts"] = encode_texts(checkpoint)
     with tempfile.TemporaryDirectory(dir=work) as name:
         scratch = Path(name)
-        result["ceilings"] = _ceilings(settings.threads, scratch)
+        result["ceilings"] = measured_ceilings(settings.threads, scratch)
         result["sides"] = {}
         built: set[str] = set()
         for side in sides:
@@ -114,12 +114,9 @@ def _measure_side(
         "image": str(_image(scratch)),
         "prompt": prompt(checkpoint),
         "logits": str(scratch / f"{side.name}.npy"),
-        "threads": settings.threads,
-        "budget_s": settings.budget_s,
-        "min_repeats": settings.min_repeats,
-        "max_repeats": settings.max_repeats,
+        **result["settings"],
     }
-    measured = {mode: _run_driver(side, request | {"mode": mode}, scratch) for mode in (IMAGE_MODE, SPEED_MODE)}
+    measured = {mode: run_driver(side, request | {"mode": mode}, scratch) for mode in (IMAGE_MODE, SPEED_MODE)}
     # Of what both processes measure, the load time, that of the second counts: the files are in the page cache.
     kind = {"target": side.target, "is_ours": side.is_ours, "options": dict(side.options)}
     return {**kind, "export": cost, **measured[IMAGE_MODE], **measured[SPEED_MODE]}
@@ -147,25 +144,19 @@ def _image(scratch: Path) -> Path:
     return path
 
 
-def _run_driver(side: Side, request: dict[str, Any], scratch: Path) -> dict[str, Any]:
+def run_driver(side: Side, request: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Measure a side in a process of its environment, as a request says."""
     path = scratch / "request.json"
-    result = scratch / "result.json"
-    path.write_text(json.dumps(request | {"result": str(result)}), encoding="utf-8")
-    _run([str(side.python), "-m", "benchmarks.compare.driver", str(path)])
-    values: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return values
-
-
-def _ceilings(threads: int, scratch: Path) -> dict[str, float]:
-    path = scratch / "ceilings.json"
-    _run([sys.executable, "-m", "benchmarks.compare.ceilings", str(threads), str(path)])
-    values: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
-    return values
-
-
-def _run(command: list[str]) -> None:
+    path.write_text(json.dumps(request), encoding="utf-8")
+    command = [str(side.python), "-m", "benchmarks.compare.driver", str(path)]
     # From the repository's root, where the environments of the peers find the package of the drivers.
-    measure.run_child(command, ROOT)
+    return measure.child_result(command, scratch / "result.json", ROOT)[0]
+
+
+def measured_ceilings(threads: int, scratch: Path) -> dict[str, float]:
+    """Measure what the machine can do at most, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.compare.ceilings", str(threads)]
+    return measure.child_result(command, scratch / "ceilings.json", ROOT)[0]
 
 
 def divergence(reference_NV: np.ndarray[Any, Any], other_NV: np.ndarray[Any, Any]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a driver of one side offers, and the process that measures it.
 
 A driver runs in the environment of its side, so this file, and every driver, imports only the standard library, numpy
-and the libraries of that side. `python -m benchmarks.compare.driver REQUEST.json` measures one side in a mode:
+and the libraries of that side. `python -m benchmarks.compare.driver REQUEST.json RESULT.json` measures one in a mode:
 
 - speed: each point of the workload, then the logits of the text prompts.
 - image: load, answer one image, and nothing else, so that the peak of resident memory is that of this task.
@@ -156,9 +156,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what the request file on the command line says and write the result beside it."""
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(request["result"]).write_text(json.dumps(measure(request)), encoding="utf-8")
+    """Measure what the first file on the command line says and write the result into the second."""
+    request, result = map(Path, sys.argv[1:])
+    result.write_text(json.dumps(measure(json.loads(request.read_text(encoding="utf-8")))), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -331,7 +331,7 @@ def test_run_command(tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path) -
 def test_run_refuses_sides_that_saw_different_prompts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_checkpoint: Path, tiny_engine: Path
 ) -> None:
-    def fake(command: list[str]) -> measure.ChildCost:
+    def fake(command: list[str], folder: Path | None) -> measure.ChildCost:
         side, output = command[3], Path(command[-1])
         values = copy.deepcopy(run_result()[side]) | {"prompt_tokens": 30 if side == "engine" else 31}
         output.write_text(json.dumps(values))
