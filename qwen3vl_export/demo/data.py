@@ -9,8 +9,9 @@ A canvas is a function of (seed, index) alone. Its reading order is well defined
 Reading order is rows from top to bottom, and inside a row from left to right. "Where" asks for a digit that occurs once
 on its canvas and whose centre keeps `place_margin` from the lines that divide the canvas into thirds.
 
-The split of the 1797 digits is 80/20, stratified by class, and committed in `split.json`; a test makes it again. The data set names no
-writers, so both halves hold digits of the same people: this measures reading, not transfer to unseen writers.
+The split of the 1797 digits is 80/20, stratified by class, and committed in `split.json`; a test makes it again. The
+data set names no writers, so both halves hold digits of the same people: this measures reading, not transfer to unseen
+writers.
 """
 
 from __future__ import annotations
