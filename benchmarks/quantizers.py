@@ -22,7 +22,7 @@ from engines.passes.quantize_weights import QuantizeWeightsPass
 from engines.quantize.blockwise import QuantizedBlocks
 from engines.quantize.calibration import Rounding, calibrate
 from engines.quantize.calibration_data import CalibrationPrompt
-from engines.quantize.formats import WeightPlan
+from engines.quantize.formats import WeightFormats
 from engines.quantize.gptq import FloatArray, InputMetric, quantize_rows
 from engines.target import Target
 from qwen3vl_export.checkpoint import Checkpoint
@@ -54,9 +54,10 @@ def decoder_target(bits: int, block: int) -> Target:
         {"match": ["model.visual.*"], "kind": "float32"},
         {"match": ["*"], "kind": "blockwise", "bits": bits, "block": block},
     ]
-    plan = WeightPlan.from_rules(rules)
     return replace(
-        registry.get("ort-cpu-int4"), passes=lambda: [FuseSharedInputPass(plan.format_of), QuantizeWeightsPass(plan)]
+        registry.get("ort-cpu-int4"),
+        formats=WeightFormats.from_rules(rules),
+        passes=lambda formats: [FuseSharedInputPass(formats.format_of), QuantizeWeightsPass(formats)],
     )
 
 

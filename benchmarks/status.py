@@ -19,8 +19,8 @@ from benchmarks.compare.sides import REFERENCE
 from benchmarks.compare.tables import tokens_per_s
 from benchmarks.compare.workloads import DECODE, PREFILL, Point
 from benchmarks.goals import Results
-from engines.choose import GPU, device_of
 from engines.registry import all_targets
+from engines.target import GPU
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ("demo", "demo-moe")
@@ -197,7 +197,7 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     files[folder / "speed.svg"] = plot.speeds([r for name, r in results.items() if report.kind(name) == "run"])
     files |= {folder / f"{name}.svg": chart.draw(r) for name, r in results.items() if report.kind(name) == "compare"}
     accuracies = read_accuracies(root / "docs")
-    devices = {target.name: device_of(target) for target in all_targets()}
+    devices = {target.name: target.device for target in all_targets()}
     states = target_states(devices, results, accuracies, read_checks(folder), read_builds(folder))
     blocks = [
         ("README.md", "what works", f"{works_table(results, accuracies)}\n{states}"),

@@ -30,11 +30,12 @@ if str(ROOT) not in sys.path:  # run as a script, Python looks beside it
 
 import configs  # noqa: E402
 from benchmarks import synthetic  # noqa: E402
-from engines.choose import GPU, device_of, estimate, limit_bytes  # noqa: E402
+from engines.choose import estimate, limit_bytes  # noqa: E402
 from engines.disk import replace_text  # noqa: E402
 from engines.hardware import Hardware, probe  # noqa: E402
 from engines.quantize.calibration import needs_prompts  # noqa: E402
 from engines.registry import all_targets  # noqa: E402
+from engines.target import GPU  # noqa: E402
 from runtime.errors import CheckpointError, Qwen3VLError, TargetError  # noqa: E402
 from runtime.manifest import Manifest  # noqa: E402
 
@@ -299,7 +300,7 @@ def _cells(outcome: Outcome) -> tuple[str, str, str, str, str]:
 
 def gpu_targets(names: Sequence[str] = ()) -> list[Target]:
     """Return the targets that run on a GPU, or those of them that are asked for."""
-    return [target for target in all_targets() if device_of(target) == GPU and (not names or target.name in names)]
+    return [target for target in all_targets() if target.device == GPU and (not names or target.name in names)]
 
 
 def skip_reason(target: Target, source: str, hardware: Hardware) -> str:

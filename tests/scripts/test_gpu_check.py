@@ -18,8 +18,9 @@ import pytest
 
 from engines.hardware import Gpu, Hardware
 from engines.registry import get
-from engines.target import Availability, Target
+from engines.target import Target
 from helpers import ROOT
+from helpers.targets import like
 from runtime.errors import TargetError
 from scripts import gpu_check
 from scripts.gpu_check import BENCH, BUILD, FAILED, INSPECT, PASSED, SKIPPED, VERIFY, Done
@@ -68,7 +69,7 @@ class Commands:
 
 
 def named(name: str, *, available: bool = True) -> Target:
-    return replace(get("ort-cpu-fp32"), name=name, availability=lambda: Availability(True, available, "no library"))
+    return replace(like("ort-cpu-fp32", runs=available, reason="no library"), name=name)
 
 
 def check(
