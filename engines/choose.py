@@ -41,21 +41,6 @@ _TOO_LARGE = "too large"
 
 
 @dataclass(frozen=True)
-class Request:
-    """What has to fit, beside the sizes of `BuildOptions`.
-
-    Attributes:
-        image_patches: Patches of the largest image.
-        gpu_library_bytes: Device memory of CUDA's context and the library's kernels.
-        max_memory: Limit in bytes instead of the device's own.
-    """
-
-    image_patches: int
-    gpu_library_bytes: int
-    max_memory: int | None = None
-
-
-@dataclass(frozen=True)
 class Candidate:
     """A target that was considered.
 
@@ -137,26 +122,6 @@ def resolve_target(
     return choice.target
 
 
-def choose_target(
-    hardware: Hardware,
-    config: ModelConfig,
-    *,
-    options: BuildOptions | None = None,
-    request: Request | None = None,
-    targets: Sequence[Target] | None = None,
-) -> Choice:
-    """Return the first target, in order of preference, that this machine builds, runs and has the memory for.
-
-    Raises:
-        TargetError: No target builds and runs here.
-        CapacityError: Those that do build and run do not fit.
-    """
-    choice = consider(hardware, config, options=options, request=request, targets=targets)
-    if choice.target is None:
-        raise refusal_of(choice)
-    return choice
-
-
 def refusal_of(choice: Choice) -> TargetError | CapacityError:
     """Return the error for a choice in which nothing was chosen."""
     too_large = [each for each in choice.candidates if each.refusal.startswith(_TOO_LARGE)]
@@ -179,21 +144,18 @@ def consider(
     config: ModelConfig,
     *,
     options: BuildOptions | None = None,
-    request: Request | None = None,
     targets: Sequence[Target] | None = None,
 ) -> Choice:
     """Estimate every target in order of preference and say why each but the first that fits is refused."""
-    request = request or default_request()
     candidates: list[Candidate] = []
     chosen: Target | None = None
     for target in sorted(all_targets() if targets is None else targets, key=_place):
-        limit = limit_bytes(hardware, target.device) if request.max_memory is None else request.max_memory
         try:
-            parts, unfit = estimate(target, config, options=options, request=request), ""
+            parts, unfit = estimate(target, config, options=options), ""
         except TargetError as error:  # rows of the model have a length that no kernel of the target reads
             in_floats = replace(target, formats=WeightFormats(), prefill_formats=None)
-            parts, unfit = estimate(in_floats, config, options=options, request=request), error.message
-        candidate = Candidate(target.name, target.device, parts, limit, "")
+            parts, unfit = estimate(in_floats, config, options=options), error.message
+        candidate = Candidate(target.name, target.device, parts, limit_bytes(hardware, target.device), "")
         refusal = _refusal(target, hardware, candidate) or unfit
         if not refusal and chosen is not None:
             refusal = f"{chosen.name} is preferred"
@@ -214,14 +176,13 @@ def limit_bytes(hardware: Hardware, device: str) -> int:
     return 0 if gpu is None else gpu.free_bytes or hardware.memory_bytes
 
 
-def estimate(
-    target: Target, config: ModelConfig, *, options: BuildOptions | None = None, request: Request | None = None
-) -> dict[str, int]:
+def estimate(target: Target, config: ModelConfig, *, options: BuildOptions | None = None) -> dict[str, int]:
     """Estimate the bytes of its device's memory that an engine takes while it answers, by part.
 
-    Without options, one prompt at a time: an engine for batches allocates no cache for those that do not come.
+    The largest image, and what libraries take, stand in configs/choice.toml. Without options, one prompt at a time: an
+    engine for batches allocates no cache for those that do not come.
     """
-    options, request = options or BuildOptions(max_batch=1), request or default_request()
+    options, assumed = options or BuildOptions(max_batch=1), configs.load("choice")
     capacity = min(options.max_context, config.text.max_positions)
     capabilities = target.capabilities(config, options)
     shape = Manifest(target.name, target.session, capabilities, config, versions={}, source={}, files={})
@@ -231,8 +192,8 @@ def estimate(
         WEIGHTS: weight_bytes(target, config),
         CACHE: options.max_batch * cache_bytes(shape, capacity),
         PREFILL: prefill_bytes(config, capacity) + workspace,
-        VISION: vision_bytes(config, [request.image_patches]),
-        LIBRARY: request.gpu_library_bytes if target.device == GPU else 0,
+        VISION: vision_bytes(config, [assumed["image_patches"]]),
+        LIBRARY: assumed["gpu_library_bytes"] if target.device == GPU else 0,
     }
 
 
@@ -251,11 +212,6 @@ def weight_bytes(target: Target, config: ModelConfig) -> int:
         decoder = {key: shape for key, shape in shapes.items() if not key.startswith(VISION_PREFIX)}
         total += _stored_bytes(target, target.prefill_formats, decoder, is_tied=is_tied)
     return total
-
-
-def default_request() -> Request:
-    """Return the request of configs/choice.toml."""
-    return Request(**configs.load("choice"))
 
 
 def _place(target: Target) -> tuple[float, str]:

@@ -13,18 +13,25 @@ if TYPE_CHECKING:
     from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
     from engines.weights import StackedTensor, StreamedTensor
 
+# Integer products of 8-bit blocks of the input: with float32 products (level 0) 8-bit weights are 100 times as slow, and
+# experts in 4 bits twice as slow (512 tokens of 30B-A3B, two threads, docs/mixture_of_experts.md).
+_INT8_PRODUCTS = 4
+
 
 @dataclass(frozen=True)
 class OrtStorage:
-    """What the kernels of one provider read.
+    """What the kernels of one provider read, and how exactly they multiply.
 
     Attributes:
+        accuracy_level: Of MatMulNBits and QMoE: 4 lets the CPU round the input to 8 bits; 0 computes in the input's own
+            type, but for QMoE in 8 bits, whose kernel for the CPU knows no other way.
         expert_blocks: Block sizes that QMoE takes.
         expert_multiple: Rows of experts in floats must be multiples of so many for MoE.
         table_in_whole_bytes: A table gets blocks of which a row's zero points fill whole bytes. GatherBlockQuantized on
             CUDA numbers them through from row to row (gather_block_quantized.cu), on the CPU a row begins with a byte.
     """
 
+    accuracy_level: int = _INT8_PRODUCTS
     expert_blocks: tuple[int, ...] = BLOCK_SIZES
     expert_multiple: int = 1
     table_in_whole_bytes: bool = False

@@ -12,10 +12,6 @@ from engines.quantize.formats import FLOAT, WeightFormats
 from engines.weights import StackedTensor
 from runtime.errors import TargetError
 
-# As for MatMulNBits: the kernel rounds the input to 8 bits. One layer of 30B-A3B, 4 bits, two threads: see
-# docs/mixture_of_experts.md; without it a prompt of 512 takes twice as long.
-_INT8_PRODUCTS = 4
-
 
 class ChooseExpertsKernelPass(ir.passes.InPlacePass):
     """Give every node MoE the layout that the kernel reads, or make it QMoE if its weights are stored in few bits.
@@ -33,18 +29,12 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
 
     Args:
         formats: The formats.
-        storage: What the provider's kernels read.
-        accuracy_level: Of QMoE on the CPU: 4 lets it round the input to 8 bits; 0 computes in the input's own type,
-            but for weights in 8 bits, whose kernel knows no other way.
+        storage: Of the provider.
     """
 
-    def __init__(
-        self, formats: WeightFormats, storage: OrtStorage = CPU_STORAGE, accuracy_level: int = _INT8_PRODUCTS
-    ) -> None:
+    def __init__(self, formats: WeightFormats, storage: OrtStorage = CPU_STORAGE) -> None:
         super().__init__()
-        self._formats = formats
-        self._storage = storage
-        self._accuracy_level = accuracy_level
+        self._formats, self._storage = formats, storage
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Exchange the weights of every MoE."""
@@ -80,7 +70,7 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
         integers = {
             "expert_weight_bits": first.bits,
             "block_size": first.block,
-            "accuracy_level": self._accuracy_level,
+            "accuracy_level": self._storage.accuracy_level,
             "weights_prepacked": 0,
         }
         if second.bits != first.bits:

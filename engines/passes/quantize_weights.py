@@ -15,8 +15,6 @@ from engines.quantize.formats import FLOAT, WeightFormats
 from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
 from engines.weights import StreamedTensor, ViewTensor
 
-# Integer products of 8-bit blocks of the input: with float32 products (level 0) 8-bit weights are 100 times as slow.
-_INT8_PRODUCTS = 4
 # Keeps a row of zeros from being divided by zero.
 _SMALLEST = 1e-30
 # The code of 0. GELU gives no less than -0.17 (Hendrycks and Gimpel, arXiv:1606.08415), so most codes are for what is
@@ -36,17 +34,12 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
 
     Args:
         formats: The formats.
-        storage: What the provider's kernels read.
-        accuracy_level: Of MatMulNBits: 4 lets the CPU round the input to 8 bits; 0 computes in the input's own type.
+        storage: Of the provider.
     """
 
-    def __init__(
-        self, formats: WeightFormats, storage: OrtStorage = CPU_STORAGE, accuracy_level: int = _INT8_PRODUCTS
-    ) -> None:
+    def __init__(self, formats: WeightFormats, storage: OrtStorage = CPU_STORAGE) -> None:
         super().__init__()
-        self._formats = formats
-        self._storage = storage
-        self._accuracy_level = accuracy_level
+        self._formats, self._storage = formats, storage
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Quantise every weight that the plan has a format for."""
@@ -87,7 +80,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
                 "N": found.num_outputs,
                 "bits": weight.bits,
                 "block_size": weight.block,
-                "accuracy_level": self._accuracy_level,
+                "accuracy_level": self._storage.accuracy_level,
             },
             domain=MICROSOFT,
             name=found.nodes[0].name,

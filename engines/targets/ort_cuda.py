@@ -38,9 +38,9 @@ FLOAT32_OPS = {
     "float16": frozenset({"Softmax"}),
     "bfloat16": frozenset({"RotaryEmbedding", "Softmax"}),
 }
-# The CUDA kernel knows no other way; on the CPU it keeps the input in half precision too.
-_PLAIN_PRODUCTS = 0
 STORAGE = OrtStorage(
+    # The CUDA kernel knows no other way; on the CPU it keeps the input in half precision too.
+    accuracy_level=0,
     # Blocks that the grouped products of QMoE take on every GPU (docs/contrib_ops/cuda/moe_qmoe.md of ONNX Runtime).
     expert_blocks=(64, 128),
     # Half numbers in the 16 bytes that MoE reads at once.
@@ -106,8 +106,8 @@ def _passes(dtype: str, formats: WeightFormats) -> Sequence[ir.passes.InPlacePas
 
     return [
         FuseSharedInputPass(formats.format_of),
-        ChooseExpertsKernelPass(formats, STORAGE, _PLAIN_PRODUCTS),
-        QuantizeWeightsPass(formats, STORAGE, _PLAIN_PRODUCTS),
+        ChooseExpertsKernelPass(formats, STORAGE),
+        QuantizeWeightsPass(formats, STORAGE),
         AddTopKPass(_TOP_K),
         HalfPrecisionPass(ir.DataType[dtype.upper()], FLOAT32_OPS[dtype]),
         FuseTransposedMatMulPass(),

@@ -16,7 +16,7 @@ from engines import choose
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
-from engines.choose import AUTO, Request, choose_target, consider, estimate, resolve_target, weight_bytes
+from engines.choose import AUTO, Choice, consider, estimate, refusal_of, resolve_target, weight_bytes
 from engines.hardware import Gpu, Hardware
 from engines.quantize.formats import WeightFormats
 from engines.registry import all_targets, get
@@ -38,6 +38,13 @@ def shape(name: str) -> ModelConfig:
 
 GPU_FP16, GPU_INT4 = like("trt-fp16", "ort-cpu-fp32"), like("trt-int4", "ort-cpu-int4")
 CPU_INT8, CPU_INT4 = like("ort-cpu-int8"), like("ort-cpu-int4")
+
+
+def choose_target(hardware: Hardware, config: ModelConfig, *, targets: list[Target]) -> Choice:
+    choice = consider(hardware, config, targets=targets)
+    if choice.target is None:
+        raise refusal_of(choice)
+    return choice
 
 
 def stored_bytes(engine: Path) -> int:
@@ -101,15 +108,15 @@ def test_half_precision_takes_two_bytes_a_weight() -> None:
 
 def test_parts_of_an_estimate() -> None:
     config, target = shape("qwen3-vl-2b"), get("ort-cpu-fp32")
-    options, request = BuildOptions(max_context=1000, max_batch=2), Request(image_patches=784, gpu_library_bytes=7)
-    parts = estimate(target, config, options=options, request=request)
+    options, assumed = BuildOptions(max_context=1000, max_batch=2), configs.load("choice")
+    parts = estimate(target, config, options=options)
     # 28 layers, keys and values, 8 heads of 128, float32.
     assert parts[CACHE] == 2 * 1000 * 28 * 2 * 8 * 128 * 4
     assert parts[PREFILL] == prefill_bytes(config, 1000)
-    assert parts[VISION] == vision_bytes(config, [784])
+    assert parts[VISION] == vision_bytes(config, [assumed["image_patches"]])
     assert parts[WEIGHTS] == weight_bytes(target, config)
     assert LOGITS not in parts and parts[choose.LIBRARY] == 0
-    assert estimate(GPU_FP16, config, options=options, request=request)[choose.LIBRARY] == 7
+    assert estimate(GPU_FP16, config, options=options)[choose.LIBRARY] == assumed["gpu_library_bytes"] > 0
     # A context beyond what the model was trained for is never allocated.
     long = estimate(target, shape("tiny"), options=BuildOptions(max_context=1 << 20))
     assert long[CACHE] == estimate(target, shape("tiny"), options=BuildOptions(max_context=config_positions()))[CACHE]
@@ -209,10 +216,9 @@ def test_nothing_is_available() -> None:
         choose_target(CPU_ONLY, shape("tiny"), targets=[GPU_FP16, like("ort-cpu-int8", runs=False)])
 
 
-def test_a_limit_of_ones_own() -> None:
-    request = replace(choose.default_request(), max_memory=1)
+def test_a_limit_of_one_byte() -> None:
     with pytest.raises(CapacityError):
-        choose_target(CPU_ONLY, shape("tiny"), request=request, targets=[CPU_INT8])
+        choose_target(replace(CPU_ONLY, memory_bytes=1), shape("tiny"), targets=[CPU_INT8])
 
 
 def test_every_target_has_a_place_and_a_device() -> None:

@@ -63,7 +63,7 @@ def lowered(inputs: Arrays, bits: int = 0) -> ir.Model:
     rules = [{"match": ["mlp.experts.*"], "kind": "blockwise", "bits": bits, "block": 128, "symmetric": True}]
     formats = WeightFormats.from_rules(rules if bits else [])
     passes = [
-        ChooseExpertsKernelPass(formats, ort_cuda.STORAGE, 0),
+        ChooseExpertsKernelPass(formats, ort_cuda.STORAGE),
         HalfPrecisionPass(ir.DataType.FLOAT16, ort_cuda.FLOAT32_OPS["float16"]),
     ]
     return lower(model_of(inputs), registry.get("ort-cuda-fp16"), shape_of(inputs), passes)
