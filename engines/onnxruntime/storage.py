@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
     from engines.weights import StackedTensor, StreamedTensor
 
-# Integer products of 8-bit blocks of the input: with float32 products (level 0) 8-bit weights are 100 times as slow, and
+# Integer products of 8-bit blocks of the input: with float32 products (level 0) 8-bit weights are 100 times as slow,
 # experts in 4 bits twice as slow (512 tokens of 30B-A3B, two threads, docs/mixture_of_experts.md).
 _INT8_PRODUCTS = 4
 
