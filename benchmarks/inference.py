@@ -59,6 +59,7 @@ def time_engine(engine: Path, work: Workload) -> dict[str, Any]:
     """Time an engine folder."""
     import numpy as np
 
+    from runtime.contract import DecoderInputs
     from runtime.model import Qwen3VLModel
 
     start = time.perf_counter()
@@ -66,13 +67,9 @@ def time_engine(engine: Path, work: Workload) -> dict[str, Any]:
     loaded = time.perf_counter() - start
     content = [{"type": "image", "image": work.image()}, {"type": "text", "text": work.prompt}]
     prepared = model.prepare([{"role": "user", "content": content}])
-    input_ids = np.asarray([prepared.prompt.input_ids], np.int64)
-    length = input_ids.shape[1]
-    positions = prepared.positions.position_ids.reshape(3, 1, length)
-    rows = prepared.positions.visual_rows.reshape(1, length)
+    prompt = prepared.decoder_inputs(model.encode_images(prepared.images))
+    length = prompt.num_cache_rows
     cache = model.session.new_cache(length + work.warmup + work.decode_steps)
-    visual = model.encode_images(prepared.images)
-    no_rows = np.full((1, 1), -1, np.int64)
     step_count = 0
 
     def vision() -> float:
@@ -82,26 +79,22 @@ def time_engine(engine: Path, work: Workload) -> dict[str, Any]:
 
     def prefill() -> float:
         start = time.perf_counter()
-        last = np.asarray([[length - 1]], np.int64)
-        model.session.decode(input_ids, positions, rows, visual, np.zeros(1, np.int64), last, cache)
+        model.session.decode(prompt, cache)
         return time.perf_counter() - start
 
     def decode() -> float:
         nonlocal step_count
-        past = length + step_count
+        past, token = np.array([length + step_count]), np.array([[_DECODED_TOKEN]])
         step_count += 1
-        token = np.full((1, 1), _DECODED_TOKEN, np.int64)
-        position = np.full((3, 1, 1), past + prepared.positions.delta, np.int64)
+        step = DecoderInputs.text(token, past, prompt.visual_embeds[:, :1], delta=prepared.positions.delta)
         start = time.perf_counter()
-        model.session.decode(
-            token, position, no_rows, visual[:, :1], np.full(1, past, np.int64), np.zeros((1, 1), np.int64), cache
-        )
+        model.session.decode(step, cache)
         return time.perf_counter() - start
 
     return {
         "load_s": loaded,
         "prompt_tokens": length,
-        "visual_tokens": int((rows >= 0).sum()),
+        "visual_tokens": prepared.num_visual_tokens,
         "vision": repeat(vision, warmup=work.warmup, repeats=work.repeats),
         "prefill": repeat(prefill, warmup=work.warmup, repeats=work.repeats),
         "decode": repeat(decode, warmup=work.warmup, repeats=work.decode_steps),

@@ -14,6 +14,7 @@ import typer
 
 from benchmarks import measure, report
 from benchmarks.speculation import Engine
+from runtime.contract import DecoderInputs, no_visual_embeds
 from runtime.errors import UsageError
 
 CACHED = (20, 512, 3000)
@@ -24,12 +25,12 @@ def decode_step(engine: Engine, num_cached: int, num_new: int, cache: Any) -> fl
     places = np.arange(num_cached, num_cached + num_new)
     start = time.perf_counter()
     engine.session.decode(
-        (places % engine.config.text.vocab_size)[None],
-        np.broadcast_to(places, (3, 1, num_new)),
-        np.full((1, num_new), -1, np.int64),
-        np.zeros((engine.config.num_visual_levels, 1, engine.config.text.hidden_size), np.float32),
-        np.array([num_cached], np.int64),
-        np.array([[num_new - 1]]),
+        DecoderInputs.text(
+            (places % engine.config.text.vocab_size)[None],
+            np.array([num_cached]),
+            no_visual_embeds(engine.config),
+            logits_positions=np.array([[num_new - 1]]),
+        ),
         cache,
     )
     return time.perf_counter() - start

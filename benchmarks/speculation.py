@@ -22,6 +22,7 @@ import numpy as np
 import typer
 
 from benchmarks import measure, ocr_texts, report
+from runtime.contract import DecoderInputs, no_visual_embeds
 from runtime.generation import Drafter, decode_steps
 from runtime.manifest import Manifest
 from runtime.prompt_lookup import DRAFT_COST, PromptLookup
@@ -80,7 +81,7 @@ class Engine:
         self.target, self.config = manifest.target, manifest.model
         self.session: Session = open_session(folder, manifest, threads=threads)
         self.num_cached = num_cached
-        self._embeds = np.zeros((self.config.num_visual_levels, 1, self.config.text.hidden_size), np.float32)
+        self._embeds = no_visual_embeds(self.config)
 
     def contender(self, tokens: list[int], drafter: Drafter | None) -> Contender:
         """Begin the answer `tokens`; the first of them comes from the prompt and is not timed."""
@@ -104,15 +105,7 @@ class Engine:
             for num_new in POSITIONS:
                 places = np.arange(self.num_cached, self.num_cached + num_new)
                 start = time.perf_counter()
-                self.session.decode(
-                    places[None],
-                    np.broadcast_to(places, (3, 1, num_new)),
-                    np.full((1, num_new), -1, np.int64),
-                    self._embeds,
-                    np.array([self.num_cached], np.int64),
-                    np.arange(num_new)[None],
-                    cache,
-                )
+                self.session.decode(DecoderInputs.text(places[None], np.array([self.num_cached]), self._embeds), cache)
                 if turn:
                     seconds[num_new].append(time.perf_counter() - start)
         medians = {num_new: statistics.median(times) for num_new, times in seconds.items()}

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from engines.external_data import Progress, advance_of, weight_bytes, write_model
+from runtime.contract import DECODER_INPUTS, DECODER_OUTPUTS, VISION_INPUTS, VISION_OUTPUTS, past_names, present_names
 from runtime.errors import BundleError
 from runtime.manifest import FileRecord
 from runtime.model_config import ModelConfig
@@ -19,9 +20,6 @@ VISION = "vision"
 DECODER = "decoder"
 PREFILL = "prefill"  # in an engine: the decoder once more, lowered for many tokens at once
 BUNDLE_MANIFEST_NAME = "bundle.json"
-
-VISION_INPUTS = ("pixel_values", "pos_indices", "pos_weights", "rope_cos", "rope_sin")
-DECODER_INPUTS = ("input_ids", "position_ids", "visual_rows", "visual_embeds", "past_lengths", "logits_positions")
 
 
 @dataclass
@@ -53,12 +51,12 @@ class Bundle:
         Raises:
             BundleError: A graph, an input or an output is missing or out of order.
         """
-        caches = [f"{i}.{kind}" for i in range(self.config.text.num_layers) for kind in ("key", "value")]
+        num_layers = self.config.text.num_layers
         expected = {
-            VISION: (list(VISION_INPUTS), ["visual_embeds"]),
+            VISION: ([*VISION_INPUTS], [*VISION_OUTPUTS]),
             DECODER: (
-                [*DECODER_INPUTS, *(f"past_key_values.{name}" for name in caches)],
-                ["logits", *(f"present_key_values.{name}" for name in caches)],
+                [*DECODER_INPUTS, *past_names(num_layers)],
+                [*DECODER_OUTPUTS, *present_names(num_layers)],
             ),
         }
         for name, (inputs, outputs) in expected.items():
@@ -67,7 +65,7 @@ class Bundle:
             if found != (inputs, outputs):
                 raise BundleError(
                     f"{name}.onnx: inputs and outputs are {found}, the contract says {(inputs, outputs)}",
-                    remedy="keep names and order of what engines/bundle.py lists, in a graph or pass of your own",
+                    remedy="keep names and order of what runtime/contract.py lists, in a graph or pass of your own",
                 )
 
     def write(self, folder: Path, *, with_weights: bool = True, progress: Progress | None = None) -> None:

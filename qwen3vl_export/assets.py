@@ -14,29 +14,24 @@ from typing import Any
 from qwen3vl_export.formats import COMPLETE
 from qwen3vl_export.names import shown_name
 from qwen3vl_export.tokenizer_files import TAKE_ALL, read_tokenizer
-from runtime.chat import IMAGE_TOKEN, ChatTemplate, template_source
+from runtime.chat import IMAGE_TOKEN, template_source
 from runtime.errors import CheckpointError, Qwen3VLError
 from runtime.files import read_small_file
-from runtime.generation_config import GenerationOptions
-from runtime.generation_file import ignored_keys
-from runtime.image_processor import ImageProcessorConfig
+from runtime.generation_config import ignored_keys
 from runtime.model_config import ModelConfig
-from runtime.prompt import PromptBuilder
+from runtime.preparation import GENERATION, PREPROCESSOR, TEMPLATE, TOKENIZER, TOKENIZER_SETTINGS, Preparation
 from runtime.tokenizer import Tokenizer
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
 _MAX_LISTED = 5
-_TEMPLATE = "chat_template.jinja"
-_PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR = "processor_config.json"
-_GENERATION = "generation_config.json"
 # In the runtime's advice: an engine can be exported again, and whoever has it may not have made its files.
 _OF_ENGINES = re.compile(r"\b(engine|export|do not trust)")
 _GENERATION_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 # Parts of transformers 5's processor_config.json, and the file of the Hub's Qwen3-VL folders that holds the same.
-_PROCESSOR_PARTS = {"image_processor": _PREPROCESSOR, "video_processor": "video_preprocessor_config.json"}
+_PROCESSOR_PARTS = {"image_processor": PREPROCESSOR, "video_processor": "video_preprocessor_config.json"}
 
 
 def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dict[str, bytes]:
@@ -49,18 +44,18 @@ def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dic
     Raises:
         CheckpointError: A file is missing or not readable, or no token ends an answer.
     """
-    with _naming(folder / _TEMPLATE):
-        assets = {_TEMPLATE: template_source(folder).encode()}
-    for name in ("config.json", "tokenizer_config.json"):
+    with _naming(folder / TEMPLATE):
+        assets = {TEMPLATE: template_source(folder).encode()}
+    for name in ("config.json", TOKENIZER_SETTINGS):
         assets[name] = read_small_file(folder / name, error=CheckpointError, remedy=COMPLETE)
-    read_json("tokenizer_config.json")  # whose special tokens the template takes
-    assets["tokenizer.json"] = read_tokenizer(folder, read_json)
-    assets[_PREPROCESSOR] = _as_json(_preprocessor_config(folder, read_json))
-    generation = read_json(_GENERATION) if os.path.lexists(folder / _GENERATION) else {}
+    read_json(TOKENIZER_SETTINGS)  # whose special tokens the template takes
+    assets[TOKENIZER] = read_tokenizer(folder, read_json)
+    assets[PREPROCESSOR] = _as_json(_preprocessor_config(folder, read_json))
+    generation = read_json(GENERATION) if os.path.lexists(folder / GENERATION) else {}
     if unknown := ignored_keys(generation):
         listed = ", ".join(map(shown_name, unknown[:_MAX_LISTED])) + (", …" if len(unknown) > _MAX_LISTED else "")
-        _LOGGER.warning("note: %s: transformers knows no %s, so nothing comes of it", folder / _GENERATION, listed)
-    assets[_GENERATION] = _as_json(_with_token_ids(generation, read_json("config.json"), folder))
+        _LOGGER.warning("note: %s: transformers knows no %s, so nothing comes of it", folder / GENERATION, listed)
+    assets[GENERATION] = _as_json(_with_token_ids(generation, read_json("config.json"), folder))
     return assets
 
 
@@ -75,15 +70,11 @@ def check_assets(assets: Mapping[str, bytes], config: ModelConfig, folder: Path)
     Raises:
         CheckpointError: The runtime does not read one of them, or they belong to another model.
     """
-    with _naming(folder / "tokenizer.json"):
-        tokenizer = Tokenizer(assets["tokenizer.json"], name="the file")
-        _check_ids(tokenizer, config)
-    with _naming(folder / _TEMPLATE):
-        PromptBuilder(tokenizer, ChatTemplate(assets[_TEMPLATE].decode()))
-    with _naming(folder / _PREPROCESSOR):
-        _check_patches(ImageProcessorConfig.from_dict(json.loads(assets[_PREPROCESSOR])), config)
-    with _naming(folder / _GENERATION):
-        options = GenerationOptions.from_generation_config(json.loads(assets[_GENERATION]))
+    preparation = Preparation.from_files(assets, config, folder, opening=_naming)
+    with _naming(folder / TOKENIZER):
+        _check_ids(preparation.tokenizer, config)
+    with _naming(folder / GENERATION):
+        options = preparation.defaults
         # One that the model never gives does no harm beside others, and transformers takes it.
         if not options.eos_token_ids:
             raise CheckpointError(
@@ -103,7 +94,7 @@ def _split_processor_config(settings: Mapping[str, Any]) -> dict[str, dict[str, 
 def _preprocessor_config(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     # transformers reads both, and takes the newer file if it holds this part.
     settings = read_json(_PROCESSOR) if os.path.lexists(folder / _PROCESSOR) else {}
-    return _split_processor_config(settings).get(_PREPROCESSOR) or read_json(_PREPROCESSOR)
+    return _split_processor_config(settings).get(PREPROCESSOR) or read_json(PREPROCESSOR)
 
 
 def _with_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -116,8 +107,8 @@ def _with_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], fo
                 filled[name] = source[name]
     if filled.get("eos_token_id") in (None, []):
         raise CheckpointError(
-            f"{folder}: eos_token_id is neither in {_GENERATION} nor in config.json, so no answer would end",
-            remedy=f"add {_GENERATION} with the ids of <|im_end|> and <|endoftext|> as eos_token_id",
+            f"{folder}: eos_token_id is neither in {GENERATION} nor in config.json, so no answer would end",
+            remedy=f"add {GENERATION} with the ids of <|im_end|> and <|endoftext|> as eos_token_id",
         )
     return filled
 
@@ -141,20 +132,6 @@ def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
         found, expected = tokenizer.token_id(token), getattr(config, name)
         if found != expected:
             raise CheckpointError(f"{token} has the id {found}, config.json says {name} = {expected}", remedy=TAKE_ALL)
-
-
-def _check_patches(found: ImageProcessorConfig, config: ModelConfig) -> None:
-    vision = config.vision
-    for name, value, key, expected in (
-        ("patch_size", found.patch_size, "patch_size", vision.patch_size),
-        ("temporal_patch_size", found.temporal_patch_size, "temporal_patch_size", vision.temporal_patch_size),
-        ("merge_size", found.merge_size, "spatial_merge_size", vision.spatial_merge_size),
-    ):
-        if value != expected:
-            raise CheckpointError(
-                f"{name} is {value}, config.json says vision_config.{key} = {expected}",
-                remedy=f"set {name} to {expected} if config.json is of these weights; otherwise {TAKE_ALL}",
-            )
 
 
 def _expect_below(name: str, value: int, limit: int) -> None:

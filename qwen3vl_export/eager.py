@@ -8,7 +8,6 @@ Shapes: see runtime/session.py.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,14 @@ from engines.weight_shapes import weight_shapes
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.modeling import LayerCache, Qwen3VL
 from runtime.arguments import whole_number
-from runtime.chat import ChatTemplate
+from runtime.contract import DecoderInputs, FloatArray, VisionInputs
 from runtime.errors import CheckpointError, UsageError
-from runtime.generation_config import GenerationOptions
-from runtime.image_processor import ImageProcessorConfig
 from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
 from runtime.model import DEFAULT_MAX_CONTEXT, Qwen3VLModel
-from runtime.session import FloatArray, IntArray, KVCache
+from runtime.preparation import Preparation
+from runtime.session import KVCache
 from runtime.shown import one_line, shown
-from runtime.tokenizer import Tokenizer
 
 _LONGEST_REASON = 200
 
@@ -81,10 +78,7 @@ def open_eager(
     return Qwen3VLModel(
         manifest,
         EagerSession(model),
-        Tokenizer(assets["tokenizer.json"]),
-        ChatTemplate.from_config(assets["chat_template.jinja"].decode(), json.loads(assets["tokenizer_config.json"])),
-        ImageProcessorConfig.from_dict(json.loads(assets["preprocessor_config.json"])),
-        GenerationOptions.from_generation_config(json.loads(assets["generation_config.json"])),
+        Preparation.from_files(assets, source.config),
         max_context,
         machine_bytes(),
     )
@@ -185,49 +179,29 @@ class EagerSession:
         self.model = model
 
     @torch.inference_mode()
-    def vision(
-        self,
-        pixel_values: FloatArray,
-        pos_indices: IntArray,
-        pos_weights: FloatArray,
-        rope_cos: FloatArray,
-        rope_sin: FloatArray,
-    ) -> FloatArray:
+    def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`."""
-        # Tables stay float32 whatever the weights' type, as in transformers.
-        indices, weights, cos, sin = map(self._tensor, (pos_indices, pos_weights, rope_cos, rope_sin))
-        return _array(self.model.visual(self._floats(pixel_values), indices, weights, cos, sin))
+        # The tables stay float32 whatever the weights' type, as in transformers.
+        return _array(self.model.visual(**self._tensors(inputs, in_weights_type="pixel_values")))
 
     def new_cache(self, capacity: int, batch: int = 1) -> EagerCache:
         """Allocate a cache of zeros."""
         return EagerCache(self.model.new_cache(capacity, batch))
 
     @torch.inference_mode()
-    def decode(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-    ) -> FloatArray:
+    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
         assert isinstance(cache, EagerCache)
-        assert int(past_lengths.max()) + input_ids.shape[1] <= cache.capacity, "past_lengths + S exceeds the cache"
-        ids, positions, rows, lengths, chosen = map(
-            self._tensor, (input_ids, position_ids, visual_rows, past_lengths, logits_positions)
-        )
-        embeds = self._floats(visual_embeds)
-        logits, cache.layers = self.model(ids, positions, rows, embeds, lengths, chosen, cache.layers)
+        assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
+        tensors = self._tensors(inputs, in_weights_type="visual_embeds")
+        logits, cache.layers = self.model(**tensors, cache=cache.layers)
         return _array(logits)
 
-    def _floats(self, values: FloatArray) -> Tensor:
-        return self._tensor(values).to(self.model.lm_head.weight.dtype)
-
-    def _tensor(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.lm_head.weight.device)
+    def _tensors(self, inputs: VisionInputs | DecoderInputs, in_weights_type: str) -> dict[str, Tensor]:
+        """Return the inputs on the weights' device, that of one name in their type."""
+        like = self.model.lm_head.weight
+        tensors = {name: torch.from_numpy(array).to(like.device) for name, array in inputs.arrays().items()}
+        return {**tensors, in_weights_type: tensors[in_weights_type].to(like.dtype)}
 
 
 def _array(values: Tensor) -> FloatArray:

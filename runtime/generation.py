@@ -1,6 +1,6 @@
 """The generation loop: a generator of tokens; text, stop strings and timing sit one layer up, in `runtime.model`.
 
-Shapes: S prompt tokens, V visual rows, D DeepStack levels.
+Shapes: S prompt tokens, L of them that get logits, D DeepStack levels.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from runtime.positions import PromptPositions
-from runtime.session import FloatArray, KVCache, Session, TopLogits, TopLogitsSession
+from runtime.contract import DecoderInputs, FloatArray
+from runtime.session import KVCache, Session, TopLogits, TopLogitsSession
 
 # A chunk bounds the activations of a long prompt; the products reach their full speed well below it.
 PREFILL_CHUNK = 512
@@ -28,64 +28,29 @@ def chunk_limit(capabilities: Mapping[str, Any], *, all_logits: bool = False) ->
     return min(chunk, int(capabilities.get("logits_chunk", chunk))) if all_logits else chunk
 
 
-def prefill(
-    session: Session,
-    cache: KVCache,
-    input_ids: list[int],
-    positions: PromptPositions,
-    visual_embeds: FloatArray,
-    *,
-    all_logits: bool = False,
-    chunk: int = PREFILL_CHUNK,
-) -> FloatArray:
-    """Run all of `prefill_chunks`, with the same arguments.
-
-    Returns:
-        float32 [S, vocab], or [1, vocab].
-    """
-    chunks = prefill_chunks(session, cache, input_ids, positions, visual_embeds, all_logits=all_logits, chunk=chunk)
-    pieces = list(chunks)
-    return np.concatenate(pieces) if all_logits else pieces[-1]
+def prefill(session: Session, cache: KVCache, prompt: DecoderInputs, *, chunk: int = PREFILL_CHUNK) -> FloatArray:
+    """Run all of `prefill_chunks`, with the same arguments, and return all logits, float32 [L, vocab]."""
+    return np.concatenate(list(prefill_chunks(session, cache, prompt, chunk=chunk)))
 
 
 def prefill_chunks(
-    session: Session,
-    cache: KVCache,
-    input_ids: list[int],
-    positions: PromptPositions,
-    visual_embeds: FloatArray,
-    *,
-    all_logits: bool = False,
-    chunk: int = PREFILL_CHUNK,
+    session: Session, cache: KVCache, prompt: DecoderInputs, *, chunk: int = PREFILL_CHUNK
 ) -> Iterator[FloatArray]:
     """Run the prompt through the decoder in chunks, writing rows 0 … S - 1 of `cache`.
 
     Args:
         session: The engine.
         cache: An empty cache of at least S positions.
-        input_ids: The prompt.
-        positions: Its positions and visual rows.
-        visual_embeds: [1+D, V, hidden], V ≥ 1.
-        all_logits: Yield the logits of every position, not those of each chunk's last alone.
+        prompt: One whole sequence (`DecoderInputs.prompt`).
         chunk: Most new tokens of one call.
 
     Yields:
-        float32 [tokens of the chunk, vocab], or [1, vocab].
+        The logits that the prompt asks for behind tokens of the chunk, float32 [0 … L, vocab].
     """
-    ids = np.asarray(input_ids, np.int64)[None]
-    for start in range(0, ids.shape[1], chunk):
-        part = slice(start, min(start + chunk, ids.shape[1]))
-        num_new = part.stop - part.start
-        asked = np.arange(num_new)[None] if all_logits else np.array([[num_new - 1]])
-        yield session.decode(
-            ids[:, part],
-            positions.position_ids[:, :, part],
-            positions.visual_rows[:, part],
-            visual_embeds,
-            np.array([start], np.int64),
-            asked,
-            cache,
-        )[0]
+    num_tokens = prompt.input_ids.shape[1]
+    for start in range(0, num_tokens, chunk):
+        stop = min(start + chunk, num_tokens)
+        yield session.decode(prompt.chunk(start, stop), cache)[0, : len(prompt.asked_in(start, stop))]
 
 
 class Drafter(Protocol):
@@ -148,14 +113,6 @@ def decode_steps(
         # The last token has no row yet, and nobody wants logits behind the last position that the cache holds.
         past = num_tokens - 1
         drafts = [] if drafter is None else drafter.draft(max(0, cache.capacity - past - 2))
-        num_new = 1 + len(drafts)
         run = cast(TopLogitsSession, session).decode_top if top else session.decode
-        rows = run(
-            np.array([[token, *drafts]], np.int64),
-            np.broadcast_to(np.arange(past, past + num_new) + delta, (3, 1, num_new)),
-            np.full((1, num_new), -1, np.int64),
-            dummy_embeds,
-            np.array([past], np.int64),
-            np.arange(num_new)[None],
-            cache,
-        )[0]
+        tokens = np.array([[token, *drafts]])
+        rows = run(DecoderInputs.text(tokens, np.array([past]), dummy_embeds, delta=delta), cache)[0]

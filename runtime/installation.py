@@ -14,6 +14,21 @@ from urllib.request import url2pathname
 
 DISTRIBUTION = "qwen3vl-export"
 
+EXTRAS = {
+    "huggingface_hub": "export",
+    "matplotlib": "plot",
+    "onnx": "export",
+    "onnx_ir": "export",
+    "onnxruntime": "cpu",
+    "onnxscript": "export",
+    "safetensors": "export",
+    "sklearn": "test",
+    "torch": "export",
+    "torchvision": "verify",
+    "transformers": "verify",
+}
+"""Extra of pyproject.toml that installs a module."""
+
 
 def how_to_install(*extras: str) -> str:
     """Return a remedy: the extras by name, and for instance the command that adds them here.

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -17,15 +16,14 @@ import numpy as np
 
 from runtime.answer import Call, Generation, Stats, Stream, Turn
 from runtime.arguments import folder_path, reading, template_variables, tool_schemas, whole_number
-from runtime.chat import ChatTemplate
-from runtime.errors import CapacityError, EngineError, UsageError
-from runtime.files import read_json_object
+from runtime.contract import FloatArray, no_visual_embeds
+from runtime.errors import CapacityError, UsageError
 from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
 from runtime.guard import Owner, as_engine_error
 from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
-from runtime.image_processor import NUM_CHANNELS, ImageProcessorConfig, ProcessedImage, process_image
+from runtime.image_processor import ImageProcessorConfig, ProcessedImage
 from runtime.machine import MAX_THREADS_PER_CORE, available_cores, default_threads
 from runtime.manifest import Manifest
 from runtime.memory import (
@@ -41,33 +39,19 @@ from runtime.memory import (
     prefill_bytes,
     vision_bytes,
 )
-from runtime.positions import PromptPositions, VisualSpan, mrope_positions
-from runtime.prompt import Prompt, PromptBuilder
+from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
 from runtime.prompt_lookup import PromptLookup
 from runtime.sampling import Sampler
-from runtime.session import FloatArray, Session, is_on_gpu, open_session
+from runtime.session import Session, is_on_gpu, open_session
 from runtime.shown import shown
 from runtime.stop_text import AnswerText
 from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
-from runtime.vision_inputs import position_interpolation, vision_rotary
 
 DEFAULT_MAX_CONTEXT = 4096
 MANY_VISUAL_TOKENS = 2000
-# Images with this multiple of the context's tokens are not followed by more; until then, the error can say which
-# max_pixels would make all of them fit.
-_HOPELESS = 4
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prompt ready for the engine: token ids, pixels and positions."""
-
-    prompt: Prompt
-    images: tuple[ProcessedImage, ...]
-    positions: PromptPositions
 
 
 class Qwen3VLModel:
@@ -77,13 +61,9 @@ class Qwen3VLModel:
         self,
         manifest: Manifest,
         session: Session,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
-        image_config: ImageProcessorConfig,
-        defaults: GenerationOptions,
+        preparation: Preparation,
         max_context: int,
         max_memory: int,
-        max_image_pixels: int = MAX_IMAGE_PIXELS,
         *,
         source: str | None = None,
         threads: int | None = None,
@@ -96,19 +76,35 @@ class Qwen3VLModel:
         self.manifest = manifest
         self.config = manifest.model
         self.session = session
-        self.tokenizer = tokenizer
-        self.image_config = image_config
-        self.defaults = defaults
+        self.preparation = preparation
         self.max_context = max_context
         self.max_memory = max_memory
-        self.max_image_pixels = max_image_pixels
         self._owner = Owner(session)
         self._source = source
         self._threads = threads
-        self._builder = PromptBuilder(tokenizer, template)
         self._turn = Turn()
         self._chunk = chunk_limit(manifest.capabilities)
         self._logits_chunk = chunk_limit(manifest.capabilities, all_logits=True)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer."""
+        return self.preparation.tokenizer
+
+    @property
+    def image_config(self) -> ImageProcessorConfig:
+        """Settings of the image processor, with the limits that were given."""
+        return self.preparation.image_config
+
+    @property
+    def defaults(self) -> GenerationOptions:
+        """Options of an answer for which none are given: those of the checkpoint."""
+        return self.preparation.defaults
+
+    @property
+    def max_image_pixels(self) -> int:
+        """Most pixels of an image that is decoded."""
+        return self.preparation.max_image_pixels
 
     def __repr__(self) -> str:
         """Say what is open: `Qwen3VLModel('out/demo', target='ort-cpu-fp32', model='demo', …)`."""
@@ -194,23 +190,14 @@ class Qwen3VLModel:
             max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
         max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
         check_fits(_decoder_needs(manifest, max_context), max_memory)
-        manifest.require(folder, "preprocessor_config.json", "tokenizer.json", "generation_config.json")
-        image_config = ImageProcessorConfig.from_dict(_read_json(folder / "preprocessor_config.json"))
-        _check_patches(image_config, manifest, folder)
-        if min_pixels is not None or max_pixels is not None:
-            if min_pixels is None and max_pixels is not None:
-                min_pixels = max(1, min(image_config.min_pixels, max_pixels))  # of a bad max_pixels, that is named
-            image_config = image_config.with_limits(min_pixels, max_pixels)
+        manifest.require(folder, PREPROCESSOR, TOKENIZER, GENERATION)
+        preparation = Preparation.from_folder(folder, manifest.model)
         return cls(
             manifest,
             open_session(folder, manifest, threads=threads, huge_pages=huge_pages, cuda_graphs=cuda_graphs),
-            Tokenizer.from_file(folder / "tokenizer.json"),
-            ChatTemplate.from_folder(folder),
-            image_config,
-            GenerationOptions.from_generation_config(_read_json(folder / "generation_config.json")),
+            preparation.with_image_limits(min_pixels, max_pixels, max_image_pixels),
             max_context,
             max_memory,
-            max_image_pixels,
             source=source,
             threads=threads or default_threads(),
         )
@@ -289,9 +276,8 @@ class Qwen3VLModel:
             self._check_memory(prepared, len(input_ids), all_logits=True)
             embeds = self.encode_images(prepared.images)
             cache = self.session.new_cache(len(input_ids))
-            return prefill(
-                self.session, cache, input_ids, prepared.positions, embeds, all_logits=True, chunk=self._logits_chunk
-            )
+            prompt = prepared.decoder_inputs(embeds, all_logits=True)
+            return prefill(self.session, cache, prompt, chunk=self._logits_chunk)
         except Exception as error:
             known = as_engine_error(error)
             if known is None:
@@ -312,32 +298,12 @@ class Qwen3VLModel:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prepared:
         """Render, tokenise, process the images and number the positions; the arguments are those of `stream`."""
-        images: list[ProcessedImage] = []
-
-        def num_visual_tokens(source: Any) -> int:
-            visual_tokens = sum(image.num_visual_tokens for image in images)
-            if visual_tokens >= _HOPELESS * self.max_context:
-                raise CapacityError(
-                    f"the first {len(images)} image(s) alone are {visual_tokens} visual tokens: max_context is "
-                    f"{self.max_context}",
-                    remedy="lower max_pixels, send fewer images, or raise max_context",
-                )
-            images.append(process_image(source, self.image_config, max_image_pixels=self.max_image_pixels))
-            return images[-1].num_visual_tokens
-
-        prompt = self._builder.build(
-            messages,
-            num_visual_tokens,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-            max_tokens=self.max_context,
+        prepared = self.preparation.prepare(
+            messages, tools=tools, chat_template_kwargs=chat_template_kwargs, max_tokens=self.max_context
         )
-        if len(prompt.input_ids) > self.max_context:
-            raise self._too_long(prompt)
-        spans = [
-            VisualSpan(start, image.merged_grid_thw) for (start, _), image in zip(prompt.spans, images, strict=True)
-        ]
-        return Prepared(prompt, tuple(images), mrope_positions(len(prompt.input_ids), spans))
+        if len(prepared.prompt.input_ids) > self.max_context:
+            raise self._too_long(prepared)
+        return prepared
 
     def encode_images(self, images: Sequence[ProcessedImage]) -> FloatArray:
         """Run the vision tower on each image: [1+D, V, hidden], in order; one zero row if none.
@@ -355,16 +321,11 @@ class Qwen3VLModel:
 
     def _join(self, embeds: Sequence[FloatArray]) -> FloatArray:
         if not embeds:
-            return np.zeros((self.config.num_visual_levels, 1, self.config.text.hidden_size), np.float32)
+            return no_visual_embeds(self.config)
         return np.concatenate(embeds, axis=1)
 
     def _encode(self, image: ProcessedImage) -> FloatArray:
-        vision = self.config.vision
-        t, h, w = image.grid_thw
-        indices, weights = position_interpolation(h, w, vision.num_grid_per_side, vision.spatial_merge_size)
-        cos, sin = vision_rotary(h, w, vision.head_dim, vision.spatial_merge_size, vision.rope_theta)
-        pixels = image.pixel_values.reshape(t, h * w, vision.patch_elements)
-        return self.session.vision(pixels, indices, weights, cos, sin)
+        return self.session.vision(self.preparation.vision_inputs(image))
 
     def _advice(self, visual_tokens: int, num_images: int) -> str:
         """Say which `max_pixels` would keep the images of this prompt within `MANY_VISUAL_TOKENS`."""
@@ -379,10 +340,10 @@ class Qwen3VLModel:
         """Return the `max_pixels` that limits so many images to so many tokens together."""
         return max(1, visual_tokens // num_images) * self.image_config.factor**2
 
-    def _too_long(self, prompt: Prompt) -> CapacityError:
+    def _too_long(self, prepared: Prepared) -> CapacityError:
         """Say how much of a prompt is images, and which options make room for it and an answer."""
-        num_tokens, num_images = len(prompt.input_ids), len(prompt.spans)
-        visual_tokens = sum(length for _, length in prompt.spans)
+        num_tokens, num_images = len(prepared.prompt.input_ids), len(prepared.images)
+        visual_tokens = prepared.num_visual_tokens
         free = self.max_context - (num_tokens - visual_tokens)
         answer = min(self.defaults.max_new_tokens, free // 2)
         longer = f"raise max_context above {num_tokens}"
@@ -437,10 +398,10 @@ class Qwen3VLModel:
         started = time.perf_counter()
         prepared = prepare()
         prompt_ids = prepared.prompt.input_ids
-        visual_tokens = sum(image.num_visual_tokens for image in prepared.images)
+        visual_tokens = prepared.num_visual_tokens
         room = self.max_context - len(prompt_ids)
         if room < 1:
-            raise self._too_long(prepared.prompt)
+            raise self._too_long(prepared)
         if options.max_length is not None:
             room = min(room, options.max_length - len(prompt_ids))
         if room < 1:
@@ -458,11 +419,12 @@ class Qwen3VLModel:
         for image in prepared.images:
             parts.append(self._encode(image))
             yield ""
-        embeds = self._join(parts)
+        prompt = prepared.decoder_inputs(self._join(parts))
         encoded = time.perf_counter()
         cache = self.session.new_cache(len(prompt_ids) + max_new_tokens)
-        for logits_LV in prefill_chunks(self.session, cache, prompt_ids, prepared.positions, embeds, chunk=self._chunk):
-            logits = logits_LV[-1]
+        logits = []
+        for logits_LV in prefill_chunks(self.session, cache, prompt, chunk=self._chunk):
+            logits.append(logits_LV)
             yield ""
         sampler = Sampler(options)
         sampler.start(prompt_ids)
@@ -470,7 +432,15 @@ class Qwen3VLModel:
         delta = prepared.positions.delta
         top = sampler.can_use_top(int(self.manifest.capabilities.get("top_k", 0)))
         steps = decode_steps(
-            self.session, cache, logits, len(prompt_ids), delta, embeds[:, :1], sampler.next, lookup, top
+            self.session,
+            cache,
+            logits[-1][-1],
+            len(prompt_ids),
+            delta,
+            prompt.visual_embeds[:, :1],
+            sampler.next,
+            lookup,
+            top,
         )
         text = AnswerText(self.tokenizer, options.stop, prompt_ids)
         token_ids: list[int] = []
@@ -519,25 +489,3 @@ def _decoder_needs(manifest: Manifest, capacity: int) -> dict[str, int]:
         CACHE: cache_bytes(manifest, capacity),
         PREFILL: prefill_bytes(manifest.model, capacity),
     }
-
-
-def _check_patches(image_config: ImageProcessorConfig, manifest: Manifest, folder: Path) -> None:
-    """Raise if images would be cut into other patches than the vision tower takes."""
-    vision = manifest.model.vision
-    found = (image_config.patch_size, image_config.temporal_patch_size, image_config.merge_size)
-    expected = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-    if vision.in_channels != NUM_CHANNELS:
-        raise EngineError(
-            f"{folder}: the model takes images of {vision.in_channels} channels, expected {NUM_CHANNELS}",
-            remedy="build the engine again",
-        )
-    if found != expected:
-        raise EngineError(
-            f"{folder}: preprocessor_config.json has patch_size, temporal_patch_size and merge_size {found}, the model "
-            f"takes {expected}",
-            remedy="build the engine again",
-        )
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    return read_json_object(path, remedy="build the engine again")

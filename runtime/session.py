@@ -1,7 +1,6 @@
 """The protocol that every kind of engine follows, and the opening of an engine folder.
 
-Shapes: B batch, S new tokens, T cache capacity, L logits positions, V visual rows, I segments, P patches, K kv heads,
-H head dim.
+Shapes: B batch, S new tokens, T cache capacity, L logits positions, I segments, P patches, K kv heads, H head dim.
 """
 
 from __future__ import annotations
@@ -13,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 import runtime.sessions
+from runtime.contract import DecoderInputs, FloatArray, IntArray, VisionInputs
 from runtime.errors import EngineError, UsageError
 from runtime.installation import how_to_install
 from runtime.manifest import Manifest
-
-FloatArray = NDArray[np.float32]
-IntArray = NDArray[np.int64]
 
 # Extra of pyproject.toml with the library of a kind of session.
 _EXTRAS = {"ort_cpu": "cpu", "ort_cuda": "cuda", "tensorrt": "tensorrt"}
@@ -44,32 +40,17 @@ class KVCache(Protocol):
 class Session(Protocol):
     """An opened engine: two graphs and the memory they work in."""
 
-    def vision(
-        self,
-        pixel_values: FloatArray,
-        pos_indices: IntArray,
-        pos_weights: FloatArray,
-        rope_cos: FloatArray,
-        rope_sin: FloatArray,
-    ) -> FloatArray:
-        """Run the vision tower on I segments of one grid: pixel_values [I, P, C·Tp·p·p] to [1+D, I·P/4, hidden]."""
+    def vision(self, inputs: VisionInputs) -> FloatArray:
+        """Run the vision tower on I segments of one grid: visual embeddings [1+D, I·P / merge², hidden]."""
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Allocate an empty cache of `capacity` positions."""
 
-    def decode(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-    ) -> FloatArray:
+    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
         """Run the decoder on [B, S] new tokens behind `past_lengths` cached ones.
 
-        Writes rows past_lengths … past_lengths + S - 1 of `cache`, and nothing else. past_lengths + S ≤ capacity.
+        Writes rows past_lengths … past_lengths + S - 1 of `cache`, and nothing else; its capacity is at least
+        `inputs.num_cache_rows`.
 
         Returns:
             Logits of the asked positions, [B, L, vocab].
@@ -96,16 +77,7 @@ class TopLogits:
 class TopLogitsSession(Session, Protocol):
     """A session whose engine finds the largest logits itself; its capabilities say how many: `top_k`."""
 
-    def decode_top(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-    ) -> list[list[TopLogits]]:
+    def decode_top(self, inputs: DecoderInputs, cache: KVCache) -> list[list[TopLogits]]:
         """Run the decoder as `decode` does, and leave the logits on the device: the largest of each, [B][L]."""
 
 

@@ -4,20 +4,39 @@ Both depend on an image's grid only. Formulas and float32 arithmetic are those o
 models/qwen3_vl/modeling_qwen3_vl.py). Patches are in merge order: the merge_size² patches of one visual token
 follow each other, tokens row by row.
 
-Shapes: P = h · w patches of one segment, H head dim of the vision tower.
+Shapes: I segments of one grid, P = h · w patches of one segment, H head dim of the vision tower.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
+from runtime.contract import FloatArray, IntArray, VisionInputs
+from runtime.model_config import VisionConfig
 
 
-def patch_coordinates(h: int, w: int, merge_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def vision_inputs(pixel_values: FloatArray, grid_thw: tuple[int, int, int], vision: VisionConfig) -> VisionInputs:
+    """Return what the vision tower takes of one image or video.
+
+    Args:
+        pixel_values: Patches in merge order, in any shape whose elements are those of [t, h · w, C·Tp·p·p].
+        grid_thw: Patches along time, height and width; each along time is a segment.
+        vision: The shape of the tower.
+    """
+    t, h, w = grid_thw
+    return VisionInputs(pixel_values.reshape(t, h * w, vision.patch_elements), *position_tables(h, w, vision))
+
+
+def position_tables(h: int, w: int, vision: VisionConfig) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
+    """Return the inputs of the vision tower that depend on the grid alone: all but `pixel_values`, in their order."""
+    merge_size = vision.spatial_merge_size
+    return (
+        *position_interpolation(h, w, vision.num_grid_per_side, merge_size),
+        *vision_rotary(h, w, vision.head_dim, merge_size, vision.rope_theta),
+    )
+
+
+def patch_coordinates(h: int, w: int, merge_size: int) -> tuple[IntArray, IntArray]:
     """Return the row and the column of every patch in merge order, int64 [P] each.
 
     Args:
@@ -31,9 +50,7 @@ def patch_coordinates(h: int, w: int, merge_size: int) -> tuple[npt.NDArray[np.i
     return raster_P // w, raster_P % w
 
 
-def position_interpolation(
-    h: int, w: int, num_grid_per_side: int, merge_size: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def position_interpolation(h: int, w: int, num_grid_per_side: int, merge_size: int) -> tuple[IntArray, FloatArray]:
     """Return which learned position embeddings a patch mixes, and in what parts.
 
     Bilinear with aligned corners: the first and the last patch of a side take the first and the last learned row.
@@ -56,7 +73,7 @@ def position_interpolation(
     return indices.reshape(-1, 4), weights.reshape(-1, 4)
 
 
-def _axis_taps(size: int, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def _axis_taps(size: int, side: int) -> tuple[IntArray, FloatArray]:
     """Return the two taps of every position of an axis and their weights, [size, 2] each."""
     # The reference's float32 operations in its order: equal to the bit.
     source = np.arange(size, dtype=np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
@@ -66,9 +83,7 @@ def _axis_taps(size: int, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray
     return np.minimum(taps, side - 1), weights
 
 
-def vision_rotary(
-    h: int, w: int, head_dim: int, merge_size: int, theta: float
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def vision_rotary(h: int, w: int, head_dim: int, merge_size: int, theta: float) -> tuple[FloatArray, FloatArray]:
     """Return the cosines and sines of the 2-D rotary embedding.
 
     The first quarter of a head turns by the row, the second by the column; the other half repeats them, so it is

@@ -116,9 +116,9 @@ def cache_ranges(engine: Path, prompts: Sequence[CalibrationPrompt]) -> NDArray[
     largest_L2KH = np.zeros((text.num_layers, 2, text.num_kv_heads, text.head_dim), np.float32)
     for prompt in prompts:
         prepared = model.prepare(prompt.messages)
-        ids = prepared.prompt.input_ids
-        cache = model.session.new_cache(len(ids))
-        prefill(model.session, cache, ids, prepared.positions, model.encode_images(prepared.images))
+        inputs = prepared.decoder_inputs(model.encode_images(prepared.images))
+        cache = model.session.new_cache(inputs.num_cache_rows)
+        prefill(model.session, cache, inputs)
         for layer, largest_2KH in enumerate(largest_L2KH):
             for largest_KH, values_BKTH in zip(largest_2KH, cache.layer(layer), strict=True):
                 np.maximum(largest_KH, np.abs(values_BKTH).max(axis=(0, 2)), out=largest_KH)

@@ -16,18 +16,15 @@ byte for each quantised weight.
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.build_options import BuildOptions
-from engines.bundle import DECODER, VISION, VISION_INPUTS, Bundle
+from engines.bundle import DECODER, VISION, Bundle
 from engines.disk import check_disk_space
 from engines.quantize.blocks import stored_block
 from engines.quantize.blockwise import QuantizedBlocks
@@ -41,9 +38,8 @@ from engines.quantize.slices import Arrays, cut
 from engines.quantize.tensors import row_chunks
 from engines.target import Target
 from engines.weights import StreamedTensor
+from runtime.contract import no_visual_embeds, past_names
 from runtime.errors import Qwen3VLError, UsageError
-from runtime.manifest import Manifest
-from runtime.session import Session
 
 Rounding: TypeAlias = Callable[[FloatArray, InputMetric, int], QuantizedBlocks]
 """Signature of `gptq.quantize_rows`."""
@@ -97,7 +93,7 @@ def calibrate(
         )
     if not prompts:
         raise UsageError("the calibration set is empty", remedy="give at least one prompt")
-    record = _record(bundle, target, prompts, folder)
+    record = record_prompts(bundle, prompts)
 
     def run(name: str, samples: list[Arrays]) -> None:
         if method == METHOD:
@@ -154,7 +150,7 @@ def _plan_with(target: Target, kind: str) -> WeightFormats | None:
 
 
 @dataclass
-class _Record:
+class Record:
     """Inputs of the graphs for all prompts.
 
     Attributes:
@@ -172,45 +168,21 @@ class _Record:
     sha256: str = ""
 
 
-class _RecordingSession:
-    """In place of an engine's vision tower: keep the inputs, return zeros."""
+def record_prompts(bundle: Bundle, prompts: Sequence[CalibrationPrompt]) -> Record:
+    """Prepare every prompt as the runtime does.
 
-    def __init__(self, images: list[Arrays]) -> None:
-        self._images = images
+    Raises:
+        UsageError: A prompt, or all of them together, are too long.
+    """
+    from runtime.preparation import Preparation
 
-    def vision(self, *inputs: NDArray[Any]) -> FloatArray:
-        self._images.append(dict(zip(VISION_INPUTS, inputs, strict=True)))
-        return np.zeros((1, 1, 1), np.float32)
-
-
-def _record(bundle: Bundle, target: Target, prompts: Sequence[CalibrationPrompt], folder: Path) -> _Record:
-    """Prepare every prompt as the runtime does."""
-    from runtime.chat import ChatTemplate
-    from runtime.generation_config import GenerationOptions
-    from runtime.image_processor import ImageProcessorConfig
-    from runtime.memory import machine_bytes
-    from runtime.model import Qwen3VLModel
-    from runtime.tokenizer import Tokenizer
-
-    for name, contents in bundle.assets.items():
-        (folder / name).write_bytes(contents)
-    record = _Record()
+    preparation = Preparation.from_files(bundle.assets, bundle.config)
     text = bundle.config.text
-    capabilities = target.capabilities(bundle.config, BuildOptions())
-    model = Qwen3VLModel(
-        Manifest(target.name, target.session, capabilities, bundle.config, {}, {}, {}),
-        cast(Session, _RecordingSession(record.images)),
-        Tokenizer.from_file(folder / "tokenizer.json"),
-        ChatTemplate.from_folder(folder),
-        ImageProcessorConfig.from_dict(json.loads(bundle.assets["preprocessor_config.json"])),
-        GenerationOptions(),
-        sys.maxsize,
-        machine_bytes(),
-    )
+    record = Record()
     digest = hashlib.sha256()
     for prompt in prompts:
         try:
-            prepared = model.prepare(prompt.messages)
+            prepared = preparation.prepare(prompt.messages)
         except Qwen3VLError as error:
             raise type(error)(f"{prompt.place}: {error.message}", remedy=error.remedy) from error
         ids = np.asarray(prepared.prompt.input_ids, np.int64)
@@ -230,17 +202,10 @@ def _record(bundle: Bundle, target: Target, prompts: Sequence[CalibrationPrompt]
         record.num_images.append(len(prepared.images))
         # Zeros without memory of their own: every layer's cache, as long as the prompt.
         empty = np.broadcast_to(np.float32(0), (1, text.num_kv_heads, len(ids), text.head_dim))
-        record.prompts.append(
-            {
-                "input_ids": ids[None],
-                "position_ids": prepared.positions.position_ids,
-                "visual_rows": prepared.positions.visual_rows,
-                _EMBEDS: model.encode_images(prepared.images),
-                "past_lengths": np.zeros(1, np.int64),
-                "logits_positions": np.arange(len(ids))[None],
-                **{f"past_key_values.{i}.{kind}": empty for i in range(text.num_layers) for kind in ("key", "value")},
-            }
-        )
+        caches = dict.fromkeys(past_names(text.num_layers), empty)
+        inputs = prepared.decoder_inputs(no_visual_embeds(bundle.config), all_logits=True)
+        record.prompts.append(inputs.arrays() | caches)
+        record.images += [preparation.vision_inputs(image).arrays() for image in prepared.images]
     record.sha256 = digest.hexdigest()
     return record
 

@@ -27,7 +27,7 @@ from qwen3vl_export.demo.tasks import TASKS
 from qwen3vl_export.demo.tokenizer import build_tokenizer
 from qwen3vl_export.eager import load
 from qwen3vl_export.modeling import MixtureOfExperts, Qwen3VL
-from runtime.vision_inputs import position_interpolation, vision_rotary
+from runtime.vision_inputs import position_tables
 
 VALIDATION_SEED = 7
 
@@ -155,11 +155,7 @@ class Trainee(nn.Module):
         """Return the visual tokens of all images, one image behind the other, [1+levels, B·V, D]."""
         vision = self.model.config.vision
         merge = vision.spatial_merge_size
-        grid = (batch.rows * merge, batch.cols * merge)
-        tables = (
-            *position_interpolation(*grid, vision.num_grid_per_side, merge),
-            *vision_rotary(*grid, vision.head_dim, merge, vision.rope_theta),
-        )
+        tables = position_tables(batch.rows * merge, batch.cols * merge, vision)
         embeds: torch.Tensor = self.model.visual(batch.patches_BPE, *map(torch.from_numpy, tables))
         return embeds
 

@@ -14,7 +14,7 @@ Shapes: see runtime/session.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import DECODER, VISION
-from runtime.contract import DECODER_INPUTS
+from runtime.contract import DECODER_OUTPUTS, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
 from runtime.errors import CapacityError, ParityError
 from runtime.files import is_folder, leads_somewhere
 from runtime.machine import default_threads
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, Manifest
-from runtime.session import FloatArray, IntArray, KVCache, TopLogits
+from runtime.session import KVCache, TopLogits
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -54,23 +54,9 @@ class LoweredSession:
         # TensorRT takes no other cache than one of a fixed capacity, so there it is a number.
         self.capacity = shape[2] if isinstance(shape[2], int) else None
 
-    def vision(
-        self,
-        pixel_values: FloatArray,
-        pos_indices: IntArray,
-        pos_weights: FloatArray,
-        rope_cos: FloatArray,
-        rope_sin: FloatArray,
-    ) -> FloatArray:
+    def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`."""
-        inputs = {
-            "pixel_values": pixel_values,
-            "pos_indices": pos_indices,
-            "pos_weights": pos_weights,
-            "rope_cos": rope_cos,
-            "rope_sin": rope_sin,
-        }
-        (embeds,) = self._run(VISION, inputs, ("visual_embeds",))
+        (embeds,) = self._run(VISION, inputs, VISION_OUTPUTS)
         return np.asarray(embeds, np.float32)
 
     def new_cache(self, capacity: int, batch: int = 1) -> OrtKVCache:
@@ -89,34 +75,14 @@ class LoweredSession:
         shape = (batch, self._text.num_kv_heads, self.capacity or capacity, self._text.head_dim)
         return OrtKVCache(self._text.num_layers, shape, self._cache_dtype)
 
-    def decode(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-    ) -> FloatArray:
+    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
-        given = (input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions)
-        (logits,) = self._decode(given, cache, ("logits",))
+        (logits,) = self._decode(inputs, cache, DECODER_OUTPUTS)
         return logits
 
-    def decode_top(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-    ) -> list[list[TopLogits]]:
+    def decode_top(self, inputs: DecoderInputs, cache: KVCache) -> list[list[TopLogits]]:
         """Run the decoder; see `runtime.session.TopLogitsSession.decode_top`."""
-        given = (input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions)
-        logits_BLV, values_BLk, ids_BLk = self._decode(given, cache, ("logits", "top_logits", "top_ids"))
+        logits_BLV, values_BLk, ids_BLk = self._decode(inputs, cache, (*DECODER_OUTPUTS, "top_logits", "top_ids"))
         return [
             [
                 TopLogits(ids_k, values_k, logits_V.size, lambda whole=logits_V: whole)  # type: ignore[misc]
@@ -125,20 +91,18 @@ class LoweredSession:
             for rows in zip(logits_BLV, values_BLk, ids_BLk, strict=True)
         ]
 
-    def _decode(self, given: tuple[Any, ...], cache: KVCache, names: Sequence[str]) -> list[NDArray[Any]]:
-        inputs = dict(zip(DECODER_INPUTS, given, strict=True))
-        last = int(inputs["past_lengths"].max()) + inputs["input_ids"].shape[1]
-        assert last <= cache.capacity, "past_lengths + S exceeds the cache"
+    def _decode(self, inputs: DecoderInputs, cache: KVCache, names: Sequence[str]) -> list[NDArray[Any]]:
+        assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
         return self._run(DECODER, inputs, names, cache)
 
     def _run(
-        self, graph: str, inputs: Mapping[str, NDArray[Any]], names: Sequence[str], cache: KVCache | None = None
+        self, graph: str, inputs: VisionInputs | DecoderInputs, names: Sequence[str], cache: KVCache | None = None
     ) -> list[NDArray[Any]]:
         """Run a graph and return the outputs of these names; the cache is read and written in place."""
         session = self._graphs[graph]
         binding = session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, array in inputs.arrays().items():
+            binding.bind_cpu_input(name, array)
         for name in names:
             binding.bind_output(name, "cpu")
         for i, pair in enumerate(cache.values if cache is not None else ()):  # type: ignore[attr-defined]
@@ -194,25 +158,14 @@ def open_model(folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
 
 
 def model_of(folder: Path, manifest: Manifest, session: LoweredSession) -> Qwen3VLModel:
-    """Put tokenizer, chat template and image processor of a folder around a session."""
-    from runtime.chat import ChatTemplate
-    from runtime.files import read_json_object
-    from runtime.generation_config import GenerationOptions
-    from runtime.image_processor import ImageProcessorConfig
+    """Put what a folder holds for prompts around a session."""
     from runtime.memory import machine_bytes
     from runtime.model import DEFAULT_MAX_CONTEXT, Qwen3VLModel
-    from runtime.tokenizer import Tokenizer
+    from runtime.preparation import Preparation
 
-    return Qwen3VLModel(
-        manifest,
-        session,
-        Tokenizer.from_file(folder / "tokenizer.json"),
-        ChatTemplate.from_folder(folder),
-        ImageProcessorConfig.from_dict(read_json_object(folder / "preprocessor_config.json")),
-        GenerationOptions.from_generation_config(read_json_object(folder / "generation_config.json")),
-        min(session.capacity or DEFAULT_MAX_CONTEXT, manifest.model.text.max_positions),
-        machine_bytes(),
-    )
+    max_context = min(session.capacity or DEFAULT_MAX_CONTEXT, manifest.model.text.max_positions)
+    preparation = Preparation.from_folder(folder, manifest.model)
+    return Qwen3VLModel(manifest, session, preparation, max_context, machine_bytes())
 
 
 def is_lowered(folder: Path) -> bool:

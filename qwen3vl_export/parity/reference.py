@@ -21,10 +21,10 @@ from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import EagerSession, load
 from qwen3vl_export.modeling import Qwen3VL
 from qwen3vl_export.routing import Choice, RouterStatistics, watched_routers
+from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
 from runtime.errors import UsageError
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
-from runtime.session import FloatArray, IntArray
-from runtime.vision_inputs import position_interpolation, vision_rotary
+from runtime.vision_inputs import vision_inputs
 
 TRANSFORMERS, OWN = "transformers", "own"
 _OWN_NOTE = (
@@ -145,13 +145,9 @@ class OwnReference:
         return run((), num_steps)
 
     def _encode(self, pixel_values: Sequence[FloatArray], grids_thw: Sequence[tuple[int, int, int]]) -> FloatArray:
-        vision = self._model.config.vision
-        levels = []
-        for pixels, (t, h, w) in zip(pixel_values, grids_thw, strict=True):
-            indices, weights = position_interpolation(h, w, vision.num_grid_per_side, vision.spatial_merge_size)
-            tables = vision_rotary(h, w, vision.head_dim, vision.spatial_merge_size, vision.rope_theta)
-            levels.append(self._session.vision(pixels.reshape(t, h * w, -1), indices, weights, *tables))
-        return np.concatenate(levels, axis=1)
+        images = zip(pixel_values, grids_thw, strict=True)
+        inputs = [vision_inputs(pixels, grid, self._model.config.vision) for pixels, grid in images]
+        return np.concatenate(list(map(self._session.vision, inputs)), axis=1)
 
     def _positions(self, input_ids: Sequence[int], grids_thw: Sequence[tuple[int, int, int]]) -> PromptPositions:
         """Give each image the image tokens that follow those of the image before it."""
@@ -171,33 +167,22 @@ class OwnReference:
         given: Sequence[int],
         num_steps: int,
     ) -> ReferenceOutput:
-        """Run the prompt, and tokens given behind it, in one call; then steps of greedy tokens."""
-        config = self._model.config
-        dummy = np.zeros((config.num_visual_levels, 1, config.text.hidden_size), np.float32)
-        num_prompt, num_first = len(input_ids), len(input_ids) + len(given)
-        cache = self._session.new_cache(num_first + num_steps - 1)
+        """Run the prompt, the tokens given behind it in one call, and then steps of greedy tokens."""
+        config, num_prompt = self._model.config, len(input_ids)
+        no_embeds = no_visual_embeds(config)
+        cache = self._session.new_cache(num_prompt + len(given) + num_steps - 1)
 
-        def call(ids: Sequence[int], position_ids: IntArray, rows: IntArray, past: int) -> FloatArray:
-            embeds = dummy if visual is None else visual
-            places = np.arange(len(ids))[None]
-            lengths = np.array([past])
-            return self._session.decode(np.array([ids]), position_ids, rows, embeds, lengths, places, cache)[0]
+        def behind(tokens: Sequence[int], past: int) -> FloatArray:
+            inputs = DecoderInputs.text(np.array([tokens]), np.array([past]), no_embeds, delta=positions.delta)
+            return self._session.decode(inputs, cache)[0]
 
-        def text_at(first: int, num: int) -> IntArray:
-            return np.broadcast_to(np.arange(first, first + num) + positions.delta, (3, 1, num))
-
+        embeds = no_embeds if visual is None else visual
+        prompt = DecoderInputs.prompt(input_ids, positions, embeds, all_logits=True)
         with watched_routers(self._model, num_prompt, swapped=swapped) as watched:
-            logits = call(
-                [*input_ids, *given],
-                np.concatenate([positions.position_ids, text_at(num_prompt, len(given))], axis=-1),
-                np.pad(positions.visual_rows, ((0, 0), (0, len(given))), constant_values=-1),
-                0,
-            )
-            steps = list(logits[num_prompt - 1 :])
-            for past in range(num_first, num_first + num_steps - 1):
-                steps.append(call([int(steps[-1].argmax())], text_at(past, 1), np.array([[-1]]), past)[0])
+            logits = self._session.decode(prompt, cache)[0]
+            steps = [logits[-1], *(behind(given, num_prompt) if given else ())]
+            while len(steps) < len(given) + num_steps:
+                steps += list(behind([int(steps[-1].argmax())], num_prompt + len(steps) - 1))
         layers = [cache.layer(i) for i in range(config.text.num_layers)]
         tokens = [int(step.argmax()) for step in steps]
-        return ReferenceOutput(
-            visual, logits[:num_prompt], layers, tokens, np.stack(steps), watched.statistics, watched.gaps
-        )
+        return ReferenceOutput(visual, logits, layers, tokens, np.stack(steps), watched.statistics, watched.gaps)

@@ -31,7 +31,8 @@ from qwen3vl_export.parity.task_report import TaskReport
 
 if TYPE_CHECKING:
     from qwen3vl_export.checkpoint import Checkpoint
-    from runtime.model import Prepared, Qwen3VLModel
+    from runtime.model import Qwen3VLModel
+    from runtime.preparation import Prepared
     from runtime.session import KVCache
 
 REFERENCE_TARGET = "ort-cpu-fp32"
@@ -171,7 +172,7 @@ def ask(
     session, ids, positions = model.session, prepared.prompt.input_ids, prepared.positions
     cache = session.new_cache(len(ids) + max(len(truth_ids), MAX_NEW_TOKENS))
     chunk = chunk_limit(model.manifest.capabilities)
-    behind_prompt = prefill(session, cache, ids, positions, embeds, chunk=chunk)[-1]
+    behind_prompt = prefill(session, cache, prepared.decoder_inputs(embeds), chunk=chunk)[-1]
     seen: list[FloatArray] = []
 
     def take_true(logits_V: FloatArray) -> int:

@@ -33,9 +33,9 @@ from qwen3vl_export.parity.metrics import difference
 from qwen3vl_export.parity.quiet import quiet_libraries
 from qwen3vl_export.parity.reference import OwnReference, ReferenceOutput
 from qwen3vl_export.routing import Choice, RouterStatistics
+from runtime.contract import FloatArray
 from runtime.errors import CheckpointError, Qwen3VLError, UsageError
 from runtime.installation import how_to_install
-from runtime.session import FloatArray
 
 _COMPARE_WITH_OWN = "compare with this package's own PyTorch definition of the model: --reference own"
 FOLLOWED_NOTE = (

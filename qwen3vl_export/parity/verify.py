@@ -38,7 +38,8 @@ from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE, check_in
 from qwen3vl_export.routing import Choice, RouterStatistics
 
 if TYPE_CHECKING:
-    from runtime.model import Prepared, Qwen3VLModel
+    from runtime.model import Qwen3VLModel
+    from runtime.preparation import Prepared
     from runtime.session import KVCache
 
 DEFAULT_NEW_TOKENS = 64
@@ -258,7 +259,8 @@ class _Comparison:
         session, ids, positions = self._model.session, prepared.prompt.input_ids, prepared.positions
         cache = session.new_cache(len(ids) + len(tokens))
         chunk = min(self._case.chunk, generation.chunk_limit(self._model.manifest.capabilities, all_logits=True))
-        logits = generation.prefill(session, cache, ids, positions, embeds, all_logits=True, chunk=chunk)
+        prompt = prepared.decoder_inputs(embeds, all_logits=True)
+        logits = generation.prefill(session, cache, prompt, chunk=chunk)
         # Before any step, which may write over what the prompt wrote.
         prompt_layers = self._rows(cache, 0, len(ids))
         taken: list[FloatArray] = []

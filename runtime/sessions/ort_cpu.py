@@ -20,6 +20,9 @@ from runtime.contract import (
     DECODER_OUTPUTS,
     VISION_INPUTS,
     VISION_OUTPUTS,
+    DecoderInputs,
+    FloatArray,
+    VisionInputs,
     check_names,
     past_names,
     present_names,
@@ -32,7 +35,7 @@ from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
 from runtime.manifest import Manifest
 from runtime.memory import cache_bits
-from runtime.session import FloatArray, IntArray, KVCache
+from runtime.session import KVCache
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
@@ -131,25 +134,9 @@ class OrtCpuSession:
         if huge_pages and not use_huge_pages(before):
             _LOGGER.warning("note: the kernel gave no huge pages, so tokens come as they would without")
 
-    def vision(
-        self,
-        pixel_values: FloatArray,
-        pos_indices: IntArray,
-        pos_weights: FloatArray,
-        rope_cos: FloatArray,
-        rope_sin: FloatArray,
-    ) -> FloatArray:
+    def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`."""
-        (embeds,) = self._vision.run(
-            ["visual_embeds"],
-            {
-                "pixel_values": pixel_values,
-                "pos_indices": pos_indices,
-                "pos_weights": pos_weights,
-                "rope_cos": rope_cos,
-                "rope_sin": rope_sin,
-            },
-        )
+        (embeds,) = self._vision.run(VISION_OUTPUTS, inputs.arrays())
         return np.asarray(embeds, np.float32)
 
     def new_cache(self, capacity: int, batch: int = 1) -> OrtKVCache:
@@ -159,34 +146,17 @@ class OrtCpuSession:
         shape = (batch, text.num_kv_heads, capacity, row)
         return OrtKVCache(text.num_layers, shape, self._cache_dtype, self._cache_scales)
 
-    def decode(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-    ) -> FloatArray:
+    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
         assert isinstance(cache, OrtKVCache)
-        num_new = input_ids.shape[1]
-        assert int(past_lengths.max()) + num_new <= cache.capacity, "past_lengths + S exceeds the cache"
-        assert input_ids.shape[0] == 1 or num_new == 1 or not past_lengths.any(), "a chunk with a past is one sequence"
+        batch, num_new = inputs.input_ids.shape
+        assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
+        assert batch == 1 or num_new == 1 or not inputs.past_lengths.any(), "a chunk with a past is one sequence"
         is_prefill = self._prefill_min_tokens is not None and num_new >= self._prefill_min_tokens
         session = self._prefill if is_prefill else self._decoder
         binding = cache.binding(session)
-        inputs = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "visual_rows": visual_rows,
-            "visual_embeds": visual_embeds,
-            "past_lengths": past_lengths,
-            "logits_positions": logits_positions,
-        }
-        for name, array in inputs.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, array in inputs.arrays().items():
+            binding.bind_cpu_input(name, array)
         # Else the run would write into the logits of the last one.
         binding.bind_output("logits", "cpu")
         session.run_with_iobinding(binding)

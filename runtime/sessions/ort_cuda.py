@@ -24,11 +24,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from runtime.contract import VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
 from runtime.engine_paths import check_paths
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.installation import how_to_install
 from runtime.manifest import Manifest
-from runtime.session import FloatArray, IntArray, KVCache, TopLogits
+from runtime.session import KVCache, TopLogits
 
 LOGITS, TOP_LOGITS, TOP_IDS = "logits", "top_logits", "top_ids"
 # Element types of a cache as ONNX numbers them (TensorProto.DataType): numpy has no bfloat16.
@@ -125,14 +126,13 @@ class OrtDeviceCache:
 class _Step:
     """One new token a sequence, in buffers whose addresses never change: what a CUDA graph replays."""
 
-    def __init__(
-        self, session: ort.InferenceSession, buffers: _Buffers, inputs: Mapping[str, NDArray[Any]], graph_id: int
-    ) -> None:
+    def __init__(self, session: ort.InferenceSession, buffers: _Buffers, inputs: DecoderInputs, graph_id: int) -> None:
         self._inputs = {
-            name: ort.OrtValue.ortvalue_from_numpy(array.copy(), buffers.device) for name, array in inputs.items()
+            name: ort.OrtValue.ortvalue_from_numpy(array.copy(), buffers.device)
+            for name, array in inputs.arrays().items()
         }
         known = {output.name: output for output in session.get_outputs()}
-        rows = inputs["logits_positions"].shape
+        rows = inputs.logits_positions.shape
         self.outputs = {
             name: ort.OrtValue.ortvalue_from_shape_and_type(
                 [*rows, known[name].shape[-1]], _numpy_type(known[name].type), buffers.device
@@ -149,10 +149,12 @@ class _Step:
         self.graph_id = graph_id
         self._options = _run_options(str(graph_id))
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> None:
+    def run(self, inputs: DecoderInputs) -> None:
         """Copy the inputs to the device and run."""
-        for name, array in inputs.items():
-            self._inputs[name].update_inplace(np.ascontiguousarray(array))
+        for name, array in inputs.arrays().items():
+            # Nothing of the embeddings is read, and a step's logits are those of its one token.
+            if name not in ("visual_embeds", "logits_positions"):
+                self._inputs[name].update_inplace(array)
         self._session.run_with_iobinding(self._binding, self._options)
 
 
@@ -178,23 +180,9 @@ class OrtCudaSession:
         self._idle: dict[tuple[int, ...], list[_Buffers]] = {}
         self._graph_ids = itertools.count(1)
 
-    def vision(
-        self,
-        pixel_values: FloatArray,
-        pos_indices: IntArray,
-        pos_weights: FloatArray,
-        rope_cos: FloatArray,
-        rope_sin: FloatArray,
-    ) -> FloatArray:
+    def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`."""
-        inputs = {
-            "pixel_values": pixel_values,
-            "pos_indices": pos_indices,
-            "pos_weights": pos_weights,
-            "rope_cos": rope_cos,
-            "rope_sin": rope_sin,
-        }
-        (embeds,) = self._guard(partial(self._vision.run, ["visual_embeds"], inputs))
+        (embeds,) = self._guard(partial(self._vision.run, VISION_OUTPUTS, inputs.arrays()))
         return np.asarray(embeds, np.float32)
 
     def new_cache(self, capacity: int, batch: int = 1) -> OrtDeviceCache:
@@ -221,37 +209,14 @@ class OrtCudaSession:
                 if step is not None:
                     self._decoder.release_captured_graph(step.graph_id)
 
-    def decode(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-    ) -> FloatArray:
+    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
         """Run the decoder and copy all logits to the host; see `runtime.session.Session.decode`."""
-        runs = self._runs(
-            input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions, cache, (LOGITS,)
-        )
+        runs = self._runs(inputs, cache, (LOGITS,))
         return np.concatenate([np.asarray(outputs[LOGITS].numpy(), np.float32) for outputs in runs])
 
-    def decode_top(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-    ) -> list[list[TopLogits]]:
+    def decode_top(self, inputs: DecoderInputs, cache: KVCache) -> list[list[TopLogits]]:
         """Run the decoder and copy the largest logits alone; see `runtime.session.TopLogitsSession.decode_top`."""
-        names = (LOGITS, TOP_LOGITS, TOP_IDS)
-        runs = self._runs(
-            input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions, cache, names
-        )
+        runs = self._runs(inputs, cache, (LOGITS, TOP_LOGITS, TOP_IDS))
         return [row for outputs in runs for row in self._top_of(outputs)]
 
     def _top_of(self, outputs: Mapping[str, ort.OrtValue]) -> list[list[TopLogits]]:
@@ -273,66 +238,39 @@ class OrtCudaSession:
             for b in range(ids.shape[0])
         ]
 
-    def _runs(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-        names: tuple[str, ...],
-    ) -> list[Mapping[str, ort.OrtValue]]:
+    def _runs(self, inputs: DecoderInputs, cache: KVCache, names: tuple[str, ...]) -> list[Mapping[str, ort.OrtValue]]:
         """Run the decoder: at once, or sequence by sequence where each has several new tokens.
 
         Returns:
             Outputs on the device, of all sequences or of each.
         """
         assert isinstance(cache, OrtDeviceCache)
-        (batch, num_new), buffers = input_ids.shape, cache.buffers
+        (batch, num_new), buffers = inputs.input_ids.shape, cache.buffers
         assert batch == cache.batch, "the cache is of another batch"
-        assert int(past_lengths.max()) + num_new <= cache.capacity, "past_lengths + S exceeds the cache"
-        inputs: dict[str, NDArray[Any]] = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "visual_rows": visual_rows,
-            "visual_embeds": visual_embeds,
-            "past_lengths": past_lengths,
-            "logits_positions": logits_positions,
-        }
-        if num_new == 1 and logits_positions.shape[1] == 1 and not (visual_rows >= 0).any():
+        assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
+        if num_new == 1 and inputs.logits_positions.shape[1] == 1 and not (inputs.visual_rows >= 0).any():
             return [self._guard(partial(self._run_step, buffers, inputs))]
         if batch == 1 or num_new == 1:
             return [self._guard(partial(self._run_once, buffers, inputs, names))]
-        runs = []
-        for row in range(batch):
-            part = slice(row, row + 1)
-            own = {name: array[part] for name, array in inputs.items()}
-            own |= {"position_ids": position_ids[:, part], "visual_embeds": visual_embeds}
-            runs.append(self._guard(partial(self._run_once, buffers, own, names, row)))
-        return runs
+        return [self._guard(partial(self._run_once, buffers, inputs.row(row), names, row)) for row in range(batch)]
 
-    def _run_step(self, buffers: _Buffers, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, ort.OrtValue]:
-        # Nothing of these is read, or can be another than 0.
-        constant = {"visual_embeds", "logits_positions"}
+    def _run_step(self, buffers: _Buffers, inputs: DecoderInputs) -> Mapping[str, ort.OrtValue]:
         if buffers.step is None:
-            first = {**inputs, "visual_embeds": inputs["visual_embeds"][:, :1]}
-            buffers.step = _Step(self._decoder, buffers, first, next(self._graph_ids))
-        buffers.step.run({name: array for name, array in inputs.items() if name not in constant})
+            buffers.step = _Step(self._decoder, buffers, inputs.with_used_rows(), next(self._graph_ids))
+        buffers.step.run(inputs)
         self.decode_recorded = "enable_cuda_graph" in self._device.decoder_options
         return buffers.step.outputs
 
     def _run_once(
         self,
         buffers: _Buffers,
-        inputs: Mapping[str, NDArray[Any]],
+        inputs: DecoderInputs,
         names: tuple[str, ...],
         row: int | None = None,
     ) -> Mapping[str, ort.OrtValue]:
         binding = self._decoder.io_binding()
-        for name, array in inputs.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, array in inputs.arrays().items():
+            binding.bind_cpu_input(name, array)
         for name in names:
             binding.bind_output(name, self._device.name)
         buffers.bind(binding, row)

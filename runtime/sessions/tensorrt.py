@@ -20,6 +20,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.contract import (
+    DECODER_DTYPES,
+    VISION_DTYPES,
+    DecoderInputs,
+    FloatArray,
+    IntArray,
+    VisionInputs,
+    no_visual_embeds,
+)
 from runtime.cuda import CudaDevice, Device
 from runtime.device_buffers import Block, DeviceBuffer, Staging, aligned
 from runtime.device_cache import DeviceKVCache, cache_names
@@ -27,30 +36,17 @@ from runtime.errors import CapacityError, EngineError, Qwen3VLError, UsageError
 from runtime.manifest import Manifest
 from runtime.memory import cache_bytes
 from runtime.profiles import Profile, Shape, choose, largest_bytes, read_profiles
-from runtime.session import FloatArray, IntArray, KVCache, TopLogits
+from runtime.session import KVCache, TopLogits
 from runtime.tensorrt_plan import Library, Plan, share_memory
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
 # Types of the inputs and outputs, as TensorRT names them.
-_VISION_TENSORS = {
-    "pixel_values": "FLOAT",
-    "pos_indices": "INT64",
-    "pos_weights": "FLOAT",
-    "rope_cos": "FLOAT",
-    "rope_sin": "FLOAT",
-    "visual_embeds": "FLOAT",
-}
+_TYPES = {np.float32: "FLOAT", np.int64: "INT64"}
+_VISION_TENSORS = {name: _TYPES[dtype] for name, dtype in VISION_DTYPES.items()} | {"visual_embeds": "FLOAT"}
 _DECODER_TENSORS = {
-    "input_ids": "INT64",
-    "position_ids": "INT64",
-    "visual_rows": "INT64",
-    "visual_embeds": "FLOAT",
-    "past_lengths": "INT64",
-    "logits_positions": "INT64",
-    "logits": "FLOAT",
-    "top_logits": "FLOAT",
-    "top_ids": "INT64",
+    **{name: _TYPES[dtype] for name, dtype in DECODER_DTYPES.items()},
+    **{"logits": "FLOAT", "top_logits": "FLOAT", "top_ids": "INT64"},
 }
 _CACHE_TYPES = {"float16": "HALF", "bfloat16": "BF16"}
 _ITEM_BYTES = {"FLOAT": 4, "INT64": 8}
@@ -108,16 +104,9 @@ class TensorRtSession:
             self._check_in_place(folder / "decoder.plan")
             # What a decode step is recorded with never moves: made once, for the largest batch.
             batch = self._max_batch
-            self._inputs = Block(
-                device,
-                {
-                    "input_ids": ((batch, 1), np.int64),
-                    "position_ids": ((3, batch, 1), np.int64),
-                    "visual_rows": ((batch, 1), np.int64),
-                    "past_lengths": ((batch,), np.int64),
-                    "logits_positions": ((batch, 1), np.int64),
-                },
-            )
+            zeros = np.zeros((batch, 1), np.int64)
+            step = DecoderInputs.text(zeros, zeros[:, 0], no_visual_embeds(self._config))
+            self._inputs = Block(device, {name: (array.shape, array.dtype) for name, array in _ints_of(step).items()})
             stack.callback(self._inputs.close)
             top = (batch, 1, self._num_top)
             self._tops = Block(device, {"top_ids": (top, np.int64), "top_logits": (top, np.float32)})
@@ -141,31 +130,19 @@ class TensorRtSession:
             self.close = weakref.finalize(self, stack.pop_all().close)
             self.close.atexit = False  # the driver frees what a process leaves
 
-    def vision(
-        self,
-        pixel_values: FloatArray,
-        pos_indices: IntArray,
-        pos_weights: FloatArray,
-        rope_cos: FloatArray,
-        rope_sin: FloatArray,
-    ) -> FloatArray:
+    def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`.
 
         Raises:
             CapacityError: The image has more patches than the engine was built for.
         """
-        inputs: dict[str, NDArray[Any]] = {
-            "pixel_values": pixel_values,
-            "pos_indices": pos_indices,
-            "pos_weights": pos_weights,
-            "rope_cos": rope_cos,
-            "rope_sin": rope_sin,
-        }
-        shapes = _shapes_of(inputs)
+        arrays = inputs.arrays()
+        shapes = _shapes_of(arrays)
         profile = choose(self._vision.profiles, shapes)
-        num_rows = pixel_values.shape[0] * pixel_values.shape[1] // self._config.vision.patches_per_token
+        num_segments, num_patches, _ = inputs.pixel_values.shape
+        num_rows = num_segments * num_patches // self._config.vision.patches_per_token
         shape = (self._config.num_visual_levels, num_rows, self._config.text.hidden_size)
-        addresses = self._run(self._vision, profile, inputs, {"visual_embeds": shape}, shapes, {})
+        addresses = self._run(self._vision, profile, arrays, {"visual_embeds": shape}, shapes, {})
         return self._floats(addresses["visual_embeds"], shape)
 
     def new_cache(self, capacity: int, batch: int = 1) -> DeviceKVCache:
@@ -184,37 +161,15 @@ class TensorRtSession:
         shape = (batch, text.num_kv_heads, self._capacity, text.head_dim)
         return DeviceKVCache(self._device, self._staging, text.num_layers, shape, self._cache_dtype)
 
-    def decode(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-    ) -> FloatArray:
+    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
-        addresses, _, _ = self._decode(
-            input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions, cache
-        )
-        shape = (logits_positions.shape[1], self._config.text.vocab_size)
+        addresses, _, _ = self._decode(inputs, cache)
+        shape = (inputs.logits_positions.shape[1], self._config.text.vocab_size)
         return np.stack([self._floats(address, shape) for address in addresses])
 
-    def decode_top(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-    ) -> list[list[TopLogits]]:
+    def decode_top(self, inputs: DecoderInputs, cache: KVCache) -> list[list[TopLogits]]:
         """Run the decoder; see `runtime.session.TopLogitsSession.decode_top`."""
-        addresses, ids_BLk, values_BLk = self._decode(
-            input_ids, position_ids, visual_rows, visual_embeds, past_lengths, logits_positions, cache
-        )
+        addresses, ids_BLk, values_BLk = self._decode(inputs, cache)
         call, size = self._num_calls, self._config.text.vocab_size
 
         def fetch(address: int) -> FloatArray:
@@ -232,57 +187,35 @@ class TensorRtSession:
     def _floats(self, address: int, shape: Shape) -> FloatArray:
         return np.asarray(self._staging.download(address, shape, np.float32), np.float32)
 
-    def _decode(
-        self,
-        input_ids: IntArray,
-        position_ids: IntArray,
-        visual_rows: IntArray,
-        visual_embeds: FloatArray,
-        past_lengths: IntArray,
-        logits_positions: IntArray,
-        cache: KVCache,
-    ) -> tuple[list[int], IntArray, FloatArray]:
+    def _decode(self, inputs: DecoderInputs, cache: KVCache) -> tuple[list[int], IntArray, FloatArray]:
         """Run the decoder: the device address of each sequence's logits, and the largest of them, [B, L, k]."""
         assert isinstance(cache, DeviceKVCache)
-        batch, num_new = input_ids.shape
+        batch, num_new = inputs.input_ids.shape
         assert batch == cache.batch, "a call runs all sequences of its cache"
-        assert int(past_lengths.max()) + num_new <= cache.capacity, "past_lengths + S exceeds the cache"
-        assert batch == 1 or num_new == 1 or not past_lengths.any(), "a chunk with a past is one sequence"
+        assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
+        assert batch == 1 or num_new == 1 or not inputs.past_lengths.any(), "a chunk with a past is one sequence"
         self._num_calls += 1
-        ints = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "visual_rows": visual_rows,
-            "past_lengths": past_lengths,
-            "logits_positions": logits_positions,
-        }
-        if num_new == 1 and (visual_rows < 0).all():
-            return self._step(ints, cache)
+        if num_new == 1 and (inputs.visual_rows < 0).all():
+            return self._step(_ints_of(inputs), cache)
         # Sequence by sequence: one fills the GPU, and the lengths of several would not fit one shape. That the prefill
         # profile takes a batch only keeps the plan small (engines/tensorrt/profiles.py).
-        stride = aligned(logits_positions.shape[1] * self._config.text.vocab_size * _FLOAT_BYTES)
+        stride = aligned(inputs.logits_positions.shape[1] * self._config.text.vocab_size * _FLOAT_BYTES)
         logits = self._buffer("logits", batch * stride)
         addresses = [logits + b * stride for b in range(batch)]
-        tops = [
-            self._chunk(
-                {name: _sequence(name, array, b) for name, array in ints.items()}, visual_embeds, address, cache, b
-            )
-            for b, address in enumerate(addresses)
-        ]
+        tops = [self._chunk(inputs.row(b), address, cache, b) for b, address in enumerate(addresses)]
         return addresses, np.concatenate([ids for ids, _ in tops]), np.concatenate([values for _, values in tops])
 
     def _chunk(
-        self, ints: Mapping[str, IntArray], visual_embeds: FloatArray, logits: int, cache: DeviceKVCache, sequence: int
+        self, inputs: DecoderInputs, logits: int, cache: DeviceKVCache, sequence: int
     ) -> tuple[IntArray, FloatArray]:
         """Run new tokens of one sequence; the logits go to the address `logits`."""
-        rows, embeds = _rows_of_call(ints["visual_rows"], visual_embeds)
-        inputs: dict[str, NDArray[Any]] = {**ints, "visual_rows": rows, "visual_embeds": embeds}
-        shapes = _shapes_of(inputs) | dict.fromkeys(cache.past_names, (1, *cache.shape_BKTH[1:]))
+        arrays = inputs.with_used_rows().arrays()  # so that a chunk uploads its own embeddings alone
+        shapes = _shapes_of(arrays) | dict.fromkeys(cache.past_names, (1, *cache.shape_BKTH[1:]))
         profile = choose(self._decoder.profiles, shapes)
-        top = (*ints["logits_positions"].shape, self._num_top)
+        top = (*inputs.logits_positions.shape, self._num_top)
         outputs = {"top_ids": top, "top_logits": top}
         bound = cache.bindings(sequence) | {"logits": logits}
-        addresses = self._run(self._decoder, profile, inputs, outputs, shapes, bound)
+        addresses = self._run(self._decoder, profile, arrays, outputs, shapes, bound)
         ids = np.asarray(self._staging.download(addresses["top_ids"], top, np.int64), np.int64)
         return ids, self._floats(addresses["top_logits"], top)
 
@@ -290,17 +223,16 @@ class TensorRtSession:
         self,
         plan: Plan,
         profile: Profile,
-        inputs: Mapping[str, NDArray[Any]],
+        arrays: Mapping[str, NDArray[Any]],
         outputs: Mapping[str, Shape],
         shapes: Mapping[str, Shape],
         bound: Mapping[str, int],
     ) -> dict[str, int]:
         """Upload the inputs and enqueue a run; return the addresses of all tensors, `bound` among them."""
         addresses = dict(bound)
-        for name, array in inputs.items():
-            dtype = np.int64 if np.issubdtype(array.dtype, np.integer) else np.float32
-            addresses[name] = self._buffer(name, array.size * np.dtype(dtype).itemsize)
-            self._staging.upload(addresses[name], np.asarray(array, dtype))
+        for name, array in arrays.items():
+            addresses[name] = self._buffer(name, array.nbytes)
+            self._staging.upload(addresses[name], array)
         for name, shape in outputs.items():
             addresses[name] = self._buffer(name, math.prod(shape) * (8 if name == "top_ids" else _FLOAT_BYTES))
         plan.enqueue(profile, shapes, addresses, self._stream)
@@ -413,16 +345,6 @@ def _shapes_of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Shape]:
     return {name: array.shape for name, array in arrays.items()}
 
 
-def _sequence(name: str, array: IntArray, index: int) -> IntArray:
-    """Return the part of one sequence of a decoder input."""
-    return array[:, index : index + 1] if name == "position_ids" else array[index : index + 1]
-
-
-def _rows_of_call(visual_rows: IntArray, visual_embeds: FloatArray) -> tuple[IntArray, FloatArray]:
-    """Cut the visual rows down to those that a call takes, so that a chunk uploads its own alone."""
-    used = visual_rows[visual_rows >= 0]
-    if not used.size:
-        return visual_rows, visual_embeds[:, :1]
-    first, last = int(used.min()), int(used.max())
-    assert last < visual_embeds.shape[1], "a visual row that is not there"
-    return np.where(visual_rows < 0, -1, visual_rows - first), visual_embeds[:, first : last + 1]
+def _ints_of(inputs: DecoderInputs) -> dict[str, NDArray[Any]]:
+    """Return the inputs of a decode step, which takes no visual embedding."""
+    return {name: array for name, array in inputs.arrays().items() if DECODER_DTYPES[name] is np.int64}

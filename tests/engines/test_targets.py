@@ -56,9 +56,7 @@ def prompt_logits(model: Qwen3VLModel, chunk: int) -> np.ndarray:
     prepared = model.prepare(MESSAGES)
     cache = model.session.new_cache(len(prepared.prompt.input_ids))
     embeds = model.encode_images(prepared.images)
-    return generation.prefill(
-        model.session, cache, prepared.prompt.input_ids, prepared.positions, embeds, all_logits=True, chunk=chunk
-    )
+    return generation.prefill(model.session, cache, prepared.decoder_inputs(embeds, all_logits=True), chunk=chunk)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
@@ -88,10 +86,10 @@ def test_chunks_give_the_logits_of_the_whole_prompt(target: Target, engines: Eng
 def test_a_step_writes_its_own_row_of_the_cache_alone(target: Target, engines: Engines) -> None:
     model = engines(target)
     prepared = model.prepare(MESSAGES)
-    ids, length = prepared.prompt.input_ids, len(prepared.prompt.input_ids)
+    length = len(prepared.prompt.input_ids)
     cache = model.session.new_cache(length + 3)
     embeds = model.encode_images(prepared.images)
-    logits = generation.prefill(model.session, cache, ids, prepared.positions, embeds)
+    logits = generation.prefill(model.session, cache, prepared.decoder_inputs(embeds))
     steps = generation.decode_steps(
         model.session, cache, logits[-1], length, prepared.positions.delta, embeds[:, :1], lambda row: int(row.argmax())
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
-from runtime.vision_inputs import position_interpolation, vision_rotary
+from runtime.vision_inputs import position_tables
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,11 +21,7 @@ def visual_levels(model: Any, pixel_values: Tensor, grid_thw: Tensor, *, grad: b
 
     vision, like, start, segments = model.config.vision, model.lm_head.weight, 0, []
     for t, h, w in grid_thw.tolist():
-        merge = vision.spatial_merge_size
-        tables = (
-            *position_interpolation(h, w, vision.num_grid_per_side, merge),
-            *vision_rotary(h, w, vision.head_dim, merge, vision.rope_theta),
-        )
+        tables = position_tables(h, w, vision)
         patches = pixel_values[start : start + t * h * w].reshape(t, h * w, -1).to(like.dtype)
         start += t * h * w
         with torch.set_grad_enabled(grad):

@@ -13,15 +13,15 @@ import pytest
 
 from engines import registry
 from engines.build import build_engine
-from engines.bundle import DECODER_INPUTS, VISION_INPUTS
 from helpers import judge
 from helpers.damage import altered, edit_json
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.export import make_bundle
+from runtime.contract import DECODER_INPUTS, VISION_INPUTS
 from runtime.generation import prefill
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
-from runtime.vision_inputs import position_interpolation, vision_rotary
+from runtime.vision_inputs import vision_inputs
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -55,7 +55,7 @@ def test_chunks_equal_whole_prefill(tiny_engine: Path) -> None:
 
     def run(chunk: int) -> np.ndarray:
         cache = model.session.new_cache(len(ids) + 3)
-        return prefill(model.session, cache, ids, prepared.positions, embeds, all_logits=True, chunk=chunk)
+        return prefill(model.session, cache, prepared.decoder_inputs(embeds, all_logits=True), chunk=chunk)
 
     np.testing.assert_allclose(run(3), run(len(ids)), atol=1e-4)
 
@@ -85,22 +85,14 @@ def test_bundle_passes_the_checker_and_runs_unlowered(tiny_checkpoint: Path, tin
     prepared = model.prepare(user_message("Count.", [picture(96, 64)]))
     embeds = model.encode_images(prepared.images)
     (image,) = prepared.images
-    vision, (_, height, width) = model.config.vision, image.grid_thw
-    indices, weights = position_interpolation(height, width, vision.num_grid_per_side, vision.spatial_merge_size)
-    cos, sin = vision_rotary(height, width, vision.head_dim, vision.spatial_merge_size, vision.rope_theta)
-    values = (image.pixel_values[None], indices, weights, cos, sin)
-    (found,) = sessions["vision"].run(["visual_embeds"], dict(zip(VISION_INPUTS, values, strict=True)))
+    inputs = vision_inputs(image.pixel_values, image.grid_thw, model.config.vision)
+    (found,) = sessions["vision"].run(["visual_embeds"], inputs.arrays())
     np.testing.assert_allclose(found, embeds, atol=1e-4)
     num_tokens, text = len(prepared.prompt.input_ids), model.config.text
     empty = np.zeros((1, text.num_kv_heads, num_tokens, text.head_dim), np.float32)
-    feeds = {
-        "input_ids": np.array([prepared.prompt.input_ids]),
-        "position_ids": prepared.positions.position_ids,
-        "visual_rows": prepared.positions.visual_rows,
-        "visual_embeds": embeds,
-        "past_lengths": np.array([0]),
-        "logits_positions": np.arange(num_tokens)[None],
-    } | {f"past_key_values.{i}.{kind}": empty for i in range(text.num_layers) for kind in ("key", "value")}
+    feeds = prepared.decoder_inputs(embeds, all_logits=True).arrays() | {
+        f"past_key_values.{i}.{kind}": empty for i in range(text.num_layers) for kind in ("key", "value")
+    }
     logits = sessions["decoder"].run(["logits"], feeds)[0][0]
     expected = model.logits(user_message("Count.", [picture(96, 64)]))
     np.testing.assert_allclose(logits, expected, atol=1e-4)

@@ -302,7 +302,7 @@ def test_cache_of_the_session_is_the_engines(demo_engine: Path) -> None:
         prepared = model.prepare(messages)
         ids, embeds = prepared.prompt.input_ids, model.encode_images(prepared.images)
         cache = model.session.new_cache(len(ids) + 5)
-        prefill(model.session, cache, ids, prepared.positions, embeds, chunk=7)
+        prefill(model.session, cache, prepared.decoder_inputs(embeds), chunk=7)
         caches.append([half[:, :, : len(ids)] for i in range(4) for half in cache.layer(i)])
         assert cache.capacity == len(ids) + 5
     for found, expected in zip(*caches, strict=True):

@@ -147,7 +147,10 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], object]:
         (put("model", "text", "mrope_section", value=[1, 2]), r"mrope_section is \[1, 2\], expected three integers"),
         (put("model", "text", "tie_word_embeddings", value=1), "tie_word_embeddings is 1, expected true or false"),
         (put("model", "vision", "patch_size", value=0), "patch_size is 0, expected an integer of 1 to 64"),
-        (put("model", "vision", "patch_size", value=32), "preprocessor_config.json has patch_size"),
+        (
+            put("model", "vision", "patch_size", value=32),
+            r"preprocessor_config.json: patch_size is 16, the model has vision_config.patch_size = 32",
+        ),
         (put("model", "vision", "num_heads", value=10**6), "num_heads is 1000000, expected at most hidden_size"),
         (put("model", "vision", "in_channels", value=64), "images of 64 channels, expected 3"),
         (put("model", "image_token_id", value=-1), "image_token_id is -1, expected an integer of 0"),

@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ from runtime.memory import cache_bytes, machine_bytes, prefill_bytes, vision_byt
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
-from runtime.prompt import PromptBuilder
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_tools_and_variables_reach_the_template(model: Qwen3VLModel, monkeypatch
         "{% for tool in tools or [] %}{{ tool.name }}:{% endfor %}"
         "{% if enable_thinking %}<think>{% endif %}{{ messages[0].content[0].text }}"
     )
-    monkeypatch.setattr(model, "_builder", PromptBuilder(model.tokenizer, ChatTemplate(source)))
+    monkeypatch.setattr(model, "preparation", replace(model.preparation, template=ChatTemplate(source)))
     given = {"tools": [{"name": "search"}], "chat_template_kwargs": {"enable_thinking": True}}
     assert model.prepare("Hi").prompt.text == "Hi"
     prepared = model.prepare("Hi", **given)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import runtime.model
 from qwen3vl_export.demo import IMAGES
+from runtime.contract import DecoderInputs
 from runtime.errors import UsageError
 from runtime.generation import Drafter, decode_steps, prefill
 from runtime.generation_config import GenerationOptions
@@ -85,15 +86,15 @@ def answer(
     ids = prepared.prompt.input_ids
     embeds = model.encode_images(prepared.images)
     cache = model.session.new_cache(len(ids) + NUM_TOKENS)
-    logits = prefill(model.session, cache, ids, prepared.positions, embeds)[-1]
+    logits = prefill(model.session, cache, prepared.decoder_inputs(embeds))[-1]
     sampler = Sampler(GenerationOptions(**options))
     sampler.start(ids)
     sizes: list[int] = []
 
     class Counting:
-        def decode(self, input_ids: np.ndarray, *rest: Any) -> np.ndarray:
-            sizes.append(input_ids.shape[1])
-            return model.session.decode(input_ids, *rest)
+        def decode(self, inputs: DecoderInputs, cache: Any) -> np.ndarray:
+            sizes.append(inputs.input_ids.shape[1])
+            return model.session.decode(inputs, cache)
 
     drafter = make(ids) if make else None
     steps = decode_steps(
@@ -329,9 +330,9 @@ def test_no_call_reaches_a_second_decoder(
     sizes: list[int] = []
     decode = tiny.session.decode
 
-    def counted(input_ids: np.ndarray, *rest: Any) -> np.ndarray:
-        sizes.append(input_ids.shape[1])
-        return decode(input_ids, *rest)
+    def counted(inputs: DecoderInputs, cache: Any) -> np.ndarray:
+        sizes.append(inputs.input_ids.shape[1])
+        return decode(inputs, cache)
 
     monkeypatch.setattr(tiny.session, "decode", counted)
     tiny.generate(messages, max_new_tokens=64, eos_token_id=(), prompt_lookup_num_tokens=10)

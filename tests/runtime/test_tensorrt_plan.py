@@ -19,6 +19,7 @@ from helpers import host_tensorrt
 from helpers.host_cuda import HostDevice
 from helpers.host_engine import build_host_engine, with_capabilities
 from helpers.host_tensorrt import CONTEXT_BYTES, SCRATCH_BYTES, STREAMABLE_BYTES
+from runtime.contract import VisionInputs
 from runtime.cuda import CudaDevice
 from runtime.device_buffers import Staging
 from runtime.device_cache import DeviceKVCache
@@ -278,7 +279,7 @@ def test_out_of_memory_in_the_library_is_a_capacity_error(folder: Path, monkeypa
         pixels, patches = np.zeros((1, 4, 1536), np.float32), np.zeros((4, 4), np.int64)
         table = np.zeros((4, 12), np.float32)
         with pytest.raises(CapacityError, match=r"no execution context for profile patches-64: the GPU is out of mem"):
-            session.vision(pixels, patches, patches.astype(np.float32), table, table)
+            session.vision(VisionInputs(pixels, patches, patches.astype(np.float32), table, table))
     finally:
         session.close()
     assert device.leaks() == []

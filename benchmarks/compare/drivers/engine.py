@@ -10,8 +10,9 @@ import numpy as np
 
 from benchmarks.compare.driver import Call, FirstToken
 from benchmarks.compare.onnx_bytes import bytes_of_products
+from runtime.contract import DecoderInputs, no_visual_embeds
 from runtime.model import Qwen3VLModel
-from runtime.vision_inputs import position_interpolation, vision_rotary
+from runtime.vision_inputs import vision_inputs
 
 _CACHE_POSITIONS = 128
 
@@ -22,16 +23,14 @@ class EngineDriver:
     def __init__(self, folder: Path, threads: int, huge_pages: bool) -> None:
         self._folder = folder
         self._model = Qwen3VLModel.from_engine(folder, threads=threads, huge_pages=huge_pages)
-        config = self._model.config
-        self._no_visual = np.zeros((config.num_visual_levels, 1, config.text.hidden_size), np.float32)
+        self._no_visual = no_visual_embeds(self._model.config)
 
     def vision(self, height: int, width: int) -> Call:
         """Prepare random pixels."""
         vision = self._model.config.vision
-        indices, weights = position_interpolation(height, width, vision.num_grid_per_side, vision.spatial_merge_size)
-        cos, sin = vision_rotary(height, width, vision.head_dim, vision.spatial_merge_size, vision.rope_theta)
         pixels = np.random.default_rng(0).standard_normal((1, height * width, vision.patch_elements), np.float32)
-        return lambda: self._model.session.vision(pixels, indices, weights, cos, sin)
+        inputs = vision_inputs(pixels, (1, height, width), vision)
+        return lambda: self._model.session.vision(inputs)
 
     def prefill(self, batch: int, length: int) -> Call:
         """Prepare a first prefill, with the logits of the last token."""
@@ -71,13 +70,9 @@ class EngineDriver:
         return cache.num_bytes / cache.capacity
 
     def _decode(self, ids_BS: Any, past: int, asked_BL: Any, cache: Any) -> np.ndarray[Any, Any]:
-        batch, length = ids_BS.shape
-        positions = np.broadcast_to(np.arange(past, past + length), (3, batch, length))
-        rows = np.full((batch, length), -1, np.int64)
-        pasts = np.full(batch, past, np.int64)
-        return self._model.session.decode(
-            ids_BS, positions, rows, self._no_visual, pasts, asked_BL.astype(np.int64), cache
-        )
+        pasts_B = np.full(len(ids_BS), past)
+        inputs = DecoderInputs.text(ids_BS, pasts_B, self._no_visual, logits_positions=asked_BL)
+        return self._model.session.decode(inputs, cache)
 
 
 def load(folder: Path, threads: int, mode: str, huge_pages: bool = False) -> EngineDriver:

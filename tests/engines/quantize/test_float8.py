@@ -280,7 +280,7 @@ def test_ranges_are_the_largest_magnitudes_of_the_whole_graph(
     max_bytes: int, demo_bundle: Bundle, tmp_path: Path
 ) -> None:
     target, prompts = registry.get("trt-fp8"), training_prompts(3)
-    samples = calibration._record(demo_bundle, target, prompts, tmp_path).images
+    samples = calibration.record_prompts(demo_bundle, prompts).images
     model, products = products_by_input(demo_bundle, VISION, target, target.formats, FLOAT8)
     model.graph.outputs[:] = list(products)
     for x in products:
@@ -303,7 +303,7 @@ def test_ranges_are_the_largest_magnitudes_of_the_whole_graph(
 
 def test_an_input_that_overflows_is_named(demo_bundle: Bundle, tmp_path: Path) -> None:
     target = registry.get("trt-fp8")
-    samples = calibration._record(demo_bundle, target, training_prompts(1), tmp_path).images
+    samples = calibration.record_prompts(demo_bundle, training_prompts(1)).images
     samples[0]["pixel_values"] = np.full_like(samples[0]["pixel_values"], np.nan)
     with pytest.raises(BundleError, match=r"blocks\.0\.attn\.qkv\.weight: its input is not finite"):
         attach_ranges(copy_of(demo_bundle), VISION, target, target.formats, samples, tmp_path, 1 << 30)

@@ -16,7 +16,7 @@ from engines.build import build_engine
 from engines.bundle import DECODER, VISION, Bundle
 from engines.lower import lower
 from engines.quantize.blockwise import QuantizedBlocks, quantize_blocks
-from engines.quantize.calibration import Rounding, _record, calibrate
+from engines.quantize.calibration import Rounding, calibrate, record_prompts
 from engines.quantize.calibration_data import CalibrationPrompt, read_prompts
 from engines.quantize.gptq import InputMetric, factorize, quantize_rows
 from engines.quantize.slices import cut
@@ -182,8 +182,8 @@ def test_the_demo_on_shuffled_channels_is_further_away(outcomes: dict[str, Outco
 
 def test_the_manifest_records_the_calibration(outcomes: dict[str, Outcome], demo: Bundle, tmp_path: Path) -> None:
     assert outcomes["plain"].record is None
-    of_twelve = _record(demo, TARGET, training_prompts(12), tmp_path)
-    of_eleven = _record(demo, TARGET, training_prompts(11), tmp_path)
+    of_twelve = record_prompts(demo, training_prompts(12))
+    of_eleven = record_prompts(demo, training_prompts(11))
     num_tokens = sum(sample["input_ids"].size for sample in of_twelve.prompts)
     expected = {"method": "gptq", "prompts": 12, "tokens": num_tokens, "sha256": of_twelve.sha256}
     assert outcomes["calibrated"].record == outcomes["shuffled"].record == expected
@@ -196,7 +196,7 @@ def test_a_sliced_run_computes_what_the_engine_computes(
 ) -> None:
     prompt = CalibrationPrompt("here", question(3))
     fp32 = registry.get("ort-cpu-fp32")
-    record = _record(demo, fp32, [prompt], tmp_path)
+    record = record_prompts(demo, [prompt])
     samples = {VISION: record.images[0], DECODER: record.prompts[0]}
     for name in (VISION, DECODER):
         graph = lower(demo.graphs[name].clone(), fp32, demo.config, ()).graph

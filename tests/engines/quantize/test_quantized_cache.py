@@ -21,6 +21,7 @@ from qwen3vl_export.cli import export, run
 from qwen3vl_export.demo.data import canvas_at, example_of, held_out
 from qwen3vl_export.parity.metrics import kl_divergence
 from qwen3vl_export.parity.verify import verify, wider_limits
+from runtime.contract import DecoderInputs
 from runtime.errors import UsageError
 from runtime.generation import prefill
 from runtime.manifest import Manifest
@@ -184,7 +185,8 @@ def logits_of(model: Qwen3VLModel, index: int, chunk: int = 512) -> tuple[np.nda
     ids = prepared.prompt.input_ids
     cache = model.session.new_cache(len(ids))
     embeds = model.encode_images(prepared.images)
-    logits = prefill(model.session, cache, ids, prepared.positions, embeds, all_logits=True, chunk=chunk)
+    inputs = prepared.decoder_inputs(embeds, all_logits=True)
+    logits = prefill(model.session, cache, inputs, chunk=chunk)
     assert isinstance(cache, OrtKVCache)
     return logits, cache
 
@@ -273,7 +275,7 @@ def test_ranges_are_the_largest_of_all_prompts(demo_engine: Path, calibration: P
     prepared = model.prepare(prompts[0].messages)
     cache = model.session.new_cache(len(prepared.prompt.input_ids))
     embeds = model.encode_images(prepared.images)
-    prefill(model.session, cache, prepared.prompt.input_ids, prepared.positions, embeds)
+    prefill(model.session, cache, prepared.decoder_inputs(embeds))
     values = cache.layer(2)[1][0]
     np.testing.assert_array_equal(alone[0][2, 1], np.abs(values).max(axis=1))
 
@@ -296,9 +298,7 @@ def test_logits_outlive_the_next_call(demo_engine: Path) -> None:
     cache = session.new_cache(4)
 
     def step(token: int, past: int) -> np.ndarray:
-        position = np.full((3, 1, 1), past)
-        rows, past_lengths, asked = np.full((1, 1), -1), np.array([past]), np.zeros((1, 1), np.int64)
-        return session.decode(np.array([[token]]), position, rows, embeds, past_lengths, asked, cache)
+        return session.decode(DecoderInputs.text(np.array([[token]]), np.array([past]), embeds), cache)
 
     first = step(5, 0)
     kept = first.copy()

@@ -15,7 +15,7 @@ import configs
 from benchmarks.quantizers import copy_of, training_prompts
 from engines import registry
 from engines.build import build_engine
-from engines.bundle import DECODER, DECODER_INPUTS, Bundle
+from engines.bundle import DECODER, Bundle
 from engines.quantize.calibration import calibrate
 from helpers import DOCS
 from helpers.command_line import call
@@ -107,15 +107,7 @@ def run_routed(engine: Path, messages: Any, chosen: Arrays | None) -> tuple[Arra
     model = Qwen3VLModel.from_engine(engine, threads=1)
     prepared, text = model.prepare(messages), model.config.text
     count = len(prepared.prompt.input_ids)
-    values = (
-        np.array([prepared.prompt.input_ids]),
-        prepared.positions.position_ids,
-        prepared.positions.visual_rows,
-        model.encode_images(prepared.images),
-        np.array([0]),
-        np.arange(count)[None],
-    )
-    feeds = dict(zip(DECODER_INPUTS, values, strict=True))
+    feeds = prepared.decoder_inputs(model.encode_images(prepared.images), all_logits=True).arrays()
     layers = [f"key_values.{i}.{kind}" for i in range(text.num_layers) for kind in ("key", "value")]
     empty = np.zeros((1, text.num_kv_heads, count, text.head_dim), np.float32)
     feeds |= {f"past_{name}": empty for name in layers}

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from engines import registry
 from engines.build import build_engine
-from engines.bundle import DECODER, DECODER_INPUTS, Bundle
+from engines.bundle import DECODER, Bundle
 from helpers.command_line import call
 from helpers.damage import edit_graph
 from helpers.moe_checkpoints import Arrays, as_in_the_graph, as_on_the_hub, one_by_one, rewritten, write_experts
@@ -31,6 +31,7 @@ from qwen3vl_export.modeling import LayerCache, MixtureOfExperts, Qwen3VL
 from qwen3vl_export.parity.verify import verify
 from qwen3vl_export.routing import Choice, RouterStatistics, watched_routers
 from qwen3vl_export.tracing.pieces import Pieces, trace_pieces
+from runtime.contract import DecoderInputs, no_visual_embeds
 from runtime.errors import CheckpointError, EngineError
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
@@ -103,9 +104,7 @@ def test_a_batch_equals_its_sequences_alone(engine: Path) -> None:
         embeds = np.zeros((3, 1, 48), np.float32)
 
         def call(ids_BS: np.ndarray[Any, Any], past: np.ndarray[Any, Any], last: np.ndarray[Any, Any]) -> Any:
-            positions = np.broadcast_to(past[:, None] + np.arange(ids_BS.shape[1]), (3, *ids_BS.shape))
-            rows = np.full(ids_BS.shape, -1)
-            return session.decode(ids_BS, np.ascontiguousarray(positions), rows, embeds, past, last[:, None], cache)
+            return session.decode(DecoderInputs.text(ids_BS, past, embeds, logits_positions=last[:, None]), cache)
 
         logits = [call(ids, np.zeros_like(lengths), lengths - 1)]
         for step in range(steps.shape[1]):
@@ -126,17 +125,8 @@ def test_the_bundle_runs_unlowered(bundle: Bundle, engine: Path, tmp_path: Path)
     model = Qwen3VLModel.from_engine(engine, threads=2)
     prepared = model.prepare(user_message("Count the digits."))
     ids, text = prepared.prompt.input_ids, model.config.text
-    num_levels, hidden = model.config.num_visual_levels, text.hidden_size
     empty = np.zeros((1, text.num_kv_heads, len(ids), text.head_dim), np.float32)
-    values = (
-        np.array([ids]),
-        prepared.positions.position_ids,
-        prepared.positions.visual_rows,
-        np.zeros((num_levels, 1, hidden), np.float32),
-        np.array([0]),
-        np.arange(len(ids))[None],
-    )
-    feeds = dict(zip(DECODER_INPUTS, values, strict=True))
+    feeds = prepared.decoder_inputs(no_visual_embeds(model.config), all_logits=True).arrays()
     feeds |= {f"past_key_values.{i}.{kind}": empty for i in range(text.num_layers) for kind in ("key", "value")}
     (logits,) = session.run(["logits"], feeds)
     np.testing.assert_allclose(logits[0], model.logits(user_message("Count the digits.")), atol=1e-4)

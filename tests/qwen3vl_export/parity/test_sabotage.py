@@ -25,12 +25,14 @@ import configs
 import runtime.generation
 import runtime.image_processor
 import runtime.model
+import runtime.vision_inputs
 from helpers.engines import build
 from helpers.moe_checkpoints import write_experts
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.cli.errors import run_app
 from qwen3vl_export.cli.run import app
 from qwen3vl_export.export import make_bundle
+from runtime.contract import DecoderInputs
 from runtime.errors import CheckpointError, ParityError
 from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.model import Qwen3VLModel
@@ -70,12 +72,11 @@ class Subject:
     def patch_decode(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Alter the inputs of every call of the decoder."""
         original = OrtCpuSession.decode
-        names = ("input_ids", "position_ids", "visual_rows", "visual_embeds", "past_lengths", "logits_positions")
 
-        def decode(session: OrtCpuSession, *args: Any) -> Any:
-            inputs = dict(zip(names, args[:-1], strict=True))
-            change(inputs)
-            return original(session, *inputs.values(), args[-1])
+        def decode(session: OrtCpuSession, inputs: DecoderInputs, cache: Any) -> Any:
+            arrays = inputs.arrays()
+            change(arrays)
+            return original(session, DecoderInputs(**arrays), cache)
 
         self.patch.setattr(OrtCpuSession, "decode", decode)
 
@@ -144,7 +145,7 @@ def align_corners_off(subject: Subject) -> None:
         indices = taps[0][:, :, None] * side + taps[1][:, None, :]
         return indices.reshape(-1, 4), (weights[0][:, :, None] * weights[1][:, None, :]).reshape(-1, 4)
 
-    subject.patch.setattr(runtime.model, "position_interpolation", half_pixel)
+    subject.patch.setattr(runtime.vision_inputs, "position_interpolation", half_pixel)
 
 
 def mrope_sections_swapped(subject: Subject) -> None:

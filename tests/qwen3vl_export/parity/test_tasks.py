@@ -23,12 +23,14 @@ from qwen3vl_export.parity.layers import LayerErrors, plot_layers
 from qwen3vl_export.parity.task_report import TaskReport, paired_interval, write_sections
 from qwen3vl_export.parity.tasks import Question, ask, run_tasks
 from qwen3vl_export.parity.verify import verify
+from runtime.contract import DecoderInputs
 from runtime.errors import ParityError, UsageError
 from runtime.generation import prefill
 from runtime.manifest import Manifest
 from runtime.messages import user_message
-from runtime.model import Prepared, Qwen3VLModel
-from runtime.positions import VisualSpan, mrope_positions
+from runtime.model import Qwen3VLModel
+from runtime.positions import mrope_positions
+from runtime.preparation import Prepared
 
 CANVASES = 300
 FEW = 20
@@ -181,10 +183,9 @@ def test_logits_of_the_true_answer_are_those_of_one_prefill(demo_engine: Path) -
     truth_ids = [*model.tokenizer.encode(truth.replace("1", "7")), model.defaults.eos_token_ids[0]]
     _, logits_TV, _ = ask(model, prepared, embeds, truth_ids)
     ids = [*prepared.prompt.input_ids, *truth_ids]
-    spans = [VisualSpan(prepared.prompt.spans[0][0], prepared.images[0].merged_grid_thw)]
-    whole = prefill(
-        model.session, model.session.new_cache(len(ids)), ids, mrope_positions(len(ids), spans), embeds, all_logits=True
-    )
+    positions = mrope_positions(len(ids), prepared.prompt.spans)
+    inputs = DecoderInputs.prompt(ids, positions, embeds, all_logits=True)
+    whole = prefill(model.session, model.session.new_cache(len(ids)), inputs)
     expected = whole[len(prepared.prompt.input_ids) - 1 : -1]
     np.testing.assert_allclose(logits_TV, expected, atol=1e-3 * max(1.0, float(expected.std())))
 

@@ -19,6 +19,7 @@ from engines.bundle import Bundle
 from helpers import PICTURES, host_tensorrt
 from helpers.host_cuda import HostDevice
 from helpers.host_engine import build_host_engine, with_capabilities
+from runtime.contract import DecoderInputs, no_visual_embeds
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.generation import decode_steps, prefill
 from runtime.generation_config import GenerationOptions
@@ -141,7 +142,7 @@ def tokens_with_drafts(model: Qwen3VLModel) -> list[int]:
     prepared = model.prepare(READ)
     ids, embeds = prepared.prompt.input_ids, model.encode_images(prepared.images)
     cache = model.session.new_cache(len(ids) + 20)
-    logits = prefill(model.session, cache, ids, prepared.positions, embeds, chunk=CHUNK)[-1]
+    logits = prefill(model.session, cache, prepared.decoder_inputs(embeds), chunk=CHUNK)[-1]
     sampler = Sampler(GenerationOptions())
     top = sampler.can_use_top(model.manifest.capabilities.get("top_k", 0))
     delta = prepared.positions.delta
@@ -180,7 +181,7 @@ def test_the_cache_holds_what_the_float32_engine_caches(model: Qwen3VLModel, ref
         prepared = each.prepare(READ)
         ids = prepared.prompt.input_ids
         cache = each.session.new_cache(len(ids))
-        prefill(each.session, cache, ids, prepared.positions, each.encode_images(prepared.images), chunk=CHUNK)
+        prefill(each.session, cache, prepared.decoder_inputs(each.encode_images(prepared.images)), chunk=CHUNK)
         layers = [cache.layer(i) for i in range(each.config.text.num_layers)]
         return [array[:, :, : len(ids)] for pair in layers for array in pair], cache
 
@@ -228,15 +229,10 @@ def run_batch(model: Qwen3VLModel, prompts: list[list[int]], new: list[list[int]
 
 def test_the_largest_logits_are_those_of_the_row_and_of_this_call_alone(model: Qwen3VLModel) -> None:
     cache = model.session.new_cache(8)
-    embeds = np.zeros((model.config.num_visual_levels, 1, model.config.text.hidden_size), np.float32)
+    embeds = no_visual_embeds(model.config)
 
     def top(ids: list[int], past: int) -> Any:
-        shape = (1, len(ids))
-        positions = np.broadcast_to(past + np.arange(len(ids)), (3, *shape))
-        asked = np.arange(len(ids))[None]
-        return model.session.decode_top(
-            np.array([ids]), positions, np.full(shape, -1), embeds, np.array([past]), asked, cache
-        )[0]
+        return model.session.decode_top(DecoderInputs.text(np.array([ids]), np.array([past]), embeds), cache)[0]
 
     last, last_ids = None, None
     for past, ids in ((0, [16, 17, 18]), (3, [19]), (4, [20]), (5, [21])):
@@ -256,13 +252,11 @@ def test_the_largest_logits_are_those_of_the_row_and_of_this_call_alone(model: Q
 
 def test_a_missing_wait_shows(model: Qwen3VLModel, device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = model.session.new_cache(8)
-    embeds = np.zeros((model.config.num_visual_levels, 1, model.config.text.hidden_size), np.float32)
-    zero = np.zeros((1, 1), np.int64)
-    step = (zero + 16, np.zeros((3, 1, 1), np.int64), zero - 1, embeds, zero[0], zero, cache)
-    right = model.session.decode_top(*step)[0][0]
+    step = DecoderInputs.text(np.array([[16]]), np.array([0]), no_visual_embeds(model.config))
+    right = model.session.decode_top(step, cache)[0][0]
     with monkeypatch.context() as patch:
         patch.setattr(device, "synchronize", lambda stream: None)
-        stale = model.session.decode_top(*step)[0][0]
+        stale = model.session.decode_top(step, cache)[0][0]
     assert len(set(stale.ids.tolist())) == 1
     assert not np.array_equal(stale.ids, right.ids)
     device.synchronize(model.session._stream)
@@ -369,11 +363,10 @@ def calls_of(model: Qwen3VLModel, prompts: list[list[int]], steps: list[list[lis
     batch, longest = len(prompts), max(map(len, prompts))
     lengths = np.array(list(map(len, prompts)))
     cache = model.session.new_cache(longest + len(steps), batch)
-    embeds = np.zeros((model.config.num_visual_levels, 1, model.config.text.hidden_size), np.float32)
+    embeds = no_visual_embeds(model.config)
 
     def call(ids: np.ndarray, past: np.ndarray, asked: np.ndarray) -> np.ndarray:
-        positions = np.broadcast_to(past[:, None] + np.arange(ids.shape[1]), (3, *ids.shape))
-        return model.session.decode(ids, positions, np.full(ids.shape, -1), embeds, past, asked, cache)
+        return model.session.decode(DecoderInputs.text(ids, past, embeds, logits_positions=asked), cache)
 
     padded = np.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
     first = partial(call, padded, np.zeros(batch, np.int64), lengths[:, None] - 1)

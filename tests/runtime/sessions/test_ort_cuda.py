@@ -20,11 +20,11 @@ from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from helpers import PICTURES
 from runtime import generation
+from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
 from runtime.errors import EngineError, TargetError, UsageError
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
-from runtime.session import FloatArray
 from runtime.sessions import ort_cuda
 from runtime.sessions.ort_cuda import Device, OrtCudaSession, OrtDeviceCache
 from tests.conftest import build
@@ -84,7 +84,8 @@ def run(model: Qwen3VLModel, chunk: int = 512) -> tuple[FloatArray, FloatArray, 
     ids = prepared.prompt.input_ids
     cache = model.session.new_cache(len(ids))
     embeds = model.encode_images(prepared.images)
-    logits = generation.prefill(model.session, cache, ids, prepared.positions, embeds, all_logits=True, chunk=chunk)
+    inputs = prepared.decoder_inputs(embeds, all_logits=True)
+    logits = generation.prefill(model.session, cache, inputs, chunk=chunk)
     layers = [cache.layer(index) for index in range(model.config.text.num_layers)]
     return embeds, logits, [(key[:, :, : len(ids)], value[:, :, : len(ids)]) for key, value in layers]
 
@@ -301,15 +302,12 @@ def test_chunks_give_the_logits_of_the_whole_prompt(target: Target, models: Mode
 
 def decode(session: OrtCudaSession, cache: OrtDeviceCache, ids: np.ndarray, past: np.ndarray) -> FloatArray:
     """Run text alone; logits of the last position."""
-    return session.decode(*arguments(session, ids, past), cache)
+    return session.decode(inputs_of(session, ids, past), cache)
 
 
-def arguments(session: OrtCudaSession, ids: np.ndarray, past: np.ndarray) -> tuple[np.ndarray, ...]:
-    batch, num_new = ids.shape
-    config = session._config
-    positions = np.broadcast_to(past[:, None] + np.arange(num_new), (3, batch, num_new))
-    embeds = np.zeros((config.num_visual_levels, 1, config.text.hidden_size), np.float32)
-    return ids, positions, np.full_like(ids, -1), embeds, past, np.full((batch, 1), num_new - 1)
+def inputs_of(session: OrtCudaSession, ids: np.ndarray, past: np.ndarray) -> DecoderInputs:
+    last = np.full((len(ids), 1), ids.shape[1] - 1)
+    return DecoderInputs.text(ids, past, no_visual_embeds(session._config), logits_positions=last)
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +387,7 @@ def test_the_largest_logits_are_those_of_the_whole(session: OrtCudaSession) -> N
     ids = np.array([[3, 4, 5], [6, 7, 8]])
     past = np.zeros(2, np.int64)
     everything = decode(session, session.new_cache(8, batch=2), ids, past)
-    top = session.decode_top(*arguments(session, ids, past), session.new_cache(8, batch=2))
+    top = session.decode_top(inputs_of(session, ids, past), session.new_cache(8, batch=2))
     for row in range(2):
         found = top[row][0]
         assert found.ids.shape == found.values.shape == (k,)
