@@ -122,6 +122,25 @@ def resolve_target(
     return choice.target
 
 
+def choose_target(
+    hardware: Hardware,
+    config: ModelConfig,
+    *,
+    options: BuildOptions | None = None,
+    targets: Sequence[Target] | None = None,
+) -> Choice:
+    """Return the first target, in order of preference, that this machine builds, runs and has the memory for.
+
+    Raises:
+        TargetError: No target builds and runs here.
+        CapacityError: Those that do build and run do not fit.
+    """
+    choice = consider(hardware, config, options=options, targets=targets)
+    if choice.target is None:
+        raise refusal_of(choice)
+    return choice
+
+
 def refusal_of(choice: Choice) -> TargetError | CapacityError:
     """Return the error for a choice in which nothing was chosen."""
     too_large = [each for each in choice.candidates if each.refusal.startswith(_TOO_LARGE)]
@@ -249,22 +268,25 @@ def _stored_bytes(target: Target, formats: WeightFormats, shapes: Mapping[str, S
         form = formats.format_of(key)
         if len(shape) == 1:
             total += 4 * shape[0]  # norms compute in float32; biases are too few to tell them apart
-        elif form.kind == FLOAT:
+            continue
+        if form.kind == FLOAT:
             total += float_bytes * math.prod(shape)
-        elif len(shape) == 3:
+            continue
+        assert storage is not None, f"{target.name}: formats, but no storage"
+        if len(shape) == 3:
             experts.append((StackedTensor(key, [_weight(key, shape[1:])] * shape[0]), form))
-        elif key != EMBEDDING_KEY:
-            stored.append(storage.product(_weight(key, shape), form, is_table=False))
-        else:
-            table = storage.table(_weight(key, shape), form)
-            if table is None:
-                total += float_bytes * math.prod(shape)
-            if is_tied:
-                stored.append(storage.product(_weight(key, shape), form, is_table=True))
-            elif table is not None:
-                stored.append(table)
-    for (gate_up, first), (down, second) in zip(experts[::2], experts[1::2], strict=True):
-        stored += storage.experts((gate_up, down), (first, second))
+            if len(experts) == 2:  # gate and up of a layer, then down
+                stored += storage.experts(*zip(*experts, strict=True))
+                experts = []
+            continue
+        weight = _weight(key, shape)
+        table = storage.table(weight, form) if key == EMBEDDING_KEY else None
+        if key == EMBEDDING_KEY and table is None:
+            total += float_bytes * weight.size
+        if key != EMBEDDING_KEY or is_tied:
+            stored.append(storage.product(weight, form, is_table=key == EMBEDDING_KEY))
+        elif table is not None:
+            stored.append(table)
     return total + sum(weight.num_bytes(float_bytes) for weight in stored)
 
 

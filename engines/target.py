@@ -94,7 +94,7 @@ class Target:
         cache_dtype: numpy name of the KV cache's dtype.
         native_ops: Bodies that replace the standard ones of custom ops, by op name, given the model's shape.
         passes: Makes the passes that follow once the bodies are in place, in order, for weights of some formats.
-        storage: How weights of few bits are stored.
+        storage: How weights of few bits are stored; None if it has formats for none.
         formats: Which weights are stored in which format.
         prefill_formats: Those of a second lowering of the decoder, for many tokens at once; None if there is none.
         prefill_min_tokens: Fewest new tokens of a call that is faster in that second graph.
@@ -127,7 +127,7 @@ class Target:
     cache_dtype: str
     native_ops: Mapping[str, Callable[[ModelConfig], str]]
     passes: Callable[[WeightFormats], Sequence[ir.passes.InPlacePass]]
-    storage: Storage
+    storage: Storage | None = None
     formats: WeightFormats = field(default_factory=WeightFormats)
     prefill_formats: WeightFormats | None = None
     prefill_min_tokens: int = 0

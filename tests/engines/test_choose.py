@@ -16,7 +16,7 @@ from engines import choose
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
-from engines.choose import AUTO, Choice, consider, estimate, refusal_of, resolve_target, weight_bytes
+from engines.choose import AUTO, choose_target, consider, estimate, resolve_target, weight_bytes
 from engines.hardware import Gpu, Hardware
 from engines.quantize.formats import WeightFormats
 from engines.registry import all_targets, get
@@ -38,13 +38,6 @@ def shape(name: str) -> ModelConfig:
 
 GPU_FP16, GPU_INT4 = like("trt-fp16", "ort-cpu-fp32"), like("trt-int4", "ort-cpu-int4")
 CPU_INT8, CPU_INT4 = like("ort-cpu-int8"), like("ort-cpu-int4")
-
-
-def choose_target(hardware: Hardware, config: ModelConfig, *, targets: list[Target]) -> Choice:
-    choice = consider(hardware, config, targets=targets)
-    if choice.target is None:
-        raise refusal_of(choice)
-    return choice
 
 
 def stored_bytes(engine: Path) -> int:
