@@ -29,11 +29,12 @@ import configs
 from benchmarks import options, synthetic
 from benchmarks.build import SHIPPED
 from benchmarks.result_files import RESULTS
-from engines.choose import GPU, device_of, estimate, limit_bytes
+from engines.choose import estimate, limit_bytes
 from engines.disk import replace_text
 from engines.hardware import Hardware, probe
 from engines.quantize.calibration import needs_prompts
 from engines.registry import all_targets
+from engines.target import GPU
 from qwen3vl_export.cli.output import columns
 from runtime.errors import CheckpointError, Qwen3VLError, TargetError
 
@@ -304,7 +305,7 @@ def _cells(outcome: Outcome) -> tuple[str, str, str, str, str]:
 
 def gpu_targets(names: Sequence[str] = ()) -> list[Target]:
     """Return the targets that run on a GPU, or those of them that are asked for."""
-    return [target for target in all_targets() if device_of(target) == GPU and (not names or target.name in names)]
+    return [target for target in all_targets() if target.device == GPU and (not names or target.name in names)]
 
 
 def skip_reason(target: Target, source: str, hardware: Hardware) -> str:

@@ -16,9 +16,9 @@ from benchmarks.result_files import RESULTS, markdown, write
 from demo_training.prompts import training_prompts
 from engines.build import build_engine
 from engines.build_options import BuildOptions
-from engines.choose import GPU, device_of
 from engines.quantize.calibration import calibrate, needs_prompts
 from engines.registry import all_targets
+from engines.target import GPU
 from runtime.errors import ParityError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def measure(checkpoint: str, max_new_tokens: int, on_target: Callable[[str], Non
     bundle = make_bundle(Checkpoint.open(checkpoint))
     found: dict[str, Any] = {}
     for target in all_targets():
-        if device_of(target) == GPU:
+        if target.device == GPU:
             on_target(target.name)
             with tempfile.TemporaryDirectory() as work:
                 try:
@@ -119,7 +119,7 @@ def verified(
     if needs_prompts(target):
         codes.mkdir()
         calibrate(copy, target, training_prompts(_CALIBRATION_CANVASES), codes)
-    build_engine(copy, target, folder, runnable=device_of(target) != GPU, options=options, cache=cache)
+    build_engine(copy, target, folder, runnable=target.device != GPU, options=options, cache=cache)
     return verify(folder, checkpoint, max_new_tokens=max_new_tokens)
 
 

@@ -15,8 +15,8 @@ from benchmarks.compare.sides import REFERENCE
 from benchmarks.compare.tables import tokens_per_s
 from benchmarks.compare.workloads import DECODE, PREFILL, Point
 from benchmarks.result_files import Results, markdown, of_kind
-from engines.choose import GPU, device_of
 from engines.registry import all_targets
+from engines.target import GPU
 from qwen3vl_export.demo.tasks import TASKS
 
 _NOT_SHOWN = "tiny"  # how the names of the tests' shapes begin
@@ -27,7 +27,7 @@ _PASSED = "passed"  # as benchmarks/gpu_check.py writes it
 def tables(results: Results, folder: Path, docs: Path) -> str:
     """Return both tables, of result files of `folder` and accuracies of `docs`."""
     accuracies = read_accuracies(docs)
-    devices = {target.name: device_of(target) for target in all_targets()}
+    devices = {target.name: target.device for target in all_targets()}
     states = target_states(devices, results, accuracies, read_checks(folder))
     return f"{works_table(results, accuracies)}\n{states}"
 

@@ -23,8 +23,9 @@ from benchmarks.__main__ import app
 from benchmarks.gpu_check import BENCH, BUILD, FAILED, INSPECT, PASSED, SKIPPED, VERIFY, Done, Outcome
 from engines.hardware import Gpu, Hardware
 from engines.registry import get
-from engines.target import Availability, Target
+from engines.target import Target
 from helpers import ROOT
+from helpers.targets import like
 from runtime.errors import TargetError
 
 GPU = Gpu("NVIDIA H200", "9.0", 140 << 30, 139 << 30, "570.1")
@@ -71,7 +72,7 @@ class Commands:
 
 
 def named(name: str, *, available: bool = True) -> Target:
-    return replace(get("ort-cpu-fp32"), name=name, availability=lambda: Availability(True, available, "no library"))
+    return replace(like("ort-cpu-fp32", runs=available, reason="no library"), name=name)
 
 
 def check(

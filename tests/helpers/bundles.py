@@ -9,7 +9,7 @@ from engines import registry
 from engines.bundle import Bundle
 from engines.passes.fuse_shared_input import FuseSharedInputPass
 from engines.passes.quantize_weights import QuantizeWeightsPass
-from engines.quantize.formats import WeightPlan
+from engines.quantize.formats import WeightFormats
 from engines.target import Target
 
 
@@ -24,7 +24,8 @@ def decoder_target(bits: int, block: int) -> Target:
         {"match": ["model.visual.*"], "kind": "float32"},
         {"match": ["*"], "kind": "blockwise", "bits": bits, "block": block},
     ]
-    plan = WeightPlan.from_rules(rules)
     return replace(
-        registry.get("ort-cpu-int4"), passes=lambda: [FuseSharedInputPass(plan.format_of), QuantizeWeightsPass(plan)]
+        registry.get("ort-cpu-int4"),
+        formats=WeightFormats.from_rules(rules),
+        passes=lambda formats: [FuseSharedInputPass(formats.format_of), QuantizeWeightsPass(formats)],
     )

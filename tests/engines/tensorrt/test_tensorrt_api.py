@@ -216,13 +216,16 @@ def test_the_code_is_seen() -> None:
 
 
 def test_names_held_as_text_are_those_of_the_code() -> None:
-    from engines.targets.trt_rtx import _COMPUTE_CAPABILITIES
+    from engines.registry import get
     from engines.tensorrt.checks import _TYPES
     from runtime.sessions.tensorrt import _CACHE_TYPES, _DECODER_TENSORS, _VISION_TENSORS
 
     types = {*_CACHE_TYPES.values(), *_DECODER_TENSORS.values(), *_VISION_TENSORS.values()}
     assert set(_TYPES) == set(AS_TEXT["DataType"]) >= types
-    assert tuple("SM" + each.replace(".", "") for each in _COMPUTE_CAPABILITIES) == AS_TEXT["ComputeCapability"]
+    assert (
+        tuple("SM" + each.replace(".", "") for each in get("trt-rtx-fp16").compute_capabilities)
+        == AS_TEXT["ComputeCapability"]
+    )
     source = (ROOT / "engines" / "tensorrt" / "checks.py").read_text(encoding="utf-8")
     assert set(re.findall(r'kinds\["(\w+)"\]|\("([A-Z_]+)", facts', source)) == {
         ("", name) for name in AS_TEXT["LayerType"]
