@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,7 @@ from engines.output import output_folder
 from engines.passes.fold_static_shapes import fix_capacity
 from engines.progress import SILENT, Progress, Stage
 from engines.quantize.cache_ranges import CacheQuantization, quantize_cache
+from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from runtime import __version__
 from runtime.errors import UsageError
@@ -112,14 +113,14 @@ def build_engine(
 def _lowered(bundle: Bundle, target: Target, sizes: BuildOptions) -> dict[str, ir.Model]:
     """Return what the target runs: copies of the bundle's graphs, lowered, and perhaps a second decoder."""
 
-    def lowered(name: str, passes: Callable[[], Sequence[ir.passes.InPlacePass]]) -> ir.Model:
+    def lowered(name: str, formats: WeightFormats) -> ir.Model:
         model = bundle.graphs[name].clone()
         if name == DECODER and target.compile is not None:
             fix_capacity(model, sizes.max_context)
-        return lower(model, target, bundle.config, passes())
+        return lower(model, target, bundle.config, target.passes(formats))
 
-    second = {} if target.prefill_passes is None else {PREFILL: lowered(DECODER, target.prefill_passes)}
-    return second | {name: lowered(name, target.passes) for name in bundle.graphs}
+    second = {} if target.prefill_formats is None else {PREFILL: lowered(DECODER, target.prefill_formats)}
+    return second | {name: lowered(name, target.formats) for name in bundle.graphs}
 
 
 def _manifest(

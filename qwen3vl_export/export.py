@@ -18,8 +18,9 @@ from engines.choose import AUTO, resolve_target, weight_bytes
 from engines.output import check_output, output_folder
 from engines.progress import SILENT, Progress, Stage
 from engines.quantize.cache_ranges import CacheQuantization, wanted_cache
-from engines.quantize.calibration import blockwise_plan, calibrate, check_prompts
+from engines.quantize.calibration import calibrate, check_prompts
 from engines.quantize.calibration_data import CalibrationPrompt, read_prompts
+from engines.quantize.formats import BLOCKWISE
 from engines.registry import get
 from engines.target import Target
 from engines.weight_shapes import weight_shapes
@@ -200,7 +201,7 @@ def _build(bundle: Bundle, job: _Job, target: Target, progress: Progress) -> Man
     """Calibrate, if there are prompts, and build; the calibrated weights are in a folder that then goes."""
     with contextlib.ExitStack() as stack:
         # For a cache alone, a target may keep its weights whole.
-        if job.prompts and (job.cache is None or blockwise_plan(target) is not None):
+        if job.prompts and (job.cache is None or target.formats.has_products_in(BLOCKWISE)):
             progress.report(Stage.CALIBRATING, f"calibrating on {len(job.prompts)} prompts")
             work, _ = stack.enter_context(work_folder(job.output.resolve().parent))
             bundle = calibrate(bundle, target, job.prompts, work).applied_to(bundle)

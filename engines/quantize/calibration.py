@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 
 from engines.bundle import DECODER, VISION, Bundle
 from engines.disk import check_disk_space
-from engines.passes.quantize_weights import stored_block
+from engines.quantize.blocks import stored_block
 from engines.quantize.blockwise import QuantizedBlocks
 from engines.quantize.calibration_data import CalibrationPrompt
-from engines.quantize.formats import BLOCKWISE, FLOAT8, WeightPlan
+from engines.quantize.formats import BLOCKWISE, FLOAT8
 from engines.quantize.gptq import FloatArray, InputMetric, factorize, quantize_rows
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.quantize.input_ranges import ranged_weights
@@ -104,8 +104,8 @@ def calibrate(
         UsageError: No prompt, prompts that are too long, or a target that calibration does not change.
         BundleError: An activation is NaN or infinite.
     """
-    method, plan = _method(target)
-    if plan is None:
+    rounds_blocks = target.formats.has_products_in(BLOCKWISE)
+    if not rounds_blocks and not needs_prompts(target):
         raise UsageError(
             f"{target.name} stores no weights in blocks of integers and no activations in float8, so calibration would "
             "change nothing",
@@ -116,9 +116,9 @@ def calibrate(
     record = record_prompts(bundle, prompts)
 
     def run(name: str, samples: list[Arrays]) -> Mapping[str, StreamedTensor]:
-        if method == METHOD:
-            return _quantized_weights(bundle, name, target, plan, samples, folder, rounding)
-        return ranged_weights(bundle, name, target, plan, samples, folder, SLICE_BYTES)
+        if rounds_blocks:
+            return _quantized_weights(bundle, name, target, samples, folder, rounding)
+        return ranged_weights(bundle, name, target, samples, folder, SLICE_BYTES)
 
     of_vision = run(VISION, record.images)
     embeds = iter([sample[_EMBEDS] for sample in record.images])
@@ -128,20 +128,16 @@ def calibrate(
     del embeds
     record.images.clear()
     of_decoder = run(DECODER, record.prompts)
+    method = METHOD if rounds_blocks else RANGES_METHOD
     found = {"method": method, "prompts": len(prompts), "tokens": record.num_tokens, "sha256": record.sha256}
     if bundle.config.text.experts is not None:
         found["experts"] = EXPERTS
     return Calibration({**of_vision, **of_decoder}, found)
 
 
-def blockwise_plan(target: Target) -> WeightPlan | None:
-    """Return the formats of a target's weights, or None if it multiplies with none in blocks of integers."""
-    return _plan_with(target, BLOCKWISE)
-
-
 def needs_prompts(target: Target) -> bool:
     """Say whether a target computes with activations of a fixed scale, which calibration prompts give."""
-    return _plan_with(target, FLOAT8) is not None
+    return target.formats.has_products_in(FLOAT8)
 
 
 def check_prompts(target: Target, prompts: Sequence[CalibrationPrompt]) -> None:
@@ -156,17 +152,6 @@ def check_prompts(target: Target, prompts: Sequence[CalibrationPrompt]) -> None:
             "ranges that prompts give",
             remedy="add --calibration DIR, a folder with *.jsonl conversations, or with prompts.txt and images",
         )
-
-
-def _method(target: Target) -> tuple[str, WeightPlan | None]:
-    """Return how calibration changes a target's products, and the formats of its weights; None if it does not."""
-    blockwise = blockwise_plan(target)
-    return (METHOD, blockwise) if blockwise is not None else (RANGES_METHOD, _plan_with(target, FLOAT8))
-
-
-def _plan_with(target: Target, kind: str) -> WeightPlan | None:
-    plans = [plan for each in target.passes() if isinstance(plan := getattr(each, "plan", None), WeightPlan)]
-    return next((plan for plan in plans if plan.has_products_in(kind)), None)
 
 
 @dataclass
@@ -231,13 +216,13 @@ def record_prompts(bundle: Bundle, prompts: Sequence[CalibrationPrompt]) -> Reco
 
 
 def _quantized_weights(
-    bundle: Bundle, name: str, target: Target, plan: WeightPlan, samples: list[Arrays], folder: Path, rounding: Rounding
+    bundle: Bundle, name: str, target: Target, samples: list[Arrays], folder: Path, rounding: Rounding
 ) -> dict[str, StreamedTensor]:
     """Run one graph over its samples, quantising on the way; the samples become outputs of the vision graph."""
     calibrated: dict[str, StreamedTensor] = {}
     if not samples:
         return calibrated
-    model, products = products_by_input(bundle, name, target, plan, BLOCKWISE)
+    model, products = products_by_input(bundle, name, target, BLOCKWISE)
     products = {
         x: kept
         for x, group in products.items()
@@ -262,8 +247,8 @@ def _quantized_weights(
                     raise not_finite(products[x][0].key)
                 metrics: dict[tuple[int, bool], InputMetric] = {}
                 for found in products[x]:
-                    weight_format = plan.format_of(found.key)
-                    block = stored_block(found, weight_format)
+                    weight_format = target.formats.format_of(found.key)
+                    block = stored_block(found.tensor, weight_format, is_table=found.is_table)
                     kind = block, weight_format.symmetric
                     if kind not in metrics:
                         metrics[kind] = factorize(gram_KK, block, symmetric=weight_format.symmetric)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import VISION, Bundle
 from engines.disk import check_disk_space
-from engines.quantize.formats import FLOAT8, WeightPlan
+from engines.quantize.formats import FLOAT8
 from engines.quantize.products import largest_slice_bytes, not_finite, products_by_input
 from engines.quantize.slices import Arrays, cut
 from engines.target import Target
@@ -39,7 +39,6 @@ def ranged_weights(
     bundle: Bundle,
     name: str,
     target: Target,
-    plan: WeightPlan,
     samples: list[Arrays],
     folder: Path,
     slice_bytes: int,
@@ -50,7 +49,6 @@ def ranged_weights(
         bundle: The graphs and their weights.
         name: Of the graph.
         target: What the engine will be built for.
-        plan: The formats of its weights.
         samples: Inputs of the graph; they become the outputs of the vision graph. Without any, nothing is done.
         folder: Takes one slice of the graph.
         slice_bytes: Weights of a slice.
@@ -61,7 +59,7 @@ def ranged_weights(
     ranged: dict[str, RangedWeight] = {}
     if not samples:
         return ranged
-    model, products = products_by_input(bundle, name, target, plan, FLOAT8)
+    model, products = products_by_input(bundle, name, target, FLOAT8)
     check_disk_space(folder, largest_slice_bytes(bundle, slice_bytes))
     outputs = model.graph.outputs if name == VISION else ()
     for part in cut(model.graph, dict.fromkeys(products, 0), outputs, slice_bytes):

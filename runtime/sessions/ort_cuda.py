@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.contract import VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
 from runtime.engine_paths import check_paths
 from runtime.errors import CapacityError, EngineError, UsageError
-from runtime.installation import how_to_install
+from runtime.installation import from_extra, how_to_install
 from runtime.manifest import Manifest
 from runtime.session import KVCache, TopLogits
+
+with from_extra("cuda"):
+    import onnxruntime as ort
 
 LOGITS, TOP_LOGITS, TOP_IDS = "logits", "top_logits", "top_ids"
 # Element types of a cache as ONNX numbers them (TensorProto.DataType): numpy has no bfloat16.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quantizers import training_prompts
+from demo_training.prompts import training_prompts
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from engines.progress import Progress, Stage

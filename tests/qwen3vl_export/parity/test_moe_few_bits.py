@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 
 import configs
-from benchmarks.quantizers import training_prompts
+from demo_training.prompts import training_prompts
 from engines import registry
 from engines.build import build_engine
 from engines.bundle import DECODER, Bundle
