@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from runtime.errors import TargetError
+
 if TYPE_CHECKING:
     from runtime.model_config import ModelConfig
 
+_HEAD_DIM_MULTIPLE = 8
 EXPERTS = """com.microsoft.MoE <k: int = @top_k, activation_type = "swiglu", activation_alpha = 1.0,
         activation_beta = 0.0, swiglu_fusion = 1, normalize_routing_weights = 1>"""
 """MoE, whose inputs are x, logits of all experts, gate and up, a bias and down.
@@ -14,6 +17,21 @@ EXPERTS = """com.microsoft.MoE <k: int = @top_k, activation_type = "swiglu", act
 Its own router breaks ties either way, so the bodies of `MixtureOfExperts` give it the logits of the experts that TopK
 chose, and of all others a number whose exponential is 0: what it then chooses, and its softmax, are the op's.
 """
+
+
+def check_heads(config: ModelConfig) -> None:
+    """Raise unless ONNX Runtime's GroupQueryAttention takes the heads of a model; it says so at the first token only.
+
+    Raises:
+        TargetError: `head_dim` is no multiple of 8 (onnxruntime 1.32, group_query_attention_helper.h).
+    """
+    head_dim = config.text.head_dim
+    if head_dim % _HEAD_DIM_MULTIPLE:
+        raise TargetError(
+            f"config.json: text_config.head_dim is {head_dim}, expected a multiple of {_HEAD_DIM_MULTIPLE}: ONNX "
+            "Runtime's GroupQueryAttention takes no other",
+            remedy="every published Qwen3-VL has 128; --bundle writes the graphs without a target's kernels",
+        )
 
 
 def causal_attention(config: ModelConfig, norm: str, lengths: str) -> str:

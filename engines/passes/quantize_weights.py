@@ -12,7 +12,8 @@ from engines.onnxruntime.storage import CPU_STORAGE, OrtStorage
 from engines.passes.fuse_transposed_matmul import MICROSOFT
 from engines.passes.matmul_weight import MatMulWeight, find_weight
 from engines.quantize.formats import FLOAT, WeightFormats
-from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
+from engines.quantize.tensors import BlockwiseWeight
+from engines.quantize.transposed import RowwiseWeight
 from engines.weights import StreamedTensor, ViewTensor
 
 # Keeps a row of zeros from being divided by zero.

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engines.attention_limits import check_grouped_query_attention
 from engines.onnxruntime import bodies
 from engines.onnxruntime.storage import CPU_STORAGE
 from engines.quantize.formats import WeightFormats
@@ -107,7 +106,7 @@ TARGETS = tuple(
         passes=_passes,
         storage=CPU_STORAGE,
         cache_pass=_cache_pass,
-        check_model=check_grouped_query_attention,
+        check_model=bodies.check_heads,
         **numbers_of("ort_cpu", precision),
     )
     for precision, description in {

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engines.attention_limits import check_grouped_query_attention
 from engines.onnxruntime import bodies
 from engines.onnxruntime.storage import OrtStorage
 from engines.quantize.formats import WeightFormats
@@ -145,7 +144,7 @@ TARGETS = tuple(
         float_dtype=dtype,
         device=GPU,
         top_k=_TOP_K,
-        check_model=check_grouped_query_attention,
+        check_model=bodies.check_heads,
         check_library=_check_library,
         **numbers_of("ort_cuda", precision),
     )
