@@ -163,7 +163,6 @@ def test_environment_variables_are_touched_in_one_file(package: str) -> None:
 
 # Private names that tests of these files still reach for; each goes when what it stands for can be asked otherwise.
 _PRIVATE_LEFT = {
-    "tests/benchmarks/test_compare.py": {"benchmarks.compare.sides._PEERS"},
     "tests/engines/quantize/test_float8.py": {"engines.quantize.calibration._record"},
     "tests/engines/quantize/test_gptq.py": {"engines.quantize.calibration._record"},
     "tests/engines/targets/test_moe_ort_cuda.py": {
@@ -179,7 +178,6 @@ _PRIVATE_LEFT = {
     "tests/qwen3vl_export/tracing/test_tracing.py": {"qwen3vl_export.tracing.pieces._EXAMPLES"},
     "tests/runtime/sessions/test_ort_cuda.py": {"runtime.sessions.ort_cuda._Buffers"},
     "tests/runtime/test_model.py": {"runtime.model.Qwen3VLModel._run"},
-    "tests/runtime/test_prompt_lookup.py": {f"benchmarks.ocr_texts.{name}" for name in ("_PIECES", "_PROSE")},
 }
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 import configs
-from benchmarks.quantizers import copy_of, training_prompts
+from demo_training.prompts import training_prompts
 from engines import registry
 from engines.build import build_engine
 from engines.build_options import BuildOptions
@@ -34,6 +34,7 @@ from engines.quantize.input_ranges import RangedWeight, attach_ranges
 from engines.quantize.products import products_by_input
 from engines.quantize.transposed import Nvfp4Weight
 from engines.weights import StreamedTensor
+from helpers.bundles import copy_of
 from helpers.command_line import call
 from qwen3vl_export.cli import export
 from qwen3vl_export.demo.data import held_out

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_ir.passes import common
 
-from benchmarks.quantizers import copy_of, training_prompts
 from benchmarks.synthetic import hf_config
+from demo_training.prompts import training_prompts
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
@@ -34,6 +34,7 @@ from engines.targets import trt as trt_target
 from engines.tensorrt.checks import check_network, graph_facts
 from engines.tensorrt.experts import mixture_of_experts as body_in_blocks
 from engines.weights import StackedTensor
+from helpers.bundles import copy_of
 from helpers.experts_op import Arrays
 from helpers.lowered_fixtures import edit_graph
 from qwen3vl_export.checkpoint import Checkpoint

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from helpers import ROOT
-from scripts.read_tensorrt_stubs import parameters, read
+from helpers.tensorrt_stubs import parameters, read
 
 STUBS = json.loads((ROOT / "tests" / "data" / "tensorrt_stubs.json").read_text(encoding="utf-8"))
 DOCS = ROOT / "docs" / "targets.md"
@@ -25,7 +25,7 @@ FILES = (
     *sorted((ROOT / "engines" / "tensorrt").glob("*.py")),
     *sorted((ROOT / "runtime").glob("tensorrt*.py")),
     ROOT / "runtime" / "sessions" / "tensorrt.py",
-    ROOT / "scripts" / "gpu_check.py",
+    ROOT / "benchmarks" / "plans.py",
 )
 # Class of each expression that holds something of the library; the same words mean the same in all files.
 OBJECTS = {
@@ -67,9 +67,8 @@ ELSEWHERE = {
     ("engines/tensorrt/profiles.py", "config"): None,
     ("engines/tensorrt/lowering.py", "config"): None,
     ("engines/tensorrt/experts.py", "config"): None,
-    ("scripts/gpu_check.py", "output"): None,
-    ("scripts/gpu_check.py", "parser"): None,
-    ("scripts/gpu_check.py", "engine"): None,
+    ("benchmarks/plans.py", "output"): None,
+    ("benchmarks/plans.py", "engine"): None,
     ("engines/tensorrt/compiler.py", "builder"): None,
 }
 # Names that the code holds as text: types of layers and tensors, and the members that getattr takes.

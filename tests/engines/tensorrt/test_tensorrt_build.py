@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quantizers import copy_of, training_prompts
+from demo_training.prompts import training_prompts
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, Bundle
@@ -21,6 +21,7 @@ from engines.registry import get, load_family
 from engines.tensorrt import compiler
 from engines.tensorrt.checks import GraphFacts, check_graph, check_network, check_plan_size, graph_facts
 from engines.tensorrt.profiles import profiles_of
+from helpers.bundles import copy_of
 from helpers.command_line import call
 from qwen3vl_export.cli import export, run
 from runtime.errors import CapacityError, EngineError, TargetError, UsageError
