@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from runtime.errors import TargetError
 
 if TYPE_CHECKING:
     from runtime.model_config import ModelConfig
+
+    Body = Callable[[ModelConfig], str]
 
 _HEAD_DIM_MULTIPLE = 8
 EXPERTS = """com.microsoft.MoE <k: int = @top_k, activation_type = "swiglu", activation_alpha = 1.0,
@@ -34,16 +38,25 @@ def check_heads(config: ModelConfig) -> None:
         )
 
 
-def causal_attention(config: ModelConfig, norm: str, lengths: str) -> str:
-    """Return the body of `CausalAttention` with GroupQueryAttention, which has no norm and no such rotary embedding.
+def native_ops(norm: str, lengths: str, experts: Body) -> dict[str, Body]:
+    """Return the bodies of all custom ops.
 
     Args:
-        config: Shape of the model.
         norm: Operator that normalises the heads of q and k.
         lengths: Nodes that compute `seqlens_k` [B], valid positions less one with the new ones, and the scalar
             `total_sequence_length`, both int32, of `cos`, `past_lengths` and `past_key`. All layers share `cos` and
             the lengths, so that these are computed once.
+        experts: Makes the body of `MixtureOfExperts`.
     """
+    return {
+        "CausalAttention": partial(_causal_attention, norm, lengths),
+        "VisionAttention": _vision_attention,
+        "MixtureOfExperts": experts,
+    }
+
+
+def _causal_attention(norm: str, lengths: str, config: ModelConfig) -> str:
+    """Return a body with GroupQueryAttention, which has no norm and no such rotary embedding."""
     heads, kv_heads, head_dim = config.text.num_heads, config.text.num_kv_heads, config.text.head_dim
     return f"""
 <domain: "qwen3vl", opset_import: ["" : 24, "com.microsoft" : 1]>
@@ -68,8 +81,7 @@ CausalAttention <scale: float, epsilon: float>
 """
 
 
-def vision_attention(config: ModelConfig) -> str:
-    """Return the body of `VisionAttention` with MultiHeadAttention."""
+def _vision_attention(config: ModelConfig) -> str:
     return """
 <domain: "qwen3vl", opset_import: ["" : 24, "com.microsoft" : 1]>
 VisionAttention <num_heads: int, scale: float> (q, k, v, cos, sin) => (out)

@@ -31,8 +31,7 @@ T = TypeVar("T")
 class QuantizedWeight(abc.ABC):
     """A weight as codes, and what is found in the same pass over its source, such as scales.
 
-    The codes must be written first; the others wait in memory until they are written, 1/32 of the source's bytes or
-    less.
+    The codes must be written first; the others wait in memory until they are written.
 
     Args:
         name: Of the weight.

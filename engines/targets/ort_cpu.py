@@ -36,10 +36,6 @@ _LENGTHS = """
 """
 
 
-def _causal_attention(config: ModelConfig) -> str:
-    return bodies.causal_attention(config, "SimplifiedLayerNormalization", _LENGTHS)
-
-
 def _mixture_of_experts(config: ModelConfig) -> str:
     return f"""
 <domain: "qwen3vl", opset_import: ["" : 24, "com.microsoft" : 1]>
@@ -98,11 +94,7 @@ TARGETS = tuple(
         library="onnxruntime",
         extra="cpu",
         cache_dtype="float32",
-        native_ops={
-            "CausalAttention": _causal_attention,
-            "VisionAttention": bodies.vision_attention,
-            "MixtureOfExperts": _mixture_of_experts,
-        },
+        native_ops=bodies.native_ops("SimplifiedLayerNormalization", _LENGTHS, _mixture_of_experts),
         passes=_passes,
         storage=CPU_STORAGE,
         cache_pass=_cache_pass,

@@ -63,10 +63,6 @@ _LENGTHS = """
 """
 
 
-def _causal_attention(config: ModelConfig) -> str:
-    return bodies.causal_attention(config, "RMSNormalization", _LENGTHS)
-
-
 def _mixture_of_experts(config: ModelConfig) -> str:
     # The lowest number of float16 has 0 as exponential. A softmax before TopK would not change the order.
     experts = config.text.experts
@@ -134,11 +130,7 @@ TARGETS = tuple(
         library="onnxruntime",
         extra="cuda",
         cache_dtype=dtype,
-        native_ops={
-            "CausalAttention": _causal_attention,
-            "VisionAttention": bodies.vision_attention,
-            "MixtureOfExperts": _mixture_of_experts,
-        },
+        native_ops=bodies.native_ops("RMSNormalization", _LENGTHS, _mixture_of_experts),
         passes=partial(_passes, dtype),
         storage=STORAGE,
         float_dtype=dtype,
