@@ -143,7 +143,7 @@ class DecoderInputs(_GraphInputs):
         """
         batch, num_new = input_ids.shape
         first_B1 = (past_lengths + delta)[:, None]
-        every_BS = np.broadcast_to(np.arange(num_new), (batch, num_new))
+        every_BS = np.tile(np.arange(num_new), (batch, 1))
         return cls(
             input_ids=input_ids,
             position_ids=np.broadcast_to(first_B1 + every_BS, (3, batch, num_new)),

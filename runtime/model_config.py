@@ -186,39 +186,8 @@ class ModelConfig:
             text.refuse("is_causal", "true: no token sees those behind it")
         top = _Section(config, "")
         result = cls(
-            text=TextConfig(
-                vocab_size=text.size("vocab_size", most=_MOST_TOKENS),
-                hidden_size=text.size("hidden_size"),
-                intermediate_size=text.size("intermediate_size"),
-                num_layers=text.size("num_hidden_layers", most=_MOST_LAYERS),
-                num_heads=text.size("num_attention_heads"),
-                num_kv_heads=text.size("num_key_value_heads"),
-                # transformers' own defaults, which differ between the two families.
-                head_dim=text.size(
-                    "head_dim",
-                    default=text.size("hidden_size") // text.size("num_attention_heads") if has_experts else 128,
-                ),
-                max_positions=text.size("max_position_embeddings", most=_MOST_TOKENS),
-                rms_norm_eps=text.positive("rms_norm_eps", default=1e-6),
-                tie_word_embeddings=_is_tied(top, text),
-                experts=_experts(text) if has_experts else None,
-                # Without one, releases of transformers disagree: 5e6 in 4.57, 5e5 in 5.24.
-                rope_theta=rope.positive("rope_theta"),
-                mrope_section=rope.triple("mrope_section", default=(24, 20, 20)),
-            ),
-            vision=VisionConfig(
-                depth=vision.size("depth", most=_MOST_LAYERS),
-                hidden_size=vision.size("hidden_size"),
-                intermediate_size=vision.size("intermediate_size"),
-                num_heads=vision.size("num_heads"),
-                in_channels=vision.size("in_channels", default=3, most=_MOST_OF_PATCH),
-                patch_size=vision.size("patch_size", default=16, most=_MOST_OF_PATCH),
-                temporal_patch_size=vision.size("temporal_patch_size", default=2, most=_MOST_OF_PATCH),
-                spatial_merge_size=vision.size("spatial_merge_size", default=2, most=_MOST_OF_PATCH),
-                num_position_embeddings=vision.size("num_position_embeddings"),
-                deepstack_layers=vision.indices("deepstack_visual_indexes", default=(8, 16, 24)),
-                rope_theta=vision_rope.positive("rope_theta", default=10000.0),
-            ),
+            text=_text_config(text, rope, top, has_experts=has_experts),
+            vision=_vision_config(vision, vision_rope),
             image_token_id=top.index("image_token_id", default=151655),
             video_token_id=top.index("video_token_id", default=151656),
             vision_start_token_id=top.index("vision_start_token_id", default=151652),
@@ -342,6 +311,45 @@ def _section(config: Mapping[str, Any], name: str) -> _Section:
     if not isinstance(values, Mapping):
         raise CheckpointError(f"config.json: {name} is missing", remedy="give the folder of a Qwen3-VL checkpoint")
     return _Section(values, name)
+
+
+def _text_config(text: _Section, rope: _Section, top: _Section, *, has_experts: bool) -> TextConfig:
+    return TextConfig(
+        vocab_size=text.size("vocab_size", most=_MOST_TOKENS),
+        hidden_size=text.size("hidden_size"),
+        intermediate_size=text.size("intermediate_size"),
+        num_layers=text.size("num_hidden_layers", most=_MOST_LAYERS),
+        num_heads=text.size("num_attention_heads"),
+        num_kv_heads=text.size("num_key_value_heads"),
+        # transformers' own defaults, which differ between the two families.
+        head_dim=text.size(
+            "head_dim",
+            default=text.size("hidden_size") // text.size("num_attention_heads") if has_experts else 128,
+        ),
+        max_positions=text.size("max_position_embeddings", most=_MOST_TOKENS),
+        rms_norm_eps=text.positive("rms_norm_eps", default=1e-6),
+        tie_word_embeddings=_is_tied(top, text),
+        experts=_experts(text) if has_experts else None,
+        # Without one, releases of transformers disagree: 5e6 in 4.57, 5e5 in 5.24.
+        rope_theta=rope.positive("rope_theta"),
+        mrope_section=rope.triple("mrope_section", default=(24, 20, 20)),
+    )
+
+
+def _vision_config(vision: _Section, rope: _Section) -> VisionConfig:
+    return VisionConfig(
+        depth=vision.size("depth", most=_MOST_LAYERS),
+        hidden_size=vision.size("hidden_size"),
+        intermediate_size=vision.size("intermediate_size"),
+        num_heads=vision.size("num_heads"),
+        in_channels=vision.size("in_channels", default=3, most=_MOST_OF_PATCH),
+        patch_size=vision.size("patch_size", default=16, most=_MOST_OF_PATCH),
+        temporal_patch_size=vision.size("temporal_patch_size", default=2, most=_MOST_OF_PATCH),
+        spatial_merge_size=vision.size("spatial_merge_size", default=2, most=_MOST_OF_PATCH),
+        num_position_embeddings=vision.size("num_position_embeddings"),
+        deepstack_layers=vision.indices("deepstack_visual_indexes", default=(8, 16, 24)),
+        rope_theta=rope.positive("rope_theta", default=10000.0),
+    )
 
 
 def _is_tied(top: _Section, text: _Section) -> bool:

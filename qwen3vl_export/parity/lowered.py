@@ -32,6 +32,7 @@ from runtime.session import KVCache, TopLogits
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+    from qwen3vl_export.checkpoint import Checkpoint
     from runtime.model import Qwen3VLModel
     from runtime.sessions.ort_cpu import OrtKVCache
 
@@ -157,10 +158,26 @@ def open_model(folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
     return model_of(folder, manifest, LoweredSession(folder, manifest, threads))
 
 
+def open_model_of(checkpoint: Checkpoint, folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
+    """Open a folder, as `open_model` does, to compare it with the checkpoint it was built from.
+
+    Raises:
+        ParityError: It was built from a model of another shape.
+    """
+    model = open_model(folder, threads=threads)
+    if model.config != checkpoint.config:
+        raise ParityError(
+            f"{folder} was built from a model of another shape than {checkpoint.name}",
+            remedy="give the checkpoint that `qwen3vl inspect` names as its source",
+        )
+    return model
+
+
 def model_of(folder: Path, manifest: Manifest, session: LoweredSession) -> Qwen3VLModel:
     """Put what a folder holds for prompts around a session."""
+    from runtime.engine_options import DEFAULT_MAX_CONTEXT
     from runtime.memory import machine_bytes
-    from runtime.model import DEFAULT_MAX_CONTEXT, Qwen3VLModel
+    from runtime.model import Qwen3VLModel
     from runtime.preparation import Preparation
 
     max_context = min(session.capacity or DEFAULT_MAX_CONTEXT, manifest.model.text.max_positions)

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 import engines.hardware
-import runtime.model
+import runtime.engine_options
 from engines.hardware import Gpu, Hardware
 from helpers.command_line import call
 from qwen3vl_export.cli.bench import bench
@@ -39,7 +39,7 @@ def gpu_engine(tiny_engine: Path, tmp_path: Path) -> Path:
 def test_the_machines_memory_limits_engines_of_the_cpu_alone(
     tiny_engine: Path, gpu_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.model, "machine_bytes", lambda: 1)
+    monkeypatch.setattr(runtime.engine_options, "machine_bytes", lambda: 1)
     with pytest.raises(CapacityError, match=r"the limit is 0\.00 GB"):
         Qwen3VLModel.from_engine(tiny_engine)
     Qwen3VLModel.from_engine(gpu_engine)

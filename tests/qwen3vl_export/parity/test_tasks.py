@@ -20,8 +20,8 @@ from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.parity import layers as layers_module
 from qwen3vl_export.parity import tasks
 from qwen3vl_export.parity.layers import LayerErrors, plot_layers
-from qwen3vl_export.parity.task_report import TaskReport, paired_interval, write_sections
-from qwen3vl_export.parity.tasks import Question, ask, run_tasks
+from qwen3vl_export.parity.task_report import Question, TaskReport, paired_interval, write_sections
+from qwen3vl_export.parity.tasks import ask, run_tasks
 from qwen3vl_export.parity.verify import verify
 from runtime.contract import DecoderInputs
 from runtime.errors import ParityError, UsageError
