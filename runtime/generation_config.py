@@ -15,6 +15,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from runtime.arguments import reading
@@ -137,7 +138,7 @@ class GenerationOptions:
             values["prompt_lookup_num_tokens"] = _MOST_DRAFTED  # the tokens are the same
         if "max_length" in values:
             # What it leaves for the answer is less.
-            values["max_new_tokens"] = _max_length("max_length", values["max_length"])
+            values["max_new_tokens"] = _CHECKS["max_length"]("max_length", values["max_length"])
         return cls(**values)
 
     def replace(self, **options: Any) -> GenerationOptions:
@@ -174,10 +175,10 @@ class GenerationOptions:
             sampling = {*_SAMPLING_ONLY, "do_sample"}
             given = {name: value for name, value in given.items() if name not in sampling} | {"do_sample": False}
         if "max_new_tokens" in given:
-            _max_length("max_length", given.get("max_length"))  # it gives way, but has to be a number
+            _CHECKS["max_length"]("max_length", given.get("max_length"))  # it gives way, but has to be a number
             given["max_length"] = None
         elif "max_length" in given:
-            length = _max_length("max_length", given["max_length"])
+            length = _CHECKS["max_length"]("max_length", given["max_length"])
             if self.max_length is None and self.max_new_tokens != type(self).max_new_tokens:
                 _LOGGER.warning("note: max_length has no effect: max_new_tokens = %d counts", self.max_new_tokens)
                 del given["max_length"]  # as in transformers
@@ -250,8 +251,12 @@ def _factor(name: str, value: Any, remedy: str) -> float:
     return _real(name, value, interval, lambda x: _SMALLEST_FACTOR <= x <= _LARGEST_FACTOR, remedy)
 
 
-def _max_new_tokens(name: str, value: Any) -> int:
-    return _integer(name, value, 1)
+def _share(name: str, value: Any, remedy: str) -> float:
+    return _real(name, value, "in [0, 1]", lambda x: 0 <= x <= 1, remedy)
+
+
+def _additive_penalty(name: str, value: Any) -> float:
+    return _real(name, value, "in [-2, 2]", lambda x: -2 <= x <= 2, f"{name}=0.0 switches it off")
 
 
 def _do_sample(name: str, value: Any) -> bool:
@@ -260,33 +265,8 @@ def _do_sample(name: str, value: Any) -> bool:
     return value
 
 
-def _max_length(name: str, value: Any) -> int | None:
-    return None if value is None else _integer(name, value, 1)
-
-
-def _temperature(name: str, value: Any) -> float:
-    # transformers refuses 0 as well, where it is told to sample: as a limit it means greedy.
-    return _factor(name, value, "for greedy decoding pass do_sample=False")
-
-
-def _top_k(name: str, value: Any) -> int:
-    return _integer(name, value, 0)
-
-
-def _top_p(name: str, value: Any) -> float:
-    return _real(name, value, "in [0, 1]", lambda x: 0 <= x <= 1, "top_p=1.0 keeps all tokens")
-
-
-def _min_p(name: str, value: Any) -> float:
-    return _real(name, value, "in [0, 1]", lambda x: 0 <= x <= 1, "min_p=0.0 keeps all tokens")
-
-
-def _repetition_penalty(name: str, value: Any) -> float:
-    return _factor(name, value, "repetition_penalty=1.0 switches it off")
-
-
-def _additive_penalty(name: str, value: Any) -> float:
-    return _real(name, value, "in [-2, 2]", lambda x: -2 <= x <= 2, f"{name}=0.0 switches it off")
+def _if_given(name: str, value: Any, minimum: int, bits: int = 63) -> int | None:
+    return None if value is None else _integer(name, value, minimum, bits)
 
 
 def _stop(name: str, value: Any) -> tuple[str, ...]:
@@ -295,10 +275,6 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
         raise UsageError(f"{name} must be a string or a list of at most {_MOST_STOPS} strings, got {shown(value)}")
     check_stops(stops)
     return tuple(stops)
-
-
-def _seed(name: str, value: Any) -> int | None:
-    return None if value is None else _integer(name, value, 0, bits=256)
 
 
 def _prompt_lookup_num_tokens(name: str, value: Any) -> int:
@@ -320,17 +296,18 @@ def _eos_token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
-    "max_new_tokens": _max_new_tokens,
-    "max_length": _max_length,
-    "temperature": _temperature,
-    "top_k": _top_k,
-    "top_p": _top_p,
-    "min_p": _min_p,
-    "repetition_penalty": _repetition_penalty,
+    "max_new_tokens": partial(_integer, minimum=1),
+    "max_length": partial(_if_given, minimum=1),
+    # transformers refuses 0 as well, where it is told to sample: as a limit it means greedy.
+    "temperature": partial(_factor, remedy="for greedy decoding pass do_sample=False"),
+    "top_k": partial(_integer, minimum=0),
+    "top_p": partial(_share, remedy="top_p=1.0 keeps all tokens"),
+    "min_p": partial(_share, remedy="min_p=0.0 keeps all tokens"),
+    "repetition_penalty": partial(_factor, remedy="repetition_penalty=1.0 switches it off"),
     "presence_penalty": _additive_penalty,
     "frequency_penalty": _additive_penalty,
     "stop": _stop,
-    "seed": _seed,
+    "seed": partial(_if_given, minimum=0, bits=256),
     "prompt_lookup_num_tokens": _prompt_lookup_num_tokens,
     "eos_token_ids": _eos_token_ids,
 }
