@@ -444,7 +444,8 @@ def _compare_tasks(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from qwen3vl_export.parity.layers import check_plot, plot_layers
+    from qwen3vl_export.parity.layers import plot_layers
+    from qwen3vl_export.parity.plots import check_plot
     from qwen3vl_export.parity.tasks import run_tasks
 
     if plot is not None:
@@ -465,7 +466,7 @@ def _compare_tasks(
 
 def _measure_ranges(checkpoint: str, plot: Path | None, **options: int) -> RangeReport:
     """Measure, and draw the plot."""
-    from qwen3vl_export.parity.layers import check_plot
+    from qwen3vl_export.parity.plots import check_plot
     from qwen3vl_export.parity.range_report import plot_ranges
     from qwen3vl_export.parity.ranges import measure_ranges
 

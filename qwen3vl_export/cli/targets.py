@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import configs
-from qwen3vl_export.cli.output import columns, print_json, print_text
+from qwen3vl_export.cli.output import print_json, print_text
 from runtime.errors import CheckpointError, UsageError
 from runtime.files import is_folder
-from runtime.shown import shown
+from runtime.shown import columns, shown
 
 if TYPE_CHECKING:
     from engines.target import Target

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.disk import replace_text
 from qwen3vl_export.parity.layers import LayerErrors, plot_layers
+from qwen3vl_export.parity.report import finite
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest
@@ -207,7 +208,7 @@ class TaskReport:
         values = asdict(self) | {"passed": self.passed, "allowed_points": self.allowed_points}
         for row, shown in zip(self.rows, values["rows"], strict=True):
             shown |= {"points": row.points, "interval": row.interval}
-        plain: dict[str, Any] = _finite(values)
+        plain: dict[str, Any] = finite(values)
         return plain
 
     def render(self) -> str:
@@ -311,14 +312,6 @@ def _exp(value: float) -> float:
 
 def _infinite(value: float | None) -> float:
     return math.inf if value is None else value
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

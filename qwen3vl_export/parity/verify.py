@@ -222,9 +222,7 @@ class _Comparison:
             self._add("pixels, grey levels", levels, self._limits["pixel_levels"])
         return same_ids and same_grids
 
-    def _run_both(
-        self, prepared: Prepared, embeds: FloatArray, num_steps: int
-    ) -> tuple[Followed[ReferenceOutput], _Decoded]:
+    def _run_both(self, prepared: Prepared, embeds: FloatArray, num_steps: int) -> tuple[Followed, _Decoded]:
         """Run reference and engine, the reference with the engine's choices of experts."""
         decoded: dict[tuple[int, ...], _Decoded] = {}
         tokens: list[int] = []
@@ -244,7 +242,7 @@ class _Comparison:
         followed = follow(run, lambda output: self._errors(decode(tuple(output.tokens)), output))
         return followed, decode(tuple(followed.output.tokens))
 
-    def _compare_routes(self, followed: Followed[ReferenceOutput]) -> None:
+    def _compare_routes(self, followed: Followed) -> None:
         for layer, routing in followed.output.routers.layers.items():
             gaps = [gap for place, gap in followed.gaps.items() if place[0] == layer]
             if not gaps:
