@@ -27,7 +27,7 @@ from runtime.generation import Drafter, decode_steps
 from runtime.manifest import Manifest
 from runtime.prompt_lookup import DRAFT_COST, PromptLookup
 from runtime.sampling import greedy
-from runtime.session import Session, open_session
+from runtime.session import Session, SessionOptions, open_session
 
 POSITIONS = (1, 2, 3, 4, 6, 8, 11, 16)
 RATES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -79,7 +79,7 @@ class Engine:
     def __init__(self, folder: Path, threads: int, num_cached: int) -> None:
         manifest = Manifest.read(folder)
         self.target, self.config = manifest.target, manifest.model
-        self.session: Session = open_session(folder, manifest, threads=threads)
+        self.session: Session = open_session(folder, manifest, SessionOptions(threads))
         self.num_cached = num_cached
         self._embeds = no_visual_embeds(self.config)
 

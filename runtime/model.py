@@ -24,7 +24,7 @@ from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunk
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
 from runtime.guard import Owner, as_engine_error
-from runtime.image_processor import ImageProcessorConfig, ProcessedImage
+from runtime.image_processor import ProcessedImage
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
 from runtime.memory import (
@@ -42,10 +42,9 @@ from runtime.memory import (
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
 from runtime.prompt_lookup import PromptLookup
 from runtime.sampling import Sampler
-from runtime.session import Session, open_session
+from runtime.session import Session, SessionOptions, open_session
 from runtime.shown import shown
 from runtime.stop_text import AnswerText
-from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
 
 _T = TypeVar("_T")
@@ -76,6 +75,10 @@ class Qwen3VLModel:
         self.config = manifest.model
         self.session = session
         self.preparation = preparation
+        self.tokenizer = preparation.tokenizer
+        self.image_config = preparation.image_config
+        self.defaults = preparation.defaults
+        self.max_image_pixels = preparation.max_image_pixels
         self.max_context = max_context
         self.max_memory = max_memory
         self._owner = Owner(session)
@@ -86,26 +89,6 @@ class Qwen3VLModel:
         self._room = ContextRoom(max_context, preparation, sys.maxsize if capacity is None else int(capacity))
         self._chunk = chunk_limit(manifest.capabilities)
         self._logits_chunk = chunk_limit(manifest.capabilities, all_logits=True)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer."""
-        return self.preparation.tokenizer
-
-    @property
-    def image_config(self) -> ImageProcessorConfig:
-        """Settings of the image processor, with the limits that were given."""
-        return self.preparation.image_config
-
-    @property
-    def defaults(self) -> GenerationOptions:
-        """Options of an answer for which none are given: those of the checkpoint."""
-        return self.preparation.defaults
-
-    @property
-    def max_image_pixels(self) -> int:
-        """Most pixels of an image that is decoded."""
-        return self.preparation.max_image_pixels
 
     def __repr__(self) -> str:
         """Say what is open: `Qwen3VLModel('out/demo', target='ort-cpu-fp32', model='demo', …)`."""
@@ -175,7 +158,7 @@ class Qwen3VLModel:
         preparation = Preparation.from_folder(folder, manifest.model)
         return cls(
             manifest,
-            open_session(folder, manifest, threads=options.threads, huge_pages=huge_pages, cuda_graphs=cuda_graphs),
+            open_session(folder, manifest, SessionOptions(options.threads, huge_pages, cuda_graphs)),
             preparation.with_image_limits(options.min_pixels, options.max_pixels, options.max_image_pixels),
             options.max_context,
             options.max_memory,

@@ -205,35 +205,25 @@ class ModelConfig:
                 f"{text.hidden_size}: the decoder takes visual embeddings as they are",
                 remedy="take both sections of config.json from one checkpoint",
             )
+        levels, wrong = vision.deepstack_layers, ""
         if text.num_heads % text.num_kv_heads:
-            raise CheckpointError(
-                f"config.json: {text.num_heads} attention heads are no multiple of {text.num_kv_heads} key/value heads",
-                remedy=_TAKE_IT_AGAIN,
-            )
-        if vision.num_grid_per_side**2 != vision.num_position_embeddings:
-            raise CheckpointError(
-                f"config.json: vision_config.num_position_embeddings = {vision.num_position_embeddings} is no square",
-                remedy=_TAKE_IT_AGAIN,
-            )
-        if vision.hidden_size % vision.num_heads:
-            raise CheckpointError(
-                f"config.json: vision_config.hidden_size = {vision.hidden_size} is no multiple of "
-                f"num_heads = {vision.num_heads}",
-                remedy=_TAKE_IT_AGAIN,
-            )
+            wrong = f"{text.num_heads} attention heads are no multiple of {text.num_kv_heads} key/value heads"
+        elif vision.num_grid_per_side**2 != vision.num_position_embeddings:
+            wrong = f"vision_config.num_position_embeddings = {vision.num_position_embeddings} is no square"
+        elif vision.hidden_size % vision.num_heads:
+            wrong = f"vision_config.hidden_size = {vision.hidden_size} is no multiple of num_heads = {vision.num_heads}"
         # Rotary embeddings turn pairs of elements; those of the vision tower, pairs for rows and for columns.
-        for name, head_dim, factor in (("text_config", text.head_dim, 2), ("vision_config", vision.head_dim, 4)):
-            if head_dim % factor:
-                raise CheckpointError(
-                    f"config.json: {name}: heads of {head_dim} elements, expected a multiple of {factor}",
-                    remedy=_TAKE_IT_AGAIN,
-                )
-        if len(vision.deepstack_layers) > text.num_layers or any(i >= vision.depth for i in vision.deepstack_layers):
-            raise CheckpointError(
-                f"config.json: deepstack_visual_indexes {list(vision.deepstack_layers)} do not fit a vision tower of "
-                f"{vision.depth} and a decoder of {text.num_layers} layers",
-                remedy=_TAKE_IT_AGAIN,
+        elif text.head_dim % 2:
+            wrong = f"text_config: heads of {text.head_dim} elements, expected a multiple of 2"
+        elif vision.head_dim % 4:
+            wrong = f"vision_config: heads of {vision.head_dim} elements, expected a multiple of 4"
+        elif len(levels) > text.num_layers or any(i >= vision.depth for i in levels):
+            wrong = (
+                f"deepstack_visual_indexes {list(levels)} do not fit a vision tower of {vision.depth} and a decoder of "
+                f"{text.num_layers} layers"
             )
+        if wrong:
+            raise CheckpointError(f"config.json: {wrong}", remedy=_TAKE_IT_AGAIN)
 
 
 class _Section:

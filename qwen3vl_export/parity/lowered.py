@@ -27,7 +27,7 @@ from runtime.errors import CapacityError, ParityError
 from runtime.files import is_folder, leads_somewhere
 from runtime.machine import default_threads
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, Manifest
-from runtime.session import KVCache, TopLogits
+from runtime.session import KVCache, TopLogits, top_logits
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -84,13 +84,7 @@ class LoweredSession:
     def decode_top(self, inputs: DecoderInputs, cache: KVCache) -> list[list[TopLogits]]:
         """Run the decoder; see `runtime.session.TopLogitsSession.decode_top`."""
         logits_BLV, values_BLk, ids_BLk = self._decode(inputs, cache, (*DECODER_OUTPUTS, "top_logits", "top_ids"))
-        return [
-            [
-                TopLogits(ids_k, values_k, logits_V.size, lambda whole=logits_V: whole)  # type: ignore[misc]
-                for logits_V, values_k, ids_k in zip(*rows, strict=True)
-            ]
-            for rows in zip(logits_BLV, values_BLk, ids_BLk, strict=True)
-        ]
+        return top_logits(ids_BLk, values_BLk, logits_BLV.shape[-1], lambda b, i: logits_BLV[b, i])
 
     def _decode(self, inputs: DecoderInputs, cache: KVCache, names: Sequence[str]) -> list[NDArray[Any]]:
         assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
@@ -106,10 +100,8 @@ class LoweredSession:
             binding.bind_cpu_input(name, array)
         for name in names:
             binding.bind_output(name, "cpu")
-        for i, pair in enumerate(cache.values if cache is not None else ()):  # type: ignore[attr-defined]
-            for kind, value in zip(("key", "value"), pair, strict=True):
-                binding.bind_ortvalue_input(f"past_key_values.{i}.{kind}", value)
-                binding.bind_ortvalue_output(f"present_key_values.{i}.{kind}", value)
+        if cache is not None:
+            cache.bind(binding)  # type: ignore[attr-defined]
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises classes of its own binding, without a common base

@@ -16,7 +16,8 @@ from helpers.tokenizer_fixture import INSTRUCT_TEMPLATE, build_tokenizer_files, 
 from runtime.chat import IMAGE_TOKEN, ChatTemplate
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
 from runtime.generation_config import GenerationOptions
-from runtime.image_processor import ImageProcessorConfig, process_image
+from runtime.image_config import ImageProcessorConfig
+from runtime.image_processor import process_image
 from runtime.model_config import ModelConfig
 from runtime.positions import VisualSpan
 from runtime.preparation import Preparation, Prompt
@@ -183,3 +184,6 @@ def test_files_and_their_folder_open_alike(folder: Path) -> None:
     assert (found.image_config, found.defaults) == (opened.image_config, opened.defaults)
     assert found.defaults.eos_token_ids == (1,)
     assert found.prepare("hi").prompt == opened.prepare("hi").prompt
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(EngineError, match=r"tokenizer\.json: missing"):
+        Preparation.from_folder(folder, CONFIG)

@@ -20,10 +20,11 @@ from engines.target import Target
 from helpers import PICTURES
 from runtime import generation
 from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
-from runtime.errors import EngineError, TargetError, UsageError
+from runtime.errors import EngineError, TargetError
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
+from runtime.session import SessionOptions
 from runtime.sessions import ort_cuda
 from runtime.sessions.ort_cuda import Device, OrtCudaSession, OrtDeviceCache
 from tests.conftest import build
@@ -69,7 +70,7 @@ def models(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Mod
     return model
 
 
-def on_cpu(folder: Path, manifest: Manifest, **_: object) -> OrtCudaSession:
+def on_cpu(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCudaSession:
     return OrtCudaSession(folder, manifest, device=CPU)
 
 
@@ -415,8 +416,3 @@ def test_without_the_provider_nothing_runs_on_the_cpu(folder: Path) -> None:
     with pytest.raises(EngineError, match="has no CUDAExecutionProvider") as caught:
         Qwen3VLModel.from_engine(folder)
     assert "onnxruntime-gpu" in str(caught.value.remedy)
-
-
-def test_huge_pages_are_refused(demo_engine: Path) -> None:
-    with pytest.raises(UsageError, match="huge_pages"):
-        ort_cuda.open_session(demo_engine, Manifest.read(demo_engine), huge_pages=True)
