@@ -118,4 +118,4 @@ compare-setup: setup
 
 # Beside the demo, the model that is asked for: MODEL=FOLDER, MODEL=owner/name, or MODEL=qwen3-vl-2b for random weights.
 gpu-check: setup
-	$(BIN)/python scripts/gpu_check.py $(if $(filter file,$(origin MODEL)),,--model '$(MODEL)')
+	$(BIN)/python -m benchmarks gpu-check $(if $(filter file,$(origin MODEL)),,--model '$(MODEL)')

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import against, report
+from benchmarks import export, imports, run
 from benchmarks.compare.tables import bytes_per_s
 from benchmarks.compare.workloads import DECODE, Point
-
-Results = Mapping[str, Mapping[str, Any]]
+from benchmarks.result_files import Results, markdown
 
 
 @dataclass(frozen=True)
@@ -22,26 +21,22 @@ class Goal:
         what: What is measured.
         limit: The figure asked, in `unit`.
         unit: The unit, with its space.
-        inputs: Names of the results that `value` takes.
-        value: The figure reached.
+        value: The figure reached, of all results by name; KeyError where a result or a side is not there.
         is_minimum: More is better.
-        takes_any: `value` takes those of `inputs` that are there, not all.
         on_huge_pages: The same figure of the same engine on huge pages; it is shown, and not judged.
     """
 
     what: str
     limit: float
     unit: str
-    inputs: tuple[str, ...]
-    value: Callable[..., float]
+    value: Callable[[Results], float]
     is_minimum: bool = False
-    on_huge_pages: Callable[..., float] | None = None
-    takes_any: bool = False
+    on_huge_pages: Callable[[Results], float] | None = None
 
     def row(self, results: Results) -> tuple[str, str, str, str]:
         """Return the cells what, asked, reached, verdict."""
         asked = f"{'≥' if self.is_minimum else '≤'} {self.limit:g}{self.unit}"
-        value, other = (self._of(results, function) for function in (self.value, self.on_huge_pages))
+        value, other = (_found(function, results) for function in (self.value, self.on_huge_pages))
         reached = "not measured" if value is None else self._text(value)
         if other is not None:
             reached += f"; huge pages {self._text(other)}"
@@ -50,16 +45,16 @@ class Goal:
         is_reached = value >= self.limit if self.is_minimum else value <= self.limit
         return self.what, asked, reached, "yes" if is_reached else "**no**"
 
-    def _of(self, results: Results, function: Callable[..., float] | None) -> float | None:
-        try:
-            names = [name for name in self.inputs if name in results or not self.takes_any]
-            return None if function is None else function(*(results[name] for name in names))
-        except KeyError:  # a result or a side that is not there
-            return None
-
     def _text(self, value: float) -> str:
         is_near = abs(value - self.limit) < 0.02 * self.limit  # where two decimals could hide the verdict
         return f"{value:.{4 if is_near else 3}g}{self.unit}"
+
+
+def _found(value: Callable[[Results], float] | None, results: Results) -> float | None:
+    try:
+        return None if value is None else value(results)
+    except KeyError:
+        return None
 
 
 _FP32 = "ort-cpu-fp32"
@@ -68,45 +63,28 @@ _EXPORT_2B, _RUN_2B = (f"{what}-qwen3-vl-2b-{_FP32}" for what in ("export", "run
 _IMPORT = "from qwen3_vl import Qwen3VLModel"  # more than the lazy `import qwen3_vl`
 
 GOALS = (
-    Goal("2B, graphs without weights: wall time", 25, " s", (_GRAPHS_2B,), lambda r: report.export_median(r, "wall_s")),
+    Goal("2B, graphs without weights: wall time", 25, " s", lambda r: export.median(r[_GRAPHS_2B], "wall_s")),
     Goal(
         "32B, graphs without weights: wall time beyond that of 2B",
         3,
         " s",
-        (_GRAPHS_2B, _GRAPHS_32B),
-        lambda small, large: report.export_median(large, "wall_s") - report.export_median(small, "wall_s"),
+        lambda r: export.median(r[_GRAPHS_32B], "wall_s") - export.median(r[_GRAPHS_2B], "wall_s"),
     ),
-    Goal("2B, graphs without weights: peak RSS", 2, " GB", (_GRAPHS_2B,), lambda r: report.export_peak_bytes(r) / 1e9),
-    Goal("2B, export in fp32: CPU time", 75, " s", (_EXPORT_2B,), lambda r: report.export_median(r, "cpu_s")),
-    Goal("2B, export in fp32: peak RSS", 2, " GB", (_EXPORT_2B,), lambda r: report.export_peak_bytes(r) / 1e9),
-    Goal("2B, engine in fp32: prefill", 1, " × PyTorch", (_RUN_2B,), lambda r: report.speed(r, "prefill"), True),
-    Goal("2B, engine in fp32: decode", 1, " × PyTorch", (_RUN_2B,), lambda r: report.speed(r, "decode"), True),
-    Goal("Import of `Qwen3VLModel`", 0.3, " s", ("import",), lambda r: report.added_s(r, _IMPORT)),
-    *(
-        Goal(
-            f"{what} beside commit dbe2769, which traced transformers",
-            limit,
-            " ×",
-            ("against-dbe2769",),
-            lambda r, step=step: against.ratio(r, step),
-        )
-        for what, step, limit in (
-            ("Export of the demo, CPU time", "demo", 0.6),
-            ("2B, graphs without weights, CPU time", "qwen3-vl-2b", 0.6),
-            # Not slower, within the noise of two medians.
-            ("Import of `Qwen3VLModel`, wall time", "import", 1.05),
-        )
-    ),
+    Goal("2B, graphs without weights: peak RSS", 2, " GB", lambda r: export.peak_bytes(r[_GRAPHS_2B]) / 1e9),
+    Goal("2B, export in fp32: CPU time", 75, " s", lambda r: export.median(r[_EXPORT_2B], "cpu_s")),
+    Goal("2B, export in fp32: peak RSS", 2, " GB", lambda r: export.peak_bytes(r[_EXPORT_2B]) / 1e9),
+    Goal("2B, engine in fp32: prefill", 1, " × PyTorch", lambda r: run.speed(r[_RUN_2B], "prefill"), True),
+    Goal("2B, engine in fp32: decode", 1, " × PyTorch", lambda r: run.speed(r[_RUN_2B], "decode"), True),
+    Goal("Import of `Qwen3VLModel`", 0.3, " s", lambda r: imports.added_s(r["import"], _IMPORT)),
     Goal(
         "Import of `Qwen3VLModel`: torch, transformers, ONNX libraries",
         0,
         " loaded",
-        ("import",),
-        lambda r: len(r["imports"][_IMPORT]["heavy_modules"]),
+        lambda r: len(r["import"]["imports"][_IMPORT]["heavy_modules"]),
     ),
 )
 
-_COMPARE, _SPECULATION, _OVERHEAD = "compare-qwen3-vl-2b", "speculation-2b-int4", "overhead-2b-int4"
+_COMPARE = "compare-qwen3-vl-2b"
 # A run of fewer sides, ours on default pages among them; the other one has more peers, and ours on huge pages alone.
 _PAGES = "compare-qwen3-vl-2b-pages"
 _INT4, _INT4P8 = "ort-cpu-int4", "ort-cpu-int4p8"
@@ -129,26 +107,17 @@ def _goal(
     `value` takes the result, the name of one of our sides, and `more`.
     """
 
-    def of(side: str) -> Callable[..., float]:
-        def first(*results: Mapping[str, Any]) -> float:
-            for result in results:
+    def of(side: str) -> Callable[[Results], float]:
+        def first(results: Results) -> float:
+            for name in (_PAGES, _COMPARE):
                 with contextlib.suppress(KeyError):
-                    return value(result, side, *more)
+                    return value(results[name], side, *more)
             raise KeyError(side)
 
         return first
 
     on_huge_pages = of(f"{target}-huge-pages") if depends_on_pages else None
-    return Goal(
-        f"2B, `{target}`: {what}",
-        limit,
-        unit,
-        (_PAGES, _COMPARE),
-        of(target),
-        is_minimum,
-        on_huge_pages,
-        takes_any=True,
-    )
+    return Goal(f"2B, `{target}`: {what}", limit, unit, of(target), is_minimum, on_huge_pages)
 
 
 def _times_as_fast(result: Mapping[str, Any], side: str, peers: tuple[str, ...], point: str) -> float:
@@ -206,15 +175,6 @@ def _export(result: Mapping[str, Any], side: str, value: str, unit: float) -> fl
     return float(result["sides"][side]["export"][value]) / unit
 
 
-def _nothing_accepted(result: Mapping[str, Any]) -> float:
-    """Return the least speed of prompt lookup on a text of which no draft was right."""
-    races = [race["lookup"] for race in result["natural"].values()]
-    speeds = [float(race["speed"]) for race in races if not race["accepted"]]
-    if not speeds:
-        raise KeyError("something is accepted in every text")
-    return min(speeds)
-
-
 QUANTISED_GOALS = (
     *(
         _goal(
@@ -268,29 +228,6 @@ QUANTISED_GOALS = (
             _goal("peak RSS of the export", 2, " GB", target, _export, "peak_rss_bytes", 1e9, depends_on_pages=False),
         )
     ),
-    Goal(
-        "2B, `ort-cpu-int4`: host, share of a decode step behind 512 tokens",
-        1,
-        " %",
-        (_OVERHEAD,),
-        lambda r: 100 * r["outside"]["median_s"] / r["step"]["median_s"],
-    ),
-    Goal(
-        "2B, `ort-cpu-int4`: prompt lookup, every draft wrong, 256 tokens",
-        0.97,
-        " × plain",
-        (_SPECULATION,),
-        lambda r: r["forced"]["0%"]["speed"],
-        True,
-    ),
-    Goal(
-        "2B, `ort-cpu-int4`: prompt lookup, a text of which nothing is accepted",
-        0.97,
-        " × plain",
-        (_SPECULATION,),
-        _nothing_accepted,
-        True,
-    ),
 )
 
 
@@ -301,34 +238,31 @@ def _rss_beyond_weights(result: Mapping[str, Any]) -> float:
 
 
 _GRAPHS_INT4 = "export-qwen3-vl-{}-ort-cpu-int4-no-weights"
+_EXPORT_30B, _COMPARE_30B = "export-qwen3-vl-30b-a3b-ort-cpu-int4", "compare-qwen3-vl-30b-a3b"
 EXPERTS_GOALS = (
     Goal(
-        "30B-A3B, `ort-cpu-int4`: peak RSS of the export",
-        4,
-        " GB",
-        ("export-qwen3-vl-30b-a3b-ort-cpu-int4",),
-        lambda r: report.export_peak_bytes(r) / 1e9,
+        "30B-A3B, `ort-cpu-int4`: peak RSS of the export", 4, " GB", lambda r: export.peak_bytes(r[_EXPORT_30B]) / 1e9
     ),
     Goal(
         "235B-A22B, `ort-cpu-int4`, graphs without weights: wall time beyond that of 2B",
         5,
         " s",
-        (_GRAPHS_INT4.format("2b"), _GRAPHS_INT4.format("235b-a22b")),
-        lambda small, large: report.export_median(large, "wall_s") - report.export_median(small, "wall_s"),
+        lambda r: (
+            export.median(r[_GRAPHS_INT4.format("235b-a22b")], "wall_s")
+            - export.median(r[_GRAPHS_INT4.format("2b")], "wall_s")
+        ),
     ),
     Goal(
         "4 layers of 30B-A3B, `ort-cpu-int4`: peak RSS but weights on disk and KV cache",
         1,
         " GB",
-        ("compare-qwen3-vl-30b-a3b-4-layers",),
-        _rss_beyond_weights,
+        lambda r: _rss_beyond_weights(r[f"{_COMPARE_30B}-4-layers"]),
     ),
     Goal(
         "30B-A3B, `ort-cpu-int4`: peak RSS but weights on disk and KV cache",
         1,
         " GB",
-        ("compare-qwen3-vl-30b-a3b",),
-        _rss_beyond_weights,
+        lambda r: _rss_beyond_weights(r[_COMPARE_30B]),
     ),
 )
 
@@ -336,4 +270,4 @@ EXPERTS_GOALS = (
 def table(results: Results) -> str:
     """Return figure asked against figure reached."""
     asked = (*GOALS, *QUANTISED_GOALS, *EXPERTS_GOALS)
-    return report.table([("figure", "asked", "reached", "met"), *(goal.row(results) for goal in asked)])
+    return markdown([("figure", "asked", "reached", "met"), *(goal.row(results) for goal in asked)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,33 +73,17 @@ def time_engine(engine: Path, work: Workload) -> dict[str, Any]:
     cache = model.session.new_cache(length + work.warmup + work.decode_steps)
     step_count = 0
 
-    def vision() -> float:
-        start = time.perf_counter()
-        model.encode_images(prepared.images)
-        return time.perf_counter() - start
-
-    def prefill() -> float:
-        start = time.perf_counter()
-        model.session.decode(prompt, cache)
-        return time.perf_counter() - start
-
-    def decode() -> float:
+    def decode() -> None:
         nonlocal step_count
         past, token = np.array([length + step_count]), np.array([[_DECODED_TOKEN]])
         step_count += 1
         step = DecoderInputs.text(token, past, prompt.visual_embeds[:, :1], delta=prepared.positions.delta)
-        start = time.perf_counter()
         model.session.decode(step, cache)
-        return time.perf_counter() - start
 
-    return {
-        "load_s": loaded,
-        "prompt_tokens": length,
-        "visual_tokens": prepared.num_visual_tokens,
-        "vision": repeat(vision, warmup=work.warmup, repeats=work.repeats),
-        "prefill": repeat(prefill, warmup=work.warmup, repeats=work.repeats),
-        "decode": repeat(decode, warmup=work.warmup, repeats=work.decode_steps),
-    }
+    counts = {"load_s": loaded, "prompt_tokens": length, "visual_tokens": prepared.num_visual_tokens}
+    return counts | _time_phases(
+        work, lambda: model.encode_images(prepared.images), lambda: model.session.decode(prompt, cache), decode
+    )
 
 
 def time_torch(checkpoint: Path, work: Workload) -> dict[str, Any]:
@@ -126,38 +111,38 @@ def time_torch(checkpoint: Path, work: Workload) -> dict[str, Any]:
     cache: Any = None
     token = torch.full((1, 1), _DECODED_TOKEN)
 
-    def vision() -> float:
-        start = time.perf_counter()
-        model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-        return time.perf_counter() - start
-
-    def prefill() -> float:
+    def prefill() -> None:
         nonlocal cache
-        start = time.perf_counter()
         cache = model(
             **text_inputs, mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1
         ).past_key_values
-        return time.perf_counter() - start
 
-    def decode() -> float:
+    def decode() -> None:
         nonlocal cache
-        start = time.perf_counter()
         cache = model(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
-        return time.perf_counter() - start
 
-    return {
+    counts = {
         "load_s": loaded,
         "prompt_tokens": int(inputs["input_ids"].shape[1]),
         "visual_tokens": int((inputs["input_ids"] == model.config.image_token_id).sum()),
+    }
+    images = inputs["pixel_values"], inputs["image_grid_thw"]
+    return counts | _time_phases(work, lambda: model.model.get_image_features(*images), prefill, decode)
+
+
+def _time_phases(
+    work: Workload, vision: Callable[[], object], prefill: Callable[[], object], decode: Callable[[], object]
+) -> dict[str, Any]:
+    return {
         "vision": repeat(vision, warmup=work.warmup, repeats=work.repeats),
         "prefill": repeat(prefill, warmup=work.warmup, repeats=work.repeats),
         "decode": repeat(decode, warmup=work.warmup, repeats=work.decode_steps),
     }
 
 
-def command(side: str, source: Path, work: Workload, result: Path) -> list[str]:
-    """Return the command line of one side's process."""
-    return [sys.executable, "-m", "benchmarks.inference", side, str(source), json.dumps(asdict(work)), str(result)]
+def command(side: str, source: Path, work: Workload) -> list[str]:
+    """Return the command line of one side's process, to which the file for the result is added."""
+    return [sys.executable, "-m", "benchmarks.inference", side, str(source), json.dumps(asdict(work))]
 
 
 def main() -> None:

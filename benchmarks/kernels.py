@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import measure, options
+from benchmarks.result_files import RESULTS, markdown, write
 
 ROWS = (1, 16, 128, 512)
 # A product of the 2B shape, and enough of them that memory is theirs.
 _INPUTS, _OUTPUTS, _PRODUCTS = 2048, 6144, 8
-CALL, CALL_EXACT, TOKEN_BEFORE, TOKEN = "call", "call, without VNNI", "token, before", "token"
+CALL, CALL_EXACT, TOKEN = "call", "call, without VNNI", "token"
 FORMS = {
     CALL: "`DynamicQuantizeMatMul`, one scale for a call",
     CALL_EXACT: "the same with the option for processors without VNNI",
-    TOKEN_BEFORE: "one scale for each token by rows divided before `DynamicQuantizeMatMul`",
     TOKEN: "one scale for each token by `MatMulIntegerToFloat`, rows independent",
 }
+
+
+def kernels(repeats: int = 21, threads: int = 1, results: options.Results = RESULTS) -> None:
+    """Measure 8-bit products in the forms that engines use, their memory, and the tests of kernels at opening."""
+    environment = measure.environment()
+    result = measure_all(repeats, threads) | {"environment": environment}
+    write("kernels", result, table(result), results)
 
 
 def measure_all(repeats: int, threads: int) -> dict[str, Any]:
@@ -39,9 +45,7 @@ def measure_all(repeats: int, threads: int) -> dict[str, Any]:
             taken: dict[str, list[float]] = {form: [] for form in FORMS}
             for _ in range(repeats + 2):  # alternated, so that what else runs here meets all alike
                 for form, session in sessions.items():
-                    start = time.perf_counter()
-                    session.run(None, {"x": x})
-                    taken[form].append(time.perf_counter() - start)
+                    taken[form].append(measure.seconds(lambda session=session, x=x: session.run(None, {"x": x})))
             for form in FORMS:
                 seconds[form][str(num_rows)] = measure.summarise(taken[form][2:])
     return {
@@ -66,10 +70,8 @@ def opened_bytes() -> dict[str, dict[str, int]]:
     return found
 
 
-def table_of(result: Mapping[str, Any]) -> str:
-    """Return the table of a result."""
-    from benchmarks.report import table
-
+def table(result: Mapping[str, Any]) -> str:
+    """Return the tables of times, of memory, and of the tests."""
     inputs, outputs = result["shape"]
     rows = [("form", *(f"{rows} rows, ms" for rows in ROWS), "512 rows over the first")]
     first = result["seconds"][CALL]["512"]["median_s"]
@@ -85,11 +87,11 @@ def table_of(result: Mapping[str, Any]) -> str:
     tests += [(name, f"{1e3 * value['median_s']:.1f}") for name, value in result["test_s"].items()]
     return (
         f"One product [rows, {inputs}] · [{inputs}, {outputs}], {result['threads']} threads, median of "
-        f"{result['repeats']} repeats, forms alternated.\n\n{table(rows)}\n"
+        f"{result['repeats']} repeats, forms alternated.\n\n{markdown(rows)}\n"
         f"Memory of a graph with {weights / 1e6:.0f} MB of such weights once it is open and what was freed is given "
-        f"back, and the process's largest resident memory beyond its start.\n\n{table(memory)}\n"
+        f"back, and the process's largest resident memory beyond its start.\n\n{markdown(memory)}\n"
         f"The tests of kernels when an engine is opened; the first of a process also starts ONNX Runtime.\n\n"
-        f"{table(tests)}"
+        f"{markdown(tests)}"
     )
 
 
@@ -119,21 +121,14 @@ def _write_graph(path: Path, form: str, num_products: int) -> None:
         if form in (CALL, CALL_EXACT):
             add("DynamicQuantizeMatMul", "x w scales", "y", "com.microsoft")
             continue
-        if form == TOKEN_BEFORE:
-            add("Abs", "x", "va")
-            add("ReduceMax", "va axis", "vb")
-            add("Max", "vb smallest", "vs")
-            add("Div", "x vs", "vd")
-            add("DynamicQuantizeMatMul", "vd w scales", "vp", "com.microsoft")
-        else:
-            add("ReduceMax", "x axis", "va")
-            add("ReduceMin", "x axis", "vb")
-            add("Mul", "va up", "vu")
-            add("Mul", "vb down", "vw")
-            add("Max", "vu vw smallest", "vs")
-            add("Div", "x vs", "vd")
-            add("QuantizeLinear", "vd unit middle", "vq")
-            add("MatMulIntegerToFloat", "vq w unit scales middle", "vp", "com.microsoft")
+        add("ReduceMax", "x axis", "va")
+        add("ReduceMin", "x axis", "vb")
+        add("Mul", "va up", "vu")
+        add("Mul", "vb down", "vw")
+        add("Max", "vu vw smallest", "vs")
+        add("Div", "x vs", "vd")
+        add("QuantizeLinear", "vd unit middle", "vq")
+        add("MatMulIntegerToFloat", "vq w unit scales middle", "vp", "com.microsoft")
         add("Mul", "vp vs", "y")
     graph = helper.make_graph(
         nodes,
@@ -194,9 +189,7 @@ def _tests() -> dict[str, float]:
     from runtime.kernels import known_kernels, needs_exact_products
 
     def seconds(kernels: list[str]) -> float:
-        start = time.perf_counter()
-        needs_exact_products(kernels)
-        return time.perf_counter() - start
+        return measure.seconds(lambda: needs_exact_products(kernels))
 
     first = seconds(["DynamicQuantizeMatMul"])
     each = {name: seconds([name]) for name in known_kernels() if name != "DynamicQuantizeMatMul"}

@@ -10,13 +10,15 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from unittest import mock
 
 import typer
 
-from benchmarks import measure, report
+from benchmarks import measure, options
+from benchmarks.result_files import RESULTS, markdown, write
 from engines.build import build_engine
 from engines.disk import sync_files
 from engines.exchange import exchange
@@ -34,14 +36,13 @@ _ANSWER = "1654"
 _MARK = "export_number"
 # Longer than it takes: some exports end.
 _PUT_S = 0.01
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 
 
 def kills(
     count: Annotated[int, typer.Option(help="Exports to kill, with each way to put an engine into its place.")] = 100,
     target: Annotated[str, typer.Option(help="Target to build.")] = "ort-cpu-int4",
     seed: int = 0,
-    results: Annotated[Path, typer.Option(help="Folder for the JSON file and the table.")] = report.RESULTS,
+    results: options.Results = RESULTS,
     work_dir: Annotated[Path | None, typer.Option(help="Folder for the engines; emptied of them afterwards.")] = None,
 ) -> None:
     """Kill exports over an engine at random moments (SIGKILL), and see what they leave."""
@@ -55,11 +56,32 @@ def kills(
         for way, has_exchange in (("one step", True), ("two renames", False)):
             (Path(name) / way).mkdir()
             rows[way] = kill_exports(bundle, target, Path(name) / way, count, seed, has_exchange=has_exchange)
-    result = {"target": target, "seed": seed, "ways": rows, "cpu_flags": cpu_flags(), "environment": environment}
-    path = report.write("kills", result, results)
-    typer.echo(path.read_text(encoding="utf-8"))
+    result = {"target": target, "seed": seed, "ways": rows, "environment": environment}
+    write("kills", result, table(result), results)
     if any(row["broken"] or row["left_after_next_run"] for row in rows.values()):
         raise typer.Exit(1)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return one row for each way to put an engine into its place."""
+    columns = {
+        "exports": "exports",
+        "killed": "killed",
+        "older engine": "old",
+        "new engine": "new",
+        "none until the next run": "missing",
+        "broken": "broken",
+        "something left": "left",
+        "left after the next run began": "left_after_next_run",
+    }
+    rows = [("put into place by", *columns)]
+    rows += [(way, *(str(row[key]) for key in columns.values())) for way, row in result["ways"].items()]
+    seconds = max(row["typical_s"] for row in result["ways"].values())
+    return (
+        f"{markdown(rows)}\nThe demo for {result['target']}, killed (SIGKILL) at random moments of the {seconds:.1f} s "
+        "from the end of tracing to the end, a third of them while the engine is put into its place; seed "
+        f"{result['seed']}.\n"
+    )
 
 
 def kill_exports(
@@ -187,10 +209,3 @@ def _is_whole(output: Path) -> bool:
     except Qwen3VLError:
         return False
     return answer == _ANSWER and len(os.listdir(output)) == len(manifest.files) + 1
-
-
-def cpu_flags() -> list[str]:
-    """Return which of the instruction sets that kernels differ by this processor has."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return [flag for flag in _FLAGS if flag in flags]

@@ -1,18 +1,24 @@
-"""Execute the lowered graphs of every GPU target on the CPU and compare them with PyTorch: `qwen3vl verify` of each."""
+"""`python -m benchmarks lowered`: the lowered graphs of every GPU target, executed on the CPU, against PyTorch."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.quantizers import copy_of, training_prompts
+import typer
+
+from benchmarks import options
+from benchmarks.measure import environment
+from benchmarks.result_files import RESULTS, markdown, write
+from demo_training.prompts import training_prompts
 from engines.build import build_engine
 from engines.build_options import BuildOptions
-from engines.choose import GPU, device_of
 from engines.quantize.calibration import calibrate, needs_prompts
 from engines.registry import all_targets
+from engines.target import GPU
 from runtime.errors import ParityError
 
 if TYPE_CHECKING:
@@ -27,6 +33,13 @@ _CALIBRATION_CANVASES = 64
 _CAPACITY = 256
 
 
+def lowered(checkpoint: str = "demo", max_new_tokens: int = 64, results: options.Results = RESULTS) -> None:
+    """Execute the lowered graphs of every GPU target on the CPU and compare them with PyTorch."""
+    machine = environment()
+    found = measure(checkpoint, max_new_tokens, lambda name: typer.echo(name, err=True))
+    write("lowered", found | {"environment": machine}, table(found), results)
+
+
 def measure(checkpoint: str, max_new_tokens: int, on_target: Callable[[str], None]) -> dict[str, Any]:
     """Return for each target whether its graphs were executed, and how near they came, or why not.
 
@@ -39,24 +52,22 @@ def measure(checkpoint: str, max_new_tokens: int, on_target: Callable[[str], Non
     from qwen3vl_export.export import make_bundle
 
     bundle = make_bundle(Checkpoint.open(checkpoint))
-    results = {}
+    found: dict[str, Any] = {}
     for target in all_targets():
-        if device_of(target) == GPU:
+        if target.device == GPU:
             on_target(target.name)
             with tempfile.TemporaryDirectory() as work:
                 try:
                     report = verified(bundle, target, checkpoint, max_new_tokens, Path(work))
-                    results[target.name] = {"is_executed": True, **_worst(report)}
+                    found[target.name] = {"is_executed": True, **_worst(report)}
                 except ParityError as error:
                     reason = error.message.replace(f"{work}/engine/", "")
-                    results[target.name] = {"is_executed": False, "reason": reason}
-    return {"model": checkpoint, "max_new_tokens": max_new_tokens, "targets": results}
+                    found[target.name] = {"is_executed": False, "reason": reason}
+    return {"model": checkpoint, "max_new_tokens": max_new_tokens, "targets": found}
 
 
-def table_of(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """Return one row for each target."""
-    from benchmarks.report import table  # which takes this from here
-
     rows = [("target", "executed", "least cosine", "logits", "top-1, prompt", "top-1, greedy", "within its tolerances")]
     for name, each in result["targets"].items():
         if each["is_executed"]:
@@ -73,7 +84,7 @@ def table_of(result: Mapping[str, Any]) -> str:
         rows.append((f"`{name}`", *cells))
     return (
         f"Lowered graphs of {result['model']}, {result['max_new_tokens']} greedy tokens behind each prompt, against "
-        f"PyTorch in float32; of all prompts the worst.\n\n{table(rows)}"
+        f"PyTorch in float32; of all prompts the worst.\n\n{markdown(rows)}"
     )
 
 
@@ -101,12 +112,14 @@ def verified(
     from qwen3vl_export.parity.verify import verify
 
     options = BuildOptions(max_context=_CAPACITY, prefill_chunk=_CAPACITY) if target.compile is not None else None
-    copy = copy_of(bundle)
+    copy = replace(
+        bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()}
+    )  # a build consumes them
     folder, codes = work / "engine", work / "codes"
     if needs_prompts(target):
         codes.mkdir()
         calibrate(copy, target, training_prompts(_CALIBRATION_CANVASES), codes)
-    build_engine(copy, target, folder, runnable=device_of(target) != GPU, options=options, cache=cache)
+    build_engine(copy, target, folder, runnable=target.device != GPU, options=options, cache=cache)
     return verify(folder, checkpoint, max_new_tokens=max_new_tokens)
 
 

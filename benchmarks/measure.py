@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -61,20 +62,33 @@ def run_child(command: Sequence[str], folder: Path | None = None) -> ChildCost:
     return ChildCost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def repeat(step: Callable[[], float], *, warmup: int, repeats: int) -> dict[str, Any]:
-    """Call `step`, which returns its own duration in seconds, and summarise the calls after the warm-up."""
+def child_result(command: Sequence[str], output: Path, folder: Path | None = None) -> tuple[dict[str, Any], ChildCost]:
+    """Run a command that writes a JSON object into the file that is its last argument; return it, and what it took."""
+    cost = run_child([*command, str(output)], folder)
+    return json.loads(output.read_text(encoding="utf-8")), cost
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Return how long a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def repeat(call: Callable[[], object], *, warmup: int, repeats: int) -> dict[str, Any]:
+    """Summarise the seconds of some calls behind others of warm-up."""
     for _ in range(warmup):
-        step()
-    return summarise([step() for _ in range(repeats)])
+        call()
+    return summarise([seconds(call) for _ in range(repeats)])
 
 
-def summarise(seconds: Sequence[float]) -> dict[str, Any]:
+def summarise(taken_s: Sequence[float]) -> dict[str, Any]:
     """Return median, extremes and all values of some durations."""
     return {
-        "median_s": statistics.median(seconds),
-        "min_s": min(seconds),
-        "max_s": max(seconds),
-        "all_s": list(seconds),
+        "median_s": statistics.median(taken_s),
+        "min_s": min(taken_s),
+        "max_s": max(taken_s),
+        "all_s": list(taken_s),
     }
 
 
@@ -88,12 +102,13 @@ def environment() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
+        "libraries": {name: found for name in _LIBRARIES if (found := version(name)) is not None},
         "load_average_1min": os.getloadavg()[0],
     }
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """Return the installed version of a distribution, if there is one."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import experts, report
+from benchmarks import export, synthetic
 from benchmarks.compare.tables import bytes_per_s, tokens_per_s
 from benchmarks.compare.workloads import DECODE, PREFILL, Point
+from benchmarks.result_files import Results, kind, markdown
 
 _COMPARED = ("compare-qwen3-vl-30b-a3b-4-layers", "compare-qwen3-vl-30b-a3b")
 _STEPS = (Point(DECODE, 0), Point(DECODE, 512))
@@ -27,13 +28,13 @@ _HEAD = [
 ]
 
 
-def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the tables of the forms of one layer, of whole models and of exports, of those results that are there."""
-    parts = [experts.table(result) for name, result in results.items() if report.kind(name) == "experts"]
+def tables(results: Results) -> str:
+    """Return the tables of whole models and of exports, of those results that are there."""
+    parts = []
     compared = [results[name] for name in _COMPARED if name in results]
     if compared:
         parts.append(model_table(compared))
-    exports = [result for name, result in results.items() if name.startswith("export-") and _is_shown(result)]
+    exports = [result for name, result in results.items() if kind(name) == "export" and _is_shown(result)]
     if exports:
         parts.append(export_rows(exports))
     return "\n".join(parts)
@@ -56,11 +57,11 @@ def model_table(compared: Sequence[Mapping[str, Any]]) -> str:
             memory = [f"{size / 1e9:.2f}" for size in (*sizes, sizes[2] - sizes[1] - sizes[0])]
             rows.append([layers, name, *steps, prompt, read, f"{side['load_s']:.1f}", *memory])
         reached = f"{layers} layers: reading memory reached {ceiling / 1e9:.1f} GB/s in the same run."
-        notes.append(reached + report.holes_note(result))
+        notes.append(reached + synthetic.holes_note(result))
     return (
         f"{compared[0]['settings']['threads']} threads. {' '.join(notes)} "
         "Each step is another token. The peak is that of an answer to an image of 1024 × 768 pixels.\n\n"
-        f"{report.table(rows)}"
+        f"{markdown(rows)}"
     )
 
 
@@ -68,7 +69,7 @@ def export_rows(exports: list[Mapping[str, Any]]) -> str:
     """Return one row for each export."""
     rows = [("export", "target", "weights", "checkpoint, GB", "wall, s", "CPU, s", "GB/s", "peak RSS, GB")]
     for result in exports:
-        wall, size = report.export_median(result, "wall_s"), result["checkpoint_bytes"]
+        wall, size = export.median(result, "wall_s"), result["checkpoint_bytes"]
         rate = "" if result["no_weights"] else f"{size / wall / 1e9:.3f}"
         rows.append(
             (
@@ -77,17 +78,17 @@ def export_rows(exports: list[Mapping[str, Any]]) -> str:
                 _weights(result),
                 f"{size / 1e9:.1f}",
                 f"{wall:.1f}",
-                f"{report.export_median(result, 'cpu_s'):.1f}",
+                f"{export.median(result, 'cpu_s'):.1f}",
                 rate,
-                f"{report.export_peak_bytes(result) / 1e9:.2f}",
+                f"{export.peak_bytes(result) / 1e9:.2f}",
             )
         )
-    return report.table(rows)
+    return markdown(rows)
 
 
 def _weights(result: Mapping[str, Any]) -> str:
-    if report.has_holes(result):
-        return f"{report.written(result)}, else zeros in holes"
+    if synthetic.has_holes(result):
+        return f"{synthetic.written(result)}, else zeros in holes"
     return "no" if result["no_weights"] else "yes"
 
 

@@ -1,4 +1,4 @@
-"""Where engines of a mixture of experts choose other experts than PyTorch: `qwen3vl verify` of every target."""
+"""`python -m benchmarks routes`: where engines of a mixture of experts choose other experts than PyTorch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import lowered
-from benchmarks.quantizers import training_prompts
+import typer
+
+from benchmarks import options
+from benchmarks.lowered import verified
+from benchmarks.measure import environment
+from benchmarks.result_files import RESULTS, markdown, write
+from demo_training.prompts import training_prompts
 from engines.quantize.cache_ranges import CacheQuantization
 from engines.registry import all_targets, get
 from runtime.errors import ParityError
@@ -19,6 +24,13 @@ if TYPE_CHECKING:
 _CALIBRATION_CANVASES = 64
 # Caches in few bits, of these targets.
 _CACHES = (("ort-cpu-fp32", 8), ("ort-cpu-fp32", 4), ("ort-cpu-int4", 8), ("ort-cpu-int4", 4))
+
+
+def routes(checkpoint: str = "demo-moe", max_new_tokens: int = 64, results: options.Results = RESULTS) -> None:
+    """Verify every target of a mixture of experts, and say where it chooses other experts than PyTorch."""
+    machine = environment()
+    found = measure(checkpoint, max_new_tokens, lambda name: typer.echo(name, err=True))
+    write("routes", found | {"environment": machine}, table(found), results)
 
 
 def measure(checkpoint: str, max_new_tokens: int, on_target: Callable[[str], None]) -> dict[str, Any]:
@@ -45,24 +57,22 @@ def measure(checkpoint: str, max_new_tokens: int, on_target: Callable[[str], Non
         on_target(name)
         with tempfile.TemporaryDirectory() as work:
             try:
-                report = lowered.verified(bundle, target, checkpoint, max_new_tokens, Path(work), cache)
+                report = verified(bundle, target, checkpoint, max_new_tokens, Path(work), cache)
             except ParityError:
                 continue
         found[name] = _worst(report)
     return {"model": checkpoint, "max_new_tokens": max_new_tokens, "engines": found}
 
 
-def table_of(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """Return one row for each engine."""
-    from benchmarks.report import table  # which takes this from here
-
     rows = [("engine", "choices followed", "widest gap", "largest share", "cache", "logits", "passed")]
     for name, each in result["engines"].items():
         cells = (f"{each[key]:.2g}" for key in ("widest_gap", "largest_share", "cache_relative", "logits_scaled"))
         rows.append((name, f"{each['differ']} of {each['choices']}", *cells, "yes" if each["passed"] else "**no**"))
     return (
         f"`qwen3vl verify` of {result['model']}, {result['max_new_tokens']} greedy tokens behind each prompt; of all "
-        f"prompts and layers the largest. Targets that are missing do not run on a CPU.\n\n{table(rows)}"
+        f"prompts and layers the largest. Targets that are missing do not run on a CPU.\n\n{markdown(rows)}"
     )
 
 
@@ -70,13 +80,13 @@ def _worst(report: Report) -> dict[str, Any]:
     def values(*names: str) -> list[float]:
         return [check.value for check in report.checks if check.name in names]
 
-    routes = [check for check in report.checks if check.name == "widest gap of routes"]
+    gaps = [check for check in report.checks if check.name == "widest gap of routes"]
     return {
         "passed": report.passed,
-        "differ": sum(check.detail["choices"] for check in routes),
+        "differ": sum(check.detail["choices"] for check in gaps),
         "choices": sum(routing.num_tokens for routing in report.routers.layers.values()),
-        "widest_gap": max((check.value for check in routes), default=0.0),
-        "largest_share": max((check.detail["share"] for check in routes), default=0.0),
+        "widest_gap": max((check.value for check in gaps), default=0.0),
+        "largest_share": max((check.detail["share"] for check in gaps), default=0.0),
         "cache_relative": max(values("keys", "values")),
         "logits_scaled": max(values("prompt logits", "greedy logits")),
     }

@@ -1,8 +1,4 @@
-"""Write what was measured into README.md and docs/benchmarks.md, from the result files alone.
-
-A new result file, of a new target too, shows up without a change here. Each generated block stands between two
-comments, `<!-- NAME: written by python -m benchmarks report -->` and `<!-- end of NAME -->`.
-"""
+"""The tables of README.md: what was measured of which model and target, and the state of each target."""
 
 from __future__ import annotations
 
@@ -13,21 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import configs
-from benchmarks import goals, lowered, mixture, plot, report, routes
-from benchmarks.compare import chart
+from benchmarks import export, run
+from benchmarks.build import SHIPPED
 from benchmarks.compare.sides import REFERENCE
 from benchmarks.compare.tables import tokens_per_s
 from benchmarks.compare.workloads import DECODE, PREFILL, Point
-from benchmarks.goals import Results
-from engines.choose import GPU, device_of
+from benchmarks.result_files import Results, markdown, of_kind
 from engines.registry import all_targets
+from engines.target import GPU
+from qwen3vl_export.demo.tasks import TASKS
 
-ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ("demo", "demo-moe")
-TASKS = ("read", "count", "where", "json")
 _NOT_SHOWN = "tiny"  # how the names of the tests' shapes begin
 Accuracies = Mapping[str, Mapping[str, Mapping[str, float]]]
-_PASSED = "passed"  # as scripts/gpu_check.py writes it
+_PASSED = "passed"  # as benchmarks/gpu_check.py writes it
+
+
+def tables(results: Results, folder: Path, docs: Path) -> str:
+    """Return both tables, of result files of `folder` and accuracies of `docs`."""
+    accuracies = read_accuracies(docs)
+    devices = {target.name: target.device for target in all_targets()}
+    states = target_states(devices, results, accuracies, read_checks(folder))
+    return f"{works_table(results, accuracies)}\n{states}"
 
 
 def works_table(results: Results, accuracies: Accuracies) -> str:
@@ -37,9 +39,9 @@ def works_table(results: Results, accuracies: Accuracies) -> str:
         results: What `report.load` returns.
         accuracies: What `read_accuracies` returns.
     """
-    exports = [result for name, result in results.items() if report.kind(name) == "export"]
-    runs = [result for name, result in results.items() if report.kind(name) == "run"]
-    compared = [result for name, result in results.items() if report.kind(name) == "compare"]
+    exports = of_kind(results, "export")
+    runs = of_kind(results, "run")
+    compared = of_kind(results, "compare")
     measured = [*exports, *runs]
     answered = {target for each in accuracies.values() for target in each}
     timed = {(result["model"], result["target"]) for result in runs}
@@ -61,7 +63,7 @@ def works_table(results: Results, accuracies: Accuracies) -> str:
                 here += [line for each in sides for line in _compared(each, target, has_export=not is_exported)]
             cells.append("<br>".join(here) or "not measured")
         rows.append((f"`{model}`", *cells))
-    return report.table(rows)
+    return markdown(rows)
 
 
 def target_states(
@@ -69,25 +71,23 @@ def target_states(
     results: Results,
     accuracies: Accuracies,
     checks: Sequence[Mapping[str, Any]],
-    builds: Sequence[Mapping[str, Any]],
 ) -> str:
     """Return one row for each target: whether it was run, built, or neither, and what shows it.
 
     Args:
         devices: `cpu` or `gpu` by target.
-        results: What `report.load` returns: an engine that was timed has run.
+        results: What `report.load` returns: an engine that was timed has run; of `build` are plans that were compiled.
         accuracies: Shares of right answers by checkpoint and target: an engine that was asked has run.
         checks: Results of `make gpu-check`, each of one model and target on one GPU.
-        builds: Results with `plan_bytes`: plans that were compiled, not executed.
     """
-    timed = {str(r["target"]) for name, r in results.items() if report.kind(name) == "run"}
-    compared = [r["sides"] for name, r in results.items() if report.kind(name) == "compare"]
+    timed = {str(result["target"]) for result in of_kind(results, "run")}
+    compared = [result["sides"] for result in of_kind(results, "compare")]
     timed |= {side.get("target", name) for sides in compared for name, side in sides.items()}
     answered = {target for each in accuracies.values() for target in each}
     rows = [("target", "status", "shown by")]
     for target, device in sorted(devices.items()):
         checked = [each for each in checks if each["target"] == target]
-        built = [each for each in builds if each["target"] == target]
+        built = [each for each in of_kind(results, "build") if each["target"] == target]
         passed = [each for each in checked if each["result"] == _PASSED]
         state, shown = ("**needs a GPU to run**" if device == GPU else "not run"), ""
         failed = [f"{each['model']} FAILED: {each['why']}" for each in checked if each["result"] != _PASSED]
@@ -99,9 +99,11 @@ def target_states(
             state, shown = f"**fails on {_gpus(checked)}**", "<br>".join(failed)
         elif built:
             state = "built here, needs a GPU to run"
-            shown = "<br>".join(f"{each['model']}: {_plan_bytes(each) / 1e6:,.1f} MB of plans" for each in built)
+            shown = "<br>".join(
+                f"{each['model']}: {sum(each['plan_bytes'].values()) / 1e6:,.1f} MB of plans" for each in built
+            )
         rows.append((f"`{target}`", state, shown))
-    return report.table(rows) + (
+    return markdown(rows) + (
         "\n`run`: engines of it answered, on the machine of the result files or on the GPU that is named. `built here`:"
         "\nits plans were compiled for real on a machine without a GPU, and not executed. `make gpu-check` on a machine"
         "\nwith a GPU runs the rest.\n"
@@ -119,12 +121,6 @@ def read_checks(folder: Path) -> list[dict[str, Any]]:
     return list(latest.values())
 
 
-def read_builds(folder: Path) -> list[dict[str, Any]]:
-    """Return the results of builds that compiled plans."""
-    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("build-*.json")))
-    return [result for result in found if "plan_bytes" in result]
-
-
 def _gpus(checks: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(sorted({each["gpu"] for each in checks}))
 
@@ -133,12 +129,6 @@ def _timed(check: Mapping[str, Any]) -> str:
     bench = check["values"]["bench"]
     speed = f"TTFT {1e3 * bench['ttft_p50_s']:.0f} ms, {bench['tokens_per_s']:.1f} tokens/s"
     return f"{check['model']}: {speed} ({check['gpu']}, {check['date']})"
-
-
-def _plan_bytes(build: Mapping[str, Any]) -> int:
-    """Return the bytes of all plans; a result holds their sum, or the bytes of each by name."""
-    plans = build["plan_bytes"]
-    return sum(plans.values()) if isinstance(plans, Mapping) else plans
 
 
 def _compared(sides: Mapping[str, Any], target: str, *, has_export: bool) -> list[str]:
@@ -189,46 +179,6 @@ def read_accuracies(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-def generated(root: Path = ROOT) -> dict[Path, str]:
-    """Return the contents that all files with generated parts should have."""
-    folder = root / "benchmarks" / "results"
-    results = report.load(folder)
-    files = {folder / f"{name}.md": report.render(name, result) for name, result in results.items()}
-    files[folder / "speed.svg"] = plot.speeds([r for name, r in results.items() if report.kind(name) == "run"])
-    files |= {folder / f"{name}.svg": chart.draw(r) for name, r in results.items() if report.kind(name) == "compare"}
-    accuracies = read_accuracies(root / "docs")
-    devices = {target.name: device_of(target) for target in all_targets()}
-    states = target_states(devices, results, accuracies, read_checks(folder), read_builds(folder))
-    blocks = [
-        ("README.md", "what works", f"{works_table(results, accuracies)}\n{states}"),
-        ("docs/benchmarks.md", "figures", goals.table(results)),
-        ("docs/mixture_of_experts.md", "speed", mixture.tables(results)),
-    ]
-    if "lowered" in results:
-        blocks.append(("docs/accuracy.md", "lowered graphs", lowered.table_of(results["lowered"])))
-    if "quantizers" in results:
-        blocks.append(("docs/quantization.md", "quantizers", report.quantizers_table(results["quantizers"])))
-    if "routes" in results:
-        blocks.append(("docs/mixture_of_experts.md", "routes", routes.table_of(results["routes"])))
-    for place, name, body in blocks:
-        path = root / place
-        files[path] = replace_block(files.get(path) or path.read_text(encoding="utf-8"), name, body)
-    return files
-
-
-def replace_block(text: str, name: str, body: str) -> str:
-    """Return `text` with `body` between the two comments of a block.
-
-    Raises:
-        ValueError: The comments do not occur exactly once.
-    """
-    start, end = f"<!-- {name}: written by python -m benchmarks report -->", f"<!-- end of {name} -->"
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"expected each once: {start} and {end}")
-    before, rest = text.split(start)
-    return f"{before}{start}\n\n{body}\n{end}{rest.split(end)[1]}"
-
-
 def _accuracy(shares: Mapping[str, float] | None, reference: Mapping[str, float] | None) -> str:
     if shares is None:
         return "not measured"
@@ -241,11 +191,11 @@ def _accuracy(shares: Mapping[str, float] | None, reference: Mapping[str, float]
 
 def _shown(result: Mapping[str, Any]) -> str:
     if "engine" in result:
-        return "speed (`run`): " + ", ".join(f"{phase} {report.speed(result, phase):.2f} ×" for phase in report.PHASES)
-    wall = f"{report.export_median(result, 'wall_s'):.0f} s"
+        return "speed (`run`): " + ", ".join(f"{phase} {run.speed(result, phase):.2f} ×" for phase in run.PHASES)
+    wall = f"{export.median(result, 'wall_s'):.0f} s"
     if result["no_weights"]:
         return f"graphs: {wall}"
-    return f"export: {wall}, {report.export_peak_bytes(result) / 1e9:.1f} GB peak"
+    return f"export: {wall}, {export.peak_bytes(result) / 1e9:.1f} GB peak"
 
 
 def _natural(name: str) -> list[str | int]:

@@ -11,9 +11,12 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+
+import typer
 
 import configs
+from benchmarks import options
 from engines.weight_shapes import Shape, weight_shapes
 from runtime.errors import UsageError
 from runtime.model_config import EXPERTS_MODEL_TYPE, ModelConfig
@@ -40,6 +43,19 @@ _STD = 0.02
 _BLOCK_ELEMENTS = 1 << 22
 _PIECE_BYTES = 1 << 16
 _IMAGE_CHANNELS = 3
+
+
+def write(
+    folder: Path,
+    model: options.Model,
+    layers: options.Layers = None,
+    sparse: Annotated[bool, typer.Option(help="Headers only, data as holes.")] = False,
+    seed: int = 0,
+    dtype: str = "BF16",
+    expert_stride: options.ExpertStride = 1,
+) -> None:
+    """Write a synthetic checkpoint."""
+    write_checkpoint(folder, model, sparse=sparse, seed=seed, dtype=dtype, layers=layers, expert_stride=expert_stride)
 
 
 def hf_config(model_name: str, dtype: str = "BF16", layers: int | None = None) -> dict[str, Any]:
@@ -176,6 +192,24 @@ def sizes(folder: Path) -> dict[str, int]:
         "checkpoint_bytes": sum(file.st_size for file in files),
         "disk_bytes": sum(512 * file.st_blocks for file in files),
     }
+
+
+def has_holes(result: Mapping[str, Any]) -> bool:
+    """Tell whether the weights that a measurement used came from a sparse checkpoint."""
+    is_used = not result.get("no_weights", False)
+    return is_used and "disk_bytes" in result and 2 * result["disk_bytes"] < result["checkpoint_bytes"]
+
+
+def holes_note(result: Mapping[str, Any]) -> str:
+    """Return a sentence about the holes of a measurement's checkpoint, behind a space; empty if it has none."""
+    if not has_holes(result):
+        return ""
+    return f" Of the checkpoint's bytes {written(result)} were written; the rest are holes of sparse files (zeros)."
+
+
+def written(result: Mapping[str, Any]) -> str:
+    """Return the share of a sparse checkpoint's bytes that are not holes."""
+    return f"{100 * result['disk_bytes'] / result['checkpoint_bytes']:.0f} %"
 
 
 def _tokenizer_folder() -> Path:

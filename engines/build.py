@@ -81,11 +81,11 @@ def build_engine(
         fix_capacity(bundle.graphs[DECODER], sizes.max_context)
     report(f"lowering the graphs for {target.name}")
     graphs = {}
-    if target.prefill_passes is not None:
+    if target.prefill_formats is not None:
         copy = bundle.graphs[DECODER].clone()  # weights are references, so they are not copied
-        graphs[PREFILL] = lower(copy, target, bundle.config, target.prefill_passes())
+        graphs[PREFILL] = lower(copy, target, bundle.config, target.passes(target.prefill_formats))
     for name, model in bundle.graphs.items():
-        graphs[name] = lower(model, target, bundle.config, target.passes())
+        graphs[name] = lower(model, target, bundle.config, target.passes(target.formats))
     sizes_of_graphs = [weight_bytes(graph) if with_weights else 0 for graph in graphs.values()]
     num_bytes = sum(sizes_of_graphs)
     advance = advance_of(progress, num_bytes)

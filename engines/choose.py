@@ -1,73 +1,43 @@
-"""Choose a target for a machine: the first of configs/choice.toml that builds, runs and fits here.
+"""Choose a target for a machine: the first by rank that builds, runs and fits here.
 
 Bytes are estimated from the model's shape alone, before anything is traced or read:
 
-- weights: every tensor in the form that the target's own passes store it in (their weight plan, else float32 or half);
+- weights: every tensor as the target's passes store it, by its formats, else as a float of its dtype;
 - KV cache, prefill and vision workspace: `runtime.memory`, which also refuses what does not fit at run time. Its
   workspaces are those of float32 on ONNX Runtime's CPU provider; on a GPU they stand in as an upper bound, unmeasured.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import configs
 from engines.build_options import BuildOptions
 from engines.hardware import Hardware, probe
-from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, FLOAT, ROWWISE, WeightFormat, WeightPlan
+from engines.quantize.formats import FLOAT, WeightFormat, WeightFormats
 from engines.registry import all_targets, get
-from engines.target import Target
+from engines.target import CPU, GPU, Target, version
 from engines.weight_shapes import EMBEDDING_KEY, VISION_PREFIX, Shape, weight_shapes
 from runtime.errors import CapacityError, TargetError
 from runtime.manifest import Manifest
 from runtime.memory import CACHE, PREFILL, VISION, WEIGHTS, cache_bytes, prefill_bytes, vision_bytes
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from engines.quantize.tensors import QuantizedWeight
+    from engines.weights import StackedTensor, StreamedTensor
     from runtime.model_config import ModelConfig
 
 AUTO = "auto"
-CPU, GPU = "cpu", "gpu"
 LIBRARY = "library"
 _PARTS = (WEIGHTS, CACHE, PREFILL, VISION, LIBRARY)
 _CHOSEN = "chosen"
-# Kinds of weight formats that are stored as floats of 8 and 4 bits; of the latter, 16 share a scale of 8 bits.
-_FLOAT8, _NVFP4, _NVFP4_BLOCK = "float8", "nvfp4", 16
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rank of configs/choice.toml.
-
-    Attributes:
-        targets: Patterns of target names, the preferred first.
-        device: `cpu` or `gpu`: whose memory an engine takes.
-        min_compute_capability: SM version that the precision needs, such as `8.9`; empty for any.
-        by_name_only: Why `--target auto` leaves these to be asked for; empty if it does not.
-    """
-
-    targets: tuple[str, ...]
-    device: str
-    min_compute_capability: str = ""
-    by_name_only: str = ""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What has to fit, beside the sizes of `BuildOptions`.
-
-    Attributes:
-        image_patches: Patches of the largest image.
-        gpu_library_bytes: Device memory of CUDA's context and the library's kernels.
-        max_memory: Limit in bytes instead of the device's own.
-    """
-
-    image_patches: int
-    gpu_library_bytes: int
-    max_memory: int | None = None
+_FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_TOO_LARGE = "too large"
 
 
 @dataclass(frozen=True)
@@ -157,7 +127,6 @@ def choose_target(
     config: ModelConfig,
     *,
     options: BuildOptions | None = None,
-    request: Request | None = None,
     targets: Sequence[Target] | None = None,
 ) -> Choice:
     """Return the first target, in order of preference, that this machine builds, runs and has the memory for.
@@ -166,7 +135,7 @@ def choose_target(
         TargetError: No target builds and runs here.
         CapacityError: Those that do build and run do not fit.
     """
-    choice = consider(hardware, config, options=options, request=request, targets=targets)
+    choice = consider(hardware, config, options=options, targets=targets)
     if choice.target is None:
         raise refusal_of(choice)
     return choice
@@ -189,52 +158,30 @@ def refusal_of(choice: Choice) -> TargetError | CapacityError:
     )
 
 
-_TOO_LARGE = "too large"
-
-
 def consider(
     hardware: Hardware,
     config: ModelConfig,
     *,
     options: BuildOptions | None = None,
-    request: Request | None = None,
     targets: Sequence[Target] | None = None,
 ) -> Choice:
     """Estimate every target in order of preference and say why each but the first that fits is refused."""
-    request = request or default_request()
     candidates: list[Candidate] = []
     chosen: Target | None = None
-    for target, rule in ranked(all_targets() if targets is None else targets):
-        limit = limit_bytes(hardware, rule.device) if request.max_memory is None else request.max_memory
-        parts = estimate(target, config, options=options, request=request)
-        candidate = Candidate(target.name, rule.device, parts, limit, "")
-        refusal = _refusal(target, rule, hardware, candidate)
+    for target in sorted(all_targets() if targets is None else targets, key=_place):
+        try:
+            parts, unfit = estimate(target, config, options=options), ""
+        except TargetError as error:  # rows of the model have a length that no kernel of the target reads
+            in_floats = replace(target, formats=WeightFormats(), prefill_formats=None)
+            parts, unfit = estimate(in_floats, config, options=options), error.message
+        candidate = Candidate(target.name, target.device, parts, limit_bytes(hardware, target.device), "")
+        refusal = _refusal(target, hardware, candidate) or unfit
         if not refusal and chosen is not None:
             refusal = f"{chosen.name} is preferred"
         if not refusal:
             chosen = target
         candidates.append(replace(candidate, refusal=refusal))
     return Choice(tuple(candidates), chosen)
-
-
-def ranked(targets: Sequence[Target]) -> list[tuple[Target, Rule]]:
-    """Return the targets in order of preference, each with its rule."""
-    found = []
-    for target in targets:
-        places = (
-            (rank, place, rule)
-            for rank, rule in enumerate(_rules())
-            for place, pattern in enumerate(rule.targets)
-            if fnmatch.fnmatchcase(target.name, pattern)
-        )
-        rank, place, rule = next(places)  # the last pattern takes every name
-        found.append(((rank, place, target.name), target, rule))
-    return [(target, rule) for _, target, rule in sorted(found, key=lambda entry: entry[0])]
-
-
-def device_of(target: Target) -> str:
-    """Return `cpu` or `gpu`: where a target's engines run."""
-    return ranked([target])[0][1].device
 
 
 def limit_bytes(hardware: Hardware, device: str) -> int:
@@ -248,14 +195,13 @@ def limit_bytes(hardware: Hardware, device: str) -> int:
     return 0 if gpu is None else gpu.free_bytes or hardware.memory_bytes
 
 
-def estimate(
-    target: Target, config: ModelConfig, *, options: BuildOptions | None = None, request: Request | None = None
-) -> dict[str, int]:
+def estimate(target: Target, config: ModelConfig, *, options: BuildOptions | None = None) -> dict[str, int]:
     """Estimate the bytes of its device's memory that an engine takes while it answers, by part.
 
-    Without options, one prompt at a time: an engine for batches allocates no cache for those that do not come.
+    The largest image, and what libraries take, stand in configs/choice.toml. Without options, one prompt at a time: an
+    engine for batches allocates no cache for those that do not come.
     """
-    options, request = options or BuildOptions(max_batch=1), request or default_request()
+    options, assumed = options or BuildOptions(max_batch=1), configs.load("choice")
     capacity = min(options.max_context, config.text.max_positions)
     capabilities = target.capabilities(config, options)
     shape = Manifest(target.name, target.session, capabilities, config, versions={}, source={}, files={})
@@ -265,8 +211,8 @@ def estimate(
         WEIGHTS: weight_bytes(target, config),
         CACHE: options.max_batch * cache_bytes(shape, capacity),
         PREFILL: prefill_bytes(config, capacity) + workspace,
-        VISION: vision_bytes(config, [request.image_patches]),
-        LIBRARY: request.gpu_library_bytes if device_of(target) == GPU else 0,
+        VISION: vision_bytes(config, [assumed["image_patches"]]),
+        LIBRARY: assumed["gpu_library_bytes"] if target.device == GPU else 0,
     }
 
 
@@ -274,43 +220,35 @@ def weight_bytes(target: Target, config: ModelConfig) -> int:
     """Return the bytes of all weights in the form that the target stores them in.
 
     Left out: constants that are not in the checkpoint, and the bytes that align tensors in a file.
+
+    Raises:
+        TargetError: The target stores no weights of such a shape.
     """
-    shapes = weight_shapes(config)
-    forms = _forms(target.passes())
-    total = sum(_stored(key, shape, *forms, config) for key, shape in shapes.items())
-    if target.prefill_passes is not None:
+    shapes, is_tied = weight_shapes(config), config.text.tie_word_embeddings
+    total = _stored_bytes(target, target.formats, shapes, is_tied=is_tied)
+    if target.prefill_formats is not None:
         # A second decoder, in a file of its own.
-        forms = _forms(target.prefill_passes())
         decoder = {key: shape for key, shape in shapes.items() if not key.startswith(VISION_PREFIX)}
-        total += sum(_stored(key, shape, *forms, config) for key, shape in decoder.items())
+        total += _stored_bytes(target, target.prefill_formats, decoder, is_tied=is_tied)
     return total
 
 
-def default_request() -> Request:
-    """Return the request of configs/choice.toml."""
-    return Request(**configs.load("choice")["request"])
+def _place(target: Target) -> tuple[float, str]:
+    """Return a key that sorts targets by preference; those without a rank come last."""
+    return (math.inf if target.rank is None else target.rank), target.name
 
 
-def _rules() -> list[Rule]:
-    rules = []
-    for values in configs.load("choice")["rules"]:
-        rule = Rule(**{**values, "targets": tuple(values["targets"])})
-        assert rule.device in (CPU, GPU), f"configs/choice.toml: device {rule.device!r}"
-        rules.append(rule)
-    return rules
-
-
-def _refusal(target: Target, rule: Rule, hardware: Hardware, candidate: Candidate) -> str:
+def _refusal(target: Target, hardware: Hardware, candidate: Candidate) -> str:
     """Return why a target is not for this machine, empty if it is."""
-    if rule.by_name_only:
-        return f"only by name: {rule.by_name_only}"
-    gpu = hardware.gpu
-    if rule.device == GPU:
+    if target.by_name_only or target.rank is None:
+        return f"only by name: {target.by_name_only or 'configs/targets does not rank it'}"
+    gpu, least = hardware.gpu, target.min_compute_capability
+    if target.device == GPU:
         if gpu is None:
             return "no GPU on this machine"
-        if _version(gpu.compute_capability) < _version(rule.min_compute_capability):
-            return f"needs SM {rule.min_compute_capability}, the {gpu.name} has {gpu.compute_capability}"
-    available = target.availability()
+        if version(gpu.compute_capability) < version(least):
+            return f"needs SM {least}, the {gpu.name} has {gpu.compute_capability}"
+    available = target.availability(hardware)
     if not (available.can_build and available.can_run):
         lacks = "cannot be built here" if not available.can_build else "cannot be run here"
         return f"{lacks}: {available.reason}"
@@ -319,68 +257,46 @@ def _refusal(target: Target, rule: Rule, hardware: Hardware, candidate: Candidat
     return ""
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part)
+def _stored_bytes(target: Target, formats: WeightFormats, shapes: Mapping[str, Shape], *, is_tied: bool) -> int:
+    """Return the bytes of weights, by checkpoint key, in the order of `weight_shapes`."""
+    from engines.weights import StackedTensor
+
+    float_bytes, storage, total = _FLOAT_BYTES[target.float_dtype], target.storage, 0
+    experts: list[tuple[StackedTensor, WeightFormat]] = []
+    stored: list[QuantizedWeight] = []
+    for key, shape in shapes.items():
+        form = formats.format_of(key)
+        if len(shape) == 1:
+            total += 4 * shape[0]  # norms compute in float32; biases are too few to tell them apart
+            continue
+        if form.kind == FLOAT:
+            total += float_bytes * math.prod(shape)
+            continue
+        assert storage is not None, f"{target.name}: formats, but no storage"
+        if len(shape) == 3:
+            experts.append((StackedTensor(key, [_weight(key, shape[1:])] * shape[0]), form))
+            if len(experts) == 2:  # gate and up of a layer, then down
+                stored += storage.experts(*zip(*experts, strict=True))
+                experts = []
+            continue
+        weight = _weight(key, shape)
+        table = storage.table(weight, form) if key == EMBEDDING_KEY else None
+        if key == EMBEDDING_KEY and table is None:
+            total += float_bytes * weight.size
+        if key != EMBEDDING_KEY or is_tied:
+            stored.append(storage.product(weight, form, is_table=key == EMBEDDING_KEY))
+        elif table is not None:
+            stored.append(table)
+    return total + sum(weight.num_bytes(float_bytes) for weight in stored)
 
 
-def _forms(passes: Sequence[object]) -> tuple[WeightPlan, int, tuple[int, ...]]:
-    """Return the weight plan of a target's passes, the bytes of a weight that stays a float, and blocks of experts."""
-    from engines.passes.choose_experts_kernel import ChooseExpertsKernelPass
-    from engines.passes.half_precision import HalfPrecisionPass
+def _weight(key: str, shape: Shape) -> StreamedTensor:
+    """Return a matrix that is never read; a convolution is a product with a matrix of its elements."""
+    from onnx_ir import DataType
 
-    plans = [each.plan for each in passes if isinstance(getattr(each, "plan", None), WeightPlan)]  # type: ignore[attr-defined]
-    assert len(set(plans)) <= 1, "the passes store weights by different plans"
-    is_half = any(isinstance(each, HalfPrecisionPass) for each in passes)
-    expert_blocks = next((each.blocks for each in passes if isinstance(each, ChooseExpertsKernelPass)), ())
-    return (plans[0] if plans else WeightPlan(())), 2 if is_half else 4, expert_blocks
+    from engines.quantize.tensors import ProducedTensor
 
+    def unread() -> Iterator[NDArray[Any]]:
+        raise AssertionError("an estimate reads no weight")
 
-def _stored(
-    key: str, shape: Shape, plan: WeightPlan, float_bytes: int, expert_blocks: tuple[int, ...], config: ModelConfig
-) -> int:
-    """Return the bytes of one checkpoint tensor in an engine."""
-    elements = math.prod(shape)
-    if len(shape) == 1:
-        return 4 * elements  # norms compute in float32; biases are too few to tell them apart
-    form = plan.format_of(key)
-    matrix = shape[0], elements // shape[0]
-    if form.kind == FLOAT:
-        return float_bytes * elements
-    if form.kind == ROWWISE:
-        return elements + 4 * matrix[0]
-    has_lookup = form.kind == BLOCKWISE and not form.symmetric
-    if key == EMBEDDING_KEY and not has_lookup:
-        # What DequantizeLinear reads has no lookup: the table stays as it is, and a tied head is a quantised copy.
-        return float_bytes * elements + (_few_bits(matrix, form, float_bytes) if config.text.tie_word_embeddings else 0)
-    if key == EMBEDDING_KEY:
-        # A table of rows to look up has no padding.
-        form = replace(form, block=max(size for size in BLOCK_SIZES if size <= form.block and matrix[1] % size == 0))
-    if config.text.experts is not None and len(shape) == 3 and not expert_blocks:
-        # As engines/passes/pack_experts.py: each product has a block of its own.
-        form = replace(form, block=max(size for size in BLOCK_SIZES if size <= form.block and shape[2] % size == 0))
-        matrix = shape[0] * shape[1], shape[2]
-    elif config.text.experts is not None and len(shape) == 3:
-        from engines.passes.choose_experts_kernel import experts_block
-
-        matrix = shape[0] * shape[1], shape[2]
-        block = experts_block(
-            expert_blocks, form.block, [config.text.hidden_size, config.text.experts.intermediate_size]
-        )
-        # Without such a block the build ends with an error that says so.
-        form = replace(form, block=block or form.block)
-    return _few_bits(matrix, form, float_bytes)
-
-
-def _few_bits(matrix: tuple[int, int], form: WeightFormat, float_bytes: int) -> int:
-    """Return codes, scales and zero points of a weight [N, K]."""
-    rows, columns = matrix
-    if form.kind == _FLOAT8:
-        return rows * columns + float_bytes * rows
-    if form.kind == _NVFP4:
-        blocks = -(-columns // _NVFP4_BLOCK)
-        return rows * blocks * (_NVFP4_BLOCK // 2 + 1) + float_bytes
-    assert form.kind == BLOCKWISE, form.kind
-    blocks = -(-columns // form.block)
-    codes = rows * blocks * form.block * form.bits // 8
-    zero_points = 0 if form.symmetric else rows * -(-blocks * form.bits // 8)
-    return codes + float_bytes * rows * blocks + zero_points
+    return ProducedTensor(key, (shape[0], math.prod(shape[1:])), DataType.FLOAT, unread)

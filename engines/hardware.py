@@ -147,12 +147,6 @@ def probe_gpus(run: Runner) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
     return tuple(gpus), tuple(notes)
 
 
-def has_gpu() -> bool:
-    """Return whether the driver of this machine lists an NVIDIA GPU."""
-    gpus, _ = probe_gpus(_run)
-    return bool(gpus)
-
-
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
     """Return the versions of those distributions that are installed."""
     versions = {}

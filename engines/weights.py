@@ -44,7 +44,20 @@ class StreamedTensor(ir.LazyTensor):
         return ir.Tensor(flat.reshape(self.shape.numpy()), name=self.name)
 
 
-class ConcatenatedTensor(StreamedTensor):
+class JoinedTensor(StreamedTensor):
+    """Tensors of one dtype, one after the other."""
+
+    def __init__(self, name: str, shape: Sequence[int], parts: Sequence[StreamedTensor]) -> None:
+        super().__init__(name, shape, parts[0].dtype)
+        self.parts = tuple(parts)
+
+    def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the blocks of each part in turn."""
+        for part in self.parts:
+            yield from part.blocks()
+
+
+class ConcatenatedTensor(JoinedTensor):
     """Tensors of one dtype, one after the other along axis 0, such as the rows of the q, k and v projections."""
 
     def __init__(self, name: str, parts: Sequence[StreamedTensor]) -> None:
@@ -52,29 +65,17 @@ class ConcatenatedTensor(StreamedTensor):
         if any(part.dtype != first.dtype or part.shape[1:] != first.shape[1:] for part in parts):
             raise ValueError(f"{name}: parts differ in dtype or in the shape behind axis 0")
         rows = sum(int(part.shape.numpy()[0]) for part in parts)
-        super().__init__(name, (rows, *first.shape.numpy()[1:]), first.dtype)
-        self.parts = tuple(parts)
-
-    def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield the blocks of each part in turn."""
-        for part in self.parts:
-            yield from part.blocks()
+        super().__init__(name, (rows, *first.shape.numpy()[1:]), parts)
 
 
-class StackedTensor(StreamedTensor):
+class StackedTensor(JoinedTensor):
     """Tensors of one shape along a new axis 0, such as the weights of the experts of a layer."""
 
     def __init__(self, name: str, parts: Sequence[StreamedTensor]) -> None:
         first = parts[0]
         if any(part.dtype != first.dtype or part.shape != first.shape for part in parts):
             raise ValueError(f"{name}: parts differ in dtype or shape")
-        super().__init__(name, (len(parts), *first.shape.numpy()), first.dtype)
-        self.parts = tuple(parts)
-
-    def blocks(self) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield the blocks of each part in turn."""
-        for part in self.parts:
-            yield from part.blocks()
+        super().__init__(name, (len(parts), *first.shape.numpy()), parts)
 
 
 class ViewTensor(StreamedTensor):

@@ -6,8 +6,9 @@ They are imported when first asked for, so that importing this package loads no 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qwen3_vl.lazy import lazy
 from qwen3_vl.names import check_names
 
 if TYPE_CHECKING:
@@ -47,27 +48,16 @@ __all__ = [
     "errors",
 ]
 
-_MODULES = {
-    "Generation": "runtime.answer",
-    "GenerationOptions": "runtime.generation_config",
-    "Qwen3VLModel": "runtime.model",
-    "Stats": "runtime.answer",
-    "Stream": "runtime.answer",
-    "__version__": "runtime",
+check_names()
+# Which imports `runtime`, and so turns ONNX Runtime's telemetry off, if the program imports that library next.
+importlib.import_module("qwen3_vl.errors")
+
+_SOURCES = {
+    "runtime": ["__version__"],
+    "runtime.answer": ["Generation", "Stats", "Stream"],
+    "runtime.errors": [name for name in __all__ if name.endswith("Error")],
+    "runtime.generation_config": ["GenerationOptions"],
+    "runtime.model": ["Qwen3VLModel"],
 }
 
-check_names()
-# Which turns ONNX Runtime's telemetry off, if the program imports that library next.
-importlib.import_module("runtime")
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    if name == "errors":
-        return importlib.import_module("qwen3_vl.errors")
-    return getattr(importlib.import_module(_MODULES.get(name, "runtime.errors")), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

@@ -5,13 +5,14 @@
     from qwen3_vl.core import open_eager
     logits = open_eager("demo").logits([{"role": "user", "content": "Read the digits."}])
 
-`Qwen3VL` and `open_eager` need the extra [export] (torch). Names are imported when first asked for.
+`Qwen3VL` and `open_eager` need the extra [export] (torch).
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qwen3_vl.lazy import lazy
 
 if TYPE_CHECKING:
     from qwen3vl_export.eager import open_eager
@@ -20,29 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Qwen3VL", "Qwen3VLModel", "open_eager"]
 
-_MODULES = {
-    "Qwen3VL": "qwen3vl_export.modeling",
-    "Qwen3VLModel": "runtime.model",
-    "open_eager": "qwen3vl_export.eager",
+_SOURCES = {
+    "qwen3vl_export.eager": ["open_eager"],
+    "qwen3vl_export.modeling": ["Qwen3VL"],
+    "runtime.model": ["Qwen3VLModel"],
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    try:
-        module = importlib.import_module(_MODULES[name])
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        from runtime.installation import how_to_install
-
-        raise ImportError(
-            f"{name} needs the Python package 'torch', which is not installed\n  remedy: {how_to_install('export')}",
-            name="torch",
-        ) from error
-    return getattr(module, name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

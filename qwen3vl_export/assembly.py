@@ -13,7 +13,7 @@ import onnx_ir as ir
 from engines.onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_VERSION, parse_function
 from engines.weights import StreamedTensor
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
-from qwen3vl_export.ops import causal_attention, mixture_of_experts, vision_attention
+from qwen3vl_export.ops import registry
 from qwen3vl_export.tracing.pieces import Piece, Pieces
 
 _VISUAL = "model.visual"
@@ -101,9 +101,11 @@ class GraphBuilder:
         self._graph.append(node)
         return node.outputs[0]
 
-    def model(self, bodies: Sequence[str]) -> ir.Model:
-        """Return the finished model with the functions it calls and the bodies of its custom ops."""
-        functions = [*self._functions.values(), *(parse_function(body) for body in bodies)]
+    def model(self) -> ir.Model:
+        """Return the finished model with the functions it calls and the bodies of their custom ops."""
+        functions = list(self._functions.values())
+        called = {node.op_type for function in functions for node in function}
+        functions += [parse_function(body) for name, body in registry.bodies().items() if name in called]
         return ir.Model(self._graph, ir_version=_IR_VERSION, producer_name="qwen3vl-export", functions=functions)
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
@@ -141,7 +143,7 @@ def build_vision(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set[
     (merged,) = builder.call(pieces.merger, [hidden], f"{_VISUAL}.merger")
     embeds = builder.concat([merged, *deepstack], "levels")
     builder.output(embeds, "visual_embeds", _FLOAT, [config.num_visual_levels, "V", config.text.hidden_size])
-    return builder.model([vision_attention.BODY]), builder.used_keys
+    return builder.model(), builder.used_keys
 
 
 def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set[str]]:
@@ -191,5 +193,4 @@ def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set
     for i, pair in enumerate(present):
         for kind, value in zip(("key", "value"), pair, strict=True):
             builder.output(value, f"present_key_values.{i}.{kind}", _FLOAT, cache)
-    bodies = [causal_attention.BODY, *([mixture_of_experts.BODY] if text.experts is not None else [])]
-    return builder.model(bodies), builder.used_keys
+    return builder.model(), builder.used_keys

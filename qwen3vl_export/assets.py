@@ -14,10 +14,11 @@ from typing import Any
 from qwen3vl_export.formats import COMPLETE
 from qwen3vl_export.names import shown_name
 from qwen3vl_export.tokenizer_files import TAKE_ALL, read_tokenizer
-from runtime.chat import IMAGE_TOKEN, template_source
+from runtime.chat import template_source
 from runtime.errors import CheckpointError, Qwen3VLError
 from runtime.files import read_small_file
-from runtime.generation_file import ignored_keys
+from runtime.generation_config import ignored_keys
+from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.model_config import ModelConfig
 from runtime.preparation import GENERATION, PREPROCESSOR, TEMPLATE, TOKENIZER, TOKENIZER_SETTINGS, Preparation
 from runtime.tokenizer import Tokenizer

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from runtime.arguments import template_variables, tool_schemas
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import read_json_object, read_small_file
+from runtime.input_kinds.registry import input_kinds
 from runtime.shown import shorten
 from runtime.template_engine import (
     FORBIDDEN,
@@ -30,9 +31,6 @@ from runtime.template_engine import (
     TemplateFailure,
 )
 from runtime.template_process import MAX_RENDER_MEMORY_BYTES, TemplateProcess
-
-IMAGE_TOKEN = "<|image_pad|>"
-"""What a template writes for an image; the tokenizer has one id for it."""
 
 MAX_CHAT_CHARACTERS = 1 << 24
 """Longest chat, as messages and as text: 16 million characters, beyond the context of every model."""
@@ -57,12 +55,12 @@ class RenderedChat:
 
     Attributes:
         text: What transformers' `apply_chat_template(tokenize=False)` returns.
-        image_offsets: Character positions in `text` of the image tokens that the template itself wrote, ascending. An
-            image token that a user typed is not among them.
+        places: Of the tokens that the template itself wrote for what is not text: character position in `text`, and
+            token, ascending. A token that a user typed is not among them.
     """
 
     text: str
-    image_offsets: tuple[int, ...]
+    places: tuple[tuple[int, str], ...]
 
 
 class ChatTemplate:
@@ -88,7 +86,7 @@ class ChatTemplate:
                 f"the chat template has {len(source)} characters, expected at most {MAX_TEMPLATE_CHARACTERS}",
                 remedy=_REPAIR,
             )
-        request = (source, IMAGE_TOKEN, MAX_CHAT_CHARACTERS)
+        request = (source, [kind.token for kind in input_kinds()], MAX_CHAT_CHARACTERS)
         if hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest() in KNOWN_TEMPLATES:
             self._compiled = CompiledTemplate(*request)
             self.variables = self._compiled.variables
@@ -122,7 +120,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> RenderedChat:
-        """Render a chat and say which image tokens are the template's own.
+        """Render a chat and say which tokens of images are the template's own.
 
         Args:
             messages: The plain messages of `normalise_messages`.
@@ -146,7 +144,8 @@ class ChatTemplate:
         special_tokens = {name: token for name, token in self._special_tokens.items() if name not in variables}
         try:
             if self._compiled is not None:
-                return RenderedChat(*self._compiled.render(special_tokens, variables))
+                text, places = self._compiled.render(special_tokens, variables)
+                return RenderedChat(text, tuple(places))
             assert self._process is not None
             answer = self._process.render(special_tokens, variables)
         except TemplateFailure as failure:
@@ -157,7 +156,7 @@ class ChatTemplate:
             raise UsageError(f"the messages cannot be handed to the chat template: {error}") from error
         if "kind" in answer:
             _fail(answer["kind"], answer["reason"])
-        return RenderedChat(answer["text"], tuple(answer["offsets"]))
+        return RenderedChat(answer["text"], tuple((offset, token) for offset, token in answer["places"]))
 
     def _checked_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         for name in kwargs:
@@ -255,10 +254,11 @@ def _fail(kind: str, reason: str) -> NoReturn:
             remedy=f"shorten the messages; if they are short, {_REPAIR}",
         )
     if kind == REWRITTEN:
+        tokens = " and ".join(kind.token for kind in input_kinds())
         raise UsageError(
-            f"the chat template treats {IMAGE_TOKEN} in the messages in a way of its own, so typed image tokens "
-            "cannot be told from attached images",
-            remedy=f"leave {IMAGE_TOKEN} out of the messages",
+            f"the chat template treats {tokens} in the messages in a way of its own, so typed image tokens cannot be "
+            "told from attached images",
+            remedy=f"leave {tokens} out of the messages",
         )
     raise UsageError(
         f"the chat template refuses these messages: {reason}",

@@ -1,34 +1,18 @@
 """Read a checkpoint's `generation_config.json` as `transformers.GenerationConfig` (5.24) reads it.
 
-Every field of that class is decided on here: taken, of no effect on the tokens of one answer, or refused by name unless
-its value switches it off. Keys that it does not know it keeps and never looks at, and so they are passed over here,
-too; `ignored_keys` names them, for a warning where a checkpoint is exported.
+Every field of that class is decided on: taken (those that an option of `runtime.generation_config` names), of no effect
+on the tokens of one answer, or refused by name unless its value switches it off. Keys that it does not know it keeps
+and never looks at, and so they are passed over here, too, with a warning where a checkpoint is exported.
 """
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from runtime.errors import UsageError
 from runtime.shown import shown
-
-TAKEN = frozenset(
-    {
-        "do_sample",
-        "eos_token_id",
-        "max_length",
-        "max_new_tokens",
-        "min_p",
-        "prompt_lookup_num_tokens",
-        "repetition_penalty",
-        "stop_strings",
-        "temperature",
-        "top_k",
-        "top_p",
-    }
-)
 
 NO_EFFECT = frozenset(
     {
@@ -130,31 +114,36 @@ MISSING_FILTERS = "missing_filters"
 _OLD_DEFAULT_OF_MAX_LENGTH = 20
 
 
-def ignored_keys(config: Mapping[str, Any]) -> list[str]:
-    """Return the keys that transformers does not know, so that they have no effect there nor here."""
-    known = TAKEN | NO_EFFECT | NEUTRAL.keys() | NEUTRAL_IN_SAMPLING.keys() | _ARGUMENTS_OF_GENERATE
+def unknown_keys(config: Mapping[str, Any], taken: Collection[str]) -> list[str]:
+    """Return the keys that are neither taken nor decided on here."""
+    known = {*taken, *NO_EFFECT, *NEUTRAL, *NEUTRAL_IN_SAMPLING, *_ARGUMENTS_OF_GENERATE}
     return sorted(key for key in config if key not in known)
 
 
-def taken_values(config: Mapping[str, Any]) -> dict[str, Any]:
+def taken_values(config: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
     """Return the values that are set and taken, by their names in the file.
+
+    Args:
+        config: Content of the file.
+        taken: Keys that are options here; the lists above then no longer count for them.
 
     Raises:
         UsageError: Another key would change the tokens.
     """
     given = {key: value for key, value in config.items() if value is not None}
-    refused = [key for key in given if key in _ARGUMENTS_OF_GENERATE]
-    refused += [key for key, is_neutral in NEUTRAL.items() if key in given and not is_neutral(given[key])]
+    others = {key: value for key, value in given.items() if key not in taken}
+    filters = [key for key in others if key in NEUTRAL_IN_SAMPLING and not NEUTRAL_IN_SAMPLING[key](others[key])]
+    refused = [key for key in others if key in _ARGUMENTS_OF_GENERATE]
+    refused += [key for key in others if key in NEUTRAL and not NEUTRAL[key](others[key])]
     if given.get("do_sample"):
-        refused += [k for k, is_neutral in NEUTRAL_IN_SAMPLING.items() if k in given and not is_neutral(given[k])]
+        refused += filters
     if refused:
         asked = ", ".join(f"{key}={shown(given[key])}" for key in sorted(refused))
         raise UsageError(
             f"generation_config.json asks for what this runtime does not do: {asked}",
             remedy="remove the key from the file, or use transformers for this kind of generation",
         )
-    values = {key: value for key, value in given.items() if key in TAKEN}
-    filters = [k for k, is_neutral in NEUTRAL_IN_SAMPLING.items() if k in given and not is_neutral(given[k])]
+    values = {key: value for key, value in given.items() if key in taken}
     if filters:
         values[MISSING_FILTERS] = tuple(sorted(filters))  # of a greedy file, which a caller may ask to sample
     if "max_new_tokens" in values or values.get("max_length") == _OLD_DEFAULT_OF_MAX_LENGTH:

@@ -6,13 +6,47 @@ import importlib.util
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from runtime.errors import EngineError
+
 DISTRIBUTION = "qwen3vl-export"
+
+EXTRAS = {
+    "huggingface_hub": "export",
+    "matplotlib": "plot",
+    "onnx": "export",
+    "onnx_ir": "export",
+    "onnxruntime": "cpu",
+    "onnxscript": "export",
+    "safetensors": "export",
+    "sklearn": "test",
+    "torch": "export",
+    "torchvision": "verify",
+    "transformers": "verify",
+}
+"""Extra of pyproject.toml that installs a module."""
+
+
+@contextmanager
+def from_extra(extra: str) -> Iterator[None]:
+    """Import the library of a session, which an extra installs.
+
+    Raises:
+        EngineError: It is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f"this engine needs the Python package {error.name}, which is not installed", remedy=how_to_install(extra)
+        ) from error
 
 
 def how_to_install(*extras: str) -> str:

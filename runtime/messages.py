@@ -1,16 +1,16 @@
-"""Check chat messages in Hugging Face's format, and take the images out of them."""
+"""Check chat messages in Hugging Face's format, and take out of them what is not text."""
 
 from __future__ import annotations
 
-import difflib
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from runtime.arguments import reading
-from runtime.base64_text import decode_base64
 from runtime.errors import UsageError
+from runtime.input_kinds.kind import InputKind
+from runtime.input_kinds.registry import input_kinds, kind_of
+from runtime.message_keys import REFUSED_PART_KEYS, check_keys, exact
 from runtime.plain_data import ValueCount, dumped, plain_data, text_data
 from runtime.shown import shown
 
@@ -46,11 +46,6 @@ _REFUSED_MESSAGE_KEYS = {
     "videos": _VIDEO_REMEDY,
     **dict.fromkeys(("attachments", "files", "image", "images", "image_url", "parts", "text"), _PART_REMEDY),
 }
-_RESOLUTION = "set the resolution when the engine is opened: min_pixels, max_pixels"
-_REFUSED_PART_KEYS = {
-    **dict.fromkeys(("max_pixels", "min_pixels", "resized_height", "resized_width"), _RESOLUTION),
-    "file_id": "nothing is fetched: pass the image itself, as a path, bytes or base64",
-}
 _MOST_KEYS = 100  # of a message or a part: each that is not known is compared with those that are
 # Parts of Anthropic's and OpenAI's interfaces, and items of OpenAI's Responses API, that are said otherwise here.
 _REFUSED_PARTS = {
@@ -67,16 +62,16 @@ _REFUSED_ITEMS = {
     "reasoning": "leave it out, or write its text as reasoning_content of the assistant's message behind it",
     "item_reference": "nothing is stored: pass the item itself",
 }
-_LEAST_LIKENESS = 0.8  # of a key to a known one, to be called mistyped
-_LONGEST_KEY = 40  # that is compared: longer ones are nothing mistyped, and take long
-
 # Kinds of text parts, of OpenAI's two interfaces, and the key of each that holds the text.
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_IMAGE_PARTS = ("image", "image_url", "input_image")
-# The names under which transformers' `apply_chat_template` takes an image, and "data", bytes or base64.
-_IMAGE_SOURCE_KEYS = ("image", "url", "path", "base64", "data")
-# What a template sees in place of an image; it only asks whether the key is there.
-_IMAGE_PART = {"type": "image", "image": "<image>"}
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What a message part holds that is not text: its kind, and the source that the kind reads."""
+
+    kind: InputKind
+    source: Any
 
 
 def user_message(prompt: str, images: Sequence[Any] = ()) -> list[dict[str, Any]]:
@@ -90,8 +85,8 @@ def system_message(text: str | None) -> list[dict[str, Any]]:
     return [] if text is None else [{"role": "system", "content": text}]
 
 
-def normalise_messages(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
-    """Check messages and split them into plain data for the template and the images in order.
+def normalise_messages(messages: Any) -> tuple[list[dict[str, Any]], tuple[Attachment, ...]]:
+    """Check messages and split them into plain data for the template and what they hold beside text, in order.
 
     Args:
         messages: A list of `{"role", "content"}` with content a string or a list of parts, or a bare string for one
@@ -101,8 +96,7 @@ def normalise_messages(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, 
             passed over; content that is null is empty. Not written to.
 
     Returns:
-        The messages as fresh plain data, image parts without their images; and the images as given, but `path` as
-        `Path` and `base64` as bytes.
+        The messages as fresh plain data, with placeholders for what is not text; and that.
 
     Raises:
         UsageError: Anything else, with its place (`messages[2].content[1]`).
@@ -111,7 +105,7 @@ def normalise_messages(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, 
         return _normalised(messages)
 
 
-def _normalised(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
+def _normalised(messages: Any) -> tuple[list[dict[str, Any]], tuple[Attachment, ...]]:
     if isinstance(messages, str):
         messages = user_message(messages)
     if not isinstance(messages, Sequence) or isinstance(messages, (bytes, bytearray, memoryview)):
@@ -121,41 +115,36 @@ def _normalised(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
         )
     if not messages:
         raise UsageError("messages is empty", remedy='pass at least one {"role": "user", "content": "…"}')
-    images: list[Any] = []
+    attachments: list[Attachment] = []
     count = ValueCount("the list of messages")
     count.add(len(messages))
     plain: list[dict[str, Any]] = []
     for i in range(len(messages)):  # by index, since a class of the caller's own may iterate for ever
         item = dumped(messages[i])
-        message = _message(item, f"messages[{i}]", images, count)
+        message = _message(item, f"messages[{i}]", attachments, count)
         before = plain[-1] if plain else {}
         if _is_call(item) and before.get("role") == "assistant" and type(before.get("tool_calls", [])) is list:
             # The items of one answer are one turn.
             before.setdefault("tool_calls", []).extend(message["tool_calls"])
         else:
             plain.append(message)
-    return plain, tuple(images)
+    return plain, tuple(attachments)
 
 
 def _role(message: Mapping[str, Any], place: str) -> str:
     given = message.get("role")
     if given is None:
-        given = _TYPES_AS_ROLES.get(_exact(message.get("type")))
+        given = _TYPES_AS_ROLES.get(exact(message.get("type")))
     if given is None:
         raise UsageError(f"{place} has no 'role'", remedy=f"the roles are {', '.join(_ROLES)}")
-    role = _OTHER_ROLES.get(_exact(given), _exact(given))
+    role = _OTHER_ROLES.get(exact(given), exact(given))
     if role not in _ROLES:
         # Qwen's templates leave out turns of a role they do not know.
         raise UsageError(f"{place} has the unknown role {shown(given)}", remedy=f"the roles are {', '.join(_ROLES)}")
     return role
 
 
-def _exact(value: Any) -> str:
-    """Return a string, also one of an enumeration, as an exact `str`, to be looked up; empty if it is none."""
-    return str.__str__(value) if isinstance(value, str) else ""
-
-
-def _message(message: Any, place: str, images: list[Any], count: ValueCount) -> dict[str, Any]:
+def _message(message: Any, place: str, attachments: list[Attachment], count: ValueCount) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise UsageError(f"{place} must be a dict, got {type(message).__name__}")
     _check_num_keys(message, place, count)
@@ -163,7 +152,7 @@ def _message(message: Any, place: str, images: list[Any], count: ValueCount) -> 
     message = {key: value for key, value in message.items() if value is not None or key == "content"}
     message = _of_item(message, place)
     role = _role(message, place)
-    _check_keys(message, _MESSAGE_KEYS, _REFUSED_MESSAGE_KEYS, place)
+    check_keys(message, _MESSAGE_KEYS, _REFUSED_MESSAGE_KEYS, place)
     plain = {
         text_data(key, f"a key of {place}"): plain_data(value, f"{place}.{key}", count)
         for key, value in message.items()
@@ -178,12 +167,12 @@ def _message(message: Any, place: str, images: list[Any], count: ValueCount) -> 
     content = message.get("content")
     if content is None:
         content = message.get("refusal", "" if "content" in message or plain.get("tool_calls") else None)
-    return {"role": role, **plain, "content": _content(content, f"{place}.content", images, count)}
+    return {"role": role, **plain, "content": _content(content, f"{place}.content", attachments, count)}
 
 
 def _of_item(item: dict[Any, Any], place: str) -> dict[Any, Any]:
     """Return the message that an item of OpenAI's Responses API is, if it is one without a role; else the same."""
-    kind = _exact(item.get("type"))
+    kind = exact(item.get("type"))
     if "role" in item or not kind:
         return item
     if kind in _REFUSED_ITEMS:
@@ -206,7 +195,7 @@ def _required(item: Mapping[Any, Any], key: str, kind: str, place: str) -> Any:
 
 def _is_call(item: Any) -> bool:
     """Return whether a message is an item of the Responses API that calls a function."""
-    return isinstance(item, Mapping) and item.get("role") is None and _exact(item.get("type")) == "function_call"
+    return isinstance(item, Mapping) and item.get("role") is None and exact(item.get("type")) == "function_call"
 
 
 def _check_num_keys(values: Mapping[Any, Any], place: str, count: ValueCount) -> None:
@@ -227,11 +216,7 @@ def _tool_calls(calls: Any) -> Any:
     ]
 
 
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, (str, list, tuple, dict)) and len(value) == 0
-
-
-def _content(content: Any, place: str, images: list[Any], count: ValueCount) -> str | list[dict[str, Any]]:
+def _content(content: Any, place: str, attachments: list[Attachment], count: ValueCount) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return text_data(content, place)
     if not isinstance(content, (list, tuple)):
@@ -239,10 +224,10 @@ def _content(content: Any, place: str, images: list[Any], count: ValueCount) -> 
         raise UsageError(f"{place} must be a string or a list of parts, got {found}")
     count.add(len(content))
     # By index, as above.
-    return [_part(content[i], f"{place}[{i}]", images, count) for i in range(len(content))]
+    return [_part(content[i], f"{place}[{i}]", attachments, count) for i in range(len(content))]
 
 
-def _part(part: Any, place: str, images: list[Any], count: ValueCount) -> dict[str, Any]:
+def _part(part: Any, place: str, attachments: list[Attachment], count: ValueCount) -> dict[str, Any]:
     part = dumped(part)
     if not isinstance(part, Mapping):
         raise UsageError(
@@ -250,21 +235,17 @@ def _part(part: Any, place: str, images: list[Any], count: ValueCount) -> dict[s
         )
     _check_num_keys(part, place, count)
     part = {key: value for key, value in part.items() if value is not None}
-    kind = _exact(part.get("type"))
+    kind = exact(part.get("type"))
     if kind in _TEXT_PARTS:
         key = _TEXT_PARTS[kind]
-        _check_keys(part, ("type", key), _REFUSED_PART_KEYS, place)
+        check_keys(part, ("type", key), REFUSED_PART_KEYS, place)
         if key not in part:
             raise UsageError(f"{place} is a {kind} part without {key!r}")
         return {"type": "text", "text": text_data(part[key], f"{place}.{key}")}
-    if kind == "image":
-        _check_keys(part, ("type", *_IMAGE_SOURCE_KEYS, "source", "detail"), _REFUSED_PART_KEYS, place)
-        images.append(_image_source(part, place))
-        return dict(_IMAGE_PART)
-    if kind in ("image_url", "input_image"):
-        _check_keys(part, ("type", "image_url", "detail"), _REFUSED_PART_KEYS, place)
-        images.append(_openai_image(part, place))
-        return dict(_IMAGE_PART)
+    input_kind = kind_of(kind)
+    if input_kind is not None:
+        attachments.append(Attachment(input_kind, input_kind.source(part, place)))
+        return dict(input_kind.placeholder)
     if kind in ("video", "video_url"):
         raise UsageError(
             f"{place} is a video, which is not supported yet", remedy="pass frames of it as images, one part each"
@@ -274,81 +255,5 @@ def _part(part: Any, place: str, images: list[Any], count: ValueCount) -> dict[s
             f"{place} is a part of the type {kind!r}, which is not taken as a part", remedy=_REFUSED_PARTS[kind]
         )
     found = f"has the unknown type {shown(part['type'])}" if "type" in part else "has no 'type'"
-    raise UsageError(f"{place} {found}", remedy=f"the types are {', '.join((*_TEXT_PARTS, *_IMAGE_PARTS))}")
-
-
-def _image_source(part: Mapping[str, Any], place: str) -> Any:
-    _check_detail(part, place)
-    if "source" in part:
-        if not isinstance(part["source"], Mapping):
-            raise UsageError(f"{place}.source must be a dict, got {type(part['source']).__name__}")
-        # Anthropic's form: {"type": "base64", "media_type": …, "data": …} or {"type": "url", "url": …}.
-        part, place = {**part, **part["source"]}, f"{place}.source"
-    keys = [key for key in _IMAGE_SOURCE_KEYS if part.get(key) is not None]
-    if len(keys) != 1:
-        found = f"{len(keys)}: {', '.join(keys)}" if keys else "none"
-        raise UsageError(
-            f"{place} must hold its image under one key, found {found}",
-            remedy=f"the keys are {', '.join(_IMAGE_SOURCE_KEYS)}",
-        )
-    key, source = keys[0], part[keys[0]]
-    if key == "path":
-        if not isinstance(source, (str, os.PathLike)):
-            raise UsageError(f"{place}.path must be a path, got {type(source).__name__}")
-        return Path(os.fsdecode(source))
-    if key == "url" and not isinstance(source, str):
-        raise UsageError(f"{place}.url must be a string, got {type(source).__name__}")
-    # Under "data" bytes are those of the file, as transformers takes them, and text is base64.
-    if key == "base64" or (key == "data" and isinstance(source, str)):
-        return _decode_base64(source, f"{place}.{key}")
-    return source
-
-
-def _openai_image(part: Mapping[str, Any], place: str) -> str:
-    """Return the URL of `{"url", "detail"}`, or of a bare string, as the Responses API has it."""
-    value, place = part.get("image_url"), f"{place}.image_url"
-    if isinstance(value, Mapping):
-        _check_keys(value, ("url", "detail"), _REFUSED_PART_KEYS, place)
-        _check_detail(value, place)
-        value, place = value.get("url"), f"{place}.url"
-    else:
-        _check_detail(part, place)
-    if not isinstance(value, str):
-        raise UsageError(f"{place} must be a string, got {type(value).__name__}")
-    return str.__str__(value)
-
-
-def _check_detail(values: Mapping[str, Any], place: str) -> None:
-    detail = values.get("detail")
-    # "high" asks for what is done anyway: the image in its own resolution.
-    if detail is not None and _exact(detail) not in ("auto", "high"):
-        raise UsageError(
-            f"{place}.detail={shown(detail)} is not supported", remedy="set the resolution with max_pixels"
-        )
-
-
-def _decode_base64(source: Any, place: str) -> bytes:
-    if not isinstance(source, (str, bytes, bytearray)):
-        raise UsageError(f"{place} is not base64: expected text, got {type(source).__name__}")
-    try:
-        return decode_base64(source)
-    except ValueError as error:
-        raise UsageError(
-            f"{place} is not base64: {error}", remedy="pass base64.b64encode(data).decode(), or the bytes under 'data'"
-        ) from error
-
-
-def _check_keys(found: Mapping[Any, Any], known: Sequence[str], refused: Mapping[str, str], place: str) -> None:
-    """Refuse keys that are a known one mistyped, or hold what would be lost; others change no prompt."""
-    for key, value in found.items():
-        name = _exact(key)
-        if name in known:
-            continue
-        if name in refused and not _is_empty(value):
-            raise UsageError(f"{place} has the key {name!r}, which is not taken here", remedy=refused[name])
-        close = difflib.get_close_matches(name.lower()[:_LONGEST_KEY], known, n=1, cutoff=_LEAST_LIKENESS)
-        if close or not isinstance(key, str):
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UsageError(
-                f"{place} has the unknown key {shown(key)}", remedy=f"{hint}the keys are {', '.join(known)}"
-            )
+    known = [*_TEXT_PARTS, *(part_type for each in input_kinds() for part_type in each.part_types)]
+    raise UsageError(f"{place} {found}", remedy=f"the types are {', '.join(known)}")

@@ -9,21 +9,22 @@ Shapes: D DeepStack levels, V visual rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runtime.chat import IMAGE_TOKEN, ChatTemplate, template_source
+from runtime.chat import ChatTemplate, template_source
 from runtime.contract import DecoderInputs, FloatArray, VisionInputs
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import MAX_TOKENIZER_BYTES, parse_json_object, read_small_file
 from runtime.generation_config import GenerationOptions
 from runtime.image_bounds import MAX_IMAGE_PIXELS
 from runtime.image_config import NUM_CHANNELS, ImageProcessorConfig
-from runtime.image_processor import ProcessedImage, process_image
-from runtime.messages import normalise_messages
+from runtime.image_processor import ProcessedImage
+from runtime.input_kinds.registry import input_kinds
+from runtime.messages import Attachment, normalise_messages
 from runtime.model_config import ModelConfig
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.tokenizer import Tokenizer
@@ -137,8 +138,9 @@ class Preparation:
 
         with opening(folder / TOKENIZER):
             tokenizer = Tokenizer(files[TOKENIZER], name=str(folder / TOKENIZER))
-            if tokenizer.encode(IMAGE_TOKEN) != [tokenizer.token_id(IMAGE_TOKEN)]:
-                raise EngineError(f"the tokenizer splits {IMAGE_TOKEN}", remedy="mark it as an added special token")
+            for token in (kind.token for kind in input_kinds()):
+                if tokenizer.encode(token) != [tokenizer.token_id(token)]:
+                    raise EngineError(f"the tokenizer splits {token}", remedy="mark it as an added special token")
         with opening(folder / TEMPLATE):
             settings = settings_in(TOKENIZER_SETTINGS) if TOKENIZER_SETTINGS in files else {}
             template = ChatTemplate.from_config(files[TEMPLATE].decode("utf-8", "surrogatepass"), settings)
@@ -185,27 +187,24 @@ class Preparation:
             ImageError: An image cannot be read.
             CapacityError: A text is too long, or an image too large or one too many.
         """
-        plain, sources = normalise_messages(messages)
+        plain, attachments = normalise_messages(messages)
         chat = self.template.render(plain, tools=tools, chat_template_kwargs=chat_template_kwargs)
-        if len(chat.image_offsets) != len(sources):
-            raise UsageError(
-                f"the messages hold {len(sources)} images but the chat template wrote {len(chat.image_offsets)} "
-                f"{IMAGE_TOKEN}",
-                remedy="put images into user turns: templates leave them out of system and assistant turns",
-            )
         input_ids: list[int] = []
         images: list[ProcessedImage] = []
         spans: list[VisualSpan] = []
         end = 0
         # The tokenizer splits at added tokens before all else, so the text between two images can be encoded alone.
-        for offset, source in zip(chat.image_offsets, sources, strict=True):
+        for offset, attachment in _placed(attachments, chat.places):
+            token = attachment.kind.token
             input_ids += self._encode(chat.text[end:offset], input_ids, max_tokens)
             _check_room(images, max_tokens)
-            image = process_image(source, self.image_config, max_image_pixels=self.max_image_pixels)
+            image = attachment.kind.process(
+                attachment.source, self.image_config, max_image_pixels=self.max_image_pixels
+            )
             images.append(image)
             spans.append(VisualSpan(len(input_ids), image.merged_grid_thw))
-            input_ids += [self.tokenizer.token_id(IMAGE_TOKEN)] * image.num_visual_tokens
-            end = offset + len(IMAGE_TOKEN)
+            input_ids += [self.tokenizer.token_id(token)] * image.num_visual_tokens
+            end = offset + len(token)
         input_ids += self._encode(chat.text[end:], input_ids, max_tokens)
         prompt = Prompt(input_ids, tuple(spans), chat.text)
         return Prepared(prompt, tuple(images), mrope_positions(len(input_ids), spans))
@@ -217,6 +216,24 @@ class Preparation:
     def vision_inputs(self, image: ProcessedImage) -> VisionInputs:
         """Return what the vision tower takes of an image."""
         return vision_inputs(image.pixel_values, image.grid_thw, self.config.vision)
+
+
+def _placed(attachments: Sequence[Attachment], places: Sequence[tuple[int, str]]) -> Iterator[tuple[int, Attachment]]:
+    """Give each place that the template wrote the next attachment of its kind.
+
+    Raises:
+        UsageError: The template writes not one token for each attachment.
+    """
+    waiting = {kind.token: [each for each in attachments if each.kind is kind] for kind in input_kinds()}
+    for kind in input_kinds():
+        num_attached, num_written = len(waiting[kind.token]), sum(token == kind.token for _, token in places)
+        if num_attached != num_written:
+            raise UsageError(
+                f"the messages hold {num_attached} {kind.name}s but the chat template wrote {num_written} {kind.token}",
+                remedy=f"put {kind.name}s into user turns: templates leave them out of system and assistant turns",
+            )
+    for offset, token in places:
+        yield offset, waiting[token].pop(0)
 
 
 def _check_room(images: Sequence[ProcessedImage], max_tokens: int | None) -> None:

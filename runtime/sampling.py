@@ -1,8 +1,8 @@
 """From logits to the next token: penalties, filters, and the draw.
 
-Every processor is a plain callable `(logits_BV, histories) -> logits_BV`: float32 in and out, the input is left as it
-is, filtered tokens become -inf. Each equals the processor of transformers 5.23 named in its docstring, in which the
-order of `build_processors` is that of `GenerationMixin._get_logits_processor`.
+Every processor is a callable `(logits_BV, histories) -> logits_BV` with the value of one option: float32 in and out,
+the input is left as it is, filtered tokens become -inf. Each equals the processor of transformers 5.23 named in its
+docstring. A new one is a class here and its place in `PROCESSORS`.
 
 Shape suffixes: B sequences, V vocabulary, K candidates that a filter has left.
 
@@ -13,8 +13,10 @@ top_p alone 3.5 ms (it sorts the vocabulary) · no filter 1.8 ms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -58,44 +60,65 @@ class TokenHistory:
         self._counts[token_id] = self._counts.get(token_id, 0) + 1
 
 
-LogitsProcessor = Callable[[Logits, Sequence[TokenHistory]], Logits]
+@dataclass(frozen=True)
+class LogitsProcessor(ABC):
+    """Change the logits by the value of one option.
+
+    Attributes:
+        value: Of the option, checked.
+        option: Its name in `GenerationOptions`.
+        off: The value that changes nothing.
+        is_for_greedy: It shapes greedy decoding too.
+        needs_all_logits: The largest logits alone do not decide what it makes of them.
+    """
+
+    value: float
+    option: ClassVar[str]
+    off: ClassVar[float]
+    is_for_greedy: ClassVar[bool] = False
+    needs_all_logits: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
+        """Return new logits."""
 
 
-class _OfRows:
-    """A processor that looks at one sequence at a time."""
+class _Penalty(LogitsProcessor):
+    """It may raise any token above the largest logits."""
+
+    is_for_greedy = True
+    needs_all_logits = True
 
     def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
-        """Return processed logits."""
+        """Return penalised logits."""
         result_BV = logits_BV.copy()
         for row_V, history in zip(result_BV, histories, strict=True):
-            self.change(row_V, history)
+            self.penalise(row_V, history)
         return result_BV
 
-    def change(self, row_V: Logits, history: TokenHistory) -> None:
-        """Write the processed logits of a sequence over its row."""
-        raise NotImplementedError
+    @abstractmethod
+    def penalise(self, row_V: Logits, history: TokenHistory) -> None:
+        """Penalise the tokens of a sequence in its row."""
 
 
-@dataclass(frozen=True)
-class RepetitionPenalty(_OfRows):
+class RepetitionPenalty(_Penalty):
     """Make the tokens of prompt and answer less likely, once each.
 
     A positive logit is divided by the penalty, a negative one multiplied (Keskar et al. 2019, arXiv:1909.05858,
     section 4.1, in the form of transformers' `RepetitionPenaltyLogitsProcessor`).
     """
 
-    penalty: float
+    option, off = "repetition_penalty", 1.0
 
-    def change(self, row_V: Logits, history: TokenHistory) -> None:
-        """Penalise a row; ids at or beyond V are passed over."""
+    def penalise(self, row_V: Logits, history: TokenHistory) -> None:
+        """Divide or multiply; ids at or beyond V are passed over."""
         ids = history.seen_ids
         ids = ids[ids < len(row_V)]
-        values, penalty = row_V[ids], np.float32(self.penalty)
+        values, penalty = row_V[ids], np.float32(self.value)
         row_V[ids] = np.where(values < 0, values * penalty, values / penalty)
 
 
-@dataclass(frozen=True)
-class PresencePenalty(_OfRows):
+class PresencePenalty(_Penalty):
     """Subtract a constant from the logit of every token that the answer holds; the prompt does not count.
 
     OpenAI's definition, `mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence` with c the counts in the
@@ -103,59 +126,55 @@ class PresencePenalty(_OfRows):
     5.23 has no such processor.
     """
 
-    penalty: float
+    option, off = "presence_penalty", 0.0
 
-    def change(self, row_V: Logits, history: TokenHistory) -> None:
-        """Penalise a row."""
-        row_V[history.generated_ids] -= np.float32(self.penalty)
+    def penalise(self, row_V: Logits, history: TokenHistory) -> None:
+        """Subtract it once."""
+        row_V[history.generated_ids] -= np.float32(self.value)
 
 
-@dataclass(frozen=True)
-class FrequencyPenalty(_OfRows):
+class FrequencyPenalty(_Penalty):
     """Subtract a constant times the number of occurrences in the answer; for the source see `PresencePenalty`."""
 
-    penalty: float
+    option, off = "frequency_penalty", 0.0
 
-    def change(self, row_V: Logits, history: TokenHistory) -> None:
-        """Penalise a row."""
-        row_V[history.generated_ids] -= np.float32(self.penalty) * history.generated_counts.astype(np.float32)
+    def penalise(self, row_V: Logits, history: TokenHistory) -> None:
+        """Subtract it for each occurrence."""
+        row_V[history.generated_ids] -= np.float32(self.value) * history.generated_counts.astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Temperature:
+class Temperature(LogitsProcessor):
     """Divide the logits by the temperature (transformers' `TemperatureLogitsWarper`)."""
 
-    temperature: float
+    option, off = "temperature", 1.0
 
     def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
         """Return scaled logits."""
-        return logits_BV / np.float32(self.temperature)
+        return logits_BV / np.float32(self.value)
 
 
-@dataclass(frozen=True)
-class TopK:
+class TopK(LogitsProcessor):
     """Keep the k largest logits, and all that equal the k-th (transformers' `TopKLogitsWarper`)."""
 
-    top_k: int
+    option, off = "top_k", 0
 
     def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
         """Return filtered logits."""
-        num_tokens = logits_BV.shape[-1]
-        if self.top_k >= num_tokens:
+        num_tokens, k = logits_BV.shape[-1], int(self.value)
+        if k >= num_tokens:
             return logits_BV.copy()
-        kth_B1 = np.partition(logits_BV, num_tokens - self.top_k, axis=-1)[:, num_tokens - self.top_k, None]
+        kth_B1 = np.partition(logits_BV, num_tokens - k, axis=-1)[:, num_tokens - k, None]
         return np.where(logits_BV < kth_B1, np.float32(-np.inf), logits_BV)
 
 
-@dataclass(frozen=True)
-class TopP:
+class TopP(LogitsProcessor):
     """Keep the most likely tokens whose probabilities add up to `top_p` (transformers' `TopPLogitsWarper`).
 
     The least likely tokens are dropped while their sum is at most `1 - top_p`; of equally likely ones the lower id
     goes first. Holtzman et al. 2020, arXiv:1904.09751.
     """
 
-    top_p: float
+    option, off = "top_p", 1.0
 
     def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
         """Return filtered logits."""
@@ -169,7 +188,7 @@ class TopP:
             probabilities_K = _softmax(sorted_K)
             # torch's cumsum on the CPU adds float32 in double precision and rounds every partial sum.
             sums_K = np.cumsum(probabilities_K, dtype=np.float64).astype(np.float32)
-            num_dropped = int(np.count_nonzero(sums_K <= np.float32(1 - self.top_p)))
+            num_dropped = int(np.count_nonzero(sums_K <= np.float32(1 - self.value)))
             num_dropped = min(num_dropped, len(sorted_K) - 1)
             edge = sorted_K[num_dropped]
             row_V[candidates_K[values_K < edge]] = -np.inf
@@ -178,16 +197,16 @@ class TopP:
         return result_BV
 
 
-@dataclass(frozen=True)
-class MinP:
+class MinP(LogitsProcessor):
     """Keep tokens whose probability is at least `min_p` times the largest one (transformers' `MinPLogitsWarper`)."""
 
-    min_p: float
+    option, off = "min_p", 0.0
+    needs_all_logits = True  # it sums the exponentials of the whole row, in which the order of the summands shows
 
     def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
         """Return filtered logits."""
         probabilities_BV = _softmax(logits_BV)
-        threshold_B1 = np.float32(self.min_p) * probabilities_BV.max(axis=-1, keepdims=True)
+        threshold_B1 = np.float32(self.value) * probabilities_BV.max(axis=-1, keepdims=True)
         return np.where(probabilities_BV < threshold_B1, np.float32(-np.inf), logits_BV)
 
 
@@ -198,30 +217,23 @@ def _softmax(logits: Logits) -> Logits:
     return probabilities
 
 
-def build_processors(options: GenerationOptions) -> list[LogitsProcessor]:
-    """Return the processors that the options switch on, in transformers' order.
+PROCESSORS: tuple[type[LogitsProcessor], ...] = (
+    RepetitionPenalty,
+    PresencePenalty,
+    FrequencyPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    MinP,
+)
+"""In the order of transformers' `GenerationMixin._get_logits_processor`. The additive penalties stand where it puts a
+caller's own processors, between penalties and filters, as in vLLM."""
 
-    Penalties come first and also shape greedy decoding; temperature and filters only exist when sampling. The
-    additive penalties stand where transformers puts a caller's own processors, between the two groups, as in vLLM.
-    """
-    processors: list[LogitsProcessor] = []
-    if options.repetition_penalty != 1.0:
-        processors.append(RepetitionPenalty(options.repetition_penalty))
-    if options.presence_penalty != 0.0:
-        processors.append(PresencePenalty(options.presence_penalty))
-    if options.frequency_penalty != 0.0:
-        processors.append(FrequencyPenalty(options.frequency_penalty))
-    if not options.do_sample:
-        return processors
-    if options.temperature != 1.0:
-        processors.append(Temperature(options.temperature))
-    if options.top_k != 0:
-        processors.append(TopK(options.top_k))
-    if options.top_p < 1.0:
-        processors.append(TopP(options.top_p))
-    if options.min_p > 0.0:
-        processors.append(MinP(options.min_p))
-    return processors
+
+def build_processors(options: GenerationOptions) -> list[LogitsProcessor]:
+    """Return the processors that the options switch on, in the order of `PROCESSORS`."""
+    kinds = [kind for kind in PROCESSORS if options.do_sample or kind.is_for_greedy]
+    return [kind(value) for kind in kinds if (value := getattr(options, kind.option)) != kind.off]
 
 
 def greedy(logits_V: Logits) -> int:
@@ -287,13 +299,10 @@ class Sampler:
     def can_use_top(self, num_top: int) -> bool:
         """Return whether so many largest logits, ties aside, decide the next token whatever the others are.
 
-        Greedy decoding needs one, sampling the `top_k` of the options. A penalty may raise any other token above
-        them, and `min_p` sums the exponentials of the whole row, in which the order of the summands shows.
+        Greedy decoding needs one, sampling the `top_k` of the options.
         """
-        o = self.options
-        if (o.repetition_penalty, o.presence_penalty, o.frequency_penalty) != (1.0, 0.0, 0.0):
-            return False
-        return 0 < self._num_kept < num_top and not (o.do_sample and o.min_p > 0.0)
+        needs_all = any(processor.needs_all_logits for processor in self._processors)
+        return 0 < self._num_kept < num_top and not needs_all
 
     def next(self, logits: Logits | TopLogits) -> int:
         """Return the next token of the answer and remember it.

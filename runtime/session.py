@@ -18,11 +18,7 @@ from numpy.typing import NDArray
 import runtime.sessions
 from runtime.contract import DecoderInputs, FloatArray, IntArray, VisionInputs
 from runtime.errors import EngineError, UsageError
-from runtime.installation import how_to_install
 from runtime.manifest import Manifest
-
-# Extra of pyproject.toml with the library of a kind of session.
-_EXTRAS = {"ort_cpu": "cpu", "ort_cuda": "cuda", "tensorrt": "tensorrt"}
 
 
 class KVCache(Protocol):
@@ -116,7 +112,7 @@ def open_session(folder: Path, manifest: Manifest, options: SessionOptions = Ses
     """Open an engine folder whose manifest was read and checked.
 
     Raises:
-        EngineError: No session of that kind exists here.
+        EngineError: No session of that kind exists here, or its library is not installed.
         UsageError: The session has no use for an option that was given.
     """
     if not (options.cuda_graphs or is_on_gpu(manifest)):
@@ -131,15 +127,7 @@ def open_session(folder: Path, manifest: Manifest, options: SessionOptions = Ses
             f"{folder}: unknown kind of session {manifest.session!r:.80}; known: {', '.join(known)}",
             remedy="install the version that built the engine, or build it again",
         )
-    try:
-        module = importlib.import_module(f"runtime.sessions.{manifest.session}")
-    except ModuleNotFoundError as error:
-        if error.name != f"runtime.sessions.{manifest.session}":
-            raise EngineError(
-                f"{folder}: its session {manifest.session!r} needs {error.name}, which is not installed",
-                remedy=how_to_install(_EXTRAS[manifest.session]),
-            ) from error
-        raise
+    module = importlib.import_module(f"runtime.sessions.{manifest.session}")
     session: Session = module.open_session(folder, manifest, options)
     if manifest.capabilities.get("top_k") and not hasattr(session, "decode_top"):
         raise EngineError(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -51,7 +52,7 @@ class CompiledTemplate:
 
     Args:
         source: The jinja2 source.
-        image_token: What the template writes for an image.
+        tokens: What the template writes in place of what is not text, such as an image.
         max_characters: Longest text that `render` returns.
 
     Attributes:
@@ -61,9 +62,9 @@ class CompiledTemplate:
         TemplateFailure: The source is no valid template, or memory ran out while jinja2 folded its constants.
     """
 
-    def __init__(self, source: str, image_token: str, max_characters: int) -> None:
+    def __init__(self, source: str, tokens: Sequence[str], max_characters: int) -> None:
         self._source = source
-        self._image_token = image_token
+        self._tokens = tokens
         self._max_characters = max_characters
         self._environment = _build_environment()
         self._template = self._compile(source)
@@ -71,54 +72,63 @@ class CompiledTemplate:
         self.variables = frozenset(undeclared - {*self._environment.globals, "strftime_now"})
         self._marked = self._compile_marked(0)
 
-    def render(self, special_tokens: Mapping[str, str], variables: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
-        """Render a chat and find the image tokens that the template itself wrote.
+    def render(
+        self, special_tokens: Mapping[str, str], variables: Mapping[str, Any]
+    ) -> tuple[str, list[tuple[int, str]]]:
+        """Render a chat and find the tokens that the template itself wrote.
 
         To tell them from typed ones without looking at what users wrote, the template is rendered a second time from a
-        source in which the image token is replaced by a marker that is not in the text. The messages are the same in
-        both, so a template that inspects them takes the same path; that the two results agree is checked.
+        source in which the tokens are replaced by markers that are not in the text. The messages are the same in both,
+        so a template that inspects them takes the same path; that the two results agree is checked.
 
         Args:
             special_tokens: Variables such as `eos_token`.
             variables: All others; they win.
 
         Returns:
-            The text, and the offsets of the template's own image tokens, ascending.
+            The text, and the places of the template's own tokens: offset and token, ascending.
 
         Raises:
-            TemplateFailure: The template raised, did what the sandbox forbids, wrote too much, or treats typed image
-                tokens in a way of its own.
+            TemplateFailure: The template raised, did what the sandbox forbids, wrote too much, or treats typed tokens
+                in a way of its own.
         """
         # One clock reading for both renderings.
         given = {**special_tokens, **variables, "strftime_now": datetime.datetime.now().strftime}
         text = self._render(self._template, given)
-        if self._image_token not in text:
-            return text, ()
-        marker, marked_template = self._marked_for(text)
-        marked_tokens = {name: token.replace(self._image_token, marker) for name, token in special_tokens.items()}
-        pieces = self._render(marked_template, {**given, **marked_tokens}).split(marker)
-        if self._image_token.join(pieces) != text:
+        if not any(token in text for token in self._tokens):
+            return text, []
+        markers, marked_template = self._marked_for(text)
+        marked_tokens = {name: self._with_markers(token, markers) for name, token in special_tokens.items()}
+        marked_text = self._render(marked_template, {**given, **marked_tokens})
+        token_of = dict(zip(markers, self._tokens, strict=True))
+        places: list[tuple[int, str]] = []
+        plain = ""
+        for piece in re.split(f"({'|'.join(markers)})", marked_text):
+            if piece in token_of:
+                places.append((len(plain), token_of[piece]))
+            plain += token_of.get(piece, piece)
+        if plain != text:
             raise TemplateFailure(REWRITTEN, "")
-        offsets = []
-        end = 0
-        for piece in pieces[:-1]:
-            offsets.append(end + len(piece))
-            end = offsets[-1] + len(self._image_token)
-        return text, tuple(offsets)
+        return text, places
 
-    def _marked_for(self, text: str) -> tuple[str, jinja2.Template]:
-        """Return a marker that is not in the text, and the template that writes it; normally the one at hand."""
+    def _marked_for(self, text: str) -> tuple[list[str], jinja2.Template]:
+        """Return markers that are not in the text, and the template that writes them; normally the one at hand."""
         number = 0
         marked = self._marked
-        while marked[0] in text:
+        while any(marker in text for marker in marked[0]):
             number += 1
             marked = self._compile_marked(number)
         return marked
 
-    def _compile_marked(self, number: int) -> tuple[str, jinja2.Template]:
+    def _compile_marked(self, number: int) -> tuple[list[str], jinja2.Template]:
         # Letters and digits only: it must stay whole wherever a template can write a string.
-        marker = f"TemplateImageSlot{number}"
-        return marker, self._compile(self._source.replace(self._image_token, marker))
+        markers = [f"TemplateSlot{number}Kind{index}End" for index in range(len(self._tokens))]
+        return markers, self._compile(self._with_markers(self._source, markers))
+
+    def _with_markers(self, text: str, markers: Sequence[str]) -> str:
+        for token, marker in zip(self._tokens, markers, strict=True):
+            text = text.replace(token, marker)
+        return text
 
     def _compile(self, source: str) -> jinja2.Template:
         try:

@@ -100,8 +100,8 @@ def serve(engine_path: str, memory_bytes: int, seconds: float) -> None:
                 template = engine.CompiledTemplate(*request)
                 answer = {"variables": sorted(template.variables)}
             else:
-                text, offsets = template.render(*request)
-                answer = {"text": text, "offsets": offsets}
+                text, places = template.render(*request)
+                answer = {"text": text, "places": places}
         except engine.TemplateFailure as failure:
             answer = {"kind": failure.kind, "reason": failure.reason[:1000]}
         except MemoryError:

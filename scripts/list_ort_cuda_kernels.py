@@ -11,13 +11,11 @@ answer "done" and know no device. No kernel can run in that process.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 # The calls that onnxruntime-gpu 1.31.1 makes until its kernels are listed. Another version that makes more of them ends
@@ -98,9 +96,8 @@ wheel = "onnxruntime-gpu {version}\""""
 OWN_OPERATORS = ("SimplifiedLayerNormalization",)
 
 
-@contextlib.contextmanager
-def without_gpu() -> Iterator[dict[str, str]]:
-    """Give the environment of a child process in which onnxruntime-gpu makes its CUDA provider without a GPU."""
+def list_kernels(python: str) -> dict[str, list]:
+    """Let onnxruntime-gpu make its CUDA provider in a child process, without a GPU, and say what it holds."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "stand_ins.c"
         source.write_text(STAND_INS)
@@ -109,17 +106,13 @@ def without_gpu() -> Iterator[dict[str, str]]:
                 ["cc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}", str(source), "-o", str(Path(folder) / name)],
                 check=True,
             )
-        yield {
+        environment = {
             **os.environ,
             "ORT_DISABLE_TELEMETRY": "1",  # which it reads when it is imported
             # The stand-ins come before the libraries of the same name.
             "LD_LIBRARY_PATH": folder,
             "LD_PRELOAD": str(Path(folder) / LIBRARIES[0]),
         }
-
-
-def list_kernels(python: str) -> dict[str, list]:
-    with without_gpu() as environment:
         found = subprocess.run([python, "-c", LISTING], env=environment, capture_output=True, text=True)
     if found.returncode != 0:
         raise SystemExit(f"{python}: cannot list its kernels (exit {found.returncode})\n{found.stderr}")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measure import seconds
 
 _READ_BYTES = 3 << 30  # server processors show caches of up to half a gigabyte
 _M, _K, _N = 512, 2048, 6144  # a prompt of 512 tokens at the 2B model's up projection
@@ -28,12 +29,8 @@ def measure(threads: int) -> dict[str, float]:
 
 
 def _best(call: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_REPEATS + 1):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    call()
+    return min(seconds(call) for _ in range(_REPEATS))
 
 
 def _reader(threads: int) -> Callable[[], object]:

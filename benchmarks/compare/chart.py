@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.compare.tables import title, tokens_per_s
 from benchmarks.compare.workloads import VISION, Point
-from benchmarks.plot import PAPER, text
+from benchmarks.plot import bar, drawing, text
 
 _SHOWN = ("vision-784-b1", "vision-3072-b1", "prefill-512-b1", "decode-512-b1", "decode-512-b4")
 _LEFT, _WIDTH, _RIGHT = 190, 420, 90
@@ -19,12 +19,7 @@ def draw(result: Mapping[str, Any]) -> str:
     """Return a panel for each of a few points: images or tokens a second; our sides have a colour of their own."""
     points = [point for point in (Point(**values) for values in result["points"]) if point.name in _SHOWN]
     panel = _TITLE + len(result["sides"]) * _ROW + _GAP
-    width, height = _LEFT + _WIDTH + _RIGHT, len(points) * panel + _GAP
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="{PAPER}"/>',
-    ]
+    parts = []
     for index, point in enumerate(points):
         top = _GAP + index * panel
         unit = "images/s" if point.phase == VISION else "tokens/s"
@@ -35,10 +30,8 @@ def draw(result: Mapping[str, Any]) -> str:
             y = top + _TITLE - 6 + row * _ROW
             length = _WIDTH * (rate or 0.0) / longest
             colour = _OURS if result["sides"][name]["is_ours"] else _THEIRS
-            parts.append(text(_LEFT - 6, y + 11, name, anchor="end"))
-            parts.append(f'<rect x="{_LEFT}" y="{y}" width="{length:.1f}" height="{_BAR}" fill="{colour}"/>')
-            parts.append(text(_LEFT + length + 5, y + 11, f"{rate:.3g}" if rate else "not measured"))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+            parts += bar(_LEFT, y, length, _BAR, colour, name, f"{rate:.3g}" if rate else "not measured")
+    return drawing(_LEFT + _WIDTH + _RIGHT, len(points) * panel + _GAP, 12, parts)
 
 
 def _rate(point: Point, side: Mapping[str, Any]) -> float | None:

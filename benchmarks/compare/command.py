@@ -10,24 +10,22 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from benchmarks import report, synthetic
-from benchmarks.compare import chart, comparison, sides
+from benchmarks import options, synthetic
+from benchmarks.compare import chart, comparison, sides, tables
 from benchmarks.compare.workloads import POINTS
+from benchmarks.result_files import RESULTS, write
 from runtime.errors import UsageError
 from scripts import share_torch
 
 _LOCKS = sides.ROOT / "locks"  # made of the requirements beside this file: make lock
 _Choice = TypeVar("_Choice")
-ExpertStride = Annotated[
-    int, typer.Option(min=1, help="Write one piece of 64 KiB in so many of a checkpoint's experts; the rest are holes.")
-]
 
 
 def compare(
-    model: Annotated[str, typer.Option(help="Shape in configs/models, such as qwen3-vl-2b.")] = "qwen3-vl-2b",
-    layers: Annotated[int | None, typer.Option(help="Decoder layers, the first ones; all if not given.")] = None,
+    model: options.Model = "qwen3-vl-2b",
+    layers: options.Layers = None,
     checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint of that shape.")] = None,
-    expert_stride: ExpertStride = 1,
+    expert_stride: options.ExpertStride = 1,
     side: Annotated[list[str] | None, typer.Option(help="Measure this side only; repeat for several.")] = None,
     point: Annotated[list[str] | None, typer.Option(help="Such as decode-512-b1; repeat for several.")] = None,
     threads: int = 2,
@@ -45,9 +43,8 @@ def compare(
     if results is None and (side or point):
         raise UsageError(
             "--side or --point without --results: a part would replace the whole comparison",
-            remedy=f"give another folder, or --results {report.RESULTS.relative_to(sides.ROOT)} if that is meant",
+            remedy=f"give another folder, or --results {RESULTS.relative_to(sides.ROOT)} if that is meant",
         )
-    results = results or report.RESULTS
     chosen = _choose("side", {each.name: each for each in sides.all_sides()}, side)
     points = _choose("point", {each.name: each for each in POINTS}, point)
     name = synthetic.name_of(model, layers)
@@ -63,9 +60,8 @@ def compare(
     result = {"model": name, **synthetic.sizes(checkpoint)} | comparison.compare(
         checkpoint.absolute(), work, chosen, points, settings
     )
-    path = report.write(f"compare-{name}", result, results)
+    path = write(f"compare-{name}", result, tables.render(result), results or RESULTS)
     path.with_suffix(".svg").write_text(chart.draw(result), encoding="utf-8")
-    typer.echo(path.read_text(encoding="utf-8"))
     for failed in result["failed"]:
         typer.echo(f"error: {failed}: {result['missing'][failed]}", err=True)
     if result["failed"]:

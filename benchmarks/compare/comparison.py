@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import measure
 from benchmarks.compare import workloads
@@ -21,6 +21,10 @@ from benchmarks.compare.builds import build
 from benchmarks.compare.driver import IMAGE_MODE, SPEED_MODE
 from benchmarks.compare.sides import REFERENCE, ROOT, Side
 from benchmarks.compare.workloads import Point
+from qwen3vl_export.parity.metrics import kl_divergence
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def compare(
     result["texts"] = encode_texts(checkpoint)
     with tempfile.TemporaryDirectory(dir=work) as name:
         scratch = Path(name)
-        result["ceilings"] = _ceilings(settings.threads, scratch)
+        result["ceilings"] = measured_ceilings(settings.threads, scratch)
         result["sides"] = {}
         built: set[str] = set()
         for side in sides:
@@ -110,12 +114,9 @@ def _measure_side(
         "image": str(_image(scratch)),
         "prompt": prompt(checkpoint),
         "logits": str(scratch / f"{side.name}.npy"),
-        "threads": settings.threads,
-        "budget_s": settings.budget_s,
-        "min_repeats": settings.min_repeats,
-        "max_repeats": settings.max_repeats,
+        **result["settings"],
     }
-    measured = {mode: _run_driver(side, request | {"mode": mode}, scratch) for mode in (IMAGE_MODE, SPEED_MODE)}
+    measured = {mode: run_driver(side, request | {"mode": mode}, scratch) for mode in (IMAGE_MODE, SPEED_MODE)}
     # Of what both processes measure, the load time, that of the second counts: the files are in the page cache.
     kind = {"target": side.target, "is_ours": side.is_ours, "options": dict(side.options)}
     return {**kind, "export": cost, **measured[IMAGE_MODE], **measured[SPEED_MODE]}
@@ -143,31 +144,39 @@ def _image(scratch: Path) -> Path:
     return path
 
 
-def _run_driver(side: Side, request: dict[str, Any], scratch: Path) -> dict[str, Any]:
+def run_driver(side: Side, request: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Measure a side in a process of its environment, as a request says."""
     path = scratch / "request.json"
-    result = scratch / "result.json"
-    path.write_text(json.dumps(request | {"result": str(result)}), encoding="utf-8")
-    _run([str(side.python), "-m", "benchmarks.compare.driver", str(path)])
-    values: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return values
-
-
-def _ceilings(threads: int, scratch: Path) -> dict[str, float]:
-    path = scratch / "ceilings.json"
-    _run([sys.executable, "-m", "benchmarks.compare.ceilings", str(threads), str(path)])
-    values: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
-    return values
-
-
-def _run(command: list[str]) -> None:
+    path.write_text(json.dumps(request), encoding="utf-8")
+    command = [str(side.python), "-m", "benchmarks.compare.driver", str(path)]
     # From the repository's root, where the environments of the peers find the package of the drivers.
-    measure.run_child(command, ROOT)
+    return measure.child_result(command, scratch / "result.json", ROOT)[0]
+
+
+def measured_ceilings(threads: int, scratch: Path) -> dict[str, float]:
+    """Measure what the machine can do at most, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.compare.ceilings", str(threads)]
+    return measure.child_result(command, scratch / "ceilings.json", ROOT)[0]
+
+
+def divergence(reference_NV: np.ndarray[Any, Any], other_NV: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Return mean and greatest KL(reference ‖ other) of the next-token distributions in nats, and top-1 agreement.
+
+    Args:
+        reference_NV: Logits of N positions over V tokens.
+        other_NV: The same of another side.
+    """
+    assert reference_NV.shape == other_NV.shape
+    # One position at a time: a child inherits the peak of memory of this process.
+    rows = [(reference_NV[i : i + 1], other_NV[i : i + 1]) for i in range(len(reference_NV))]
+    kl_N = [float(kl_divergence(other_1V, reference_1V)[0]) for reference_1V, other_1V in rows]
+    is_same_N = [bool(reference_1V.argmax() == other_1V.argmax()) for reference_1V, other_1V in rows]
+    top1 = sum(is_same_N) / len(rows)
+    return {"mean_kl": sum(kl_N) / len(rows), "max_kl": max(kl_N), "top1": top1, "positions": len(rows)}
 
 
 def _add_divergences(sides: dict[str, Any], scratch: Path) -> None:
     import numpy as np
-
-    from benchmarks.compare.divergence import divergence
 
     reference = scratch / f"{REFERENCE}.npy"
     if not reference.is_file():

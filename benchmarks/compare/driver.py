@@ -1,7 +1,7 @@
 """What a driver of one side offers, and the process that measures it.
 
 A driver runs in the environment of its side, so this file, and every driver, imports only the standard library, numpy
-and the libraries of that side. `python -m benchmarks.compare.driver REQUEST.json` measures one side in a mode:
+and the libraries of that side. `python -m benchmarks.compare.driver REQUEST.json RESULT.json` measures one in a mode:
 
 - speed: each point of the workload, then the logits of the text prompts.
 - image: load, answer one image, and nothing else, so that the peak of resident memory is that of this task.
@@ -14,13 +14,14 @@ import json
 import resource
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.compare.workloads import PREFILL, VISION, Point
-from benchmarks.measure import summarise
+from benchmarks.measure import seconds, summarise, version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,31 +42,47 @@ class FirstToken:
     has_vision: bool = True
 
 
-class Driver(Protocol):
+class Driver(ABC):
     """One opened model. What a side cannot do is None; its place in the tables stays empty.
 
     `vision`, `prefill` and `decode` prepare their inputs and return the call that is timed. A call of `decode` computes
     one token of each sequence behind `past` cached positions and may be repeated.
+
+    Attributes:
+        libraries: Distributions at work; the versions of those that are installed are in the result.
     """
 
+    libraries: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def __init__(self, folder: Path, threads: int, mode: str, **options: Any) -> None:
+        """Open what the export wrote, for one of the modes; options are those of the side."""
+
     def vision(self, height: int, width: int) -> Call | None:
-        """Prepare the vision tower on one image of height × width patches."""
+        """Prepare the vision tower on one image of height × width patches; a side may have none."""
+        return None
 
-    def prefill(self, batch: int, length: int) -> Call | None:
-        """Prepare prompts of `length` text tokens."""
+    @abstractmethod
+    def prefill(self, batch: int, length: int) -> Call:
+        """Prepare prompts of `length` text tokens, with the logits of the last one."""
 
-    def decode(self, batch: int, past: int) -> Call | None:
+    @abstractmethod
+    def decode(self, batch: int, past: int) -> Call:
         """Prepare one step; the cached keys and values are zeros, since speed does not depend on them."""
 
+    @abstractmethod
     def first_token(self, image: str, prompt: str) -> FirstToken:
         """Answer an image file with one token, preprocessing included."""
 
+    @abstractmethod
     def logits(self, input_ids: Sequence[int]) -> np.ndarray[Any, Any] | None:
         """Return the logits of every position of a text, float32 [tokens, vocab]."""
 
+    @abstractmethod
     def decoder_bytes(self) -> int:
         """Return the bytes of weights that one decode step reads."""
 
+    @abstractmethod
     def cache_token_bytes(self) -> float:
         """Return the bytes of keys and values of one token."""
 
@@ -75,7 +92,7 @@ def time_call(call: Call, *, budget_s: float, min_repeats: int, max_repeats: int
     call()
     times = []
     while len(times) < min_repeats or (len(times) < max_repeats and sum(times) + times[-1] < budget_s):
-        times.append(_seconds(call))
+        times.append(seconds(call))
     return summarise(times)
 
 
@@ -117,8 +134,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Load the side that a request names and measure it in the request's mode."""
     module = importlib.import_module(f"benchmarks.compare.drivers.{request['driver']}")
     start = time.perf_counter()
-    driver: Driver = module.load(Path(request["path"]), request["threads"], request["mode"], **request["options"])
-    result: dict[str, Any] = {"load_s": time.perf_counter() - start, "versions": module.versions()}
+    driver: Driver = module.DRIVER(Path(request["path"]), request["threads"], request["mode"], **request["options"])
+    result: dict[str, Any] = {"load_s": time.perf_counter() - start}
+    result["versions"] = {name: found for name in driver.libraries if (found := version(name)) is not None}
     repeats = {name: request[name] for name in ("budget_s", "min_repeats", "max_repeats")}
     if request["mode"] == IMAGE_MODE:
         answers: list[FirstToken] = []
@@ -138,15 +156,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what the request file on the command line says and write the result beside it."""
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(request["result"]).write_text(json.dumps(measure(request)), encoding="utf-8")
-
-
-def _seconds(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    """Measure what the first file on the command line says and write the result into the second."""
+    request, result = map(Path, sys.argv[1:])
+    result.write_text(json.dumps(measure(json.loads(request.read_text(encoding="utf-8")))), encoding="utf-8")
 
 
 if __name__ == "__main__":

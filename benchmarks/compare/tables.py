@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.compare.workloads import DECODE, PREFILL, VISION, Point, operations
-from benchmarks.report import holes_note, table
+from benchmarks.result_files import markdown
+from benchmarks.synthetic import holes_note
 
 _EMPTY = "–"
 _COSTS = (
@@ -62,7 +63,7 @@ def costs_table(result: Mapping[str, Any]) -> str:
                 f"{100 * divergence['top1']:.1f}" if divergence else _EMPTY,
             )
         )
-    return table(rows)
+    return markdown(rows)
 
 
 def points_table(result: Mapping[str, Any], cell: Callable[[Point, Mapping[str, Any], Mapping[str, Any]], str]) -> str:
@@ -77,7 +78,7 @@ def points_table(result: Mapping[str, Any], cell: Callable[[Point, Mapping[str, 
             cell(point, side, result) if point.name in side["points"] else _EMPTY for side in result["sides"].values()
         )
         rows.append((title(point), _calls(point, result), *cells))
-    return table(rows)
+    return markdown(rows)
 
 
 def title(point: Point) -> str:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import onnx_ir as ir
 
 from engines.initializers import add_initializer
+from engines.onnxruntime.storage import CPU_STORAGE, OrtStorage
 from engines.passes.fuse_transposed_matmul import MICROSOFT
-from engines.quantize.experts import BlockwiseExperts, interleaved
-from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, FLOAT, WeightFormat, WeightPlan
+from engines.quantize.experts import interleaved
+from engines.quantize.formats import FLOAT, WeightFormats
 from engines.weights import StackedTensor
 from runtime.errors import TargetError
 
-# As for MatMulNBits: the kernel rounds the input to 8 bits. One layer of 30B-A3B, 4 bits, two threads: see
-# docs/mixture_of_experts.md; without it a prompt of 512 takes twice as long.
-_INT8_PRODUCTS = 4
-
 
 class ChooseExpertsKernelPass(ir.passes.InPlacePass):
-    """Give every node MoE the layout that the kernel reads, or make it QMoE if the plan stores the weights in few bits.
+    """Give every node MoE the layout that the kernel reads, or make it QMoE if its weights are stored in few bits.
 
     The one place that chooses how experts are computed:
 
@@ -33,26 +28,13 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
     benchmarks/experts.py.
 
     Args:
-        plan: The formats.
-        accuracy_level: Of QMoE on the CPU: 4 lets it round the input to 8 bits; 0 computes in the input's own type,
-            but for weights in 8 bits, whose kernel knows no other way.
-        blocks: Block sizes that the kernel takes.
-        float_multiple: Rows of floats must be multiples of so many for the kernel.
+        formats: The formats.
+        storage: Of the provider.
     """
 
-    def __init__(
-        self,
-        plan: WeightPlan,
-        accuracy_level: int = _INT8_PRODUCTS,
-        *,
-        blocks: tuple[int, ...] = BLOCK_SIZES,
-        float_multiple: int = 1,
-    ) -> None:
+    def __init__(self, formats: WeightFormats, storage: OrtStorage = CPU_STORAGE) -> None:
         super().__init__()
-        self.plan = plan
-        self._accuracy_level = accuracy_level
-        self.blocks = blocks
-        self._float_multiple = float_multiple
+        self._formats, self._storage = formats, storage
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Exchange the weights of every MoE."""
@@ -66,23 +48,19 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
         assert gate_up_value is not None and down_value is not None
         gate_up, down = gate_up_value.const_value, down_value.const_value
         assert isinstance(gate_up, StackedTensor) and isinstance(down, StackedTensor), f"{node.name}: weights"
-        formats = [self.plan.format_of(str(weight.name)) for weight in (gate_up, down)]
+        formats = [self._formats.format_of(str(weight.name)) for weight in (gate_up, down)]
         if all(each.kind == FLOAT for each in formats):
             rows = [int(weight.shape.numpy()[2]) for weight in (gate_up, down)]
-            if any(row % self._float_multiple for row in rows):
+            if any(row % self._storage.expert_multiple for row in rows):
                 raise TargetError(
                     f"{gate_up.name}: rows of {rows[0]} and {rows[1]}, the kernel takes multiples of "
-                    f"{self._float_multiple}",
+                    f"{self._storage.expert_multiple}",
                     remedy="build a trt-* or trt-rtx-* target",
                 )
             node.replace_input_with(2, add_initializer(model, interleaved(gate_up)))
             del model.graph.initializers[str(gate_up_value.name)]
             return
-        block = self._block(gate_up, down, formats)
-        first, second = (
-            BlockwiseExperts(weight, each.bits, block, symmetric=each.symmetric)
-            for weight, each in zip((interleaved(gate_up), down), formats, strict=True)
-        )
+        first, second = self._storage.experts((gate_up, down), formats)
         inputs: list[ir.Value | None] = [x, logits]
         for weight in (first, second):
             inputs += [add_initializer(model, weight.packed), add_initializer(model, weight.scales), None]
@@ -91,8 +69,8 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
         inputs += [None if tensor is None else add_initializer(model, tensor) for tensor in zero_points]
         integers = {
             "expert_weight_bits": first.bits,
-            "block_size": block,
-            "accuracy_level": self._accuracy_level,
+            "block_size": first.block,
+            "accuracy_level": self._storage.accuracy_level,
             "weights_prepacked": 0,
         }
         if second.bits != first.bits:
@@ -102,30 +80,3 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
         for value in (gate_up_value, down_value):
             del model.graph.initializers[str(value.name)]
-
-    def _block(self, gate_up: StackedTensor, down: StackedTensor, formats: list[WeightFormat]) -> int:
-        """Return the largest block up to the formats' that divides the rows of both weights, as the kernel wants.
-
-        Raises:
-            TargetError: None does, or a format is not blockwise.
-        """
-        for weight, each in zip((gate_up, down), formats, strict=True):
-            if each.kind != BLOCKWISE:
-                raise TargetError(
-                    f"{weight.name}: {each}: no kernel of ONNX Runtime reads experts in that form",
-                    remedy="choose a blockwise format for *.mlp.experts.*, for gate_up_proj and down_proj",
-                )
-        columns = [int(weight.shape.numpy()[2]) for weight in (gate_up, down)]
-        block = experts_block(self.blocks, min(each.block for each in formats), columns)
-        if block is None:
-            raise TargetError(
-                f"{gate_up.name}: no block of {', '.join(map(str, self.blocks))} divides rows of "
-                f"{gate_up.shape[2]} and {down.shape[2]}",
-                remedy="build a target that keeps the experts in floats, such as ort-cpu-fp32",
-            )
-        return block
-
-
-def experts_block(blocks: tuple[int, ...], most: int, columns: list[int]) -> int | None:
-    """Return the largest of a kernel's blocks, up to `most`, that divides rows of all these lengths, if one does."""
-    return max((size for size in blocks if size <= most and math.gcd(*columns) % size == 0), default=None)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable, Iterator
 import onnx_ir as ir
 
 from engines.initializers import add_initializer, add_integers
-from engines.passes.matmul_weight import MatMulWeight, find_weight, held_blocks
+from engines.passes.matmul_weight import MatMulWeight, find_weight
+from engines.quantize.blocks import held_blocks
 from engines.weights import ConcatenatedTensor
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from engines.quantize.imported import GroupQuantizedTensor
 from engines.weights import ConcatenatedTensor, StreamedTensor
 
 
@@ -37,6 +36,11 @@ class MatMulWeight:
         return str(first.name)
 
     @property
+    def is_table(self) -> bool:
+        """Whether rows of W are also looked up."""
+        return any(node.op_type == "Gather" for node, _ in self.value.uses())
+
+    @property
     def num_outputs(self) -> int:
         """Rows of W."""
         return int(self.tensor.shape.numpy()[0])
@@ -59,12 +63,6 @@ class MatMulWeight:
         if not self.value.uses():
             assert self.value.name is not None
             del model.graph.initializers[self.value.name]
-
-
-def held_blocks(tensor: StreamedTensor) -> set[tuple[int, int] | None]:
-    """Return bits and block of the codes that a checkpoint holds for a weight or its parts; None for plain numbers."""
-    parts = tensor.parts if isinstance(tensor, ConcatenatedTensor) else (tensor,)
-    return {(part.bits, part.block) if isinstance(part, GroupQuantizedTensor) else None for part in parts}
 
 
 def find_weight(node: ir.Node) -> MatMulWeight | None:

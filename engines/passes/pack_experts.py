@@ -6,11 +6,10 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.initializers import add_initializer, add_integers
-from engines.quantize.experts import BlockwiseExperts
-from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, FLOAT, WeightPlan
+from engines.quantize.formats import FLOAT, WeightFormats
 from engines.quantize.tensors import ProducedTensor
+from engines.tensorrt.storage import TensorRtStorage
 from engines.weights import StackedTensor
-from runtime.errors import TargetError
 
 
 class PackExpertsPass(ir.passes.InPlacePass):
@@ -23,12 +22,12 @@ class PackExpertsPass(ir.passes.InPlacePass):
         digit = (v - v mod 2^(b·i)) / 2^(b·i) mod 2^b        weight = (digit - 2^(b-1)) · scale
     """
 
-    def __init__(self, plan: WeightPlan) -> None:
+    def __init__(self, formats: WeightFormats) -> None:
         super().__init__()
-        self.plan = plan
+        self._formats = formats
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Pack the experts that the plan has a blockwise format for; of other formats none has a meaning here."""
+        """Pack the experts that there is a blockwise format for; of other formats none has a meaning here."""
         modified = False
         for node in list(model.graph):
             data = node.inputs[0] if node.op_type == "Gather" and node.domain == "" else None
@@ -38,17 +37,11 @@ class PackExpertsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
     def _pack(self, model: ir.Model, node: ir.Node, source: StackedTensor) -> bool:
-        chosen = self.plan.format_of(str(source.name))
+        chosen = self._formats.format_of(str(source.name))
         if chosen.kind == FLOAT:
             return False
         num_columns = int(source.shape.numpy()[2])
-        fitting = [size for size in BLOCK_SIZES if size <= chosen.block and num_columns % size == 0]
-        if chosen.kind != BLOCKWISE or not chosen.symmetric or not fitting:
-            raise TargetError(
-                f"{source.name}: {chosen} for experts with rows of {num_columns}",
-                remedy="choose 4 or 8 bits, symmetric, in blocks that divide the rows; or a target in half precision",
-            )
-        experts = BlockwiseExperts(source, chosen.bits, fitting[-1], symmetric=True)
+        (experts,) = TensorRtStorage().experts([source], [chosen])
         num_experts, num_rows, num_bytes = (int(n) for n in experts.packed.shape.numpy())
         words = ProducedTensor(
             str(experts.packed.name),

@@ -8,15 +8,13 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.initializers import add_initializer, add_integers
+from engines.onnxruntime.storage import CPU_STORAGE, OrtStorage
 from engines.passes.fuse_transposed_matmul import MICROSOFT
-from engines.passes.matmul_weight import MatMulWeight, find_weight, held_blocks
-from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, FLOAT, WeightFormat, WeightPlan
+from engines.passes.matmul_weight import MatMulWeight, find_weight
+from engines.quantize.formats import FLOAT, WeightFormats
 from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
 from engines.weights import StreamedTensor, ViewTensor
-from runtime.errors import TargetError
 
-# Integer products of 8-bit blocks of the input: with float32 products (level 0) 8-bit weights are 100 times as slow.
-_INT8_PRODUCTS = 4
 # Keeps a row of zeros from being divided by zero.
 _SMALLEST = 1e-30
 # The code of 0. GELU gives no less than -0.17 (Hendrycks and Gimpel, arXiv:1606.08415), so most codes are for what is
@@ -35,19 +33,13 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     | rowwise | DynamicQuantizeMatMul; MatMulIntegerToFloat with a scale for each token | |
 
     Args:
-        plan: The formats.
-        accuracy_level: Of MatMulNBits: 4 lets the CPU round the input to 8 bits; 0 computes in the input's own type.
-        table_in_whole_bytes: Give a table blocks of which a row's zero points fill whole bytes. GatherBlockQuantized on
-            CUDA numbers them through from row to row (gather_block_quantized.cu), on the CPU a row begins with a byte.
+        formats: The formats.
+        storage: Of the provider.
     """
 
-    def __init__(
-        self, plan: WeightPlan, accuracy_level: int = _INT8_PRODUCTS, *, table_in_whole_bytes: bool = False
-    ) -> None:
+    def __init__(self, formats: WeightFormats, storage: OrtStorage = CPU_STORAGE) -> None:
         super().__init__()
-        self.plan = plan
-        self._accuracy_level = accuracy_level
-        self._table_in_whole_bytes = table_in_whole_bytes
+        self._formats, self._storage = formats, storage
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Quantise every weight that the plan has a format for."""
@@ -55,45 +47,40 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         products: list[MatMulWeight] = []
         for node in list(model.graph):
             found = find_weight(node)
-            if found is not None and self.plan.format_of(found.key).kind != FLOAT:
+            if found is not None and self._formats.format_of(found.key).kind != FLOAT:
                 products.append(found)
             elif node.op_type == "Gather" and node.domain == "" and _streamed_matrix(node.inputs[0]):
                 lookups.setdefault(node.inputs[0], []).append(node)  # type: ignore[arg-type]
         modified = bool(products)
         for found in products:
-            weight_format = self.plan.format_of(found.key)
-            if weight_format.kind == BLOCKWISE:
-                self._blockwise(model, found, weight_format, lookups.pop(found.value, []))
+            weight_format = self._formats.format_of(found.key)
+            weight = self._storage.product(found.tensor, weight_format, is_table=found.is_table)
+            if isinstance(weight, BlockwiseWeight):
+                self._blockwise(model, found, weight, lookups.pop(found.value, []))
             else:
-                _rowwise(model, found, weight_format)
+                _rowwise(model, found, weight, has_scale_per_token=weight_format.has_scale_per_token)
         for value, nodes in lookups.items():
-            weight_format = self.plan.format_of(str(value.name))
             source = value.const_value
             assert isinstance(source, StreamedTensor)
-            if weight_format.kind == BLOCKWISE:
-                block = _dividing_block(source, weight_format, self._table_in_whole_bytes)
-                weight = BlockwiseWeight(source, weight_format.bits, block, is_table=True)
-                _look_up(model, nodes, weight, weight.packed)
+            table = self._storage.table(source, self._formats.format_of(str(value.name)))
+            if table is not None:
+                _look_up(model, nodes, table, table.packed)
                 modified = True
         if modified:
             model.graph.opset_imports.setdefault(MICROSOFT, 1)
         return ir.passes.PassResult(model, modified)
 
-    def _blockwise(
-        self, model: ir.Model, found: MatMulWeight, weight_format: WeightFormat, lookups: list[ir.Node]
-    ) -> None:
-        block = stored_block(found, weight_format, table_in_whole_bytes=self._table_in_whole_bytes)
-        weight = BlockwiseWeight(found.tensor, weight_format.bits, block)
-        inputs = [found.x, *(add_initializer(model, t) for t in (weight.packed, weight.scales, weight.zero_points))]
+    def _blockwise(self, model: ir.Model, found: MatMulWeight, weight: BlockwiseWeight, lookups: list[ir.Node]) -> None:
+        inputs = [found.x, *(add_initializer(model, tensor) for tensor in weight.tensors)]
         node = ir.node(
             "MatMulNBits",
             [*inputs, None, found.bias] if found.bias is not None else inputs,
             attributes={
                 "K": found.num_inputs,
                 "N": found.num_outputs,
-                "bits": weight_format.bits,
-                "block_size": block,
-                "accuracy_level": self._accuracy_level,
+                "bits": weight.bits,
+                "block_size": weight.block,
+                "accuracy_level": self._storage.accuracy_level,
             },
             domain=MICROSOFT,
             name=found.nodes[0].name,
@@ -106,28 +93,10 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         found.replace(model, [node], node.outputs[0])
 
 
-def stored_block(found: MatMulWeight, weight_format: WeightFormat, *, table_in_whole_bytes: bool = False) -> int:
-    """Return the block that a blockwise weight gets.
-
-    The format's; but that of the codes which the checkpoint already holds in as many bits, so that nothing is rounded
-    again; and one that divides the rows if the weight is a table too.
-    """
-    is_table = any(node.op_type == "Gather" for node, _ in found.value.uses())
-    held = held_blocks(found.tensor)
-    if len(held) == 1 and (codes := held.pop()) is not None:
-        bits, block = codes
-        if bits == weight_format.bits and not (
-            is_table and found.num_inputs % _unit(block, bits, table_in_whole_bytes)
-        ):
-            return block
-    return _dividing_block(found.tensor, weight_format, table_in_whole_bytes) if is_table else weight_format.block
-
-
-def _rowwise(model: ir.Model, found: MatMulWeight, weight_format: WeightFormat) -> None:
-    weight = RowwiseWeight(found.tensor)
-    codes, scales = (add_initializer(model, tensor) for tensor in (weight.transposed, weight.scales))
+def _rowwise(model: ir.Model, found: MatMulWeight, weight: RowwiseWeight, *, has_scale_per_token: bool) -> None:
+    codes, scales = (add_initializer(model, tensor) for tensor in weight.tensors)
     name = found.nodes[0].name
-    if not weight_format.has_scale_per_token:
+    if not has_scale_per_token:
         # The weights' zero points are 0, which is what a missing input says.
         inputs = [found.x, codes, scales, *([None, found.bias] if found.bias is not None else [])]
         node = ir.node("DynamicQuantizeMatMul", inputs, domain=MICROSOFT, name=name)
@@ -167,7 +136,7 @@ def _rowwise(model: ir.Model, found: MatMulWeight, weight_format: WeightFormat) 
 
 def _look_up(model: ir.Model, nodes: list[ir.Node], weight: BlockwiseWeight, table: StreamedTensor) -> None:
     """Read rows of a quantised table."""
-    codes, scales, zero_points = (add_initializer(model, t) for t in (table, weight.scales, weight.zero_points))
+    codes, scales, zero_points = (add_initializer(model, t) for t in (table, *weight.tensors[1:]))
     for node in nodes:
         lookup = ir.node(
             "GatherBlockQuantized",
@@ -184,24 +153,3 @@ def _look_up(model: ir.Model, nodes: list[ir.Node], weight: BlockwiseWeight, tab
 
 def _streamed_matrix(value: ir.Value | None) -> bool:
     return value is not None and isinstance(value.const_value, StreamedTensor) and len(value.const_value.shape) == 2
-
-
-def _unit(block: int, bits: int, in_whole_bytes: bool) -> int:
-    """Return the columns that a table's row has a multiple of: a block, or those whose zero points fill a byte."""
-    return block * (8 // bits) if in_whole_bytes else block
-
-
-def _dividing_block(tensor: StreamedTensor, weight_format: WeightFormat, in_whole_bytes: bool) -> int:
-    """Return the largest block up to the format's that divides a row: a table's rows have no padding."""
-    num_columns = int(tensor.shape.numpy()[1])
-    fitting = [
-        size
-        for size in BLOCK_SIZES
-        if size <= weight_format.block and num_columns % _unit(size, weight_format.bits, in_whole_bytes) == 0
-    ]
-    if not fitting:
-        raise TargetError(
-            f"{tensor.name}: no block of {', '.join(map(str, BLOCK_SIZES))} divides its {num_columns} columns",
-            remedy="build a target that keeps the embedding in float32",
-        )
-    return fitting[-1]

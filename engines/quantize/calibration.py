@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 
 from engines.bundle import DECODER, VISION, Bundle
 from engines.disk import check_disk_space
-from engines.passes.quantize_weights import stored_block
+from engines.quantize.blocks import stored_block
 from engines.quantize.blockwise import QuantizedBlocks
 from engines.quantize.calibration_data import CalibrationPrompt
-from engines.quantize.formats import BLOCKWISE, FLOAT8, WeightPlan
+from engines.quantize.formats import BLOCKWISE, FLOAT8, WeightFormats
 from engines.quantize.gptq import FloatArray, InputMetric, factorize, quantize_rows
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.quantize.input_ranges import attach_ranges
@@ -115,7 +115,7 @@ def calibrate(
     bundle.source = {**bundle.source, "calibration": calibration}
 
 
-def blockwise_plan(target: Target) -> WeightPlan | None:
+def blockwise_plan(target: Target) -> WeightFormats | None:
     """Return the formats of a target's weights, or None if it multiplies with none in blocks of integers."""
     return _plan_with(target, BLOCKWISE)
 
@@ -139,15 +139,14 @@ def check_prompts(target: Target, prompts: Sequence[CalibrationPrompt]) -> None:
         )
 
 
-def _method(target: Target) -> tuple[str, WeightPlan | None]:
+def _method(target: Target) -> tuple[str, WeightFormats | None]:
     """Return how calibration changes a target's products, and the formats of its weights; None if it does not."""
     blockwise = blockwise_plan(target)
     return (METHOD, blockwise) if blockwise is not None else (RANGES_METHOD, _plan_with(target, FLOAT8))
 
 
-def _plan_with(target: Target, kind: str) -> WeightPlan | None:
-    plans = [plan for each in target.passes() if isinstance(plan := getattr(each, "plan", None), WeightPlan)]
-    return next((plan for plan in plans if plan.has_products_in(kind)), None)
+def _plan_with(target: Target, kind: str) -> WeightFormats | None:
+    return target.formats if target.formats.has_products_in(kind) else None
 
 
 @dataclass
@@ -212,7 +211,13 @@ def record_prompts(bundle: Bundle, prompts: Sequence[CalibrationPrompt]) -> Reco
 
 
 def _quantize(
-    bundle: Bundle, name: str, target: Target, plan: WeightPlan, samples: list[Arrays], folder: Path, rounding: Rounding
+    bundle: Bundle,
+    name: str,
+    target: Target,
+    plan: WeightFormats,
+    samples: list[Arrays],
+    folder: Path,
+    rounding: Rounding,
 ) -> None:
     """Run one graph over its samples, quantising on the way; the samples become outputs of the vision graph."""
     if not samples:
@@ -243,7 +248,7 @@ def _quantize(
                 metrics: dict[tuple[int, bool], InputMetric] = {}
                 for found in products[x]:
                     weight_format = plan.format_of(found.key)
-                    block = stored_block(found, weight_format)
+                    block = stored_block(found.tensor, weight_format, is_table=found.is_table)
                     kind = block, weight_format.symmetric
                     if kind not in metrics:
                         metrics[kind] = factorize(gram_KK, block, symmetric=weight_format.symmetric)

@@ -17,6 +17,7 @@ from typing import Any
 
 from runtime.errors import UsageError
 from runtime.files import is_folder, read_small_file
+from runtime.input_kinds.registry import kind_of
 from runtime.urls import scheme_of
 
 _MAX_FILE_BYTES = 64 << 20  # answers of teachers may stand in it
@@ -82,13 +83,13 @@ def _read_conversations(path: Path) -> Iterator[CalibrationPrompt]:
 
 
 def _resolve(message: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Let relative image paths begin at the file's folder."""
+    """Let relative paths of images begin at the file's folder."""
     if not isinstance(message.get("content"), list):
         return message
     parts = []
     for part in message["content"]:
-        is_image = isinstance(part, dict) and part.get("type") == "image"
-        for key in ("image", "path", "url") if is_image else ():
+        kind = kind_of(str(part.get("type"))) if isinstance(part, dict) else None
+        for key in kind.path_keys if kind is not None else ():
             source = part.get(key)
             if isinstance(source, str) and scheme_of(source) is None:
                 part = {**part, key: str(folder / source)}

@@ -68,17 +68,17 @@ class WeightFormat:
 
 
 @dataclass(frozen=True)
-class WeightPlan:
+class WeightFormats:
     """Which weight gets which format.
 
     Attributes:
         rules: Patterns of checkpoint keys, with their format; the first that matches counts.
     """
 
-    rules: tuple[tuple[tuple[str, ...], WeightFormat], ...]
+    rules: tuple[tuple[tuple[str, ...], WeightFormat], ...] = ()
 
     @classmethod
-    def from_rules(cls, rules: Sequence[Mapping[str, Any]]) -> WeightPlan:
+    def from_rules(cls, rules: Sequence[Mapping[str, Any]]) -> WeightFormats:
         """Read the rules of one precision from a targets file.
 
         Raises:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import VISION, Bundle
 from engines.disk import check_disk_space
-from engines.quantize.formats import FLOAT8, WeightPlan
+from engines.quantize.formats import FLOAT8, WeightFormats
 from engines.quantize.products import exchange, largest_slice_bytes, not_finite, products_by_input
 from engines.quantize.slices import Arrays, cut
 from engines.target import Target
@@ -39,7 +39,7 @@ def attach_ranges(
     bundle: Bundle,
     name: str,
     target: Target,
-    plan: WeightPlan,
+    plan: WeightFormats,
     samples: list[Arrays],
     folder: Path,
     slice_bytes: int,

@@ -12,19 +12,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from engines.quantize.blockwise import pack_codes
 from engines.quantize.float8 import NVFP4_BLOCK, nvfp4_global_scale, quantize_blocks_nvfp4
-from engines.quantize.tensors import ProducedTensor, map_ahead, row_chunks
+from engines.quantize.tensors import TransposedWeight, map_ahead, row_chunks
 from engines.weights import StreamedTensor
 
-_BITS = 4
 
-
-class Nvfp4Weight:
+class Nvfp4Weight(TransposedWeight):
     """A weight [N, K] as E2M1 codes, with an E4M3 scale for each 16 along K and one scale for all of these.
 
-    Transposed to [J · 16, N], as MatMul takes it; padding is zero. The weight is read twice: its largest magnitude is
-    needed before its first code. The codes of the whole weight are in memory while it is written, a byte each.
+    Padding is zero. The weight is read twice: its largest magnitude is needed before its first code.
 
     Attributes:
         codes: FLOAT4E2M1 [J · 16, N], two a byte, the first in the low half.
@@ -35,49 +31,29 @@ class Nvfp4Weight:
     def __init__(self, source: StreamedTensor) -> None:
         num_rows, num_columns = (int(n) for n in source.shape.numpy())
         self._source, self._num_blocks = source, -(-num_columns // NVFP4_BLOCK)
-        self._block_scales: list[NDArray[Any]] = []
-        self._global_scale: float | None = None
-        shape, name = (self._num_blocks, num_rows), str(source.name)
-        self.codes = ProducedTensor(
-            f"{name}.f4", (shape[0] * NVFP4_BLOCK, num_rows), ir.DataType.FLOAT4E2M1, self._transpose
+        super().__init__(
+            str(source.name),
+            [
+                ("f4", (self._num_blocks * NVFP4_BLOCK, num_rows), ir.DataType.FLOAT4E2M1),
+                ("block_scales", (self._num_blocks, num_rows), ir.DataType.FLOAT8E4M3FN),
+                ("global_scale", (), ir.DataType.FLOAT),
+            ],
         )
-        self.block_scales = ProducedTensor(
-            f"{name}.block_scales", shape, ir.DataType.FLOAT8E4M3FN, self._take_block_scales
-        )
-        self.global_scale = ProducedTensor(f"{name}.global_scale", (), ir.DataType.FLOAT, self._take_global_scale)
+        self.codes, self.block_scales, self.global_scale = self.tensors
+        self._scale = 1.0
 
-    def _scale(self) -> float:
-        if self._global_scale is None:
-            largest = max(float(np.abs(rows_RK).max()) for rows_RK in row_chunks(self._source))
-            self._global_scale = nvfp4_global_scale(largest)
-        return self._global_scale
+    def quantized(self) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Find the global scale, then yield everything at once."""
+        self._scale = nvfp4_global_scale(max(float(np.abs(rows_RK).max()) for rows_RK in row_chunks(self._source)))
+        for parts in super().quantized():
+            yield *parts, np.asarray([self._scale], np.float32)
 
-    def _transpose(self) -> Iterator[NDArray[Any]]:
-        num_padded, num_rows = (int(n) for n in self.codes.shape.numpy())
-        codes_KN = np.empty((num_padded, num_rows), np.uint8)
-        self._block_scales = []
-        self._scale()
-        done = 0
-        for codes_RK, scales_RJ in map_ahead(self._quantize, row_chunks(self._source)):
-            codes_KN[:, done : done + len(codes_RK)] = codes_RK.T
-            self._block_scales.append(scales_RJ)
-            done += len(codes_RK)
-        # Packed in row-major order; with an odd N a byte holds codes of two rows.
-        yield pack_codes(codes_KN.reshape(-1), _BITS)
+    def quantized_rows(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Yield codes and block scales of some rows."""
+        return map_ahead(self._quantize, row_chunks(self._source))
 
     def _quantize(self, weights_RK: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
         num_padded = self._num_blocks * NVFP4_BLOCK
         weights_RK = np.pad(weights_RK, ((0, 0), (0, num_padded - weights_RK.shape[1])))
-        codes_MG, scales_M = quantize_blocks_nvfp4(weights_RK.reshape(-1, NVFP4_BLOCK), self._scale())
+        codes_MG, scales_M = quantize_blocks_nvfp4(weights_RK.reshape(-1, NVFP4_BLOCK), self._scale)
         return codes_MG.view(np.uint8).reshape(-1, num_padded), scales_M.reshape(-1, self._num_blocks)
-
-    def _take_block_scales(self) -> Iterator[NDArray[Any]]:
-        if not self._block_scales:
-            for _ in self._transpose():
-                pass
-        scales_NJ = np.concatenate(self._block_scales)
-        self._block_scales = []
-        yield np.ascontiguousarray(scales_NJ.T).reshape(-1)
-
-    def _take_global_scale(self) -> Iterator[NDArray[Any]]:
-        yield np.asarray([self._scale()], np.float32)

@@ -7,14 +7,14 @@ import onnx_ir as ir
 from engines.bundle import Bundle
 from engines.lower import lower
 from engines.passes.matmul_weight import MatMulWeight, find_weight
-from engines.quantize.formats import WeightPlan
+from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from engines.weights import StreamedTensor
 from runtime.errors import BundleError
 
 
 def products_by_input(
-    bundle: Bundle, name: str, target: Target, plan: WeightPlan, kind: str
+    bundle: Bundle, name: str, target: Target, plan: WeightFormats, kind: str
 ) -> tuple[ir.Model, dict[ir.Value, list[MatMulWeight]]]:
     """Return a copy of a graph in float32, and its products with weights of a kind, by their input: q, k, v share one.
 

@@ -1,13 +1,16 @@
 """Quantised weights as streamed tensors: read, quantised and written row by row.
 
-Shapes: N rows (outputs) and K columns (inputs) of a weight, J blocks of a row, G weights of a block.
+Shapes: E experts, N rows (outputs) and K columns (inputs) of a weight, R rows of a part of it, J blocks of a row, G
+weights of a block.
 """
 
 from __future__ import annotations
 
+import abc
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +19,7 @@ from numpy.typing import NDArray
 
 from engines.quantize.blockwise import QuantizedBlocks, pack_codes, quantize_blocks, quantize_rows_int8
 from engines.quantize.imported import GroupQuantizedTensor
-from engines.weights import ConcatenatedTensor, StreamedTensor
+from engines.weights import ConcatenatedTensor, StackedTensor, StreamedTensor
 from runtime.errors import BundleError
 from runtime.machine import default_threads
 
@@ -25,76 +28,147 @@ _CHUNK_WEIGHTS = 1 << 20
 T = TypeVar("T")
 
 
-class BlockwiseWeight:
-    """A weight [N, K] in blocks along K, in the layout of ONNX Runtime's MatMulNBits and GatherBlockQuantized.
+class QuantizedWeight(abc.ABC):
+    """A weight as codes, and what is found in the same pass over its source, such as scales.
 
-    `packed`, `scales` and `zero_points` come from one pass over the source, so `packed` must be written first; the
-    other two wait in memory until they are written, 1/64 of the source's bytes or less.
+    The codes must be written first; the others wait in memory until they are written, 1/32 of the source's bytes or
+    less.
+
+    Args:
+        name: Of the weight.
+        outputs: Suffix of the name, shape and dtype of the codes, then of each other tensor.
+
+    Attributes:
+        tensors: The codes, then the others.
+    """
+
+    def __init__(self, name: str, outputs: Sequence[tuple[str, tuple[int, ...], ir.DataType]]) -> None:
+        produce: list[Callable[[], Iterator[NDArray[Any]]]] = [self._codes]
+        produce += (partial(self._take, index) for index in range(len(outputs) - 1))
+        self.tensors = tuple(
+            ProducedTensor(f"{name}.{suffix}", shape, dtype, each)
+            for (suffix, shape, dtype), each in zip(outputs, produce, strict=True)
+        )
+        self._waiting: list[list[NDArray[Any]]] = [[] for _ in outputs[1:]]
+
+    def num_bytes(self, float_bytes: int) -> int:
+        """Return the bytes of all tensors in a graph whose floats take so many."""
+        return sum(float_bytes * each.size if each.dtype == ir.DataType.FLOAT else each.nbytes for each in self.tensors)
+
+    @abc.abstractmethod
+    def quantized(self) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Yield the next elements of every tensor, each flat."""
+
+    def _codes(self) -> Iterator[NDArray[Any]]:
+        self._waiting = [[] for _ in self._waiting]
+        for codes, *others in self.quantized():
+            for waiting, part in zip(self._waiting, others, strict=True):
+                waiting.append(part)
+            yield codes
+
+    def _take(self, index: int) -> Iterator[NDArray[Any]]:
+        if not self._waiting[index]:
+            for _ in self._codes():
+                pass
+        yield from self._waiting[index]
+        self._waiting[index] = []
+
+
+class BlockwiseWeight(QuantizedWeight):
+    """A weight [N, K], or a stack of them [E, N, K], in blocks along K, in the layouts of ONNX Runtime's kernels.
+
+    Args:
+        source: The weight; K of a stack or a table is a multiple of the block, else the last block is padded.
+        bits: Bits of a code.
+        block: G.
+        has_whole_rows: The codes of a row have no axis for its blocks: for GatherBlockQuantized and QMoE, not for
+            MatMulNBits.
+        symmetric: The kernel takes 2^(bits - 1) for every zero point.
 
     Attributes:
         bits, block: The format.
-        packed: uint8 [N, J, G · bits / 8], low bits first; [N, J · G · bits / 8] for a table to look rows up in.
+        packed: uint8 [N, J, G · bits / 8], low bits first; [N, J · G · bits / 8] in whole rows.
         scales: float32 [N, J].
-        zero_points: uint8 [N, ceil(J · bits / 8)], packed along J.
+        zero_points: uint8 [N, ceil(J · bits / 8)], packed along J; None if symmetric.
     """
 
-    def __init__(self, source: StreamedTensor, bits: int, block: int, *, is_table: bool = False) -> None:
-        self._source, self.bits, self.block = source, bits, block
-        num_rows, num_columns = (int(n) for n in source.shape.numpy())
-        num_blocks = -(-num_columns // block)
-        self._num_blocks = num_blocks
-        self._side: dict[str, list[NDArray[Any]]] | None = None
-        name = str(source.name)
+    def __init__(
+        self, source: StreamedTensor, bits: int, block: int, *, has_whole_rows: bool = False, symmetric: bool = False
+    ) -> None:
+        *rows, num_columns = (int(n) for n in source.shape.numpy())
+        self._source, self.bits, self.block, self._symmetric = source, bits, block, symmetric
+        self._num_blocks = -(-num_columns // block)
         block_bytes = block * bits // 8
-        shape = (num_rows, num_blocks * block_bytes) if is_table else (num_rows, num_blocks, block_bytes)
-        self.packed = ProducedTensor(f"{name}.q{bits}", shape, ir.DataType.UINT8, self._pack)
-        self.scales = ProducedTensor(
-            f"{name}.scales", (num_rows, num_blocks), ir.DataType.FLOAT, lambda: self._take("scales")
-        )
-        self.zero_points = ProducedTensor(
-            f"{name}.zero_points",
-            (num_rows, -(-num_blocks * bits // 8)),
-            ir.DataType.UINT8,
-            lambda: self._take("zero_points"),
-        )
+        row = (self._num_blocks * block_bytes,) if has_whole_rows else (self._num_blocks, block_bytes)
+        outputs: list[tuple[str, tuple[int, ...], ir.DataType]] = [
+            (f"q{bits}", (*rows, *row), ir.DataType.UINT8),
+            ("scales", (*rows, self._num_blocks), ir.DataType.FLOAT),
+        ]
+        if not symmetric:
+            outputs.append(("zero_points", (*rows, -(-self._num_blocks * bits // 8)), ir.DataType.UINT8))
+        super().__init__(str(source.name), outputs)
+        self.packed, self.scales, *zero_points = self.tensors
+        self.zero_points = zero_points[0] if zero_points else None
 
-    def _pack(self) -> Iterator[NDArray[Any]]:
-        self._side = {"scales": [], "zero_points": []}
-        for quantized in self._quantized_rows():
-            scales_RJ = quantized.scales.reshape(-1, self._num_blocks)
-            zeros_RJ = quantized.zero_points.reshape(-1, self._num_blocks)
-            self._side["scales"].append(scales_RJ)
-            self._side["zero_points"].append(pack_codes(zeros_RJ, self.bits))
-            yield pack_codes(quantized.codes, self.bits).reshape(-1)
+    def quantized(self) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Yield codes, scales and zero points of some rows."""
+        for found in blocks_of(self._source, self.bits, self.block, symmetric=self._symmetric):
+            parts = pack_codes(found.codes, self.bits).reshape(-1), found.scales
+            zeros_RJ = found.zero_points.reshape(-1, self._num_blocks)
+            yield parts if self._symmetric else (*parts, pack_codes(zeros_RJ, self.bits).reshape(-1))
 
-    def _quantized_rows(self) -> Iterator[QuantizedBlocks]:
-        """Yield the blocks of whole rows: as the source holds them if its format is this one, else by search."""
-        for part in self._source.parts if isinstance(self._source, ConcatenatedTensor) else (self._source,):
-            if isinstance(part, GroupQuantizedTensor) and (part.bits, part.block) == (self.bits, self.block):
-                yield from part.quantized_rows()
-            else:
-                yield from map_ahead(self._quantize, row_chunks(part))
 
-    def _quantize(self, weights_RK: NDArray[np.float32]) -> QuantizedBlocks:
-        missing = self._num_blocks * self.block - weights_RK.shape[1]
+def blocks_of(source: StreamedTensor, bits: int, block: int, *, symmetric: bool) -> Iterator[QuantizedBlocks]:
+    """Yield the blocks of whole rows of a weight: as it holds them if its format is this one, else by search.
+
+    Held codes with zero points of their own are rounded anew where the format has none. Experts are always searched.
+    """
+
+    def search(weights_RK: NDArray[np.float32]) -> QuantizedBlocks:
+        missing = -weights_RK.shape[1] % block
         if missing:
             weights_RK = np.pad(weights_RK, ((0, 0), (0, missing)))
-        return quantize_blocks(weights_RK.reshape(-1, self.block), self.bits)
+        return quantize_blocks(weights_RK.reshape(-1, block), bits, symmetric=symmetric)
 
-    def _take(self, kind: str) -> Iterator[NDArray[Any]]:
-        if self._side is None or not self._side[kind]:
-            for _ in self._pack():
-                pass
-        assert self._side is not None
-        for array in self._side[kind]:
-            yield array.reshape(-1)
-        self._side[kind] = []
+    if isinstance(source, StackedTensor):
+        yield from map_ahead(search, (rows_RK for part in source.parts for rows_RK in row_chunks(part)))
+        return
+    padded = -(-int(source.shape.numpy()[1]) // block) * block
+    for part in source.parts if isinstance(source, ConcatenatedTensor) else (source,):
+        if not isinstance(part, GroupQuantizedTensor) or (part.bits, part.block) != (bits, block):
+            yield from map_ahead(search, row_chunks(part))
+            continue
+        for held in part.quantized_rows():
+            is_kept = not symmetric or (held.zero_points == 1 << (bits - 1)).all()
+            yield held if is_kept else search(held.dequantize().reshape(-1, padded))
 
 
-class RowwiseWeight:
-    """A weight [N, K] in 8 bits with one scale a row, transposed to the [K, N] that a product takes.
+class TransposedWeight(QuantizedWeight):
+    """A weight [N, K] transposed to the codes [K, N] that a product takes, without a Transpose in the graph.
 
     The codes of the whole weight are in memory while it is written, since they are written column by column.
+    """
+
+    @abc.abstractmethod
+    def quantized_rows(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Yield codes [R, K], a byte each, and scales, [R] or [R, J], of some rows in order."""
+
+    def quantized(self) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Yield everything at once; codes of 4 bits packed in row-major order, with an odd N of two rows in a byte."""
+        codes, all_scales = self.tensors[0], []
+        is_packed = codes.dtype.bitwidth == 4
+        codes_KN = np.empty(codes.shape.numpy(), np.uint8 if is_packed else codes.dtype.numpy())
+        done = 0
+        for codes_RK, scales in self.quantized_rows():
+            codes_KN[:, done : done + len(scales)] = codes_RK.T
+            all_scales.append(scales)
+            done += len(scales)
+        flat = codes_KN.reshape(-1)
+        yield pack_codes(flat, 4) if is_packed else flat, np.ascontiguousarray(np.concatenate(all_scales).T).reshape(-1)
+
+
+class RowwiseWeight(TransposedWeight):
+    """A weight [N, K] in 8 bits with one scale a row.
 
     Args:
         source: The weight.
@@ -114,28 +188,14 @@ class RowwiseWeight:
     ) -> None:
         self._source, self._quantize = source, quantize
         num_rows, num_columns = (int(n) for n in source.shape.numpy())
-        self._scales: list[NDArray[np.float32]] = []
         suffix = "s8" if dtype == ir.DataType.INT8 else "f8"
-        self.transposed = ProducedTensor(f"{source.name}.{suffix}", (num_columns, num_rows), dtype, self._transpose)
-        self.scales = ProducedTensor(f"{source.name}.scales", (num_rows,), ir.DataType.FLOAT, self._take_scales)
+        scales = ("scales", (num_rows,), ir.DataType.FLOAT)
+        super().__init__(str(source.name), [(suffix, (num_columns, num_rows), dtype), scales])
+        self.transposed, self.scales = self.tensors
 
-    def _transpose(self) -> Iterator[NDArray[Any]]:
-        num_columns, num_rows = (int(n) for n in self.transposed.shape.numpy())
-        codes_KN = np.empty((num_columns, num_rows), self.transposed.dtype.numpy())
-        self._scales = []
-        done = 0
-        for codes_RK, scales in map_ahead(self._quantize, row_chunks(self._source)):
-            codes_KN[:, done : done + len(scales)] = codes_RK.T
-            self._scales.append(scales)
-            done += len(scales)
-        yield codes_KN.reshape(-1)
-
-    def _take_scales(self) -> Iterator[NDArray[Any]]:
-        if not self._scales:
-            for _ in self._transpose():
-                pass
-        yield from self._scales
-        self._scales = []
+    def quantized_rows(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Yield codes and scales of some rows."""
+        return map_ahead(self._quantize, row_chunks(self._source))
 
 
 class ProducedTensor(StreamedTensor):

@@ -14,14 +14,15 @@ their softmax and its sums in float32.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-import configs
 from engines.attention_limits import check_grouped_query_attention
-from engines.quantize.formats import WeightPlan
-from engines.target import Availability, Target
+from engines.onnxruntime import bodies
+from engines.onnxruntime.storage import OrtStorage
+from engines.quantize.formats import WeightFormats
+from engines.target import GPU, Target, numbers_of
 from runtime.installation import how_to_install
 
 if TYPE_CHECKING:
@@ -33,40 +34,24 @@ _TOP_K = 64
 # What has no kernel that sums in float32, see above. RotaryEmbedding computes in the type of its input. In float16 that
 # moves a vector by 2.7e-4 of its length, where rounding the exact result moves it by 2.1e-4, and the cosine of no
 # output of the demo by more than 2e-7; float32 would cost four casts a layer. bfloat16 has an eighth of that precision.
-_FLOAT32_OPS = {
+FLOAT32_OPS = {
     "float16": frozenset({"Softmax"}),
     "bfloat16": frozenset({"RotaryEmbedding", "Softmax"}),
 }
-# The CUDA kernel knows no other way; on the CPU it keeps the input in half precision too.
-_PLAIN_PRODUCTS = 0
-# Blocks that the grouped products of QMoE take on every GPU (docs/contrib_ops/cuda/moe_qmoe.md of ONNX Runtime).
-_EXPERT_BLOCKS = (64, 128)
-# Half numbers in the 16 bytes that MoE reads at once.
-_EXPERT_MULTIPLE = 8
-
-
-def _causal_attention(config: ModelConfig) -> str:
-    heads, kv_heads, head_dim = config.text.num_heads, config.text.num_kv_heads, config.text.head_dim
-    # total_sequence_length is read on the host, seqlens_k on the device, and neither may cost a copy between them: a
-    # step with copies cannot be captured as a CUDA graph. So the first is the capacity, a shape, and the number of new
-    # tokens in the second is a sum of ones on the device. The kernel masks by seqlens_k; by a total beyond the new
-    # tokens it knows that there is a past, and then takes one sequence if there are several new tokens.
-    # The number of new tokens comes from cos, which all layers share, so that seqlens_k is computed once.
-    return f"""
-<domain: "qwen3vl", opset_import: ["" : 24, "com.microsoft" : 1]>
-CausalAttention <scale: float, epsilon: float>
-    (q, k, v, q_norm, k_norm, cos, sin, past_key, past_value, past_lengths) => (out, present_key, present_value)
-{{
-    split_heads = Constant <value_ints = [0, 0, -1, {head_dim}]> ()
-    join_heads = Constant <value_ints = [0, 0, -1]> ()
-    q_BSNH = Reshape (q, split_heads)
-    k_BSKH = Reshape (k, split_heads)
-    q_normed = RMSNormalization <axis = -1, epsilon: float = @epsilon> (q_BSNH, q_norm)
-    k_normed = RMSNormalization <axis = -1, epsilon: float = @epsilon> (k_BSKH, k_norm)
-    q_joined = Reshape (q_normed, join_heads)
-    k_joined = Reshape (k_normed, join_heads)
-    q_rotated = RotaryEmbedding <num_heads = {heads}> (q_joined, cos, sin)
-    k_rotated = RotaryEmbedding <num_heads = {kv_heads}> (k_joined, cos, sin)
+STORAGE = OrtStorage(
+    # The CUDA kernel knows no other way; on the CPU it keeps the input in half precision too.
+    accuracy_level=0,
+    # Blocks that the grouped products of QMoE take on every GPU (docs/contrib_ops/cuda/moe_qmoe.md of ONNX Runtime).
+    expert_blocks=(64, 128),
+    # Half numbers in the 16 bytes that MoE reads at once.
+    expert_multiple=8,
+    table_in_whole_bytes=True,
+)
+# total_sequence_length is read on the host, seqlens_k on the device, and neither may cost a copy between them: a step
+# with copies cannot be captured as a CUDA graph. So the first is the capacity, a shape, and the number of new tokens in
+# the second is a sum of ones on the device. The kernel masks by seqlens_k; by a total beyond the new tokens it knows
+# that there is a past, and then takes one sequence if there are several new tokens.
+_LENGTHS = """
     shape_BS = Shape <start = 0, end = 2> (cos)
     one = Constant <value_ints = [1]> ()
     ones_BS = Expand (one, shape_BS)
@@ -76,35 +61,15 @@ CausalAttention <scale: float, epsilon: float>
     seqlens_k = Cast <to = 6> (last_positions)
     capacity = Shape <start = 2, end = 3> (past_key)
     total_sequence_length = Cast <to = 6> (capacity)
-    out, present_key, present_value = com.microsoft.GroupQueryAttention
-        <num_heads = {heads}, kv_num_heads = {kv_heads}, do_rotary = 0, scale: float = @scale>
-        (q_rotated, k_rotated, v, past_key, past_value, seqlens_k, total_sequence_length)
-}}
 """
 
 
-def _vision_attention(config: ModelConfig) -> str:
-    return """
-<domain: "qwen3vl", opset_import: ["" : 24, "com.microsoft" : 1]>
-VisionAttention <num_heads: int, scale: float> (q, k, v, cos, sin) => (out)
-{
-    num_segments = Shape <start = 0, end = 1> (q)
-    table_shape = Shape (cos)
-    batched_shape = Concat <axis = 0> (num_segments, table_shape)
-    cos_IPH = Expand (cos, batched_shape)
-    sin_IPH = Expand (sin, batched_shape)
-    q_rotated = RotaryEmbedding <num_heads: int = @num_heads> (q, cos_IPH, sin_IPH)
-    k_rotated = RotaryEmbedding <num_heads: int = @num_heads> (k, cos_IPH, sin_IPH)
-    out = com.microsoft.MultiHeadAttention <num_heads: int = @num_heads, scale: float = @scale>
-        (q_rotated, k_rotated, v)
-}
-"""
+def _causal_attention(config: ModelConfig) -> str:
+    return bodies.causal_attention(config, "RMSNormalization", _LENGTHS)
 
 
 def _mixture_of_experts(config: ModelConfig) -> str:
-    # MoE's own router takes the lower index of a tie on CUDA, either one on the CPU. It is given the logits of the
-    # experts that TopK chose, and of all others the lowest number of float16, whose exponential is 0. So both choose
-    # what the op chooses, and the graph can be proven on the CPU. A softmax before TopK would not change the order.
+    # The lowest number of float16 has 0 as exponential. A softmax before TopK would not change the order.
     experts = config.text.experts
     assert experts is not None
     return f"""
@@ -121,13 +86,12 @@ MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
     logits_shape = Shape (logits_TE)
     none_TE = Expand (none, logits_shape)
     masked_TE = ScatterElements <axis = -1> (none_TE, expert_Tk, chosen_Tk)
-    out = com.microsoft.MoE <k: int = @top_k, activation_type = "swiglu", activation_alpha = 1.0,
-        activation_beta = 0.0, swiglu_fusion = 1, normalize_routing_weights = 1> (x, masked_TE, gate_up, "", down)
+    out = {bodies.EXPERTS} (x, masked_TE, gate_up, "", down)
 }}
 """
 
 
-def _passes(dtype: str, plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
+def _passes(dtype: str, formats: WeightFormats) -> Sequence[ir.passes.InPlacePass]:
     import onnx_ir as ir
     from onnx_ir.passes import common
 
@@ -141,11 +105,11 @@ def _passes(dtype: str, plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
     from engines.passes.quantize_weights import QuantizeWeightsPass
 
     return [
-        FuseSharedInputPass(plan.format_of),
-        ChooseExpertsKernelPass(plan, _PLAIN_PRODUCTS, blocks=_EXPERT_BLOCKS, float_multiple=_EXPERT_MULTIPLE),
-        QuantizeWeightsPass(plan, _PLAIN_PRODUCTS, table_in_whole_bytes=True),
+        FuseSharedInputPass(formats.format_of),
+        ChooseExpertsKernelPass(formats, STORAGE),
+        QuantizeWeightsPass(formats, STORAGE),
         AddTopKPass(_TOP_K),
-        HalfPrecisionPass(ir.DataType[dtype.upper()], _FLOAT32_OPS[dtype]),
+        HalfPrecisionPass(ir.DataType[dtype.upper()], FLOAT32_OPS[dtype]),
         FuseTransposedMatMulPass(),
         FuseResidualNormPass(),
         common.RemoveUnusedNodesPass(),
@@ -154,59 +118,40 @@ def _passes(dtype: str, plan: WeightPlan) -> Sequence[ir.passes.InPlacePass]:
     ]
 
 
-def _availability() -> Availability:
-    from engines.hardware import has_gpu
-
-    builds = all(importlib.util.find_spec(name) is not None for name in ("onnx_ir", "onnxscript", "torch"))
-    if not builds:
-        return Availability(False, False, how_to_install("export", "cuda"))
-    if not has_gpu():
-        return Availability(True, False, "builds here; needs an NVIDIA GPU to run")
-    if not _has_provider():
-        return Availability(
-            True,
-            False,
-            "onnxruntime-gpu has to take the place of onnxruntime: uninstall onnxruntime, then "
-            f"{how_to_install('cuda')}",
-        )
-    return Availability(True, True)
-
-
-def _has_provider() -> bool:
-    if importlib.util.find_spec("onnxruntime") is None:
-        return False
+def _check_library() -> str:
     import onnxruntime
 
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return ""
+    return f"onnxruntime-gpu has to take the place of onnxruntime: uninstall onnxruntime, then {how_to_install('cuda')}"
 
 
-def _target(precision: str, dtype: str, description: str) -> Target:
-    settings = configs.load("targets/ort_cuda").get(precision, {})
-    plan = WeightPlan.from_rules(settings.get("weights", []))
-    return Target(
+TARGETS = tuple(
+    Target(
         name=f"ort-cuda-{precision}",
         precision=precision,
-        description=description,
+        description=f"ONNX Runtime, CUDA, {description}",
         session="ort_cuda",
+        library="onnxruntime",
+        extra="cuda",
         cache_dtype=dtype,
-        updates_cache_in_place=True,
-        batched_chunks=False,
         native_ops={
             "CausalAttention": _causal_attention,
-            "VisionAttention": _vision_attention,
+            "VisionAttention": bodies.vision_attention,
             "MixtureOfExperts": _mixture_of_experts,
         },
-        passes=lambda: _passes(dtype, plan),
-        libraries=("onnx-ir",),
-        check_model=check_grouped_query_attention,
-        availability=_availability,
-        device="gpu",
+        passes=partial(_passes, dtype),
+        storage=STORAGE,
+        float_dtype=dtype,
+        device=GPU,
         top_k=_TOP_K,
+        check_model=check_grouped_query_attention,
+        check_library=_check_library,
+        **numbers_of("ort_cuda", precision),
     )
-
-
-TARGETS = (
-    _target("fp16", "float16", "ONNX Runtime, CUDA, float16"),
-    _target("bf16", "bfloat16", "ONNX Runtime, CUDA, bfloat16"),
-    _target("int4", "float16", "ONNX Runtime, CUDA, float16 with a decoder of 4-bit weights in blocks of 128"),
+    for precision, dtype, description in (
+        ("fp16", "float16", "float16"),
+        ("bf16", "bfloat16", "bfloat16"),
+        ("int4", "float16", "float16 with a decoder of 4-bit weights in blocks of 128"),
+    )
 )

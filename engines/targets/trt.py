@@ -6,7 +6,6 @@ lowered graphs can still be made, looked at and verified (`--no-compile`).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,16 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.hardware import probe
-from engines.target import Availability, Compiled, Target
+from engines.target import Compiled, Target
 from engines.tensorrt import lowering
 from engines.tensorrt.experts import (
     MOE_LAYER_COMPUTE_CAPABILITIES,
-    gathered_bytes,
     mixture_of_experts,
     mixture_of_experts_layer,
 )
 from runtime.errors import TargetError
-from runtime.installation import how_to_install
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,12 +28,8 @@ if TYPE_CHECKING:
     from engines.build_options import BuildOptions
     from runtime.model_config import ModelConfig
 
-_LIBRARY = "tensorrt"
 
-
-def _compile(
-    precision: str, folder: Path, graphs: Mapping[str, ir.Model], config: ModelConfig, options: BuildOptions
-) -> Compiled:
+def _compile(folder: Path, graphs: Mapping[str, ir.Model], config: ModelConfig, options: BuildOptions) -> Compiled:
     import tensorrt
 
     from engines.tensorrt.compiler import compile_plans
@@ -68,38 +61,16 @@ def _mixture_of_experts(precision: str, config: ModelConfig) -> str:
     return (mixture_of_experts_layer if has_layer and precision in ("fp16", "bf16") else mixture_of_experts)(config)
 
 
-def _availability(precision: str) -> Availability:
-    name = f"trt-{precision}"
-    lowered = f"for the lowered graphs alone: qwen3vl-export MODEL --target {name} --no-compile"
-    if not probe().gpus:
-        return Availability(False, False, f"an NVIDIA GPU is needed, to build and to run; {lowered}")
-    gpu, first = probe().gpus[0], lowering.FIRST_COMPUTE_CAPABILITY.get(precision, "0")
-    if float(gpu.compute_capability) < float(first):
-        reason = f"a GPU of SM {first} or later is needed, the {gpu.name} has {gpu.compute_capability}; {lowered}"
-        return Availability(False, False, reason)
-    if importlib.util.find_spec(_LIBRARY) is None:
-        return Availability(False, False, f"{how_to_install('export', 'tensorrt')}; {lowered}")
-    builds = all(importlib.util.find_spec(each) is not None for each in ("onnx_ir", "onnxscript", "torch"))
-    return Availability(builds, True, "" if builds else how_to_install("export"))
-
-
 TARGETS = tuple(
     Target(
         name=f"trt-{precision}",
-        precision=precision,
         description=f"TensorRT, {description}",
-        session="tensorrt",
-        cache_dtype=lowering.cache_dtype(precision),
-        updates_cache_in_place=True,
-        batched_chunks=False,
-        native_ops={**lowering.NATIVE_OPS, "MixtureOfExperts": partial(_mixture_of_experts, precision)},
-        passes=partial(lowering.passes, precision),
-        libraries=("onnx-ir",),
-        availability=partial(_availability, precision),
-        top_k=lowering.TOP_K,
-        prefill_workspace=gathered_bytes,
-        device="gpu",
-        compile=partial(_compile, precision),
+        library="tensorrt",
+        extra="tensorrt",
+        compile=_compile,
+        builds_on_its_gpu=True,
+        **lowering.record("trt", precision)
+        | {"native_ops": {**lowering.NATIVE_OPS, "MixtureOfExperts": partial(_mixture_of_experts, precision)}},
     )
     for precision, description in lowering.PRECISIONS.items()
 )

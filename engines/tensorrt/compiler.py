@@ -52,14 +52,9 @@ def compile_plans(
     for name, model in graphs.items():
         print(f"compiling {name} with {trt.__name__} {trt.__version__}", file=sys.stderr)
         facts = graph_facts(model)
-        shapes = {
-            str(value.name): [dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()]
-            for value in model.graph.inputs
-        }
-        chosen = profiles_of(name, shapes, config, options)
-        source = folder / f"{name}.onnx"
         check_graph(facts, config, name)
-        builder = _PlanBuilder(trt, source)
+        chosen = profiles_of(name, _input_shapes(model), config, options)
+        builder = _PlanBuilder(trt, folder / f"{name}.onnx")
         check_network(trt, builder.network, facts, name)
         path = folder / f"{name}.plan"
         builder.build(path, chosen, options, compute_capabilities if sets_capabilities else ())
@@ -85,6 +80,13 @@ def compile_plans(
         "stripped": options.strip_weights,
     }
     return Compiled(files, capabilities, keeps_graphs=options.strip_weights)
+
+
+def _input_shapes(model: ir.Model) -> dict[str, list[int | str]]:
+    return {
+        str(value.name): [dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()]
+        for value in model.graph.inputs
+    }
 
 
 class _PlanBuilder:

@@ -21,18 +21,7 @@ if TYPE_CHECKING:
     from runtime.model_config import ModelConfig
 
 
-def mixture_of_experts(config: ModelConfig) -> str:
-    """Return the body of `MixtureOfExperts`.
-
-    The largest logits are chosen, and their softmax is that of all experts renormalised: both fall with the logit, and
-    the sum over all experts cancels. TensorRT does not say which of equal logits its TopK takes.
-
-    Letters beside those of the op: P pairs, N blocks, M rows of a block, R = N · M rows.
-    """
-    experts = config.text.experts
-    assert experts is not None
-    count, hidden = experts.num_experts, config.text.hidden_size
-    return f"""
+_BODY = """
 <domain: "qwen3vl", opset_import: ["" : 24]>
 MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
 {{
@@ -61,7 +50,7 @@ MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
     mean_pairs = Div (num_pairs, num_experts_1)
     twice_mean = Mul (mean_pairs, two_1)
     block_rows = Max (twice_mean, one_1)
-    most_blocks = Constant <value_ints = [{3 * count // 2}]> ()
+    most_blocks = Constant <value_ints = [{most_blocks}]> ()
     num_blocks = Min (num_pairs, most_blocks)
     num_rows = Mul (num_blocks, block_rows)
 
@@ -88,7 +77,7 @@ MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
     is_before_NE = LessOrEqual (end_E, block_N1)
     before_NE = Cast <to = 7> (is_before_NE)
     ended_N = ReduceSum <keepdims = 0> (before_NE, axis_1)
-    last_expert = Constant <value_int = {count - 1}> ()
+    last_expert = Constant <value_int = {last_expert}> ()
     block_expert_N = Min (ended_N, last_expert)
 
     num_tokens_scalar = Squeeze (num_tokens, axis_0)
@@ -124,6 +113,20 @@ MixtureOfExperts <top_k: int> (x, router_weight, gate_up, down) => (out)
     out = Reshape (out_TD, x_shape)
 }}
 """
+
+
+def mixture_of_experts(config: ModelConfig) -> str:
+    """Return the body of `MixtureOfExperts`.
+
+    The largest logits are chosen, and their softmax is that of all experts renormalised: both fall with the logit, and
+    the sum over all experts cancels. TensorRT does not say which of equal logits its TopK takes.
+
+    Letters beside those of the op: P pairs, N blocks, M rows of a block, R = N · M rows.
+    """
+    experts = config.text.experts
+    assert experts is not None
+    count = experts.num_experts
+    return _BODY.format(count=count, hidden=config.text.hidden_size, most_blocks=3 * count // 2, last_expert=count - 1)
 
 
 def gathered_bytes(config: ModelConfig, num_tokens: int) -> int:

@@ -1,21 +1,23 @@
-"""Bodies and passes of the graphs that TensorRT parses."""
+"""Bodies and passes of the graphs that TensorRT parses, and what the records of its targets share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import configs
-from engines.quantize.formats import WeightPlan
-from engines.tensorrt.experts import mixture_of_experts
+from engines.quantize.formats import WeightFormats
+from engines.target import GPU, numbers_of
+from engines.tensorrt.experts import gathered_bytes, mixture_of_experts
+from engines.tensorrt.storage import TensorRtStorage
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from runtime.model_config import ModelConfig
 
-TOP_K = 64
-"""Candidates of the next token that a step brings back from the device; Qwen3-VL's own sampling takes 20."""
+# Candidates of the next token that a step brings back from the device; Qwen3-VL's own sampling takes 20.
+_TOP_K = 64
 
 PRECISIONS = {
     "fp16": "float16; norms and rotary embedding in float32",
@@ -24,9 +26,6 @@ PRECISIONS = {
     "int4": "float16, with a decoder of 4-bit weights in symmetric blocks of 128",
     "nvfp4": "float16, with a decoder of 4-bit float weights in blocks of 16",
 }
-
-FIRST_COMPUTE_CAPABILITY = {"bf16": "8.0", "int4": "8.0", "fp8": "8.9", "nvfp4": "10.0"}
-"""Of the GPUs that have a precision's type: tensorrt_rtx 1.7.1 compiles int4 for no older ("HW-specific datatypes")."""
 
 
 def causal_attention(config: ModelConfig) -> str:
@@ -81,37 +80,43 @@ CausalAttention <scale: float, epsilon: float>
 NATIVE_OPS = {"CausalAttention": causal_attention, "MixtureOfExperts": mixture_of_experts}
 
 
-def cache_dtype(precision: str) -> str:
-    """Return the dtype of activations and KV cache: bfloat16 for `bf16`, float16 for all others."""
-    return "bfloat16" if precision == "bf16" else "float16"
-
-
-def passes(precision: str) -> Sequence[ir.passes.InPlacePass]:
-    """Return the passes behind the bodies; weights of fewer bits are listed in configs/targets/tensorrt.toml."""
+def passes(dtype: str, formats: WeightFormats) -> Sequence[ir.passes.InPlacePass]:
+    """Return the passes behind the bodies, for activations of a half type."""
     import onnx_ir as ir
     from onnx_ir.passes import common
 
     from engines.passes.add_top_k import AddTopKPass
-    from engines.passes.dequantize_nvfp4 import DequantizeNvfp4Pass
     from engines.passes.dequantize_weights import DequantizeWeightsPass
     from engines.passes.fold_static_shapes import FoldStaticShapesPass
     from engines.passes.half_precision import HalfPrecisionPass
     from engines.passes.pack_experts import PackExpertsPass
-    from engines.passes.quantize_float8 import QuantizeFloat8Pass
     from engines.passes.split_experts import SplitExpertsPass
 
-    in_few_bits: dict[str, Callable[[WeightPlan], ir.passes.InPlacePass]] = {
-        "int4": DequantizeWeightsPass,
-        "fp8": QuantizeFloat8Pass,
-        "nvfp4": DequantizeNvfp4Pass,
-    }
-    plan = WeightPlan.from_rules(configs.load("targets/tensorrt").get(precision, {}).get("weights", []))
     return [
         FoldStaticShapesPass(),
         common.CommonSubexpressionEliminationPass(),
-        PackExpertsPass(plan),
+        PackExpertsPass(formats),
         SplitExpertsPass(),
-        *([in_few_bits[precision](plan)] if precision in in_few_bits else []),
-        AddTopKPass(TOP_K),
-        HalfPrecisionPass(ir.DataType[cache_dtype(precision).upper()]),
+        DequantizeWeightsPass(formats),
+        AddTopKPass(_TOP_K),
+        HalfPrecisionPass(ir.DataType[dtype.upper()]),
     ]
+
+
+def record(family: str, precision: str) -> dict[str, Any]:
+    """Return the fields that the targets of both libraries share; bfloat16 for `bf16`, float16 for all others."""
+    dtype = "bfloat16" if precision == "bf16" else "float16"
+    return {
+        "precision": precision,
+        "session": "tensorrt",
+        "cache_dtype": dtype,
+        "native_ops": NATIVE_OPS,
+        "passes": partial(passes, dtype),
+        "storage": TensorRtStorage(),
+        "float_dtype": dtype,
+        "device": GPU,
+        "top_k": _TOP_K,
+        "prefill_workspace": gathered_bytes,
+        **numbers_of("tensorrt", precision),
+        **numbers_of(family, precision),
+    }

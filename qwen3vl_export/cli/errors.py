@@ -19,7 +19,7 @@ import typer.main
 
 from engines.disk import full_disk_error
 from runtime.errors import CapacityError, Qwen3VLError, UsageError
-from runtime.installation import how_to_install
+from runtime.installation import EXTRAS, how_to_install
 from runtime.shown import escape_controls
 
 DEBUG_HELP = "Anywhere on the command line: --debug adds the Python traceback to an error, --version prints versions."
@@ -27,21 +27,6 @@ DEBUG_HELP = "Anywhere on the command line: --debug adds the Python traceback to
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report for Ctrl-C
 BROKEN_PIPE = 141  # 128 + SIGPIPE, what shells report for a tool whose reader has gone
-
-# Extra of pyproject.toml that installs a module.
-_EXTRAS = {
-    "huggingface_hub": "export",
-    "matplotlib": "plot",
-    "onnx": "export",
-    "onnx_ir": "export",
-    "onnxruntime": "cpu",
-    "onnxscript": "export",
-    "safetensors": "export",
-    "sklearn": "test",
-    "torch": "export",
-    "torchvision": "verify",
-    "transformers": "verify",
-}
 
 # Keyword arguments of the Python API that messages name, and that the command line spells with dashes.
 _API_OPTIONS = (
@@ -225,7 +210,7 @@ def _as_known_error(error: Exception) -> Qwen3VLError:
     if isinstance(error, Qwen3VLError):
         return error
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        extra = _EXTRAS.get(error.name.partition(".")[0])
+        extra = EXTRAS.get(error.name.partition(".")[0])
         if extra is not None:
             return UsageError(
                 f"this command needs the Python package {error.name.partition('.')[0]!r}, which is not installed",

@@ -19,6 +19,7 @@ from runtime.files import is_folder
 from runtime.shown import columns, shown
 
 if TYPE_CHECKING:
+    from engines.hardware import Hardware
     from engines.target import Target
     from runtime.model_config import ModelConfig
 
@@ -64,7 +65,7 @@ def targets(
 
     shape = None if model is None else model_shape(model)
     machine = probe()
-    rows = [_row(target) for target in all_targets()]
+    rows = [_row(target, machine) for target in all_targets()]
     choice = None if shape is None else consider(machine, shape)
     chosen = None if choice is None or choice.target is None else choice.target.name
     if as_json:
@@ -139,11 +140,11 @@ def _sizes() -> str:
     return ", ".join(configs.names("models"))
 
 
-def _row(target: Target) -> dict[str, Any]:
+def _row(target: Target, machine: Hardware) -> dict[str, Any]:
     return {
         "name": target.name,
         "description": target.description,
-        **dataclasses.asdict(target.availability()),
+        **dataclasses.asdict(target.availability(machine)),
     }
 
 

@@ -1,4 +1,4 @@
-"""Hold the demo: a small Qwen3-VL that reads handwritten digits, its data, its training and its evaluation."""
+"""Hold the demo: a small Qwen3-VL that reads handwritten digits, and the held-out canvases that it is asked about."""
 
 from __future__ import annotations
 

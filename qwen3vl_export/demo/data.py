@@ -9,8 +9,9 @@ A canvas is a function of (seed, index) alone. Its reading order is well defined
 Reading order is rows from top to bottom, and inside a row from left to right. "Where" asks for a digit that occurs once
 on its canvas and whose centre keeps `place_margin` from the lines that divide the canvas into thirds.
 
-The split of the 1797 digits is 80/20, stratified by class, and committed in `split.json`. The data set names no
-writers, so both halves hold digits of the same people: this measures reading, not transfer to unseen writers.
+The split of the 1797 digits is 80/20, stratified by class, and committed in `split.json`; a test makes it again. The
+data set names no writers, so both halves hold digits of the same people: this measures reading, not transfer to unseen
+writers.
 """
 
 from __future__ import annotations
@@ -104,16 +105,6 @@ def load_half(half: str) -> Digits:
     data = load_digits()
     bitmaps = np.rint(data.images[sources] * (255 / 16)).astype(np.uint8)
     return Digits(bitmaps, data.target[sources].astype(np.int64), sources)
-
-
-def make_split() -> dict[str, list[int]]:
-    """Return the split as it is committed: 80/20, stratified, `random_state=0`."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    target = load_digits().target
-    train, held_out = train_test_split(np.arange(len(target)), test_size=0.2, stratify=target, random_state=0)
-    return {"train": sorted(int(i) for i in train), "held_out": sorted(int(i) for i in held_out)}
 
 
 def place_margin(side: int) -> float:

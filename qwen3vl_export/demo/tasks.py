@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 
 TASKS = ("read", "count", "where", "json")
+MAX_NEW_TOKENS = 24
+"""The longest answer, JSON with four digits, has 19 tokens and the end token."""
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "read": ("Read the digits.", "Which digits are there?", "What does it say?"),

@@ -5,6 +5,7 @@ trace (`OP`, with the fake form that tells shapes), its ONNX form (`translation`
 numpy and a body in standard ONNX operators (opset 24). A target that has a kernel of its own exchanges the body; any
 other inlines it.
 
-`qwen3vl_export.modeling` calls the custom operator while `torch.export` runs, the plain form otherwise; of the experts
+`registry` finds the files by their names, so a new operator is its file and the call in `qwen3vl_export.modeling`. That
+calls the custom operator while `torch.export` runs, the plain form otherwise; of the experts
 it calls the parts `choose` and `mix`, between which hooks can look at a router.
 """

@@ -86,14 +86,21 @@ def plain(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the op with PyTorch's own attention; the presents are new tensors."""
     q_BNSH, k_BKSH, v_BKSH = rotated_heads(q, k, v, q_norm, k_norm, cos, sin, epsilon)
-    num_new, capacity = q.shape[1], past_key.shape[2]
-    rows_BS = past_lengths[:, None] + torch.arange(num_new, device=q.device)
-    index_BKSH = rows_BS[:, None, :, None].expand(k_BKSH.shape)
-    present_key = past_key.scatter(2, index_BKSH, k_BKSH.to(past_key.dtype))
-    present_value = past_value.scatter(2, index_BKSH, v_BKSH.to(past_value.dtype))
-    visible_B1ST = torch.arange(capacity, device=q.device) <= rows_BS[:, None, :, None]
+    rows_B1S1 = cache_rows(past_lengths, q.shape[1])
+    present_key, present_value = with_rows(past_key, k_BKSH, rows_B1S1), with_rows(past_value, v_BKSH, rows_B1S1)
+    visible_B1ST = torch.arange(past_key.shape[2], device=q.device) <= rows_B1S1
     keys, values = present_key.to(q.dtype), present_value.to(q.dtype)
     return attend(q_BNSH, keys, values, scale, visible_B1ST), present_key, present_value
+
+
+def cache_rows(past_lengths: Tensor, num_new: int) -> Tensor:
+    """Return the rows of the cache that the new tokens take, [B, 1, S, 1]."""
+    return (past_lengths[:, None] + torch.arange(num_new, device=past_lengths.device))[:, None, :, None]
+
+
+def with_rows(past_BKTH: Tensor, new_BKSH: Tensor, rows_B1S1: Tensor) -> Tensor:
+    """Return a copy of one half of a cache with the new rows in their places, in the type of the cache."""
+    return past_BKTH.scatter(2, rows_B1S1.expand(new_BKSH.shape), new_BKSH.to(past_BKTH.dtype))
 
 
 def rotated_heads(

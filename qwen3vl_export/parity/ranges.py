@@ -54,7 +54,7 @@ def measure_ranges(checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_TOKENS)
 
     source = Checkpoint.open(checkpoint)
     # No kernels and no fusions of a target: of those, the tensors would not be the ones that other targets compute.
-    portable = dataclasses.replace(registry.get(REFERENCE_TARGET), native_ops={}, passes=tuple)
+    portable = dataclasses.replace(registry.get(REFERENCE_TARGET), native_ops={}, passes=lambda _: ())
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "graphs"
         manifest = build_engine(make_bundle(source), portable, folder, runnable=False)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3vl_export.demo.data import HELD_OUT_COUNT, Example, held_out
-from qwen3vl_export.demo.evaluate import MAX_NEW_TOKENS
+from qwen3vl_export.demo.tasks import MAX_NEW_TOKENS
 from qwen3vl_export.parity.layers import LayerErrors, LayerSums
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model_of
 from qwen3vl_export.parity.metrics import FloatArray, kl_divergence, log_softmax

@@ -28,18 +28,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engines.onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_VERSION
 from qwen3vl_export import modeling
-from qwen3vl_export.ops import causal_attention, mixture_of_experts, rms_norm, vision_attention
+from qwen3vl_export.ops import registry
 from runtime.model_config import ModelConfig
 
 # Example sizes of the dynamic dimensions: primes, so that their multiples are seldom anything else. P is taken times
 # the patches of a visual token.
 _EXAMPLES = {"B": 10007, "S": 10009, "T": 10037, "L": 10039, "V": 10061, "I": 10067, "P": 10069}
-_TRANSLATIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.qwen3vl.causal_attention.default: causal_attention.translation,
-    torch.ops.qwen3vl.mixture_of_experts.default: mixture_of_experts.translation,
-    torch.ops.qwen3vl.rms_norm.default: rms_norm.translation,
-    torch.ops.qwen3vl.vision_attention.default: vision_attention.translation,
-}
 
 
 @dataclass(frozen=True)
@@ -256,7 +250,7 @@ def _trace(tasks: Sequence[_Task], patches_per_token: int) -> list[ir.Function]:
             opset_version=OPSET_VERSION,
             optimize=True,
             verbose=False,
-            custom_translation_table=_TRANSLATIONS,
+            custom_translation_table=registry.translations(),
         )
     assert traced is not None and not traced.model.functions, "the trace left functions"
     return list(_taken_apart(traced.model.graph, tasks))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.contract import (
@@ -32,11 +31,15 @@ from runtime.engine_paths import check_paths
 from runtime.errors import EngineError
 from runtime.files import read_small_file
 from runtime.huge_pages import anonymous_regions, use_huge_pages
+from runtime.installation import from_extra
 from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
 from runtime.manifest import Manifest
 from runtime.memory import cache_bits
 from runtime.session import KVCache, SessionOptions
+
+with from_extra("cpu"):
+    import onnxruntime as ort
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)

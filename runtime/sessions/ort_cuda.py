@@ -21,16 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.contract import VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs, past_names, present_names
 from runtime.device_cache import from_bfloat16
 from runtime.engine_paths import check_paths
 from runtime.errors import CapacityError, EngineError
-from runtime.installation import how_to_install
+from runtime.installation import from_extra, how_to_install
 from runtime.manifest import Manifest
 from runtime.session import KVCache, SessionOptions, TopLogits, top_logits
+
+with from_extra("cuda"):
+    import onnxruntime as ort
 
 LOGITS, TOP_LOGITS, TOP_IDS = "logits", "top_logits", "top_ids"
 # Element types of a cache as ONNX numbers them (TensorProto.DataType): numpy has no bfloat16.

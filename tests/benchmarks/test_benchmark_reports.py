@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import goals, imports, inference, measure, plot, report, status
+from benchmarks import export, goals, imports, inference, measure, plot, report, result_files, run, status
 from benchmarks.__main__ import app
 from helpers import ROOT
 from runtime.errors import UsageError
@@ -45,7 +45,7 @@ def export_result(walls: list[float], *, no_weights: bool = True, model: str = "
 
 def run_result(*, target: str = "ort-cpu-fp32", faster: float = 2.0) -> dict[str, Any]:
     def side(seconds: float) -> dict[str, Any]:
-        phases = {phase: measure.summarise([seconds]) for phase in report.PHASES}
+        phases = {phase: measure.summarise([seconds]) for phase in run.PHASES}
         counts = {"prompt_tokens": 30, "visual_tokens": 16, "load_s": seconds, "peak_rss_bytes": int(seconds * 1e9)}
         return phases | counts
 
@@ -93,9 +93,14 @@ def test_failing_child_is_an_error() -> None:
     assert caught.value.output == "last"
 
 
-def test_repeat_leaves_the_warm_up_out() -> None:
-    durations = iter([9.0, 1.0, 4.0, 2.0])
-    assert measure.repeat(lambda: next(durations), warmup=1, repeats=3) == {
+def test_repeat_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations, now = iter([9.0, 1.0, 4.0, 2.0]), [0.0]
+
+    def call() -> None:
+        now[0] += next(durations)
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    assert measure.repeat(call, warmup=1, repeats=3) == {
         "median_s": 2.0,
         "min_s": 1.0,
         "max_s": 4.0,
@@ -109,7 +114,8 @@ def test_heavy_modules_are_seen() -> None:
 
 
 def test_export_table_has_medians_and_the_largest_peak(tmp_path: Path) -> None:
-    path = report.write("export-qwen3-vl-2b-ort-cpu-fp32-no-weights", export_result([10.0, 30.0, 12.0]), tmp_path)
+    result = export_result([10.0, 30.0, 12.0])
+    path = result_files.write("export-qwen3-vl-2b-ort-cpu-fp32-no-weights", result, export.table(result), tmp_path)
     text = path.read_text()
     assert "| qwen3-vl-2b | no | 12.0 | 24.0 | 3.00 | 5.0 |" in text
     assert "Median of 3 runs (wall, s: 10.0, 30.0, 12.0)" in text
@@ -119,22 +125,27 @@ def test_export_table_has_medians_and_the_largest_peak(tmp_path: Path) -> None:
     assert report.render(name, report.load(tmp_path)[name]) == text
 
 
+def test_the_page_names_the_instruction_sets_of_the_processor() -> None:
+    result = {"environment": ENVIRONMENT | {"instruction_sets": ["avx2", "amx_int8"]}}
+    assert "\nAbacus (avx2 amx_int8), 2 cores," in result_files.page("import", result, "")
+
+
 def test_export_table_has_the_bytes_a_second_of_the_checkpoint() -> None:
     result = export_result([10.0, 20.0, 12.0], no_weights=False) | {"checkpoint_bytes": 6_000_000_000}
-    head, _, cells = report.export_table(result).splitlines()[:3]
+    head, _, cells = export.table(result).splitlines()[:3]
     assert head.endswith("| checkpoint, GB | GB/s |") and cells.endswith("| 6.00 | 0.500 |")
-    assert "GB/s" not in report.export_table(result | {"no_weights": True})
+    assert "GB/s" not in export.table(result | {"no_weights": True})
 
 
 def test_export_table_names_a_sparse_checkpoint() -> None:
     result = export_result([10.0], no_weights=False) | {"checkpoint_bytes": 6_000_000_000}
-    assert "sparse" in report.export_table(result | {"disk_bytes": 4096})
-    assert "sparse" not in report.export_table(result | {"disk_bytes": 6_000_000_512})
-    assert "sparse" not in report.export_table(result | {"disk_bytes": 4096, "no_weights": True})
+    assert "sparse" in export.table(result | {"disk_bytes": 4096})
+    assert "sparse" not in export.table(result | {"disk_bytes": 6_000_000_512})
+    assert "sparse" not in export.table(result | {"disk_bytes": 4096, "no_weights": True})
 
 
 def test_run_table_is_time_of_pytorch_over_that_of_the_engine() -> None:
-    text = report.inference_table(run_result(faster=1.5))
+    text = run.table(run_result(faster=1.5))
     assert "| decode | 1.0000 | 1.5000 | 1.50 |" in text
     assert "| peak RSS, GB | 1.00 | 1.50 | 1.50 |" in text
 
@@ -231,20 +242,6 @@ def test_goals_of_sides_that_are_not_there_are_not_measured() -> None:
     assert alone[image] == ("not measured", "")
 
 
-def test_goals_of_prompt_lookup_and_of_the_host() -> None:
-    races = {"prose": (0.95, 0), "receipt": (1.3, 125), "notes": (0.98, 0)}
-    speculation = {
-        "forced": {"0%": {"speed": 0.981}},
-        "natural": {name: {"lookup": {"speed": s, "accepted": a}} for name, (s, a) in races.items()},
-    }
-    overhead = {"outside": {"median_s": 0.5e-3}, "step": {"median_s": 40e-3}}
-    found = reached(speculation_2b_int4=speculation, overhead_2b_int4=overhead)
-    assert found["2B, `ort-cpu-int4`: prompt lookup, every draft wrong, 256 tokens"] == ("0.981 × plain", "yes")
-    nothing = "2B, `ort-cpu-int4`: prompt lookup, a text of which nothing is accepted"
-    assert found[nothing] == ("0.95 × plain", "**no**")
-    assert found["2B, `ort-cpu-int4`: host, share of a decode step behind 512 tokens"] == ("1.25 %", "**no**")
-
-
 def test_status_names_the_pages_of_a_comparison() -> None:
     result = compared(pytorch_fp32=6.0, ort_cpu_int4=1.0, ort_cpu_int4_huge_pages=0.8)
     for results, speeds in (
@@ -273,20 +270,14 @@ def test_graphs_without_weights_do_not_hide_a_comparison() -> None:
     assert "decode 1.0 tokens/s" in row
 
 
-def test_quantizers_table() -> None:
-    methods = {"GPTQ": {"32": 0.000774, "128": 0.00119}}
-    text = report.quantizers_table({"canvases": 100, "calibration": 128, "bits": 4, "methods": methods})
-    assert "| decoder | block 32 | block 128 |" in text and "| GPTQ | 0.00077 | 0.00119 |" in text
-
-
 def test_a_block_is_replaced_and_the_rest_is_kept() -> None:
     text = "before\n<!-- x: written by python -m benchmarks report -->\nold\n<!-- end of x -->\nafter\n"
-    replaced = status.replace_block(text, "x", "| new |\n")
+    replaced = report.replace_block(text, "x", "| new |\n")
     assert "old" not in replaced and "| new |" in replaced
     assert replaced.startswith("before\n") and replaced.endswith("\nafter\n")
-    assert status.replace_block(replaced, "x", "| new |\n") == replaced
+    assert report.replace_block(replaced, "x", "| new |\n") == replaced
     with pytest.raises(ValueError, match="expected each once"):
-        status.replace_block(text, "y", "")
+        report.replace_block(text, "y", "")
 
 
 def test_bars_are_as_long_as_the_speeds() -> None:
@@ -302,9 +293,9 @@ def test_export_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["export", *options])
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "export-tiny-moe-2-layers-ort-cpu-fp32-no-weights.json").read_text())
-    (run,) = result["runs"]
+    (cost,) = result["runs"]
     assert result["model"] == "tiny-moe-2-layers" and result["checkpoint_bytes"] > 0
-    assert run["wall_s"] > 0 and run["cpu_s"] > 0 and 0 < run["output_bytes"] < 10**6
+    assert cost["wall_s"] > 0 and cost["cpu_s"] > 0 and 0 < cost["output_bytes"] < 10**6
     page = tmp_path / "export-tiny-moe-2-layers-ort-cpu-fp32-no-weights.md"
     assert done.stdout.strip() == page.read_text().strip()
 
@@ -340,7 +331,7 @@ def test_run_command(tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path) -
 def test_run_refuses_sides_that_saw_different_prompts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_checkpoint: Path, tiny_engine: Path
 ) -> None:
-    def fake(command: list[str]) -> measure.ChildCost:
+    def fake(command: list[str], folder: Path | None) -> measure.ChildCost:
         side, output = command[3], Path(command[-1])
         values = copy.deepcopy(run_result()[side]) | {"prompt_tokens": 30 if side == "engine" else 31}
         output.write_text(json.dumps(values))

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from benchmarks import synthetic
 from benchmarks.__main__ import app
-from benchmarks.compare import builds, chart, comparison, divergence, sides, tables, workloads
-from benchmarks.compare.driver import IMAGE_MODE, SPEED_MODE, FirstToken, measure, time_call, time_points
+from benchmarks.compare import builds, chart, comparison, sides, tables, workloads
+from benchmarks.compare.driver import IMAGE_MODE, SPEED_MODE, Driver, FirstToken, measure, time_call, time_points
 from benchmarks.compare.onnx_bytes import bytes_of_products
 from benchmarks.compare.sides import Side
 from benchmarks.compare.workloads import DECODE, PREFILL, VISION, Point, operations
@@ -77,8 +77,10 @@ def test_a_call_is_warmed_up_and_repeated(budget_s: float, min_repeats: int, max
     assert (len(made), len(found["all_s"])) == (timed + 1, timed)
 
 
-class Recorder:
+class Recorder(Driver):
     """A driver that notes what is prepared and can do no vision."""
+
+    libraries = ()
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int, int]] = []
@@ -121,11 +123,11 @@ def test_divergence_of_known_distributions() -> None:
     other = np.log(np.array([[0.25, 0.75], [0.1, 0.9]], np.float32)) + 3  # a constant changes no distribution
     first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     second = 0.9 * math.log(9) + 0.1 * math.log(1 / 9)
-    found = divergence.divergence(reference, other)
+    found = comparison.divergence(reference, other)
     assert found["mean_kl"] == pytest.approx((first + second) / 2, rel=1e-5)
     assert found["max_kl"] == pytest.approx(second, rel=1e-5)
     assert (found["top1"], found["positions"]) == (0.0, 2)
-    assert divergence.divergence(reference, reference)["mean_kl"] == 0.0
+    assert comparison.divergence(reference, reference)["mean_kl"] == 0.0
 
 
 def test_bytes_of_products_are_those_of_weights_read_whole(tmp_path: Path) -> None:
@@ -157,12 +159,31 @@ def test_bytes_of_products_are_those_of_weights_read_whole(tmp_path: Path) -> No
     assert bytes_of_products(tmp_path / "m.onnx") == 160 + 12 + 24
 
 
+def test_of_stacked_experts_a_token_reads_those_it_goes_through(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    weights = {
+        "router": np.zeros((4, 6), np.float32),  # 96 bytes, read whole
+        "gate_up": np.zeros((6, 8, 2), np.uint8),  # 16 bytes an expert
+        "scales": np.zeros((6, 8, 1), np.float32),  # 32 bytes an expert
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "router"], ["logits"]),
+        helper.make_node("QMoE", ["x", "logits", "gate_up", "scales"], ["y"], domain="com.microsoft", k=2),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    save(helper.make_model(helper.make_graph(nodes, "g", [x], [y], initializers)), tmp_path / "m.onnx")
+    assert bytes_of_products(tmp_path / "m.onnx") == 96 + 2 * (16 + 32)
+
+
 def test_engine_and_pytorch_drivers_agree(tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     from benchmarks.compare.drivers import engine, torch_eager
 
-    ours, theirs = engine.load(tiny_engine, 2, SPEED_MODE), torch_eager.load(tiny_checkpoint, 2, SPEED_MODE, "float32")
+    ours = engine.EngineDriver(tiny_engine, 2, SPEED_MODE)
+    theirs = torch_eager.TorchDriver(tiny_checkpoint, 2, SPEED_MODE, "float32")
     ids = [5, 80, 33, 41, 7]
     np.testing.assert_allclose(ours.logits(ids), theirs.logits(ids), atol=2e-3)
     assert ours.decoder_bytes() == pytest.approx(theirs.decoder_bytes(), rel=0.02)  # norms are no products
@@ -252,8 +273,8 @@ def test_one_export_serves_both_kinds_of_pages(
         requests.append((side.name, request["mode"], request["path"], request["options"]))
         return {"load_s": {IMAGE_MODE: 9.0, SPEED_MODE: 1.0}[request["mode"]]}
 
-    monkeypatch.setattr(comparison, "_run_driver", measured)
-    monkeypatch.setattr(comparison, "_ceilings", lambda threads, scratch: {})
+    monkeypatch.setattr(comparison, "run_driver", measured)
+    monkeypatch.setattr(comparison, "measured_ceilings", lambda threads, scratch: {})
     for keep, is_new in ((False, True), (True, False)):
         requests.clear()
         found = comparison.compare(tiny_checkpoint, tmp_path, ours, [], comparison.Settings(keep_engines=keep))
@@ -272,7 +293,7 @@ def test_one_export_serves_both_kinds_of_pages(
 
 def run_compare(monkeypatch: pytest.MonkeyPatch, side: Side, *options: str) -> Any:
     monkeypatch.setattr(sides, "all_sides", lambda: (side,))
-    monkeypatch.setattr(comparison, "_ceilings", lambda threads, scratch: made_up_result()["ceilings"])
+    monkeypatch.setattr(comparison, "measured_ceilings", lambda threads, scratch: made_up_result()["ceilings"])
     return CliRunner().invoke(app, ["compare", "--model", "tiny", "--side", side.name, *options])
 
 
@@ -306,7 +327,11 @@ def test_sides_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     command = found["genai-int4-b128"].export_command(Path("/c"), Path("/o"))
     assert command[0] == str(tmp_path / "genai" / "bin" / "python") and command[-1] == "block_size=128"
     assert not any("{" in part for part in command)
-    assert all("benchmarks.compare.drivers" in side.import_command()[2] and side.exporter for side in sides._PEERS)
+    assert all(
+        "benchmarks.compare.drivers" in side.import_command()[2] and side.exporter
+        for side in found.values()
+        if side.environment
+    )
 
 
 def made_up_result() -> dict[str, Any]:

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, status
+from benchmarks import gpu_check, report, status
 from engines.hardware import Gpu, Hardware
-from scripts import gpu_check
 
 DEVICES = {"ort-cpu-fp32": "cpu", "ort-cpu-new": "cpu", "trt-fp16": "gpu"}
 
@@ -21,7 +20,8 @@ def check(target: str = "trt-fp16", *, model: str = "demo", gpu: str = "NVIDIA H
 
 def rows(checks: list[dict[str, Any]] | None = None, builds: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     accuracies = {"demo": {"": {"read": 0.9}, "ort-cpu-fp32": {"read": 0.9}}}
-    text = status.target_states(DEVICES, {}, accuracies, checks or [], builds or [])
+    results = {f"build-{i}": build for i, build in enumerate(builds or [])}
+    text = status.target_states(DEVICES, results, accuracies, checks or [])
     cells = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| `")]
     return {name.strip(" `"): (state.strip(), shown.strip()) for name, state, shown in cells}
 
@@ -36,15 +36,19 @@ def test_without_results() -> None:
 
 def test_a_timed_engine_has_run() -> None:
     results = {"run-x-ort-cpu-new": {"target": "ort-cpu-new"}, "compare-x": {"sides": {"trt-fp16": {}}}}
-    text = status.target_states(DEVICES, results, {}, [], [])
+    text = status.target_states(DEVICES, results, {}, [])
     assert "| `ort-cpu-new` | run here |" in text and "| `trt-fp16` | run here |" in text
     assert "| `ort-cpu-fp32` | not run |" in text
 
 
 def test_plans_are_built_here() -> None:
     built = [
-        {"model": "demo", "target": "trt-fp16", "plan_bytes": 12_340_000},
-        {"model": "qwen3-vl-2b", "target": "trt-fp16", "plan_bytes": {"decoder": 4_000_000_000, "vision": 1_000_000}},
+        {"model": "demo", "target": "trt-fp16", "plan_bytes": {"decoder.plan": 12_340_000}},
+        {
+            "model": "qwen3-vl-2b",
+            "target": "trt-fp16",
+            "plan_bytes": {"decoder.plan": 4_000_000_000, "vision.plan": 1_000_000},
+        },
     ]
     state, shown = rows(builds=built)["trt-fp16"]
     assert state == "built here, needs a GPU to run"
@@ -53,7 +57,7 @@ def test_plans_are_built_here() -> None:
 
 def test_a_check_that_passed_is_a_run_on_that_gpu() -> None:
     checks = [check(), check(model="qwen3-vl-2b", gpu="NVIDIA L4"), check(model="8b", result="FAILED", why="build: x")]
-    built = [{"model": "demo", "target": "trt-fp16", "plan_bytes": 1}]
+    built = [{"model": "demo", "target": "trt-fp16", "plan_bytes": {"decoder.plan": 1}}]
     state, shown = rows(checks, built)["trt-fp16"]
     assert state == "run on NVIDIA H200, NVIDIA L4"
     assert shown == (
@@ -79,17 +83,15 @@ def test_files_of_the_gpu_check_are_read(tmp_path: Path) -> None:
     assert report.load(tmp_path) == {}
 
 
-def test_builds_without_plans_are_none(tmp_path: Path) -> None:
-    values: dict[str, Any] = {"model": "demo", "target": "trt-fp16"}
-    (tmp_path / "build-demo-a.json").write_text(json.dumps(values))
-    (tmp_path / "build-demo-b.json").write_text(json.dumps({**values, "plan_bytes": 7}))
-    assert status.read_builds(tmp_path) == [{**values, "plan_bytes": 7}]
+def test_builds_are_those_of_the_target() -> None:
+    built = [{"model": "demo", "target": "trt-other", "plan_bytes": {"decoder.plan": 7}}]
+    assert rows(builds=built) == rows()
 
 
 def test_every_target_of_the_registry_has_a_row() -> None:
     from engines.registry import all_targets
 
-    text = status.generated()[status.ROOT / "README.md"]
+    text = report.generated()[report.ROOT / "README.md"]
     assert all(f"\n| `{target.name}` | " in text for target in all_targets())
 
 

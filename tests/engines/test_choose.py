@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import fnmatch
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from engines import choose
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
-from engines.choose import AUTO, Request, choose_target, consider, device_of, estimate, resolve_target, weight_bytes
+from engines.choose import AUTO, choose_target, consider, estimate, resolve_target, weight_bytes
 from engines.hardware import Gpu, Hardware
+from engines.quantize.formats import WeightFormats
 from engines.registry import all_targets, get
-from engines.target import Availability, Target
-from engines.weight_shapes import weight_shapes
+from engines.target import Target
+from engines.weight_shapes import EMBEDDING_KEY, weight_shapes
+from helpers.targets import like
 from runtime.errors import CapacityError, TargetError
 from runtime.memory import CACHE, LOGITS, PREFILL, VISION, WEIGHTS, prefill_bytes, vision_bytes
 from runtime.model_config import ModelConfig
@@ -34,13 +36,8 @@ def shape(name: str) -> ModelConfig:
     return ModelConfig.from_hf(synthetic.hf_config(name))
 
 
-def like(name: str, new_name: str, *, builds: bool = True, runs: bool = True) -> Target:
-    """A target of the registry under another name, on a machine where it is available or not."""
-    return replace(get(name), name=new_name, availability=lambda: Availability(builds, runs, "for a reason"))
-
-
-GPU_FP16, GPU_INT4 = like("ort-cpu-fp32", "trt-fp16"), like("ort-cpu-int4", "trt-int4")
-CPU_INT8, CPU_INT4 = like("ort-cpu-int8", "ort-cpu-int8"), like("ort-cpu-int4", "ort-cpu-int4")
+GPU_FP16, GPU_INT4 = like("trt-fp16", "ort-cpu-fp32"), like("trt-int4", "ort-cpu-int4")
+CPU_INT8, CPU_INT4 = like("ort-cpu-int8"), like("ort-cpu-int4")
 
 
 def stored_bytes(engine: Path) -> int:
@@ -59,7 +56,7 @@ def test_weights_are_estimated_to_the_byte(target: Target, demo_bundle: Bundle, 
     build_engine(copy, target, tmp_path / "graphs", with_weights=False)
     stored, estimated = stored_bytes(tmp_path / "graphs"), weight_bytes(target, demo_bundle.config)
     # In half precision the estimate counts all biases and norms as float32, so it is a little too high.
-    assert stored <= estimated <= (stored if device_of(target) == "cpu" else 1.01 * stored)
+    assert stored <= estimated <= (stored if target.device == "cpu" else 1.01 * stored)
 
 
 _TRT = ("trt-fp16", "trt-int4", "trt-nvfp4", "trt-fp8")
@@ -71,7 +68,7 @@ def test_experts_are_estimated_to_the_byte(name: str, demo_moe_bundle: Bundle, t
     copy = replace(demo_moe_bundle, graphs={name: graph.clone() for name, graph in demo_moe_bundle.graphs.items()})
     build_engine(copy, get(name), tmp_path / "graphs", with_weights=False)
     stored, estimated = stored_bytes(tmp_path / "graphs"), weight_bytes(get(name), demo_moe_bundle.config)
-    assert stored <= estimated <= (stored if device_of(get(name)) == "cpu" else 1.01 * stored)
+    assert stored <= estimated <= (stored if get(name).device == "cpu" else 1.01 * stored)
 
 
 @pytest.fixture(scope="module")
@@ -96,27 +93,23 @@ def test_experts_that_tensorrt_gathers_are_counted() -> None:
 
 
 def test_half_precision_takes_two_bytes_a_weight() -> None:
-    from onnx_ir import DataType
-
-    from engines.passes.half_precision import HalfPrecisionPass
-
     config = shape("qwen3-vl-2b")
-    half = replace(get("ort-cpu-fp32"), passes=lambda: [HalfPrecisionPass(DataType.FLOAT16)])
+    half = replace(get("ort-cpu-fp32"), float_dtype="float16")
     vectors = sum(sizes[0] for sizes in weight_shapes(config).values() if len(sizes) == 1)
     assert weight_bytes(half, config) == weight_bytes(get("ort-cpu-fp32"), config) // 2 + 2 * vectors
 
 
 def test_parts_of_an_estimate() -> None:
     config, target = shape("qwen3-vl-2b"), get("ort-cpu-fp32")
-    options, request = BuildOptions(max_context=1000, max_batch=2), Request(image_patches=784, gpu_library_bytes=7)
-    parts = estimate(target, config, options=options, request=request)
+    options, assumed = BuildOptions(max_context=1000, max_batch=2), configs.load("choice")
+    parts = estimate(target, config, options=options)
     # 28 layers, keys and values, 8 heads of 128, float32.
     assert parts[CACHE] == 2 * 1000 * 28 * 2 * 8 * 128 * 4
     assert parts[PREFILL] == prefill_bytes(config, 1000)
-    assert parts[VISION] == vision_bytes(config, [784])
+    assert parts[VISION] == vision_bytes(config, [assumed["image_patches"]])
     assert parts[WEIGHTS] == weight_bytes(target, config)
     assert LOGITS not in parts and parts[choose.LIBRARY] == 0
-    assert estimate(GPU_FP16, config, options=options, request=request)[choose.LIBRARY] == 7
+    assert estimate(GPU_FP16, config, options=options)[choose.LIBRARY] == assumed["gpu_library_bytes"] > 0
     # A context beyond what the model was trained for is never allocated.
     long = estimate(target, shape("tiny"), options=BuildOptions(max_context=1 << 20))
     assert long[CACHE] == estimate(target, shape("tiny"), options=BuildOptions(max_context=config_positions()))[CACHE]
@@ -162,27 +155,27 @@ def test_a_gpu_without_memory_of_its_own_has_the_machines() -> None:
     [
         (GPU_FP16, CPU_ONLY, "no GPU on this machine"),
         (
-            like("ort-cpu-int8", "trt-fp8"),
+            like("trt-fp8", "ort-cpu-int8"),
             replace(CPU_ONLY, gpus=(ADA,)),
             "only by name: needs --calibration",
         ),
         (
-            like("ort-cpu-int4", "trt-nvfp4"),
+            like("trt-nvfp4", "ort-cpu-int4"),
             replace(CPU_ONLY, gpus=(replace(ADA, compute_capability="9.0"),)),
             "needs SM 10.0, the Test RTX has 9.0",
         ),
         (
-            like("ort-cpu-fp32", "trt-fp16", runs=False),
+            like("trt-fp16", "ort-cpu-fp32", runs=False),
             replace(CPU_ONLY, gpus=(ADA,)),
             "cannot be run here: for a reason",
         ),
         (
-            like("ort-cpu-fp32", "trt-fp16", builds=False),
+            like("trt-fp16", "ort-cpu-fp32", builds=False),
             replace(CPU_ONLY, gpus=(ADA,)),
             "cannot be built here: for a reason",
         ),
-        (like("ort-cpu-int8", "ort-cpu-int2"), CPU_ONLY, "only by name: configs/choice.toml does not rank it"),
-        (like("ort-cpu-int8", "abacus-int2"), CPU_ONLY, "only by name: configs/choice.toml does not rank it"),
+        (replace(CPU_INT8, name="ort-cpu-int2", rank=None), CPU_ONLY, "only by name: configs/targets does not rank it"),
+        (replace(CPU_INT8, name="abacus-int2", rank=None), CPU_ONLY, "only by name: configs/targets does not rank it"),
     ],
 )
 def test_why_a_target_is_refused(target: Target, hardware: Hardware, reason: str) -> None:
@@ -194,7 +187,7 @@ def test_why_a_target_is_refused(target: Target, hardware: Hardware, reason: str
 
 def test_compute_capabilities_are_compared_as_numbers() -> None:
     blackwell = replace(CPU_ONLY, gpus=(replace(ADA, compute_capability="10.0"),))
-    target = like("ort-cpu-int8", "trt-nvfp4")
+    target = like("trt-nvfp4", "ort-cpu-int8")
     assert consider(blackwell, shape("tiny"), targets=[target]).target is target
 
 
@@ -213,18 +206,17 @@ def test_nothing_fits() -> None:
 
 def test_nothing_is_available() -> None:
     with pytest.raises(TargetError, match="trt-fp16: no GPU on this machine"):
-        choose_target(CPU_ONLY, shape("tiny"), targets=[GPU_FP16, like("ort-cpu-int8", "ort-cpu-int8", runs=False)])
+        choose_target(CPU_ONLY, shape("tiny"), targets=[GPU_FP16, like("ort-cpu-int8", runs=False)])
 
 
-def test_a_limit_of_ones_own() -> None:
-    request = replace(choose.default_request(), max_memory=1)
+def test_a_limit_of_one_byte() -> None:
     with pytest.raises(CapacityError):
-        choose_target(CPU_ONLY, shape("tiny"), request=request, targets=[CPU_INT8])
+        choose_target(replace(CPU_ONLY, memory_bytes=1), shape("tiny"), targets=[CPU_INT8])
 
 
 def test_every_target_has_a_place_and_a_device() -> None:
     for target in all_targets():
-        assert device_of(target) == ("cpu" if target.session == "ort_cpu" else "gpu")
+        assert target.device == ("cpu" if target.session == "ort_cpu" else "gpu")
         (candidate,) = consider(CPU_ONLY, shape("tiny"), targets=[target]).candidates
         assert "does not rank it" not in candidate.refusal
         assert min(candidate.parts[part] for part in (WEIGHTS, CACHE, PREFILL, VISION)) > 0
@@ -266,10 +258,16 @@ def test_a_batch_that_is_asked_for_counts() -> None:
     ],
 )
 def test_floats_of_few_bits(kind: str, few_bits: Any) -> None:
-    form = types.SimpleNamespace(kind=kind, symmetric=False)
-    plan: Any = types.SimpleNamespace(format_of=lambda key: form)
+    target = get("trt-nvfp4")
     tied, untied = shape("qwen3-vl-2b"), shape("qwen3-vl-8b")
-    assert choose._stored("x", (30, 40), plan, 2, (), tied) == few_bits(30, 40)
-    # The table to look up stays, and a tied head is a copy.
-    assert choose._stored(choose.EMBEDDING_KEY, (30, 40), plan, 2, (), untied) == 2 * 30 * 40
-    assert choose._stored(choose.EMBEDDING_KEY, (30, 40), plan, 2, (), tied) == 2 * 30 * 40 + few_bits(30, 40)
+    # One weight of few bits, all others in floats.
+    for key, config in (("*.layers.3.mlp.down_proj.weight", tied), (EMBEDDING_KEY, tied), (EMBEDDING_KEY, untied)):
+        ((rows, columns),) = (found for name, found in weight_shapes(config).items() if fnmatch.fnmatchcase(name, key))
+        floats, few = (
+            weight_bytes(replace(target, formats=WeightFormats.from_rules(rules)), config)
+            for rules in ([], [{"match": [key], "kind": kind}])
+        )
+        # The table to look up stays, and a tied head is a copy.
+        saved = 2 * rows * columns if key != EMBEDDING_KEY else 0
+        copied = few_bits(rows, columns) if key != EMBEDDING_KEY or config is tied else 0
+        assert few == floats - saved + copied

@@ -103,7 +103,7 @@ def test_a_step_writes_its_own_row_of_the_cache_alone(target: Target, engines: E
 
 
 def test_a_second_decoder_takes_the_long_calls(engines: Engines) -> None:
-    (target,) = (target for target in TARGETS if target.prefill_passes is not None)
+    (target,) = (target for target in TARGETS if target.prefill_formats is not None)
     one_graph = next(target for target in TARGETS if target.name == "ort-cpu-int4")
     with_prefill, without = engines(target), engines(one_graph)
     # Short chunks run on the same graph in both engines, long ones do not; the vision towers are equal.

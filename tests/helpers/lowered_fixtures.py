@@ -16,6 +16,7 @@ from engines.build import build_engine
 from engines.bundle import Bundle
 from engines.passes.add_top_k import AddTopKPass
 from engines.passes.half_precision import HalfPrecisionPass
+from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from runtime.manifest import LOWERED_NAME, FileRecord, Manifest, sha256_of
 
@@ -37,7 +38,7 @@ class FixCapacityPass(ir.passes.InPlacePass):
 def half_target(dtype: ir.DataType = ir.DataType.FLOAT16) -> Target:
     """A target of standard operators in half precision; no session of this name exists."""
 
-    def passes() -> Sequence[ir.passes.InPlacePass]:
+    def passes(_: WeightFormats) -> Sequence[ir.passes.InPlacePass]:
         sort = common.TopologicalSortPass()
         return [common.RemoveUnusedNodesPass(), sort, AddTopKPass(TOP_K), HalfPrecisionPass(dtype), FixCapacityPass()]
 

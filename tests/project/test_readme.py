@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import status
+from benchmarks import report as tables
 from helpers import ROOT
 from runtime import errors
 
@@ -167,9 +167,9 @@ def test_where_to_change_names_files() -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("path", status.generated(), ids=lambda path: path.name if path.suffix == ".svg" else path.stem)
+@pytest.mark.parametrize("path", tables.generated(), ids=lambda path: path.name if path.suffix == ".svg" else path.stem)
 def test_generated_parts_are_those_of_the_results(path: Path) -> None:
-    assert path.read_text(encoding="utf-8") == status.generated()[path], "run: python -m benchmarks report"
+    assert path.read_text(encoding="utf-8") == tables.generated()[path], "run: python -m benchmarks report"
 
 
 def test_documented_json_of_engine_commands(demo_engine: Path) -> None:

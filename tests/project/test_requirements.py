@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from helpers import ROOT
-from qwen3vl_export.cli import errors
+from runtime.installation import EXTRAS
 
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 LOWER, UPPER = {">=", ">", "==", "~="}, {"<", "<=", "==", "~=", "!="}
@@ -67,6 +67,6 @@ def test_the_rule_sees_what_it_forbids(old: str, new: str, expected: list[str]) 
 def test_errors_name_the_extra_that_installs_a_module() -> None:
     extras = tomllib.loads(PROJECT)["project"]["optional-dependencies"]
     held = {name: {canonicalize_name(Requirement(each).name) for each in extra} for name, extra in extras.items()}
-    for module, extra in errors._EXTRAS.items():
+    for module, extra in EXTRAS.items():
         assert canonicalize_name({"sklearn": "scikit-learn"}.get(module, module)) in held[extra], module
-    assert {errors._EXTRAS["transformers"], errors._EXTRAS["torchvision"]} == {"verify"}
+    assert {EXTRAS["transformers"], EXTRAS["torchvision"]} == {"verify"}

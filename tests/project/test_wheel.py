@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "pip", "wheel", *options, "-w", folder, folder / "source", cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
+
+
+def test_the_wheel_is_small_and_trains_nothing(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert packages == {"configs", "engines", "qwen3_vl", "qwen3vl_export", "runtime"}
+    # Of the demo: checkpoints, pictures, and the held-out questions of `qwen3vl verify --tasks`.
+    demo = {name.removeprefix("qwen3vl_export/demo/") for name in names if name.startswith("qwen3vl_export/demo/")}
+    assert {name for name in demo if name.endswith(".py")} == {"__init__.py", "data.py", "distractors.py", "tasks.py"}
+    assert {"checkpoint/model.safetensors", "checkpoint_moe/model.safetensors", "images/truth.json"} <= demo
+    assert wheel.stat().st_size <= 13_000_000
 
 
 def environment(folder: Path, wheel: Path, extras: str) -> Path:

@@ -97,6 +97,7 @@ def test_the_wheel_says_that_it_is_typed(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"{name}/py.typed" for name in PACKAGES} <= names
     assert {name.partition("/")[0] for name in names if name.endswith(".py")} == set(PACKAGES)
+    assert "qwen3_vl/components/attention.py" in names
 
 
 @pytest.mark.portable

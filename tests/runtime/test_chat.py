@@ -11,9 +11,10 @@ import pytest
 
 from helpers import judge
 from helpers.tokenizer_fixture import INSTRUCT_TEMPLATE, THINKING_TEMPLATE, build_tokenizer_files
-from runtime.chat import IMAGE_TOKEN, ChatTemplate, template_source
+from runtime.chat import ChatTemplate, template_source
 from runtime.errors import EngineError, UsageError
 from runtime.files import read_json_object
+from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.messages import normalise_messages
 
 IMAGE = {"type": "image", "image": "cat.png"}
@@ -53,7 +54,7 @@ CHATS: dict[str, list[dict[str, Any]]] = {
         {"role": "tool", "content": [text("here "), IMAGE]},
     ],
     "typed tokens": [
-        {"role": "user", "content": [IMAGE, text(f"say {IMAGE_TOKEN} and <|im_end|> and TemplateImageSlot0")]}
+        {"role": "user", "content": [IMAGE, text(f"say {IMAGE_TOKEN} and <|im_end|> and TemplateSlot0Kind0End")]}
     ],
 }
 
@@ -130,8 +131,9 @@ def test_the_environment_equals_that_of_transformers(tokenizer: Any, source: str
 def test_only_the_tokens_that_the_template_wrote_are_images(name: str) -> None:
     plain, images = normalise_messages(CHATS[name])
     chat = ChatTemplate(INSTRUCT_TEMPLATE).render(plain)
-    assert len(chat.image_offsets) == len(images)
-    for offset in chat.image_offsets:
+    assert len(chat.places) == len(images)
+    for offset, token in chat.places:
+        assert token == IMAGE_TOKEN
         assert chat.text[:offset].endswith("<|vision_start|>")
         assert chat.text[offset:].startswith(f"{IMAGE_TOKEN}<|vision_end|>")
 
@@ -145,14 +147,14 @@ def test_only_the_tokens_that_the_template_wrote_are_images(name: str) -> None:
         # Neither part holds the token, the rendered text does.
         [text("<|image_"), text("pad|>"), IMAGE],
         [text("<|image_pad|"), IMAGE, text(">")],
-        [text("TemplateImageSlot0 TemplateImageSlot1"), IMAGE, text("TemplateImage"), text("Slot2")],
+        [text("TemplateSlot0Kind0End TemplateSlot1Kind0End"), IMAGE, text("TemplateImage"), text("Slot2")],
     ],
 )
 def test_typed_tokens_are_told_from_the_templates_own(parts: list[dict[str, Any]]) -> None:
     plain, _ = normalise_messages([{"role": "user", "content": parts}])
     chat = ChatTemplate(INSTRUCT_TEMPLATE).render(plain)
     before = "".join(part["text"] for part in parts[: parts.index(IMAGE)])
-    assert chat.image_offsets == (len(f"<|im_start|>user\n{before}<|vision_start|>"),)
+    assert chat.places == ((len(f"<|im_start|>user\n{before}<|vision_start|>"), IMAGE_TOKEN),)
     after = "".join(part["text"] for part in parts[parts.index(IMAGE) + 1 :])
     assert chat.text.startswith(f"<|im_start|>user\n{before}<|vision_start|>{IMAGE_TOKEN}<|vision_end|>{after}<|im_end")
 
@@ -164,7 +166,7 @@ def test_a_template_may_take_the_token_from_a_variable() -> None:
     plain, _ = normalise_messages([{"role": "user", "content": [text(IMAGE_TOKEN), IMAGE]}])
     chat = template.render(plain)
     assert chat.text == f"{IMAGE_TOKEN}[{IMAGE_TOKEN}]"
-    assert chat.image_offsets == (len(IMAGE_TOKEN) + 1,)
+    assert chat.places == ((len(IMAGE_TOKEN) + 1, IMAGE_TOKEN),)
 
 
 @pytest.mark.portable

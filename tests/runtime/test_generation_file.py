@@ -16,8 +16,8 @@ from helpers.random_checkpoints import tiny_values
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo import CHECKPOINT
 from runtime.errors import UsageError
-from runtime.generation_config import GenerationOptions
-from runtime.generation_file import NEUTRAL, NEUTRAL_IN_SAMPLING, NO_EFFECT, TAKEN, ignored_keys
+from runtime.generation_config import IN_FILE, GenerationOptions, ignored_keys
+from runtime.generation_file import NEUTRAL, NEUTRAL_IN_SAMPLING, NO_EFFECT
 
 # Files that transformers loads and answers with, and the options that they come to.
 TAKEN_FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -37,7 +37,7 @@ TAKEN_FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sampling, top_p 0": ({"do_sample": True, "top_p": 0.0}, {"do_sample": True, "top_p": 0.0}),
     "max_length beside max_new_tokens": ({"max_length": 262144, "max_new_tokens": 7}, {"max_new_tokens": 7}),
     "empty lists": ({"suppress_tokens": [], "begin_suppress_tokens": [], "sequence_bias": None}, {}),
-    "nulls": (dict.fromkeys([*TAKEN, *NEUTRAL, *NEUTRAL_IN_SAMPLING], None), {}),
+    "nulls": (dict.fromkeys([*IN_FILE, *NEUTRAL, *NEUTRAL_IN_SAMPLING], None), {}),
     "sampling as a number": ({"do_sample": 1}, {"do_sample": True}),
     "a length as a float": ({"max_new_tokens": 5.0}, {"max_new_tokens": 5}),
     "an end that no token has": ({"eos_token_id": [3, -1]}, {"eos_token_ids": (3,)}),
@@ -84,9 +84,9 @@ def test_every_field_of_transformers_is_decided_on() -> None:
     """A field that a new release brings fails here: decide whether it is taken, without effect, or refused."""
     from transformers import GenerationConfig
 
-    decided = TAKEN | NO_EFFECT | NEUTRAL.keys() | NEUTRAL_IN_SAMPLING.keys()
+    decided = IN_FILE.keys() | NO_EFFECT | NEUTRAL.keys() | NEUTRAL_IN_SAMPLING.keys()
     assert {key for key in vars(GenerationConfig()) if not key.startswith("_original")} - decided == set()
-    groups = TAKEN, NO_EFFECT, NEUTRAL.keys(), NEUTRAL_IN_SAMPLING.keys()
+    groups = IN_FILE, NO_EFFECT, NEUTRAL.keys(), NEUTRAL_IN_SAMPLING.keys()
     assert sum(map(len, groups)) == len(decided), "a field is in two groups"
 
 

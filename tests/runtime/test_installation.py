@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from helpers import ROOT
-from runtime.installation import how_to_install, install_command
+from runtime.errors import EngineError
+from runtime.installation import from_extra, how_to_install, install_command
 
 pytestmark = pytest.mark.portable
 
@@ -107,3 +108,10 @@ def test_the_remedy_names_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_message_has_a_command_of_its_own(package: str) -> None:
     texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / package).rglob("*.py")}
     assert [str(path) for path, text in texts.items() if re.search(r"pip3? install", text)] == []
+
+
+def test_a_library_that_is_missing_names_the_extra_that_installs_it() -> None:
+    said = "needs the Python package no_such_library, which is not installed"
+    with pytest.raises(EngineError, match=said) as caught, from_extra("cuda"):
+        import no_such_library  # noqa: F401
+    assert caught.value.remedy == how_to_install("cuda")

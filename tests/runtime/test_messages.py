@@ -18,20 +18,27 @@ from runtime.messages import normalise_messages, user_message
 IMAGE_PART = {"type": "image", "image": "<image>"}
 
 
+def split(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
+    """Return the plain messages and the sources of the images."""
+    plain, attachments = normalise_messages(messages)
+    assert {attachment.kind.name for attachment in attachments} <= {"image"}
+    return plain, tuple(attachment.source for attachment in attachments)
+
+
 def user(*parts: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(parts)}]
 
 
 @pytest.mark.portable
 def test_a_string_is_one_user_turn() -> None:
-    plain, images = normalise_messages("hello")
+    plain, images = split("hello")
     assert plain == [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     assert images == ()
 
 
 @pytest.mark.portable
 def test_the_helper_puts_images_before_the_prompt() -> None:
-    plain, images = normalise_messages(user_message("which?", ["a.png", "b.png"]))
+    plain, images = split(user_message("which?", ["a.png", "b.png"]))
     assert plain == [{"role": "user", "content": [IMAGE_PART, IMAGE_PART, {"type": "text", "text": "which?"}]}]
     assert images == ("a.png", "b.png")
 
@@ -46,7 +53,7 @@ def test_images_come_in_order_over_all_messages_and_the_input_stays_as_it_was() 
         {"role": "user", "content": ({"type": "image", "url": "data:image/png;base64,AAAA"},)},
     ]
     before = copy.deepcopy(messages)
-    plain, images = normalise_messages(messages)
+    plain, images = split(messages)
     assert images[0] is array
     assert images[1:] == ("data:image/png;base64,AAAA",)
     assert plain[0] == {"role": "system", "content": "be brief"}
@@ -73,7 +80,7 @@ def test_images_come_in_order_over_all_messages_and_the_input_stays_as_it_was() 
     ],
 )
 def test_spellings_of_an_image(part: dict[str, Any], expected: Any) -> None:
-    plain, images = normalise_messages(user(part))
+    plain, images = split(user(part))
     assert plain[0]["content"] == [IMAGE_PART]
     assert images == (expected,)
 
@@ -190,7 +197,7 @@ def test_the_place_counts_messages_and_parts() -> None:
     ],
 )  # fmt: skip
 def test_messages_of_client_libraries(message: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert normalise_messages([message]) == ([expected], ())
+    assert split([message]) == ([expected], ())
 
 
 @pytest.mark.portable
@@ -214,7 +221,7 @@ def test_messages_of_client_libraries(message: dict[str, Any], expected: dict[st
     ],
 )
 def test_images_of_client_libraries(part: dict[str, Any], expected: Any) -> None:
-    assert normalise_messages(user(part)) == ([{"role": "user", "content": [IMAGE_PART]}], (expected,))
+    assert split(user(part)) == ([{"role": "user", "content": [IMAGE_PART]}], (expected,))
 
 
 class Dumping:
@@ -366,7 +373,7 @@ def test_items_of_the_responses_api_are_turns() -> None:
         {"type": "function_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "sun"}]},
         {"type": "function_call", "call_id": "3", "name": "h", "arguments": "{}"},
     ]
-    plain, images = normalise_messages(items)
+    plain, images = split(items)
     said = [{"type": "text", "text": "I look."}]
     first = {
         "role": "assistant",

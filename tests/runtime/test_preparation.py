@@ -13,11 +13,12 @@ from helpers import judge
 from helpers.damage import edit_json
 from helpers.random_checkpoints import tiny_values
 from helpers.tokenizer_fixture import INSTRUCT_TEMPLATE, build_tokenizer_files, build_tokenizer_json
-from runtime.chat import IMAGE_TOKEN, ChatTemplate
+from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.image_config import ImageProcessorConfig
 from runtime.image_processor import process_image
+from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.model_config import ModelConfig
 from runtime.positions import VisualSpan
 from runtime.preparation import Preparation, Prompt

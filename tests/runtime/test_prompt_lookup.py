@@ -355,32 +355,3 @@ def test_the_option_of_a_saved_configuration_is_read() -> None:
     read = GenerationOptions.from_generation_config
     assert read({"prompt_lookup_num_tokens": None}).prompt_lookup_num_tokens == 0
     assert read({"prompt_lookup_num_tokens": 8}).replace(prompt_lookup_num_tokens=0).prompt_lookup_num_tokens == 0
-
-
-# The benchmark
-
-
-@pytest.mark.portable
-def test_forced_drafts_have_their_rate(tiny_engine: Path) -> None:
-    from benchmarks import speculation
-
-    result = speculation.forced(speculation.Engine(tiny_engine, 2, 16), 64, 5, seed=0)
-    assert {name: values["tokens"] for name, values in result.items()} == dict.fromkeys(result, 64)
-    assert result["plain"]["drafted"] == 0 == result["0%"]["accepted"]
-    assert 0 < result["0%"]["drafted"] < 16
-    assert result["100%"]["accepted"] == result["100%"]["drafted"] > 48
-    shares = [result[f"{rate}%"]["accepted"] for rate in (0, 50, 90, 100)]
-    assert shares == sorted(set(shares))
-
-
-@pytest.mark.portable
-def test_texts_are_cut_without_loss_and_copies_are_found() -> None:
-    from benchmarks import ocr_texts, speculation
-
-    assert "".join(ocr_texts._PIECES.findall(ocr_texts._PROSE)) == ocr_texts._PROSE
-    pieces = ['{"', "unit", "_price", '":', " ", "1", "2", ".", "5", "}\n"]
-    assert ocr_texts._PIECES.findall('{"unit_price": 12.5}\n') == pieces
-    speeds = {text.name: speculation.expected_speed(text, NGRAM_SIZES, 10) for text in ocr_texts.texts()}
-    assert speeds["page read back, corrected"] > 1.8
-    assert speeds["receipt as JSON"] > 1.2 < speeds["receipt as HTML table"]
-    assert 0.97 < speeds["description in prose"] <= 1

@@ -21,13 +21,13 @@ from fuzz.children import ChildrenWatch
 from helpers import ROOT
 from helpers.tokenizer_fixture import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
 from runtime.chat import (
-    IMAGE_TOKEN,
     KNOWN_TEMPLATES,
     MAX_CHAT_CHARACTERS,
     MAX_TEMPLATE_CHARACTERS,
     ChatTemplate,
 )
 from runtime.errors import CapacityError, EngineError, Qwen3VLError, UsageError
+from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.messages import normalise_messages
 from runtime.template_engine import CompiledTemplate
 from runtime.template_process import TemplateProcess
@@ -97,7 +97,7 @@ def test_the_memory_of_rendering_is_seen() -> None:
 @pytest.mark.portable
 def test_a_process_that_dies_of_the_stack_is_an_error() -> None:
     # No template is known that overflows C's stack below Python's limit of recursion; a signal stands for it.
-    process = TemplateProcess("{{ 1 }}", IMAGE_TOKEN, MAX_CHAT_CHARACTERS)
+    process = TemplateProcess("{{ 1 }}", [IMAGE_TOKEN], MAX_CHAT_CHARACTERS)
     process.compile()
     child = max(children(), key=lambda child: child.create_time())
     child.send_signal(signal.SIGSTOP)
@@ -109,7 +109,7 @@ def test_a_process_that_dies_of_the_stack_is_an_error() -> None:
     threading.Timer(0.2, lambda: child.send_signal(signal.SIGCONT)).start()
     with pytest.raises(EngineError, match="nested too deeply"):
         process.render({}, {})
-    assert process.render({}, {}) == {"text": "1", "offsets": []}
+    assert process.render({}, {}) == {"text": "1", "places": []}
 
 
 @pytest.mark.portable
@@ -126,7 +126,7 @@ def test_after_a_chat_that_was_stopped_the_next_is_rendered() -> None:
 CHATS = [
     CHAT,
     normalise_messages("Grüße, 日本語, 🙂\u0000\x1b \\ \" ' <|im_end|> {{ 7 * 7 }} \u2028")[0],
-    normalise_messages([{"role": "user", "content": f"{IMAGE_TOKEN} TemplateImageSlot0 TemplateImageSlot1"}])[0],
+    normalise_messages([{"role": "user", "content": f"{IMAGE_TOKEN} TemplateSlot0Kind0End TemplateSlot1Kind0End"}])[0],
     normalise_messages([{"role": "user", "content": "a" * 200_000}])[0],
 ]
 
@@ -134,14 +134,14 @@ CHATS = [
 @pytest.mark.portable
 @pytest.mark.parametrize("source", [INSTRUCT_TEMPLATE, THINKING_TEMPLATE, DEMO_TEMPLATE + "{# #}", DEMO_TEMPLATE])
 def test_the_text_is_that_of_jinja2_in_this_process(source: str) -> None:
-    here = CompiledTemplate(source, IMAGE_TOKEN, MAX_CHAT_CHARACTERS)
+    here = CompiledTemplate(source, [IMAGE_TOKEN], MAX_CHAT_CHARACTERS)
     tokens = {"eos_token": "<|im_end|>", "sep_token": "\ud800"}
     template = ChatTemplate(source, special_tokens=tokens)
     assert template.variables == here.variables
     for chat in CHATS:
         variables = {"messages": chat, "tools": None, "documents": None, "add_generation_prompt": True}
         rendered = template.render(chat)
-        assert (rendered.text, rendered.image_offsets) == here.render(tokens, variables)
+        assert (rendered.text, list(rendered.places)) == here.render(tokens, variables)
 
 
 @pytest.mark.portable
@@ -167,7 +167,7 @@ def test_a_known_template_needs_no_other_process() -> None:
     before = len(children())
     assert hashlib.sha256(DEMO_TEMPLATE.encode()).hexdigest() in KNOWN_TEMPLATES
     template = ChatTemplate(DEMO_TEMPLATE)
-    assert len(template.render(CHAT).image_offsets) == 1 and len(children()) == before
+    assert len(template.render(CHAT).places) == 1 and len(children()) == before
     other = ChatTemplate(DEMO_TEMPLATE + "{# #}")
     assert len(children()) == before + 1
     del other
@@ -294,7 +294,7 @@ def test_a_program_with_python_inside_is_not_started(executable: str | None, mon
     monkeypatch.setattr(sys, "base_prefix", "/nowhere")
     with pytest.raises(EngineError, match=r"no Python interpreter\n  remedy: set sys\.executable"):
         ChatTemplate("{{ 1 }}")
-    assert ChatTemplate(DEMO_TEMPLATE).render(CHAT).image_offsets
+    assert ChatTemplate(DEMO_TEMPLATE).render(CHAT).places
 
 
 @pytest.mark.portable

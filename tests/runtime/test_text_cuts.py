@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import tokenizers
 
+from demo_training.tokenizer import build_tokenizer
 from helpers.tokenizer_fixture import build_tokenizer_json
-from qwen3vl_export.demo.tokenizer import build_tokenizer
 from runtime.errors import CapacityError
 from runtime.text_cuts import DIGITS, GPT2_PATTERN, LETTERS, MARKS, QWEN_PATTERN, places_to_cut
 from runtime.tokenizer import MAX_WORD_BYTES, Tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare.driver import Call, FirstToken
+from benchmarks.compare.driver import Call, Driver, FirstToken
 from benchmarks.compare.onnx_bytes import bytes_of_products
 from runtime.contract import DecoderInputs, no_visual_embeds
 from runtime.model import Qwen3VLModel
@@ -17,10 +17,12 @@ from runtime.vision_inputs import vision_inputs
 _CACHE_POSITIONS = 128
 
 
-class EngineDriver:
-    """An engine folder."""
+class EngineDriver(Driver):
+    """An engine folder; what `huge_pages` takes is in the load time."""
 
-    def __init__(self, folder: Path, threads: int, huge_pages: bool) -> None:
+    libraries = ("onnxruntime", "onnxruntime-gpu")
+
+    def __init__(self, folder: Path, threads: int, mode: str, huge_pages: bool = False) -> None:
         self._folder = folder
         self._model = Qwen3VLModel.from_engine(folder, threads=threads, huge_pages=huge_pages)
         self._no_visual = no_visual_embeds(self._model.config)
@@ -75,13 +77,4 @@ class EngineDriver:
         return self._model.session.decode(inputs, cache)
 
 
-def load(folder: Path, threads: int, mode: str, huge_pages: bool = False) -> EngineDriver:
-    """Open an engine folder; what `huge_pages` takes is in the load time."""
-    return EngineDriver(folder, threads, huge_pages)
-
-
-def versions() -> dict[str, str]:
-    """Return the libraries at work."""
-    import onnxruntime
-
-    return {"onnxruntime": onnxruntime.__version__}
+DRIVER = EngineDriver

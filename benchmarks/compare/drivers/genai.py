@@ -15,17 +15,19 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks.compare.driver import Call, FirstToken
+from benchmarks.compare.driver import Call, Driver, FirstToken
 from benchmarks.compare.onnx_bytes import bytes_of_products
 from benchmarks.compare.workloads import IMAGE_TOKENS, PROMPT_TOKENS, TOKEN
 
 Cache = dict[str, ort.OrtValue]
 
 
-class GenaiDriver:
-    """The decoder in a folder of the builder."""
+class GenaiDriver(Driver):
+    """The decoder in a folder of the builder; `is_pruned` as its option `prune_lm_head`."""
 
-    def __init__(self, folder: Path, threads: int, is_pruned: bool) -> None:
+    libraries = ("onnxruntime-genai", "onnxruntime")
+
+    def __init__(self, folder: Path, threads: int, mode: str, is_pruned: bool = False) -> None:
         self._is_pruned = is_pruned
         self._path = folder / "model.onnx"
         options = ort.SessionOptions()
@@ -37,9 +39,6 @@ class GenaiDriver:
         names = [value.name for value in self._session.get_inputs()]
         self._cache_names = [name for name in names if name.startswith("past_key_values.")]
         self._vocab_size = int(self._session.get_outputs()[0].shape[2])
-
-    def vision(self, height: int, width: int) -> None:
-        """Return nothing: there is no vision tower."""
 
     def prefill(self, batch: int, length: int) -> Call:
         """Prepare a first prefill; without a pruned head the graph computes the logits of all positions."""
@@ -93,13 +92,4 @@ class GenaiDriver:
         return logits
 
 
-def load(folder: Path, threads: int, mode: str, is_pruned: bool = False) -> GenaiDriver:
-    """Open a folder of the builder; `is_pruned` as its option `prune_lm_head`."""
-    return GenaiDriver(folder, threads, is_pruned)
-
-
-def versions() -> dict[str, str]:
-    """Return the libraries at work."""
-    from importlib import metadata
-
-    return {"onnxruntime-genai": metadata.version("onnxruntime-genai"), "onnxruntime": ort.__version__}
+DRIVER = GenaiDriver

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from benchmarks.compare.driver import IMAGE_MODE, Call, FirstToken
+from benchmarks.compare.driver import IMAGE_MODE, Call, Driver, FirstToken
 from benchmarks.compare.workloads import IMAGE_TOKENS, PROMPT_TOKENS, TOKEN
 from runtime.vision_inputs import patch_coordinates, position_interpolation
 
@@ -23,8 +23,10 @@ _LOGITS_START = "logits_start"
 _MODELS = ("language", "text_embeddings", "vision_embeddings", "vision_embeddings_pos", "vision_embeddings_merger")
 
 
-class OpenVinoDriver:
+class OpenVinoDriver(Driver):
     """A folder of optimum-intel: the single models, or the pipeline for the image."""
+
+    libraries = ("openvino", "openvino-genai", "optimum-intel", "nncf")
 
     def __init__(self, folder: Path, threads: int, mode: str) -> None:
         self._folder = folder
@@ -139,16 +141,7 @@ class OpenVinoDriver:
         return output
 
 
-def load(folder: Path, threads: int, mode: str) -> OpenVinoDriver:
-    """Open a folder of optimum-intel."""
-    return OpenVinoDriver(folder, threads, mode)
-
-
-def versions() -> dict[str, str]:
-    """Return the libraries at work."""
-    from importlib import metadata
-
-    return {name: metadata.version(name) for name in ("openvino", "openvino-genai", "optimum-intel", "nncf")}
+DRIVER = OpenVinoDriver
 
 
 def _slice_logits(model: ov.Model) -> None:

@@ -8,25 +8,26 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
-from benchmarks.compare.driver import Call, FirstToken
+from benchmarks.compare.driver import Call, Driver, FirstToken
 from benchmarks.compare.workloads import TOKEN
 
 
-class TorchDriver:
-    """A checkpoint in one dtype."""
+class TorchDriver(Driver):
+    """A checkpoint in one dtype, a name in torch."""
 
-    def __init__(self, checkpoint: Path, threads: int, dtype: str) -> None:
+    libraries = ("torch", "transformers")
+
+    def __init__(self, folder: Path, threads: int, mode: str, dtype: str) -> None:
         torch.set_num_threads(threads)
         self._dtype = getattr(torch, dtype)
         self._model = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=self._dtype, attn_implementation="sdpa"
+            folder, dtype=self._dtype, attn_implementation="sdpa"
         ).eval()
         self._model.requires_grad_(False)
         self._text = self._model.config.text_config
-        self._processor = AutoProcessor.from_pretrained(checkpoint)
+        self._processor = AutoProcessor.from_pretrained(folder)
 
     def vision(self, height: int, width: int) -> Call:
         """Prepare random pixels."""
@@ -90,14 +91,7 @@ class TorchDriver:
         return float(elements * self._dtype.itemsize)
 
 
-def load(checkpoint: Path, threads: int, mode: str, dtype: str) -> TorchDriver:
-    """Open a checkpoint; `dtype` is a name in torch."""
-    return TorchDriver(checkpoint, threads, dtype)
-
-
-def versions() -> dict[str, str]:
-    """Return the libraries at work."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
+DRIVER = TorchDriver
 
 
 def _positions(start: int, length: int, batch: int) -> torch.Tensor:

@@ -42,7 +42,9 @@ def lowered(request: pytest.FixtureRequest, demo_bundle: Bundle) -> tuple[str, d
     target = get(request.param)
     graphs = {name: graph.clone() for name, graph in demo_bundle.graphs.items()}
     half = "BFLOAT16" if request.param.endswith("bf16") else "FLOAT16"
-    return half, {name: lower(graph, target, demo_bundle.config, target.passes()) for name, graph in graphs.items()}
+    return half, {
+        name: lower(graph, target, demo_bundle.config, target.passes(target.formats)) for name, graph in graphs.items()
+    }
 
 
 def test_every_product_and_attention_is_half_and_every_listed_op_float32(

@@ -19,22 +19,22 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 import configs
-from benchmarks.quantizers import copy_of, training_prompts
+from demo_training.prompts import training_prompts
 from engines import registry
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, Bundle
 from engines.external_data import write_model
-from engines.passes import quantize_float8
-from engines.passes.dequantize_nvfp4 import DequantizeNvfp4Pass
-from engines.passes.quantize_float8 import QuantizeFloat8Pass
+from engines.passes import dequantize_weights
+from engines.passes.dequantize_weights import DequantizeWeightsPass
 from engines.quantize import calibration, float8
 from engines.quantize.calibration import calibrate
-from engines.quantize.formats import FLOAT8, NVFP4, WeightPlan
+from engines.quantize.formats import FLOAT8, NVFP4, WeightFormats
 from engines.quantize.input_ranges import RangedWeight, attach_ranges
 from engines.quantize.nvfp4 import Nvfp4Weight
 from engines.quantize.products import products_by_input
 from engines.weights import StreamedTensor
+from helpers.bundles import copy_of
 from helpers.command_line import call
 from qwen3vl_export.cli import export
 from qwen3vl_export.demo.data import held_out
@@ -148,8 +148,7 @@ def product(values: FloatArray, kind: str, bias: bool, largest_input: float | No
     value.const_value = tensor if largest_input is None else RangedWeight(tensor, largest_input)
     model.graph.register_initializer(value)
     ir.convenience.replace_all_uses_with(old, value)
-    plan = WeightPlan.from_rules([{"match": ["*"], "kind": kind}])
-    assert (QuantizeFloat8Pass if kind == FLOAT8 else DequantizeNvfp4Pass)(plan)(model).modified
+    assert DequantizeWeightsPass(WeightFormats.from_rules([{"match": ["*"], "kind": kind}]))(model).modified
     return model
 
 
@@ -163,7 +162,7 @@ def test_onnx_runtime_computes_what_the_float8_codes_stand_for(bias: bool, tmp_p
     session = ort.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": x})
     codes, scales = float8.quantize_rows_float8(values)
-    scale = quantize_float8.input_scale(4.0)
+    scale = dequantize_weights.input_scale(4.0)
     rounded = float8.to_e4m3(x / scale).astype(np.float32) * scale
     assert rounded[0, 0] == -rounded[0, 1] == 448 * scale < 500
     expected = rounded @ (codes.astype(np.float32) * scales[:, None]).T + (np.arange(7) if bias else 0)
@@ -252,8 +251,8 @@ def test_the_demo_in_float8_is_near_float32_and_answers(fp8: Path, demo_engine: 
 def test_scales_that_are_ten_times_too_small_are_found(
     demo_bundle: Bundle, demo_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scale = quantize_float8.input_scale
-    monkeypatch.setattr(quantize_float8, "input_scale", lambda largest: scale(largest / 10))
+    scale = dequantize_weights.input_scale
+    monkeypatch.setattr(dequantize_weights, "input_scale", lambda largest: scale(largest / 10))
     found = differences(lowered(calibrated(demo_bundle, tmp_path / "w"), "trt-fp8", tmp_path / "fp8"), demo_engine)
     assert min(found) > configs.load("tolerances")["fp8"]["logits_scaled"]
 
@@ -282,9 +281,8 @@ def test_ranges_are_the_largest_magnitudes_of_the_whole_graph(
     max_bytes: int, demo_bundle: Bundle, tmp_path: Path
 ) -> None:
     target, prompts = registry.get("trt-fp8"), training_prompts(3)
-    plan = next(each.plan for each in target.passes() if isinstance(each, QuantizeFloat8Pass))
     samples = calibration.record_prompts(demo_bundle, prompts).images
-    model, products = products_by_input(demo_bundle, VISION, target, plan, FLOAT8)
+    model, products = products_by_input(demo_bundle, VISION, target, target.formats, FLOAT8)
     model.graph.outputs[:] = list(products)
     for x in products:
         x.dtype = ir.DataType.FLOAT
@@ -297,7 +295,7 @@ def test_ranges_are_the_largest_magnitudes_of_the_whole_graph(
         for found in group
     }
     bundle = copy_of(demo_bundle)
-    attach_ranges(bundle, VISION, target, plan, samples, tmp_path, max_bytes)
+    attach_ranges(bundle, VISION, target, target.formats, samples, tmp_path, max_bytes)
     weights = [value.const_value for value in bundle.graphs[VISION].graph.initializers.values()]
     ranges = {str(each.name): each.largest_input for each in weights if isinstance(each, RangedWeight)}
     assert len(ranges) == 16
@@ -306,11 +304,10 @@ def test_ranges_are_the_largest_magnitudes_of_the_whole_graph(
 
 def test_an_input_that_overflows_is_named(demo_bundle: Bundle, tmp_path: Path) -> None:
     target = registry.get("trt-fp8")
-    plan = next(each.plan for each in target.passes() if isinstance(each, QuantizeFloat8Pass))
     samples = calibration.record_prompts(demo_bundle, training_prompts(1)).images
     samples[0]["pixel_values"] = np.full_like(samples[0]["pixel_values"], np.nan)
     with pytest.raises(BundleError, match=r"blocks\.0\.attn\.qkv\.weight: its input is not finite"):
-        attach_ranges(copy_of(demo_bundle), VISION, target, plan, samples, tmp_path, 1 << 30)
+        attach_ranges(copy_of(demo_bundle), VISION, target, target.formats, samples, tmp_path, 1 << 30)
 
 
 @pytest.mark.parametrize("target", ["trt-fp8", "trt-rtx-fp8"])

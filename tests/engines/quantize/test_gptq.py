@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.quantizers import copy_of, decoder_target, training_prompts
+from demo_training.prompts import training_prompts
 from engines import registry
 from engines.build import build_engine
 from engines.bundle import DECODER, VISION, Bundle
@@ -20,6 +20,7 @@ from engines.quantize.calibration import Rounding, calibrate, record_prompts
 from engines.quantize.calibration_data import CalibrationPrompt, read_prompts
 from engines.quantize.gptq import InputMetric, factorize, quantize_rows
 from engines.quantize.slices import cut
+from helpers.bundles import copy_of, decoder_target
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.export import make_bundle

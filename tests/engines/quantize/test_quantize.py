@@ -16,7 +16,7 @@ from engines.initializers import add_initializer
 from engines.passes.fuse_shared_input import FuseSharedInputPass
 from engines.passes.quantize_weights import QuantizeWeightsPass
 from engines.quantize.blockwise import QuantizedBlocks, pack_codes, quantize_blocks, quantize_rows_int8
-from engines.quantize.formats import WeightFormat, WeightPlan
+from engines.quantize.formats import WeightFormat, WeightFormats
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight, row_chunks
 from engines.weights import StreamedTensor
@@ -59,8 +59,8 @@ def dequantized(weight: BlockwiseWeight, num_columns: int) -> np.ndarray:
     return ((codes - zeros[..., None]) * scales[..., None]).reshape(len(scales), -1)[:, :num_columns]
 
 
-def plan(**values: Any) -> WeightPlan:
-    return WeightPlan.from_rules([{"match": ["*"], **values}])
+def formats_of(**values: Any) -> WeightFormats:
+    return WeightFormats.from_rules([{"match": ["*"], **values}])
 
 
 @pytest.mark.portable
@@ -158,7 +158,7 @@ def test_a_format_that_no_kernel_reads_is_refused() -> None:
     with pytest.raises(TargetError, match="blocks of 48"):
         WeightFormat("blockwise", 4, 48)
     with pytest.raises(TargetError, match="weight format 'int4'"):
-        plan(kind="int4")
+        formats_of(kind="int4")
 
 
 @pytest.mark.portable
@@ -167,7 +167,7 @@ def test_the_first_rule_that_matches_counts() -> None:
         {"match": ["a.head.*", "b.*"], "kind": "rowwise"},
         {"match": ["a.*"], "kind": "blockwise", "bits": 4, "block": 32},
     ]
-    formats = WeightPlan.from_rules(rules)
+    formats = WeightFormats.from_rules(rules)
     assert str(formats.format_of("a.head.weight")) == "int8, one scale a row, activations by tensor"
     assert str(formats.format_of("a.tail.weight")) == "int4, block 32"
     assert str(formats.format_of("c.weight")) == "float32"
@@ -231,7 +231,7 @@ def test_a_blockwise_product_is_that_of_the_dequantised_weight(
 ) -> None:
     weight, x, bias = normal(24, num_columns), normal(3, num_columns), normal(24) if has_bias else None
     model = product_model({"w": weight}, bias=bias)
-    assert QuantizeWeightsPass(plan(kind="blockwise", bits=bits, block=128))(model).modified
+    assert QuantizeWeightsPass(formats_of(kind="blockwise", bits=bits, block=128))(model).modified
     (found,) = run(model, tmp_path, x)
     assert op_types(model) == ["MatMulNBits"]
     codes = BlockwiseWeight(ArrayTensor("w", weight), bits, 128)
@@ -246,7 +246,7 @@ def test_a_blockwise_product_is_that_of_the_dequantised_weight(
 def test_a_rowwise_product_is_near_the_float_product(has_bias: bool, tmp_path: Path) -> None:
     weight, x, bias = normal(24, 160), normal(5, 160), normal(24) if has_bias else None
     model = product_model({"w": weight}, bias=bias)
-    assert QuantizeWeightsPass(plan(kind="rowwise"))(model).modified
+    assert QuantizeWeightsPass(formats_of(kind="rowwise"))(model).modified
     (found,) = run(model, tmp_path, x)
     assert op_types(model) == ["DynamicQuantizeMatMul"]
     assert relative_error(found, x @ weight.T + (0 if bias is None else bias)) < 0.02
@@ -262,7 +262,7 @@ def test_a_scale_per_token_keeps_a_huge_token_from_drowning_the_others(has_bias:
     errors = {}
     for activations in ("token", "tensor"):
         model = product_model({"w": weight}, bias=bias)
-        QuantizeWeightsPass(plan(kind="rowwise", activations=activations))(model)
+        QuantizeWeightsPass(formats_of(kind="rowwise", activations=activations))(model)
         (found,) = run(model, tmp_path, x)
         errors[activations] = relative_error(found[2:], expected[2:])
         assert np.allclose(found[1], expected[1], atol=1e-6)
@@ -280,7 +280,7 @@ def test_a_scale_per_token_gives_a_row_the_same_bits_in_any_company(has_gelu: bo
         gelu = ir.node("Gelu", [product.inputs[0]])
         product.replace_input_with(0, gelu.outputs[0])
         model.graph.insert_before(model.graph[0], gelu)
-    QuantizeWeightsPass(plan(kind="rowwise", activations="token"))(model)
+    QuantizeWeightsPass(formats_of(kind="rowwise", activations="token"))(model)
     (middle,) = (name for name in model.graph.initializers if name.startswith("quantize.middle"))
     assert middle == ("quantize.middle.32" if has_gelu else "quantize.middle.128")
     (together,) = run(model, tmp_path, x)
@@ -294,7 +294,7 @@ def test_a_scale_per_token_gives_a_row_the_same_bits_in_any_company(has_gelu: bo
 def test_a_tied_table_is_stored_once(bits: int, block: int, tmp_path: Path) -> None:
     table, ids = normal(50, 96), np.array([3, 49, 0], np.int64)
     model = product_model({"embed.weight": table}, is_tied=True)
-    assert QuantizeWeightsPass(plan(kind="blockwise", bits=bits, block=block))(model).modified
+    assert QuantizeWeightsPass(formats_of(kind="blockwise", bits=bits, block=block))(model).modified
     rows, logits = run(model, tmp_path, ids)
     assert sorted(op_types(model)) == ["GatherBlockQuantized", "MatMulNBits"]
     # Blocks of a table have no padding: 128 does not divide 96, 32 does.
@@ -310,14 +310,14 @@ def test_a_tied_table_is_stored_once(bits: int, block: int, tmp_path: Path) -> N
 def test_a_table_that_no_block_divides_is_refused() -> None:
     model = product_model({"embed.weight": normal(50, 40)}, is_tied=True)
     with pytest.raises(TargetError, match=r"embed\.weight: no block of .* divides its 40 columns"):
-        QuantizeWeightsPass(plan(kind="blockwise", bits=4, block=32)).call(model)
+        QuantizeWeightsPass(formats_of(kind="blockwise", bits=4, block=32)).call(model)
 
 
 @pytest.mark.portable
 def test_weights_without_a_format_stay(tmp_path: Path) -> None:
     weight, x = normal(8, 32), normal(2, 32)
     model = product_model({"w": weight})
-    assert not QuantizeWeightsPass(WeightPlan(()))(model).modified
+    assert not QuantizeWeightsPass(WeightFormats(()))(model).modified
     assert np.allclose(run(model, tmp_path, x)[0], x @ weight.T, atol=1e-5)
 
 
@@ -357,7 +357,7 @@ def test_codes_that_a_checkpoint_holds_are_kept_in_their_own_blocks(block: int, 
     held = HeldTensor("w", normal(16, 128), block)
     model = product_model({"w": np.zeros((16, 128), np.float32)})
     model.graph.initializers["w"].const_value = held
-    QuantizeWeightsPass(plan(kind="blockwise", bits=4, block=128))(model)
+    QuantizeWeightsPass(formats_of(kind="blockwise", bits=4, block=128))(model)
     (node,) = model.graph
     assert node.attributes["block_size"].as_int() == block
     packed = model.graph.initializers["w.q4"].const_value.numpy()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engines.external_data import write_model
 from engines.passes.dequantize_weights import DequantizeWeightsPass
 from engines.quantize.blockwise import QuantizedBlocks, quantize_blocks
-from engines.quantize.formats import WeightPlan
+from engines.quantize.formats import WeightFormats
 from engines.quantize.gptq import factorize, quantize_rows
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.quantize.symmetric import SymmetricWeight
@@ -68,8 +68,10 @@ def product(values: NDArray[np.float32], block: int, bias: bool, x: NDArray[np.f
     value.const_value = tensor
     model.graph.register_initializer(value)
     ir.convenience.replace_all_uses_with(old, value)
-    plan = WeightPlan.from_rules([{"match": ["*"], "kind": "blockwise", "bits": 4, "block": block, "symmetric": True}])
-    result = DequantizeWeightsPass(plan)(model)
+    formats = WeightFormats.from_rules(
+        [{"match": ["*"], "kind": "blockwise", "bits": 4, "block": block, "symmetric": True}]
+    )
+    result = DequantizeWeightsPass(formats)(model)
     assert result.modified and "DequantizeLinear" in {node.op_type for node in model.graph}
     path = folder / "model.onnx"
     write_model(model, path, with_weights=True)
@@ -153,6 +155,6 @@ def test_a_format_that_tensorrt_cannot_read_is_an_error(rule: dict[str, int], tm
     value.const_value = tensor
     model.graph.register_initializer(value)
     ir.convenience.replace_all_uses_with(old, value)
-    plan = WeightPlan.from_rules([{"match": ["*"], "kind": "blockwise", "symmetric": True, **rule}])
+    formats = WeightFormats.from_rules([{"match": ["*"], "kind": "blockwise", "symmetric": True, **rule}])
     with pytest.raises(TargetError, match=r"layer\.weight"):
-        DequantizeWeightsPass(plan)(model)
+        DequantizeWeightsPass(formats)(model)

@@ -16,7 +16,7 @@ from engines.external_data import write_model
 from engines.lower import lower
 from engines.passes.choose_experts_kernel import ChooseExpertsKernelPass
 from engines.quantize.blockwise import quantize_blocks
-from engines.quantize.formats import WeightPlan
+from engines.quantize.formats import WeightFormats
 from engines.quantize.tensors import ProducedTensor
 from helpers.experts_op import TOP_K, Arrays, model_of, padded, random_inputs, with_ties
 from qwen3vl_export.ops import mixture_of_experts
@@ -27,7 +27,7 @@ from runtime.model_config import ModelConfig
 def lowered(inputs: Arrays, bits: int, block: int = 32) -> ir.Model:
     rules = [{"match": ["*"], "kind": "blockwise", "bits": bits, "block": block}] if bits else []
     config = ModelConfig.from_hf(configs.load("models/tiny-moe"))
-    passes = [ChooseExpertsKernelPass(WeightPlan.from_rules(rules))]
+    passes = [ChooseExpertsKernelPass(WeightFormats.from_rules(rules))]
     return lower(model_of(inputs), registry.get("ort-cpu-fp32"), config, passes)
 
 
@@ -83,11 +83,11 @@ def test_weights_are_stored_once_and_in_few_bits() -> None:
 def test_what_no_kernel_reads_is_refused() -> None:
     with pytest.raises(TargetError, match=r"no block of 16, .* divides rows of 24 and 20"):
         lowered(random_inputs((1, 1)), 4)
-    plan = WeightPlan.from_rules([{"match": ["*"], "kind": "rowwise"}])
+    formats = WeightFormats.from_rules([{"match": ["*"], "kind": "rowwise"}])
     with pytest.raises(TargetError, match=r"gate_up_proj: int8, one scale a row.*no kernel"):
         lower(
             model_of(padded(random_inputs((1, 1)))),
             registry.get("ort-cpu-fp32"),
             ModelConfig.from_hf(configs.load("models/tiny-moe")),
-            [ChooseExpertsKernelPass(plan)],
+            [ChooseExpertsKernelPass(formats)],
         )

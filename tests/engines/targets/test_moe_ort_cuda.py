@@ -21,7 +21,7 @@ from engines.lower import lower
 from engines.passes.choose_experts_kernel import ChooseExpertsKernelPass
 from engines.passes.half_precision import HalfPrecisionPass
 from engines.quantize.blockwise import quantize_blocks
-from engines.quantize.formats import WeightPlan
+from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from engines.targets import ort_cuda
 from helpers.experts_op import TOP_K, Arrays, model_of, padded, random_inputs, with_ties
@@ -61,10 +61,10 @@ def shape_of(inputs: Arrays) -> ModelConfig:
 def lowered(inputs: Arrays, bits: int = 0) -> ir.Model:
     """Lower one op as ort-cuda-* does: float16, or blocks of 64 without zero points."""
     rules = [{"match": ["mlp.experts.*"], "kind": "blockwise", "bits": bits, "block": 128, "symmetric": True}]
-    plan = WeightPlan.from_rules(rules if bits else [])
+    formats = WeightFormats.from_rules(rules if bits else [])
     passes = [
-        ChooseExpertsKernelPass(plan, 0, blocks=ort_cuda._EXPERT_BLOCKS, float_multiple=ort_cuda._EXPERT_MULTIPLE),
-        HalfPrecisionPass(ir.DataType.FLOAT16, ort_cuda._FLOAT32_OPS["float16"]),
+        ChooseExpertsKernelPass(formats, ort_cuda.STORAGE),
+        HalfPrecisionPass(ir.DataType.FLOAT16, ort_cuda.FLOAT32_OPS["float16"]),
     ]
     return lower(model_of(inputs), registry.get("ort-cuda-fp16"), shape_of(inputs), passes)
 
@@ -266,7 +266,7 @@ def bundle() -> Bundle:
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_every_node_has_a_kernel_and_no_value_crosses(target: Target, bundle: Bundle) -> None:
-    model = lower(bundle.graphs[DECODER].clone(), target, bundle.config, target.passes())
+    model = lower(bundle.graphs[DECODER].clone(), target, bundle.config, target.passes(target.formats))
     placement = check_placement(model, KernelListing.load())
     assert sum(node.op_type in ("MoE", "QMoE") for node in placement.cuda) == 4
     assert {node.op_type for node in placement.cpu} == {"Cast"} and placement.copies == ()
@@ -274,7 +274,7 @@ def test_every_node_has_a_kernel_and_no_value_crosses(target: Target, bundle: Bu
 
 def test_routers_keep_half_precision_beside_weights_of_few_bits(bundle: Bundle) -> None:
     target = registry.get("ort-cuda-int4")
-    model = lower(bundle.graphs[DECODER].clone(), target, bundle.config, target.passes())
+    model = lower(bundle.graphs[DECODER].clone(), target, bundle.config, target.passes(target.formats))
     routers = [v for name, v in model.graph.initializers.items() if name.endswith(".mlp.gate.weight")]
     assert [value.dtype for value in routers] == [ir.DataType.FLOAT16] * 4
     bits = [n.attributes["expert_weight_bits"].as_int() for n in model.graph if n.op_type == "QMoE"]

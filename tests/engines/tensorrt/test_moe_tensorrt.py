@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_ir.passes import common
 
-from benchmarks.quantizers import copy_of, training_prompts
 from benchmarks.synthetic import hf_config
+from demo_training.prompts import training_prompts
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
@@ -27,13 +27,14 @@ from engines.onnx_text import DOMAIN, parse_function
 from engines.passes.pack_experts import PackExpertsPass
 from engines.quantize.blockwise import quantize_blocks
 from engines.quantize.calibration import calibrate
-from engines.quantize.formats import WeightPlan
+from engines.quantize.formats import WeightFormats
 from engines.quantize.tensors import ProducedTensor
 from engines.registry import get
 from engines.targets import trt as trt_target
 from engines.tensorrt.checks import check_network, graph_facts
 from engines.tensorrt.experts import mixture_of_experts as body_in_blocks
 from engines.weights import StackedTensor
+from helpers.bundles import copy_of
 from helpers.experts_op import Arrays
 from helpers.lowered_fixtures import edit_graph
 from qwen3vl_export.checkpoint import Checkpoint
@@ -143,8 +144,8 @@ def gather_graph(experts: StackedTensor) -> ir.Model:
     )
 
 
-def plan(**weight_format: Any) -> WeightPlan:
-    return WeightPlan.from_rules([{"match": ["*"], **weight_format}])
+def formats_of(**weight_format: Any) -> WeightFormats:
+    return WeightFormats.from_rules([{"match": ["*"], **weight_format}])
 
 
 @pytest.mark.parametrize(("bits", "block"), [(4, 32), (8, 64)])
@@ -154,7 +155,7 @@ def test_packed_experts_are_what_the_quantiser_chose(bits: int, block: int) -> N
     model = gather_graph(stacked(weights, "layers.0.mlp.experts.down_proj"))
     # Blocks of 128 do not divide rows of 192: the largest that does is taken.
     asked = block if bits == 4 else 128
-    result = PackExpertsPass(plan(kind="blockwise", bits=bits, block=asked, symmetric=True))(model)
+    result = PackExpertsPass(formats_of(kind="blockwise", bits=bits, block=asked, symmetric=True))(model)
     assert result.modified
     common.RemoveUnusedNodesPass()(model)
     (packed,) = (v for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT32 and v.shape.rank() == 3)
@@ -176,7 +177,7 @@ def test_packed_experts_are_what_the_quantiser_chose(bits: int, block: int) -> N
 def test_a_format_without_a_meaning_is_refused_by_name(weight_format: dict[str, Any]) -> None:
     model = gather_graph(stacked(np.zeros((2, 4, 24), np.float32), "layers.7.mlp.experts.down_proj"))
     with pytest.raises(ir.passes.PassError) as caught:
-        ir.passes.Sequential(PackExpertsPass(plan(**weight_format)))(model)
+        ir.passes.Sequential(PackExpertsPass(formats_of(**weight_format)))(model)
     assert isinstance(caught.value.__cause__, TargetError)
     assert "layers.7.mlp.experts.down_proj" in str(caught.value.__cause__)
 
@@ -298,5 +299,5 @@ def test_the_layer_gets_what_its_documentation_asks_for(bundle: Bundle, tmp_path
 @pytest.mark.usefixtures("blackwell")
 def test_few_bits_stay_in_blocks(bundle: Bundle) -> None:
     target = get("trt-int4")
-    model = lower(copy_of(bundle).graphs["decoder"], target, bundle.config, target.passes())
+    model = lower(copy_of(bundle).graphs["decoder"], target, bundle.config, target.passes(target.formats))
     assert not any(node.op_type == "TRT_MoE" for node in model.graph)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from helpers import ROOT
-from scripts.read_tensorrt_stubs import parameters, read
+from helpers.tensorrt_stubs import parameters, read
 
 STUBS = json.loads((ROOT / "tests" / "data" / "tensorrt_stubs.json").read_text(encoding="utf-8"))
 DOCS = ROOT / "docs" / "targets.md"
@@ -25,7 +25,7 @@ FILES = (
     *sorted((ROOT / "engines" / "tensorrt").glob("*.py")),
     *sorted((ROOT / "runtime").glob("tensorrt*.py")),
     ROOT / "runtime" / "sessions" / "tensorrt.py",
-    ROOT / "scripts" / "gpu_check.py",
+    ROOT / "benchmarks" / "plans.py",
 )
 # Class of each expression that holds something of the library; the same words mean the same in all files.
 OBJECTS = {
@@ -67,9 +67,8 @@ ELSEWHERE = {
     ("engines/tensorrt/profiles.py", "config"): None,
     ("engines/tensorrt/lowering.py", "config"): None,
     ("engines/tensorrt/experts.py", "config"): None,
-    ("scripts/gpu_check.py", "output"): None,
-    ("scripts/gpu_check.py", "parser"): None,
-    ("scripts/gpu_check.py", "engine"): None,
+    ("benchmarks/plans.py", "output"): None,
+    ("benchmarks/plans.py", "engine"): None,
     ("engines/tensorrt/compiler.py", "builder"): None,
 }
 # Names that the code holds as text: types of layers and tensors, and the members that getattr takes.
@@ -217,13 +216,16 @@ def test_the_code_is_seen() -> None:
 
 
 def test_names_held_as_text_are_those_of_the_code() -> None:
-    from engines.targets.trt_rtx import _COMPUTE_CAPABILITIES
+    from engines.registry import get
     from engines.tensorrt.checks import _TYPES
     from runtime.sessions.tensorrt import _CACHE_TYPES, _DECODER_TENSORS, _VISION_TENSORS
 
     types = {*_CACHE_TYPES.values(), *_DECODER_TENSORS.values(), *_VISION_TENSORS.values()}
     assert set(_TYPES) == set(AS_TEXT["DataType"]) >= types
-    assert tuple("SM" + each.replace(".", "") for each in _COMPUTE_CAPABILITIES) == AS_TEXT["ComputeCapability"]
+    assert (
+        tuple("SM" + each.replace(".", "") for each in get("trt-rtx-fp16").compute_capabilities)
+        == AS_TEXT["ComputeCapability"]
+    )
     source = (ROOT / "engines" / "tensorrt" / "checks.py").read_text(encoding="utf-8")
     assert set(re.findall(r'kinds\["(\w+)"\]|\("([A-Z_]+)", facts', source)) == {
         ("", name) for name in AS_TEXT["LayerType"]

@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quantizers import copy_of, training_prompts
+from demo_training.prompts import training_prompts
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, Bundle
 from engines.hardware import Gpu, Hardware
 from engines.quantize.calibration import calibrate
 from engines.registry import get, load_family
-from engines.targets import trt as trt_target
-from engines.targets import trt_rtx as trt_rtx_target
 from engines.tensorrt import compiler
 from engines.tensorrt.checks import GraphFacts, check_graph, check_network, check_plan_size, graph_facts
 from engines.tensorrt.profiles import profiles_of
+from helpers.bundles import copy_of
 from helpers.command_line import call
 from qwen3vl_export.cli import export, run
 from runtime.errors import CapacityError, EngineError, TargetError, UsageError
@@ -237,25 +236,22 @@ def test_the_command_passes_the_sizes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "needs"), [("fp8", "8.9"), ("nvfp4", "10.0")])
-def test_a_gpu_without_the_type_is_said_before_any_work(
-    precision: str, needs: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_without_the_type_is_said_before_any_work(precision: str, needs: str) -> None:
     ampere = Hardware("Abacus", (), 2, 1 << 30, gpus=(Gpu("Test RTX", "8.6", 1 << 30, 1 << 30, "570.1"),))
-    monkeypatch.setattr(trt_target, "probe", lambda: ampere)
-    found = get(f"trt-{precision}").availability()
+    found = get(f"trt-{precision}").availability(ampere)
     assert not found.can_build and f"SM {needs} or later is needed, the Test RTX has 8.6" in found.reason
-    assert "SM" not in get("trt-fp16").availability().reason
+    assert "SM" not in get("trt-fp16").availability(ampere).reason
 
 
 @pytest.mark.parametrize(
     ("sm", "runs"), [("8.6", {"fp16", "bf16", "int4"}), ("8.9", {"fp16", "bf16", "int4", "fp8"}), ("9.0", set())]
 )
-def test_plans_run_where_the_type_is(sm: str, runs: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_run_where_the_type_is(sm: str, runs: set[str]) -> None:
     machine = Hardware("Abacus", (), 2, 1 << 30, gpus=(Gpu("Test RTX", sm, 1 << 30, 1 << 30, "570.1"),))
-    monkeypatch.setattr(trt_rtx_target, "probe", lambda: machine)
     targets = load_family("trt_rtx")
-    assert {target.precision for target in targets if target.availability().can_run} == runs
-    assert all("not Test RTX" in target.availability().reason for target in targets if target.precision not in runs)
+    found = {target.precision: target.availability(machine) for target in targets}
+    assert {precision for precision, each in found.items() if each.can_run} == runs
+    assert all("not Test RTX" in each.reason for precision, each in found.items() if precision not in runs)
 
 
 def test_without_a_gpu_the_enterprise_library_is_refused_before_any_work(tmp_path: Path) -> None:

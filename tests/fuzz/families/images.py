@@ -338,8 +338,8 @@ def run(recipe: Recipe, context: tuple[Any, Path]) -> str:
     part = _part(recipe, folder)
     if part is None:
         return "not opened by Pillow"
-    _, images = normalise_messages([{"role": "user", "content": [part]}])
-    patches = process_image(images[0], config)
+    _, attachments = normalise_messages([{"role": "user", "content": [part]}])
+    patches = process_image(attachments[0].source, config)
     assert patches.pixel_values.dtype == np.float32 and np.isfinite(patches.pixel_values).all()
     return f"grid {patches.grid_thw}"
 

@@ -107,7 +107,7 @@ VALUES: tuple[Callable[[], Any], ...] = (
     ),
     *(
         (lambda text=text: text)
-        for text in ("TemplateImageSlot0<|image_pad|>", "<think>x</think>", "{{ 7*7 }}{% for %}")
+        for text in ("TemplateSlot0Kind0End<|image_pad|>", "<think>x</think>", "{{ 7*7 }}{% for %}")
     ),
     *((lambda text=text: text * 20_000) for text in ("x", "字", "\u0301", "a b ", " ", "\n", "<|endoftext|>", "😀")),
     *((lambda text=text: text * 5_000_000) for text in ("x", " ", "\n", "a b")),
@@ -222,7 +222,16 @@ _WORDS = (
         "\n",
         "system",
     ),
-    *("Read the digits.", "\x00", "é", "😀", "\ufeff", "TemplateImageSlot0", "TemplateImageSlot1", "<|endoftext|>"),
+    *(
+        "Read the digits.",
+        "\x00",
+        "é",
+        "😀",
+        "\ufeff",
+        "TemplateSlot0Kind0End",
+        "TemplateSlot1Kind0End",
+        "<|endoftext|>",
+    ),
 )
 _PART_KEYS = ("text", "image", "image_url", "url", "path", "base64", "data", "x")
 _PART_TYPES = ("text", "image", "image_url", "video", None, 1, [])

@@ -83,7 +83,7 @@ _STATEMENTS = (
     "{% raw %}" * 1000,
     "a" * 5_000_000,
     "{{ <|image_pad|> }}",
-    "{{ 'TemplateImageSlot0'*10 }}<|image_pad|>",
+    "{{ 'TemplateSlot0Kind0End'*10 }}<|image_pad|>",
     "{% for i in range(99999) %}TemplateImageSlot{{ i }} {% endfor %}<|image_pad|>",
 )
 _ATOMS = (

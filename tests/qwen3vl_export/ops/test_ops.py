@@ -10,7 +10,7 @@ from onnx_ir.passes import common
 
 import configs
 from engines.onnx_text import DOMAIN, parse_function
-from engines.targets.ort_cpu import _causal_attention, _vision_attention
+from engines.registry import get
 from qwen3vl_export.ops import causal_attention, vision_attention
 from runtime.model_config import ModelConfig
 
@@ -80,7 +80,7 @@ def _causal_inputs(num_new: int, past: list[int], capacity: int = 16) -> dict[st
     ],
 )
 def test_causal_attention(native: bool, num_new: int, past: list[int]) -> None:
-    body = _causal_attention(_config()) if native else causal_attention.BODY
+    body = get("ort-cpu-fp32").native_ops["CausalAttention"](_config()) if native else causal_attention.BODY
     inputs = _causal_inputs(num_new, past)
     attributes = {"scale": 0.2, "epsilon": 1e-6}
     found = _run(body, inputs, attributes)
@@ -100,6 +100,6 @@ def test_vision_attention(native: bool) -> None:
     angles = rng.standard_normal((12, 10)).astype(np.float32)
     inputs = {"q": q, "k": k, "v": v, "cos": np.cos(angles), "sin": np.sin(angles)}
     attributes = {"num_heads": 2, "scale": 0.3}
-    body = _vision_attention(_config()) if native else vision_attention.BODY
+    body = get("ort-cpu-fp32").native_ops["VisionAttention"](_config()) if native else vision_attention.BODY
     (found,) = _run(body, inputs, attributes)
     np.testing.assert_allclose(found, vision_attention.reference(**inputs, **attributes), atol=1e-5)

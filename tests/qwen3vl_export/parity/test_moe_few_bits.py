@@ -12,12 +12,13 @@ import onnxruntime as ort
 import pytest
 
 import configs
-from benchmarks.quantizers import copy_of, training_prompts
+from demo_training.prompts import training_prompts
 from engines import registry
 from engines.build import build_engine
 from engines.bundle import DECODER, Bundle
 from engines.quantize.calibration import calibrate
 from helpers import DOCS
+from helpers.bundles import copy_of
 from helpers.command_line import call
 from helpers.damage import noisy_scales
 from helpers.engines import build, requantized

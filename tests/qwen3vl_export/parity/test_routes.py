@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper
 
-from benchmarks.quantizers import copy_of
+from helpers.bundles import copy_of
 from helpers.damage import edit_graph
 from helpers.engines import build
 from qwen3vl_export.checkpoint import Checkpoint

@@ -16,6 +16,7 @@ from engines import registry
 from engines.bundle import DECODER, VISION, Bundle
 from engines.cuda_kernels import CheckPlacementPass, Kernel, KernelListing, Placement, check_placement
 from engines.lower import lower
+from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from helpers import PICTURES
 from runtime import generation
@@ -75,7 +76,7 @@ def on_cpu(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCuda
 
 
 def lowered(bundle: Bundle, name: str, target: Target) -> ir.Model:
-    return lower(bundle.graphs[name].clone(), target, bundle.config, target.passes())
+    return lower(bundle.graphs[name].clone(), target, bundle.config, target.passes(target.formats))
 
 
 def run(model: Qwen3VLModel, chunk: int = 512) -> tuple[FloatArray, FloatArray, list[tuple[FloatArray, FloatArray]]]:
@@ -124,8 +125,8 @@ class ReplaceSigmoidPass(ir.passes.InPlacePass):
 def test_an_operator_without_a_kernel_stops_the_build(demo_bundle: Bundle) -> None:
     target = registry.get("ort-cuda-fp16")
 
-    def passes() -> list[ir.passes.InPlacePass]:
-        *others, check = target.passes()
+    def passes(formats: WeightFormats) -> list[ir.passes.InPlacePass]:
+        *others, check = target.passes(formats)
         assert isinstance(check, CheckPlacementPass)
         return [*others, ReplaceSigmoidPass(), check]
 

@@ -1,0 +1,103 @@
+"""How weights of few bits are stored for the kernels of ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, ROWWISE, WeightFormat
+from runtime.errors import TargetError
+
+if TYPE_CHECKING:
+    from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
+    from engines.weights import StackedTensor, StreamedTensor
+
+# Integer products of 8-bit blocks of the input: with float32 products (level 0) 8-bit weights are 100 times as slow,
+# experts in 4 bits twice as slow (512 tokens of 30B-A3B, two threads, docs/mixture_of_experts.md).
+_INT8_PRODUCTS = 4
+
+
+@dataclass(frozen=True)
+class OrtStorage:
+    """What the kernels of one provider read, and how exactly they multiply.
+
+    Attributes:
+        accuracy_level: Of MatMulNBits and QMoE: 4 lets the CPU round the input to 8 bits; 0 computes in the input's own
+            type, but for QMoE in 8 bits, whose kernel for the CPU knows no other way.
+        expert_blocks: Block sizes that QMoE takes.
+        expert_multiple: Rows of experts in floats must be multiples of so many for MoE.
+        table_in_whole_bytes: A table gets blocks of which a row's zero points fill whole bytes. GatherBlockQuantized on
+            CUDA numbers them through from row to row (gather_block_quantized.cu), on the CPU a row begins with a byte.
+    """
+
+    accuracy_level: int = _INT8_PRODUCTS
+    expert_blocks: tuple[int, ...] = BLOCK_SIZES
+    expert_multiple: int = 1
+    table_in_whole_bytes: bool = False
+
+    def product(self, tensor: StreamedTensor, form: WeightFormat, *, is_table: bool) -> BlockwiseWeight | RowwiseWeight:
+        """Return the weight of a product, whose rows may also be looked up in the same bytes.
+
+        Raises:
+            TargetError: No kernel reads the format, or no block divides the rows of a table.
+        """
+        from engines.quantize.blocks import stored_block
+        from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
+
+        if form.kind == ROWWISE:
+            return RowwiseWeight(tensor)
+        if form.kind != BLOCKWISE:
+            raise TargetError(
+                f"{tensor.name}: {form}: no kernel of ONNX Runtime multiplies by it",
+                remedy="choose a blockwise or rowwise format in the target's file in configs/targets",
+            )
+        block = stored_block(tensor, form, is_table=is_table, in_whole_bytes=self.table_in_whole_bytes)
+        return BlockwiseWeight(tensor, form.bits, block)
+
+    def table(self, tensor: StreamedTensor, form: WeightFormat) -> BlockwiseWeight | None:
+        """Return a table that is only looked up; None if the kernels read none in that format.
+
+        Raises:
+            TargetError: No block divides its rows.
+        """
+        from engines.quantize.blocks import table_block
+        from engines.quantize.tensors import BlockwiseWeight
+
+        if form.kind != BLOCKWISE:
+            return None
+        block = table_block(tensor, form, in_whole_bytes=self.table_in_whole_bytes)
+        return BlockwiseWeight(tensor, form.bits, block, has_whole_rows=True)
+
+    def experts(self, weights: Sequence[StackedTensor], forms: Sequence[WeightFormat]) -> list[BlockwiseWeight]:
+        """Return gate and up, whose rows take turns, and down, of a layer's experts, in one block, as QMoE wants.
+
+        Raises:
+            TargetError: No block divides the rows of both, or a format is not blockwise.
+        """
+        from engines.quantize.blocks import dividing_block
+        from engines.quantize.experts import interleaved
+        from engines.quantize.tensors import BlockwiseWeight
+
+        for weight, form in zip(weights, forms, strict=True):
+            if form.kind != BLOCKWISE:
+                raise TargetError(
+                    f"{weight.name}: {form}: no kernel of ONNX Runtime reads experts in that form",
+                    remedy="choose a blockwise format for *.mlp.experts.*, for gate_up_proj and down_proj",
+                )
+        gate_up, down = weights
+        columns = [int(weight.shape.numpy()[2]) for weight in weights]
+        block = dividing_block(columns, min(form.block for form in forms), self.expert_blocks)
+        if block is None:
+            raise TargetError(
+                f"{gate_up.name}: no block of {', '.join(map(str, self.expert_blocks))} divides rows of "
+                f"{columns[0]} and {columns[1]}",
+                remedy="build a target that keeps the experts in floats, such as ort-cpu-fp32",
+            )
+        return [
+            BlockwiseWeight(weight, form.bits, block, has_whole_rows=True, symmetric=form.symmetric)
+            for weight, form in zip((interleaved(gate_up), down), forms, strict=True)
+        ]
+
+
+CPU_STORAGE = OrtStorage()

@@ -1,0 +1,71 @@
+"""How weights of few bits are stored for TensorRT, which reads no zero points, and tables in floats alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from engines.quantize.formats import BLOCKWISE, FLOAT8, NVFP4, WeightFormat
+from runtime.errors import TargetError
+
+if TYPE_CHECKING:
+    from engines.quantize.tensors import BlockwiseWeight, TransposedWeight
+    from engines.weights import StackedTensor, StreamedTensor
+
+# TensorRT reads blocks of these sizes (tensorrt_rtx 1.7.1 builds no other).
+_BLOCK_SIZES = (64, 128)
+
+
+class TensorRtStorage:
+    """What DequantizeLinear reads before a product, and arithmetic before experts."""
+
+    def product(self, tensor: StreamedTensor, form: WeightFormat, *, is_table: bool) -> TransposedWeight:
+        """Return the weight of a product, in codes [K, N] beside the table.
+
+        Raises:
+            TargetError: TensorRT reads no such format.
+        """
+        import onnx_ir as ir
+
+        from engines.quantize.blocks import stored_block
+        from engines.quantize.float8 import quantize_rows_float8
+        from engines.quantize.nvfp4 import Nvfp4Weight
+        from engines.quantize.symmetric import SymmetricWeight
+        from engines.quantize.tensors import RowwiseWeight
+
+        if form.kind == FLOAT8:
+            return RowwiseWeight(tensor, ir.DataType.FLOAT8E4M3FN, quantize_rows_float8)
+        if form.kind == NVFP4:
+            return Nvfp4Weight(tensor)
+        if form.bits != 4 or not form.symmetric or form.block not in _BLOCK_SIZES:
+            raise TargetError(
+                f"{tensor.name}: {form} in a block DequantizeLinear",
+                remedy=f"choose 4 bits, symmetric, blocks of {' or '.join(map(str, _BLOCK_SIZES))}",
+            )
+        stored = stored_block(tensor, form, is_table=is_table)
+        return SymmetricWeight(tensor, stored if stored in _BLOCK_SIZES else form.block)
+
+    def table(self, tensor: StreamedTensor, form: WeightFormat) -> None:
+        """Return None: DequantizeLinear has no lookup."""
+
+    def experts(self, weights: Sequence[StackedTensor], forms: Sequence[WeightFormat]) -> list[BlockwiseWeight]:
+        """Return stacked weights, each in the largest block that divides its rows.
+
+        Raises:
+            TargetError: No block does, or a format has no meaning here.
+        """
+        from engines.quantize.blocks import dividing_block
+        from engines.quantize.tensors import BlockwiseWeight
+
+        stored = []
+        for weight, form in zip(weights, forms, strict=True):
+            num_columns = int(weight.shape.numpy()[2])
+            block = dividing_block([num_columns], form.block)
+            if form.kind != BLOCKWISE or not form.symmetric or block is None:
+                raise TargetError(
+                    f"{weight.name}: {form} for experts with rows of {num_columns}",
+                    remedy="choose 4 or 8 bits, symmetric, in blocks that divide the rows; or a target in half "
+                    "precision",
+                )
+            stored.append(BlockwiseWeight(weight, form.bits, block, has_whole_rows=True, symmetric=True))
+        return stored

@@ -1,0 +1,1 @@
+"""Parts of the model and of its runtime: attention, routing, memory, hardware."""

@@ -1,0 +1,44 @@
+"""What a request takes, estimated before any work, and the KV caches of the sessions.
+
+`KVCache` is the protocol; of its forms, `OrtKVCache` needs the extra [cpu], `OrtDeviceCache` [cuda], `EagerCache`
+[export].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwen3_vl.lazy import lazy
+
+if TYPE_CHECKING:
+    from qwen3vl_export.eager import EagerCache
+    from runtime.device_cache import DeviceKVCache
+    from runtime.memory import cache_bytes, check_fits, logits_bytes, machine_bytes, prefill_bytes, vision_bytes
+    from runtime.session import KVCache
+    from runtime.sessions.ort_cpu import OrtKVCache
+    from runtime.sessions.ort_cuda import OrtDeviceCache
+
+__all__ = [
+    "DeviceKVCache",
+    "EagerCache",
+    "KVCache",
+    "OrtDeviceCache",
+    "OrtKVCache",
+    "cache_bytes",
+    "check_fits",
+    "logits_bytes",
+    "machine_bytes",
+    "prefill_bytes",
+    "vision_bytes",
+]
+
+_SOURCES = {
+    "qwen3vl_export.eager": ["EagerCache"],
+    "runtime.device_cache": ["DeviceKVCache"],
+    "runtime.memory": ["cache_bytes", "check_fits", "logits_bytes", "machine_bytes", "prefill_bytes", "vision_bytes"],
+    "runtime.session": ["KVCache"],
+    "runtime.sessions.ort_cpu": ["OrtKVCache"],
+    "runtime.sessions.ort_cuda": ["OrtDeviceCache"],
+}
+
+__getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

@@ -1,0 +1,91 @@
+"""What a generation option takes: checks of kinds of values, which return the value in its plain form.
+
+A check takes the option's name, for messages, and the value, and raises `UsageError`.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from runtime.errors import UsageError
+from runtime.shown import shown
+from runtime.stopping import check_stops
+
+Check = Callable[[str, Any], Any]
+
+_MOST_IDS, _MOST_STOPS = 1024, 1024
+
+
+def any_number(name: str, value: Any) -> float:
+    """Return any number; infinite for an integer beyond 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise UsageError(f"{name} must be a number, got {shown(value)}")
+    number = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(number, int) and number.bit_length() > 63:
+        return math.inf if number > 0 else -math.inf
+    return number
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """Return a truth value as it is."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
+def integer(minimum: int, *, bits: int = 63, most: int | None = None, remedy: str | None = None) -> Check:
+    """Make the check of an integer from `minimum` up to `most`, and below 2^bits."""
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise UsageError(f"{name} must be an integer, got {shown(value)}")
+        number = int(value)
+        if number < minimum or number >= 1 << bits:
+            limit = f"at least {minimum}" if number < minimum else f"below 2^{bits}"
+            raise UsageError(f"{name} must be {limit}, got {shown(number)}")
+        if most is not None and number > most:
+            raise UsageError(f"{name} must be at most {most}, got {number}", remedy=remedy)
+        return number
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    """Let a check take None, too."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def between(low: float, high: float, remedy: str) -> Check:
+    """Make the check of a finite number from `low` to `high`; `{name}` in the remedy is the option's."""
+
+    def check(name: str, value: Any) -> float:
+        number = float(any_number(name, value))
+        if not (math.isfinite(number) and low <= number <= high):
+            advice = remedy.format(name=name)
+            raise UsageError(f"{name} must be in [{low:g}, {high:g}], got {shown(value)}", remedy=advice)
+        return number
+
+    return check
+
+
+def stop_strings(name: str, value: Any) -> tuple[str, ...]:
+    """Return one string or several as a tuple."""
+    stops = (value,) if isinstance(value, str) else value
+    if not isinstance(stops, Sequence) or len(stops) > _MOST_STOPS or not all(isinstance(stop, str) for stop in stops):
+        raise UsageError(f"{name} must be a string or a list of at most {_MOST_STOPS} strings, got {shown(value)}")
+    check_stops(stops)
+    return tuple(stops)
+
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Return one token id or several as a tuple."""
+    ids = (value,) if isinstance(value, numbers.Integral) else value
+    if isinstance(ids, str) or not isinstance(ids, Sequence):
+        raise UsageError(f"{name} must be a token id or a list of token ids, got {shown(value)}")
+    if len(ids) > _MOST_IDS:
+        raise UsageError(f"{name} must hold at most {_MOST_IDS} token ids, got {shown(value)}")
+    check = integer(0)
+    return tuple(check(f"{name}[{i}]", token_id) for i, token_id in enumerate(ids))

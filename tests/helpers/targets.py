@@ -1,0 +1,30 @@
+"""Targets of the registry as they would be on another machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from engines.hardware import Hardware
+from engines.registry import get
+from engines.target import Availability, Target
+
+
+@dataclass(frozen=True)
+class Elsewhere(Target):
+    """A target that is available or not, whatever this machine is."""
+
+    found: Availability = field(default_factory=lambda: Availability(True, True))
+
+    def availability(self, machine: Hardware | None = None) -> Availability:
+        return self.found
+
+
+def like(
+    name: str, weights: str | None = None, *, builds: bool = True, runs: bool = True, reason: str = "for a reason"
+) -> Target:
+    """Return a target of the registry, available or not, with the weights and the cache of another one."""
+    values = {each.name: getattr(get(name), each.name) for each in fields(Target)}
+    if weights is not None:
+        names = ("passes", "storage", "formats", "prefill_formats", "float_dtype", "cache_dtype", "prefill_workspace")
+        values |= {each: getattr(get(weights), each) for each in names}
+    return Elsewhere(**values, found=Availability(builds, runs, reason))

@@ -1,0 +1,67 @@
+"""A kind of input is one file in runtime/input_kinds."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers import PICTURES, ROOT
+from runtime.input_kinds.registry import input_kinds, kind_of
+
+# A kind that no model was trained for: a page of one colour, held by the token of videos, which the tokenizer knows.
+PAGE = """
+import numpy as np
+from runtime.image_processor import process_image
+from runtime.input_kinds.kind import InputKind
+
+
+class Page(InputKind):
+    name, token, part_types = "page", "<|video_pad|>", ("page",)
+    placeholder, path_keys = {"type": "video", "video": "<page>"}, ()
+
+    def source(self, part, place):
+        return int(part["grey"])
+
+    def process(self, source, config, *, max_image_pixels):
+        return process_image(np.full((64, 96, 3), source, np.uint8), config, max_image_pixels=max_image_pixels)
+
+
+KIND = Page()
+"""
+USE = """
+import sys
+from runtime.model import Qwen3VLModel
+model = Qwen3VLModel.from_engine(sys.argv[1])
+image = {"type": "image", "image": sys.argv[2]}
+parts = [image, {"type": "page", "grey": 9}, image, {"type": "page", "grey": 200}, {"type": "text", "text": "Read."}]
+prepared = model.prepare([{"role": "user", "content": parts}])
+print([image.grid_thw for image in prepared.images])
+print([int((image.pixel_values.std(axis=0) > 1e-6).any()) for image in prepared.images])
+print([prepared.prompt.input_ids[span.start] == model.config.video_token_id for span in prepared.prompt.spans])
+print(len(model.generate([{"role": "user", "content": parts}], max_new_tokens=2).token_ids))
+"""
+
+
+@pytest.mark.portable
+def test_images_are_the_only_kind_so_far() -> None:
+    assert [kind.name for kind in input_kinds()] == ["image"]
+    assert [kind_of(name) for name in ("image", "image_url", "input_image")] == 3 * list(input_kinds())
+    assert kind_of("video") is None
+
+
+def test_a_new_kind_is_one_new_file(demo_engine: Path, tmp_path: Path) -> None:
+    """In a copy of the runtime: mixed with images, in any order, each place gets its own."""
+    shutil.copytree(ROOT / "runtime", tmp_path / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "runtime" / "input_kinds" / "page.py").write_text(PAGE)
+    command = [sys.executable, "-c", USE, str(demo_engine), str(PICTURES / "held_out_0.png")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grids, varied, is_page, num_tokens = map(eval, done.stdout.splitlines())
+    assert grids[0] == grids[2] != grids[1] == grids[3]
+    assert varied == [1, 0, 1, 0] and is_page == [False, True, False, True]
+    assert np.all(np.array(grids)[:, 0] == 1) and num_tokens in (1, 2)
