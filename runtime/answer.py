@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from runtime.errors import UsageError
-from runtime.guard import Owner
+from runtime.guard import Owner, as_engine_error
 from runtime.stop_text import AnswerText
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -208,3 +211,22 @@ class Turn:
             # RuntimeError: it is open, so its call is about to look, or has been let through.
             with contextlib.suppress(RuntimeError):
                 first.gate.release()
+
+
+def in_turn(turn: Turn, work: Callable[[Call], Generator[str, None, _T]]) -> Generator[str, None, _T]:
+    """Do the work of a call while no other is at work, and name the errors of the engine's library."""
+    call = Call()
+    try:
+        turn.take(call)
+        return (yield from work(call))
+    except Exception as error:
+        known = as_engine_error(error)
+        if known is None:
+            raise
+        raise known from error
+    finally:
+        try:
+            turn.leave(call)
+        except BaseException:  # Ctrl-C during the last step is raised at the first instruction of this
+            turn.leave(call)
+            raise

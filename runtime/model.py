@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
-from runtime.answer import Answer, Call, Generation, Stats, Stream, Turn
+from runtime.answer import Answer, Call, Generation, Stats, Stream, Turn, in_turn
 from runtime.arguments import folder_path, reading, template_variables, tool_schemas
 from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray, no_visual_embeds
@@ -23,7 +23,7 @@ from runtime.errors import UsageError
 from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
-from runtime.guard import Owner, as_engine_error
+from runtime.guard import Owner
 from runtime.image_processor import ProcessedImage
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
@@ -47,7 +47,6 @@ from runtime.shown import shown
 from runtime.stop_text import AnswerText
 from runtime.urls import check_local
 
-_T = TypeVar("_T")
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
 
@@ -217,7 +216,7 @@ class Qwen3VLModel:
         # Now, since work begins later, when the caller may have changed them.
         tools, chat_template_kwargs = tool_schemas(tools), template_variables(chat_template_kwargs)
         prepare = partial(self.prepare, messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
-        return Stream(self._in_turn(partial(self._generate, prepare, chosen)))
+        return Stream(in_turn(self._turn, partial(self._generate, prepare, chosen)))
 
     def _chosen(self, options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:
         if options is None:
@@ -232,7 +231,7 @@ class Qwen3VLModel:
     def logits(self, messages: Any) -> FloatArray:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
         self._owner.check()
-        steps = self._in_turn(lambda _: self._all_logits(messages))
+        steps = in_turn(self._turn, lambda _: self._all_logits(messages))
         while True:
             try:
                 next(steps)
@@ -306,24 +305,6 @@ class Qwen3VLModel:
             num_tokens = min(num_tokens, int(other_decoder) - 2)
         never = (self.config.image_token_id, self.config.video_token_id)
         return PromptLookup(prompt_ids, num_tokens, never) if num_tokens > 0 else None
-
-    def _in_turn(self, work: Callable[[Call], Generator[str, None, _T]]) -> Generator[str, None, _T]:
-        """Do the work of a call while no other is at work, and name the errors of the engine's library."""
-        call = Call()
-        try:
-            self._turn.take(call)
-            return (yield from work(call))
-        except Exception as error:
-            known = as_engine_error(error)
-            if known is None:
-                raise
-            raise known from error
-        finally:
-            try:
-                self._turn.leave(call)
-            except BaseException:  # Ctrl-C during the last step is raised at the first instruction of this
-                self._turn.leave(call)
-                raise
 
     def _generate(
         self, prepare: Callable[[], Prepared], options: GenerationOptions, call: Call

@@ -64,7 +64,7 @@ class Device:
 CUDA = Device("CUDAExecutionProvider", "cuda", {"enable_skip_layer_norm_strict_mode": "1"}, {"enable_cuda_graph": "1"})
 
 
-class _Buffers:
+class CacheBuffers:
     """Keys and values of all layers on the device, and the step that was bound to them."""
 
     def __init__(self, num_layers: int, shape_BKTH: tuple[int, int, int, int], dtype: str, device: str) -> None:
@@ -109,7 +109,7 @@ class _Buffers:
 class OrtDeviceCache:
     """A KV cache on the device; its buffers go back to the session when nobody holds it any more."""
 
-    def __init__(self, buffers: _Buffers, give_back: Callable[[_Buffers], None]) -> None:
+    def __init__(self, buffers: CacheBuffers, give_back: Callable[[CacheBuffers], None]) -> None:
         self.buffers = buffers
         self.batch, _, self.capacity, _ = buffers.shape_BKTH
         weakref.finalize(self, give_back, buffers).atexit = False
@@ -127,7 +127,9 @@ class OrtDeviceCache:
 class _Step:
     """One new token a sequence, in buffers whose addresses never change: what a CUDA graph replays."""
 
-    def __init__(self, session: ort.InferenceSession, buffers: _Buffers, inputs: DecoderInputs, graph_id: int) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, buffers: CacheBuffers, inputs: DecoderInputs, graph_id: int
+    ) -> None:
         self._inputs = {
             name: ort.OrtValue.ortvalue_from_numpy(array.copy(), buffers.device)
             for name, array in inputs.arrays().items()
@@ -174,7 +176,7 @@ class OrtCudaSession:
         self.decode_recorded: bool | None = None
         self._vision = _open(folder / "vision.onnx", device, device.options, threads)
         self._decoder = _open(folder / "decoder.onnx", device, {**device.options, **device.decoder_options}, threads)
-        self._idle: dict[tuple[int, ...], list[_Buffers]] = {}
+        self._idle: dict[tuple[int, ...], list[CacheBuffers]] = {}
         self._graph_ids = itertools.count(1)
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
@@ -196,7 +198,7 @@ class OrtCudaSession:
             buffers = idle.pop()
         else:
             self._free_idle()
-            buffers = self._guard(partial(_Buffers, text.num_layers, shape, self._cache_dtype, self._device.name))
+            buffers = self._guard(partial(CacheBuffers, text.num_layers, shape, self._cache_dtype, self._device.name))
         return OrtDeviceCache(buffers, idle.append)
 
     def _free_idle(self) -> None:
@@ -239,7 +241,7 @@ class OrtCudaSession:
             return [self._guard(partial(self._run_once, buffers, inputs, names))]
         return [self._guard(partial(self._run_once, buffers, inputs.row(row), names, row)) for row in range(batch)]
 
-    def _run_step(self, buffers: _Buffers, inputs: DecoderInputs) -> Mapping[str, ort.OrtValue]:
+    def _run_step(self, buffers: CacheBuffers, inputs: DecoderInputs) -> Mapping[str, ort.OrtValue]:
         if buffers.step is None:
             buffers.step = _Step(self._decoder, buffers, inputs.with_used_rows(), next(self._graph_ids))
         buffers.step.run(inputs)
@@ -248,7 +250,7 @@ class OrtCudaSession:
 
     def _run_once(
         self,
-        buffers: _Buffers,
+        buffers: CacheBuffers,
         inputs: DecoderInputs,
         names: tuple[str, ...],
         row: int | None = None,

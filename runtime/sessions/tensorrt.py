@@ -44,12 +44,12 @@ from runtime.tensorrt_plan import Library, Plan, share_memory
 _LOGGER = logging.getLogger(__name__)
 # Types of the inputs and outputs, as TensorRT names them.
 _TYPES = {np.float32: "FLOAT", np.int64: "INT64"}
-_VISION_TENSORS = {name: _TYPES[dtype] for name, dtype in VISION_DTYPES.items()} | {"visual_embeds": "FLOAT"}
-_DECODER_TENSORS = {
+VISION_TENSORS = {name: _TYPES[dtype] for name, dtype in VISION_DTYPES.items()} | {"visual_embeds": "FLOAT"}
+DECODER_TENSORS = {
     **{name: _TYPES[dtype] for name, dtype in DECODER_DTYPES.items()},
     **{"logits": "FLOAT", "top_logits": "FLOAT", "top_ids": "INT64"},
 }
-_CACHE_TYPES = {"float16": "HALF", "bfloat16": "BF16"}
+CACHE_TYPES = {"float16": "HALF", "bfloat16": "BF16"}
 _ITEM_BYTES = {"FLOAT": 4, "INT64": 8}
 _FLOAT_BYTES = 4
 
@@ -86,7 +86,7 @@ class TensorRtSession:
         self._num_calls = 0
         text = self._config.text
         names = past_names(text.num_layers) + present_names(text.num_layers)
-        caches = dict.fromkeys(names, _CACHE_TYPES[self._cache_dtype])
+        caches = dict.fromkeys(names, CACHE_TYPES[self._cache_dtype])
         library = Library(manifest, device)
         with ExitStack() as stack:
             self._stream = device.new_stream()
@@ -96,7 +96,7 @@ class TensorRtSession:
             self._buffers: dict[str, DeviceBuffer] = {}
             stack.callback(_close_all, self._buffers)
             plans: dict[str, Plan] = {}
-            for graph, tensors in (("vision", _VISION_TENSORS), ("decoder", _DECODER_TENSORS | caches)):
+            for graph, tensors in (("vision", VISION_TENSORS), ("decoder", DECODER_TENSORS | caches)):
                 name = f"{graph}.plan"
                 profiles = read_profiles(capabilities, graph)
                 plans[graph] = library.open_plan(folder / name, manifest.files[name].num_bytes, tensors, profiles)
@@ -291,7 +291,7 @@ class TensorRtSession:
         cache = self._max_batch * cache_bytes(manifest, self._capacity)
         inputs = sum(
             largest_bytes(plan.profiles, name, _ITEM_BYTES[kind])
-            for plan, tensors in ((self._vision, _VISION_TENSORS), (self._decoder, _DECODER_TENSORS))
+            for plan, tensors in ((self._vision, VISION_TENSORS), (self._decoder, DECODER_TENSORS))
             for name, kind in tensors.items()
         )
         most_logits = max(profile.max["logits_positions"][1] for profile in self._decoder.profiles)

@@ -398,7 +398,7 @@ def test_the_largest_logits_are_those_of_the_whole(session: OrtCudaSession) -> N
 
 
 def test_bfloat16_is_read_as_the_upper_half_of_a_float32() -> None:
-    buffers = ort_cuda._Buffers(1, (1, 1, 2, 2), "bfloat16", "cpu")
+    buffers = ort_cuda.CacheBuffers(1, (1, 1, 2, 2), "bfloat16", "cpu")
     bits = np.array([0x3F80, 0xC000, 0x3F00, 0x0000], np.uint16).reshape(1, 1, 2, 2)
     buffers.values[0][0].update_inplace(bits.view(np.float16))
     key, value = buffers.layer(0)
