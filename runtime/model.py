@@ -155,15 +155,10 @@ class Qwen3VLModel:
         check_fits(_decoder_needs(manifest, options.max_context), options.max_memory)
         manifest.require(folder, PREPROCESSOR, TOKENIZER, GENERATION)
         preparation = Preparation.from_folder(folder, manifest.model)
-        return cls(
-            manifest,
-            open_session(folder, manifest, SessionOptions(options.threads, huge_pages, cuda_graphs)),
-            preparation.with_image_limits(options.min_pixels, options.max_pixels, options.max_image_pixels),
-            options.max_context,
-            options.max_memory,
-            source=source,
-            threads=options.threads or default_threads(),
-        )
+        preparation = preparation.with_image_limits(options.min_pixels, options.max_pixels, options.max_image_pixels)
+        session = open_session(folder, manifest, SessionOptions(options.threads, huge_pages, cuda_graphs))
+        limits = options.max_context, options.max_memory
+        return cls(manifest, session, preparation, *limits, source=source, threads=options.threads or default_threads())
 
     def generate(
         self,
