@@ -35,8 +35,8 @@ from engines.hardware import Hardware, probe
 from engines.quantize.calibration import needs_prompts
 from engines.registry import all_targets
 from engines.target import GPU
-from qwen3vl_export.cli.output import columns
 from runtime.errors import CheckpointError, Qwen3VLError, TargetError
+from runtime.shown import columns
 
 if TYPE_CHECKING:
     from engines.target import Target
@@ -92,7 +92,8 @@ class Outcome:
 
 def gpu_check(
     model: Annotated[
-        list[str] | None, typer.Option(help="Checkpoint beside those shipped: folder, Hub id, or shape.")
+        list[str] | None,
+        typer.Option(help="Checkpoint beside those that are shipped: folder, Hub id, or shape for random weights."),
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Only this target; repeat for several.")] = None,
     results: options.Results = RESULTS,

@@ -150,11 +150,7 @@ def _run(
     ready, flushed = context.Event(), context.Event()
 
     def export() -> None:
-        copy = dataclasses.replace(
-            bundle,
-            graphs={name: model.clone() for name, model in bundle.graphs.items()},
-            source={**bundle.source, _MARK: number},
-        )
+        copy = dataclasses.replace(bundle, source={**bundle.source, _MARK: number})
 
         def flush(folder: Path) -> None:
             sync_files(folder)

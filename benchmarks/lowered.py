@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +98,7 @@ def verified(
     """Build an engine, of a GPU's target its lowered graphs alone, and compare it with PyTorch.
 
     Args:
-        bundle: Is kept.
+        bundle: Of the checkpoint.
         target: What to build; calibrated on training canvases where it has to be.
         checkpoint: What the bundle was made of.
         max_new_tokens: Greedy tokens of each prompt.
@@ -112,14 +111,11 @@ def verified(
     from qwen3vl_export.parity.verify import verify
 
     options = BuildOptions(max_context=_CAPACITY, prefill_chunk=_CAPACITY) if target.compile is not None else None
-    copy = replace(
-        bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()}
-    )  # a build consumes them
     folder, codes = work / "engine", work / "codes"
     if needs_prompts(target):
         codes.mkdir()
-        calibrate(copy, target, training_prompts(_CALIBRATION_CANVASES), codes)
-    build_engine(copy, target, folder, runnable=target.device != GPU, options=options, cache=cache)
+        bundle = calibrate(bundle, target, training_prompts(_CALIBRATION_CANVASES), codes).applied_to(bundle)
+    build_engine(bundle, target, folder, runnable=target.device != GPU, options=options, cache=cache)
     return verify(folder, checkpoint, max_new_tokens=max_new_tokens)
 
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, PREFILL, Bundle
-from engines.external_data import Progress, advance_of, weight_bytes, write_model
+from engines.external_data import weight_bytes, write_model
 from engines.kernels import kernels_of
 from engines.lower import lower
 from engines.output import output_folder
 from engines.passes.fold_static_shapes import fix_capacity
+from engines.progress import SILENT, Progress, Stage
 from engines.quantize.cache_ranges import CacheQuantization, quantize_cache
+from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from runtime import __version__
 from runtime.errors import UsageError
-from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, FileRecord, Manifest, sha256_of
+from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, FileRecord, Manifest
 from runtime.model_config import ModelConfig
 
 _OWN_DISTRIBUTION = "qwen3vl-export"
@@ -51,21 +56,19 @@ def build_engine(
     *,
     with_weights: bool = True,
     runnable: bool = True,
-    progress: Progress | None = None,
-    report: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
     cache: CacheQuantization | None = None,
     options: BuildOptions | None = None,
 ) -> Manifest:
     """Build `output`; until it is complete, what was there before stays.
 
     Args:
-        bundle: Its graphs are consumed: they are lowered in place.
+        bundle: What to lower; it stays as it is.
         target: What to build for.
         output: The engine folder.
         with_weights: False writes the lowered graphs alone, which nothing can open.
         runnable: False names the manifest `lowered.json`: lowered graphs to look at, which only `qwen3vl verify` runs.
-        progress: Called while the weights are written.
-        report: Told of each stage of the work when it begins.
+        progress: Told of each stage of the work when it begins, and of the weights as they are written.
         cache: Store the KV cache in few bits. Not without weights: the engine is opened to find the scales.
         options: Sizes of an engine that is compiled for fixed ones.
 
@@ -77,46 +80,59 @@ def build_engine(
     bundle.check()
     check_options(target, options, bundle.config)
     sizes = options or BuildOptions()
-    if target.compile is not None:
-        fix_capacity(bundle.graphs[DECODER], sizes.max_context)
-    report(f"lowering the graphs for {target.name}")
-    graphs = {}
-    if target.prefill_formats is not None:
-        copy = bundle.graphs[DECODER].clone()  # weights are references, so they are not copied
-        graphs[PREFILL] = lower(copy, target, bundle.config, target.passes(target.prefill_formats))
-    for name, model in bundle.graphs.items():
-        graphs[name] = lower(model, target, bundle.config, target.passes(target.formats))
-    sizes_of_graphs = [weight_bytes(graph) if with_weights else 0 for graph in graphs.values()]
-    num_bytes = sum(sizes_of_graphs)
-    advance = advance_of(progress, num_bytes)
+    progress.report(Stage.LOWERING, f"lowering the graphs for {target.name}")
+    graphs = _lowered(bundle, target, sizes)
+    bytes_of_graphs = [weight_bytes(graph) if with_weights else 0 for graph in graphs.values()]
+    num_bytes = sum(bytes_of_graphs)
     # A plan holds the weights once more, and lies beside the graph that it is made of until it is complete.
     compiles = target.compile is not None and with_weights and runnable
-    with output_folder(output, 2 * num_bytes if compiles else num_bytes, max(sizes_of_graphs)) as folder:
+    with output_folder(output, 2 * num_bytes if compiles else num_bytes, max(bytes_of_graphs)) as folder:
+        size = f", {num_bytes / 1e6:,.1f} MB of weights" if with_weights else ""
+        progress.report(Stage.WRITING, f"writing {output}{size}")
         files: dict[str, FileRecord] = {}
-        report(f"writing {output}, {num_bytes / 1e6:,.1f} MB of weights" if with_weights else f"writing {output}")
+        advance = partial(progress.advance, total_bytes=num_bytes)
         for name, model in graphs.items():
             files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, advance=advance)
         compiled: Mapping[str, Any] = {}
         if target.compile is not None and compiles:
-            report(f"compiling for {target.name}")
+            progress.report(Stage.COMPILING, f"compiling for {target.name}")
             made = target.compile(folder, graphs, bundle.config, sizes)
             files, compiled = {**made.files, **(files if made.keeps_graphs else {})}, made.capabilities
-        for name, contents in bundle.assets.items():
-            (folder / name).write_bytes(contents)
-            files[name] = FileRecord(len(contents), sha256_of(folder / name))
-        versions = {name: metadata.version(name) for name in target.libraries} | {_OWN_DISTRIBUTION: __version__}
+        files |= bundle.write_assets(folder)
         kernels = sorted(set().union(*map(kernels_of, graphs.values())))
-        manifest = Manifest(
-            target=target.name,
-            session=target.session,
-            capabilities={**target.capabilities(bundle.config, sizes), **compiled, "kernels": kernels},
-            model=bundle.config,
-            versions={**bundle.versions, **versions},
-            source=bundle.source,
-            files=files,
-        )
+        capabilities = {**target.capabilities(bundle.config, sizes), **compiled, "kernels": kernels}
+        manifest = _manifest(bundle, target, capabilities, files)
         if cache is not None:
+            progress.report(Stage.QUANTISING_CACHE, f"quantising the KV cache on {len(cache.prompts)} prompts")
             manifest = quantize_cache(folder, manifest, cache, target)
         if with_weights:
             manifest.write(folder, MANIFEST_NAME if runnable else LOWERED_NAME)
     return manifest
+
+
+def _lowered(bundle: Bundle, target: Target, sizes: BuildOptions) -> dict[str, ir.Model]:
+    """Return what the target runs: copies of the bundle's graphs, lowered, and perhaps a second decoder."""
+
+    def lowered(name: str, formats: WeightFormats) -> ir.Model:
+        model = bundle.graphs[name].clone()
+        if name == DECODER and target.compile is not None:
+            fix_capacity(model, sizes.max_context)
+        return lower(model, target, bundle.config, target.passes(formats))
+
+    second = {} if target.prefill_formats is None else {PREFILL: lowered(DECODER, target.prefill_formats)}
+    return second | {name: lowered(name, target.formats) for name in bundle.graphs}
+
+
+def _manifest(
+    bundle: Bundle, target: Target, capabilities: Mapping[str, Any], files: Mapping[str, FileRecord]
+) -> Manifest:
+    versions = {name: metadata.version(name) for name in target.libraries} | {_OWN_DISTRIBUTION: __version__}
+    return Manifest(
+        target=target.name,
+        session=target.session,
+        capabilities=capabilities,
+        model=bundle.config,
+        versions={**bundle.versions, **versions},
+        source=bundle.source,
+        files=files,
+    )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from engines.external_data import Progress, advance_of, weight_bytes, write_model
+from engines.external_data import weight_bytes, write_model
+from engines.progress import SILENT, Progress
 from runtime.contract import DECODER_INPUTS, DECODER_OUTPUTS, VISION_INPUTS, VISION_OUTPUTS, past_names, present_names
 from runtime.errors import BundleError
 from runtime.manifest import FileRecord
@@ -22,7 +24,7 @@ PREFILL = "prefill"  # in an engine: the decoder once more, lowered for many tok
 BUNDLE_MANIFEST_NAME = "bundle.json"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bundle:
     """The graph contract of docs/architecture.md, in memory; weights are references until they are written.
 
@@ -35,7 +37,7 @@ class Bundle:
     """
 
     config: ModelConfig
-    graphs: dict[str, ir.Model]
+    graphs: Mapping[str, ir.Model]
     assets: Mapping[str, bytes]
     source: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -44,6 +46,16 @@ class Bundle:
     def weight_bytes(self) -> int:
         """Bytes of all streamed weights."""
         return sum(weight_bytes(model) for model in self.graphs.values())
+
+    def write_assets(self, folder: Path) -> dict[str, FileRecord]:
+        """Write the small files and return a record for each."""
+        for name, contents in self.assets.items():
+            (folder / name).write_bytes(contents)
+        return {name: FileRecord.of(folder / name) for name in self.assets}
+
+    def copies(self) -> dict[str, ir.Model]:
+        """Return copies of the graphs, to be changed; weights are references, so they are not copied."""
+        return {name: model.clone() for name, model in self.graphs.items()}
 
     def check(self) -> None:
         """Raise unless both graphs have the inputs and outputs of the contract.
@@ -68,18 +80,14 @@ class Bundle:
                     remedy="keep names and order of what runtime/contract.py lists, in a graph or pass of your own",
                 )
 
-    def write(self, folder: Path, *, with_weights: bool = True, progress: Progress | None = None) -> None:
-        """Write graphs, weights, small files and `bundle.json` into an empty folder, for any ONNX runtime.
-
-        The graphs refer to what was written afterwards, so a bundle is written or built once.
-        """
+    def write(self, folder: Path, *, with_weights: bool = True, progress: Progress = SILENT) -> None:
+        """Write graphs, weights, small files and `bundle.json` into an empty folder, for any ONNX runtime."""
         self.check()
-        advance = advance_of(progress, self.weight_bytes)
+        advance = partial(progress.advance, total_bytes=self.weight_bytes)
         files: dict[str, FileRecord] = {}
-        for name, model in self.graphs.items():
+        for name, model in self.copies().items():
             files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, advance=advance)
-        for name, contents in self.assets.items():
-            (folder / name).write_bytes(contents)
+        self.write_assets(folder)
         manifest = {
             "model": self.config.to_dict(),
             "source": dict(self.source),

@@ -13,16 +13,10 @@ from numpy.typing import NDArray
 
 from engines.weights import StreamedTensor, ViewTensor
 from runtime.errors import BundleError
-from runtime.manifest import FileRecord, sha256_of
+from runtime.manifest import FileRecord
 
 # ONNX asks for page-aligned offsets so that a runtime can map the file.
 _ALIGNMENT_BYTES = 4096
-
-Advance = Callable[[int], None]
-"""Takes the number of weight bytes written since the last call."""
-
-Progress = Callable[[int, int], None]
-"""Takes that number and the bytes of all weights to write."""
 
 
 def streamed_tensors(model: ir.Model) -> dict[str, StreamedTensor]:
@@ -39,13 +33,8 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in streamed_tensors(model).values())
 
 
-def advance_of(progress: Progress | None, num_bytes: int) -> Advance | None:
-    """Return what tells `progress` of `num_bytes` in all."""
-    return None if progress is None else lambda written: progress(written, num_bytes)
-
-
 def write_model(
-    model: ir.Model, path: Path, *, with_weights: bool, advance: Advance | None = None
+    model: ir.Model, path: Path, *, with_weights: bool, advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, FileRecord]:
     """Write `model` to `path` and its streamed weights to `<path>.data`.
 
@@ -53,7 +42,7 @@ def write_model(
         model: The model; its initializers are replaced by references to the written file.
         path: The `.onnx` file to write.
         with_weights: False writes the graph alone: it refers to a data file that is not there.
-        advance: Told of what is written.
+        advance: Told the bytes of weights that were written since the last call.
 
     Returns:
         A record for each file written.
@@ -84,11 +73,11 @@ def write_model(
                 base_dir=path.parent,
             )
     ir.save(model, path)
-    records[path.name] = FileRecord(path.stat().st_size, sha256_of(path))
+    records[path.name] = FileRecord.of(path)
     return records
 
 
-def _write_weights(tensors: dict[str, StreamedTensor], path: Path, advance: Advance | None) -> FileRecord:
+def _write_weights(tensors: dict[str, StreamedTensor], path: Path, advance: Callable[[int], None]) -> FileRecord:
     digest = hashlib.sha256()
     position = 0
     with path.open("wb", buffering=0) as file:
@@ -108,8 +97,7 @@ def _write_weights(tensors: dict[str, StreamedTensor], path: Path, advance: Adva
                 if block.dtype == np.float32:
                     _check_finite(block, str(tensor.name), (position - start) // block.itemsize)
                 put(block.view(np.uint8).data)
-                if advance is not None:
-                    advance(block.nbytes)
+                advance(block.nbytes)
             assert position - start == tensor.nbytes, (
                 f"{tensor.name}: wrote {position - start} of {tensor.nbytes} bytes"
             )

@@ -194,7 +194,7 @@ def _replace(fresh: Path, place: Path) -> None:
             _check_is_ours(place)
         return
     _check_is_ours(place)
-    old = _free_name(fresh.parent)
+    old = fresh.parent / f"{OLD}{len(list(fresh.parent.glob(f'{OLD}*'))):03}"  # a free name
     os.rename(place, old)
     try:
         os.rename(fresh, place)
@@ -202,10 +202,6 @@ def _replace(fresh: Path, place: Path) -> None:
         if not os.path.lexists(place):
             os.rename(old, place)
         raise
-
-
-def _free_name(folder: Path) -> Path:
-    return folder / f"{OLD}{len(list(folder.glob(f'{OLD}*'))):03}"
 
 
 def _fill(fresh: Path, place: Path) -> None:

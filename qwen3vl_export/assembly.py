@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_VERSION, parse_function
-from engines.weights import StreamedTensor
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.ops import registry
 from qwen3vl_export.tracing.pieces import Piece, Pieces
+from runtime.contract import past_names, present_names
 
 _VISUAL = "model.visual"
 _LANGUAGE = "model.language_model"
@@ -30,7 +30,6 @@ class GraphBuilder:
         self._checkpoint = checkpoint
         self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET_VERSION, DOMAIN: DOMAIN_VERSION})
         self._functions: dict[str, ir.Function] = {}
-        self.used_keys: set[str] = set()
 
     def input(self, name: str, dtype: ir.DataType, dims: Dims) -> ir.Value:
         """Add a graph input."""
@@ -54,8 +53,6 @@ class GraphBuilder:
         scope: str,
         *,
         keys: Mapping[str, str] | None = None,
-        views: Mapping[str, tuple[int, ...]] | None = None,
-        tensors: Mapping[str, StreamedTensor] | None = None,
     ) -> Sequence[ir.Value]:
         """Call a piece with its parameters taken from the checkpoint.
 
@@ -64,22 +61,15 @@ class GraphBuilder:
             inputs: Its activations.
             scope: Name of the node, and prefix of the checkpoint keys.
             keys: Whole checkpoint keys of parameters that do not follow the prefix.
-            views: Parameters that the function takes in another shape than the checkpoint holds.
-            tensors: Parameters that are no single tensor of the checkpoint.
-
-        Raises:
-            CheckpointError: A parameter is missing or of another shape.
         """
-        keys, views, tensors = keys or {}, views or {}, tensors or {}
         parameters = []
         for name, shape in piece.parameters.items():
-            key = keys.get(name, f"{scope}.{name}")
+            key = (keys or {}).get(name, f"{scope}.{name}")
             value = self._graph.initializers.get(key)
-            if name in tensors:
-                value = self._initializer(tensors[name])
-            elif value is None:
-                value = self._initializer(self._checkpoint.tensor(key, shape, view=views.get(name)))
-                self.used_keys.add(key)
+            if value is None:
+                view = piece.views.get(name)
+                whole = self._checkpoint.weights[key]
+                value = self._initializer(whole if view is None else self._checkpoint.tensor(key, shape, view=view))
             parameters.append(value)
         function = piece.function
         self._functions[function.name] = function
@@ -116,8 +106,12 @@ class GraphBuilder:
         return value
 
 
-def build_vision(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set[str]]:
-    """Build `vision.onnx` and return it with the checkpoint keys it uses."""
+def build_vision(pieces: Pieces, checkpoint: Checkpoint) -> ir.Model:
+    """Build `vision.onnx`.
+
+    Raises:
+        CheckpointError: A weight is missing or of another shape.
+    """
     config = checkpoint.config
     vision = config.vision
     builder = GraphBuilder("vision", checkpoint)
@@ -126,12 +120,7 @@ def build_vision(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set[
     weights = builder.input("pos_weights", _FLOAT, ["P", 4])
     cos = builder.input("rope_cos", _FLOAT, ["P", vision.head_dim // 2])
     sin = builder.input("rope_sin", _FLOAT, ["P", vision.head_dim // 2])
-    (hidden,) = builder.call(
-        pieces.patch_embed,
-        [pixels, indices, weights],
-        _VISUAL,
-        views={"patch_embed.proj.weight": (vision.hidden_size, vision.patch_elements)},
-    )
+    (hidden,) = builder.call(pieces.patch_embed, [pixels, indices, weights], _VISUAL)
     deepstack = []
     for i in range(vision.depth):
         (hidden,) = builder.call(pieces.vision_block, [hidden, cos, sin], f"{_VISUAL}.blocks.{i}")
@@ -143,11 +132,15 @@ def build_vision(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set[
     (merged,) = builder.call(pieces.merger, [hidden], f"{_VISUAL}.merger")
     embeds = builder.concat([merged, *deepstack], "levels")
     builder.output(embeds, "visual_embeds", _FLOAT, [config.num_visual_levels, "V", config.text.hidden_size])
-    return builder.model(), builder.used_keys
+    return builder.model()
 
 
-def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set[str]]:
-    """Build `decoder.onnx` and return it with the checkpoint keys it uses."""
+def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> ir.Model:
+    """Build `decoder.onnx`.
+
+    Raises:
+        CheckpointError: A weight is missing or of another shape.
+    """
     config = checkpoint.config
     text = config.text
     builder = GraphBuilder("decoder", checkpoint)
@@ -158,10 +151,7 @@ def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set
     past_lengths = builder.input("past_lengths", _INT64, ["B"])
     logits_positions = builder.input("logits_positions", _INT64, ["B", "L"])
     cache: Dims = ["B", text.num_kv_heads, "T", text.head_dim]
-    past = [
-        [builder.input(f"past_key_values.{i}.{kind}", _FLOAT, cache) for kind in ("key", "value")]
-        for i in range(text.num_layers)
-    ]
+    past = [builder.input(name, _FLOAT, cache) for name in past_names(text.num_layers)]
     inv_freq = builder.constant("inv_freq", pieces.inv_freq.astype(np.float32))
     axes = builder.constant("axis_of_frequency", pieces.axis_of_frequency.astype(np.int64))
     cos, sin = builder.call(pieces.rotary, [positions, inv_freq, axes], "rotary")
@@ -169,14 +159,11 @@ def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set
     present = []
     for i in range(text.num_layers):
         scope = f"{_LANGUAGE}.layers.{i}"
-        layer, tensors = pieces.dense_layer, {}
-        if text.experts_of(i) is not None:
-            experts, used = checkpoint.experts(i, f"{scope}.mlp")
-            layer, tensors = pieces.sparse_layer, {f"mlp.{name}": tensor for name, tensor in experts.items()}
-            builder.used_keys |= used
+        layer = pieces.dense_layer if text.experts_of(i) is None else pieces.sparse_layer
         assert layer is not None
-        hidden, *new = builder.call(layer, [hidden, cos, sin, *past[i], past_lengths], scope, tensors=tensors)
-        present.append(new)
+        of_layer = past[2 * i : 2 * i + 2]
+        hidden, *new = builder.call(layer, [hidden, cos, sin, *of_layer, past_lengths], scope)
+        present += new
         if i < len(config.vision.deepstack_layers):
             level = builder.constant(f"deepstack_level.{i + 1}", np.array([i + 1]))
             (hidden,) = builder.call(pieces.add_deepstack, [hidden, rows, embeds, level], f"deepstack.{i}")
@@ -190,7 +177,6 @@ def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> tuple[ir.Model, set
         },
     )
     builder.output(logits, "logits", _FLOAT, ["B", "L", text.vocab_size])
-    for i, pair in enumerate(present):
-        for kind, value in zip(("key", "value"), pair, strict=True):
-            builder.output(value, f"present_key_values.{i}.{kind}", _FLOAT, cache)
-    return builder.model(), builder.used_keys
+    for name, value in zip(present_names(text.num_layers), present, strict=True):
+        builder.output(value, name, _FLOAT, cache)
+    return builder.model()

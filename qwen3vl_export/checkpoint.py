@@ -222,36 +222,44 @@ class Checkpoint:
         assert config is not None, f"layer {layer} is dense"
         return find_experts(self.entries, scope, config, text.hidden_size)
 
+    @property
+    def weights(self) -> Mapping[str, StreamedTensor]:
+        """All weights by the names that the model has for them, to be read later.
+
+        Raises:
+            CheckpointError: As `tensor` and `experts`.
+        """
+        return self._weights_and_keys[0]
+
     @cached_property
-    def used_keys(self) -> frozenset[str]:
-        """Keys of all weights that the model takes; nothing about the weights is left to be refused behind tracing.
-
-        Raises:
-            CheckpointError: As `check_shapes`, or the copy of a tied head differs from the embedding.
-        """
-        used = self.check_shapes()
-        self.check_keys(used)
-        return used
-
-    def check_shapes(self) -> frozenset[str]:
-        """Look at the headers of all weights, which tell in milliseconds what tracing would find in seconds.
-
-        Returns:
-            The keys that the model takes.
-
-        Raises:
-            CheckpointError: As `tensor` and `experts`, or keys are left over.
-        """
+    def _weights_and_keys(self) -> tuple[dict[str, StreamedTensor], set[str]]:
+        """The weights, and the keys that they are read from."""
+        weights: dict[str, StreamedTensor] = {}
         used: set[str] = set()
         text = self.config.text
         for layer in range(text.num_layers):
             if text.experts_of(layer) is not None:
-                used |= self.experts(layer, f"model.language_model.layers.{layer}.mlp")[1]
+                scope = f"model.language_model.layers.{layer}.mlp"
+                experts, keys = self.experts(layer, scope)
+                weights |= {f"{scope}.{name}": tensor for name, tensor in experts.items()}
+                used |= keys
         for key, shape in weight_shapes(self.config).items():
             if ".mlp.experts." not in key:  # which have several layouts
-                self.tensor(key, shape)
+                weights[key] = self.tensor(key, shape)
                 used.add(key)
-        self._check_left_over(used)
+        return weights, used
+
+    @cached_property
+    def used_keys(self) -> frozenset[str]:
+        """Keys of all weights that the model takes; nothing about the weights is left to be refused behind tracing.
+
+        The headers tell in milliseconds what tracing would find in seconds.
+
+        Raises:
+            CheckpointError: As `weights` and `check_keys`.
+        """
+        _, used = self._weights_and_keys
+        self.check_keys(used)
         return frozenset(used)
 
     def check_keys(self, used: Iterable[str]) -> None:
@@ -260,15 +268,10 @@ class Checkpoint:
         Raises:
             CheckpointError: Keys are left over (named), or the tied copy differs from the embedding.
         """
-        used = set(used)
-        if self.config.text.tie_word_embeddings and HEAD_KEY in set(self.entries) - used:
+        left = set(self.entries).difference(used)
+        if self.config.text.tie_word_embeddings and HEAD_KEY in left:
             self._check_tied_head()
-        self._check_left_over(used)
-
-    def _check_left_over(self, used: set[str]) -> None:
-        left = set(self.entries) - used
-        if self.config.text.tie_word_embeddings:
-            left.discard(HEAD_KEY)
+            left.remove(HEAD_KEY)
         left = {key for key in left if not any(pattern.fullmatch(key) for pattern in IGNORED_KEYS)}
         if left:
             listed = ", ".join(map(shown_name, sorted(left)[:_MAX_LISTED])) + (", …" if len(left) > _MAX_LISTED else "")

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.weight_shapes import weight_shapes
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.modeling import LayerCache, Qwen3VL
 from runtime.contract import DecoderInputs, FloatArray, VisionInputs
@@ -111,9 +110,7 @@ def weights_of(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, de
         CheckpointError: A weight is missing, left over, not finite, or of another shape than config.json implies.
         UsageError: A weight is beyond the range of `dtype`.
     """
-    text = checkpoint.config.text
     weights: dict[str, Tensor] = {}
-    used: set[str] = set()
 
     def take(key: str, values: NDArray[Any]) -> None:
         stored = torch.from_numpy(np.ascontiguousarray(values))
@@ -128,19 +125,10 @@ def weights_of(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, de
                 remedy="the checkpoint is damaged, or was saved after a training that diverged: get it again",
             )
 
-    for key, shape in weight_shapes(checkpoint.config).items():
-        if ".mlp.experts." not in key:  # experts lie in one of several layouts
-            take(key, checkpoint.tensor(key, shape).numpy())
-            used.add(key)
-    for layer in range(text.num_layers):
-        if text.experts_of(layer) is not None:
-            scope = f"model.language_model.layers.{layer}.mlp"
-            experts, keys = checkpoint.experts(layer, scope)
-            used |= keys
-            for name, tensor in experts.items():
-                take(f"{scope}.{name}", tensor.numpy())
-    checkpoint.check_keys(used)
-    if text.tie_word_embeddings:
+    checkpoint.used_keys  # noqa: B018 (raises for those that are left over)
+    for key, tensor in checkpoint.weights.items():
+        take(key, tensor.numpy())
+    if checkpoint.config.text.tie_word_embeddings:
         weights[HEAD_KEY] = weights[EMBEDDING_KEY]
     return weights
 

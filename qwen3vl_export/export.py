@@ -1,39 +1,218 @@
-"""Checkpoint to bundle."""
+"""Checkpoint to engine, or to bundle, in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
+from pathlib import Path
 
+from engines.build import build_engine, check_options
+from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, Bundle
-from qwen3vl_export.assembly import build_decoder, build_vision
+from engines.choose import AUTO, resolve_target, weight_bytes
+from engines.output import check_output, output_folder
+from engines.progress import SILENT, Progress, Stage
+from engines.quantize.cache_ranges import CacheQuantization, wanted_cache
+from engines.quantize.calibration import calibrate, check_prompts
+from engines.quantize.calibration_data import CalibrationPrompt, read_prompts
+from engines.quantize.formats import BLOCKWISE
+from engines.registry import get
+from engines.target import Target
+from engines.weight_shapes import weight_shapes
+from engines.work_folder import work_folder
 from qwen3vl_export.checkpoint import Checkpoint
-from qwen3vl_export.tracing.pieces import trace_pieces
+from qwen3vl_export.request import ExportRequest
+from runtime.errors import TargetError
+from runtime.manifest import Manifest
 
 _TRACING_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 
 
-def make_bundle(checkpoint: Checkpoint, report: Callable[[str], None] = lambda _: None) -> Bundle:
+@dataclass(frozen=True)
+class Exported:
+    """What an export made.
+
+    Attributes:
+        output: The folder.
+        target: What it is for; None for a bundle.
+        is_engine: Whether the runtime opens it.
+        weight_bytes: Bytes of its weights.
+        trace_s: Seconds until the model was traced.
+        total_s: Seconds of the whole call.
+        manifest: Describes the engine, or the lowered graphs; None for a bundle.
+    """
+
+    output: Path
+    target: str | None
+    is_engine: bool
+    weight_bytes: int
+    trace_s: float
+    total_s: float
+    manifest: Manifest | None
+
+
+def export(request: ExportRequest, progress: Progress = SILENT) -> Exported:
+    """Export a checkpoint; the output folder appears when it is complete, and until then an older one stays.
+
+    All that can be refused is refused before the model is traced.
+
+    Args:
+        request: What to export, and how.
+        progress: Told of the stages.
+
+    Raises:
+        UsageError: An option is of no use to the target, or the output is not a place for an engine.
+        CheckpointError: The checkpoint is incomplete, damaged or not supported.
+        TargetError: There is no such target, or this machine cannot build for it.
+        CapacityError: The disk, or the memory that running prompts needs, is too small.
+        BundleError: A weight, or what a calibration prompt makes of it, is not finite.
+    """
+    started = time.perf_counter()
+    job = _checked(request, progress)
+    progress.report(Stage.TRACING, f"tracing {job.checkpoint.name}")
+    bundle = make_bundle(job.checkpoint, progress)
+    traced = time.perf_counter()
+    manifest, num_bytes = None, 0
+    if job.target is None:
+        num_bytes = bundle.weight_bytes if request.weights else 0
+        with output_folder(job.output, num_bytes, num_bytes // 2) as folder:
+            progress.report(Stage.WRITING, f"writing {job.output}")
+            bundle.write(folder, with_weights=request.weights, progress=progress)
+    else:
+        manifest = _build(bundle, job, job.target, progress)
+        num_bytes = manifest.weight_bytes
+    return Exported(
+        output=job.output,
+        target=None if job.target is None else job.target.name,
+        is_engine=request.is_engine,
+        weight_bytes=num_bytes,
+        trace_s=traced - started,
+        total_s=time.perf_counter() - started,
+        manifest=manifest,
+    )
+
+
+def make_bundle(checkpoint: Checkpoint, progress: Progress = SILENT) -> Bundle:
     """Trace a checkpoint's model and refer to its weights, reading only their headers.
 
     Args:
         checkpoint: What to trace.
-        report: Told of each stage of the work when it begins.
+        progress: Told when the graphs are stitched together.
 
     Raises:
         CheckpointError: A file or a key is missing, left over, or not what config.json implies.
     """
-    expected = checkpoint.used_keys
+    from qwen3vl_export.assembly import build_decoder, build_vision
+    from qwen3vl_export.tracing.pieces import trace_pieces
+
+    checkpoint.used_keys  # noqa: B018 (raises for what is missing or left over)
     assets = checkpoint.assets()
     pieces = trace_pieces(checkpoint.config)
-    report("stitching the graphs together")
-    vision, vision_keys = build_vision(pieces, checkpoint)
-    decoder, decoder_keys = build_decoder(pieces, checkpoint)
-    assert vision_keys | decoder_keys == expected, "the graphs take other weights than were checked"
+    progress.report(Stage.STITCHING, "stitching the graphs together")
+    graphs = {VISION: build_vision(pieces, checkpoint), DECODER: build_decoder(pieces, checkpoint)}
+    taken = {name for model in graphs.values() for name in model.graph.initializers}
+    assert taken.issuperset(checkpoint.weights), "the graphs do not take all weights"
     return Bundle(
         config=checkpoint.config,
-        graphs={VISION: vision, DECODER: decoder},
+        graphs=graphs,
         assets=assets,
         source=checkpoint.describe(),
         versions={name: metadata.version(name) for name in _TRACING_LIBRARIES},
     )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A request that nothing refuses which is known before the model is traced; `target` is None for a bundle."""
+
+    request: ExportRequest
+    checkpoint: Checkpoint
+    target: Target | None
+    output: Path
+    options: BuildOptions | None
+    prompts: Sequence[CalibrationPrompt]
+    cache: CacheQuantization | None
+
+
+def _checked(request: ExportRequest, progress: Progress) -> _Job:
+    """Check what is asked for: first what needs no checkpoint, since one may have to be downloaded."""
+    output = request.bundle or request.output
+    if output is not None:
+        check_output(output)
+    target, options = _resolved(request, progress)
+    if request.is_engine and target is not None:
+        _check_can_build(target)
+    prompts = [] if request.calibration is None else read_prompts(request.calibration)
+    cache = None
+    if target is not None and request.weights:
+        check_prompts(target, prompts)
+        cache = None if request.kv_cache is None else wanted_cache(request.kv_cache, prompts, target)
+    checkpoint = Checkpoint.open(request.model)
+    if target is not None:
+        check_options(target, options, checkpoint.config)
+        output = output or Path("out") / f"{checkpoint.short_name}-{target.name}"
+    assert output is not None
+    check_output(output, _estimated_bytes(checkpoint, target) if request.weights else 0)
+    # All that may be refused of the checkpoint, before the seconds of loading torch and of tracing.
+    checkpoint.used_keys  # noqa: B018
+    checkpoint.assets()
+    return _Job(request, checkpoint, target, output, options, prompts, cache)
+
+
+def _resolved(request: ExportRequest, progress: Progress) -> tuple[Target | None, BuildOptions | None]:
+    """Return the target, None for a bundle, and the options that it is to take."""
+    options = request.build_options
+    if request.bundle is not None:
+        if request.target != AUTO:
+            get(request.target)  # raises for a wrong name
+        return None, options
+    report = partial(progress.report, Stage.CHOOSING)
+    target = resolve_target(request.target, lambda: Checkpoint.open(request.model).config, report, options=options)
+    is_for_choice = request.target == AUTO and target.compile is None and not request.compiler_options
+    return target, None if is_for_choice else options  # they said how much has to fit
+
+
+def _check_can_build(target: Target) -> None:
+    """Raise before any work if this machine cannot compile for the target.
+
+    Raises:
+        TargetError: With the command that produces the lowered graphs instead, where the hardware is what lacks.
+    """
+    available = target.availability()
+    if not available.can_build:
+        raise TargetError(f"{target.name} cannot be built on this machine", remedy=available.reason)
+
+
+def _estimated_bytes(checkpoint: Checkpoint, target: Target | None) -> int:
+    """Return the bytes that the weights take in an engine or, without a target, in a bundle; 0 if that is not known."""
+    if "quantization_config" in checkpoint.hf_config:
+        return 0  # its codes may be kept as they are
+    if target is None:
+        return sum(4 * math.prod(shape) for shape in weight_shapes(checkpoint.config).values())
+    return weight_bytes(target, checkpoint.config)
+
+
+def _build(bundle: Bundle, job: _Job, target: Target, progress: Progress) -> Manifest:
+    """Calibrate, if there are prompts, and build; the calibrated weights are in a folder that then goes."""
+    with contextlib.ExitStack() as stack:
+        # For a cache alone, a target may keep its weights whole.
+        if job.prompts and (job.cache is None or target.formats.has_products_in(BLOCKWISE)):
+            progress.report(Stage.CALIBRATING, f"calibrating on {len(job.prompts)} prompts")
+            work, _ = stack.enter_context(work_folder(job.output.resolve().parent))
+            bundle = calibrate(bundle, target, job.prompts, work).applied_to(bundle)
+        # ONNX Runtime compiles when it opens the graph, so for it the lowered graph is the engine.
+        return build_engine(
+            bundle,
+            target,
+            job.output,
+            with_weights=job.request.weights,
+            runnable=job.request.is_engine,
+            progress=progress,
+            cache=job.cache,
+            options=job.options,
+        )

@@ -30,7 +30,7 @@ _SAVE_AS_SAFETENSORS = (
 _UNPACK = "unpack it and give the folder"
 _OTHER_ENGINE = "give the Hugging Face checkpoint that it was made from"
 
-# Weights in other formats, by a pattern of their files' names.
+# Weights in other formats, by a pattern of their files' names in lower case.
 _OTHER_WEIGHTS = (
     (re.compile(r".*\.gguf"), "GGUF weights", _GGUF),
     (re.compile(r"pytorch_model.*\.bin(\.index\.json)?"), "PyTorch weights (pickle)", _SAVE_AS_SAFETENSORS),
@@ -45,8 +45,8 @@ _OTHER_WEIGHTS = (
     (re.compile(r".*\.(engine|plan|trt)"), "a TensorRT engine", _OTHER_ENGINE),
     (re.compile(r".*\.npz"), "MLX or NumPy weights", _SAVE_AS_SAFETENSORS),
     (re.compile(r"openvino_.*\.xml"), "an OpenVINO model", _OTHER_ENGINE),
+    (re.compile(r".*\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|zst|7z|rar)"), "an archive", _UNPACK),
 )
-_ARCHIVE = re.compile(r".*\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|zst|7z|rar)", re.IGNORECASE)
 _MAGIC = (
     (b"GGUF", "GGUF weights", _GGUF),
     (b"PK\x03\x04", "an archive, or PyTorch weights (pickle)", f"{_UNPACK}; or {_SAVE_AS_SAFETENSORS}"),
@@ -69,8 +69,6 @@ def refuse_file(path: Path) -> NoReturn:
 def _kind_of_file(path: Path) -> tuple[str, str]:
     if path.name.lower().endswith(".safetensors") or path.name in (CONFIG, INDEX):
         return "one of a checkpoint's files", f"give its folder, {shown_name(str(path.parent.absolute()))}"
-    if _ARCHIVE.fullmatch(path.name):
-        return "an archive", _UNPACK
     for pattern, what, remedy in _OTHER_WEIGHTS:
         if pattern.fullmatch(path.name.lower()):
             return what, remedy
@@ -145,9 +143,7 @@ def _refuse_without_config(folder: Path, name: str, files: Collection[str]) -> N
             f"{name}: {CONFIG} is missing; {len(inside)} folders in it have one: {_listed(inside)}",
             remedy="give one of them",
         )
-    found = _other_weights(files)
-    if found is not None:
-        _refuse_weights(name, *found)
+    _refuse_other_weights(name, files)
     raise CheckpointError(
         f"{name}: {CONFIG}: missing",
         remedy=f"{COMPLETE}; if this came from the Hub, the repository holds no checkpoint of transformers",
@@ -161,26 +157,18 @@ def _refuse_without_weights(name: str, files: Collection[str]) -> NoReturn:
             f"{name}: {SINGLE} and {INDEX} are missing, there is {_listed(shards)}",
             remedy=f"download {INDEX}, which says what lies where; a single file has to be called {SINGLE}",
         )
-    found = _other_weights(files)
-    if found is not None:
-        _refuse_weights(name, *found)
+    _refuse_other_weights(name, files)
     raise CheckpointError(
         f"{name}: {SINGLE} and {INDEX} are missing",
         remedy=f"{COMPLETE}; without weights, too, their headers are read",
     )
 
 
-def _refuse_weights(name: str, files: list[str], what: str, remedy: str) -> NoReturn:
-    raise CheckpointError(f"{name}: {what} ({_listed(files)}), expected safetensors", remedy=remedy)
-
-
-def _other_weights(files: Collection[str]) -> tuple[list[str], str, str] | None:
+def _refuse_other_weights(name: str, files: Collection[str]) -> None:
     for pattern, what, remedy in _OTHER_WEIGHTS:
         found = sorted(each for each in files if pattern.fullmatch(each.lower()))
         if found:
-            return found, what, remedy
-    archives = sorted(each for each in files if _ARCHIVE.fullmatch(each))
-    return (archives, "an archive", _UNPACK) if archives else None
+            raise CheckpointError(f"{name}: {what} ({_listed(found)}), expected safetensors", remedy=remedy)
 
 
 def _listed(names: list[str]) -> str:

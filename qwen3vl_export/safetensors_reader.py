@@ -199,19 +199,16 @@ class CheckpointTensor(StreamedTensor):
         entry, stored = self._entry, _FLOATS[self._entry.dtype]
         buffer = bytearray(min(BLOCK_BYTES, max(entry.num_bytes, 1)))
         out = np.empty(len(buffer) // stored.itemsize, np.float32)
-        descriptor = os.open(entry.path, os.O_RDONLY)
-        try:
-            done = 0
+        done = 0
+        with entry.path.open("rb", buffering=0) as file:
             while done < entry.num_bytes:
                 view = memoryview(buffer)[: min(len(buffer), entry.num_bytes - done)]
-                _read_into(descriptor, view, entry, done)
+                _read_into(file.fileno(), view, entry, done)
                 done += len(view)
                 values = np.frombuffer(view, stored)
                 block = out[: values.size]
                 _cast(values, entry.dtype, block)
                 yield block
-        finally:
-            os.close(descriptor)
 
 
 def _remedy_of(dtype: str) -> str:
@@ -239,11 +236,8 @@ def read_rows(entry: TensorEntry, first: int = 0, count: int | None = None) -> N
     """
     count = entry.shape[0] - first if count is None else count
     rows: NDArray[Any] = np.empty((count, *entry.shape[1:]), _DTYPES[entry.dtype])
-    descriptor = os.open(entry.path, os.O_RDONLY)
-    try:
-        _read_into(descriptor, rows.data.cast("B"), entry, first * (entry.num_bytes // entry.shape[0]))
-    finally:
-        os.close(descriptor)
+    with entry.path.open("rb", buffering=0) as file:
+        _read_into(file.fileno(), rows.data.cast("B"), entry, first * (entry.num_bytes // entry.shape[0]))
     return rows
 
 
@@ -257,25 +251,10 @@ def read_columns(entry: TensorEntry, first: int, count: int) -> NDArray[Any]:
     if count == num_columns:
         return read_rows(entry)
     columns: NDArray[Any] = np.empty((num_rows, count), _DTYPES[entry.dtype])
-    descriptor = os.open(entry.path, os.O_RDONLY)
-    try:
+    with entry.path.open("rb", buffering=0) as file:
         for i, row in enumerate(columns):
-            _read_into(descriptor, row.data.cast("B"), entry, (i * num_columns + first) * columns.itemsize)
-    finally:
-        os.close(descriptor)
+            _read_into(file.fileno(), row.data.cast("B"), entry, (i * num_columns + first) * columns.itemsize)
     return columns
-
-
-def read_floats(entry: TensorEntry) -> NDArray[np.float32]:
-    """Read a whole small tensor of floats as float32.
-
-    Raises:
-        CheckpointError: The file became shorter since its header was read.
-    """
-    stored = read_rows(entry)
-    values = np.empty(stored.shape, np.float32)
-    _cast(stored, entry.dtype, values)
-    return values
 
 
 def read_transposed(entry: TensorEntry) -> NDArray[np.float32]:

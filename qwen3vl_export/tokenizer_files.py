@@ -68,21 +68,25 @@ def read_tokenizer(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> 
     Raises:
         CheckpointError: A file is missing or not what transformers reads, or two of them contradict each other.
     """
+    from tokenizers import Tokenizer
+
     files = _Files(folder, read_json)
     is_qwen2 = files.tokenizer_class() == _QWEN2
     if not files.has(NAME):
-        return _serialised(_from_vocabulary(files, is_qwen2))
-    content = files.json(NAME)
-    if is_qwen2:
-        _check_settings(folder, content, files.settings)
-    plan = _plan(files, content, is_qwen2)
-    own = [AddedTokenEntry.read(token, f"{folder / NAME}: added_tokens") for token in _list_of(content, folder)]
-    if _is_numbered_as_stated(content, own) and plan.changes_nothing(own, is_qwen2):
-        return read_small_file(folder / NAME, max_bytes=MAX_TOKENIZER_BYTES, error=CheckpointError)
-    tokenizer = _opened(content if not is_qwen2 else {**content, "added_tokens": []}, folder / NAME)
+        tokenizer, plan = _from_vocabulary(files, is_qwen2), _plan(files, None, is_qwen2)
+    else:
+        content = files.json(NAME)
+        if is_qwen2:
+            _check_settings(folder, content, files.settings)
+        plan = _plan(files, content, is_qwen2)
+        own = [AddedTokenEntry.read(token, f"{folder / NAME}: added_tokens") for token in _list_of(content, folder)]
+        if _is_numbered_as_stated(content, own) and plan.changes_nothing(own, is_qwen2):
+            return read_small_file(folder / NAME, max_bytes=MAX_TOKENIZER_BYTES, error=CheckpointError)
+        with _refusing(f"{folder / NAME}: the file cannot be read as a tokenizer"):
+            tokenizer = Tokenizer.from_str(json.dumps({**content, "added_tokens": []} if is_qwen2 else content))
     _add(tokenizer, plan, is_qwen2, folder)
     _check_stated(tokenizer, plan, folder)
-    return _serialised(tokenizer)
+    return (tokenizer.to_str(pretty=False) + "\n").encode()
 
 
 @dataclass
@@ -125,7 +129,7 @@ class _Files:
 
     def __init__(self, folder: Path, read_json: Callable[[str], dict[str, Any]]) -> None:
         self.folder = folder
-        self._read_json = read_json
+        self.json = read_json
         self.settings = read_json(SETTINGS)
         if self.settings.get("split_special_tokens"):
             raise CheckpointError(
@@ -136,9 +140,6 @@ class _Files:
     def has(self, name: str) -> bool:
         """Return whether the name is there, whatever it leads to: what is no file is refused when it is read."""
         return os.path.lexists(self.folder / name)
-
-    def json(self, name: str) -> dict[str, Any]:
-        return self._read_json(name)
 
     def tokenizer_class(self) -> str:
         """Return which class of transformers reads the folder; without a name, that of the model's family."""
@@ -359,17 +360,7 @@ def _from_vocabulary(files: _Files, is_qwen2: bool) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    plan = _plan(files, None, is_qwen2)
-    _add(tokenizer, plan, is_qwen2, folder)
-    _check_stated(tokenizer, plan, folder)
     return tokenizer
-
-
-def _opened(content: Mapping[str, Any], path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    with _refusing(f"{path}: the file cannot be read as a tokenizer"):
-        return Tokenizer.from_str(json.dumps(content))
 
 
 def _add(tokenizer: Tokenizer, plan: _Plan, is_qwen2: bool, folder: Path) -> None:
@@ -419,10 +410,6 @@ def _check_stated(tokenizer: Tokenizer, plan: _Plan, folder: Path) -> None:
                 remedy=f"give the added tokens ids without gaps behind the vocabulary, the same in all files; or "
                 f"{SAVE_AGAIN}",
             )
-
-
-def _serialised(tokenizer: Tokenizer) -> bytes:
-    return (tokenizer.to_str(pretty=False) + "\n").encode()
 
 
 def _list_of(content: Mapping[str, Any], folder: Path) -> list[Any]:

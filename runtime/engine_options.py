@@ -11,7 +11,7 @@ from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
 from runtime.machine import MAX_THREADS_PER_CORE, available_cores
 from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
-from runtime.session import is_on_gpu
+from runtime.session import SessionOptions, is_on_gpu
 
 DEFAULT_MAX_CONTEXT = 4096
 
@@ -22,7 +22,7 @@ class EngineOptions:
 
     max_context: int
     max_memory: int
-    threads: int | None
+    session: SessionOptions
     min_pixels: int | None
     max_pixels: int | None
     max_image_pixels: int
@@ -32,12 +32,14 @@ class EngineOptions:
         cls,
         manifest: Manifest,
         *,
-        threads: Any,
-        max_context: Any,
-        min_pixels: Any,
-        max_pixels: Any,
-        max_memory: Any,
-        max_image_pixels: Any,
+        threads: Any = None,
+        huge_pages: bool = False,
+        cuda_graphs: bool = True,
+        max_context: Any = None,
+        min_pixels: Any = None,
+        max_pixels: Any = None,
+        max_memory: Any = None,
+        max_image_pixels: Any = None,
     ) -> EngineOptions:
         """Check what a caller gave, and fill in the defaults of an engine.
 
@@ -59,7 +61,8 @@ class EngineOptions:
         if max_memory is None:
             max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
         max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
-        return cls(max_context, max_memory, threads, min_pixels, max_pixels, max_image_pixels)
+        session = SessionOptions(threads, huge_pages, cuda_graphs)
+        return cls(max_context, max_memory, session, min_pixels, max_pixels, max_image_pixels)
 
 
 def checked_max_context(given: Any, trained: int, capacity: int | None = None) -> int:

@@ -35,6 +35,11 @@ class FileRecord:
     sha256: str
     is_weights: bool = False
 
+    @classmethod
+    def of(cls, path: Path, *, is_weights: bool = False) -> FileRecord:
+        """Return the record of a file that was just written."""
+        return cls(path.stat().st_size, sha256_of(path), is_weights)
+
 
 @dataclass(frozen=True)
 class Manifest:

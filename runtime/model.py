@@ -42,7 +42,7 @@ from runtime.memory import (
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
 from runtime.prompt_lookup import PromptLookup
 from runtime.sampling import Sampler
-from runtime.session import Session, SessionOptions, open_session
+from runtime.session import Session, open_session
 from runtime.shown import shown
 from runtime.stop_text import AnswerText
 from runtime.urls import check_local
@@ -143,22 +143,35 @@ class Qwen3VLModel:
         folder = Path(source)
         manifest = Manifest.read(folder)
         manifest.check(folder, full=check)
+        manifest.require(folder, PREPROCESSOR, TOKENIZER, GENERATION)
         options = EngineOptions.checked(
             manifest,
             threads=threads,
+            huge_pages=huge_pages,
+            cuda_graphs=cuda_graphs,
             max_context=max_context,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             max_memory=max_memory,
             max_image_pixels=max_image_pixels,
         )
+        return cls.from_manifest(folder, manifest, options, source=source)
+
+    @classmethod
+    def from_manifest(
+        cls, folder: Path, manifest: Manifest, options: EngineOptions, *, source: str | None = None
+    ) -> Qwen3VLModel:
+        """Open the files of an engine whose manifest is at hand, and need not be in the folder.
+
+        Raises:
+            EngineError, CapacityError, UsageError: As `from_engine`.
+        """
         check_fits(_decoder_needs(manifest, options.max_context), options.max_memory)
-        manifest.require(folder, PREPROCESSOR, TOKENIZER, GENERATION)
         preparation = Preparation.from_folder(folder, manifest.model)
         preparation = preparation.with_image_limits(options.min_pixels, options.max_pixels, options.max_image_pixels)
-        session = open_session(folder, manifest, SessionOptions(options.threads, huge_pages, cuda_graphs))
+        session, threads = open_session(folder, manifest, options.session), options.session.threads
         limits = options.max_context, options.max_memory
-        return cls(manifest, session, preparation, *limits, source=source, threads=options.threads or default_threads())
+        return cls(manifest, session, preparation, *limits, source=source, threads=threads or default_threads())
 
     def generate(
         self,

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-# The values of n, the preferred one first: a long match is right more often, a single token such as the quote behind a
-# key's colon finds more. Against (3, 2), by cost: JSON +5, HTML +3, page read back +4, prose -1 % (docs/experiments.md).
+# The values of n, the preferred one first: a long match is right more often, a single token such as the quote behind
+# a key's colon finds more. Against (3, 2), by cost: JSON +5, HTML +3, page read back +4, prose -1 %
+# (docs/experiments.md).
 NGRAM_SIZES = (4, 3, 2, 1)
 # Cost of one more position in a call, as a share of the cost of a call of one position: 2B shape, int4, 2 cores.
 # A constant and not a clock: were the length of a draft measured, the same seed would not always give the same bits.

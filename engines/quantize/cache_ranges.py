@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engines.bundle import DECODER, PREFILL
 from engines.target import Target
 from runtime.errors import BundleError, UsageError
-from runtime.manifest import MANIFEST_NAME, FileRecord, Manifest, sha256_of
+from runtime.manifest import FileRecord, Manifest
 
 if TYPE_CHECKING:
     from engines.quantize.calibration_data import CalibrationPrompt
@@ -72,7 +72,7 @@ def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, 
     Weights stay as they are. The engine is opened, so its memory is needed.
 
     Args:
-        folder: Its graphs and weights; the graphs are rewritten, the scales are added, `engine.json` is not left.
+        folder: All its files but the manifest; the graphs are rewritten, and the scales are added.
         manifest: What describes it so far.
         wanted: Bits and prompts.
         target: What the engine was built for.
@@ -85,33 +85,40 @@ def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, 
         BundleError: A key or a value is NaN or infinite.
     """
     assert target.cache_pass is not None
-    manifest.write(folder)
-    ranges_L2KH = cache_ranges(folder, wanted.prompts)
-    (folder / MANIFEST_NAME).unlink()
-    scales_L2KH = scales_of(ranges_L2KH, wanted.bits)
+    scales_L2KH = scales_of(cache_ranges(folder, manifest, wanted.prompts), wanted.bits)
     files = dict(manifest.files)
     for path in (folder / f"{name}.onnx" for name in (DECODER, PREFILL)):
         if path.name in files:
             model = ir.load(path)
             target.cache_pass(wanted.bits, scales_L2KH)(model)
             ir.save(model, path)
-            files[path.name] = _record(path)
+            files[path.name] = FileRecord.of(path)
     np.save(folder / SCALES_NAME, scales_L2KH)
-    files[SCALES_NAME] = _record(folder / SCALES_NAME)
+    files[SCALES_NAME] = FileRecord.of(folder / SCALES_NAME)
     cache = {"cache_dtype": _DTYPE_NAMES[wanted.bits], "cache_bits": wanted.bits, "cache_scales": SCALES_NAME}
     source = {**manifest.source, "cache_calibration": {"prompts": len(wanted.prompts)}}
     return replace(manifest, capabilities={**manifest.capabilities, **cache}, source=source, files=files)
 
 
-def cache_ranges(engine: Path, prompts: Sequence[CalibrationPrompt]) -> NDArray[np.float32]:
+def cache_ranges(folder: Path, manifest: Manifest, prompts: Sequence[CalibrationPrompt]) -> NDArray[np.float32]:
     """Return the largest magnitude of each channel of the keys and values of all prompt tokens, [L, 2, K, H].
 
     Keys as the cache holds them: behind norm and rotary embedding.
+
+    Args:
+        folder: Files of an engine.
+        manifest: What describes it; it need not be in the folder.
+        prompts: What to run.
+
+    Raises:
+        CapacityError: A prompt is longer than the context, or the engine does not fit into memory.
+        BundleError: A key or a value is NaN or infinite.
     """
+    from runtime.engine_options import EngineOptions
     from runtime.generation import prefill
     from runtime.model import Qwen3VLModel
 
-    model = Qwen3VLModel.from_engine(engine)
+    model = Qwen3VLModel.from_manifest(folder, manifest, EngineOptions.checked(manifest))
     text = model.config.text
     largest_L2KH = np.zeros((text.num_layers, 2, text.num_kv_heads, text.head_dim), np.float32)
     for prompt in prompts:
@@ -136,7 +143,3 @@ def scales_of(ranges_L2KH: NDArray[np.float32], bits: int) -> NDArray[np.float32
     filled = np.where(ranges_L2KH > 0, ranges_L2KH, np.where(heads > 0, heads, 1.0))
     largest_code = 2 ** (bits - 1) - 1
     return np.asarray(filled * (MARGINS[bits] / largest_code), np.float32)
-
-
-def _record(path: Path) -> FileRecord:
-    return FileRecord(path.stat().st_size, sha256_of(path))

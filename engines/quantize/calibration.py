@@ -16,8 +16,8 @@ byte for each quantised weight.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,11 +29,11 @@ from engines.disk import check_disk_space
 from engines.quantize.blocks import stored_block
 from engines.quantize.blockwise import QuantizedBlocks
 from engines.quantize.calibration_data import CalibrationPrompt
-from engines.quantize.formats import BLOCKWISE, FLOAT8, WeightFormats
+from engines.quantize.formats import BLOCKWISE, FLOAT8
 from engines.quantize.gptq import FloatArray, InputMetric, factorize, quantize_rows
 from engines.quantize.imported import GroupQuantizedTensor
-from engines.quantize.input_ranges import attach_ranges
-from engines.quantize.products import exchange, largest_slice_bytes, not_finite, products_by_input
+from engines.quantize.input_ranges import ranged_weights
+from engines.quantize.products import largest_slice_bytes, not_finite, products_by_input
 from engines.quantize.slices import Arrays, cut
 from engines.quantize.tensors import row_chunks
 from engines.target import Target
@@ -58,6 +58,27 @@ _GRAM_ROWS = 1024
 _CHUNK_WEIGHTS = 1 << 23
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found.
+
+    Attributes:
+        weights: Tensors in place of those that the bundle refers to, by checkpoint key.
+        record: What a manifest says of it, under `source`.
+    """
+
+    weights: Mapping[str, StreamedTensor]
+    record: Mapping[str, Any]
+
+    def applied_to(self, bundle: Bundle) -> Bundle:
+        """Return a bundle with these weights."""
+        graphs = bundle.copies()
+        for model in graphs.values():
+            for key, value in model.graph.initializers.items():
+                value.const_value = self.weights.get(key, value.const_value)
+        return replace(bundle, graphs=graphs, source={**bundle.source, "calibration": self.record})
+
+
 def calibrate(
     bundle: Bundle,
     target: Target,
@@ -65,27 +86,26 @@ def calibrate(
     folder: Path,
     *,
     rounding: Rounding = quantize_rows,
-) -> None:
-    """Exchange, in a bundle, what calibration changes of the weights of `target`.
+) -> Calibration:
+    """Find what prompts change of the weights of `target`.
 
     Weights in blocks become codes chosen by GPTQ, but those that the checkpoint already holds as codes stay; weights of
     products whose activations are float8 get the range of these. Experts are inside one node, which shows neither the
-    tokens of each nor the inputs of its second product: they are rounded as without calibration. What was done is added
-    to `bundle.source`.
+    tokens of each nor the inputs of its second product: they are rounded as without calibration.
 
     Args:
-        bundle: Exchanged in place; build the engine while `folder` exists.
+        bundle: The graphs, and the weights before calibration.
         target: The target that the engine will be built for.
         prompts: At least one.
-        folder: An empty folder for the codes and one slice of the graph.
+        folder: An empty folder for the codes and one slice of the graph; build the engine while it exists.
         rounding: Another one, to compare with.
 
     Raises:
         UsageError: No prompt, prompts that are too long, or a target that calibration does not change.
         BundleError: An activation is NaN or infinite.
     """
-    method, plan = _method(target)
-    if plan is None:
+    rounds_blocks = target.formats.has_products_in(BLOCKWISE)
+    if not rounds_blocks and not needs_prompts(target):
         raise UsageError(
             f"{target.name} stores no weights in blocks of integers and no activations in float8, so calibration would "
             "change nothing",
@@ -95,34 +115,29 @@ def calibrate(
         raise UsageError("the calibration set is empty", remedy="give at least one prompt")
     record = record_prompts(bundle, prompts)
 
-    def run(name: str, samples: list[Arrays]) -> None:
-        if method == METHOD:
-            _quantize(bundle, name, target, plan, samples, folder, rounding)
-        else:
-            attach_ranges(bundle, name, target, plan, samples, folder, SLICE_BYTES)
+    def run(name: str, samples: list[Arrays]) -> Mapping[str, StreamedTensor]:
+        if rounds_blocks:
+            return _quantized_weights(bundle, name, target, samples, folder, rounding)
+        return ranged_weights(bundle, name, target, samples, folder, SLICE_BYTES)
 
-    run(VISION, record.images)
+    of_vision = run(VISION, record.images)
     embeds = iter([sample[_EMBEDS] for sample in record.images])
     for sample, num_images in zip(record.prompts, record.num_images, strict=True):
         if num_images:
             sample[_EMBEDS] = np.concatenate([next(embeds) for _ in range(num_images)], axis=1)
     del embeds
     record.images.clear()
-    run(DECODER, record.prompts)
-    calibration = {"method": method, "prompts": len(prompts), "tokens": record.num_tokens, "sha256": record.sha256}
+    of_decoder = run(DECODER, record.prompts)
+    method = METHOD if rounds_blocks else RANGES_METHOD
+    found = {"method": method, "prompts": len(prompts), "tokens": record.num_tokens, "sha256": record.sha256}
     if bundle.config.text.experts is not None:
-        calibration["experts"] = EXPERTS
-    bundle.source = {**bundle.source, "calibration": calibration}
-
-
-def blockwise_plan(target: Target) -> WeightFormats | None:
-    """Return the formats of a target's weights, or None if it multiplies with none in blocks of integers."""
-    return _plan_with(target, BLOCKWISE)
+        found["experts"] = EXPERTS
+    return Calibration({**of_vision, **of_decoder}, found)
 
 
 def needs_prompts(target: Target) -> bool:
     """Say whether a target computes with activations of a fixed scale, which calibration prompts give."""
-    return _plan_with(target, FLOAT8) is not None
+    return target.formats.has_products_in(FLOAT8)
 
 
 def check_prompts(target: Target, prompts: Sequence[CalibrationPrompt]) -> None:
@@ -137,16 +152,6 @@ def check_prompts(target: Target, prompts: Sequence[CalibrationPrompt]) -> None:
             "ranges that prompts give",
             remedy="add --calibration DIR, a folder with *.jsonl conversations, or with prompts.txt and images",
         )
-
-
-def _method(target: Target) -> tuple[str, WeightFormats | None]:
-    """Return how calibration changes a target's products, and the formats of its weights; None if it does not."""
-    blockwise = blockwise_plan(target)
-    return (METHOD, blockwise) if blockwise is not None else (RANGES_METHOD, _plan_with(target, FLOAT8))
-
-
-def _plan_with(target: Target, kind: str) -> WeightFormats | None:
-    return target.formats if target.formats.has_products_in(kind) else None
 
 
 @dataclass
@@ -210,19 +215,14 @@ def record_prompts(bundle: Bundle, prompts: Sequence[CalibrationPrompt]) -> Reco
     return record
 
 
-def _quantize(
-    bundle: Bundle,
-    name: str,
-    target: Target,
-    plan: WeightFormats,
-    samples: list[Arrays],
-    folder: Path,
-    rounding: Rounding,
-) -> None:
+def _quantized_weights(
+    bundle: Bundle, name: str, target: Target, samples: list[Arrays], folder: Path, rounding: Rounding
+) -> dict[str, StreamedTensor]:
     """Run one graph over its samples, quantising on the way; the samples become outputs of the vision graph."""
+    calibrated: dict[str, StreamedTensor] = {}
     if not samples:
-        return
-    model, products = products_by_input(bundle, name, target, plan, BLOCKWISE)
+        return calibrated
+    model, products = products_by_input(bundle, name, target, BLOCKWISE)
     products = {
         x: kept
         for x, group in products.items()
@@ -247,7 +247,7 @@ def _quantize(
                     raise not_finite(products[x][0].key)
                 metrics: dict[tuple[int, bool], InputMetric] = {}
                 for found in products[x]:
-                    weight_format = plan.format_of(found.key)
+                    weight_format = target.formats.format_of(found.key)
                     block = stored_block(found.tensor, weight_format, is_table=found.is_table)
                     kind = block, weight_format.symmetric
                     if kind not in metrics:
@@ -255,13 +255,14 @@ def _quantize(
                     codes = _StoredCodes(found.tensor, weight_format.bits, block, folder)
                     for rows_RK in row_chunks(found.tensor, _CHUNK_WEIGHTS):
                         codes.append(rounding(rows_RK, metrics[kind], weight_format.bits))
-                    exchange(model.graph, found.tensor, codes)
-                    exchange(bundle.graphs[name].graph, found.tensor, _Calibrated(codes, found.tensor))
+                    found.value.const_value = codes
+                    calibrated[found.key] = _Calibrated(codes, found.tensor)
             if not part.later:
                 continue
             opened = part.open(samples[0], folder)
         for sample in samples:
             opened.advance(sample)
+    return calibrated
 
 
 class _StoredCodes(GroupQuantizedTensor):

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from engines.bundle import VISION, Bundle
 from engines.disk import check_disk_space
-from engines.quantize.formats import FLOAT8, WeightFormats
-from engines.quantize.products import exchange, largest_slice_bytes, not_finite, products_by_input
+from engines.quantize.formats import FLOAT8
+from engines.quantize.products import largest_slice_bytes, not_finite, products_by_input
 from engines.quantize.slices import Arrays, cut
 from engines.target import Target
 from engines.weights import StreamedTensor
@@ -35,22 +35,20 @@ class RangedWeight(StreamedTensor):
         return self._source.blocks()
 
 
-def attach_ranges(
+def ranged_weights(
     bundle: Bundle,
     name: str,
     target: Target,
-    plan: WeightFormats,
     samples: list[Arrays],
     folder: Path,
     slice_bytes: int,
-) -> None:
-    """Run one graph over its samples and exchange its float8 weights for `RangedWeight`.
+) -> dict[str, RangedWeight]:
+    """Run one graph over its samples and return its float8 weights with the ranges of their inputs, by key.
 
     Args:
-        bundle: Exchanged in place.
+        bundle: The graphs and their weights.
         name: Of the graph.
         target: What the engine will be built for.
-        plan: The formats of its weights.
         samples: Inputs of the graph; they become the outputs of the vision graph. Without any, nothing is done.
         folder: Takes one slice of the graph.
         slice_bytes: Weights of a slice.
@@ -58,9 +56,10 @@ def attach_ranges(
     Raises:
         BundleError: An activation is NaN or infinite.
     """
+    ranged: dict[str, RangedWeight] = {}
     if not samples:
-        return
-    model, products = products_by_input(bundle, name, target, plan, FLOAT8)
+        return ranged
+    model, products = products_by_input(bundle, name, target, FLOAT8)
     check_disk_space(folder, largest_slice_bytes(bundle, slice_bytes))
     outputs = model.graph.outputs if name == VISION else ()
     for part in cut(model.graph, dict.fromkeys(products, 0), outputs, slice_bytes):
@@ -75,4 +74,5 @@ def attach_ranges(
             if not np.isfinite(value):
                 raise not_finite(products[x][0].key)
             for product in products[x]:
-                exchange(bundle.graphs[name].graph, product.tensor, RangedWeight(product.tensor, value))
+                ranged[product.key] = RangedWeight(product.tensor, value)
+    return ranged

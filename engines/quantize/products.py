@@ -7,14 +7,12 @@ import onnx_ir as ir
 from engines.bundle import Bundle
 from engines.lower import lower
 from engines.passes.matmul_weight import MatMulWeight, find_weight
-from engines.quantize.formats import WeightFormats
 from engines.target import Target
-from engines.weights import StreamedTensor
 from runtime.errors import BundleError
 
 
 def products_by_input(
-    bundle: Bundle, name: str, target: Target, plan: WeightFormats, kind: str
+    bundle: Bundle, name: str, target: Target, kind: str
 ) -> tuple[ir.Model, dict[ir.Value, list[MatMulWeight]]]:
     """Return a copy of a graph in float32, and its products with weights of a kind, by their input: q, k, v share one.
 
@@ -24,16 +22,9 @@ def products_by_input(
     products: dict[ir.Value, list[MatMulWeight]] = {}
     for node in model.graph:
         found = find_weight(node)
-        if found is not None and found.x.producer() is not None and plan.format_of(found.key).kind == kind:
+        if found is not None and found.x.producer() is not None and target.formats.format_of(found.key).kind == kind:
             products.setdefault(found.x, []).append(found)
     return model, products
-
-
-def exchange(graph: ir.Graph, old: StreamedTensor, new: StreamedTensor) -> None:
-    """Put another tensor in the place of a weight."""
-    for value in graph.initializers.values():
-        if value.const_value is old:
-            value.const_value = new
 
 
 def largest_slice_bytes(bundle: Bundle, slice_bytes: int) -> int:

@@ -17,7 +17,7 @@ from engines.target import Compiled
 from engines.tensorrt.checks import check_graph, check_network, check_plan_size, graph_facts
 from engines.tensorrt.profiles import LOGITS_CHUNK, Profile, profiles_of
 from runtime.errors import CapacityError, TargetError
-from runtime.manifest import FileRecord, sha256_of
+from runtime.manifest import FileRecord
 from runtime.model_config import ModelConfig
 from runtime.tensorrt_log import first_errors, is_out_of_memory, make_logger
 
@@ -59,7 +59,7 @@ def compile_plans(
         path = folder / f"{name}.plan"
         builder.build(path, chosen, options, compute_capabilities if sets_capabilities else ())
         check_plan_size(path.stat().st_size, facts, name, stripped=options.strip_weights)
-        files[path.name] = FileRecord(path.stat().st_size, sha256_of(path), is_weights=True)
+        files[path.name] = FileRecord.of(path, is_weights=True)
         weight_bytes[name] = facts.weight_bytes
         profiles[name] = [profile.to_dict() for profile in chosen]
         del builder
@@ -134,7 +134,7 @@ class _PlanBuilder:
         for profile in profiles:
             config.add_optimization_profile(self._profile(profile))
         with path.open("wb") as file:
-            writer = _stream_writer(trt, file)
+            writer = stream_writer(trt, file)
             is_built = self._builder.build_serialized_network_to_stream(self.network, config, writer)
         # The library drops what `write` raises, and calls a plan that was cut off a success.
         if writer.error is not None:
@@ -158,7 +158,7 @@ class _PlanBuilder:
         return TargetError(message, remedy="run with --no-compile and look at the lowered graph")
 
 
-def _stream_writer(trt: Any, file: BinaryIO) -> Any:
+def stream_writer(trt: Any, file: BinaryIO) -> Any:
     """Return what takes a plan piece by piece, so that it is never in memory as a whole beside the network."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc]

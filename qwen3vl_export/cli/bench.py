@@ -7,11 +7,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen3vl_export.cli.options import AsJson, Engine, Opening, grouped
 from qwen3vl_export.cli.output import print_json
 from runtime.errors import UsageError
 from runtime.shown import columns
@@ -49,22 +49,18 @@ class Speed:
     tokens_per_s: float
 
 
+@grouped
 def bench(
-    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder that qwen3vl-export wrote.")],
+    engine: Engine,
+    *,
     image_size: Annotated[
         str, typer.Option(metavar="WxH", help="Size of the image of random pixels; none leaves it out.")
     ] = "448x448",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text, about.")] = 20,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
     runs: Annotated[int, typer.Option(min=1, help="Answers to time, behind one that warms up.")] = 5,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the engine. [default: OMP_NUM_THREADS, or the cores]")
-    ] = None,
-    huge_pages: Annotated[bool, typer.Option("--huge-pages", help="Move the weights to huge pages first.")] = False,
-    no_cuda_graphs: Annotated[
-        bool, typer.Option("--no-cuda-graphs", help="On a GPU, do not record the decode step as a CUDA graph.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")] = False,
+    opening: Annotated[Opening, ("threads", "huge_pages", "no_cuda_graphs")],
+    as_json: AsJson = False,
 ) -> None:
     """Time answers on this machine: time to first token (TTFT), time per later token (TPOT), tokens a second.
 
@@ -82,18 +78,17 @@ def bench(
     import time
 
     from runtime.machine import default_threads
-    from runtime.model import Qwen3VLModel
 
     size = parse_size(image_size)
     start = time.perf_counter()
-    model = Qwen3VLModel.from_engine(engine, threads=threads, huge_pages=huge_pages, cuda_graphs=not no_cuda_graphs)
+    model = opening.open(engine)
     loaded = time.perf_counter() - start
     speed = measure(model, size, prompt_tokens, new_tokens, runs)
     # None if this kind of engine records nothing.
     recorded: bool | None = getattr(model.session, "decode_recorded", None)
     where = {
         "device": device(model),
-        "threads": threads or default_threads(),
+        "threads": opening.threads or default_threads(),
         "target": model.manifest.target,
         "load_s": loaded,
         "decode_recorded": recorded,

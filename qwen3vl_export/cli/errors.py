@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ import typer
 import typer.main
 
 from engines.disk import full_disk_error
+from qwen3vl_export.cli.options import Answering, Opening
 from runtime.errors import CapacityError, Qwen3VLError, UsageError
 from runtime.installation import EXTRAS, how_to_install
 from runtime.shown import escape_controls
@@ -29,24 +31,7 @@ INTERRUPTED = 130  # 128 + SIGINT, what shells report for Ctrl-C
 BROKEN_PIPE = 141  # 128 + SIGPIPE, what shells report for a tool whose reader has gone
 
 # Keyword arguments of the Python API that messages name, and that the command line spells with dashes.
-_API_OPTIONS = (
-    "do_sample",
-    "frequency_penalty",
-    "huge_pages",
-    "max_context",
-    "max_image_pixels",
-    "max_length",
-    "max_memory",
-    "max_new_tokens",
-    "max_pixels",
-    "min_p",
-    "min_pixels",
-    "presence_penalty",
-    "prompt_lookup_num_tokens",
-    "repetition_penalty",
-    "top_k",
-    "top_p",
-)
+_API_OPTIONS = [each.name for kind in (Answering, Opening) for each in dataclasses.fields(kind) if "_" in each.name]
 _API_OPTION = re.compile(rf"(?<![\w./-])({'|'.join(_API_OPTIONS)})\b(?:=(\w[\w.]*\b))?(?![\w/])")
 
 
@@ -98,17 +83,11 @@ def run_app(app: typer.Typer, args: Sequence[str] | None = None) -> None:
     notes = _NoteHandler(flags)
     logging.getLogger("runtime").addHandler(notes)
     try:
-        try:
-            code = _call(app, arguments, flags)
-        finally:
-            sys.stdout.flush()  # here, where a failure still gets a message and an exit code
-    except SystemExit as end:
+        code = _call(app, arguments, flags)
+    except (SystemExit, BrokenPipeError) as end:
         # typer 0.29 turns a broken pipe into exit code 1, and prints nothing.
-        if isinstance(end.__context__, BrokenPipeError):
-            _abandon_stdout()
-            raise SystemExit(BROKEN_PIPE) from None
-        raise
-    except BrokenPipeError:
+        if not isinstance(end, BrokenPipeError) and not isinstance(end.__context__, BrokenPipeError):
+            raise
         _abandon_stdout()
         raise SystemExit(BROKEN_PIPE) from None
     except KeyboardInterrupt as error:
@@ -166,6 +145,13 @@ def _open_standard_files() -> None:
 
 def _call(app: typer.Typer, arguments: list[str], flags: Flags) -> int:
     """Run the app, or print versions; return the exit code, if it does not end with `SystemExit`."""
+    try:
+        return _run(app, arguments, flags)
+    finally:
+        sys.stdout.flush()  # here, where a failure still gets a message and an exit code
+
+
+def _run(app: typer.Typer, arguments: list[str], flags: Flags) -> int:
     if flags.wants_version:
         from qwen3vl_export.cli.versions import print_versions
 

@@ -6,31 +6,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from engines.progress import SILENT, Progress, Stage
 from qwen3vl_export.cli.output import is_terminal, note
-
-
-class Progress:
-    """Say nothing."""
-
-    def stage(self, text: str) -> None:
-        """Begin a stage of work."""
-
-    def advance(self, num_bytes: int, total_bytes: int) -> None:
-        """Tell of bytes that were written in this stage, and of all that it will write."""
 
 
 class LineProgress(Progress):
     """Print each stage on a line of its own."""
 
-    def stage(self, text: str) -> None:
+    def report(self, stage: Stage, text: str) -> None:
         """Print it."""
         note(text)
 
 
 class BarProgress(Progress):
-    """Draw the present stage, the time that it takes, and a bar for bytes; gone when the work is done."""
+    """Draw the present stage, the time that it takes, and a bar for bytes; gone when the work is done.
 
-    def __init__(self) -> None:
+    Args:
+        has_notes: Print what was chosen, which stays.
+    """
+
+    def __init__(self, *, has_notes: bool) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
@@ -44,11 +39,16 @@ class BarProgress(Progress):
         )
         self.bars = Bars(*columns, console=Console(stderr=True), transient=True)
         self._task = self.bars.add_task("", total=None, visible=False, size="")
+        self._has_notes = has_notes
 
-    def stage(self, text: str) -> None:
+    def report(self, stage: Stage, text: str) -> None:
         """Draw it in place of the last one."""
-        self.bars.remove_task(self._task)
-        self._task = self.bars.add_task(text, total=None, size="")
+        if stage is not Stage.CHOOSING:
+            self.bars.start()  # not before the notes, which it would fold
+            self.bars.remove_task(self._task)
+            self._task = self.bars.add_task(text, total=None, size="")
+        elif self._has_notes:
+            note(text)
 
     def advance(self, num_bytes: int, total_bytes: int) -> None:
         """Move the bar."""
@@ -56,13 +56,13 @@ class BarProgress(Progress):
 
 
 @contextmanager
-def progress(*, is_wanted: bool) -> Iterator[Progress]:
-    """Return what shows the progress of the work in this context."""
-    if not is_wanted:
-        yield Progress()
-    elif is_terminal(sys.stderr):
-        shown = BarProgress()
-        with shown.bars:
+def progress(*, is_quiet: bool = False, is_json: bool = False) -> Iterator[Progress]:
+    """Return what shows the progress of the work in this context; beside JSON, none but a bar on a terminal."""
+    if not is_quiet and is_terminal(sys.stderr):
+        shown = BarProgress(has_notes=not is_json)
+        try:
             yield shown
+        finally:
+            shown.bars.stop()
     else:
-        yield LineProgress()
+        yield SILENT if is_quiet or is_json else LineProgress()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import configs
+from qwen3vl_export.cli.options import AsJson
 from qwen3vl_export.cli.output import print_json, print_text
 from runtime.errors import CheckpointError, UsageError
 from runtime.files import is_folder
@@ -39,7 +40,7 @@ def targets(
             "size such as qwen3-vl-2b.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show this machine and the targets: which of them it can build and run, and why not otherwise.
 

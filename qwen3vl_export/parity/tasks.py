@@ -168,10 +168,8 @@ def _nll(logits_TV: FloatArray, tokens: Sequence[int]) -> float:
 
 
 def _reference(source: Checkpoint, folder: Path) -> Qwen3VLModel:
-    from engines import registry
-    from engines.build import build_engine
-    from qwen3vl_export.export import make_bundle
+    from qwen3vl_export.export import ExportRequest, export
     from runtime.model import Qwen3VLModel
 
-    build_engine(make_bundle(source), registry.get(REFERENCE_TARGET), folder)
+    export(ExportRequest(source.name, target=REFERENCE_TARGET, output=folder))
     return Qwen3VLModel.from_engine(folder, threads=_THREADS)

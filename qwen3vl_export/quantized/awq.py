@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from engines.quantize.blockwise import Codes, FloatArray
 from qwen3vl_export.quantized.parts import GroupedWeight, Module, QuantizedEntry, column_slices, unsupported
 from qwen3vl_export.safetensors_reader import read_rows
-from runtime.errors import CheckpointError
 
 METHOD = "awq"
 _OUTPUT_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -51,11 +50,7 @@ class AwqForm:
         """
         num_columns, num_words = module.find("qweight", ("I32",)).shape
         group = num_columns if self._group == -1 else self._group
-        if num_columns % group:
-            raise CheckpointError(
-                f"{module.path}: {module.name} has {num_columns} columns, which groups of {group} do not divide",
-                remedy="check group_size in config.json's quantization_config",
-            )
+        module.check_groups(num_columns, group)
         module.find("qzeros", ("I32",), (num_columns // group, num_words))
         module.find("scales", shape=(num_columns // group, 8 * num_words))
         return _AwqWeight(module, (8 * num_words, num_columns), _BITS, group).entry()

@@ -86,11 +86,7 @@ class CompressedTensorsForm:
         group = weights.get("group_size")
         if group in (None, -1):
             group = num_columns
-        if num_columns % group:
-            raise CheckpointError(
-                f"{module.path}: {module.name} has {num_columns} columns, which groups of {group} do not divide",
-                remedy="check group_size in config.json's quantization_config",
-            )
+        module.check_groups(num_columns, group)
         num_groups = num_columns // group
         module.find("weight_scale", shape=(num_rows, num_groups))
         is_symmetric = weights.get("symmetric", True)

@@ -21,7 +21,7 @@ from engines.quantize.blockwise import Codes, FloatArray, QuantizedBlocks
 from engines.quantize.formats import BLOCK_SIZES
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.weights import StreamedTensor
-from qwen3vl_export.safetensors_reader import TensorEntry, read_columns, read_floats, read_rows
+from qwen3vl_export.safetensors_reader import TensorEntry, read_columns, read_rows
 from runtime.errors import CheckpointError
 
 # Weights dequantised at a time: 1 MiB as float32, which stays in the cache (engines.weights.BLOCK_BYTES).
@@ -70,6 +70,18 @@ class Module:
     def path(self) -> Path:
         """File of the first part."""
         return next(iter(self.parts.values())).path
+
+    def check_groups(self, num_columns: int, group: int) -> None:
+        """Check that groups divide a row.
+
+        Raises:
+            CheckpointError: They do not.
+        """
+        if num_columns % group:
+            raise CheckpointError(
+                f"{self.path}: {self.name} has {num_columns} columns, which groups of {group} do not divide",
+                remedy="check group_size in config.json's quantization_config",
+            )
 
     def find(self, part: str, dtypes: Sequence[str] = _FLOAT_DTYPES, shape: Sequence[int] | None = None) -> TensorEntry:
         """Return a part.
@@ -125,7 +137,7 @@ class Module:
         Raises:
             CheckpointError: One is NaN or infinite.
         """
-        scales = read_floats(entry)
+        scales: FloatArray = entry.tensor(self.name).numpy()
         if not np.isfinite(scales).all():
             raise CheckpointError(
                 f"{entry.path}: scales of {self.name} are not finite", remedy="the checkpoint is damaged: get it again"
@@ -173,6 +185,15 @@ class GroupedWeight(abc.ABC):
     def read_zero_points(self) -> Codes:
         """Read the zero points [N, J]."""
 
+    def rows(self) -> Iterator[tuple[Codes, FloatArray, Codes]]:
+        """Yield codes [R, K], scales [R, J] and zero points [R, J] of whole rows, in order."""
+        scales_NJ, zeros_NJ = self.read_scales(), self.read_zero_points()
+        done = 0
+        for codes_RK in self.chunks():
+            rows = slice(done, done + len(codes_RK))
+            yield codes_RK, scales_NJ[rows], zeros_NJ[rows]
+            done = rows.stop
+
     def entry(self) -> QuantizedEntry:
         """Return what stands for the weight in the checkpoint."""
         return QuantizedEntry(self.module.path, self.shape, self._open)
@@ -197,17 +218,12 @@ class _Blocks(GroupQuantizedTensor):
         num_blocks = -(-num_columns // self.block)
         missing = num_blocks * self.block - num_columns
         group_of_block = np.arange(num_blocks) * self.block // weight.group
-        scales_NJ, zeros_NJ = weight.read_scales(), weight.read_zero_points()
-        done = 0
-        for codes_RK in weight.chunks():
-            rows = slice(done, done + len(codes_RK))
-            done += len(codes_RK)
-            zeros_RB = zeros_NJ[rows][:, group_of_block]
+        for codes_RK, scales_RJ, zeros_RJ in weight.rows():
+            zeros_RB = zeros_RJ[:, group_of_block]
             if missing:
                 codes_RK = np.concatenate([codes_RK, zeros_RB[:, -1:].repeat(missing, 1)], 1)
-            yield QuantizedBlocks(
-                codes_RK.reshape(-1, self.block), scales_NJ[rows][:, group_of_block].reshape(-1), zeros_RB.reshape(-1)
-            )
+            scales_RB = scales_RJ[:, group_of_block]
+            yield QuantizedBlocks(codes_RK.reshape(-1, self.block), scales_RB.reshape(-1), zeros_RB.reshape(-1))
 
 
 class _Scattered(StreamedTensor):
@@ -223,13 +239,9 @@ class _Scattered(StreamedTensor):
         group_of_column = weight.group_of_column
         if group_of_column is None:
             group_of_column = np.arange(num_columns) // weight.group
-        scales_NJ, zeros_NJ = weight.read_scales(), weight.read_zero_points()
-        done = 0
-        for codes_RK in weight.chunks():
-            rows = slice(done, done + len(codes_RK))
-            done += len(codes_RK)
-            steps_RK = codes_RK.astype(np.float32) - zeros_NJ[rows][:, group_of_column]
-            steps_RK *= scales_NJ[rows][:, group_of_column]
+        for codes_RK, scales_RJ, zeros_RJ in weight.rows():
+            steps_RK = codes_RK.astype(np.float32) - zeros_RJ[:, group_of_column]
+            steps_RK *= scales_RJ[:, group_of_column]
             yield steps_RK.reshape(-1)
 
 

@@ -17,7 +17,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,15 @@ class Piece:
     Attributes:
         function: Inputs are the activations, then the parameters, all named.
         parameters: Shape of each parameter in the checkpoint, by its name inside the module, in input order.
+        views: Shapes of those that the function takes in another shape.
     """
 
     function: ir.Function
     parameters: Mapping[str, tuple[int, ...]]
+    views: Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pieces:
     """All pieces of one model, and the two constants that no checkpoint holds.
 
@@ -60,11 +62,11 @@ class Pieces:
     patch_embed: Piece
     vision_block: Piece
     merger: Piece
-    deepstack_merger: Piece | None
+    deepstack_merger: Piece | None = None
     embed: Piece
     rotary: Piece
-    dense_layer: Piece | None
-    sparse_layer: Piece | None
+    dense_layer: Piece | None = None
+    sparse_layer: Piece | None = None
     add_deepstack: Piece
     head: Piece
     inv_freq: np.ndarray[Any, Any]
@@ -93,7 +95,7 @@ class _Task:
     inputs: Sequence[_Input]
     outputs: Sequence[str]
     # Parameters that the module takes in another shape than the checkpoint holds.
-    views: Mapping[str, tuple[int, ...]]
+    views: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def parameters(self) -> dict[str, Tensor]:
         """The module's own, under their names in it."""
@@ -108,110 +110,84 @@ def trace_pieces(config: ModelConfig) -> Pieces:
     """Trace a model of one layer of each kind under fake tensors; no weight is read."""
     # The `meta` device does not work here: it would trace tensors of two devices.
     with FakeTensorMode():
-        tasks = {field: task for field, task in _tasks(config).items() if task is not None}
+        tasks = _vision_tasks(config) | _text_tasks(config)
         functions = _trace(list(tasks.values()), config.vision.patches_per_token)
     pieces = {
-        field: Piece(function, {key: tuple(value.shape) for key, value in task.parameters().items()})
-        for (field, task), function in zip(tasks.items(), functions, strict=True)
+        name: Piece(function, {key: tuple(value.shape) for key, value in task.parameters().items()}, task.views)
+        for (name, task), function in zip(tasks.items(), functions, strict=True)
     }
-    for field in ("deepstack_merger", "dense_layer", "sparse_layer"):
-        pieces.setdefault(field, None)  # type: ignore[arg-type]
     inv_freq, axis_of_frequency = modeling.rotary_frequencies(config.text)
     return Pieces(**pieces, inv_freq=inv_freq, axis_of_frequency=axis_of_frequency)
 
 
-def _tasks(config: ModelConfig) -> dict[str, _Task | None]:
-    """Return the piece to trace for each field of `Pieces`, or None."""
-    text, vision, half = config.text, config.vision, config.text.head_dim // 2
-    is_sparse = {text.experts_of(layer) is not None for layer in range(text.num_layers)}
-    integers = torch.int64
-    hidden = _Input("hidden_states", ["B", "S", text.hidden_size])
+def _vision_tasks(config: ModelConfig) -> dict[str, _Task]:
+    """Return what to trace of the vision tower, by fields of `Pieces`."""
+    vision, hidden_size = config.vision, config.text.hidden_size
     patches = _Input("hidden_states", ["I", "P", vision.hidden_size])
-    visual_rows = _Input("visual_rows", ["B", "S"], integers)
-    visual_embeds = _Input("visual_embeds", [config.num_visual_levels, "V", text.hidden_size])
-    cache = ["B", text.num_kv_heads, "T", text.head_dim]
-    layer_inputs = [
-        hidden,
-        _Input("cos", ["B", "S", half]),
-        _Input("sin", ["B", "S", half]),
-        _Input("past_key", cache),
-        _Input("past_value", cache),
-        _Input("past_lengths", ["B"], integers),
+    pixels = [
+        _Input("pixel_values", ["I", "P", vision.patch_elements]),
+        _Input("pos_indices", ["P", 4], torch.int64),
+        _Input("pos_weights", ["P", 4]),
     ]
-
-    def task(
-        name: str, module: nn.Module, inputs: Sequence[_Input], *outputs: str, views: Mapping[str, tuple[int, ...]] = {}
-    ) -> _Task:
-        return _Task(name, module, inputs, outputs, views)
-
-    def layer(name: str, *, has_experts: bool) -> _Task | None:
-        if has_experts not in is_sparse:
-            return None
-        module = modeling.DecoderLayer(text, text.experts if has_experts else None)
-        return task(name, module, layer_inputs, "hidden_states_out", "present_key", "present_value")
+    rope = [_Input(name, ["P", vision.head_dim // 2]) for name in ("rope_cos", "rope_sin")]
+    embedding = _Joined(
+        modeling.embed_patches,
+        patch_embed=modeling.PatchEmbed(vision),
+        pos_embed=nn.Embedding(vision.num_position_embeddings, vision.hidden_size),
+    )
+    view = {"patch_embed.proj.weight": (vision.hidden_size, vision.patch_elements)}
 
     def merger(name: str, *, joins_first: bool) -> _Task:
-        return task(name, modeling.PatchMerger(vision, text.hidden_size, joins_first=joins_first), [patches], "embeds")
+        return _Task(name, modeling.PatchMerger(vision, hidden_size, joins_first=joins_first), [patches], ["embeds"])
 
-    return {
-        "patch_embed": task(
-            "VisionPatchEmbed",
-            _Joined(
-                modeling.embed_patches,
-                patch_embed=modeling.PatchEmbed(vision),
-                pos_embed=nn.Embedding(vision.num_position_embeddings, vision.hidden_size),
-            ),
-            [
-                _Input("pixel_values", ["I", "P", vision.patch_elements]),
-                _Input("pos_indices", ["P", 4], integers),
-                _Input("pos_weights", ["P", 4]),
-            ],
-            "hidden_states",
-            views={"patch_embed.proj.weight": (vision.hidden_size, vision.patch_elements)},
-        ),
-        "vision_block": task(
-            "VisionBlock",
-            modeling.VisionBlock(vision),
-            [patches, *(_Input(name, ["P", vision.head_dim // 2]) for name in ("rope_cos", "rope_sin"))],
-            "hidden_states_out",
-        ),
+    tasks = {
+        "patch_embed": _Task("VisionPatchEmbed", embedding, pixels, ["hidden_states"], view),
+        "vision_block": _Task("VisionBlock", modeling.VisionBlock(vision), [patches, *rope], ["hidden_states_out"]),
         "merger": merger("VisionMerger", joins_first=False),
-        "deepstack_merger": merger("DeepStackMerger", joins_first=True) if vision.deepstack_layers else None,
-        "embed": task(
-            "EmbedTokens",
-            modeling.EmbedTokens(text.vocab_size, text.hidden_size),
-            [_Input("input_ids", ["B", "S"], integers), visual_rows, visual_embeds],
-            "hidden_states",
+    }
+    if vision.deepstack_layers:
+        tasks["deepstack_merger"] = merger("DeepStackMerger", joins_first=True)
+    return tasks
+
+
+def _text_tasks(config: ModelConfig) -> dict[str, _Task]:
+    """Return what to trace of the decoder, by fields of `Pieces`."""
+    text, half, integers = config.text, config.text.head_dim // 2, torch.int64
+    hidden = _Input("hidden_states", ["B", "S", text.hidden_size])
+    visual = [
+        _Input("visual_rows", ["B", "S"], integers),
+        _Input("visual_embeds", [config.num_visual_levels, "V", text.hidden_size]),
+    ]
+    positions = [
+        _Input("position_ids", [3, "B", "S"], integers),
+        _Input("inv_freq", [half]),
+        _Input("axis_of_frequency", [half], integers),
+    ]
+    rotary = [_Input(name, ["B", "S", half]) for name in ("cos", "sin")]
+    cache = [_Input(name, ["B", text.num_kv_heads, "T", text.head_dim]) for name in ("past_key", "past_value")]
+    layer_inputs = [hidden, *rotary, *cache, _Input("past_lengths", ["B"], integers)]
+    presents = ["hidden_states_out", "present_key", "present_value"]
+    embedding = modeling.EmbedTokens(text.vocab_size, text.hidden_size)
+    head = _Joined(
+        modeling.language_head,
+        norm=modeling.RMSNorm(text.hidden_size, text.rms_norm_eps),
+        lm_head=nn.Linear(text.hidden_size, text.vocab_size, bias=False),
+    )
+    logits_positions = _Input("logits_positions", ["B", "L"], integers)
+    ids, level = _Input("input_ids", ["B", "S"], integers), _Input("level", [1], integers)
+    tasks = {
+        "embed": _Task("EmbedTokens", embedding, [ids, *visual], ["hidden_states"]),
+        "rotary": _Task("RotaryTable", _Joined(modeling.rotary_table), positions, ["cos", "sin"]),
+    }
+    for has_experts in sorted({text.experts_of(layer) is not None for layer in range(text.num_layers)}):
+        layer = modeling.DecoderLayer(text, text.experts if has_experts else None)
+        field_name, name = ("sparse_layer", "SparseDecoderLayer") if has_experts else ("dense_layer", "DecoderLayer")
+        tasks[field_name] = _Task(name, layer, layer_inputs, presents)
+    return tasks | {
+        "add_deepstack": _Task(
+            "AddDeepStack", _Joined(modeling.add_deepstack), [hidden, *visual, level], ["hidden_states_out"]
         ),
-        "rotary": task(
-            "RotaryTable",
-            _Joined(modeling.rotary_table),
-            [
-                _Input("position_ids", [3, "B", "S"], integers),
-                _Input("inv_freq", [half]),
-                _Input("axis_of_frequency", [half], integers),
-            ],
-            "cos",
-            "sin",
-        ),
-        "dense_layer": layer("DecoderLayer", has_experts=False),
-        "sparse_layer": layer("SparseDecoderLayer", has_experts=True),
-        "add_deepstack": task(
-            "AddDeepStack",
-            _Joined(modeling.add_deepstack),
-            [hidden, visual_rows, visual_embeds, _Input("level", [1], integers)],
-            "hidden_states_out",
-        ),
-        "head": task(
-            "LanguageHead",
-            _Joined(
-                modeling.language_head,
-                norm=modeling.RMSNorm(text.hidden_size, text.rms_norm_eps),
-                lm_head=nn.Linear(text.hidden_size, text.vocab_size, bias=False),
-            ),
-            [hidden, _Input("logits_positions", ["B", "L"], integers)],
-            "logits",
-        ),
+        "head": _Task("LanguageHead", head, [hidden, logits_positions], ["logits"]),
     }
 
 
@@ -321,12 +297,6 @@ def _as_function(graph: ir.Graph, name: str, inputs: Sequence[str], outputs: Seq
     graph.opset_imports.clear()
     graph.opset_imports.update({"": OPSET_VERSION, DOMAIN: DOMAIN_VERSION})
     return ir.Function(DOMAIN, name, "", graph=graph, attributes=[])
-
-
-def _integers(attribute: ir.Attr) -> Sequence[int]:
-    if attribute.type == ir.AttributeType.INT:
-        return [attribute.value]
-    return attribute.value if attribute.type == ir.AttributeType.INTS else []
 
 
 def _check_sizes(name: str, values: Any) -> None:

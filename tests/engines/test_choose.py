@@ -52,8 +52,7 @@ def stored_bytes(engine: Path) -> int:
 
 @pytest.mark.parametrize("target", all_targets(), ids=lambda target: target.name)
 def test_weights_are_estimated_to_the_byte(target: Target, demo_bundle: Bundle, tmp_path: Path) -> None:
-    copy = replace(demo_bundle, graphs={name: graph.clone() for name, graph in demo_bundle.graphs.items()})
-    build_engine(copy, target, tmp_path / "graphs", with_weights=False)
+    build_engine(demo_bundle, target, tmp_path / "graphs", with_weights=False)
     stored, estimated = stored_bytes(tmp_path / "graphs"), weight_bytes(target, demo_bundle.config)
     # In half precision the estimate counts all biases and norms as float32, so it is a little too high.
     assert stored <= estimated <= (stored if target.device == "cpu" else 1.01 * stored)
@@ -65,8 +64,7 @@ _TRT = ("trt-fp16", "trt-int4", "trt-nvfp4", "trt-fp8")
 @pytest.mark.parametrize("name", ["ort-cpu-fp32", "ort-cpu-int4", "ort-cuda-fp16", "ort-cuda-int4", *_TRT])
 def test_experts_are_estimated_to_the_byte(name: str, demo_moe_bundle: Bundle, tmp_path: Path) -> None:
     """Of a checkpoint whose rows of experts no block of 128 divides."""
-    copy = replace(demo_moe_bundle, graphs={name: graph.clone() for name, graph in demo_moe_bundle.graphs.items()})
-    build_engine(copy, get(name), tmp_path / "graphs", with_weights=False)
+    build_engine(demo_moe_bundle, get(name), tmp_path / "graphs", with_weights=False)
     stored, estimated = stored_bytes(tmp_path / "graphs"), weight_bytes(get(name), demo_moe_bundle.config)
     assert stored <= estimated <= (stored if get(name).device == "cpu" else 1.01 * stored)
 
@@ -202,6 +200,13 @@ def test_nothing_fits() -> None:
     assert f"ort-cpu-int4, the nearest, takes {nearest.total_bytes / 1e6:,.1f} MB" in caught.value.message
     assert "the limit is 1,073.7 MB" in caught.value.message
     assert nearest.parts[WEIGHTS] == estimate(CPU_INT4, config)[WEIGHTS] > 1 << 30
+
+
+def test_rows_that_no_kernel_reads_are_a_refusal() -> None:
+    machine = replace(CPU_ONLY, gpus=(ADA,))
+    choice = consider(machine, shape("tiny"), targets=[like("ort-cuda-int4"), CPU_INT8])
+    assert choice.candidates[0].refusal.endswith("no block of 16, 32, 64, 128, 256 divides its 48 columns")
+    assert choice.target is CPU_INT8
 
 
 def test_nothing_is_available() -> None:

@@ -125,7 +125,7 @@ def test_the_command_refuses_such_heads_before_tracing(tmp_path: Path, monkeypat
     def trace(*_: object) -> None:
         raise AssertionError("traced before the target was asked")
 
-    monkeypatch.setattr("qwen3vl_export.export.trace_pieces", trace)
+    monkeypatch.setattr("qwen3vl_export.tracing.pieces.trace_pieces", trace)
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 2, 2], "mrope_interleaved": True}
     folder = write_random(tmp_path / "checkpoint", text_config={"head_dim": 12, "rope_parameters": rope})
     code, out, err = call(export_app, str(folder), "--output", str(tmp_path / "engine"))

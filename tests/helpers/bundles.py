@@ -1,4 +1,4 @@
-"""Copies of a traced bundle, and a target whose decoder alone is in few bits."""
+"""A target whose decoder alone is in few bits."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from engines import registry
-from engines.bundle import Bundle
 from engines.passes.fuse_shared_input import FuseSharedInputPass
 from engines.passes.quantize_weights import QuantizeWeightsPass
 from engines.quantize.formats import WeightFormats
 from engines.target import Target
-
-
-def copy_of(bundle: Bundle) -> Bundle:
-    """Return another bundle of the same weights: building consumes the graphs, and tracing takes seconds."""
-    return replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
 
 
 def decoder_target(bits: int, block: int) -> Target:

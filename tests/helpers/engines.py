@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -15,9 +14,7 @@ from runtime.manifest import Manifest
 
 
 def build(bundle: Bundle, target: str, output: Path) -> Path:
-    """Build an engine and leave the bundle as it is."""
-    copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
-    build_engine(copy, registry.get(target), output)
+    build_engine(bundle, registry.get(target), output)
     return output
 
 

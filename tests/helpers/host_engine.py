@@ -22,8 +22,7 @@ def build_host_engine(bundle: Bundle, folder: Path, options: BuildOptions, targe
     """Lower the bundle as for `target`, with the profiles that would be compiled, and write plans for the host."""
     import onnx
 
-    copy = dataclasses.replace(bundle, graphs={name: model.clone() for name, model in bundle.graphs.items()})
-    manifest = build_engine(copy, registry.get(target), folder, options=options, runnable=False)
+    manifest = build_engine(bundle, registry.get(target), folder, options=options, runnable=False)
     (folder / LOWERED_NAME).unlink()
     files, profiles = dict(manifest.files), {}
     for name in GRAPHS:

@@ -57,9 +57,8 @@ def half_target(dtype: ir.DataType = ir.DataType.FLOAT16) -> Target:
 
 
 def lower_to(bundle: Bundle, target: Target, folder: Path) -> Path:
-    """Write the lowered graphs of a bundle, which stays as it is."""
-    graphs = {name: model.clone() for name, model in bundle.graphs.items()}
-    build_engine(dataclasses.replace(bundle, graphs=graphs), target, folder, runnable=False)
+    """Write the lowered graphs of a bundle."""
+    build_engine(bundle, target, folder, runnable=False)
     return folder
 
 

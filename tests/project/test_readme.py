@@ -17,6 +17,7 @@ import pytest
 from benchmarks import report as tables
 from helpers import ROOT
 from runtime import errors
+from runtime.manifest import Manifest
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
@@ -90,6 +91,14 @@ def test_python_example(workplace: Path, demo_engine: Path) -> None:
     assert first.split()[:2] == [TRUTHS[0]["answer"], "eos"]
     assert float(first.split()[2]) > 0
     assert second == TRUTHS[0]["answer"]
+
+
+def test_the_export_from_python(tmp_path: Path) -> None:
+    (source,) = re.findall(r"^```python\n(.*?)^```$", COMMANDS, flags=re.DOTALL | re.MULTILINE)
+    output, target, weight_bytes, num_layers = call([sys.executable, "-c", source], tmp_path).split()
+    written = Manifest.read(tmp_path / "engine")
+    assert (output, target, int(num_layers)) == ("engine", "ort-cpu-fp32", written.model.text.num_layers)
+    assert int(weight_bytes) == written.weight_bytes > 0
 
 
 def test_demo_script_reads_the_picture_before_it_exports(tmp_path: Path) -> None:

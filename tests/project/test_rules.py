@@ -163,15 +163,6 @@ def test_environment_variables_are_touched_in_one_file(package: str) -> None:
 
 # Private names that tests of these files still reach for; each goes when what it stands for can be asked otherwise.
 _PRIVATE_LEFT = {
-    "tests/engines/targets/test_moe_ort_cuda.py": {
-        f"engines.targets.ort_cuda.{name}" for name in ("_EXPERT_BLOCKS", "_EXPERT_MULTIPLE", "_FLOAT32_OPS")
-    },
-    "tests/engines/tensorrt/test_tensorrt_api.py": {
-        "engines.targets.trt_rtx._COMPUTE_CAPABILITIES",
-        "engines.tensorrt.checks._TYPES",
-    },
-    "tests/engines/tensorrt/test_tensorrt_build.py": {"engines.tensorrt.compiler._stream_writer"},
-    "tests/engines/test_choose.py": {"engines.choose._stored"},
     "tests/qwen3vl_export/tracing/test_tracing.py": {"qwen3vl_export.tracing.pieces._EXAMPLES"},
 }
 

@@ -11,12 +11,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from engines import registry
-from engines.build import build_engine
 from helpers import judge
 from helpers.damage import altered, edit_json
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
-from qwen3vl_export.export import make_bundle
+from qwen3vl_export.export import export, make_bundle
+from qwen3vl_export.request import ExportRequest
 from runtime.contract import DECODER_INPUTS, VISION_INPUTS
 from runtime.generation import prefill
 from runtime.messages import user_message
@@ -121,7 +120,7 @@ def test_shards_and_an_untied_head_equal_transformers(tiny_checkpoint: Path, tmp
     (folder / "chat_template.jinja").write_text(thinking)
 
     output = tmp_path / "engine"
-    build_engine(make_bundle(Checkpoint.open(str(folder))), registry.get("ort-cpu-fp32"), output)
+    export(ExportRequest(str(folder), "ort-cpu-fp32", output))
     untied = judge.load(folder)
     np.testing.assert_array_equal(untied.lm_head.weight.detach().numpy(), tensors[HEAD_KEY])
     np.testing.assert_array_equal(untied.get_input_embeddings().weight.detach().numpy(), tensors[EMBEDDING_KEY])

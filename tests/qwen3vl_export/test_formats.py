@@ -172,7 +172,7 @@ def test_commands_name_it_before_they_trace(folder: Path, tmp_path: Path, monkey
     def trace(*_: object) -> None:
         raise AssertionError("traced before the checkpoint was looked at")
 
-    monkeypatch.setattr("qwen3vl_export.export.trace_pieces", trace)
+    monkeypatch.setattr("qwen3vl_export.tracing.pieces.trace_pieces", trace)
     instead("pytorch_model.bin")(folder)
     code, out, err = call(export_app, str(folder), "--output", str(tmp_path / "engine"))
     assert (code, out) == (CheckpointError.exit_code, "")

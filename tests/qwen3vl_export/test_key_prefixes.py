@@ -64,7 +64,7 @@ def test_experts_of_the_base_model(tmp_path: Path) -> None:
     whole = write_experts(tmp_path / "whole")
     folder = renamed(whole, tmp_path / "base", base)
     checkpoint = Checkpoint.open(str(folder))
-    checkpoint.check_shapes()
+    assert checkpoint.used_keys
     assert checkpoint.entries.keys() == Checkpoint.open(str(whole)).entries.keys()
 
 

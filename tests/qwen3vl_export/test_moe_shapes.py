@@ -9,10 +9,8 @@ import onnx
 import pytest
 
 from benchmarks.synthetic import write_checkpoint
-from engines import registry
-from engines.build import build_engine
-from qwen3vl_export.checkpoint import Checkpoint
-from qwen3vl_export.export import make_bundle
+from qwen3vl_export.export import export
+from qwen3vl_export.request import ExportRequest
 
 
 @pytest.mark.parametrize(
@@ -21,8 +19,7 @@ from qwen3vl_export.export import make_bundle
 )
 def test_sizes_are_exported_from_holes(tmp_path: Path, name: str, num_layers: int, hidden: int, width: int) -> None:
     write_checkpoint(tmp_path / "checkpoint", name, sparse=True)
-    bundle = make_bundle(Checkpoint.open(str(tmp_path / "checkpoint")))
-    build_engine(bundle, registry.get("ort-cpu-int4"), tmp_path / "engine", with_weights=False)
+    export(ExportRequest(str(tmp_path / "checkpoint"), "ort-cpu-int4", tmp_path / "engine", weights=False))
     graph = onnx.load(tmp_path / "engine" / "decoder.onnx", load_external_data=False).graph
     ops = Counter(node.op_type for node in graph.node)
     assert (ops["QMoE"], ops["GroupQueryAttention"], ops["MoE"], ops["Loop"]) == (num_layers, num_layers, 0, 0)

@@ -30,11 +30,10 @@ from engines.passes.dequantize_weights import DequantizeWeightsPass
 from engines.quantize import calibration, float8
 from engines.quantize.calibration import calibrate
 from engines.quantize.formats import FLOAT8, NVFP4, WeightFormats
-from engines.quantize.input_ranges import RangedWeight, attach_ranges
-from engines.quantize.nvfp4 import Nvfp4Weight
+from engines.quantize.input_ranges import RangedWeight, ranged_weights
 from engines.quantize.products import products_by_input
+from engines.quantize.transposed import Nvfp4Weight
 from engines.weights import StreamedTensor
-from helpers.bundles import copy_of
 from helpers.command_line import call
 from qwen3vl_export.cli import export
 from qwen3vl_export.demo.data import held_out
@@ -209,10 +208,8 @@ def test_a_weight_that_is_not_finite_is_named(kind: str, bad: float, tmp_path: P
 
 
 def calibrated(demo: Bundle, folder: Path, prompts: int = 16) -> Bundle:
-    bundle = copy_of(demo)
     folder.mkdir()
-    calibrate(bundle, registry.get("trt-fp8"), training_prompts(prompts), folder)
-    return bundle
+    return calibrate(demo, registry.get("trt-fp8"), training_prompts(prompts), folder).applied_to(demo)
 
 
 def lowered(bundle: Bundle, target: str, folder: Path) -> Path:
@@ -282,7 +279,7 @@ def test_ranges_are_the_largest_magnitudes_of_the_whole_graph(
 ) -> None:
     target, prompts = registry.get("trt-fp8"), training_prompts(3)
     samples = calibration.record_prompts(demo_bundle, prompts).images
-    model, products = products_by_input(demo_bundle, VISION, target, target.formats, FLOAT8)
+    model, products = products_by_input(demo_bundle, VISION, target, FLOAT8)
     model.graph.outputs[:] = list(products)
     for x in products:
         x.dtype = ir.DataType.FLOAT
@@ -294,10 +291,8 @@ def test_ranges_are_the_largest_magnitudes_of_the_whole_graph(
         for index, group in enumerate(products.values())
         for found in group
     }
-    bundle = copy_of(demo_bundle)
-    attach_ranges(bundle, VISION, target, target.formats, samples, tmp_path, max_bytes)
-    weights = [value.const_value for value in bundle.graphs[VISION].graph.initializers.values()]
-    ranges = {str(each.name): each.largest_input for each in weights if isinstance(each, RangedWeight)}
+    found = ranged_weights(demo_bundle, VISION, target, samples, tmp_path, max_bytes)
+    ranges = {key: weight.largest_input for key, weight in found.items()}
     assert len(ranges) == 16
     assert ranges == pytest.approx(expected, rel=1e-5)
 
@@ -307,7 +302,7 @@ def test_an_input_that_overflows_is_named(demo_bundle: Bundle, tmp_path: Path) -
     samples = calibration.record_prompts(demo_bundle, training_prompts(1)).images
     samples[0]["pixel_values"] = np.full_like(samples[0]["pixel_values"], np.nan)
     with pytest.raises(BundleError, match=r"blocks\.0\.attn\.qkv\.weight: its input is not finite"):
-        attach_ranges(copy_of(demo_bundle), VISION, target, target.formats, samples, tmp_path, 1 << 30)
+        ranged_weights(demo_bundle, VISION, target, samples, tmp_path, 1 << 30)
 
 
 @pytest.mark.parametrize("target", ["trt-fp8", "trt-rtx-fp8"])
@@ -321,14 +316,14 @@ def test_missing_calibration_is_said_before_any_work(target: str, tmp_path: Path
 
 def test_a_build_without_calibration_leaves_nothing(demo_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\.weight: no calibration prompt has shown the range of its input"):
-        lowered(copy_of(demo_bundle), "trt-fp8", tmp_path / "lowered")
+        lowered(demo_bundle, "trt-fp8", tmp_path / "lowered")
     assert not (tmp_path / "lowered").exists()
 
 
 def test_text_alone_calibrates_no_vision_tower(demo_bundle: Bundle, tmp_path: Path) -> None:
-    bundle, prompt = copy_of(demo_bundle), training_prompts(1)[0]
+    prompt = training_prompts(1)[0]
     text_only = dataclasses.replace(prompt, messages=[{"role": "user", "content": "digit"}])
-    calibrate(bundle, registry.get("trt-fp8"), [text_only], tmp_path)
+    bundle = calibrate(demo_bundle, registry.get("trt-fp8"), [text_only], tmp_path).applied_to(demo_bundle)
     with pytest.raises(UsageError, match=r"model\.visual\.blocks\.0\..*no calibration prompt") as raised:
         lowered(bundle, "trt-fp8", tmp_path / "lowered")
     assert "with an image" in str(raised.value.remedy)
@@ -336,12 +331,12 @@ def test_text_alone_calibrates_no_vision_tower(demo_bundle: Bundle, tmp_path: Pa
 
 def test_calibration_would_not_change_nvfp4(demo_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="trt-nvfp4 stores no weights in blocks of integers"):
-        calibrate(copy_of(demo_bundle), registry.get("trt-nvfp4"), training_prompts(1), tmp_path)
+        calibrate(demo_bundle, registry.get("trt-nvfp4"), training_prompts(1), tmp_path)
 
 
 def test_the_demo_in_nvfp4_has_the_codes_of_its_weights(demo_bundle: Bundle, tmp_path: Path) -> None:
     """ONNX Runtime's CPU provider has no kernel for it, so each DequantizeLinear is evaluated alone."""
-    folder = lowered(copy_of(demo_bundle), "trt-nvfp4", tmp_path / "lowered")
+    folder = lowered(demo_bundle, "trt-nvfp4", tmp_path / "lowered")
     with pytest.raises(ParityError, match="kernel for DequantizeLinear"):
         open_model(folder)
     graph = ir.load(folder / "decoder.onnx").graph

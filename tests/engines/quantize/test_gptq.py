@@ -20,7 +20,7 @@ from engines.quantize.calibration import Rounding, calibrate, record_prompts
 from engines.quantize.calibration_data import CalibrationPrompt, read_prompts
 from engines.quantize.gptq import InputMetric, factorize, quantize_rows
 from engines.quantize.slices import cut
-from helpers.bundles import copy_of, decoder_target
+from helpers.bundles import decoder_target
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.export import make_bundle
@@ -127,11 +127,11 @@ def demo() -> Bundle:
 def build(
     demo: Bundle, folder: Path, prompts: list[CalibrationPrompt] | None, rounding: Rounding = quantize_rows
 ) -> Path:
-    bundle, work = copy_of(demo), folder / "work"
+    work = folder / "work"
     work.mkdir(parents=True)
     if prompts is not None:
-        calibrate(bundle, TARGET, prompts, work, rounding=rounding)
-    build_engine(bundle, TARGET, folder / "engine")
+        demo = calibrate(demo, TARGET, prompts, work, rounding=rounding).applied_to(demo)
+    build_engine(demo, TARGET, folder / "engine")
     return folder / "engine"
 
 

@@ -269,8 +269,9 @@ def test_estimates_and_cache_agree(engine_of_bits: dict[int, Path]) -> None:
 
 def test_ranges_are_the_largest_of_all_prompts(demo_engine: Path, calibration: Path) -> None:
     prompts = read_prompts(calibration)[:3]
-    alone = [cache_ranges(demo_engine, [prompt]) for prompt in prompts]
-    np.testing.assert_array_equal(cache_ranges(demo_engine, prompts), np.max(alone, axis=0))
+    manifest = Manifest.read(demo_engine)
+    alone = [cache_ranges(demo_engine, manifest, [prompt]) for prompt in prompts]
+    np.testing.assert_array_equal(cache_ranges(demo_engine, manifest, prompts), np.max(alone, axis=0))
     model = Qwen3VLModel.from_engine(demo_engine)
     prepared = model.prepare(prompts[0].messages)
     cache = model.session.new_cache(len(prepared.prompt.input_ids))

@@ -34,7 +34,6 @@ from engines.targets import trt as trt_target
 from engines.tensorrt.checks import check_network, graph_facts
 from engines.tensorrt.experts import mixture_of_experts as body_in_blocks
 from engines.weights import StackedTensor
-from helpers.bundles import copy_of
 from helpers.experts_op import Arrays
 from helpers.lowered_fixtures import edit_graph
 from qwen3vl_export.checkpoint import Checkpoint
@@ -193,7 +192,7 @@ def bundle() -> Bundle:
 @pytest.fixture(scope="module")
 def lowered(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lowered") / "int4"
-    build_engine(copy_of(bundle), get("trt-rtx-int4"), folder, runnable=False)
+    build_engine(bundle, get("trt-rtx-int4"), folder, runnable=False)
     return folder
 
 
@@ -236,11 +235,10 @@ def test_verify_notices_a_fault_of_the_lowering(sabotage: Any, lowered: Path, tm
 def test_it_becomes_plans(precision: str, bundle: Bundle, tmp_path: Path) -> None:
     """The network is held against the graph, and the plan's bytes against the weights': they stay packed."""
     pytest.importorskip("tensorrt_rtx")
-    own = copy_of(bundle)
     if precision == "fp8":
-        calibrate(own, get("trt-rtx-fp8"), training_prompts(2), tmp_path)
+        bundle = calibrate(bundle, get("trt-rtx-fp8"), training_prompts(2), tmp_path).applied_to(bundle)
     engine = tmp_path / "engine"
-    build_engine(own, get(f"trt-rtx-{precision}"), engine, options=SMALL)
+    build_engine(bundle, get(f"trt-rtx-{precision}"), engine, options=SMALL)
     manifest = Manifest.read(engine)
     manifest.check(engine, full=True)
     assert {"vision.plan", "decoder.plan"} <= {path.name for path in engine.iterdir()}
@@ -262,7 +260,7 @@ def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_layer_gets_what_its_documentation_asks_for(bundle: Bundle, tmp_path: Path) -> None:
     """Parsed, not built: no library for these GPUs is here. Its formula on its weights is the op's."""
     trt = pytest.importorskip("tensorrt_rtx")
-    build_engine(copy_of(bundle), get("trt-fp16"), tmp_path / "lowered", runnable=False)
+    build_engine(bundle, get("trt-fp16"), tmp_path / "lowered", runnable=False)
     path = tmp_path / "lowered" / "decoder.onnx"
     model = ir.load(path)
     layers = [node for node in model.graph if node.op_type == "TRT_MoE"]
@@ -299,5 +297,5 @@ def test_the_layer_gets_what_its_documentation_asks_for(bundle: Bundle, tmp_path
 @pytest.mark.usefixtures("blackwell")
 def test_few_bits_stay_in_blocks(bundle: Bundle) -> None:
     target = get("trt-int4")
-    model = lower(copy_of(bundle).graphs["decoder"], target, bundle.config, target.passes(target.formats))
+    model = lower(bundle.graphs["decoder"].clone(), target, bundle.config, target.passes(target.formats))
     assert not any(node.op_type == "TRT_MoE" for node in model.graph)

@@ -21,7 +21,6 @@ from engines.registry import get, load_family
 from engines.tensorrt import compiler
 from engines.tensorrt.checks import GraphFacts, check_graph, check_network, check_plan_size, graph_facts
 from engines.tensorrt.profiles import profiles_of
-from helpers.bundles import copy_of
 from helpers.command_line import call
 from qwen3vl_export.cli import export, run
 from runtime.errors import CapacityError, EngineError, TargetError, UsageError
@@ -33,7 +32,7 @@ SMALL = BuildOptions(max_context=256, prefill_chunk=64, patch_buckets=(64, 256),
 
 
 def built(bundle: Bundle, target: str, output: Path, options: BuildOptions = SMALL, **more: Any) -> Path:
-    build_engine(copy_of(bundle), get(target), output, options=options, **more)
+    build_engine(bundle, get(target), output, options=options, **more)
     return output
 
 
@@ -59,9 +58,9 @@ def parsed(lowered: Path) -> Iterator[tuple[Any, GraphFacts]]:
     ("precision", "first"), [("fp16", "7.5"), ("bf16", "8.0"), ("int4", "8.0"), ("fp8", "8.9"), ("nvfp4", "12.0")]
 )
 def test_the_demo_becomes_plans(precision: str, first: str, demo_bundle: Bundle, tmp_path: Path) -> None:
-    bundle = copy_of(demo_bundle)
+    bundle = demo_bundle
     if precision == "fp8":
-        calibrate(bundle, get("trt-rtx-fp8"), training_prompts(2), tmp_path)
+        bundle = calibrate(bundle, get("trt-rtx-fp8"), training_prompts(2), tmp_path).applied_to(bundle)
     engine = built(bundle, f"trt-rtx-{precision}", tmp_path / "engine")
     manifest = Manifest.read(engine)
     manifest.check(engine, full=True)
@@ -144,9 +143,9 @@ def test_an_older_engine_stays_when_a_build_fails_and_goes_when_one_succeeds(
                 raise OSError(errno.ENOSPC, "No space left on device")
             return len(data)
 
-    real = compiler._stream_writer
+    real = compiler.stream_writer
     with monkeypatch.context() as patch:
-        patch.setattr(compiler, "_stream_writer", lambda trt, file: real(trt, Full(file)))
+        patch.setattr(compiler, "stream_writer", lambda trt, file: real(trt, Full(file)))
         # The library itself calls such a build a success.
         with pytest.raises(CapacityError, match="the disk is full"):
             built(demo_bundle, "trt-rtx-fp16", engine)
@@ -170,7 +169,7 @@ def test_a_graph_that_lost_a_layer_or_gained_a_cast_is_refused(
 
 
 def test_options_are_refused_before_the_model_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen3vl_export.export.make_bundle", lambda checkpoint: pytest.fail("traced"))
+    monkeypatch.setattr("qwen3vl_export.export.make_bundle", lambda *_: pytest.fail("traced"))
     for options in (("--compute-capability", "abc"), ("--max-context", "100000000"), ("--strip-weights",)):
         arguments = ("demo", "--target", "trt-rtx-fp16", "--output", str(tmp_path / "engine"), *options)
         code, _, err = call(export.app, *arguments)

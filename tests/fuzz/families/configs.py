@@ -46,7 +46,7 @@ def run(recipe: Recipe, folder: Path) -> str:
         checkpoint = Checkpoint.open(str(folder))
         _ = checkpoint.config, checkpoint.entries
         checkpoint.assets()
-        checkpoint.check_shapes()
+        _ = checkpoint.used_keys
     finally:
         extra.unlink(missing_ok=True)
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

@@ -48,7 +48,7 @@ def pieces(tiny_checkpoint: Path) -> Any:
 @pytest.fixture
 def traced_once(pieces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace the tiny shape once: every checkpoint here has it, and assembling leaves the pieces as they are."""
-    monkeypatch.setattr("qwen3vl_export.export.trace_pieces", lambda config: pieces)
+    monkeypatch.setattr("qwen3vl_export.tracing.pieces.trace_pieces", lambda config: pieces)
 
 
 def assert_clear(err: str, words: str) -> None:

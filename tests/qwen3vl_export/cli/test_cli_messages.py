@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from engines.progress import Progress, Stage
 from helpers import ROOT
 from helpers.command_line import call
 from qwen3vl_export.cli import export, run
@@ -286,10 +287,9 @@ def test_a_system_message_comes_first(demo_engine: Path, monkeypatch: pytest.Mon
 def test_quiet_leaves_out_all_but_errors(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen3vl_export import export as exporting
 
-    def traced(checkpoint: Any, report: Callable[[str], None]) -> Bundle:
-        report("stitching")
-        graphs = {name: model.clone() for name, model in demo_bundle.graphs.items()}
-        return dataclasses.replace(demo_bundle, graphs=graphs)
+    def traced(checkpoint: Any, progress: Progress) -> Bundle:
+        progress.report(Stage.STITCHING, "stitching")
+        return demo_bundle
 
     monkeypatch.setattr(exporting, "make_bundle", traced)
     output = tmp_path / "graphs"
@@ -307,13 +307,14 @@ def test_quiet_leaves_out_all_but_errors(demo_bundle: Bundle, tmp_path: Path, mo
 
 
 WORKING = """
+from engines.progress import Stage
 from qwen3vl_export.cli.progress import progress
-for is_wanted in (True, False):
-    with progress(is_wanted=is_wanted) as shown:
-        shown.stage("tracing [b]demo")
-        shown.stage("writing")
+for is_quiet in (False, True):
+    with progress(is_quiet=is_quiet) as shown:
+        shown.report(Stage.TRACING, "tracing [b]demo")
+        shown.report(Stage.WRITING, "writing")
         shown.advance(1_000_000, 4_000_000)
-        if is_wanted and hasattr(shown, "bars"):
+        if not is_quiet and hasattr(shown, "bars"):
             shown.bars.refresh()
 print("done")
 """

@@ -19,17 +19,16 @@ import pytest
 
 import configs
 import runtime.generation
-from engines import registry
-from engines.build import build_engine
 from helpers import ROOT, judge
 from helpers.random_checkpoints import write_random
 from qwen3vl_export.checkpoint import Checkpoint
-from qwen3vl_export.export import make_bundle
+from qwen3vl_export.export import export
 from qwen3vl_export.parity import transformers_reference
 from qwen3vl_export.parity.cases import make_cases, picture
 from qwen3vl_export.parity.metrics import agreement, difference, kl_divergence
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.verify import verify
+from qwen3vl_export.request import ExportRequest
 from runtime.errors import ParityError, UsageError
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
@@ -201,7 +200,7 @@ def random_engine(folder: Path, **changes: Any) -> tuple[Path, str]:
     """Export a random checkpoint; return engine and checkpoint."""
     source = write_random(folder / "checkpoint", **changes)
     engine = folder / "engine"
-    build_engine(make_bundle(Checkpoint.open(str(source))), registry.get("ort-cpu-fp32"), engine)
+    export(ExportRequest(str(source), "ort-cpu-fp32", engine))
     return engine, str(source)
 
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper
 
-from helpers.bundles import copy_of
 from helpers.damage import edit_graph
 from helpers.engines import build
 from qwen3vl_export.checkpoint import Checkpoint
@@ -115,7 +114,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("routes")
     bundle = make_bundle(Checkpoint.open("demo-moe"))
     names = ("ort-cpu-fp32", "ort-cpu-int8", "ort-cpu-int4")
-    return {name: build(copy_of(bundle), name, folder / name) for name in names}
+    return {name: build(bundle, name, folder / name) for name in names}
 
 
 def third_for_second(layer: int) -> Callable[[onnx.GraphProto], int]:

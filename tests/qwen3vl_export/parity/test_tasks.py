@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engines.bundle import Bundle
 from helpers import DOCS
 from helpers.command_line import call
 from helpers.damage import noisy_scales
+from helpers.engines import build
 from qwen3vl_export.cli.run import app
 from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.parity import plots, tasks
@@ -37,18 +39,10 @@ PRECISIONS = ("int8", "int4", "int4p8")
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def quantised(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Engines of the demo by precision."""
-    from engines import registry
-    from engines.build import build_engine
-    from qwen3vl_export.checkpoint import Checkpoint
-    from qwen3vl_export.export import make_bundle
-
     folder = tmp_path_factory.mktemp("quantised")
-    for precision in PRECISIONS:
-        bundle = make_bundle(Checkpoint.open("demo"))  # consumed by the build
-        build_engine(bundle, registry.get(f"ort-cpu-{precision}"), folder / precision)
-    return {precision: folder / precision for precision in PRECISIONS}
+    return {name: build(demo_bundle, f"ort-cpu-{name}", folder / name) for name in PRECISIONS}
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from engines import registry
-from engines.build import build_engine
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.quantize.tensors import BlockwiseWeight
 from engines.weights import ConcatenatedTensor, StreamedTensor
@@ -23,9 +21,10 @@ from helpers import ROOT, judge
 from helpers import quantized_fixtures as fixtures
 from helpers.quantized_fixtures import FORMS, Form
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
-from qwen3vl_export.export import make_bundle
+from qwen3vl_export.export import export
 from qwen3vl_export.parity.verify import verify
 from qwen3vl_export.quantized import compressed_tensors, fp8, join_parts, parts
+from qwen3vl_export.request import ExportRequest
 from qwen3vl_export.safetensors_reader import read_header
 from runtime.errors import CheckpointError
 from runtime.messages import user_message
@@ -138,7 +137,7 @@ def test_engine_equals_transformers_on_the_dequantised_weights(tiny_checkpoint: 
     # One form: the others give the same graph, with the weights that the next test compares.
     folder = tmp_path / "checkpoint"
     weights = fixtures.quantize_checkpoint(tiny_checkpoint, folder, FORMS["awq"])
-    build_engine(make_bundle(Checkpoint.open(str(folder))), registry.get("ort-cpu-fp32"), tmp_path / "engine")
+    export(ExportRequest(str(folder), "ort-cpu-fp32", tmp_path / "engine"))
     model = Qwen3VLModel.from_engine(tmp_path / "engine", threads=2)
     picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     messages = user_message("Read the digits.", [picture])
@@ -151,7 +150,7 @@ def test_engine_equals_transformers_on_the_dequantised_weights(tiny_checkpoint: 
 def test_verify_passes_on_the_dequantised_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     fixtures.quantize_checkpoint(tiny_checkpoint, folder, FORMS["awq"])
-    build_engine(make_bundle(Checkpoint.open(str(folder))), registry.get("ort-cpu-fp32"), tmp_path / "engine")
+    export(ExportRequest(str(folder), "ort-cpu-fp32", tmp_path / "engine"))
     report = verify(tmp_path / "engine", str(folder), max_new_tokens=2)
     assert report.passed, report.render()
 

@@ -114,11 +114,9 @@ import sys
 for name in {hidden}:
     sys.modules[name] = None
 from pathlib import Path
-from engines import registry
-from engines.build import build_engine
-from qwen3vl_export.checkpoint import Checkpoint
-from qwen3vl_export.export import make_bundle
-build_engine(make_bundle(Checkpoint.open("demo-moe")), registry.get("ort-cpu-int8"), Path({folder!r}))
+from qwen3vl_export.export import export
+from qwen3vl_export.request import ExportRequest
+export(ExportRequest("demo-moe", "ort-cpu-int8", Path({folder!r})))
 print(sorted(name for name in ("transformers", "torchvision") if sys.modules.get(name)))
 """
 

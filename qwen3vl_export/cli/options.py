@@ -1,0 +1,184 @@
+"""Options that several commands have, and records that a command takes as a group of options.
+
+An option that is not given is not passed on, so that the defaults are those of the checkpoint and of the runtime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from runtime.model import Qwen3VLModel
+
+Engine = Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder that qwen3vl-export wrote.")]
+CheckAll = Annotated[bool, typer.Option("--check", help="Hash the weight files too, not only the small ones.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
+Images = Annotated[
+    # Text, not Path: a path would fold the "//" of a URL, and the refusal of URLs would not see one.
+    list[str] | None,
+    typer.Option("--image", metavar="PATH", help="Image file shown before the prompt; repeat for several, in order."),
+]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="System message: how the model is to answer.", show_default=False)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress and no notes on stderr, but errors.")]
+ShowStats = Annotated[bool, typer.Option("--stats", help="Print times, speed and cache size on stderr.")]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How an engine is opened.
+
+    Attributes:
+        min_pixels: Enlarge images below this many pixels.
+        max_pixels: Shrink images above this many pixels: faster, less detail.
+        max_image_pixels: Refuse images of more pixels before they are decoded. [default: 50000000]
+        max_context: Room of the KV cache: prompt, images and answer, in tokens.
+        max_memory: Most memory that weights, cache and workspace may take, in units of 10^9 bytes. [default: the
+            machine's]
+        threads: Threads of the engine. [default: OMP_NUM_THREADS, or the cores]
+        huge_pages: Move the weights to huge pages first: seconds to open, faster tokens.
+        no_cuda_graphs: On a GPU, do not record the decode step as a CUDA graph.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_image_pixels: int | None = None
+    max_context: int | None = None
+    max_memory: Annotated[float | None, typer.Option(metavar="GB")] = None
+    threads: int | None = None
+    huge_pages: bool = False
+    no_cuda_graphs: bool = False
+
+    def open(self, engine: Path, *, check: bool = False) -> Qwen3VLModel:
+        """Open it.
+
+        Raises:
+            UsageError: An option is out of range.
+        """
+        from runtime.model import Qwen3VLModel
+
+        options = given(self)
+        if self.max_memory is not None:
+            if not math.isfinite(self.max_memory):
+                raise UsageError(
+                    f"--max-memory {self.max_memory}: expected a number of GB",
+                    remedy="leave it out for the machine's",
+                )
+            options["max_memory"] = round(self.max_memory * 1e9)
+        if options.pop("no_cuda_graphs", False):
+            options["cuda_graphs"] = False
+        return Qwen3VLModel.from_engine(engine, check=check, **options)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How an answer is made.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens.
+        max_length: Longest prompt and answer together, in tokens; --max-new-tokens takes its place.
+        do_sample: Draw tokens, or take the likeliest. [default: the checkpoint's]
+        temperature: Below 1 sharper, above 1 flatter; needs sampling.
+        top_k: Keep the K likeliest tokens; 0 keeps all; needs sampling.
+        top_p: Keep the likeliest that sum to P; 1 keeps all; needs sampling.
+        min_p: Drop those below P times the likeliest; 0 keeps all; needs sampling.
+        repetition_penalty: Above 1 repeats prompt and answer less; 1 is off.
+        presence_penalty: Taken from each token already in the answer; 0 is off.
+        frequency_penalty: The same, for each time it occurred; 0 is off.
+        seed: The same seed draws the same answer.
+        stop: End the answer before this text; repeat for several.
+        prompt_lookup_num_tokens: Draft up to N tokens by looking up the last ones in prompt and answer: faster where
+            the answer copies.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    do_sample: Annotated[bool | None, typer.Option("--do-sample/--greedy")] = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: list[str] | None = None
+    prompt_lookup_num_tokens: Annotated[
+        int | None, typer.Option("--prompt-lookup-num-tokens", "--prompt-lookup", metavar="N")
+    ] = None
+
+
+def given(options: Any) -> dict[str, Any]:
+    """Return the fields of a record that were given, by name."""
+    found = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value not in (field.default, []):  # an empty list: older releases of typer, where nothing is repeated
+            found[field.name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Show typer the fields of each parameter that is a dataclass as options.
+
+    What a field is for, says the docstring of its class. `Annotated[Record, ("field", …)]` shows some of them alone.
+    """
+    parameters: list[inspect.Parameter] = []
+    records: dict[str, tuple[type, tuple[str, ...]]] = {}
+    hints = get_type_hints(command, include_extras=True)
+    for parameter in inspect.signature(command).parameters.values():
+        kind, *marks = _parts(hints[parameter.name])
+        if not dataclasses.is_dataclass(kind):
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        names = marks[0] if marks else tuple(field.name for field in dataclasses.fields(kind))
+        records[parameter.name] = kind, names
+        parameters += [each for each in _options_of(kind) if each.name in names]
+
+    @functools.wraps(command)
+    def flat(**values: Any) -> None:
+        made = {name: kind(**{key: values.pop(key) for key in names}) for name, (kind, names) in records.items()}
+        command(**values, **made)
+
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+def _options_of(kind: type) -> list[inspect.Parameter]:
+    """Return the fields of a dataclass as typer takes options, described by the docstring of the class."""
+    attributes = textwrap.dedent((inspect.getdoc(kind) or "").partition("Attributes:\n")[2].partition("\n\n")[0])
+    texts = {found[1]: " ".join(found[2].split()) for found in re.finditer(r"^(\w+): (.*(\n +.*)*)", attributes, re.M)}
+    hints = get_type_hints(kind, include_extras=True)
+    options = []
+    for field in dataclasses.fields(kind):
+        base, *marks = _parts(hints[field.name])
+        # A switch that is off needs no option that says so.
+        words = [f"--{field.name.replace('_', '-')}"] if field.default is False else []
+        option = marks[0] if marks else typer.Option(*words)
+        option.help = texts[field.name]
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        annotation = Annotated[base, option]
+        options.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return options
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """Return a type and what `Annotated` hangs on it."""
+    return get_args(hint) if get_origin(hint) is Annotated else (hint,)

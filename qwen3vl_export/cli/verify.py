@@ -1,0 +1,158 @@
+"""`qwen3vl verify`: an engine beside PyTorch, its answers beside the truth, a checkpoint beside the end of float16."""
+
+# ruff: noqa: D301 (typer keeps the line breaks of a paragraph that begins with a backspace character)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwen3vl_export.cli.options import AsJson, Quiet, given, grouped
+from qwen3vl_export.cli.output import note, print_json, print_text
+from runtime.errors import ParityError, UsageError
+
+if TYPE_CHECKING:
+    from qwen3vl_export.parity.range_report import RangeReport
+    from qwen3vl_export.parity.report import Report
+    from qwen3vl_export.parity.task_report import TaskReport
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and with what.
+
+    Attributes:
+        checkpoint: What the engine was built from: folder, Hub id[@revision], demo, demo-moe.
+        engine: Engine folder, or lowered graphs of --no-compile; not with --ranges.
+        max_new_tokens: Greedy tokens to compare for each prompt. [default: 64]
+        reference: What to compare with: transformers, or own, this package's PyTorch definition of the model, where
+            transformers is not installed. [default: transformers]
+        tasks: Compare answers to the demo's held-out questions, with float32.
+        ranges: Compare every tensor of the checkpoint with the end of float16, 65504.
+        limit: With --tasks: only the first N canvases of 2000.
+        plot: With --tasks: each layer's error, with --ranges its range, as .svg or .png.
+
+    Raises:
+        UsageError: Two of them exclude each other.
+    """
+
+    checkpoint: Annotated[str, typer.Option(metavar="CKPT")]
+    engine: Annotated[Path | None, typer.Argument(metavar="ENGINE", show_default=False)] = None
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None
+    reference: Annotated[str | None, typer.Option(metavar="KIND")] = None
+    tasks: bool = False
+    ranges: bool = False
+    limit: Annotated[int | None, typer.Option(min=1)] = None
+    plot: Annotated[Path | None, typer.Option(metavar="FILE")] = None
+
+    def __post_init__(self) -> None:
+        """Check what excludes what."""
+        if self.ranges and (self.engine is not None or self.tasks):
+            raise UsageError("--ranges looks at the checkpoint alone", remedy="leave ENGINE and --tasks out")
+        if self.tasks and self.max_new_tokens is not None:
+            raise UsageError("--tasks takes no --max-new-tokens", remedy="leave one of them out")
+        if self.reference is not None and (self.tasks or self.ranges):
+            raise UsageError("--reference has no use with --tasks and --ranges", remedy="leave it out")
+        if self.limit is not None and not self.tasks:
+            raise UsageError("--limit belongs to --tasks", remedy="add --tasks")
+        if self.plot is not None and not (self.tasks or self.ranges):
+            raise UsageError("--plot belongs to --tasks or --ranges", remedy="add one of them")
+        if self.engine is None and not self.ranges:
+            raise UsageError("ENGINE is missing", remedy="give an engine folder, or --ranges for the checkpoint alone")
+
+
+@grouped
+def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Compare an engine with PyTorch in float32 on the same pixels; exit code 9 if a tolerance fails.
+
+    ENGINE may be the lowered graphs that --no-compile writes for a target whose device is not here: ONNX Runtime's CPU
+    provider runs them, which proves the graphs and not how the device rounds.
+
+    --tasks asks the demo's questions instead: four of each held-out canvas, of the engine and of a float32 engine that
+    it builds from the checkpoint. It prints exact matches, their paired difference in points with a 95 % interval,
+    divergence, agreement and perplexity on the true answers, and fails if a task loses more points than it may.
+
+    --ranges takes no engine: it runs the checkpoint in float32 and lists the largest magnitude of each tensor, and how
+    many times that fits below 65504. Exit code 9 if one does not: then float16 does not hold this checkpoint.
+
+    Needs the packages of the extra [verify] (transformers, torchvision) beside those of [export]; with --reference own,
+    --tasks or --ranges those of [export] alone. --tasks needs scikit-learn, too, and --plot matplotlib.
+
+    \b
+    Examples:
+      qwen3vl verify demo-engine --checkpoint demo
+      qwen3vl verify demo-engine --checkpoint demo --reference own
+      qwen3vl verify ENGINE --checkpoint Qwen/Qwen3-VL-2B-Instruct --json > parity.json
+      qwen3vl verify demo-engine --checkpoint demo --tasks --limit 300 --plot layers.svg
+      qwen3vl verify --checkpoint demo --ranges
+    """
+    report = _report(comparison, is_quiet=quiet, is_json=as_json)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_text(report.render())
+    if comparison.ranges and not report.passed:
+        raise ParityError(
+            f"float16 does not hold every tensor of {comparison.checkpoint}",
+            remedy="take a target that computes in bfloat16",
+        )
+    if not report.passed:
+        raise ParityError(
+            f"{comparison.engine} does not agree with {comparison.checkpoint} within the tolerances",
+            remedy="see the failed rows; check that the engine was built from this checkpoint, or build it again",
+        )
+
+
+def _report(comparison: Comparison, *, is_quiet: bool, is_json: bool) -> Report | TaskReport | RangeReport:
+    """Compare, and draw the plot."""
+    if comparison.plot is not None:
+        from qwen3vl_export.parity.plots import check_plot
+
+        check_plot(comparison.plot)  # before the minutes of work
+    options = {name: value for name, value in given(comparison).items() if name in ("max_new_tokens", "reference")}
+    if comparison.engine is None:
+        return _measure_ranges(comparison, **options)
+    if comparison.tasks:
+        return _compare_tasks(comparison.engine, comparison, is_quiet=is_quiet)
+    from qwen3vl_export.parity.verify import verify as compare
+
+    def say(case: str) -> None:
+        if not (is_quiet or is_json):
+            note(f"comparing: {case}")
+
+    return compare(comparison.engine, comparison.checkpoint, on_case=say, **options)
+
+
+def _compare_tasks(engine: Path, comparison: Comparison, *, is_quiet: bool) -> TaskReport:
+    """Ask the held-out questions, with a bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from qwen3vl_export.parity.layers import plot_layers
+    from qwen3vl_export.parity.tasks import run_tasks
+
+    shown = TextColumn("canvases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*shown, console=Console(stderr=True), transient=True, disable=is_quiet) as progress:
+        bar = progress.add_task("canvases", total=None)
+        report = run_tasks(
+            engine,
+            comparison.checkpoint,
+            limit=comparison.limit,
+            on_canvas=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    if comparison.plot is not None:
+        plot_layers({report.target: report.layers}, comparison.plot)
+    return report
+
+
+def _measure_ranges(comparison: Comparison, **options: Any) -> RangeReport:
+    from qwen3vl_export.parity.range_report import plot_ranges
+    from qwen3vl_export.parity.ranges import measure_ranges
+
+    report = measure_ranges(comparison.checkpoint, **options)
+    if comparison.plot is not None:
+        plot_ranges(report, comparison.plot)
+    return report
