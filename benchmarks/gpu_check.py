@@ -92,7 +92,8 @@ class Outcome:
 
 def gpu_check(
     model: Annotated[
-        list[str] | None, typer.Option(help="Checkpoint beside those shipped: folder, Hub id, or shape.")
+        list[str] | None,
+        typer.Option(help="Checkpoint beside those that are shipped: folder, Hub id, or shape for random weights."),
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Only this target; repeat for several.")] = None,
     results: options.Results = RESULTS,

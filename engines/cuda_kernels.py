@@ -230,17 +230,11 @@ def _typed(values: Sequence[ir.Value | None], parameters: Sequence[str]) -> list
     """Pair the type parameters of an operator's inputs or outputs with the element types that are there."""
     pairs = []
     for index, value in enumerate(values):
-        if value is None or not parameters or not _is_needed(value):
+        if value is None or not parameters:
+            continue
+        if not (value.producer() is None or value.uses() or value.is_graph_output()):
             continue
         assert value.dtype is not None, f"{value.name}: no element type"
         # The last parameter may be repeated.
-        pairs.append((parameters[min(index, len(parameters) - 1)], _name_of(value.dtype)))
+        pairs.append((parameters[min(index, len(parameters) - 1)], value.dtype.name.lower()))
     return pairs
-
-
-def _is_needed(value: ir.Value) -> bool:
-    return value.producer() is None or bool(value.uses()) or value.is_graph_output()
-
-
-def _name_of(dtype: ir.DataType) -> str:
-    return str(dtype.name).lower()

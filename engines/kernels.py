@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from engines.passes.fuse_transposed_matmul import MICROSOFT
+from engines.onnx_text import MICROSOFT
 
 # Operators, and the attributes that hold the bits of their codes.
 BITS = {

@@ -7,6 +7,8 @@ import onnx_ir as ir
 DOMAIN = "qwen3vl"
 DOMAIN_VERSION = 1
 OPSET_VERSION = 24
+MICROSOFT = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
 
 
 def parse_function(text: str) -> ir.Function:

@@ -204,10 +204,8 @@ class Target:
 
 def numbers_of(family: str, precision: str) -> dict[str, Any]:
     """Return the fields of a target that stand in a file of configs/targets, by name."""
-    values = dict(configs.load(f"targets/{family}").get(precision, {}))
-    formats = {"weights": "formats", "prefill_weights": "prefill_formats"}
-    rules = {formats[name]: WeightFormats.from_rules(values.pop(name)) for name in formats if name in values}
-    return {**values, **rules}
+    values = configs.load(f"targets/{family}").get(precision, {})
+    return {name: WeightFormats.from_rules(each) if isinstance(each, list) else each for name, each in values.items()}
 
 
 def version(text: str) -> tuple[int, ...]:

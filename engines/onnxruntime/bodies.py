@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
+
+from runtime.errors import TargetError
 
 if TYPE_CHECKING:
     from runtime.model_config import ModelConfig
 
+    Body = Callable[[ModelConfig], str]
+
+_HEAD_DIM_MULTIPLE = 8
 EXPERTS = """com.microsoft.MoE <k: int = @top_k, activation_type = "swiglu", activation_alpha = 1.0,
         activation_beta = 0.0, swiglu_fusion = 1, normalize_routing_weights = 1>"""
 """MoE, whose inputs are x, logits of all experts, gate and up, a bias and down.
@@ -16,16 +23,40 @@ chose, and of all others a number whose exponential is 0: what it then chooses, 
 """
 
 
-def causal_attention(config: ModelConfig, norm: str, lengths: str) -> str:
-    """Return the body of `CausalAttention` with GroupQueryAttention, which has no norm and no such rotary embedding.
+def check_heads(config: ModelConfig) -> None:
+    """Raise unless ONNX Runtime's GroupQueryAttention takes the heads of a model; it says so at the first token only.
+
+    Raises:
+        TargetError: `head_dim` is no multiple of 8 (onnxruntime 1.32, group_query_attention_helper.h).
+    """
+    head_dim = config.text.head_dim
+    if head_dim % _HEAD_DIM_MULTIPLE:
+        raise TargetError(
+            f"config.json: text_config.head_dim is {head_dim}, expected a multiple of {_HEAD_DIM_MULTIPLE}: ONNX "
+            "Runtime's GroupQueryAttention takes no other",
+            remedy="every published Qwen3-VL has 128; --bundle writes the graphs without a target's kernels",
+        )
+
+
+def native_ops(norm: str, lengths: str, experts: Body) -> dict[str, Body]:
+    """Return the bodies of all custom ops.
 
     Args:
-        config: Shape of the model.
         norm: Operator that normalises the heads of q and k.
         lengths: Nodes that compute `seqlens_k` [B], valid positions less one with the new ones, and the scalar
             `total_sequence_length`, both int32, of `cos`, `past_lengths` and `past_key`. All layers share `cos` and
             the lengths, so that these are computed once.
+        experts: Makes the body of `MixtureOfExperts`.
     """
+    return {
+        "CausalAttention": partial(_causal_attention, norm, lengths),
+        "VisionAttention": _vision_attention,
+        "MixtureOfExperts": experts,
+    }
+
+
+def _causal_attention(norm: str, lengths: str, config: ModelConfig) -> str:
+    """Return a body with GroupQueryAttention, which has no norm and no such rotary embedding."""
     heads, kv_heads, head_dim = config.text.num_heads, config.text.num_kv_heads, config.text.head_dim
     return f"""
 <domain: "qwen3vl", opset_import: ["" : 24, "com.microsoft" : 1]>
@@ -50,8 +81,7 @@ CausalAttention <scale: float, epsilon: float>
 """
 
 
-def vision_attention(config: ModelConfig) -> str:
-    """Return the body of `VisionAttention` with MultiHeadAttention."""
+def _vision_attention(config: ModelConfig) -> str:
     return """
 <domain: "qwen3vl", opset_import: ["" : 24, "com.microsoft" : 1]>
 VisionAttention <num_heads: int, scale: float> (q, k, v, cos, sin) => (out)

@@ -10,7 +10,8 @@ from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, ROWWISE, WeightForm
 from runtime.errors import TargetError
 
 if TYPE_CHECKING:
-    from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
+    from engines.quantize.tensors import BlockwiseWeight
+    from engines.quantize.transposed import RowwiseWeight
     from engines.weights import StackedTensor, StreamedTensor
 
 # Integer products of 8-bit blocks of the input: with float32 products (level 0) 8-bit weights are 100 times as slow,
@@ -43,7 +44,8 @@ class OrtStorage:
             TargetError: No kernel reads the format, or no block divides the rows of a table.
         """
         from engines.quantize.blocks import stored_block
-        from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
+        from engines.quantize.tensors import BlockwiseWeight
+        from engines.quantize.transposed import RowwiseWeight
 
         if form.kind == ROWWISE:
             return RowwiseWeight(tensor)

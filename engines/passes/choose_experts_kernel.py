@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from engines.initializers import add_initializer
+from engines.onnx_text import MICROSOFT
 from engines.onnxruntime.storage import CPU_STORAGE, OrtStorage
-from engines.passes.fuse_transposed_matmul import MICROSOFT
 from engines.quantize.experts import interleaved
 from engines.quantize.formats import FLOAT, WeightFormats
 from engines.weights import StackedTensor

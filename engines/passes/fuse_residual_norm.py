@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from engines.passes.fuse_transposed_matmul import MICROSOFT
+from engines.onnx_text import MICROSOFT
 
 
 class FuseResidualNormPass(ir.passes.InPlacePass):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 
 import onnx_ir as ir
 
@@ -28,19 +28,16 @@ class FuseSharedInputPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Join every group of at least two."""
-        groups = [group for group in self._groups(model) if len(group) > 1]
-        for group in groups:
-            _fuse(model, group)
-        return ir.passes.PassResult(model, bool(groups))
-
-    def _groups(self, model: ir.Model) -> Iterator[list[MatMulWeight]]:
         groups: dict[Hashable, list[MatMulWeight]] = {}
         for node in model.graph:
             found = find_weight(node)
             if found is not None and found.bias is None and len(found.value.uses()) == 1:
                 kind = (self._kind_of(found.key), frozenset(held_blocks(found.tensor)))
                 groups.setdefault((found.x, found.num_inputs, kind), []).append(found)
-        yield from groups.values()
+        joined = [group for group in groups.values() if len(group) > 1]
+        for group in joined:
+            _fuse(model, group)
+        return ir.passes.PassResult(model, bool(joined))
 
 
 def _fuse(model: ir.Model, group: list[MatMulWeight]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-MICROSOFT = "com.microsoft"
+from engines.onnx_text import MICROSOFT
+from engines.passes.matmul_weight import transposed_initializer
 
 
 class FuseTransposedMatMulPass(ir.passes.InPlacePass):
@@ -18,19 +19,11 @@ class FuseTransposedMatMulPass(ir.passes.InPlacePass):
         """Fuse every such pair whose weight is an initializer."""
         modified = False
         for node in list(model.graph):
-            if node.op_type != "MatMul" or node.domain != "":
+            weight = node.inputs[1] if node.op_type == "MatMul" and node.domain == "" else None
+            stored = None if weight is None else transposed_initializer(weight)
+            if weight is None or stored is None:
                 continue
-            weight = node.inputs[1]
-            transpose = weight.producer() if weight is not None else None
-            if (
-                transpose is None
-                or transpose.op_type != "Transpose"
-                or transpose.attributes["perm"].as_ints() != (1, 0)
-            ):
-                continue
-            stored = transpose.inputs[0]
-            if stored is None or not stored.is_initializer():
-                continue
+            transpose = weight.producer()
             fused = ir.node(
                 "FusedMatMul",
                 [node.inputs[0], stored],
@@ -41,7 +34,7 @@ class FuseTransposedMatMulPass(ir.passes.InPlacePass):
             ir.convenience.replace_nodes_and_values(
                 model.graph, node, [node], [fused], [node.outputs[0]], [fused.outputs[0]]
             )
-            if not transpose.outputs[0].uses():
+            if transpose is not None and not weight.uses():
                 model.graph.remove(transpose, safe=True)
             modified = True
         if modified:

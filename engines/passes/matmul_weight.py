@@ -72,10 +72,7 @@ def find_weight(node: ir.Node) -> MatMulWeight | None:
     x, operand, bias = node.inputs[0], node.inputs[1], None
     nodes: tuple[ir.Node, ...] = (node,)
     if node.op_type == "MatMul":
-        transpose = operand.producer()
-        if transpose is None or transpose.op_type != "Transpose" or transpose.attributes["perm"].as_ints() != (1, 0):
-            return None
-        stored = transpose.inputs[0]
+        stored = transposed_initializer(operand)
         add = _bias_add(node)
         if add is not None:
             nodes, bias = (node, add), add.inputs[1]
@@ -86,9 +83,18 @@ def find_weight(node: ir.Node) -> MatMulWeight | None:
         stored, bias = operand, node.inputs[2] if len(node.inputs) > 2 else None
     else:
         return None
-    if stored is None or not stored.is_initializer() or not isinstance(stored.const_value, StreamedTensor):
+    if stored is None or not isinstance(stored.const_value, StreamedTensor):
         return None
     return MatMulWeight(nodes, x, stored, stored.const_value, bias, nodes[-1].outputs[0])
+
+
+def transposed_initializer(value: ir.Value) -> ir.Value | None:
+    """Return the initializer whose transpose a value is, None if it is no such thing."""
+    transpose = value.producer()
+    if transpose is None or transpose.op_type != "Transpose" or transpose.attributes["perm"].as_ints() != (1, 0):
+        return None
+    stored = transpose.inputs[0]
+    return stored if stored is not None and stored.is_initializer() else None
 
 
 def _bias_add(product: ir.Node) -> ir.Node | None:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines.initializers import add_initializer
-from engines.passes.fuse_transposed_matmul import MICROSOFT
+from engines.onnx_text import MICROSOFT
 
 _DTYPES = {8: ir.DataType.INT8, 4: ir.DataType.UINT8}
 # Places among GroupQueryAttention's inputs.

@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.initializers import add_initializer, add_integers
+from engines.onnx_text import MICROSOFT
 from engines.onnxruntime.storage import CPU_STORAGE, OrtStorage
-from engines.passes.fuse_transposed_matmul import MICROSOFT
 from engines.passes.matmul_weight import MatMulWeight, find_weight
 from engines.quantize.formats import FLOAT, WeightFormats
-from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight
+from engines.quantize.tensors import BlockwiseWeight
+from engines.quantize.transposed import RowwiseWeight
 from engines.weights import StreamedTensor, ViewTensor
 
 # Keeps a row of zeros from being divided by zero.
@@ -42,7 +43,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         self._formats, self._storage = formats, storage
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Quantise every weight that the plan has a format for."""
+        """Quantise every weight that there is a format for."""
         lookups: dict[ir.Value, list[ir.Node]] = {}
         products: list[MatMulWeight] = []
         for node in list(model.graph):

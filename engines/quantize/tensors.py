@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from engines.quantize.blockwise import QuantizedBlocks, pack_codes, quantize_blocks, quantize_rows_int8
+from engines.quantize.blockwise import QuantizedBlocks, pack_codes, quantize_blocks
 from engines.quantize.imported import GroupQuantizedTensor
 from engines.weights import ConcatenatedTensor, StackedTensor, StreamedTensor
 from runtime.errors import BundleError
@@ -31,8 +31,7 @@ T = TypeVar("T")
 class QuantizedWeight(abc.ABC):
     """A weight as codes, and what is found in the same pass over its source, such as scales.
 
-    The codes must be written first; the others wait in memory until they are written, 1/32 of the source's bytes or
-    less.
+    The codes must be written first; the others wait in memory until they are written.
 
     Args:
         name: Of the weight.
@@ -141,61 +140,6 @@ def blocks_of(source: StreamedTensor, bits: int, block: int, *, symmetric: bool)
         for held in part.quantized_rows():
             is_kept = not symmetric or (held.zero_points == 1 << (bits - 1)).all()
             yield held if is_kept else search(held.dequantize().reshape(-1, padded))
-
-
-class TransposedWeight(QuantizedWeight):
-    """A weight [N, K] transposed to the codes [K, N] that a product takes, without a Transpose in the graph.
-
-    The codes of the whole weight are in memory while it is written, since they are written column by column.
-    """
-
-    @abc.abstractmethod
-    def quantized_rows(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """Yield codes [R, K], a byte each, and scales, [R] or [R, J], of some rows in order."""
-
-    def quantized(self) -> Iterator[tuple[NDArray[Any], ...]]:
-        """Yield everything at once; codes of 4 bits packed in row-major order, with an odd N of two rows in a byte."""
-        codes, all_scales = self.tensors[0], []
-        is_packed = codes.dtype.bitwidth == 4
-        codes_KN = np.empty(codes.shape.numpy(), np.uint8 if is_packed else codes.dtype.numpy())
-        done = 0
-        for codes_RK, scales in self.quantized_rows():
-            codes_KN[:, done : done + len(scales)] = codes_RK.T
-            all_scales.append(scales)
-            done += len(scales)
-        flat = codes_KN.reshape(-1)
-        yield pack_codes(flat, 4) if is_packed else flat, np.ascontiguousarray(np.concatenate(all_scales).T).reshape(-1)
-
-
-class RowwiseWeight(TransposedWeight):
-    """A weight [N, K] in 8 bits with one scale a row.
-
-    Args:
-        source: The weight.
-        dtype: Of the codes.
-        quantize: Makes codes [R, K] and scales [R] of some rows.
-
-    Attributes:
-        transposed: Codes [K, N].
-        scales: float32 [N].
-    """
-
-    def __init__(
-        self,
-        source: StreamedTensor,
-        dtype: ir.DataType = ir.DataType.INT8,
-        quantize: Callable[[NDArray[np.float32]], tuple[NDArray[Any], NDArray[np.float32]]] = quantize_rows_int8,
-    ) -> None:
-        self._source, self._quantize = source, quantize
-        num_rows, num_columns = (int(n) for n in source.shape.numpy())
-        suffix = "s8" if dtype == ir.DataType.INT8 else "f8"
-        scales = ("scales", (num_rows,), ir.DataType.FLOAT)
-        super().__init__(str(source.name), [(suffix, (num_columns, num_rows), dtype), scales])
-        self.transposed, self.scales = self.tensors
-
-    def quantized_rows(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """Yield codes and scales of some rows."""
-        return map_ahead(self._quantize, row_chunks(self._source))
 
 
 class ProducedTensor(StreamedTensor):

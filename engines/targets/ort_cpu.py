@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engines.attention_limits import check_grouped_query_attention
 from engines.onnxruntime import bodies
 from engines.onnxruntime.storage import CPU_STORAGE
 from engines.quantize.formats import WeightFormats
@@ -35,10 +34,6 @@ _LENGTHS = """
     total = Add (longest_past, num_new_scalar)
     total_sequence_length = Cast <to = 6> (total)
 """
-
-
-def _causal_attention(config: ModelConfig) -> str:
-    return bodies.causal_attention(config, "SimplifiedLayerNormalization", _LENGTHS)
 
 
 def _mixture_of_experts(config: ModelConfig) -> str:
@@ -99,15 +94,11 @@ TARGETS = tuple(
         library="onnxruntime",
         extra="cpu",
         cache_dtype="float32",
-        native_ops={
-            "CausalAttention": _causal_attention,
-            "VisionAttention": bodies.vision_attention,
-            "MixtureOfExperts": _mixture_of_experts,
-        },
+        native_ops=bodies.native_ops("SimplifiedLayerNormalization", _LENGTHS, _mixture_of_experts),
         passes=_passes,
         storage=CPU_STORAGE,
         cache_pass=_cache_pass,
-        check_model=check_grouped_query_attention,
+        check_model=bodies.check_heads,
         **numbers_of("ort_cpu", precision),
     )
     for precision, description in {

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engines.attention_limits import check_grouped_query_attention
 from engines.onnxruntime import bodies
 from engines.onnxruntime.storage import OrtStorage
 from engines.quantize.formats import WeightFormats
@@ -62,10 +61,6 @@ _LENGTHS = """
     capacity = Shape <start = 2, end = 3> (past_key)
     total_sequence_length = Cast <to = 6> (capacity)
 """
-
-
-def _causal_attention(config: ModelConfig) -> str:
-    return bodies.causal_attention(config, "RMSNormalization", _LENGTHS)
 
 
 def _mixture_of_experts(config: ModelConfig) -> str:
@@ -135,17 +130,13 @@ TARGETS = tuple(
         library="onnxruntime",
         extra="cuda",
         cache_dtype=dtype,
-        native_ops={
-            "CausalAttention": _causal_attention,
-            "VisionAttention": bodies.vision_attention,
-            "MixtureOfExperts": _mixture_of_experts,
-        },
+        native_ops=bodies.native_ops("RMSNormalization", _LENGTHS, _mixture_of_experts),
         passes=partial(_passes, dtype),
         storage=STORAGE,
         float_dtype=dtype,
         device=GPU,
         top_k=_TOP_K,
-        check_model=check_grouped_query_attention,
+        check_model=bodies.check_heads,
         check_library=_check_library,
         **numbers_of("ort_cuda", precision),
     )

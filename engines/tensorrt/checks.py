@@ -19,8 +19,8 @@ from runtime.model_config import ModelConfig
 # Weights of this many elements and more are held by name and type; scalars and axes are the parser's business.
 _SMALLEST_WEIGHT = 64
 # ONNX's names of element types, by TensorRT's.
-_TYPES = {"FLOAT": "FLOAT", "HALF": "FLOAT16", "BF16": "BFLOAT16", "INT4": "INT4", "FP8": "FLOAT8E4M3FN"}
-_TYPES |= {"FP4": "FLOAT4E2M1", "INT8": "INT8", "INT64": "INT64", "INT32": "INT32", "BOOL": "BOOL"}
+TYPES = {"FLOAT": "FLOAT", "HALF": "FLOAT16", "BF16": "BFLOAT16", "INT4": "INT4", "FP8": "FLOAT8E4M3FN"}
+TYPES |= {"FP4": "FLOAT4E2M1", "INT8": "INT8", "INT64": "INT64", "INT32": "INT32", "BOOL": "BOOL"}
 _FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
 # A plan holds the weights once, in the layout of its kernels, and code for its shapes.
 _CODE_BYTES = 64 << 20
@@ -93,9 +93,9 @@ def check_network(trt: Any, network: Any, facts: GraphFacts, place: str) -> None
         kinds[layer.type.name] += 1
         if layer.type == trt.LayerType.CONSTANT:
             output = layer.get_output(0)
-            found[layer.name] = _TYPES.get(output.dtype.name, output.dtype.name)
+            found[layer.name] = TYPES.get(output.dtype.name, output.dtype.name)
         elif layer.type == trt.LayerType.CAST:
-            given, made = (_TYPES.get(t.dtype.name, t.dtype.name) for t in (layer.get_input(0), layer.get_output(0)))
+            given, made = (TYPES.get(t.dtype.name, t.dtype.name) for t in (layer.get_input(0), layer.get_output(0)))
             is_conversion = {given, made} <= _FLOATS and given != made and not _is_scalar(layer.get_input(0))
             if is_conversion and layer.name not in facts.casts:
                 raise TargetError(

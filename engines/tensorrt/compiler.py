@@ -134,7 +134,7 @@ class _PlanBuilder:
         for profile in profiles:
             config.add_optimization_profile(self._profile(profile))
         with path.open("wb") as file:
-            writer = _stream_writer(trt, file)
+            writer = stream_writer(trt, file)
             is_built = self._builder.build_serialized_network_to_stream(self.network, config, writer)
         # The library drops what `write` raises, and calls a plan that was cut off a success.
         if writer.error is not None:
@@ -158,7 +158,7 @@ class _PlanBuilder:
         return TargetError(message, remedy="run with --no-compile and look at the lowered graph")
 
 
-def _stream_writer(trt: Any, file: BinaryIO) -> Any:
+def stream_writer(trt: Any, file: BinaryIO) -> Any:
     """Return what takes a plan piece by piece, so that it is never in memory as a whole beside the network."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc]

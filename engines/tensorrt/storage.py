@@ -9,7 +9,8 @@ from engines.quantize.formats import BLOCKWISE, FLOAT8, NVFP4, WeightFormat
 from runtime.errors import TargetError
 
 if TYPE_CHECKING:
-    from engines.quantize.tensors import BlockwiseWeight, TransposedWeight
+    from engines.quantize.tensors import BlockwiseWeight
+    from engines.quantize.transposed import TransposedWeight
     from engines.weights import StackedTensor, StreamedTensor
 
 # TensorRT reads blocks of these sizes (tensorrt_rtx 1.7.1 builds no other).
@@ -29,9 +30,7 @@ class TensorRtStorage:
 
         from engines.quantize.blocks import stored_block
         from engines.quantize.float8 import quantize_rows_float8
-        from engines.quantize.nvfp4 import Nvfp4Weight
-        from engines.quantize.symmetric import SymmetricWeight
-        from engines.quantize.tensors import RowwiseWeight
+        from engines.quantize.transposed import Nvfp4Weight, RowwiseWeight, SymmetricWeight
 
         if form.kind == FLOAT8:
             return RowwiseWeight(tensor, ir.DataType.FLOAT8E4M3FN, quantize_rows_float8)

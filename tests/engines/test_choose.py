@@ -202,6 +202,13 @@ def test_nothing_fits() -> None:
     assert nearest.parts[WEIGHTS] == estimate(CPU_INT4, config)[WEIGHTS] > 1 << 30
 
 
+def test_rows_that_no_kernel_reads_are_a_refusal() -> None:
+    machine = replace(CPU_ONLY, gpus=(ADA,))
+    choice = consider(machine, shape("tiny"), targets=[like("ort-cuda-int4"), CPU_INT8])
+    assert choice.candidates[0].refusal.endswith("no block of 16, 32, 64, 128, 256 divides its 48 columns")
+    assert choice.target is CPU_INT8
+
+
 def test_nothing_is_available() -> None:
     with pytest.raises(TargetError, match="trt-fp16: no GPU on this machine"):
         choose_target(CPU_ONLY, shape("tiny"), targets=[GPU_FP16, like("ort-cpu-int8", runs=False)])

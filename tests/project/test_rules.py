@@ -165,16 +165,9 @@ def test_environment_variables_are_touched_in_one_file(package: str) -> None:
 _PRIVATE_LEFT = {
     "tests/engines/quantize/test_float8.py": {"engines.quantize.calibration._record"},
     "tests/engines/quantize/test_gptq.py": {"engines.quantize.calibration._record"},
-    "tests/engines/targets/test_moe_ort_cuda.py": {
-        f"engines.targets.ort_cuda.{name}" for name in ("_EXPERT_BLOCKS", "_EXPERT_MULTIPLE", "_FLOAT32_OPS")
-    },
     "tests/engines/tensorrt/test_tensorrt_api.py": {
-        "engines.targets.trt_rtx._COMPUTE_CAPABILITIES",
-        "engines.tensorrt.checks._TYPES",
-        *(f"runtime.sessions.tensorrt.{name}" for name in ("_CACHE_TYPES", "_DECODER_TENSORS", "_VISION_TENSORS")),
+        f"runtime.sessions.tensorrt.{name}" for name in ("_CACHE_TYPES", "_DECODER_TENSORS", "_VISION_TENSORS")
     },
-    "tests/engines/tensorrt/test_tensorrt_build.py": {"engines.tensorrt.compiler._stream_writer"},
-    "tests/engines/test_choose.py": {"engines.choose._stored"},
     "tests/qwen3vl_export/tracing/test_tracing.py": {"qwen3vl_export.tracing.pieces._EXAMPLES"},
     "tests/runtime/sessions/test_ort_cuda.py": {"runtime.sessions.ort_cuda._Buffers"},
     "tests/runtime/test_model.py": {"runtime.model.Qwen3VLModel._run"},

@@ -31,8 +31,8 @@ from engines.quantize import calibration, float8
 from engines.quantize.calibration import calibrate
 from engines.quantize.formats import FLOAT8, NVFP4, WeightFormats
 from engines.quantize.input_ranges import RangedWeight, ranged_weights
-from engines.quantize.nvfp4 import Nvfp4Weight
 from engines.quantize.products import products_by_input
+from engines.quantize.transposed import Nvfp4Weight
 from engines.weights import StreamedTensor
 from helpers.command_line import call
 from qwen3vl_export.cli import export

@@ -18,7 +18,8 @@ from engines.passes.quantize_weights import QuantizeWeightsPass
 from engines.quantize.blockwise import QuantizedBlocks, pack_codes, quantize_blocks, quantize_rows_int8
 from engines.quantize.formats import WeightFormat, WeightFormats
 from engines.quantize.imported import GroupQuantizedTensor
-from engines.quantize.tensors import BlockwiseWeight, RowwiseWeight, row_chunks
+from engines.quantize.tensors import BlockwiseWeight, row_chunks
+from engines.quantize.transposed import RowwiseWeight
 from engines.weights import StreamedTensor
 from runtime.errors import BundleError, TargetError
 from runtime.kernels import EXACT_PRODUCTS, known_kernels, needs_exact_products

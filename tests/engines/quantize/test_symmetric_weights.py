@@ -17,7 +17,7 @@ from engines.quantize.blockwise import QuantizedBlocks, quantize_blocks
 from engines.quantize.formats import WeightFormats
 from engines.quantize.gptq import factorize, quantize_rows
 from engines.quantize.imported import GroupQuantizedTensor
-from engines.quantize.symmetric import SymmetricWeight
+from engines.quantize.transposed import SymmetricWeight
 from engines.weights import StreamedTensor
 from runtime.errors import TargetError
 

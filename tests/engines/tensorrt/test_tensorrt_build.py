@@ -143,9 +143,9 @@ def test_an_older_engine_stays_when_a_build_fails_and_goes_when_one_succeeds(
                 raise OSError(errno.ENOSPC, "No space left on device")
             return len(data)
 
-    real = compiler._stream_writer
+    real = compiler.stream_writer
     with monkeypatch.context() as patch:
-        patch.setattr(compiler, "_stream_writer", lambda trt, file: real(trt, Full(file)))
+        patch.setattr(compiler, "stream_writer", lambda trt, file: real(trt, Full(file)))
         # The library itself calls such a build a success.
         with pytest.raises(CapacityError, match="the disk is full"):
             built(demo_bundle, "trt-rtx-fp16", engine)
