@@ -14,7 +14,7 @@ from runtime.errors import TargetError
 def dividing_block(
     columns: Sequence[int], most: int, sizes: tuple[int, ...] = BLOCK_SIZES, multiple: int = 1
 ) -> int | None:
-    """Return the largest of the sizes, up to `most`, of which rows of these lengths have a multiple, None if none is."""
+    """Return the largest of the sizes, up to `most`, that divides rows of all these lengths, None if none does."""
     common = math.gcd(*columns)
     return max((size for size in sizes if size <= most and common % (size * multiple) == 0), default=None)
 
