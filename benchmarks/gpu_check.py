@@ -35,8 +35,8 @@ from engines.hardware import Hardware, probe
 from engines.quantize.calibration import needs_prompts
 from engines.registry import all_targets
 from engines.target import GPU
-from qwen3vl_export.cli.output import columns
 from runtime.errors import CheckpointError, Qwen3VLError, TargetError
+from runtime.shown import columns
 
 if TYPE_CHECKING:
     from engines.target import Target

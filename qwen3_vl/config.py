@@ -8,14 +8,14 @@ from qwen3_vl.lazy import lazy
 
 if TYPE_CHECKING:
     from runtime.generation_config import GenerationOptions
-    from runtime.image_processor import ImageProcessorConfig
+    from runtime.image_config import ImageProcessorConfig
     from runtime.model_config import ExpertsConfig, ModelConfig, TextConfig, VisionConfig
 
 __all__ = ["ExpertsConfig", "GenerationOptions", "ImageProcessorConfig", "ModelConfig", "TextConfig", "VisionConfig"]
 
 _SOURCES = {
     "runtime.generation_config": ["GenerationOptions"],
-    "runtime.image_processor": ["ImageProcessorConfig"],
+    "runtime.image_config": ["ImageProcessorConfig"],
     "runtime.model_config": ["ExpertsConfig", "ModelConfig", "TextConfig", "VisionConfig"],
 }
 

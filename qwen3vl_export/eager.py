@@ -17,12 +17,12 @@ from torch import Tensor
 
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.modeling import LayerCache, Qwen3VL
-from runtime.arguments import whole_number
 from runtime.contract import DecoderInputs, FloatArray, VisionInputs
+from runtime.engine_options import checked_max_context
 from runtime.errors import CheckpointError, UsageError
 from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
-from runtime.model import DEFAULT_MAX_CONTEXT, Qwen3VLModel
+from runtime.model import Qwen3VLModel
 from runtime.preparation import Preparation
 from runtime.session import KVCache
 from runtime.shown import one_line, shown
@@ -53,16 +53,7 @@ def open_eager(
         raise UsageError(f"unknown dtype {shown(dtype)}", remedy=f"give one of {', '.join(DTYPES)}")
     kind = _kind_of(device)
     source = Checkpoint.open(checkpoint)
-    trained = source.config.text.max_positions
-    default_context = min(DEFAULT_MAX_CONTEXT, trained)
-    max_context = whole_number(
-        "max_context",
-        default_context if max_context is None else max_context,
-        1,
-        trained,
-        f"1 to {trained}, what the model was trained for",
-        f"leave max_context out for {default_context}",
-    )
+    max_context = checked_max_context(max_context, source.config.text.max_positions)
     assets = source.assets()
     model = load(source, dtype=DTYPES[dtype], device=device)
     manifest = Manifest(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from runtime.errors import UsageError
-from runtime.guard import Owner
+from runtime.guard import Owner, as_engine_error
+from runtime.stop_text import AnswerText
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,27 @@ class Stats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
+    @classmethod
+    def of(cls, times: Sequence[float], **counts: int) -> Stats:
+        """Return the statistics of an answer.
+
+        Args:
+            times: On one clock, in seconds: start; prompt ready; images encoded; first token; end.
+            **counts: All other fields.
+        """
+        started, prepared, encoded, first, ended = times
+        later = counts["new_tokens"] - 1
+        tpot = (ended - first) / later if later else 0.0
+        return cls(
+            preprocess_s=prepared - started,
+            vision_s=encoded - prepared,
+            prefill_s=first - encoded,
+            ttft_s=first - started,
+            tpot_s=tpot,
+            tokens_per_s=1 / tpot if tpot else 0.0,
+            **counts,
+        )
+
     def to_dict(self) -> dict[str, float]:
         """Return plain values."""
         return asdict(self)
@@ -44,6 +69,47 @@ class Generation:
     token_ids: list[int]
     finish_reason: str
     stats: Stats
+
+
+class Answer:
+    """An answer as it grows, token by token.
+
+    Args:
+        text: Turns its tokens into text.
+        eos_token_ids: Each of them ends it.
+        max_new_tokens: As many end it.
+
+    Attributes:
+        token_ids: The tokens, the end token included.
+        finish_reason: Why it has ended: eos, stop or length; "" while it has not.
+    """
+
+    def __init__(self, text: AnswerText, eos_token_ids: Sequence[int], max_new_tokens: int) -> None:
+        self._text = text
+        self._eos_token_ids = eos_token_ids
+        self._max_new_tokens = max_new_tokens
+        self._pieces: list[str] = []
+        self.token_ids: list[int] = []
+        self.finish_reason = ""
+
+    def push(self, token_id: int) -> str:
+        """Take the next token and return the text that can be shown now."""
+        self.token_ids.append(token_id)
+        piece = self._text.push(token_id)
+        if token_id in self._eos_token_ids:
+            self.finish_reason = "eos"
+        elif self._text.is_stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self._max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            piece += self._text.flush()
+        self._pieces.append(piece)
+        return piece
+
+    def finished(self, stats: Stats) -> Generation:
+        """Return the whole answer."""
+        return Generation("".join(self._pieces), self.token_ids, self.finish_reason, stats)
 
 
 class Stream(Iterator[str]):
@@ -145,3 +211,22 @@ class Turn:
             # RuntimeError: it is open, so its call is about to look, or has been let through.
             with contextlib.suppress(RuntimeError):
                 first.gate.release()
+
+
+def in_turn(turn: Turn, work: Callable[[Call], Generator[str, None, _T]]) -> Generator[str, None, _T]:
+    """Do the work of a call while no other is at work, and name the errors of the engine's library."""
+    call = Call()
+    try:
+        turn.take(call)
+        return (yield from work(call))
+    except Exception as error:
+        known = as_engine_error(error)
+        if known is None:
+            raise
+        raise known from error
+    finally:
+        try:
+            turn.leave(call)
+        except BaseException:  # Ctrl-C during the last step is raised at the first instruction of this
+            turn.leave(call)
+            raise

@@ -98,16 +98,6 @@ class ChatTemplate:
         self.variables = frozenset(answer["variables"])
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> ChatTemplate:
-        """Read template and special tokens from a checkpoint or engine folder.
-
-        Raises:
-            EngineError: There is no template, or a file cannot be read.
-        """
-        folder = Path(folder)
-        return cls.from_config(template_source(folder), _read_json(folder / "tokenizer_config.json"))
-
-    @classmethod
     def from_config(cls, source: str, tokenizer_config: Mapping[str, Any]) -> ChatTemplate:
         """Take the special tokens from the contents of a `tokenizer_config.json`.
 

@@ -143,7 +143,7 @@ class DecoderInputs(_GraphInputs):
         """
         batch, num_new = input_ids.shape
         first_B1 = (past_lengths + delta)[:, None]
-        every_BS = np.broadcast_to(np.arange(num_new), (batch, num_new))
+        every_BS = np.tile(np.arange(num_new), (batch, 1))
         return cls(
             input_ids=input_ids,
             position_ids=np.broadcast_to(first_B1 + every_BS, (3, batch, num_new)),
@@ -259,13 +259,13 @@ def no_visual_embeds(config: ModelConfig) -> FloatArray:
 
 
 def past_names(num_layers: int) -> list[str]:
-    """Return the decoder's inputs that hold the KV cache."""
+    """Return the decoder's inputs that hold the KV cache: keys and values of each layer."""
     return [f"past_key_values.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value")]
 
 
 def present_names(num_layers: int) -> list[str]:
-    """Return the decoder's outputs that hold the KV cache."""
-    return [f"present_key_values.{i}.{kind}" for i in range(num_layers) for kind in ("key", "value")]
+    """Return the decoder's outputs that hold the KV cache, in the same order."""
+    return [name.replace("past", "present") for name in past_names(num_layers)]
 
 
 def check_names(

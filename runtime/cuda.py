@@ -1,4 +1,4 @@
-"""The CUDA boundary: everything that the runtime asks of a GPU, as a protocol, and NVIDIA's driver behind it.
+"""The CUDA boundary: everything that the runtime asks of a GPU; tests put a host implementation in its place.
 
 Addresses, streams and graphs are plain integers. Copies are asynchronous: an array given to one must come from
 `pinned`, and must be neither written, read nor freed before its stream was synchronised.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,75 +19,13 @@ from runtime.installation import how_to_install
 Bytes = NDArray[np.uint8]
 
 
-class Device(Protocol):
-    """One GPU.
+class CudaDevice:
+    """The GPU that the driver lists first; `CUDA_VISIBLE_DEVICES` decides which that is.
 
     Attributes:
         name: Its name, such as `NVIDIA H200`.
         compute_capability: Its SM version, such as `9.0`.
         driver_version: The newest CUDA version that the driver knows, such as `13.0`.
-    """
-
-    name: str
-    compute_capability: str
-    driver_version: str
-
-    def memory_info(self) -> tuple[int, int]:
-        """Return free and total bytes of device memory."""
-
-    def alloc(self, num_bytes: int) -> int:
-        """Return the address of new device memory, aligned to 256 bytes; its contents are undefined.
-
-        Raises:
-            CapacityError: The device has not so much left.
-        """
-
-    def free(self, address: int) -> None:
-        """Free device memory."""
-
-    def pinned(self, num_bytes: int) -> Bytes:
-        """Return page-locked host memory, aligned to 256 bytes; views of it may be given to copies too."""
-
-    def free_pinned(self, array: Bytes) -> None:
-        """Free what `pinned` returned; no view of it may be used any more."""
-
-    def new_stream(self) -> int:
-        """Return a new stream: work enqueued on it runs in order."""
-
-    def free_stream(self, stream: int) -> None:
-        """Destroy a stream."""
-
-    def synchronize(self, stream: int) -> None:
-        """Wait until everything enqueued on the stream is done.
-
-        Raises:
-            EngineError: Something enqueued has failed.
-        """
-
-    def to_device(self, address: int, array: NDArray[Any], stream: int) -> None:
-        """Enqueue a copy of a contiguous pinned array to device memory."""
-
-    def to_host(self, array: NDArray[Any], address: int, stream: int) -> None:
-        """Enqueue a copy of device memory into a contiguous pinned array."""
-
-    def fill(self, address: int, byte: int, num_bytes: int, stream: int) -> None:
-        """Enqueue the setting of each byte of device memory."""
-
-    def begin_capture(self, stream: int) -> None:
-        """Record what is enqueued on the stream from here on, and do not run it."""
-
-    def end_capture(self, stream: int) -> int:
-        """Return the recorded work as a graph that can be launched."""
-
-    def launch(self, graph: int, stream: int) -> None:
-        """Enqueue all work of a graph, with the addresses it was recorded with."""
-
-    def free_graph(self, graph: int) -> None:
-        """Destroy a graph."""
-
-
-class CudaDevice:
-    """The GPU that the driver lists first; `CUDA_VISIBLE_DEVICES` decides which that is.
 
     Raises:
         EngineError: Package, driver or GPU is missing.
@@ -119,53 +57,66 @@ class CudaDevice:
         self.name = bytes(self._call("cudaGetDeviceProperties", 0).name).split(b"\0")[0].decode()
 
     def memory_info(self) -> tuple[int, int]:
-        """See `Device.memory_info`."""
+        """Return free and total bytes of device memory."""
         free, total = self._call("cudaMemGetInfo")
         return int(free), int(total)
 
     def alloc(self, num_bytes: int) -> int:
-        """See `Device.alloc`; cudaMalloc aligns to 256 bytes (CUDA C++ Programming Guide, device memory accesses)."""
+        """Return the address of new device memory; its contents are undefined.
+
+        cudaMalloc aligns to 256 bytes (CUDA C++ Programming Guide, device memory accesses).
+
+        Raises:
+            CapacityError: The device has not so much left.
+        """
         return int(self._call("cudaMalloc", num_bytes, asked_bytes=num_bytes))
 
     def free(self, address: int) -> None:
-        """See `Device.free`."""
+        """Free device memory."""
         self._call("cudaFree", address)
 
     def pinned(self, num_bytes: int) -> Bytes:
-        """See `Device.pinned`; page-locked memory begins with a page."""
+        """Return page-locked host memory, which begins with a page; views of it may be given to copies too."""
         address = int(self._call("cudaHostAlloc", num_bytes, self._cuda.cudaHostAllocDefault, asked_bytes=num_bytes))
         return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
 
     def free_pinned(self, array: Bytes) -> None:
-        """See `Device.free_pinned`."""
+        """Free what `pinned` returned; no view of it may be used any more."""
         self._call("cudaFreeHost", array.ctypes.data)
 
     def new_stream(self) -> int:
-        """See `Device.new_stream`; it does not wait for the default stream, in which nothing of ours runs."""
+        """Return a new stream: work enqueued on it runs in order.
+
+        It does not wait for the default stream, in which nothing of ours runs.
+        """
         return int(self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking))
 
     def free_stream(self, stream: int) -> None:
-        """See `Device.free_stream`."""
+        """Destroy a stream."""
         self._call("cudaStreamDestroy", stream)
 
     def synchronize(self, stream: int) -> None:
-        """See `Device.synchronize`."""
+        """Wait until everything enqueued on the stream is done.
+
+        Raises:
+            EngineError: Something enqueued has failed.
+        """
         self._call("cudaStreamSynchronize", stream)
 
     def to_device(self, address: int, array: NDArray[Any], stream: int) -> None:
-        """See `Device.to_device`."""
+        """Enqueue a copy of a contiguous pinned array to device memory."""
         self._copy(address, _address(array), array.nbytes, "HostToDevice", stream)
 
     def to_host(self, array: NDArray[Any], address: int, stream: int) -> None:
-        """See `Device.to_host`."""
+        """Enqueue a copy of device memory into a contiguous pinned array."""
         self._copy(_address(array), address, array.nbytes, "DeviceToHost", stream)
 
     def fill(self, address: int, byte: int, num_bytes: int, stream: int) -> None:
-        """See `Device.fill`."""
+        """Enqueue the setting of each byte of device memory."""
         self._call("cudaMemsetAsync", address, byte, num_bytes, stream)
 
     def begin_capture(self, stream: int) -> None:
-        """See `Device.begin_capture`.
+        """Record what is enqueued on the stream from here on, and do not run it.
 
         Relaxed, since Python may collect a cache meanwhile, and freeing its memory would end a stricter recording.
         """
@@ -173,7 +124,7 @@ class CudaDevice:
         self._call("cudaStreamBeginCapture", stream, mode)
 
     def end_capture(self, stream: int) -> int:
-        """See `Device.end_capture`."""
+        """Return the recorded work as a graph that can be launched."""
         recorded = self._call("cudaStreamEndCapture", stream)
         try:
             return int(self._call("cudaGraphInstantiate", recorded, 0))
@@ -181,11 +132,11 @@ class CudaDevice:
             self._call("cudaGraphDestroy", recorded)
 
     def launch(self, graph: int, stream: int) -> None:
-        """See `Device.launch`."""
+        """Enqueue all work of a graph, with the addresses it was recorded with."""
         self._call("cudaGraphLaunch", graph, stream)
 
     def free_graph(self, graph: int) -> None:
-        """See `Device.free_graph`."""
+        """Destroy a graph."""
         self._call("cudaGraphExecDestroy", graph)
 
     def _copy(self, target: int, source: int, num_bytes: int, kind: str, stream: int) -> None:

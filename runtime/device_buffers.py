@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from runtime.cuda import Device
+from runtime.cuda import CudaDevice
 from runtime.errors import CapacityError
 
 # TensorRT asks for it of every tensor's address.
@@ -27,7 +27,7 @@ def aligned(num_bytes: int) -> int:
 class DeviceBuffer:
     """Device memory that is replaced by a larger one when more is asked for; its contents are then lost."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: CudaDevice) -> None:
         self._device = device
         self._num_bytes = 0
         self.address = 0
@@ -60,7 +60,7 @@ class Staging:
         num_bytes: Of the pinned memory.
     """
 
-    def __init__(self, device: Device, stream: int, num_bytes: int = _STAGING_BYTES) -> None:
+    def __init__(self, device: CudaDevice, stream: int, num_bytes: int = _STAGING_BYTES) -> None:
         self._device = device
         self.stream = stream
         self._pinned = device.pinned(num_bytes)
@@ -102,7 +102,7 @@ class Block:
         tensors: Largest shape and dtype of each tensor, by name.
     """
 
-    def __init__(self, device: Device, tensors: Mapping[str, tuple[Shape, DTypeLike]]) -> None:
+    def __init__(self, device: CudaDevice, tensors: Mapping[str, tuple[Shape, DTypeLike]]) -> None:
         self._device = device
         self._dtypes = {name: np.dtype(dtype) for name, (_, dtype) in tensors.items()}
         self._offsets: dict[str, int] = {}

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cuda import Device
+from runtime.contract import past_names, present_names
+from runtime.cuda import CudaDevice
 from runtime.device_buffers import Staging
 from runtime.errors import CapacityError
 
@@ -38,22 +39,22 @@ class DeviceKVCache:
     """
 
     def __init__(
-        self, device: Device, staging: Staging, num_layers: int, shape_BKTH: tuple[int, int, int, int], dtype: str
+        self, device: CudaDevice, staging: Staging, num_layers: int, shape_BKTH: tuple[int, int, int, int], dtype: str
     ) -> None:
         self._staging = staging
         self._dtype = dtype
         self.shape_BKTH = shape_BKTH
         self.batch, self.capacity = shape_BKTH[0], shape_BKTH[2]
         buffer_bytes = 2 * math.prod(shape_BKTH)
-        self._names = cache_names(num_layers)
-        self.past_names = [past for past, _ in self._names]
-        self.num_bytes = len(self._names) * buffer_bytes
+        self.past_names = past_names(num_layers)
+        self._present_names = present_names(num_layers)
+        self.num_bytes = len(self.past_names) * buffer_bytes
         self.graphs: list[int] = []
         self._addresses: list[int] = []
         self.close = weakref.finalize(self, _free, device, self._addresses, self.graphs)
         self.close.atexit = False  # the driver frees what a process leaves
         try:
-            for _ in self._names:
+            for _ in self.past_names:
                 self._addresses.append(device.alloc(buffer_bytes))
         except CapacityError:
             self.close()
@@ -66,8 +67,9 @@ class DeviceKVCache:
     def bindings(self, sequence: int = 0) -> dict[str, int]:
         """Return the device address of every past and present, from the rows of a sequence on."""
         offset = sequence * 2 * math.prod(self.shape_BKTH[1:])
-        pairs = zip(self._names, self._addresses, strict=True)
-        return {name: address + offset for names, address in pairs for name in names}
+        addresses = [address + offset for address in self._addresses]
+        pasts, presents = (zip(names, addresses, strict=True) for names in (self.past_names, self._present_names))
+        return {**dict(pasts), **dict(presents)}
 
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return copies of one layer's keys and values, [B, K, T, H], as float32."""
@@ -77,21 +79,15 @@ class DeviceKVCache:
         if self._dtype == "float16":
             half = self._staging.download(address, self.shape_BKTH, np.float16)
             return np.asarray(half, np.float32)
-        # bfloat16, which numpy lacks, is the upper half of float32.
-        upper = np.asarray(self._staging.download(address, self.shape_BKTH, np.uint16), np.uint32)
-        return (upper << 16).view(np.float32)
+        return from_bfloat16(self._staging.download(address, self.shape_BKTH, np.uint16))
 
 
-def cache_names(num_layers: int) -> list[tuple[str, str]]:
-    """Return the graph's names of the past and the present of every buffer."""
-    return [
-        (f"past_key_values.{i}.{kind}", f"present_key_values.{i}.{kind}")
-        for i in range(num_layers)
-        for kind in ("key", "value")
-    ]
+def from_bfloat16(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Return numbers of 16 bits as float32, whose upper half a bfloat16 is; numpy has no such type."""
+    return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-def _free(device: Device, addresses: list[int], graphs: list[int]) -> None:
+def _free(device: CudaDevice, addresses: list[int], graphs: list[int]) -> None:
     for graph in graphs:
         device.free_graph(graph)
     for address in addresses:

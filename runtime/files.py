@@ -68,13 +68,13 @@ def is_folder(path: str | os.PathLike[str], *, error: type[Qwen3VLError] = Engin
     return mode is not None and stat.S_ISDIR(mode)
 
 
-def leads_somewhere(path: str | os.PathLike[str], *, error: type[Qwen3VLError] = EngineError) -> bool:
+def leads_somewhere(path: str | os.PathLike[str]) -> bool:
     """Return whether a name leads to anything, as `is_folder` does.
 
     Raises:
-        Qwen3VLError: Of the class `error`: the system does not let this user look.
+        EngineError: The system does not let this user look.
     """
-    return _mode_of(path, error) is not None
+    return _mode_of(path, EngineError) is not None
 
 
 def _mode_of(path: str | os.PathLike[str], error: type[Qwen3VLError]) -> int | None:

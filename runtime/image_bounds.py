@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from runtime.arguments import whole_number
 from runtime.errors import CapacityError, ImageError
@@ -50,7 +49,7 @@ def check_max_image_pixels(max_image_pixels: int) -> int:
     return whole_number("max_image_pixels", max_image_pixels, 1, MOST_IMAGE_PIXELS, expected, remedy)
 
 
-class CountedReader(io.RawIOBase):
+class CountedReader:
     """Read from a file, and raise when it is read in very many pieces.
 
     Pillow reads headers, chunks and markers in Python, some of them byte by byte, so a file that is made of nothing
@@ -58,7 +57,6 @@ class CountedReader(io.RawIOBase):
     """
 
     def __init__(self, file: IO[bytes], where: str) -> None:
-        super().__init__()
         self._file = file
         self._where = where
         num_bytes = file.seek(0, os.SEEK_END)
@@ -95,25 +93,9 @@ class CountedReader(io.RawIOBase):
                 remedy="save the image again",
             )
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place in the file."""
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """Return the place in the file."""
-        return self._file.tell()
-
-    def fileno(self) -> int:
-        """Return the descriptor of the file, if it has one."""
-        return self._file.fileno()
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
+    def __getattr__(self, name: str) -> Any:
+        """Return everything else of the file: it costs nothing to go to another place."""
+        return getattr(self._file, name)
 
 
 def check_decoding(image: Image.Image, reader: CountedReader, where: str, limit: int) -> None:

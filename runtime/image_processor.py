@@ -11,18 +11,16 @@ Shapes: H, W pixels of an image, C channels, P patches, E = C · temporal_patch_
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime.errors import CapacityError, CheckpointError, ImageError, UsageError
-from runtime.image_bounds import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS
+from runtime.errors import CapacityError
+from runtime.image_bounds import MAX_IMAGE_PIXELS
+from runtime.image_config import FILTERS, NUM_CHANNELS, ImageProcessorConfig
 from runtime.images import load_image
-from runtime.resize import BICUBIC, BILINEAR, Kernel, resize
-from runtime.shown import shown
+from runtime.resize import resize
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -32,288 +30,6 @@ if TYPE_CHECKING:
 
 MAX_PIXEL_VALUES_BYTES = 2 * 1024**3
 """Largest `pixel_values` of one image; a 16.8-megapixel image, the usual `max_pixels`, takes 0.4 GB."""
-
-FILTERS: Mapping[int, Kernel] = {2: BILINEAR, 3: BICUBIC}
-"""Filters by Pillow's numbers, as checkpoints write them; every published Qwen3-VL has 3."""
-
-NUM_CHANNELS = 3
-
-_LARGEST = (1 << 63) - 1
-
-# Settings that say how transformers runs its processor, not which pixels come out.
-_IGNORED_KEYS = frozenset(
-    {
-        "_processor_class",
-        "_valid_processor_keys",
-        "auto_map",
-        "data_format",
-        "default_to_square",
-        "device",
-        "disable_grouping",
-        "feature_extractor_type",
-        "image_processor_type",
-        "image_seq_length",
-        "input_data_format",
-        "processor_class",
-        "return_tensors",
-        "transformers_version",
-    }
-)
-# Settings of videos, which older releases wrote into this file, too.
-_VIDEO_KEYS = frozenset(
-    {
-        *("do_sample_frames", "fps", "max_frames", "max_video_tokens", "min_frames", "num_frames", "return_metadata"),
-        *("video_metadata", "video_processor_type"),
-    }
-)
-# Under which names releases have had the one image processor that is reproduced here.
-_CLASSES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
-# Steps that Qwen3-VL checkpoints do not use; accepted while switched off.
-# Null is the default of the class to some releases, and "no" or a crash to others.
-_NOT_NULL = frozenset(
-    {
-        "do_normalize",
-        "do_rescale",
-        "do_resize",
-        "image_mean",
-        "image_std",
-        "merge_size",
-        "patch_size",
-        "resample",
-        "rescale_factor",
-        "temporal_patch_size",
-    }
-)
-_UNSUPPORTED_KEYS = frozenset({"do_pad", "do_center_crop", "crop_size", "pad_size"})
-
-
-@dataclass(frozen=True)
-class ImageProcessorConfig:
-    """Settings of a checkpoint's `preprocessor_config.json`; defaults are those of transformers' class.
-
-    Attributes:
-        patch_size: Side of a patch in pixels.
-        temporal_patch_size: Frames in a patch; a still image is repeated that often.
-        merge_size: Patches along a side of one visual token.
-        min_pixels: Smallest number of pixels after resizing (`size.shortest_edge`).
-        max_pixels: Largest number of pixels after resizing (`size.longest_edge`).
-        image_mean: Mean of each channel, on the scale after rescaling.
-        image_std: Standard deviation of each channel, likewise.
-        rescale_factor: Factor on the 0..255 values.
-        do_resize: Resize; otherwise sides must already be multiples of patch_size · merge_size.
-        do_rescale: Multiply by `rescale_factor`.
-        do_normalize: Subtract the mean and divide by the standard deviation.
-        do_convert_rgb: Always true: the vision tower has three input channels.
-        resample: Pillow's number of the filter, 2 or 3: see `FILTERS`.
-    """
-
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    min_pixels: int = 56 * 56
-    max_pixels: int = 28 * 28 * 1280
-    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    rescale_factor: float = 1 / 255
-    do_resize: bool = True
-    do_rescale: bool = True
-    do_normalize: bool = True
-    do_convert_rgb: bool = True
-    resample: int = 3
-
-    def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            UsageError: A value is of the wrong type, out of range, or contradicts another.
-        """
-        for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-                raise UsageError(
-                    f"{name}: expected a whole number of at least 1, found {shown(value)}", remedy=_take(name)
-                )
-        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-            if not isinstance(getattr(self, name), bool):
-                raise UsageError(
-                    f"{name}: expected true or false, found {shown(getattr(self, name))}", remedy=_take(name)
-                )
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if len(values) != NUM_CHANNELS or not all(_is_finite_number(value) for value in values):
-                raise UsageError(
-                    f"{name}: expected {NUM_CHANNELS} finite numbers, found {shown(values)}", remedy=_take(name)
-                )
-        if not all(value > 0 for value in self.image_std):
-            raise UsageError(
-                f"image_std: expected numbers above 0, found {shown(self.image_std)}", remedy=_take("image_std")
-            )
-        if not _is_finite_number(self.rescale_factor) or self.rescale_factor <= 0:
-            raise UsageError(
-                f"rescale_factor: expected a number above 0, found {shown(self.rescale_factor)}",
-                remedy=_take("rescale_factor"),
-            )
-        if self.min_pixels > self.max_pixels:
-            raise UsageError(
-                f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}",
-                remedy="lower min_pixels or raise max_pixels",
-            )
-        if not self.do_convert_rgb:
-            raise UsageError(
-                "do_convert_rgb: expected true, found false; the vision tower takes three channels",
-                remedy="set do_convert_rgb to true: an image that is RGB already stays as it is",
-            )
-        if type(self.resample) is not int or self.resample not in FILTERS:
-            raise UsageError(
-                f"resample: expected 3 (bicubic, as every published Qwen3-VL) or 2 (bilinear), "
-                f"found {shown(self.resample)}",
-                remedy=_take("resample"),
-            )
-
-    @property
-    def factor(self) -> int:
-        """Number that both sides of a resized image are multiples of: the side of one visual token in pixels."""
-        return self.patch_size * self.merge_size
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> ImageProcessorConfig:
-        """Read the settings of a checkpoint.
-
-        Args:
-            settings: Content of `preprocessor_config.json`, or of the newer `processor_config.json` with the same
-                under "image_processor". `min_pixels` and `max_pixels`, the older form, win over `size`, as in
-                transformers.
-
-        Raises:
-            CheckpointError: A key is unknown, or a value is not one this processor can honour.
-        """
-        nested = settings.get("image_processor", settings)
-        if not isinstance(nested, Mapping):
-            raise CheckpointError(
-                f"image processor settings: expected an object, found {type(nested).__name__}",
-                remedy=_take("image_processor"),
-            )
-        _check_class(nested)
-        ignored = _IGNORED_KEYS | _VIDEO_KEYS
-        unclear = sorted(key for key, value in nested.items() if value is None and key in _NOT_NULL)
-        if unclear:
-            raise CheckpointError(
-                f"image processor settings: {', '.join(unclear)}: null, which releases of transformers read otherwise",
-                remedy="write the value, as in the original checkpoint",
-            )
-        values = {key: value for key, value in nested.items() if key not in ignored and value is not None}
-        values |= _pixel_limits(values.pop("size", None), values)
-        for key in sorted(_UNSUPPORTED_KEYS & values.keys()):
-            if values.pop(key) and key.startswith("do_"):
-                raise CheckpointError(
-                    f"image processor settings: {key}: expected false, found true",
-                    remedy=f"set {key} to false, as every published Qwen3-VL has it; this runtime cannot do it",
-                )
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise CheckpointError(
-                f"image processor settings: unknown keys {', '.join(map(shown, unknown[:5]))}; "
-                f"known are {', '.join(sorted(known))}",
-                remedy="remove the keys if they do not change the pixels",
-            )
-        for key in {"image_mean", "image_std"} & values.keys():
-            value = values[key]
-            is_list = isinstance(value, Sequence) and not isinstance(value, str)
-            values[key] = tuple(value) if is_list else (value,) * NUM_CHANNELS
-        try:
-            return cls(**values)
-        except UsageError as error:
-            raise CheckpointError(f"image processor settings: {error.message}", remedy=error.remedy) from error
-
-    def with_limits(self, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageProcessorConfig:
-        """Return a copy with other limits on the number of pixels after resizing; None keeps a limit.
-
-        Raises:
-            UsageError: A limit is not a positive whole number, or the lower is above the upper.
-        """
-        return replace(
-            self,
-            min_pixels=self.min_pixels if min_pixels is None else min_pixels,
-            max_pixels=self.max_pixels if max_pixels is None else max_pixels,
-        )
-
-    def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width in pixels that an image of this size is brought to.
-
-        Raises:
-            ImageError: The sides' ratio is above `MAX_ASPECT_RATIO`; or `do_resize` is off and a side is not a
-                multiple of `factor`.
-        """
-        if self.do_resize:
-            return smart_resize(
-                height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels
-            )
-        if height % self.factor or width % self.factor:
-            raise ImageError(
-                f"image of {width} x {height}: this checkpoint does not resize; expected multiples of {self.factor}",
-                remedy="resize the image",
-            )
-        return height, width
-
-
-def _is_finite_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(np.float32(value))  # what it is computed in
-    except OverflowError:  # an integer of hundreds of digits
-        return False
-
-
-def _take(name: str) -> str:
-    return f"take {name} from the original checkpoint's preprocessor_config.json"
-
-
-def _check_class(settings: Mapping[str, Any]) -> None:
-    """Raise if the settings are of another image processor: transformers goes by the name.
-
-    Raises:
-        CheckpointError: It is none of `_CLASSES`.
-    """
-    for key in ("image_processor_type", "feature_extractor_type"):
-        name = settings.get(key)
-        if name is not None:
-            if name not in _CLASSES:
-                raise CheckpointError(
-                    f"image processor settings: {key} is {shown(name)}, expected {_CLASSES[0]}: another one makes "
-                    "other pixels",
-                    remedy="take the file from the original checkpoint",
-                )
-            return
-
-
-def _pixel_limits(size: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `min_pixels` and `max_pixels`, in all the forms that releases have written.
-
-    Without `size`, transformers lays them over its default; with it, over what it holds, and wants both in the end. In
-    `size` under these names they only stand beside themselves, and are dropped.
-
-    Raises:
-        CheckpointError: `size` is of another form, or a limit is missing.
-    """
-    given = {name: values[name] for name in ("min_pixels", "max_pixels") if name in values}
-    if size is None:
-        return given
-    spare = {name for name in given if isinstance(size, Mapping) and name in size}
-    edges = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
-    if not isinstance(size, Mapping) or not size.keys() <= edges.keys() | spare:
-        raise CheckpointError(
-            f"image processor settings: size: expected shortest_edge and longest_edge in pixels, found {shown(size)}",
-            remedy=_take("size"),
-        )
-    limits = {name: size[edge] for edge, name in edges.items() if size.get(edge) is not None} | given
-    if len(limits) < 2:
-        missing = next(edge for edge, name in edges.items() if name not in limits)
-        raise CheckpointError(
-            f"image processor settings: size: {missing} is missing, and transformers wants both",
-            remedy="write shortest_edge and longest_edge of the original checkpoint",
-        )
-    return limits
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,60 +59,14 @@ class ProcessedImage:
         return math.prod(self.merged_grid_thw)
 
 
-def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Choose the size that an image is resized to: transformers' `smart_resize`.
-
-    Both sides become multiples of `factor`, their product lies within the limits where the sides allow it (no side
-    is below `factor`), and the aspect ratio is kept as near as that permits.
-
-    Args:
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-        factor: Side of a visual token in pixels.
-        min_pixels: Smallest product of the sides, at least 1.
-        max_pixels: Largest product of the sides.
-
-    Returns:
-        Height and width in pixels.
-
-    Raises:
-        ImageError: A side is below 1, or the sides' ratio is above `MAX_ASPECT_RATIO`.
-    """
-    if height < 1 or width < 1:
-        raise ImageError(f"image of {width} x {height}: expected at least one pixel", remedy="leave the image out")
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ImageError(
-            f"image of {width} x {height}: expected sides of a ratio of at most {MAX_ASPECT_RATIO}, "
-            f"found {max(height, width) / min(height, width):.1f}",
-            remedy="cut the image into pieces or pad it",
-        )
-    # Python rounds halves to even, and so does the reference.
-    target_height = round(height / factor) * factor
-    target_width = round(width / factor) * factor
-    if target_height * target_width > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
-        target_height = max(factor, math.floor(height / shrink / factor) * factor)
-        target_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif target_height * target_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        target_height = math.ceil(height * grow / factor) * factor
-        target_width = math.ceil(width * grow / factor) * factor
-    return target_height, target_width
-
-
 def process_image(
-    source: ImageSource,
-    config: ImageProcessorConfig,
-    *,
-    base_dir: str | os.PathLike[str] | None = None,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    source: ImageSource, config: ImageProcessorConfig, *, max_image_pixels: int = MAX_IMAGE_PIXELS
 ) -> ProcessedImage:
     """Load, resize, normalise and cut one image.
 
     Args:
         source: What `runtime.images.load_image` takes.
         config: The checkpoint's settings.
-        base_dir: Folder that a relative path starts from.
         max_image_pixels: Images of more pixels are refused before they are decoded.
 
     Raises:
@@ -404,7 +74,7 @@ def process_image(
         CapacityError: The image, or its patches, would take too much memory.
         UsageError: `source` is not an image, or a URL that would have to be fetched.
     """
-    image_HWC = load_image(source, base_dir=base_dir, max_image_pixels=max_image_pixels)
+    image_HWC = load_image(source, max_image_pixels=max_image_pixels)
     height, width = config.target_size(*image_HWC.shape[:2])
     num_bytes = height * width * NUM_CHANNELS * config.temporal_patch_size * np.dtype(np.float32).itemsize
     if num_bytes > MAX_PIXEL_VALUES_BYTES:

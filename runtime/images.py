@@ -28,6 +28,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -68,20 +69,24 @@ _STRIP_PIXELS = 1 << 18
 _SHORTEST_BASE64, _LONGEST_PATH = 60, 4096
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 _ORIENTATION = 0x0112  # of EXIF
+# Steps through rows and columns, and whether both are exchanged then; the names of Pillow's `ImageOps.exif_transpose`.
+_TURNS: Mapping[object, tuple[int, int, bool]] = {
+    2: (1, -1, False),  # FLIP_LEFT_RIGHT
+    3: (-1, -1, False),  # ROTATE_180
+    4: (-1, 1, False),  # FLIP_TOP_BOTTOM
+    5: (1, 1, True),  # TRANSPOSE
+    6: (-1, 1, True),  # ROTATE_270
+    7: (-1, -1, True),  # TRANSVERSE
+    8: (1, -1, True),  # ROTATE_90
+}
 
 
-def load_image(
-    source: ImageSource,
-    *,
-    base_dir: str | os.PathLike[str] | None = None,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
-) -> RgbImage:
+def load_image(source: ImageSource, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> RgbImage:
     """Load an image as uint8 RGB [H, W, 3].
 
     Args:
         source: A path, a `file:` or `data:` URL, the bytes of an image file or their base64, a PIL image, or a uint8
             array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
-        base_dir: Folder that a relative path starts from; the working directory by default.
         max_image_pixels: Images of more pixels are refused before they are decoded.
 
     Returns:
@@ -105,13 +110,13 @@ def load_image(
             return _from_data_url(source, limit)
         if scheme == "file":
             return _from_path(_path_of_file_url(source), limit)
-        bare = _from_bare_base64(source, base_dir)
+        bare = _from_bare_base64(source)
         if bare is not None:
             return _decode(io.BytesIO(bare), f"image of {len(bare)} bytes in base64", limit)
     if isinstance(source, (str, os.PathLike)):
         source = _path_text(source)
-        check_local(source, "image", base_dir=base_dir)
-        return _from_path(Path(base_dir or ".", source), limit)
+        check_local(source, "image")
+        return _from_path(Path(source), limit)
 
     from PIL import Image
 
@@ -123,9 +128,9 @@ def load_image(
     )
 
 
-def _from_bare_base64(text: str, base_dir: str | os.PathLike[str] | None) -> bytes | None:
+def _from_bare_base64(text: str) -> bytes | None:
     """Return the image file that a text is the base64 of, as transformers takes it too; None if it is a path."""
-    if len(text) < _SHORTEST_BASE64 or os.path.lexists(os.path.join(base_dir or ".", text[:_LONGEST_PATH])):
+    if len(text) < _SHORTEST_BASE64 or os.path.lexists(text[:_LONGEST_PATH]):
         return None
     try:
         start = decode_base64(text[:_SHORTEST_BASE64])
@@ -244,23 +249,10 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
 
 
 def _upright(rgb_HWC: RgbImage, orientation: object) -> RgbImage:
-    """Turn an image as EXIF's orientation asks, the names of Pillow's `ImageOps.exif_transpose` beside."""
-    turned = rgb_HWC
-    if orientation == 2:  # FLIP_LEFT_RIGHT
-        turned = rgb_HWC[:, ::-1]
-    elif orientation == 3:  # ROTATE_180
-        turned = rgb_HWC[::-1, ::-1]
-    elif orientation == 4:  # FLIP_TOP_BOTTOM
-        turned = rgb_HWC[::-1]
-    elif orientation == 5:  # TRANSPOSE
-        turned = rgb_HWC.transpose(1, 0, 2)
-    elif orientation == 6:  # ROTATE_270
-        turned = rgb_HWC[::-1].transpose(1, 0, 2)
-    elif orientation == 7:  # TRANSVERSE
-        turned = rgb_HWC[::-1, ::-1].transpose(1, 0, 2)
-    elif orientation == 8:  # ROTATE_90
-        turned = rgb_HWC.transpose(1, 0, 2)[::-1]
-    return np.ascontiguousarray(turned)
+    """Turn an image as EXIF's orientation asks."""
+    down, right, is_transposed = _TURNS.get(orientation, (1, 1, False))
+    turned = rgb_HWC[::down, ::right]
+    return np.ascontiguousarray(turned.transpose(1, 0, 2) if is_transposed else turned)
 
 
 def _from_pil(image: Image.Image, limit: int) -> RgbImage:

@@ -19,18 +19,10 @@ _MOST_FILE_BYTES = 1 << 50
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What is no size of a weight: any non-negative integer of 31 bits, or less.
 _RANGES = {
-    "vocab_size": (1, _MOST_OF_AN_INTEGER),
-    "max_positions": (1, _MOST_OF_AN_INTEGER),
-    "num_layers": (1, _MOST_LAYERS),
-    "depth": (1, _MOST_LAYERS),
-    "in_channels": (1, _MOST_OF_A_PATCH),
-    "patch_size": (1, _MOST_OF_A_PATCH),
-    "temporal_patch_size": (1, _MOST_OF_A_PATCH),
-    "spatial_merge_size": (1, _MOST_OF_A_PATCH),
-    "image_token_id": (0, _MOST_OF_AN_INTEGER),
-    "video_token_id": (0, _MOST_OF_AN_INTEGER),
-    "vision_start_token_id": (0, _MOST_OF_AN_INTEGER),
-    "vision_end_token_id": (0, _MOST_OF_AN_INTEGER),
+    **dict.fromkeys(("vocab_size", "max_positions"), (1, _MOST_OF_AN_INTEGER)),
+    **dict.fromkeys(("num_layers", "depth"), (1, _MOST_LAYERS)),
+    **dict.fromkeys(("in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size"), (1, _MOST_OF_A_PATCH)),
+    **{f"{name}_token_id": (0, _MOST_OF_AN_INTEGER) for name in ("image", "video", "vision_start", "vision_end")},
 }
 
 

@@ -14,17 +14,18 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from runtime.answer import Call, Generation, Stats, Stream, Turn
-from runtime.arguments import folder_path, reading, template_variables, tool_schemas, whole_number
+from runtime.answer import Answer, Call, Generation, Stats, Stream, Turn, in_turn
+from runtime.arguments import folder_path, reading, template_variables, tool_schemas
+from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray, no_visual_embeds
-from runtime.errors import CapacityError, UsageError
+from runtime.engine_options import EngineOptions
+from runtime.errors import UsageError
 from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunks
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
-from runtime.guard import Owner, as_engine_error
-from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
-from runtime.image_processor import ImageProcessorConfig, ProcessedImage
-from runtime.machine import MAX_THREADS_PER_CORE, available_cores, default_threads
+from runtime.guard import Owner
+from runtime.image_processor import ProcessedImage
+from runtime.machine import default_threads
 from runtime.manifest import Manifest
 from runtime.memory import (
     CACHE,
@@ -35,21 +36,17 @@ from runtime.memory import (
     cache_bytes,
     check_fits,
     logits_bytes,
-    machine_bytes,
     prefill_bytes,
     vision_bytes,
 )
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
 from runtime.prompt_lookup import PromptLookup
 from runtime.sampling import Sampler
-from runtime.session import Session, is_on_gpu, open_session
+from runtime.session import Session, open_session
 from runtime.shown import shown
 from runtime.stop_text import AnswerText
-from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
 
-DEFAULT_MAX_CONTEXT = 4096
-MANY_VISUAL_TOKENS = 2000
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
 
@@ -77,34 +74,20 @@ class Qwen3VLModel:
         self.config = manifest.model
         self.session = session
         self.preparation = preparation
+        self.tokenizer = preparation.tokenizer
+        self.image_config = preparation.image_config
+        self.defaults = preparation.defaults
+        self.max_image_pixels = preparation.max_image_pixels
         self.max_context = max_context
         self.max_memory = max_memory
         self._owner = Owner(session)
         self._source = source
         self._threads = threads
         self._turn = Turn()
+        capacity = manifest.capabilities.get("capacity")
+        self._room = ContextRoom(max_context, preparation, sys.maxsize if capacity is None else int(capacity))
         self._chunk = chunk_limit(manifest.capabilities)
         self._logits_chunk = chunk_limit(manifest.capabilities, all_logits=True)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer."""
-        return self.preparation.tokenizer
-
-    @property
-    def image_config(self) -> ImageProcessorConfig:
-        """Settings of the image processor, with the limits that were given."""
-        return self.preparation.image_config
-
-    @property
-    def defaults(self) -> GenerationOptions:
-        """Options of an answer for which none are given: those of the checkpoint."""
-        return self.preparation.defaults
-
-    @property
-    def max_image_pixels(self) -> int:
-        """Most pixels of an image that is decoded."""
-        return self.preparation.max_image_pixels
 
     def __repr__(self) -> str:
         """Say what is open: `Qwen3VLModel('out/demo', target='ort-cpu-fp32', model='demo', …)`."""
@@ -160,47 +143,35 @@ class Qwen3VLModel:
         folder = Path(source)
         manifest = Manifest.read(folder)
         manifest.check(folder, full=check)
-        capacity = manifest.capabilities.get("capacity")
-        trained = manifest.model.text.max_positions
-        limit = trained if capacity is None else min(int(capacity), trained)
-        is_trained = limit == trained
-        reason = "what the model was trained for" if is_trained else "the capacity that the engine was built with"
-        rebuild = "" if is_trained else ", or build the engine again with qwen3vl-export ... --max-context"
-        default_context = min(DEFAULT_MAX_CONTEXT, limit)
-        max_context = whole_number(
-            "max_context",
-            default_context if max_context is None else max_context,
-            1,
-            limit,
-            f"1 to {limit}, {reason}",
-            f"leave max_context out for {default_context}{rebuild}",
-        )
-        most_threads = MAX_THREADS_PER_CORE * available_cores()
-        if threads is not None:
-            expected = f"1 to {most_threads}, {MAX_THREADS_PER_CORE} for each core"
-            remedy = "leave threads out for one for each core"
-            threads = whole_number("threads", threads, 1, most_threads, expected, remedy)
-        if max_memory is not None:
-            remedy = "leave max_memory out for the machine's memory"
-            max_memory = whole_number("max_memory", max_memory, 1, None, "at least one byte", remedy)
-        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-            if value is not None:
-                whole_number(name, value, 1, None, "at least 1", f"leave {name} out for the checkpoint's")
-        if max_memory is None:
-            max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
-        max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
-        check_fits(_decoder_needs(manifest, max_context), max_memory)
         manifest.require(folder, PREPROCESSOR, TOKENIZER, GENERATION)
-        preparation = Preparation.from_folder(folder, manifest.model)
-        return cls(
+        options = EngineOptions.checked(
             manifest,
-            open_session(folder, manifest, threads=threads, huge_pages=huge_pages, cuda_graphs=cuda_graphs),
-            preparation.with_image_limits(min_pixels, max_pixels, max_image_pixels),
-            max_context,
-            max_memory,
-            source=source,
-            threads=threads or default_threads(),
+            threads=threads,
+            huge_pages=huge_pages,
+            cuda_graphs=cuda_graphs,
+            max_context=max_context,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            max_memory=max_memory,
+            max_image_pixels=max_image_pixels,
         )
+        return cls.from_manifest(folder, manifest, options, source=source)
+
+    @classmethod
+    def from_manifest(
+        cls, folder: Path, manifest: Manifest, options: EngineOptions, *, source: str | None = None
+    ) -> Qwen3VLModel:
+        """Open the files of an engine whose manifest is at hand, and need not be in the folder.
+
+        Raises:
+            EngineError, CapacityError, UsageError: As `from_engine`.
+        """
+        check_fits(_decoder_needs(manifest, options.max_context), options.max_memory)
+        preparation = Preparation.from_folder(folder, manifest.model)
+        preparation = preparation.with_image_limits(options.min_pixels, options.max_pixels, options.max_image_pixels)
+        session, threads = open_session(folder, manifest, options.session), options.session.threads
+        limits = options.max_context, options.max_memory
+        return cls(manifest, session, preparation, *limits, source=source, threads=threads or default_threads())
 
     def generate(
         self,
@@ -253,7 +224,7 @@ class Qwen3VLModel:
         # Now, since work begins later, when the caller may have changed them.
         tools, chat_template_kwargs = tool_schemas(tools), template_variables(chat_template_kwargs)
         prepare = partial(self.prepare, messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
-        return Stream(self._run(prepare, chosen))
+        return Stream(in_turn(self._turn, partial(self._generate, prepare, chosen)))
 
     def _chosen(self, options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:
         if options is None:
@@ -268,27 +239,21 @@ class Qwen3VLModel:
     def logits(self, messages: Any) -> FloatArray:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
         self._owner.check()
-        call = Call()
-        try:
-            self._turn.take(call)
-            prepared = self.prepare(messages)
-            input_ids = prepared.prompt.input_ids
-            self._check_memory(prepared, len(input_ids), all_logits=True)
-            embeds = self.encode_images(prepared.images)
-            cache = self.session.new_cache(len(input_ids))
-            prompt = prepared.decoder_inputs(embeds, all_logits=True)
-            return prefill(self.session, cache, prompt, chunk=self._logits_chunk)
-        except Exception as error:
-            known = as_engine_error(error)
-            if known is None:
-                raise
-            raise known from error
-        finally:
+        steps = in_turn(self._turn, lambda _: self._all_logits(messages))
+        while True:
             try:
-                self._turn.leave(call)
-            except BaseException:  # Ctrl-C during the last step is raised at the first instruction of this
-                self._turn.leave(call)
-                raise
+                next(steps)
+            except StopIteration as end:
+                logits: FloatArray = end.value
+                return logits
+
+    def _all_logits(self, messages: Any) -> Generator[str, None, FloatArray]:
+        prepared = self.prepare(messages)
+        capacity = len(prepared.prompt.input_ids)
+        self._check_memory(prepared, capacity, all_logits=True)
+        prompt = prepared.decoder_inputs((yield from self._encode(prepared)), all_logits=True)
+        cache = self.session.new_cache(capacity)
+        return prefill(self.session, cache, prompt, chunk=self._logits_chunk)
 
     def prepare(
         self,
@@ -302,7 +267,7 @@ class Qwen3VLModel:
             messages, tools=tools, chat_template_kwargs=chat_template_kwargs, max_tokens=self.max_context
         )
         if len(prepared.prompt.input_ids) > self.max_context:
-            raise self._too_long(prepared)
+            raise self._room.too_long(prepared)
         return prepared
 
     def encode_images(self, images: Sequence[ProcessedImage]) -> FloatArray:
@@ -317,47 +282,21 @@ class Qwen3VLModel:
             processed = list(images) if isinstance(images, (list, tuple)) else [None]
         if any(type(image) is not ProcessedImage for image in processed):
             raise UsageError(f"images must be a list of ProcessedImage, got {shown(images)}", remedy=remedy)
-        return self._join([self._encode(image) for image in processed if image is not None])
+        return self._join([self._encode_image(image) for image in processed if image is not None])
 
-    def _join(self, embeds: Sequence[FloatArray]) -> FloatArray:
-        if not embeds:
-            return no_visual_embeds(self.config)
-        return np.concatenate(embeds, axis=1)
+    def _encode(self, prepared: Prepared) -> Generator[str, None, FloatArray]:
+        """Return the embeddings of all images; behind each, an empty piece, at which `Stream.close` can stop."""
+        embeds = []
+        for image in prepared.images:
+            embeds.append(self._encode_image(image))
+            yield ""
+        return self._join(embeds)
 
-    def _encode(self, image: ProcessedImage) -> FloatArray:
+    def _encode_image(self, image: ProcessedImage) -> FloatArray:
         return self.session.vision(self.preparation.vision_inputs(image))
 
-    def _advice(self, visual_tokens: int, num_images: int) -> str:
-        """Say which `max_pixels` would keep the images of this prompt within `MANY_VISUAL_TOKENS`."""
-        limit = self._pixels_for(MANY_VISUAL_TOKENS, num_images)
-        images = "the image gives" if num_images == 1 else f"the {num_images} images give"
-        return (
-            f"note: {images} {visual_tokens} visual tokens, so the answer begins late; max_pixels={limit} would limit "
-            f"them to {MANY_VISUAL_TOKENS}, with less detail"
-        )
-
-    def _pixels_for(self, visual_tokens: int, num_images: int) -> int:
-        """Return the `max_pixels` that limits so many images to so many tokens together."""
-        return max(1, visual_tokens // num_images) * self.image_config.factor**2
-
-    def _too_long(self, prepared: Prepared) -> CapacityError:
-        """Say how much of a prompt is images, and which options make room for it and an answer."""
-        num_tokens, num_images = len(prepared.prompt.input_ids), len(prepared.images)
-        visual_tokens = prepared.num_visual_tokens
-        free = self.max_context - (num_tokens - visual_tokens)
-        answer = min(self.defaults.max_new_tokens, free // 2)
-        longer = f"raise max_context above {num_tokens}"
-        if num_tokens >= int(self.manifest.capabilities.get("capacity", sys.maxsize)):
-            longer = f"build the engine again with --max-context above {num_tokens}: qwen3vl-export ..."
-        remedies = [longer, "shorten the prompt"]
-        if num_images and free - answer >= num_images:
-            limit = self._pixels_for(free - answer, num_images)
-            remedies[:0] = [f"pass max_pixels={limit}, which leaves {answer} tokens for the answer, with less detail"]
-        return CapacityError(
-            f"the prompt has {num_tokens} tokens, {visual_tokens} of them visual, and no answer fits behind it: "
-            f"max_context is {self.max_context}",
-            remedy=", or ".join(remedies),
-        )
+    def _join(self, embeds: Sequence[FloatArray]) -> FloatArray:
+        return np.concatenate(embeds, axis=1) if embeds else no_visual_embeds(self.config)
 
     def _check_memory(self, prepared: Prepared, capacity: int, *, all_logits: bool = False) -> None:
         patches = [math.prod(image.grid_thw) for image in prepared.images]
@@ -375,111 +314,59 @@ class Qwen3VLModel:
         never = (self.config.image_token_id, self.config.video_token_id)
         return PromptLookup(prompt_ids, num_tokens, never) if num_tokens > 0 else None
 
-    def _run(self, prepare: Callable[[], Prepared], options: GenerationOptions) -> Generator[str, None, Generation]:
-        call = Call()
-        try:
-            self._turn.take(call)
-            return (yield from self._generate(call, prepare, options))
-        except Exception as error:
-            known = as_engine_error(error)
-            if known is None:
-                raise
-            raise known from error
-        finally:
-            try:
-                self._turn.leave(call)
-            except BaseException:  # Ctrl-C during the last step is raised at the first instruction of this
-                self._turn.leave(call)
-                raise
-
     def _generate(
-        self, call: Call, prepare: Callable[[], Prepared], options: GenerationOptions
+        self, prepare: Callable[[], Prepared], options: GenerationOptions, call: Call
     ) -> Generator[str, None, Generation]:
-        started = time.perf_counter()
+        times = [time.perf_counter()]
         prepared = prepare()
         prompt_ids = prepared.prompt.input_ids
-        visual_tokens = prepared.num_visual_tokens
-        room = self.max_context - len(prompt_ids)
-        if room < 1:
-            raise self._too_long(prepared)
-        if options.max_length is not None:
-            room = min(room, options.max_length - len(prompt_ids))
-        if room < 1:
-            raise UsageError(
-                f"the prompt has {len(prompt_ids)} tokens, and max_length = {options.max_length} counts them",
-                remedy="pass max_new_tokens, which counts the answer alone, or a larger max_length",
-            )
-        max_new_tokens = min(options.max_new_tokens, room)
+        max_new_tokens = self._room.answer_tokens(prepared, options)
         self._check_memory(prepared, len(prompt_ids) + max_new_tokens)
-        if visual_tokens > MANY_VISUAL_TOKENS:
-            _LOGGER.warning("%s", self._advice(visual_tokens, len(prepared.images)))
-        preprocessed = time.perf_counter()
-        # Behind each image and each chunk of the prompt an empty piece, at which `Stream.close` can stop.
-        parts = []
-        for image in prepared.images:
-            parts.append(self._encode(image))
-            yield ""
-        prompt = prepared.decoder_inputs(self._join(parts))
-        encoded = time.perf_counter()
+        if note := self._room.note(prepared):
+            _LOGGER.warning("%s", note)
+        times.append(time.perf_counter())
+        prompt = prepared.decoder_inputs((yield from self._encode(prepared)))
+        times.append(time.perf_counter())
         cache = self.session.new_cache(len(prompt_ids) + max_new_tokens)
         logits = []
         for logits_LV in prefill_chunks(self.session, cache, prompt, chunk=self._chunk):
             logits.append(logits_LV)
-            yield ""
+            yield ""  # as behind an image
         sampler = Sampler(options)
         sampler.start(prompt_ids)
         lookup = self._lookup(prompt_ids, options.prompt_lookup_num_tokens)
-        delta = prepared.positions.delta
-        top = sampler.can_use_top(int(self.manifest.capabilities.get("top_k", 0)))
         steps = decode_steps(
             self.session,
             cache,
             logits[-1][-1],
             len(prompt_ids),
-            delta,
+            prepared.positions.delta,
             prompt.visual_embeds[:, :1],
             sampler.next,
             lookup,
-            top,
+            sampler.can_use_top(int(self.manifest.capabilities.get("top_k", 0))),
         )
         text = AnswerText(self.tokenizer, options.stop, prompt_ids)
-        token_ids: list[int] = []
-        pieces: list[str] = []
-        finish_reason, first = "length", 0.0
+        answer = Answer(text, options.eos_token_ids, max_new_tokens)
         for token in steps:
-            token_ids.append(token)
-            first = first or time.perf_counter()
-            piece = text.push(token)
-            if token in options.eos_token_ids:
-                finish_reason = "eos"
-            elif text.is_stopped:
-                finish_reason = "stop"
-            is_done = finish_reason != "length" or len(token_ids) >= max_new_tokens
-            if is_done:
-                piece += text.flush()
-            pieces.append(piece)
-            yield piece
+            if not answer.token_ids:
+                times.append(time.perf_counter())
+            yield answer.push(token)
             call.thread = threading.get_ident()  # a stream may be read by another thread than began it
-            if is_done:
+            if answer.finish_reason:
                 break
-        ended = time.perf_counter()
-        later = len(token_ids) - 1
-        tpot = (ended - first) / later if later else 0.0
-        stats = Stats(
-            preprocess_s=preprocessed - started,
-            vision_s=encoded - preprocessed,
-            prefill_s=first - encoded,
-            ttft_s=first - started,
-            tpot_s=tpot,
-            tokens_per_s=1 / tpot if tpot else 0.0,
-            prompt_tokens=len(prompt_ids),
-            visual_tokens=visual_tokens,
-            new_tokens=len(token_ids),
-            peak_cache_bytes=cache.num_bytes,
-            drafted_tokens=lookup.num_drafted if lookup else 0,
-            accepted_tokens=lookup.num_accepted if lookup else 0,
+        times.append(time.perf_counter())
+        return answer.finished(
+            Stats.of(
+                times,
+                prompt_tokens=len(prompt_ids),
+                visual_tokens=prepared.num_visual_tokens,
+                new_tokens=len(answer.token_ids),
+                peak_cache_bytes=cache.num_bytes,
+                drafted_tokens=lookup.num_drafted if lookup else 0,
+                accepted_tokens=lookup.num_accepted if lookup else 0,
+            )
         )
-        return Generation("".join(pieces), token_ids, finish_reason, stats)
 
 
 def _decoder_needs(manifest: Manifest, capacity: int) -> dict[str, int]:

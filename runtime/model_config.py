@@ -186,39 +186,8 @@ class ModelConfig:
             text.refuse("is_causal", "true: no token sees those behind it")
         top = _Section(config, "")
         result = cls(
-            text=TextConfig(
-                vocab_size=text.size("vocab_size", most=_MOST_TOKENS),
-                hidden_size=text.size("hidden_size"),
-                intermediate_size=text.size("intermediate_size"),
-                num_layers=text.size("num_hidden_layers", most=_MOST_LAYERS),
-                num_heads=text.size("num_attention_heads"),
-                num_kv_heads=text.size("num_key_value_heads"),
-                # transformers' own defaults, which differ between the two families.
-                head_dim=text.size(
-                    "head_dim",
-                    default=text.size("hidden_size") // text.size("num_attention_heads") if has_experts else 128,
-                ),
-                max_positions=text.size("max_position_embeddings", most=_MOST_TOKENS),
-                rms_norm_eps=text.positive("rms_norm_eps", default=1e-6),
-                tie_word_embeddings=_is_tied(top, text),
-                experts=_experts(text) if has_experts else None,
-                # Without one, releases of transformers disagree: 5e6 in 4.57, 5e5 in 5.24.
-                rope_theta=rope.positive("rope_theta"),
-                mrope_section=rope.triple("mrope_section", default=(24, 20, 20)),
-            ),
-            vision=VisionConfig(
-                depth=vision.size("depth", most=_MOST_LAYERS),
-                hidden_size=vision.size("hidden_size"),
-                intermediate_size=vision.size("intermediate_size"),
-                num_heads=vision.size("num_heads"),
-                in_channels=vision.size("in_channels", default=3, most=_MOST_OF_PATCH),
-                patch_size=vision.size("patch_size", default=16, most=_MOST_OF_PATCH),
-                temporal_patch_size=vision.size("temporal_patch_size", default=2, most=_MOST_OF_PATCH),
-                spatial_merge_size=vision.size("spatial_merge_size", default=2, most=_MOST_OF_PATCH),
-                num_position_embeddings=vision.size("num_position_embeddings"),
-                deepstack_layers=vision.indices("deepstack_visual_indexes", default=(8, 16, 24)),
-                rope_theta=vision_rope.positive("rope_theta", default=10000.0),
-            ),
+            text=_text_config(text, rope, top, has_experts=has_experts),
+            vision=_vision_config(vision, vision_rope),
             image_token_id=top.index("image_token_id", default=151655),
             video_token_id=top.index("video_token_id", default=151656),
             vision_start_token_id=top.index("vision_start_token_id", default=151652),
@@ -236,35 +205,25 @@ class ModelConfig:
                 f"{text.hidden_size}: the decoder takes visual embeddings as they are",
                 remedy="take both sections of config.json from one checkpoint",
             )
+        levels, wrong = vision.deepstack_layers, ""
         if text.num_heads % text.num_kv_heads:
-            raise CheckpointError(
-                f"config.json: {text.num_heads} attention heads are no multiple of {text.num_kv_heads} key/value heads",
-                remedy=_TAKE_IT_AGAIN,
-            )
-        if vision.num_grid_per_side**2 != vision.num_position_embeddings:
-            raise CheckpointError(
-                f"config.json: vision_config.num_position_embeddings = {vision.num_position_embeddings} is no square",
-                remedy=_TAKE_IT_AGAIN,
-            )
-        if vision.hidden_size % vision.num_heads:
-            raise CheckpointError(
-                f"config.json: vision_config.hidden_size = {vision.hidden_size} is no multiple of "
-                f"num_heads = {vision.num_heads}",
-                remedy=_TAKE_IT_AGAIN,
-            )
+            wrong = f"{text.num_heads} attention heads are no multiple of {text.num_kv_heads} key/value heads"
+        elif vision.num_grid_per_side**2 != vision.num_position_embeddings:
+            wrong = f"vision_config.num_position_embeddings = {vision.num_position_embeddings} is no square"
+        elif vision.hidden_size % vision.num_heads:
+            wrong = f"vision_config.hidden_size = {vision.hidden_size} is no multiple of num_heads = {vision.num_heads}"
         # Rotary embeddings turn pairs of elements; those of the vision tower, pairs for rows and for columns.
-        for name, head_dim, factor in (("text_config", text.head_dim, 2), ("vision_config", vision.head_dim, 4)):
-            if head_dim % factor:
-                raise CheckpointError(
-                    f"config.json: {name}: heads of {head_dim} elements, expected a multiple of {factor}",
-                    remedy=_TAKE_IT_AGAIN,
-                )
-        if len(vision.deepstack_layers) > text.num_layers or any(i >= vision.depth for i in vision.deepstack_layers):
-            raise CheckpointError(
-                f"config.json: deepstack_visual_indexes {list(vision.deepstack_layers)} do not fit a vision tower of "
-                f"{vision.depth} and a decoder of {text.num_layers} layers",
-                remedy=_TAKE_IT_AGAIN,
+        elif text.head_dim % 2:
+            wrong = f"text_config: heads of {text.head_dim} elements, expected a multiple of 2"
+        elif vision.head_dim % 4:
+            wrong = f"vision_config: heads of {vision.head_dim} elements, expected a multiple of 4"
+        elif len(levels) > text.num_layers or any(i >= vision.depth for i in levels):
+            wrong = (
+                f"deepstack_visual_indexes {list(levels)} do not fit a vision tower of {vision.depth} and a decoder of "
+                f"{text.num_layers} layers"
             )
+        if wrong:
+            raise CheckpointError(f"config.json: {wrong}", remedy=_TAKE_IT_AGAIN)
 
 
 class _Section:
@@ -342,6 +301,45 @@ def _section(config: Mapping[str, Any], name: str) -> _Section:
     if not isinstance(values, Mapping):
         raise CheckpointError(f"config.json: {name} is missing", remedy="give the folder of a Qwen3-VL checkpoint")
     return _Section(values, name)
+
+
+def _text_config(text: _Section, rope: _Section, top: _Section, *, has_experts: bool) -> TextConfig:
+    return TextConfig(
+        vocab_size=text.size("vocab_size", most=_MOST_TOKENS),
+        hidden_size=text.size("hidden_size"),
+        intermediate_size=text.size("intermediate_size"),
+        num_layers=text.size("num_hidden_layers", most=_MOST_LAYERS),
+        num_heads=text.size("num_attention_heads"),
+        num_kv_heads=text.size("num_key_value_heads"),
+        # transformers' own defaults, which differ between the two families.
+        head_dim=text.size(
+            "head_dim",
+            default=text.size("hidden_size") // text.size("num_attention_heads") if has_experts else 128,
+        ),
+        max_positions=text.size("max_position_embeddings", most=_MOST_TOKENS),
+        rms_norm_eps=text.positive("rms_norm_eps", default=1e-6),
+        tie_word_embeddings=_is_tied(top, text),
+        experts=_experts(text) if has_experts else None,
+        # Without one, releases of transformers disagree: 5e6 in 4.57, 5e5 in 5.24.
+        rope_theta=rope.positive("rope_theta"),
+        mrope_section=rope.triple("mrope_section", default=(24, 20, 20)),
+    )
+
+
+def _vision_config(vision: _Section, rope: _Section) -> VisionConfig:
+    return VisionConfig(
+        depth=vision.size("depth", most=_MOST_LAYERS),
+        hidden_size=vision.size("hidden_size"),
+        intermediate_size=vision.size("intermediate_size"),
+        num_heads=vision.size("num_heads"),
+        in_channels=vision.size("in_channels", default=3, most=_MOST_OF_PATCH),
+        patch_size=vision.size("patch_size", default=16, most=_MOST_OF_PATCH),
+        temporal_patch_size=vision.size("temporal_patch_size", default=2, most=_MOST_OF_PATCH),
+        spatial_merge_size=vision.size("spatial_merge_size", default=2, most=_MOST_OF_PATCH),
+        num_position_embeddings=vision.size("num_position_embeddings"),
+        deepstack_layers=vision.indices("deepstack_visual_indexes", default=(8, 16, 24)),
+        rope_theta=rope.positive("rope_theta", default=10000.0),
+    )
 
 
 def _is_tied(top: _Section, text: _Section) -> bool:

@@ -21,7 +21,8 @@ from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import MAX_TOKENIZER_BYTES, parse_json_object, read_small_file
 from runtime.generation_config import GenerationOptions
 from runtime.image_bounds import MAX_IMAGE_PIXELS
-from runtime.image_processor import NUM_CHANNELS, ImageProcessorConfig, ProcessedImage
+from runtime.image_config import NUM_CHANNELS, ImageProcessorConfig
+from runtime.image_processor import ProcessedImage
 from runtime.input_kinds.registry import input_kinds
 from runtime.messages import Attachment, normalise_messages
 from runtime.model_config import ModelConfig

@@ -7,10 +7,11 @@ the decoder. A draft changes no token: `runtime.generation.decode_steps` keeps w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-# Longest first: a long match is right more often, a single token such as the quote behind a key's colon finds more.
-# Against (3, 2), by cost: JSON +5, HTML +3, page read back +4, prose -1 % (docs/experiments.md).
+# The values of n, the preferred one first: a long match is right more often, a single token such as the quote behind
+# a key's colon finds more. Against (3, 2), by cost: JSON +5, HTML +3, page read back +4, prose -1 %
+# (docs/experiments.md).
 NGRAM_SIZES = (4, 3, 2, 1)
 # Cost of one more position in a call, as a share of the cost of a call of one position: 2B shape, int4, 2 cores.
 # A constant and not a clock: were the length of a draft measured, the same seed would not always give the same bits.
@@ -69,11 +70,9 @@ class NgramIndex:
 
     Args:
         token_ids: The sequence so far.
-        sizes: Values of n, the preferred one first.
     """
 
-    def __init__(self, token_ids: Iterable[int], sizes: Sequence[int] = NGRAM_SIZES) -> None:
-        self._sizes = tuple(sizes)
+    def __init__(self, token_ids: Iterable[int]) -> None:
         self._ids: list[int] = []
         self._behind: dict[tuple[int, ...], int] = {}
         for token_id in token_ids:
@@ -83,7 +82,7 @@ class NgramIndex:
         """Add one token."""
         # What ends here becomes findable only now, so the last n-gram never finds itself.
         end = len(self._ids)
-        for size in self._sizes:
+        for size in NGRAM_SIZES:
             if size <= end:
                 self._behind[tuple(self._ids[end - size :])] = end
         self._ids.append(token_id)
@@ -93,7 +92,7 @@ class NgramIndex:
 
         A copy that reaches the end of the sequence goes on with itself: after `a b a b a` come `b a b a …`.
         """
-        for size in self._sizes:
+        for size in NGRAM_SIZES:
             start = self._behind.get(tuple(self._ids[-size:]))
             if start is not None:
                 period = self._ids[start : start + num_tokens]
@@ -108,17 +107,10 @@ class PromptLookup:
         prompt_ids: The token ids of the prompt, image tokens included.
         max_tokens: Most tokens of one draft, at least 1.
         never: Token ids that no answer holds, such as the image token; a draft ends before them.
-        sizes: Values of n, the preferred one first.
     """
 
-    def __init__(
-        self,
-        prompt_ids: Iterable[int],
-        max_tokens: int,
-        never: Iterable[int] = (),
-        sizes: Sequence[int] = NGRAM_SIZES,
-    ) -> None:
-        self._index = NgramIndex(prompt_ids, sizes)
+    def __init__(self, prompt_ids: Iterable[int], max_tokens: int, never: Iterable[int] = ()) -> None:
+        self._index = NgramIndex(prompt_ids)
         self._length = DraftLength()
         self._max_tokens = max_tokens
         self._never = frozenset(never)

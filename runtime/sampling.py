@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -29,64 +29,35 @@ Logits = npt.NDArray[np.float32]
 
 
 class TokenHistory:
-    """Remember which tokens a sequence holds, with constant work per new token.
+    """Remember which tokens a sequence holds.
 
     Args:
         prompt_ids: The token ids of the prompt, image tokens included (as transformers' `input_ids`).
     """
 
     def __init__(self, prompt_ids: Sequence[int] | npt.NDArray[np.int64] = ()) -> None:
-        seen = np.unique(np.asarray(prompt_ids, dtype=np.int64))
-        self._seen = _GrowingArray(seen)
-        self._seen_set = set(seen.tolist())
-        self._generated = _GrowingArray(np.empty(0, dtype=np.int64))
-        self._counts = _GrowingArray(np.empty(0, dtype=np.int64))
-        self._index_of_generated: dict[int, int] = {}
+        self._seen = dict.fromkeys(np.unique(np.asarray(prompt_ids, np.int64)).tolist())
+        self._counts: dict[int, int] = {}
 
     @property
     def seen_ids(self) -> npt.NDArray[np.int64]:
         """Distinct token ids of prompt and answer, in no particular order."""
-        return self._seen.view()
+        return np.fromiter(self._seen, np.int64, len(self._seen))
 
     @property
     def generated_ids(self) -> npt.NDArray[np.int64]:
         """Distinct token ids of the answer."""
-        return self._generated.view()
+        return np.fromiter(self._counts, np.int64, len(self._counts))
 
     @property
     def generated_counts(self) -> npt.NDArray[np.int64]:
         """How often each of `generated_ids` occurs in the answer."""
-        return self._counts.view()
+        return np.fromiter(self._counts.values(), np.int64, len(self._counts))
 
     def append(self, token_id: int) -> None:
         """Add one generated token."""
-        if token_id not in self._seen_set:
-            self._seen_set.add(token_id)
-            self._seen.append(token_id)
-        index = self._index_of_generated.get(token_id)
-        if index is None:
-            self._index_of_generated[token_id] = len(self._index_of_generated)
-            self._generated.append(token_id)
-            self._counts.append(1)
-        else:
-            self._counts.view()[index] += 1
-
-
-class _GrowingArray:
-    """An int64 array with amortised constant append."""
-
-    def __init__(self, values: npt.NDArray[np.int64]) -> None:
-        self._size = len(values)
-        self._buffer = np.concatenate([values, np.zeros(64, dtype=np.int64)])
-
-    def view(self) -> npt.NDArray[np.int64]:
-        return self._buffer[: self._size]
-
-    def append(self, value: int) -> None:
-        if self._size == len(self._buffer):
-            self._buffer = np.concatenate([self._buffer, np.zeros_like(self._buffer)])
-        self._buffer[self._size] = value
-        self._size += 1
+        self._seen[token_id] = None
+        self._counts[token_id] = self._counts.get(token_id, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -118,6 +89,17 @@ class _Penalty(LogitsProcessor):
     is_for_greedy = True
     needs_all_logits = True
 
+    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
+        """Return penalised logits."""
+        result_BV = logits_BV.copy()
+        for row_V, history in zip(result_BV, histories, strict=True):
+            self.penalise(row_V, history)
+        return result_BV
+
+    @abstractmethod
+    def penalise(self, row_V: Logits, history: TokenHistory) -> None:
+        """Penalise the tokens of a sequence in its row."""
+
 
 class RepetitionPenalty(_Penalty):
     """Make the tokens of prompt and answer less likely, once each.
@@ -128,16 +110,12 @@ class RepetitionPenalty(_Penalty):
 
     option, off = "repetition_penalty", 1.0
 
-    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
-        """Return penalised logits; ids at or beyond V are passed over."""
-        result_BV = logits_BV.copy()
-        for row_V, history in zip(result_BV, histories, strict=True):
-            ids = history.seen_ids
-            ids = ids[ids < len(row_V)]
-            values = row_V[ids]
-            penalty = np.float32(self.value)
-            row_V[ids] = np.where(values < 0, values * penalty, values / penalty)
-        return result_BV
+    def penalise(self, row_V: Logits, history: TokenHistory) -> None:
+        """Divide or multiply; ids at or beyond V are passed over."""
+        ids = history.seen_ids
+        ids = ids[ids < len(row_V)]
+        values, penalty = row_V[ids], np.float32(self.value)
+        row_V[ids] = np.where(values < 0, values * penalty, values / penalty)
 
 
 class PresencePenalty(_Penalty):
@@ -150,12 +128,9 @@ class PresencePenalty(_Penalty):
 
     option, off = "presence_penalty", 0.0
 
-    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
-        """Return penalised logits."""
-        result_BV = logits_BV.copy()
-        for row_V, history in zip(result_BV, histories, strict=True):
-            row_V[history.generated_ids] -= np.float32(self.value)
-        return result_BV
+    def penalise(self, row_V: Logits, history: TokenHistory) -> None:
+        """Subtract it once."""
+        row_V[history.generated_ids] -= np.float32(self.value)
 
 
 class FrequencyPenalty(_Penalty):
@@ -163,12 +138,9 @@ class FrequencyPenalty(_Penalty):
 
     option, off = "frequency_penalty", 0.0
 
-    def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
-        """Return penalised logits."""
-        result_BV = logits_BV.copy()
-        for row_V, history in zip(result_BV, histories, strict=True):
-            row_V[history.generated_ids] -= np.float32(self.value) * history.generated_counts.astype(np.float32)
-        return result_BV
+    def penalise(self, row_V: Logits, history: TokenHistory) -> None:
+        """Subtract it for each occurrence."""
+        row_V[history.generated_ids] -= np.float32(self.value) * history.generated_counts.astype(np.float32)
 
 
 class Temperature(LogitsProcessor):
@@ -307,7 +279,6 @@ def _bad_logits(logits_V: Logits) -> EngineError:
     )
 
 
-@dataclass
 class Sampler:
     """Choose the tokens of one answer: processors, then greedy or a seeded draw.
 
@@ -315,14 +286,9 @@ class Sampler:
         options: The checked options. The same seed, prompt and logits give the same tokens.
     """
 
-    options: GenerationOptions
-    _processors: list[LogitsProcessor] = field(init=False, repr=False)
-    _history: TokenHistory = field(init=False, repr=False)
-    _rng: np.random.Generator = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Build the processors and start with an empty prompt."""
-        self._processors = build_processors(self.options)
+    def __init__(self, options: GenerationOptions) -> None:
+        self.options = options
+        self._processors = build_processors(options)
         self.start(())
 
     def start(self, prompt_ids: Sequence[int] | npt.NDArray[np.int64]) -> None:

@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,36 +78,49 @@ class TopLogitsSession(Session, Protocol):
         """Run the decoder as `decode` does, and leave the logits on the device: the largest of each, [B][L]."""
 
 
+def top_logits(
+    ids_BLk: IntArray, values_BLk: FloatArray, vocab_size: int, fetch: Callable[[int, int], FloatArray]
+) -> list[list[TopLogits]]:
+    """Return what `decode_top` does; `fetch` takes a sequence and one of its positions."""
+    return [
+        [TopLogits(ids_k, values_k, vocab_size, partial(fetch, b, i)) for i, (ids_k, values_k) in enumerate(pairs)]
+        for b, pairs in enumerate(zip(*rows, strict=True) for rows in zip(ids_BLk, values_BLk, strict=True))
+    ]
+
+
 def is_on_gpu(manifest: Manifest) -> bool:
     """Return whether the engine lives in the memory of a GPU, which refuses by itself what it cannot hold."""
     return bool(manifest.capabilities.get("device", "cpu") == "gpu")
 
 
-def open_session(
-    folder: Path,
-    manifest: Manifest,
-    *,
-    threads: int | None = None,
-    huge_pages: bool = False,
-    cuda_graphs: bool = True,
-) -> Session:
-    """Open an engine folder whose manifest was read and checked.
+@dataclass(frozen=True)
+class SessionOptions:
+    """How an engine is opened.
 
-    Args:
-        folder: The folder.
-        manifest: Its manifest.
-        threads: Threads of the engine; `runtime.machine.default_threads` by default.
+    Attributes:
+        threads: Threads of the engine, at least 1; None for `runtime.machine.default_threads`.
         huge_pages: Spend seconds to move the weights to huge pages (`runtime.huge_pages`).
         cuda_graphs: Record decode steps on a GPU.
+    """
+
+    threads: int | None = None
+    huge_pages: bool = False
+    cuda_graphs: bool = True
+
+
+def open_session(folder: Path, manifest: Manifest, options: SessionOptions = SessionOptions()) -> Session:
+    """Open an engine folder whose manifest was read and checked.
 
     Raises:
         EngineError: No session of that kind exists here, or its library is not installed.
         UsageError: The session has no use for an option that was given.
     """
-    if not (cuda_graphs or is_on_gpu(manifest)):
+    if not (options.cuda_graphs or is_on_gpu(manifest)):
         raise UsageError(
             f"cuda_graphs=False: {folder} does not run on a GPU", remedy="leave cuda_graphs (--no-cuda-graphs) out"
         )
+    if options.huge_pages and is_on_gpu(manifest):
+        raise UsageError("huge_pages: the weights are on the GPU", remedy="leave huge_pages out")
     known = sorted(module.name for module in pkgutil.iter_modules(runtime.sessions.__path__))
     if manifest.session not in known:
         raise EngineError(
@@ -114,9 +128,7 @@ def open_session(
             remedy="install the version that built the engine, or build it again",
         )
     module = importlib.import_module(f"runtime.sessions.{manifest.session}")
-    # Sessions of CPUs do not know it.
-    options = {} if cuda_graphs else {"cuda_graphs": False}
-    session: Session = module.open_session(folder, manifest, threads=threads, huge_pages=huge_pages, **options)
+    session: Session = module.open_session(folder, manifest, options)
     if manifest.capabilities.get("top_k") and not hasattr(session, "decode_top"):
         raise EngineError(
             f"{folder}: engine.json promises the largest logits (top_k), which a session {manifest.session!r} does not "

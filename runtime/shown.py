@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 
 # Characters that move the cursor, ring, start an escape sequence or turn the direction of the text around (the
 # "Trojan Source" characters, CVE-2021-42574), line separators of Unicode, and lone surrogates, which no UTF-8 can hold.
@@ -84,6 +84,13 @@ def shown_numbers(value: object) -> str:
     if values is None or any(type(each) not in (int, float) for each in values):  # type: ignore[attr-defined]
         return shown(value)
     return shorten(f"[{', '.join(map(shown, values))}]", _LONGEST)  # type: ignore[call-overload]
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Align all columns but the last, which may be long."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
+    padded = [[cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)] for row in rows]
+    return ["  ".join([*cells, row[-1]]) for cells, row in zip(padded, rows, strict=True)]
 
 
 def _quoted(value: str | bytes | bytearray, limit: int) -> str:

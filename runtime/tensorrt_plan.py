@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.cuda import Device
+from runtime.cuda import CudaDevice
 from runtime.errors import CapacityError, EngineError
 from runtime.manifest import Manifest
 from runtime.profiles import Profile, Shape
@@ -34,7 +34,7 @@ class Library:
         EngineError: The library is missing or of another version, or the plans do not run on this GPU.
     """
 
-    def __init__(self, manifest: Manifest, device: Device) -> None:
+    def __init__(self, manifest: Manifest, device: CudaDevice) -> None:
         capabilities = manifest.capabilities
         self._remedy = _REBUILD.format(target=manifest.target)
         name, built_with = str(capabilities["library"]), str(capabilities["library_version"])
@@ -266,7 +266,7 @@ class Plan:
         return context
 
 
-def share_memory(plans: Sequence[Plan], device: Device, reserved_bytes: int, max_batch: int) -> None:
+def share_memory(plans: Sequence[Plan], device: CudaDevice, reserved_bytes: int, max_batch: int) -> None:
     """Give what device memory is left over to the weights of plans that stream them, before they have contexts.
 
     Args:

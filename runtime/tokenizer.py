@@ -8,14 +8,13 @@ library takes about 230 bytes and a microsecond for each byte of a piece.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders
 
 from runtime.errors import CapacityError, EngineError, UsageError
-from runtime.files import MAX_TOKENIZER_BYTES, parse_json_object, read_small_file
+from runtime.files import parse_json_object
 from runtime.panics import is_panic
 from runtime.shown import one_line, shown
 from runtime.text_cuts import GPT2_PATTERN, QWEN_PATTERN, places_to_cut
@@ -67,16 +66,6 @@ class Tokenizer:
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes_of_ids: dict[int, bytes] = {}
         self._cuts = places_to_cut(settings, list(added.values()))
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read a `tokenizer.json`.
-
-        Raises:
-            EngineError: The file is missing, larger than `MAX_TOKENIZER_BYTES`, or not a byte-level tokenizer.
-        """
-        content = read_small_file(path, max_bytes=MAX_TOKENIZER_BYTES, remedy=_EXPORT_AGAIN)
-        return cls(content, name=str(path))
 
     @property
     def num_tokens(self) -> int:

@@ -17,7 +17,7 @@ def scheme_of(text: str) -> str | None:
     return None if match is None else match.group(1).lower()
 
 
-def check_local(source: str | os.PathLike[str], what: str, *, base_dir: str | os.PathLike[str] | None = None) -> None:
+def check_local(source: str | os.PathLike[str], what: str) -> None:
     """Raise if `source` would have to be fetched.
 
     That is `scheme://…`, and `scheme:/…` unless a file has this name: `Path("http://host/a")` is `http:/host/a`.
@@ -25,7 +25,6 @@ def check_local(source: str | os.PathLike[str], what: str, *, base_dir: str | os
     Args:
         source: A path, or a URL.
         what: What it names, for the message: "image", "engine".
-        base_dir: Folder that a relative path starts from.
 
     Raises:
         UsageError: It is a URL.
@@ -34,7 +33,7 @@ def check_local(source: str | os.PathLike[str], what: str, *, base_dir: str | os
     scheme = scheme_of(text)
     if scheme is None or text[len(scheme) + 1 : len(scheme) + 2] != "/":
         return
-    if text[len(scheme) + 1 :].startswith("//") or not os.path.exists(os.path.join(base_dir or "", text)):
+    if text[len(scheme) + 1 :].startswith("//") or not os.path.exists(text):
         raise UsageError(
             f"{what} {shown(text)}: expected a local {what}, found a URL of scheme {scheme!r}; nothing is fetched",
             remedy="pass the plain path" if scheme == "file" else f"download the {what} first and pass its path",

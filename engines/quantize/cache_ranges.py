@@ -21,7 +21,6 @@ from runtime.manifest import FileRecord, Manifest
 
 if TYPE_CHECKING:
     from engines.quantize.calibration_data import CalibrationPrompt
-    from runtime.model import Qwen3VLModel
 
 SCALES_NAME = "cache_scales.npy"
 CACHE_BITS = {"int8": 8, "int4": 4}
@@ -115,9 +114,11 @@ def cache_ranges(folder: Path, manifest: Manifest, prompts: Sequence[Calibration
         CapacityError: A prompt is longer than the context, or the engine does not fit into memory.
         BundleError: A key or a value is NaN or infinite.
     """
+    from runtime.engine_options import EngineOptions
     from runtime.generation import prefill
+    from runtime.model import Qwen3VLModel
 
-    model = _opened(folder, manifest)
+    model = Qwen3VLModel.from_manifest(folder, manifest, EngineOptions.checked(manifest))
     text = model.config.text
     largest_L2KH = np.zeros((text.num_layers, 2, text.num_kv_heads, text.head_dim), np.float32)
     for prompt in prompts:
@@ -134,25 +135,6 @@ def cache_ranges(folder: Path, manifest: Manifest, prompts: Sequence[Calibration
                 remedy="check the checkpoint's weights, or leave the prompt out",
             )
     return largest_L2KH
-
-
-def _opened(folder: Path, manifest: Manifest) -> Qwen3VLModel:
-    from runtime import memory
-    from runtime.model import DEFAULT_MAX_CONTEXT, Qwen3VLModel
-    from runtime.preparation import Preparation
-    from runtime.session import open_session
-
-    config = manifest.model
-    capacity = min(DEFAULT_MAX_CONTEXT, config.text.max_positions)
-    needed = {
-        memory.WEIGHTS: manifest.weight_bytes,
-        memory.CACHE: memory.cache_bytes(manifest, capacity),
-        memory.PREFILL: memory.prefill_bytes(config, capacity),
-    }
-    limit = memory.machine_bytes()
-    memory.check_fits(needed, limit)
-    preparation = Preparation.from_folder(folder, config)
-    return Qwen3VLModel(manifest, open_session(folder, manifest), preparation, capacity, limit)
 
 
 def scales_of(ranges_L2KH: NDArray[np.float32], bits: int) -> NDArray[np.float32]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen3vl_export.cli.options import AsJson, Engine, Opening, grouped
-from qwen3vl_export.cli.output import columns, print_json
+from qwen3vl_export.cli.output import print_json
 from runtime.errors import UsageError
+from runtime.shown import columns
 
 if TYPE_CHECKING:
     from runtime.answer import Stats

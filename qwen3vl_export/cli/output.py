@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from runtime.errors import UsageError
-from runtime.shown import CONTROL, escape_controls
+from runtime.shown import CONTROL, columns, escape_controls
 
 if TYPE_CHECKING:
     from runtime.answer import Generation, Stats
@@ -101,13 +101,6 @@ def _profile_rows(profiles: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterat
         for profile in entries:
             first = next(iter(profile["max"]))
             yield f"profile {graph} {profile['name']}", f"{first} {profile['min'][first]} to {profile['max'][first]}"
-
-
-def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Align all columns but the last, which may be long."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
-    padded = [[cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)] for row in rows]
-    return ["  ".join([*cells, row[-1]]) for cells, row in zip(padded, rows, strict=True)]
 
 
 def _size(num_bytes: int) -> str:

@@ -14,10 +14,10 @@ import typer
 
 import configs
 from qwen3vl_export.cli.options import AsJson
-from qwen3vl_export.cli.output import columns, print_json, print_text
+from qwen3vl_export.cli.output import print_json, print_text
 from runtime.errors import CheckpointError, UsageError
 from runtime.files import is_folder
-from runtime.shown import shown
+from runtime.shown import columns, shown
 
 if TYPE_CHECKING:
     from engines.hardware import Hardware

@@ -109,7 +109,7 @@ def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = Fa
 def _report(comparison: Comparison, *, is_quiet: bool, is_json: bool) -> Report | TaskReport | RangeReport:
     """Compare, and draw the plot."""
     if comparison.plot is not None:
-        from qwen3vl_export.parity.layers import check_plot
+        from qwen3vl_export.parity.plots import check_plot
 
         check_plot(comparison.plot)  # before the minutes of work
     options = {name: value for name, value in given(comparison).items() if name in ("max_new_tokens", "reference")}

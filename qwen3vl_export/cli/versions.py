@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-from qwen3vl_export.cli.output import columns, print_json
+from qwen3vl_export.cli.output import print_json
 from runtime import __version__
 from runtime.installation import DISTRIBUTION
+from runtime.shown import columns
 
 _LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu12", "torch", "onnx", "transformers")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.disk import check_file, replaced_file
 from qwen3vl_export.parity.metrics import FloatArray
-from runtime.installation import how_to_install
+from qwen3vl_export.parity.plots import drawn_panels
 
 
 @dataclass(frozen=True)
@@ -69,53 +67,19 @@ class LayerSums:
         self._sums[name, index] += (np.square(found - theirs).sum(), np.square(theirs).sum())
 
 
-def check_plot(file: Path) -> None:
-    """Check that `plot_layers` can write a file.
-
-    Raises:
-        UsageError: matplotlib is not installed, the suffix is not one it draws, or the folder cannot be written.
-    """
-    from runtime.errors import UsageError
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "a plot needs the Python package 'matplotlib', which is not installed",
-            remedy=how_to_install("plot"),
-        )
-    if file.suffix not in (".png", ".svg"):
-        raise UsageError(f"{file}: a plot is a .png or a .svg file", remedy="give the file one of these suffixes")
-    check_file(file)
-
-
 def plot_layers(errors: Mapping[str, LayerErrors], file: Path) -> None:
     """Draw the errors, one line for each target, as the suffix of `file` says (.svg, .png).
 
     Raises:
         UsageError: matplotlib is not installed, or the suffix is not one it draws.
     """
-    check_plot(file)
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # The same errors give the same file: no date, and names that do not depend on a random salt.
-    with matplotlib.rc_context({"svg.hashsalt": "layers", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(10, 3.4), layout="constrained")
-        panels = figure.subplots(1, 3, sharey=True)
-        for panel, kind, label in zip(
-            panels, ("visual_levels", "keys", "values"), ("visual level", "layer", "layer"), strict=True
-        ):
+    kinds = {"visual_levels": "visual level", "keys": "layer", "values": "layer"}
+    titles = {kind.replace("_", " "): label for kind, label in kinds.items()}
+    with drawn_panels(file, titles, "relative error against float32", width=10, salt="layers") as panels:
+        for panel, kind in zip(panels, kinds, strict=True):
             for target, of_target in errors.items():
                 series = getattr(of_target, kind)
                 panel.plot(range(len(series)), series, marker="o", label=target)
-            panel.set_title(kind.replace("_", " "))
-            panel.set_xlabel(label)
-            panel.set_yscale("log")
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.grid(alpha=0.3, which="both")
-        panels[0].set_ylabel("relative error against float32")
-        panels[-1].legend()
-        with replaced_file(file) as partial:
-            figure.savefig(partial, metadata={"Date": None} if file.suffix == ".svg" else {})
 
 
 def _relative(sums: NDArray[np.float64]) -> float:

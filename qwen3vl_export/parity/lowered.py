@@ -27,11 +27,12 @@ from runtime.errors import CapacityError, ParityError
 from runtime.files import is_folder, leads_somewhere
 from runtime.machine import default_threads
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, Manifest
-from runtime.session import KVCache, TopLogits
+from runtime.session import KVCache, TopLogits, top_logits
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+    from qwen3vl_export.checkpoint import Checkpoint
     from runtime.model import Qwen3VLModel
     from runtime.sessions.ort_cpu import OrtKVCache
 
@@ -83,13 +84,7 @@ class LoweredSession:
     def decode_top(self, inputs: DecoderInputs, cache: KVCache) -> list[list[TopLogits]]:
         """Run the decoder; see `runtime.session.TopLogitsSession.decode_top`."""
         logits_BLV, values_BLk, ids_BLk = self._decode(inputs, cache, (*DECODER_OUTPUTS, "top_logits", "top_ids"))
-        return [
-            [
-                TopLogits(ids_k, values_k, logits_V.size, lambda whole=logits_V: whole)  # type: ignore[misc]
-                for logits_V, values_k, ids_k in zip(*rows, strict=True)
-            ]
-            for rows in zip(logits_BLV, values_BLk, ids_BLk, strict=True)
-        ]
+        return top_logits(ids_BLk, values_BLk, logits_BLV.shape[-1], lambda b, i: logits_BLV[b, i])
 
     def _decode(self, inputs: DecoderInputs, cache: KVCache, names: Sequence[str]) -> list[NDArray[Any]]:
         assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
@@ -105,10 +100,8 @@ class LoweredSession:
             binding.bind_cpu_input(name, array)
         for name in names:
             binding.bind_output(name, "cpu")
-        for i, pair in enumerate(cache.values if cache is not None else ()):  # type: ignore[attr-defined]
-            for kind, value in zip(("key", "value"), pair, strict=True):
-                binding.bind_ortvalue_input(f"past_key_values.{i}.{kind}", value)
-                binding.bind_ortvalue_output(f"present_key_values.{i}.{kind}", value)
+        if cache is not None:
+            cache.bind(binding)  # type: ignore[attr-defined]
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
@@ -157,10 +150,26 @@ def open_model(folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
     return model_of(folder, manifest, LoweredSession(folder, manifest, threads))
 
 
+def open_model_of(checkpoint: Checkpoint, folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
+    """Open a folder, as `open_model` does, to compare it with the checkpoint it was built from.
+
+    Raises:
+        ParityError: It was built from a model of another shape.
+    """
+    model = open_model(folder, threads=threads)
+    if model.config != checkpoint.config:
+        raise ParityError(
+            f"{folder} was built from a model of another shape than {checkpoint.name}",
+            remedy="give the checkpoint that `qwen3vl inspect` names as its source",
+        )
+    return model
+
+
 def model_of(folder: Path, manifest: Manifest, session: LoweredSession) -> Qwen3VLModel:
     """Put what a folder holds for prompts around a session."""
+    from runtime.engine_options import DEFAULT_MAX_CONTEXT
     from runtime.memory import machine_bytes
-    from runtime.model import DEFAULT_MAX_CONTEXT, Qwen3VLModel
+    from runtime.model import Qwen3VLModel
     from runtime.preparation import Preparation
 
     max_context = min(session.capacity or DEFAULT_MAX_CONTEXT, manifest.model.text.max_positions)

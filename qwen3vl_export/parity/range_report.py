@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.disk import replaced_file
+from qwen3vl_export.parity.plots import drawn_panels
+from qwen3vl_export.parity.report import finite
+from runtime.shown import columns
 
 FLOAT16_MAX = 65504.0
 _SHOWN_GROUPS = 24
@@ -66,18 +68,7 @@ class RangeReport:
             "passed": self.passed,
             "checkpoint": self.checkpoint,
             "float16_max": FLOAT16_MAX,
-            "tensors": [
-                {
-                    "graph": each.graph,
-                    "scope": each.scope,
-                    "op": each.op,
-                    "name": each.name,
-                    "max_abs": _finite(each.max_abs),
-                    "headroom": _finite(each.headroom),
-                    "fits": each.fits,
-                }
-                for each in self.tensors
-            ],
+            "tensors": [finite(asdict(each) | {"headroom": each.headroom, "fits": each.fits}) for each in self.tensors],
         }
 
     def render(self) -> str:
@@ -97,8 +88,7 @@ class RangeReport:
             )
             for each in shown
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[6]]).rstrip() for row in rows]
+        lines = [line.rstrip() for line in columns(rows)]
         if hidden := len(groups) - len(shown):
             lines.append(f"{hidden} smaller rows are not shown; --json lists all {len(self.tensors)} tensors")
         return "\n".join([*lines, self._verdict()])
@@ -123,30 +113,13 @@ def plot_ranges(report: RangeReport, file: Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or the suffix is not one it draws.
     """
-    from qwen3vl_export.parity.layers import check_plot
-
-    check_plot(file)
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # The same ranges give the same file: no date, and names that do not depend on a random salt.
-    with matplotlib.rc_context({"svg.hashsalt": "ranges", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(8, 3.4), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        for panel, graph, label in zip(panels, ("vision", "decoder"), ("block", "layer"), strict=True):
+    titles = {"vision": "block", "decoder": "layer"}
+    with drawn_panels(file, titles, "max |x|", width=8, salt="ranges") as panels:
+        for panel, graph in zip(panels, titles, strict=True):
             for is_weight, name in ((False, "tensors"), (True, "weights")):
                 series = _by_layer(report, graph, is_weight)
                 panel.plot(series.keys(), series.values(), marker="o", label=name)
             panel.axhline(FLOAT16_MAX, color="black", linestyle="--", label="float16")
-            panel.set_title(graph)
-            panel.set_xlabel(label)
-            panel.set_yscale("log")
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.grid(alpha=0.3, which="both")
-        panels[0].set_ylabel("max |x|")
-        panels[-1].legend()
-        with replaced_file(file) as partial:
-            figure.savefig(partial, metadata={"Date": None} if file.suffix == ".svg" else {})
 
 
 def _by_layer(report: RangeReport, graph: str, is_weight: bool) -> dict[int, float]:
@@ -156,7 +129,3 @@ def _by_layer(report: RangeReport, graph: str, is_weight: bool) -> dict[int, flo
         if each.graph == graph and each.is_weight == is_weight and number.isdigit():
             found[int(number)] = max(each.max_abs, found.get(int(number), 0.0))
     return dict(sorted(found.items()))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qwen3vl_export.routing import RouterStatistics
+from runtime.shown import columns
 
 _LAYER_NOTE = (
     "Keys and values of a layer show what came into it. What else is wrong in a layer shows in the rows of the next "
@@ -56,7 +57,7 @@ class Report:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, which knows no infinity and no NaN: they become null.
+        """Return plain values for JSON; what is not finite becomes null.
 
         `routers` is there only for a mixture of experts.
         """
@@ -67,17 +68,14 @@ class Report:
             "reference": self.reference,
             "precision": self.precision,
             "notes": list(self.notes),
-            "checks": [_finite(asdict(check) | {"passed": check.passed}) for check in self.checks],
+            "checks": [finite(asdict(check) | {"passed": check.passed}) for check in self.checks],
         }
         return values | ({"routers": self.routers.to_dict()} if self.routers.layers else {})
 
     def render(self) -> str:
         """Return a table in plain text: all checks, but of the layers within their limits only the worst."""
         rows = [("case", "comparison", "value", "limit", "", "more"), *map(_row, self._shown())]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]).rstrip() for row in rows
-        ]
+        lines = [line.rstrip() for line in columns(rows)]
         if any(check.layer is not None and not check.passed for check in self.checks):
             lines.append(_LAYER_NOTE)
         verdict = "passed" if self.passed else "FAILED"
@@ -113,9 +111,10 @@ def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return plain values for JSON, which knows no infinity and no NaN: they become null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

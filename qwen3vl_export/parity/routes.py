@@ -18,13 +18,13 @@ Positions count tokens from the start of the prompt; greedy steps go on behind i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3vl_export.parity.reference import ReferenceOutput
 from qwen3vl_export.routing import Choice
 
 # In units of the limits: smaller errors are not looked into; behind larger ones nothing is.
@@ -36,25 +36,8 @@ _LEFT = 0.5
 _RUNS_PER_LAYER = 6
 
 
-class ReferenceRun(Protocol):
-    """A run of the reference."""
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """What it generated: all but the last are its input behind the prompt."""
-        ...
-
-    @property
-    def gaps(self) -> Mapping[Choice, float]:
-        """Of each choice, the difference of the two logits."""
-        ...
-
-
-R = TypeVar("R", bound=ReferenceRun)
-
-
 @dataclass
-class Followed(Generic[R]):
+class Followed:
     """The run of the reference that the engine is compared with.
 
     Attributes:
@@ -64,18 +47,18 @@ class Followed(Generic[R]):
         is_complete: Whether it ended before the runs did.
     """
 
-    output: R
+    output: ReferenceOutput
     gaps: dict[Choice, float]
     num_runs: int
     is_complete: bool = True
 
 
 def follow(
-    run: Callable[[frozenset[Choice]], R],
-    errors_of: Callable[[R], list[NDArray[np.float64]]],
+    run: Callable[[frozenset[Choice]], ReferenceOutput],
+    errors_of: Callable[[ReferenceOutput], list[NDArray[np.float64]]],
     *,
     runs_per_layer: int = _RUNS_PER_LAYER,
-) -> Followed[R]:
+) -> Followed:
     """Run the reference until no other choice of an expert explains what the engine does otherwise.
 
     Args:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from engines.disk import replace_text
 from qwen3vl_export.parity.layers import LayerErrors, plot_layers
+from qwen3vl_export.parity.report import finite
 
 if TYPE_CHECKING:
-    from qwen3vl_export.parity.tasks import Question
     from runtime.manifest import Manifest
 
 _Z_95 = 1.959964
@@ -29,6 +29,44 @@ _HEADER = (
     "task", "fp32", "engine", "points", "95 % interval", "lost", "gained", "mean KL, nats", "top-1",
     "perplexity fp32", "engine",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, what both engines answered, and how they predicted the tokens of the true answer.
+
+    Attributes:
+        index: The canvas.
+        expected: Answer of the float32 engine.
+        answer: Answer of the engine.
+        kl: Sum over the true tokens of KL(float32 ‖ engine), in nats.
+        same_top1: True tokens where both engines hold the same token most likely.
+        expected_nll: Sum over the true tokens of the float32 engine's negative log-likelihood, in nats.
+        nll: The same of the engine.
+        tokens: True tokens, the end included.
+    """
+
+    index: int
+    task: str
+    question: str
+    truth: str
+    expected: str
+    answer: str
+    kl: float
+    same_top1: int
+    expected_nll: float
+    nll: float
+    tokens: int
+
+    @property
+    def was_right(self) -> bool:
+        """Whether float32 answers with the truth."""
+        return self.expected.strip() == self.truth
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the engine answers with the truth."""
+        return self.answer.strip() == self.truth
 
 
 @dataclass(frozen=True)
@@ -170,7 +208,7 @@ class TaskReport:
         values = asdict(self) | {"passed": self.passed, "allowed_points": self.allowed_points}
         for row, shown in zip(self.rows, values["rows"], strict=True):
             shown |= {"points": row.points, "interval": row.interval}
-        plain: dict[str, Any] = _finite(values)
+        plain: dict[str, Any] = finite(values)
         return plain
 
     def render(self) -> str:
@@ -274,14 +312,6 @@ def _exp(value: float) -> float:
 
 def _infinite(value: float | None) -> float:
     return math.inf if value is None else value
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -30,12 +30,14 @@ from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import weights_of
 from qwen3vl_export.modeling import Qwen3VL
 from qwen3vl_export.parity.metrics import difference
+from qwen3vl_export.parity.own_reference import OwnReference
 from qwen3vl_export.parity.quiet import quiet_libraries
-from qwen3vl_export.parity.reference import OwnReference, ReferenceOutput
+from qwen3vl_export.parity.reference import ReferenceOutput
 from qwen3vl_export.routing import Choice, RouterStatistics
 from runtime.contract import FloatArray
 from runtime.errors import CheckpointError, Qwen3VLError, UsageError
 from runtime.installation import how_to_install
+from runtime.preparation import Prepared
 
 _COMPARE_WITH_OWN = "compare with this package's own PyTorch definition of the model: --reference own"
 FOLLOWED_NOTE = (
@@ -114,24 +116,21 @@ class TransformersReference:
 
     def run(
         self,
-        input_ids: Sequence[int],
-        pixel_values: Sequence[FloatArray],
-        grids_thw: Sequence[tuple[int, int, int]],
+        prepared: Prepared,
         num_steps: int,
         *,
         swapped: frozenset[Choice] = frozenset(),
         likely_tokens: Sequence[int] = (),
     ) -> ReferenceOutput:
         """Run one prompt; see `Reference.run`. With choices swapped, it is our own definition that runs."""
-        prompt = input_ids, pixel_values, grids_thw, num_steps
         if swapped:
             assert self._own is not None, "a dense model has no routers"
-            return self._own.run(*prompt, swapped=swapped, likely_tokens=likely_tokens)
+            return self._own.run(prepared, num_steps, swapped=swapped, likely_tokens=likely_tokens)
         with quiet_libraries():
-            output = self._run(*prompt, likely_tokens)
+            output = self._run(prepared, num_steps, likely_tokens)
         if self._own is None:
             return output
-        own = self._own.run(*prompt, likely_tokens=output.tokens)
+        own = self._own.run(prepared, num_steps, likely_tokens=output.tokens)
         if own.tokens == output.tokens and difference(own.logits, output.logits).scaled <= _same_within():
             return replace(output, routers=own.routers, gaps=own.gaps)
         self.notes.append(
@@ -140,19 +139,14 @@ class TransformersReference:
         )
         return replace(output, routers=own.routers)
 
-    def _run(
-        self,
-        input_ids: Sequence[int],
-        pixel_values: Sequence[FloatArray],
-        grids_thw: Sequence[tuple[int, int, int]],
-        num_steps: int,
-        likely_tokens: Sequence[int],
-    ) -> ReferenceOutput:
+    def _run(self, prepared: Prepared, num_steps: int, likely_tokens: Sequence[int]) -> ReferenceOutput:
+        input_ids = prepared.prompt.input_ids
         visual: FloatArray | None = None
         images: dict[str, Any] = {}
         with torch.no_grad():
-            if pixel_values:
-                pixels, grids = torch.from_numpy(np.concatenate(list(pixel_values))), torch.tensor(list(grids_thw))
+            if prepared.images:
+                pixels = torch.from_numpy(np.concatenate([image.pixel_values for image in prepared.images]))
+                grids = torch.tensor([image.grid_thw for image in prepared.images])
                 images = {"pixel_values": pixels, "image_grid_thw": grids}
                 visual = _levels(self._model.get_image_features(pixels, grids))
             # An image token that was generated stands for no image, which a call with images does not know.

@@ -28,14 +28,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.eager import load
 from qwen3vl_export.parity.cases import Case, make_cases
-from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model
+from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model_of
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
-from qwen3vl_export.parity.reference import TRANSFORMERS, FloatArray, Reference, ReferenceOutput, open_reference
+from qwen3vl_export.parity.own_reference import OwnReference
+from qwen3vl_export.parity.reference import OWN, TRANSFORMERS, Reference, ReferenceOutput
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.routes import Followed, follow
-from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE, check_installed
+from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE, TransformersReference, check_installed
 from qwen3vl_export.routing import Choice, RouterStatistics
+from runtime.contract import FloatArray
+from runtime.errors import EngineError, ParityError, UsageError
+from runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
@@ -78,30 +84,14 @@ def verify(
             graphs do not run on the CPU.
         UsageError: transformers or torchvision is not installed, but the reference needs it.
     """
-    import configs
-    from qwen3vl_export.checkpoint import Checkpoint
-    from runtime.errors import ParityError
-
     if reference == TRANSFORMERS:
         check_installed()  # before the engine is opened
     source = Checkpoint.open(checkpoint)
     source.entries  # noqa: B018  (transformers' own messages about damaged files help nobody)
     source.assets()
-    model = open_model(engine)
-    precision = str(model.manifest.capabilities["precision"])
-    tolerances = configs.load("tolerances")
-    if precision not in tolerances:
-        raise ParityError(f"configs/tolerances.toml has no table [{precision}]", remedy="add it, with its reasons")
-    if model.config != source.config:
-        raise ParityError(
-            f"{engine} was built from a model of another shape than {checkpoint}",
-            remedy="give the checkpoint that `qwen3vl inspect` names as its source",
-        )
-    limits = tolerances[precision]
-    if (bits := model.manifest.capabilities.get("cache_bits")) is not None:
-        cache = f"cache_int{bits}"
-        limits, precision = wider_limits(limits, tolerances[cache]), f"{precision} with {cache}"
-    torch_model, routers = open_reference(reference, source), RouterStatistics()
+    model = open_model_of(source, engine)
+    precision, limits = _limits_of(model.manifest)
+    torch_model, routers = _open_reference(reference, source), RouterStatistics()
     checks: list[Check] = []
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -116,6 +106,27 @@ def verify(
     if reference == TRANSFORMERS and any(check.name == _ROUTES for check in checks):
         notes.append(FOLLOWED_NOTE)
     return Report(model.manifest.target, checkpoint, precision, tuple(checks), tuple(notes), routers, torch_model.name)
+
+
+def _open_reference(kind: str, checkpoint: Checkpoint) -> Reference:
+    if kind == OWN:
+        return OwnReference(load(checkpoint))
+    if kind == TRANSFORMERS:
+        return TransformersReference(checkpoint)
+    raise UsageError(f"unknown reference {kind!r}", remedy=f"give one of {TRANSFORMERS}, {OWN}")
+
+
+def _limits_of(manifest: Manifest) -> tuple[str, dict[str, float]]:
+    """Return what an engine computes in, as the report calls it, and the limits on its errors."""
+    import configs
+
+    precision, tolerances = str(manifest.capabilities["precision"]), configs.load("tolerances")
+    if precision not in tolerances:
+        raise ParityError(f"configs/tolerances.toml has no table [{precision}]", remedy="add it, with its reasons")
+    if (bits := manifest.capabilities.get("cache_bits")) is None:
+        return precision, tolerances[precision]
+    cache = f"cache_int{bits}"
+    return f"{precision} with {cache}", wider_limits(tolerances[precision], tolerances[cache])
 
 
 def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
@@ -211,23 +222,14 @@ class _Comparison:
             self._add("pixels, grey levels", levels, self._limits["pixel_levels"])
         return same_ids and same_grids
 
-    def _run_both(
-        self, prepared: Prepared, embeds: FloatArray, num_steps: int
-    ) -> tuple[Followed[ReferenceOutput], _Decoded]:
+    def _run_both(self, prepared: Prepared, embeds: FloatArray, num_steps: int) -> tuple[Followed, _Decoded]:
         """Run reference and engine, the reference with the engine's choices of experts."""
         decoded: dict[tuple[int, ...], _Decoded] = {}
         tokens: list[int] = []
 
         def run(swapped: frozenset[Choice]) -> ReferenceOutput:
             nonlocal tokens
-            output = self._reference.run(
-                prepared.prompt.input_ids,
-                [image.pixel_values for image in prepared.images],
-                [image.grid_thw for image in prepared.images],
-                num_steps,
-                swapped=swapped,
-                likely_tokens=tokens,
-            )
+            output = self._reference.run(prepared, num_steps, swapped=swapped, likely_tokens=tokens)
             tokens = output.tokens
             return output
 
@@ -240,7 +242,7 @@ class _Comparison:
         followed = follow(run, lambda output: self._errors(decode(tuple(output.tokens)), output))
         return followed, decode(tuple(followed.output.tokens))
 
-    def _compare_routes(self, followed: Followed[ReferenceOutput]) -> None:
+    def _compare_routes(self, followed: Followed) -> None:
         for layer, routing in followed.output.routers.layers.items():
             gaps = [gap for place, gap in followed.gaps.items() if place[0] == layer]
             if not gaps:
@@ -328,8 +330,6 @@ class _Comparison:
 
     def _compare_answer(self, expected: ReferenceOutput) -> None:
         """Compare the tokens of `generate` up to the first that differs; if that is a near-tie, all agree."""
-        from runtime.errors import EngineError
-
         total = len(expected.tokens)
         try:
             found = self._model.generate(self._case.messages, max_new_tokens=total, **PLAIN_GREEDY).token_ids

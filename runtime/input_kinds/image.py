@@ -9,7 +9,8 @@ from typing import Any
 
 from runtime.base64_text import decode_base64
 from runtime.errors import UsageError
-from runtime.image_processor import ImageProcessorConfig, ProcessedImage, process_image
+from runtime.image_config import ImageProcessorConfig
+from runtime.image_processor import ProcessedImage, process_image
 from runtime.input_kinds.kind import InputKind
 from runtime.message_keys import REFUSED_PART_KEYS, check_keys, exact
 from runtime.shown import shown

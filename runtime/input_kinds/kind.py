@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from runtime.image_processor import ImageProcessorConfig, ProcessedImage
+from runtime.image_config import ImageProcessorConfig
+from runtime.image_processor import ProcessedImage
 
 
 class InputKind(ABC):

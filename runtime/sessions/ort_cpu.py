@@ -6,6 +6,7 @@ Shapes: see runtime/session.py.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +28,7 @@ from runtime.contract import (
     present_names,
 )
 from runtime.engine_paths import check_paths
-from runtime.errors import EngineError, UsageError
+from runtime.errors import EngineError
 from runtime.files import read_small_file
 from runtime.huge_pages import anonymous_regions, use_huge_pages
 from runtime.installation import from_extra
@@ -35,7 +36,7 @@ from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
 from runtime.manifest import Manifest
 from runtime.memory import cache_bits
-from runtime.session import KVCache
+from runtime.session import KVCache, SessionOptions
 
 with from_extra("cpu"):
     import onnxruntime as ort
@@ -85,23 +86,22 @@ class OrtKVCache:
             # Made once: binding the cache of 28 layers anew takes 0.18 ms a step.
             self._bindings[session] = binding = session.io_binding()
             binding.bind_output("logits", "cpu")
-            for i, pair in enumerate(self.values):
-                for kind, value in zip(("key", "value"), pair, strict=True):
-                    binding.bind_ortvalue_input(f"past_key_values.{i}.{kind}", value)
-                    binding.bind_ortvalue_output(f"present_key_values.{i}.{kind}", value)
+            self.bind(binding)
         return self._bindings[session]
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        """Bind past and present to the same memory."""
+        num_layers = len(self.values)
+        values = itertools.chain.from_iterable(self.values)
+        for past, present, value in zip(past_names(num_layers), present_names(num_layers), values, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
 
 
 class OrtCpuSession:
     """The two graphs of an engine in ONNX Runtime."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, threads: int | None = None, *, huge_pages: bool = False
-    ) -> None:
-        if threads is not None and threads < 1:
-            raise UsageError(
-                f"threads = {threads}, expected at least 1", remedy="leave threads out for one for each core"
-            )
+    def __init__(self, folder: Path, manifest: Manifest, given: SessionOptions) -> None:
         options = ort.SessionOptions()
         # What fails is in the exception; the log would write names of the graph to stderr as they are.
         options.log_severity_level = 4
@@ -114,7 +114,7 @@ class OrtCpuSession:
         options.enable_mem_pattern = False
         # Threads spin while they wait, ONNX Runtime's default: a decode step of 2B in 4 bits takes 49.2 ms so, 51.7 ms
         # without. Pinned to cores it takes 46.7 ms, but two processes pinned to the same cores would halve each other.
-        options.intra_op_num_threads = threads or default_threads()
+        options.intra_op_num_threads = given.threads or default_threads()
         exact = needs_exact_products(kernels_of(manifest))
         if exact:
             options.add_session_config_entry(*EXACT_PRODUCTS)
@@ -134,7 +134,7 @@ class OrtCpuSession:
         if exact:
             # The library made two more copies of the weights on its way, 96 MB of weights: 234 MB before, 98 MB after.
             release_freed_memory()
-        if huge_pages and not use_huge_pages(before):
+        if given.huge_pages and not use_huge_pages(before):
             _LOGGER.warning("note: the kernel gave no huge pages, so tokens come as they would without")
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
@@ -167,12 +167,10 @@ class OrtCpuSession:
         return logits
 
 
-def open_session(
-    folder: Path, manifest: Manifest, *, threads: int | None = None, huge_pages: bool = False
-) -> OrtCpuSession:
+def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCpuSession:
     """Open an engine folder; see `runtime.session.open_session`."""
     check_paths(folder, manifest)
-    return OrtCpuSession(folder, manifest, threads, huge_pages=huge_pages)
+    return OrtCpuSession(folder, manifest, options)
 
 
 def _dequantize(codes: NDArray[Any], scales_KH: FloatArray) -> FloatArray:

@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
+from runtime.contract import VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs, past_names, present_names
+from runtime.device_cache import from_bfloat16
 from runtime.engine_paths import check_paths
-from runtime.errors import CapacityError, EngineError, UsageError
+from runtime.errors import CapacityError, EngineError
 from runtime.installation import from_extra, how_to_install
 from runtime.manifest import Manifest
-from runtime.session import KVCache, TopLogits
+from runtime.session import KVCache, SessionOptions, TopLogits, top_logits
 
 with from_extra("cuda"):
     import onnxruntime as ort
@@ -63,7 +64,7 @@ class Device:
 CUDA = Device("CUDAExecutionProvider", "cuda", {"enable_skip_layer_norm_strict_mode": "1"}, {"enable_cuda_graph": "1"})
 
 
-class _Buffers:
+class CacheBuffers:
     """Keys and values of all layers on the device, and the step that was bound to them."""
 
     def __init__(self, num_layers: int, shape_BKTH: tuple[int, int, int, int], dtype: str, device: str) -> None:
@@ -89,11 +90,12 @@ class _Buffers:
             shape[0] = 1
             offset = row * int(np.prod(shape)) * np.dtype(np.float16).itemsize
         element = _ONNX_TYPES[self.dtype]
-        for index, pair in enumerate(self.values):
-            for kind, value in zip(("key", "value"), pair, strict=True):
-                place = (self.device, 0, element, shape, value.data_ptr() + offset)
-                binding.bind_input(f"past_key_values.{index}.{kind}", *place)
-                binding.bind_output(f"present_key_values.{index}.{kind}", *place)
+        num_layers = len(self.values)
+        values = itertools.chain.from_iterable(self.values)
+        for past, present, value in zip(past_names(num_layers), present_names(num_layers), values, strict=True):
+            place = (self.device, 0, element, shape, value.data_ptr() + offset)
+            binding.bind_input(past, *place)
+            binding.bind_output(present, *place)
 
     def layer(self, index: int) -> tuple[FloatArray, FloatArray]:
         """Return copies of one layer's keys and values as float32."""
@@ -101,16 +103,13 @@ class _Buffers:
         return key, value
 
     def _floats(self, stored: NDArray[np.float16]) -> FloatArray:
-        if self.dtype == "float16":
-            return stored.astype(np.float32)
-        # A bfloat16 is the upper half of a float32.
-        return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float32) if self.dtype == "float16" else from_bfloat16(stored)
 
 
 class OrtDeviceCache:
     """A KV cache on the device; its buffers go back to the session when nobody holds it any more."""
 
-    def __init__(self, buffers: _Buffers, give_back: Callable[[_Buffers], None]) -> None:
+    def __init__(self, buffers: CacheBuffers, give_back: Callable[[CacheBuffers], None]) -> None:
         self.buffers = buffers
         self.batch, _, self.capacity, _ = buffers.shape_BKTH
         weakref.finalize(self, give_back, buffers).atexit = False
@@ -128,7 +127,9 @@ class OrtDeviceCache:
 class _Step:
     """One new token a sequence, in buffers whose addresses never change: what a CUDA graph replays."""
 
-    def __init__(self, session: ort.InferenceSession, buffers: _Buffers, inputs: DecoderInputs, graph_id: int) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, buffers: CacheBuffers, inputs: DecoderInputs, graph_id: int
+    ) -> None:
         self._inputs = {
             name: ort.OrtValue.ortvalue_from_numpy(array.copy(), buffers.device)
             for name, array in inputs.arrays().items()
@@ -169,17 +170,13 @@ class OrtCudaSession:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None, *, device: Device = CUDA) -> None:
-        if threads is not None and threads < 1:
-            raise UsageError(
-                f"threads = {threads}, expected at least 1", remedy="leave threads out for one for each core"
-            )
         self._config = manifest.model
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._device = device
         self.decode_recorded: bool | None = None
         self._vision = _open(folder / "vision.onnx", device, device.options, threads)
         self._decoder = _open(folder / "decoder.onnx", device, {**device.options, **device.decoder_options}, threads)
-        self._idle: dict[tuple[int, ...], list[_Buffers]] = {}
+        self._idle: dict[tuple[int, ...], list[CacheBuffers]] = {}
         self._graph_ids = itertools.count(1)
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
@@ -201,7 +198,7 @@ class OrtCudaSession:
             buffers = idle.pop()
         else:
             self._free_idle()
-            buffers = self._guard(partial(_Buffers, text.num_layers, shape, self._cache_dtype, self._device.name))
+            buffers = self._guard(partial(CacheBuffers, text.num_layers, shape, self._cache_dtype, self._device.name))
         return OrtDeviceCache(buffers, idle.append)
 
     def _free_idle(self) -> None:
@@ -222,23 +219,11 @@ class OrtCudaSession:
         return [row for outputs in runs for row in self._top_of(outputs)]
 
     def _top_of(self, outputs: Mapping[str, ort.OrtValue]) -> list[list[TopLogits]]:
-        values, ids, logits = outputs[TOP_LOGITS].numpy(), outputs[TOP_IDS].numpy(), outputs[LOGITS]
+        def fetch(b: int, i: int) -> FloatArray:
+            return np.asarray(outputs[LOGITS].numpy()[b, i], np.float32)
 
-        def fetch(b: int, position: int) -> FloatArray:
-            return np.asarray(logits.numpy()[b, position], np.float32)
-
-        return [
-            [
-                TopLogits(
-                    ids[b, position],
-                    np.asarray(values[b, position], np.float32),
-                    self._config.text.vocab_size,
-                    partial(fetch, b, position),
-                )
-                for position in range(ids.shape[1])
-            ]
-            for b in range(ids.shape[0])
-        ]
+        values = np.asarray(outputs[TOP_LOGITS].numpy(), np.float32)
+        return top_logits(outputs[TOP_IDS].numpy(), values, self._config.text.vocab_size, fetch)
 
     def _runs(self, inputs: DecoderInputs, cache: KVCache, names: tuple[str, ...]) -> list[Mapping[str, ort.OrtValue]]:
         """Run the decoder: at once, or sequence by sequence where each has several new tokens.
@@ -256,7 +241,7 @@ class OrtCudaSession:
             return [self._guard(partial(self._run_once, buffers, inputs, names))]
         return [self._guard(partial(self._run_once, buffers, inputs.row(row), names, row)) for row in range(batch)]
 
-    def _run_step(self, buffers: _Buffers, inputs: DecoderInputs) -> Mapping[str, ort.OrtValue]:
+    def _run_step(self, buffers: CacheBuffers, inputs: DecoderInputs) -> Mapping[str, ort.OrtValue]:
         if buffers.step is None:
             buffers.step = _Step(self._decoder, buffers, inputs.with_used_rows(), next(self._graph_ids))
         buffers.step.run(inputs)
@@ -265,7 +250,7 @@ class OrtCudaSession:
 
     def _run_once(
         self,
-        buffers: _Buffers,
+        buffers: CacheBuffers,
         inputs: DecoderInputs,
         names: tuple[str, ...],
         row: int | None = None,
@@ -289,26 +274,16 @@ class OrtCudaSession:
             raise
 
 
-def open_session(
-    folder: Path,
-    manifest: Manifest,
-    *,
-    threads: int | None = None,
-    huge_pages: bool = False,
-    cuda_graphs: bool = True,
-) -> OrtCudaSession:
+def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCudaSession:
     """Open an engine folder; see `runtime.session.open_session`.
 
     Raises:
-        UsageError: Huge pages, which are of no use to weights on a GPU.
         EngineError: ONNX Runtime has no CUDA here, or refuses a graph.
         CapacityError: The GPU is out of memory.
     """
-    if huge_pages:
-        raise UsageError("huge_pages: the weights are on the GPU", remedy="leave it out")
     check_paths(folder, manifest)
-    device = CUDA if cuda_graphs else replace(CUDA, decoder_options={})
-    return OrtCudaSession(folder, manifest, threads, device=device)
+    device = CUDA if options.cuda_graphs else replace(CUDA, decoder_options={})
+    return OrtCudaSession(folder, manifest, options.threads, device=device)
 
 
 def _open(path: Path, device: Device, provider_options: Mapping[str, str], threads: int | None) -> ort.InferenceSession:

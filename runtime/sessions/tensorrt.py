@@ -13,7 +13,6 @@ import math
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +27,29 @@ from runtime.contract import (
     IntArray,
     VisionInputs,
     no_visual_embeds,
+    past_names,
+    present_names,
 )
-from runtime.cuda import CudaDevice, Device
+from runtime.cuda import CudaDevice
 from runtime.device_buffers import Block, DeviceBuffer, Staging, aligned
-from runtime.device_cache import DeviceKVCache, cache_names
+from runtime.device_cache import DeviceKVCache
 from runtime.errors import CapacityError, EngineError, Qwen3VLError, UsageError
 from runtime.manifest import Manifest
 from runtime.memory import cache_bytes
 from runtime.profiles import Profile, Shape, choose, largest_bytes, read_profiles
-from runtime.session import KVCache, TopLogits
+from runtime.session import KVCache, SessionOptions, TopLogits, top_logits
 from runtime.tensorrt_plan import Library, Plan, share_memory
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
 # Types of the inputs and outputs, as TensorRT names them.
 _TYPES = {np.float32: "FLOAT", np.int64: "INT64"}
-_VISION_TENSORS = {name: _TYPES[dtype] for name, dtype in VISION_DTYPES.items()} | {"visual_embeds": "FLOAT"}
-_DECODER_TENSORS = {
+VISION_TENSORS = {name: _TYPES[dtype] for name, dtype in VISION_DTYPES.items()} | {"visual_embeds": "FLOAT"}
+DECODER_TENSORS = {
     **{name: _TYPES[dtype] for name, dtype in DECODER_DTYPES.items()},
     **{"logits": "FLOAT", "top_logits": "FLOAT", "top_ids": "INT64"},
 }
-_CACHE_TYPES = {"float16": "HALF", "bfloat16": "BF16"}
+CACHE_TYPES = {"float16": "HALF", "bfloat16": "BF16"}
 _ITEM_BYTES = {"FLOAT": 4, "INT64": 8}
 _FLOAT_BYTES = 4
 
@@ -72,7 +73,7 @@ class TensorRtSession:
         CapacityError: The GPU is out of memory.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: Device, *, cuda_graphs: bool = True) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, device: CudaDevice, *, cuda_graphs: bool = True) -> None:
         self.decode_recorded: bool | None = None if cuda_graphs else False
         self._records = cuda_graphs
         self._device = device
@@ -84,8 +85,8 @@ class TensorRtSession:
         self._num_top = int(capabilities["top_k"])
         self._num_calls = 0
         text = self._config.text
-        cache_type = _CACHE_TYPES[self._cache_dtype]
-        caches = {name: cache_type for pair in cache_names(text.num_layers) for name in pair}
+        names = past_names(text.num_layers) + present_names(text.num_layers)
+        caches = dict.fromkeys(names, CACHE_TYPES[self._cache_dtype])
         library = Library(manifest, device)
         with ExitStack() as stack:
             self._stream = device.new_stream()
@@ -95,7 +96,7 @@ class TensorRtSession:
             self._buffers: dict[str, DeviceBuffer] = {}
             stack.callback(_close_all, self._buffers)
             plans: dict[str, Plan] = {}
-            for graph, tensors in (("vision", _VISION_TENSORS), ("decoder", _DECODER_TENSORS | caches)):
+            for graph, tensors in (("vision", VISION_TENSORS), ("decoder", DECODER_TENSORS | caches)):
                 name = f"{graph}.plan"
                 profiles = read_profiles(capabilities, graph)
                 plans[graph] = library.open_plan(folder / name, manifest.files[name].num_bytes, tensors, profiles)
@@ -172,17 +173,11 @@ class TensorRtSession:
         addresses, ids_BLk, values_BLk = self._decode(inputs, cache)
         call, size = self._num_calls, self._config.text.vocab_size
 
-        def fetch(address: int) -> FloatArray:
+        def fetch(b: int, i: int) -> FloatArray:
             assert call == self._num_calls, "the logits of an earlier call are gone"
-            return self._floats(address, (size,))
+            return self._floats(addresses[b] + i * size * _FLOAT_BYTES, (size,))
 
-        return [
-            [
-                TopLogits(ids_k, values_k, size, partial(fetch, address + i * size * _FLOAT_BYTES))
-                for i, (ids_k, values_k) in enumerate(zip(ids_Lk, values_Lk, strict=True))
-            ]
-            for address, ids_Lk, values_Lk in zip(addresses, ids_BLk, values_BLk, strict=True)
-        ]
+        return top_logits(ids_BLk, values_BLk, size, fetch)
 
     def _floats(self, address: int, shape: Shape) -> FloatArray:
         return np.asarray(self._staging.download(address, shape, np.float32), np.float32)
@@ -296,7 +291,7 @@ class TensorRtSession:
         cache = self._max_batch * cache_bytes(manifest, self._capacity)
         inputs = sum(
             largest_bytes(plan.profiles, name, _ITEM_BYTES[kind])
-            for plan, tensors in ((self._vision, _VISION_TENSORS), (self._decoder, _DECODER_TENSORS))
+            for plan, tensors in ((self._vision, VISION_TENSORS), (self._decoder, DECODER_TENSORS))
             for name, kind in tensors.items()
         )
         most_logits = max(profile.max["logits_positions"][1] for profile in self._decoder.profiles)
@@ -308,7 +303,8 @@ class TensorRtSession:
 
     def _check_in_place(self, path: Path) -> None:
         """Raise unless the plan updates the cache in place, since past and present are bound to one address."""
-        for past, present in cache_names(self._config.text.num_layers):
+        num_layers = self._config.text.num_layers
+        for past, present in zip(past_names(num_layers), present_names(num_layers), strict=True):
             if not self._decoder.is_in_place(present, past):
                 raise EngineError(
                     f"{path}: {present} is not written into the memory of {past}",
@@ -316,24 +312,15 @@ class TensorRtSession:
                 )
 
 
-def open_session(
-    folder: Path,
-    manifest: Manifest,
-    *,
-    threads: int | None = None,
-    huge_pages: bool = False,
-    cuda_graphs: bool = True,
-) -> TensorRtSession:
+def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> TensorRtSession:
     """Open an engine folder on the GPU; see `runtime.session.open_session`.
 
     Raises:
-        UsageError: Threads or huge pages, which are of no use to an engine on a GPU.
+        UsageError: Threads, which are of no use to an engine on a GPU.
     """
-    if threads is not None:
-        raise UsageError(f"threads = {threads}: this engine runs on the GPU", remedy="leave threads out")
-    if huge_pages:
-        raise UsageError("huge_pages: the weights are on the GPU", remedy="leave huge_pages out")
-    return TensorRtSession(folder, manifest, CudaDevice(), cuda_graphs=cuda_graphs)
+    if options.threads is not None:
+        raise UsageError(f"threads = {options.threads}: this engine runs on the GPU", remedy="leave threads out")
+    return TensorRtSession(folder, manifest, CudaDevice(), cuda_graphs=options.cuda_graphs)
 
 
 def _close_all(buffers: Mapping[str, DeviceBuffer]) -> None:

@@ -409,7 +409,8 @@ def test_bars_are_as_long_as_the_sides_are_fast() -> None:
 
 def test_synthetic_checkpoints_take_the_image_at_full_size(tmp_path: Path) -> None:
     from benchmarks.compare.command import allow_large_images
-    from runtime.image_processor import ImageProcessorConfig, process_image
+    from runtime.image_config import ImageProcessorConfig
+    from runtime.image_processor import process_image
 
     synthetic.write_checkpoint(tmp_path, "tiny", sparse=True)
     allow_large_images(tmp_path)

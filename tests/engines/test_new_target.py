@@ -76,7 +76,7 @@ class ToySession:
         return logits
 
 
-def open_session(folder, manifest, *, threads=None, huge_pages=False):
+def open_session(folder, manifest, options):
     return ToySession(folder, manifest)
 ''',
     "configs/targets/toy.toml": """

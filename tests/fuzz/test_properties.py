@@ -16,7 +16,7 @@ from fuzz.mutation import paths_of, with_value
 from fuzz.outcome import fault_of_message
 from runtime.errors import Qwen3VLError
 from runtime.generation_config import GenerationOptions
-from runtime.image_processor import ImageProcessorConfig
+from runtime.image_config import ImageProcessorConfig
 from runtime.messages import normalise_messages
 from runtime.model_config import ModelConfig
 

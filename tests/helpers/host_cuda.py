@@ -1,4 +1,4 @@
-"""A `runtime.cuda.Device` in host memory that checks its user and runs nothing before it must.
+"""A `runtime.cuda.CudaDevice` in host memory that checks its user and runs nothing before it must.
 
 Addresses are real addresses of separate allocations, so that numpy can read them. What is enqueued waits in its stream
 until that is synchronised: a missing synchronisation shows as wrong data. Fresh memory holds NaN.

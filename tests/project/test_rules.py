@@ -163,14 +163,7 @@ def test_environment_variables_are_touched_in_one_file(package: str) -> None:
 
 # Private names that tests of these files still reach for; each goes when what it stands for can be asked otherwise.
 _PRIVATE_LEFT = {
-    "tests/engines/quantize/test_float8.py": {"engines.quantize.calibration._record"},
-    "tests/engines/quantize/test_gptq.py": {"engines.quantize.calibration._record"},
-    "tests/engines/tensorrt/test_tensorrt_api.py": {
-        f"runtime.sessions.tensorrt.{name}" for name in ("_CACHE_TYPES", "_DECODER_TENSORS", "_VISION_TENSORS")
-    },
     "tests/qwen3vl_export/tracing/test_tracing.py": {"qwen3vl_export.tracing.pieces._EXAMPLES"},
-    "tests/runtime/sessions/test_ort_cuda.py": {"runtime.sessions.ort_cuda._Buffers"},
-    "tests/runtime/test_model.py": {"runtime.model.Qwen3VLModel._run"},
 }
 
 

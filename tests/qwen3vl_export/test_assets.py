@@ -16,7 +16,7 @@ from helpers.damage import edit_json
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo import CHECKPOINT
 from runtime.errors import CheckpointError
-from runtime.image_processor import ImageProcessorConfig
+from runtime.image_config import ImageProcessorConfig
 
 GENERATION = "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"

@@ -16,7 +16,7 @@ from engines import registry
 from engines.build import build_engine
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.export import make_bundle
-from runtime.chat import ChatTemplate
+from runtime.chat import ChatTemplate, template_source
 from runtime.messages import user_message
 
 SIZES = ("2b", "4b", "8b", "32b")
@@ -120,7 +120,7 @@ def check_export(size: str, folder: Path, *, is_thinking: bool) -> None:
     check_interface(graphs["vision"], graphs["decoder"], config)
     check_ops(graphs["vision"], graphs["decoder"], config)
     check_weights(graphs, shapes)
-    prompt = ChatTemplate.from_folder(folder / "engine").render(user_message("Read.")).text
+    prompt = ChatTemplate(template_source(folder / "engine")).render(user_message("Read.")).text
     assert prompt.endswith("<|im_start|>assistant\n" + "<think>\n" * is_thinking)
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from helpers import judge
 from helpers.tokenizer_fixture import INSTRUCT_TEMPLATE, THINKING_TEMPLATE, build_tokenizer_files
-from runtime.chat import ChatTemplate
+from runtime.chat import ChatTemplate, template_source
 from runtime.errors import EngineError, UsageError
+from runtime.files import read_json_object
 from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.messages import normalise_messages
 
@@ -61,7 +62,11 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=["instruct", "thinking"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ChatTemplate, Any]:
     folder = build_tokenizer_files(tmp_path_factory.mktemp("processor"), thinking=request.param == "thinking")
-    return ChatTemplate.from_folder(folder), judge.processor(folder)
+    return opened(folder), judge.processor(folder)
+
+
+def opened(folder: Path) -> ChatTemplate:
+    return ChatTemplate.from_config(template_source(folder), read_json_object(folder / "tokenizer_config.json"))
 
 
 @pytest.mark.judge
@@ -251,16 +256,16 @@ def write_config(key: str, value: Any) -> Callable[[Path], None]:
 def test_older_places_of_the_template(tmp_path: Path, write: Callable[[Path], None]) -> None:
     write_config("tokenizer_config.json", {"eos_token": "E"})(tmp_path)
     write(tmp_path)
-    assert ChatTemplate.from_folder(tmp_path).render(normalise_messages("hi")[0]).text == "E!"
+    assert opened(tmp_path).render(normalise_messages("hi")[0]).text == "E!"
 
 
 @pytest.mark.portable
 def test_a_folder_without_a_template_or_with_a_broken_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="has no chat template"):
-        ChatTemplate.from_folder(tmp_path)
+        template_source(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(EngineError, match=r"tokenizer_config\.json: not readable as JSON"):
-        ChatTemplate.from_folder(tmp_path)
+        template_source(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(EngineError, match="expected a JSON object, got list"):
-        ChatTemplate.from_folder(tmp_path)
+        template_source(tmp_path)

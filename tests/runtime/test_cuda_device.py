@@ -1,4 +1,4 @@
-"""What a `runtime.cuda.Device` promises, held against a GPU where there is one, and the host implementation."""
+"""What a `runtime.cuda.CudaDevice` promises, held against a GPU where there is one, and the host implementation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from helpers.host_cuda import HostDevice
-from runtime.cuda import CudaDevice, Device
+from runtime.cuda import CudaDevice
 from runtime.device_buffers import Block, DeviceBuffer, Staging
 from runtime.errors import CapacityError, EngineError
 
 
 @pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+def device(request: pytest.FixtureRequest) -> Iterator[CudaDevice]:
     if request.param == "host":
         host = HostDevice()
         yield host
@@ -28,20 +28,20 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
 
 
 @pytest.fixture
-def stream(device: Device) -> Iterator[int]:
+def stream(device: CudaDevice) -> Iterator[int]:
     stream = device.new_stream()
     yield stream
     device.synchronize(stream)
     device.free_stream(stream)
 
 
-def pinned(device: Device, values: np.ndarray) -> np.ndarray:
+def pinned(device: CudaDevice, values: np.ndarray) -> np.ndarray:
     array = device.pinned(values.nbytes)
     array.view(values.dtype)[:] = values
     return array
 
 
-def test_a_device_says_what_it_is(device: Device) -> None:
+def test_a_device_says_what_it_is(device: CudaDevice) -> None:
     major, minor = map(int, device.compute_capability.split("."))
     assert (5, 0) <= (major, minor) < (20, 0)
     assert float(device.driver_version) >= 12
@@ -50,7 +50,7 @@ def test_a_device_says_what_it_is(device: Device) -> None:
     assert 0 < free <= total
 
 
-def test_memory_goes_to_the_device_and_back(device: Device, stream: int) -> None:
+def test_memory_goes_to_the_device_and_back(device: CudaDevice, stream: int) -> None:
     values = np.arange(1000, dtype=np.float32)
     source, target = pinned(device, values), device.pinned(values.nbytes)
     address = device.alloc(values.nbytes)
@@ -65,7 +65,9 @@ def test_memory_goes_to_the_device_and_back(device: Device, stream: int) -> None
     device.free(address)
 
 
-def test_a_graph_is_recorded_without_running_and_reads_what_is_there_when_launched(device: Device, stream: int) -> None:
+def test_a_graph_is_recorded_without_running_and_reads_what_is_there_when_launched(
+    device: CudaDevice, stream: int
+) -> None:
     source, target = pinned(device, np.full(64, 7, np.int64)), pinned(device, np.zeros(64, np.int64))
     address = device.alloc(source.nbytes)
     device.begin_capture(stream)
@@ -86,7 +88,7 @@ def test_a_graph_is_recorded_without_running_and_reads_what_is_there_when_launch
         device.free_pinned(array)
 
 
-def test_too_much_memory_is_a_capacity_error_and_the_device_goes_on(device: Device, stream: int) -> None:
+def test_too_much_memory_is_a_capacity_error_and_the_device_goes_on(device: CudaDevice, stream: int) -> None:
     total = device.memory_info()[1]
     with pytest.raises(CapacityError, match="the GPU is out of memory"):
         device.alloc(2 * total)
@@ -97,7 +99,7 @@ def test_too_much_memory_is_a_capacity_error_and_the_device_goes_on(device: Devi
 
 
 @pytest.mark.parametrize("staging_bytes", [64, 1000, 4096])
-def test_staging_moves_arrays_of_any_size_in_pieces(device: Device, stream: int, staging_bytes: int) -> None:
+def test_staging_moves_arrays_of_any_size_in_pieces(device: CudaDevice, stream: int, staging_bytes: int) -> None:
     staging, buffer = Staging(device, stream, staging_bytes), DeviceBuffer(device)
     values = np.random.default_rng(0).normal(size=(3, 5, 50)).astype(np.float32)
     part = values[:, 1:4]  # not contiguous
@@ -108,7 +110,7 @@ def test_staging_moves_arrays_of_any_size_in_pieces(device: Device, stream: int,
     staging.close()
 
 
-def test_a_buffer_grows_and_never_shrinks(device: Device) -> None:
+def test_a_buffer_grows_and_never_shrinks(device: CudaDevice) -> None:
     buffer = DeviceBuffer(device)
     address = buffer.reserve(1000)
     assert buffer.reserve(10) == buffer.reserve(1000) == address
@@ -119,7 +121,7 @@ def test_a_buffer_grows_and_never_shrinks(device: Device) -> None:
     buffer.close()
 
 
-def test_a_block_moves_its_tensors_together(device: Device, stream: int) -> None:
+def test_a_block_moves_its_tensors_together(device: CudaDevice, stream: int) -> None:
     there = Block(device, {"ids": ((4, 3), np.int64), "values": ((4, 3), np.float32)})
     assert all(address % 256 == 0 for address in there.addresses().values())
     assert there.addresses()["values"] - there.addresses()["ids"] == 256  # 96 bytes, rounded up

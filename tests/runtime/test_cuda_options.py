@@ -13,13 +13,14 @@ import pytest
 import typer
 
 import engines.hardware
-import runtime.model
+import runtime.engine_options
 from engines.hardware import Gpu, Hardware
 from helpers.command_line import call
 from qwen3vl_export.cli.bench import bench
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
+from runtime.session import SessionOptions
 from runtime.sessions import ort_cpu, ort_cuda
 
 MACHINE = Hardware("Abacus", (), 2, 24 << 30, (Gpu("NVIDIA H200", "9.0", 140 << 30, 139 << 30, "570.1"),))
@@ -39,7 +40,7 @@ def gpu_engine(tiny_engine: Path, tmp_path: Path) -> Path:
 def test_the_machines_memory_limits_engines_of_the_cpu_alone(
     tiny_engine: Path, gpu_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.model, "machine_bytes", lambda: 1)
+    monkeypatch.setattr(runtime.engine_options, "machine_bytes", lambda: 1)
     with pytest.raises(CapacityError, match=r"the limit is 0\.00 GB"):
         Qwen3VLModel.from_engine(tiny_engine)
     Qwen3VLModel.from_engine(gpu_engine)
@@ -52,14 +53,17 @@ def test_an_engine_of_the_cpu_records_nothing(tiny_engine: Path) -> None:
         Qwen3VLModel.from_engine(tiny_engine, cuda_graphs=False)
 
 
-@pytest.mark.parametrize(("given", "passed"), [({}, {}), ({"cuda_graphs": False}, {"cuda_graphs": False})])
-def test_an_engine_of_a_gpu_is_told(
-    gpu_engine: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], passed: dict[str, Any]
-) -> None:
-    found: list[dict[str, Any]] = []
-    monkeypatch.setattr(ort_cpu, "open_session", lambda folder, manifest, **options: found.append(options))
+@pytest.mark.parametrize("given", [{}, {"cuda_graphs": False}, {"threads": 2}])
+def test_an_engine_of_a_gpu_is_told(gpu_engine: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> None:
+    found: list[SessionOptions] = []
+    monkeypatch.setattr(ort_cpu, "open_session", lambda folder, manifest, options: found.append(options))
     Qwen3VLModel.from_engine(gpu_engine, **given)
-    assert found == [{"threads": None, "huge_pages": False, **passed}]
+    assert found == [SessionOptions(**given)]
+
+
+def test_huge_pages_are_refused(gpu_engine: Path) -> None:
+    with pytest.raises(UsageError, match="huge_pages: the weights are on the GPU"):
+        Qwen3VLModel.from_engine(gpu_engine, huge_pages=True)
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
@@ -68,7 +72,7 @@ def test_onnx_runtime_records_unless_told_otherwise(
 ) -> None:
     options: dict[str, Any] = {}
     monkeypatch.setattr(ort_cuda, "_open", lambda path, device, given, threads: options.update({path.name: given}))
-    ort_cuda.open_session(tmp_path, Manifest.read(tiny_engine), cuda_graphs=cuda_graphs)
+    ort_cuda.open_session(tmp_path, Manifest.read(tiny_engine), SessionOptions(cuda_graphs=cuda_graphs))
     assert ("enable_cuda_graph" in options["decoder.onnx"]) == cuda_graphs
     assert "enable_cuda_graph" not in options["vision.onnx"]
     assert all("enable_skip_layer_norm_strict_mode" in each for each in options.values())

@@ -20,7 +20,8 @@ from helpers import ROOT
 from helpers.damage import png_of_size
 from runtime.errors import CapacityError, ImageError, UsageError
 from runtime.image_bounds import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, CountedReader
-from runtime.image_processor import ImageProcessorConfig, process_image
+from runtime.image_config import ImageProcessorConfig
+from runtime.image_processor import process_image
 from runtime.images import load_image
 from runtime.model import Qwen3VLModel
 
@@ -206,7 +207,8 @@ def test_strips_give_the_pixels_of_the_whole(mode: str) -> None:
 CHILD = """
 import re, sys
 from runtime.errors import Qwen3VLError
-from runtime.image_processor import ImageProcessorConfig, process_image
+from runtime.image_config import ImageProcessorConfig
+from runtime.image_processor import process_image
 
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10

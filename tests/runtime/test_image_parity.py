@@ -15,7 +15,8 @@ from PIL import Image
 
 from helpers import judge
 from runtime.errors import CheckpointError
-from runtime.image_processor import ImageProcessorConfig, process_image, smart_resize
+from runtime.image_config import ImageProcessorConfig, smart_resize
+from runtime.image_processor import process_image
 from runtime.images import load_image
 from runtime.resize import BICUBIC, BILINEAR, Kernel, resize
 

@@ -17,7 +17,8 @@ from PIL import Image
 from helpers.damage import png_of_size
 from runtime.errors import CapacityError, CheckpointError, ImageError, Qwen3VLError, UsageError
 from runtime.image_bounds import MAX_IMAGE_PIXELS
-from runtime.image_processor import ImageProcessorConfig, process_image, smart_resize
+from runtime.image_config import ImageProcessorConfig, smart_resize
+from runtime.image_processor import process_image
 from runtime.images import load_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -34,7 +35,7 @@ DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 
 @pytest.mark.portable
-def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
+def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "an image.png"
     path.write_bytes(PNG)
     wrapped = DATA_URL[:60] + "\n" + DATA_URL[60:]
@@ -45,14 +46,15 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
         image = load_image(source)
         assert image.dtype == np.uint8 and image.flags.c_contiguous
         np.testing.assert_array_equal(image, PIXELS)
-    np.testing.assert_array_equal(load_image("an image.png", base_dir=tmp_path), PIXELS)
-    np.testing.assert_array_equal(load_image(path, base_dir="/nowhere"), PIXELS)
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(load_image("an image.png"), PIXELS)
 
 
 @pytest.mark.portable
-def test_a_name_with_a_colon_is_a_path(tmp_path: Path) -> None:
+def test_a_name_with_a_colon_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "photo:1.png").write_bytes(PNG)
-    np.testing.assert_array_equal(load_image("photo:1.png", base_dir=tmp_path), PIXELS)
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(load_image("photo:1.png"), PIXELS)
 
 
 @pytest.mark.portable
@@ -211,15 +213,16 @@ def test_settings_of_a_checkpoint() -> None:
 @pytest.mark.portable
 @pytest.mark.parametrize("encode", [base64.b64encode, base64.encodebytes, base64.urlsafe_b64encode])
 def test_base64_without_a_prefix_is_an_image_unless_it_is_a_path(
-    encode: Callable[[bytes], bytes], tmp_path: Path
+    encode: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = encode(PNG).decode()
     assert np.array_equal(load_image(text), load_image(PNG))
     with pytest.raises(ImageError, match=r"no such file|cannot be opened"):
         load_image(text.replace("iVBOR", "aVBOR"))
     (tmp_path / "iVBORw0KGgo").mkdir()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ImageError, match="found a folder"):
-        load_image("iVBORw0KGgo" + "/." * 40, base_dir=tmp_path)
+        load_image("iVBORw0KGgo" + "/." * 40)
 
 
 @pytest.mark.portable

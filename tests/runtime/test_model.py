@@ -16,7 +16,7 @@ import pytest
 
 import configs
 from qwen3vl_export.demo import IMAGES
-from runtime.answer import Turn
+from runtime.answer import Turn, in_turn
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
 from runtime.generation import PREFILL_CHUNK
@@ -128,7 +128,7 @@ def test_a_dropped_stream_frees_the_model(model: Qwen3VLModel) -> None:
 def test_an_interrupt_leaves_no_turn_behind(model: Qwen3VLModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C at each instruction on the way to the turn and behind it, as the signal handler would raise it."""
     monkeypatch.setattr(model, "_generate", lambda *_: (piece for piece in ("a", "b")))
-    traced = (Turn.take.__code__, Qwen3VLModel._run.__code__)
+    traced = (Turn.take.__code__, in_turn.__code__)
     for count in itertools.count(1):
         left = count
 
@@ -363,7 +363,7 @@ def test_the_limit_of_a_container_counts() -> None:
 def test_many_visual_tokens_are_told_with_what_is_faster(
     demo_engine: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.model.MANY_VISUAL_TOKENS", 20)
+    monkeypatch.setattr("runtime.context_room.MANY_VISUAL_TOKENS", 20)
     pictures = [np.zeros((160, 160, 3), np.uint8), np.zeros((128, 160, 3), np.uint8)]
     whole = Qwen3VLModel.from_engine(demo_engine, threads=2)
     whole.generate(user_message("Hi", pictures[1:]), max_new_tokens=1)

@@ -16,7 +16,8 @@ from helpers.tokenizer_fixture import INSTRUCT_TEMPLATE, build_tokenizer_files, 
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
 from runtime.generation_config import GenerationOptions
-from runtime.image_processor import ImageProcessorConfig, process_image
+from runtime.image_config import ImageProcessorConfig
+from runtime.image_processor import process_image
 from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.model_config import ModelConfig
 from runtime.positions import VisualSpan
@@ -184,3 +185,6 @@ def test_files_and_their_folder_open_alike(folder: Path) -> None:
     assert (found.image_config, found.defaults) == (opened.image_config, opened.defaults)
     assert found.defaults.eos_token_ids == (1,)
     assert found.prepare("hi").prompt == opened.prepare("hi").prompt
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(EngineError, match=r"tokenizer\.json: missing"):
+        Preparation.from_folder(folder, CONFIG)

@@ -200,7 +200,7 @@ def test_history_equals_a_recount(prompt: list[int], answer: list[int]) -> None:
 
 
 @pytest.mark.portable
-def test_history_grows_past_its_first_buffer() -> None:
+def test_a_history_holds_each_token_once() -> None:
     history = TokenHistory(range(10))
     for token_id in range(5, 500):
         history.append(token_id)

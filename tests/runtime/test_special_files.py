@@ -135,14 +135,18 @@ COST = """
 import json, sys, time
 from pathlib import Path
 from runtime.errors import Qwen3VLError
+from runtime.files import MAX_TOKENIZER_BYTES, read_small_file
 from runtime.tokenizer import Tokenizer
 from qwen3vl_export.safetensors_reader import read_header
 
 def high_water():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
 
+def read_tokenizer(path):
+    return Tokenizer(read_small_file(path, max_bytes=MAX_TOKENIZER_BYTES))
+
 path, piece, costs = Path(sys.argv[1]), sys.argv[2], []
-for read, num_bytes, head in ((read_header, 20_000_000, True), (Tokenizer.from_file, 20_000_000, False)) * 2:
+for read, num_bytes, head in ((read_header, 20_000_000, True), (read_tokenizer, 20_000_000, False)) * 2:
     if costs[2:]:
         num_bytes = 15_000_000
     body = ('{"a": [' + piece * (num_bytes // len(piece.encode())) + '0]}').encode()

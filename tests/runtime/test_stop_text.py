@@ -22,7 +22,7 @@ LIKELY = "the digits are 1 2 3 \n\n<|box_end|><|vision_start|> é 你 ab aab"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(CHECKPOINT / "tokenizer.json")
+    return Tokenizer((CHECKPOINT / "tokenizer.json").read_bytes())
 
 
 def end_of(tokenizer: Tokenizer, stops: list[str], prompt: list[int], answer: list[int]) -> tuple[int | None, str]:
@@ -75,7 +75,7 @@ def test_an_answer_ends_where_that_of_transformers_does(tokenizer: Tokenizer) ->
     stops=st.lists(st.text(min_size=1, max_size=3), max_size=2),
 )
 def test_without_a_match_the_text_is_that_of_the_tokenizer(ids: list[int], stops: list[str]) -> None:
-    tokenizer = Tokenizer.from_file(CHECKPOINT / "tokenizer.json")
+    tokenizer = Tokenizer((CHECKPOINT / "tokenizer.json").read_bytes())
     end, text = end_of(tokenizer, stops, ids[::-1], ids)
     if end is None:
         assert text == tokenizer.decode(ids)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import runtime.sessions.tensorrt as tensorrt_session
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from helpers import host_tensorrt
@@ -26,6 +25,7 @@ from runtime.device_cache import DeviceKVCache
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.profiles import Profile, choose
+from runtime.session import SessionOptions, open_session
 from runtime.sessions.tensorrt import TensorRtSession
 from runtime.tensorrt_log import first_errors, is_out_of_memory, make_logger
 from runtime.tensorrt_plan import Library
@@ -264,7 +264,7 @@ def test_without_a_driver_the_error_says_so(folder: Path) -> None:
     else:
         pytest.skip("this machine has a GPU")
     with pytest.raises(EngineError, match="no NVIDIA driver is loaded on this machine") as caught:
-        tensorrt_session.open_session(folder, Manifest.read(folder))
+        open_session(folder, Manifest.read(folder))
     assert "--target ort-cpu-int4" in str(caught.value.remedy)
 
 
@@ -299,7 +299,7 @@ def test_out_of_memory_is_found_among_all_errors_and_the_first_three_are_shown()
 @pytest.mark.parametrize("option", [{"threads": 2}, {"huge_pages": True}])
 def test_options_of_processors_are_refused(folder: Path, option: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(option))):
-        tensorrt_session.open_session(folder, Manifest.read(folder), **option)
+        open_session(folder, Manifest.read(folder), SessionOptions(**option))
 
 
 PROFILES = (

@@ -293,7 +293,7 @@ def test_lowered_graphs_agree_with_transformers(bundle: Bundle, tmp_path: Path) 
 def test_the_session_reads_a_held_out_picture(name: str, bundle: Bundle, tmp_path: Path) -> None:
     folder = build(bundle, name, tmp_path / "engine")
 
-    def on_cpu(folder: Path, manifest: Manifest, **_: object) -> OrtCudaSession:
+    def on_cpu(folder: Path, manifest: Manifest, _: object) -> OrtCudaSession:
         return OrtCudaSession(folder, manifest, device=Device("CPUExecutionProvider", "cpu"))
 
     with pytest.MonkeyPatch.context() as patch:

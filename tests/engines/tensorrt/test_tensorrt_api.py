@@ -218,9 +218,9 @@ def test_the_code_is_seen() -> None:
 def test_names_held_as_text_are_those_of_the_code() -> None:
     from engines.registry import get
     from engines.tensorrt.checks import TYPES
-    from runtime.sessions.tensorrt import _CACHE_TYPES, _DECODER_TENSORS, _VISION_TENSORS
+    from runtime.sessions.tensorrt import CACHE_TYPES, DECODER_TENSORS, VISION_TENSORS
 
-    types = {*_CACHE_TYPES.values(), *_DECODER_TENSORS.values(), *_VISION_TENSORS.values()}
+    types = {*CACHE_TYPES.values(), *DECODER_TENSORS.values(), *VISION_TENSORS.values()}
     assert set(TYPES) == set(AS_TEXT["DataType"]) >= types
     assert (
         tuple("SM" + each.replace(".", "") for each in get("trt-rtx-fp16").compute_capabilities)

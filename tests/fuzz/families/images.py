@@ -267,7 +267,7 @@ def _objects() -> dict[str, Callable[[], Any]]:
 
 def setup(engine: Path, folder: Path) -> tuple[Any, Path]:
     """Return the processor's settings, and a folder with special files."""
-    from runtime.image_processor import ImageProcessorConfig
+    from runtime.image_config import ImageProcessorConfig
 
     corpus()
     os.mkfifo(folder / "pipe")

@@ -28,7 +28,7 @@ from qwen3vl_export.cli.run import app
 from runtime.answer import Generation, Stats
 from runtime.errors import CapacityError, CheckpointError, EngineError, ImageError, ParityError
 from runtime.generation_config import GenerationOptions
-from runtime.image_processor import ImageProcessorConfig
+from runtime.image_config import ImageProcessorConfig
 from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.model_config import ModelConfig, TextConfig, VisionConfig
 

@@ -35,8 +35,7 @@ def test_magnitudes_are_those_of_transformers(tiny_checkpoint: Path, tiny_engine
     levels, logits, values = [], [], []
     for case in make_cases(tmp_path):
         prepared = model.prepare(case.messages)
-        pixels, grids = ([getattr(image, name) for image in prepared.images] for name in ("pixel_values", "grid_thw"))
-        output = reference.run(prepared.prompt.input_ids, pixels, grids, STEPS)
+        output = reference.run(prepared, STEPS)
         logits += [np.abs(output.logits).max(), np.abs(output.step_logits).max()]
         values.append(np.abs(output.layers[1][1]).max())
         if output.visual_embeds is not None:

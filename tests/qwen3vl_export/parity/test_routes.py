@@ -22,7 +22,7 @@ from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.eager import load
 from qwen3vl_export.export import make_bundle
-from qwen3vl_export.parity.reference import OwnReference
+from qwen3vl_export.parity.own_reference import OwnReference
 from qwen3vl_export.parity.routes import follow
 from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE
 from qwen3vl_export.parity.verify import verify
@@ -162,7 +162,6 @@ def test_likely_tokens_change_nothing_but_the_work(engines: dict[str, Path]) -> 
     prepared = Qwen3VLModel.from_engine(engines["ort-cpu-fp32"], threads=2).prepare(
         user_message("Read the digits.", [held_out(1).image])
     )
-    pixels, grids = ([getattr(image, name) for image in prepared.images] for name in ("pixel_values", "grid_thw"))
     num_calls = 0
 
     def count(*_: Any) -> None:
@@ -170,7 +169,7 @@ def test_likely_tokens_change_nothing_but_the_work(engines: dict[str, Path]) -> 
         num_calls += 1
 
     model.register_forward_hook(count)
-    run = partial(reference.run, prepared.prompt.input_ids, pixels, grids, 6)
+    run = partial(reference.run, prepared, 6)
     plain = run()
     assert num_calls == 6
     for guess, calls in ((plain.tokens, 1), ([plain.tokens[0] + 1, *plain.tokens[1:]], 7)):

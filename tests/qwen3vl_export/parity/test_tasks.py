@@ -19,11 +19,10 @@ from helpers.damage import noisy_scales
 from helpers.engines import build
 from qwen3vl_export.cli.run import app
 from qwen3vl_export.demo.data import held_out
-from qwen3vl_export.parity import layers as layers_module
-from qwen3vl_export.parity import tasks
+from qwen3vl_export.parity import plots, tasks
 from qwen3vl_export.parity.layers import LayerErrors, plot_layers
-from qwen3vl_export.parity.task_report import TaskReport, paired_interval, write_sections
-from qwen3vl_export.parity.tasks import Question, ask, run_tasks
+from qwen3vl_export.parity.task_report import Question, TaskReport, paired_interval, write_sections
+from qwen3vl_export.parity.tasks import ask, run_tasks
 from qwen3vl_export.parity.verify import verify
 from runtime.contract import DecoderInputs
 from runtime.errors import ParityError, UsageError
@@ -145,7 +144,7 @@ def test_plot_is_the_same_twice_and_has_a_line_for_each_target(tmp_path: Path) -
 
 def test_plot_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setattr(layers_module, "importlib", absent)
+    monkeypatch.setattr(plots, "importlib", absent)
     with pytest.raises(UsageError, match="extra `plot`"):
         plot_layers({}, tmp_path / "a.svg")
 

@@ -21,10 +21,11 @@ from engines.target import Target
 from helpers import PICTURES
 from runtime import generation
 from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
-from runtime.errors import EngineError, TargetError, UsageError
+from runtime.errors import EngineError, TargetError
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
+from runtime.session import SessionOptions
 from runtime.sessions import ort_cuda
 from runtime.sessions.ort_cuda import Device, OrtCudaSession, OrtDeviceCache
 from tests.conftest import build
@@ -70,7 +71,7 @@ def models(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Mod
     return model
 
 
-def on_cpu(folder: Path, manifest: Manifest, **_: object) -> OrtCudaSession:
+def on_cpu(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCudaSession:
     return OrtCudaSession(folder, manifest, device=CPU)
 
 
@@ -397,7 +398,7 @@ def test_the_largest_logits_are_those_of_the_whole(session: OrtCudaSession) -> N
 
 
 def test_bfloat16_is_read_as_the_upper_half_of_a_float32() -> None:
-    buffers = ort_cuda._Buffers(1, (1, 1, 2, 2), "bfloat16", "cpu")
+    buffers = ort_cuda.CacheBuffers(1, (1, 1, 2, 2), "bfloat16", "cpu")
     bits = np.array([0x3F80, 0xC000, 0x3F00, 0x0000], np.uint16).reshape(1, 1, 2, 2)
     buffers.values[0][0].update_inplace(bits.view(np.float16))
     key, value = buffers.layer(0)
@@ -416,8 +417,3 @@ def test_without_the_provider_nothing_runs_on_the_cpu(folder: Path) -> None:
     with pytest.raises(EngineError, match="has no CUDAExecutionProvider") as caught:
         Qwen3VLModel.from_engine(folder)
     assert "onnxruntime-gpu" in str(caught.value.remedy)
-
-
-def test_huge_pages_are_refused(demo_engine: Path) -> None:
-    with pytest.raises(UsageError, match="huge_pages"):
-        ort_cuda.open_session(demo_engine, Manifest.read(demo_engine), huge_pages=True)

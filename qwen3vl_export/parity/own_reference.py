@@ -1,0 +1,83 @@
+"""The reference that needs no transformers: our own definition of the model, run eagerly in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen3vl_export.eager import EagerSession
+from qwen3vl_export.modeling import Qwen3VL
+from qwen3vl_export.parity.reference import ReferenceOutput
+from qwen3vl_export.routing import Choice, watched_routers
+from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
+from runtime.positions import mrope_positions
+from runtime.preparation import Prepared
+from runtime.vision_inputs import vision_inputs
+
+_OWN_NOTE = (
+    "the reference is this package's own PyTorch definition: prompt, pixels, positions and the definition itself were "
+    "not compared with transformers"
+)
+
+
+class OwnReference:
+    """See `Reference`."""
+
+    def __init__(self, model: Qwen3VL) -> None:
+        self._model = model
+        self._session = EagerSession(model)
+        self.name = f"own definition, torch {torch.__version__}"
+        self.notes = [_OWN_NOTE]
+
+    def inputs(self, messages: list[dict[str, Any]]) -> None:
+        """Return None: its processor is the runtime's, which would be compared with itself."""
+
+    def run(
+        self,
+        prepared: Prepared,
+        num_steps: int,
+        *,
+        swapped: frozenset[Choice] = frozenset(),
+        likely_tokens: Sequence[int] = (),
+    ) -> ReferenceOutput:
+        """Run one prompt; see `Reference.run`."""
+        vision = self._model.config.vision
+        inputs = [vision_inputs(image.pixel_values, image.grid_thw, vision) for image in prepared.images]
+        visual = np.concatenate(list(map(self._session.vision, inputs)), axis=1) if inputs else None
+        run = partial(self._run, prepared, visual, swapped)
+        if likely_tokens:
+            output = run(likely_tokens[:-1], 1)
+            if output.tokens == list(likely_tokens):
+                return output
+        return run((), num_steps)
+
+    def _run(
+        self,
+        prepared: Prepared,
+        visual: FloatArray | None,
+        swapped: frozenset[Choice],
+        given: Sequence[int],
+        num_steps: int,
+    ) -> ReferenceOutput:
+        """Run the prompt, and tokens given behind it, in one call; then steps of greedy tokens."""
+        config, num_prompt = self._model.config, len(prepared.prompt.input_ids)
+        ids = [*prepared.prompt.input_ids, *given]
+        no_embeds, positions = no_visual_embeds(config), mrope_positions(len(ids), prepared.prompt.spans)
+        first = DecoderInputs.prompt(ids, positions, no_embeds if visual is None else visual, all_logits=True)
+        cache = self._session.new_cache(len(ids) + num_steps - 1)
+        with watched_routers(self._model, num_prompt, swapped=swapped) as watched:
+            logits = self._session.decode(first, cache)[0]
+            steps = list(logits[num_prompt - 1 :])
+            for past in range(len(ids), len(ids) + num_steps - 1):
+                token = np.array([[steps[-1].argmax()]])
+                step = DecoderInputs.text(token, np.array([past]), no_embeds, delta=positions.delta)
+                steps.append(self._session.decode(step, cache)[0, 0])
+        layers = [cache.layer(i) for i in range(config.text.num_layers)]
+        tokens = [int(step.argmax()) for step in steps]
+        return ReferenceOutput(
+            visual, logits[:num_prompt], layers, tokens, np.stack(steps), watched.statistics, watched.gaps
+        )

@@ -1,0 +1,66 @@
+"""Plots of a figure for each layer: panels side by side with one logarithmic axis."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from engines.disk import check_file, replaced_file
+from runtime.errors import UsageError
+from runtime.installation import how_to_install
+
+
+def check_plot(file: Path) -> None:
+    """Check that a plot can be drawn into a file.
+
+    Raises:
+        UsageError: matplotlib is not installed, the suffix is not one it draws, or the folder cannot be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "a plot needs the Python package 'matplotlib', which is not installed",
+            remedy=how_to_install("plot"),
+        )
+    if file.suffix not in (".png", ".svg"):
+        raise UsageError(f"{file}: a plot is a .png or a .svg file", remedy="give the file one of these suffixes")
+    check_file(file)
+
+
+@contextmanager
+def drawn_panels(
+    file: Path, titles: Mapping[str, str], y_label: str, *, width: float, salt: str
+) -> Iterator[list[Any]]:
+    """Give panels to draw into, and write them as the suffix of `file` says (.svg, .png).
+
+    Args:
+        file: Where.
+        titles: Of each panel, and what it counts along its x axis.
+        y_label: Of the axis that all share.
+        width: In inches.
+        salt: Of the names in an SVG file: the same numbers give the same file.
+
+    Raises:
+        UsageError: As `check_plot`.
+    """
+    check_plot(file)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+        figure = Figure(figsize=(width, 3.4), layout="constrained")
+        panels = list(figure.subplots(1, len(titles), sharey=True))
+        yield panels
+        for panel, (title, label) in zip(panels, titles.items(), strict=True):
+            panel.set_title(title)
+            panel.set_xlabel(label)
+            panel.set_yscale("log")
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.grid(alpha=0.3, which="both")
+        panels[0].set_ylabel(y_label)
+        panels[-1].legend()
+        with replaced_file(file) as partial:
+            # No date, for the same reason.
+            figure.savefig(partial, metadata={"Date": None} if file.suffix == ".svg" else {})

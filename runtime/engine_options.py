@@ -1,0 +1,85 @@
+"""The options that an engine is opened with, checked."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.arguments import whole_number
+from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
+from runtime.machine import MAX_THREADS_PER_CORE, available_cores
+from runtime.manifest import Manifest
+from runtime.memory import machine_bytes
+from runtime.session import SessionOptions, is_on_gpu
+
+DEFAULT_MAX_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of `Qwen3VLModel.from_engine`, which says what they mean; None leaves what another place decides."""
+
+    max_context: int
+    max_memory: int
+    session: SessionOptions
+    min_pixels: int | None
+    max_pixels: int | None
+    max_image_pixels: int
+
+    @classmethod
+    def checked(
+        cls,
+        manifest: Manifest,
+        *,
+        threads: Any = None,
+        huge_pages: bool = False,
+        cuda_graphs: bool = True,
+        max_context: Any = None,
+        min_pixels: Any = None,
+        max_pixels: Any = None,
+        max_memory: Any = None,
+        max_image_pixels: Any = None,
+    ) -> EngineOptions:
+        """Check what a caller gave, and fill in the defaults of an engine.
+
+        Raises:
+            UsageError: An option is of the wrong type or out of range.
+        """
+        capacity = manifest.capabilities.get("capacity")
+        max_context = checked_max_context(max_context, manifest.model.text.max_positions, capacity)
+        if threads is not None:
+            most = MAX_THREADS_PER_CORE * available_cores()
+            expected = f"1 to {most}, {MAX_THREADS_PER_CORE} for each core"
+            threads = whole_number("threads", threads, 1, most, expected, "leave threads out for one for each core")
+        if max_memory is not None:
+            remedy = "leave max_memory out for the machine's memory"
+            max_memory = whole_number("max_memory", max_memory, 1, None, "at least one byte", remedy)
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if value is not None:
+                whole_number(name, value, 1, None, "at least 1", f"leave {name} out for the checkpoint's")
+        if max_memory is None:
+            max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
+        max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
+        session = SessionOptions(threads, huge_pages, cuda_graphs)
+        return cls(max_context, max_memory, session, min_pixels, max_pixels, max_image_pixels)
+
+
+def checked_max_context(given: Any, trained: int, capacity: int | None = None) -> int:
+    """Return the most tokens of prompt and answer together: what was given, or the default.
+
+    Args:
+        given: By a caller, or None.
+        trained: What the model was trained for.
+        capacity: What the engine was built with, if that is fixed.
+
+    Raises:
+        UsageError: It is no whole number, or beyond one of the two.
+    """
+    limit = trained if capacity is None else min(int(capacity), trained)
+    is_trained = limit == trained
+    reason = "what the model was trained for" if is_trained else "the capacity that the engine was built with"
+    rebuild = "" if is_trained else ", or build the engine again with qwen3vl-export ... --max-context"
+    default = min(DEFAULT_MAX_CONTEXT, limit)
+    remedy = f"leave max_context out for {default}{rebuild}"
+    return whole_number("max_context", default if given is None else given, 1, limit, f"1 to {limit}, {reason}", remedy)
