@@ -28,7 +28,7 @@ from runtime.errors import CheckpointError
 CHUNK_WEIGHTS = 1 << 18
 # Read at a time of a matrix whose columns are wanted: the widest of 2B and 8B come whole or in two bands, so a page of
 # the file is seldom read twice.
-_BAND_BYTES = 32 << 20
+BAND_BYTES = 32 << 20
 
 UNQUANTIZED = "give the unquantised checkpoint, or one of a form that docs/quantized_checkpoints.md lists"
 _FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
@@ -253,7 +253,7 @@ def column_slices(entry: TensorEntry, num_codes: int) -> Iterator[NDArray[np.int
         num_codes: Codes in one of its columns.
     """
     num_rows, num_columns = entry.shape
-    band = max(1, _BAND_BYTES // (num_rows * 4))
+    band = max(1, BAND_BYTES // (num_rows * 4))
     width = max(1, CHUNK_WEIGHTS // num_codes)
     for first in range(0, num_columns, band):
         words = read_columns(entry, first, min(band, num_columns - first))

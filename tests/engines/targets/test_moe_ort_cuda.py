@@ -24,6 +24,7 @@ from engines.quantize.blockwise import quantize_blocks
 from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from engines.targets import ort_cuda
+from helpers.engines import build
 from helpers.experts_op import TOP_K, Arrays, model_of, padded, random_inputs, with_ties
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.data import held_out
@@ -37,7 +38,6 @@ from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
 from runtime.sessions.ort_cuda import Device, OrtCudaSession
-from tests.conftest import build
 
 TARGETS = registry.load_family("ort_cuda")
 HIDDEN, WIDTH, BLOCK = 64, 128, 64

@@ -53,7 +53,7 @@ def engines(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.fixture
 def built_reference(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The float32 engine is the module's, not one more build."""
-    monkeypatch.setattr(tasks, "_reference", lambda *_: Qwen3VLModel.from_engine(engines["fp32"], threads=1))
+    monkeypatch.setattr(tasks, "build_reference", lambda *_: Qwen3VLModel.from_engine(engines["fp32"], threads=1))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

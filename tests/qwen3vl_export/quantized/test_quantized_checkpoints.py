@@ -73,7 +73,7 @@ def test_weights_equal_the_naive_reader(
     expected = fixtures.write_layer(tmp_path, form, shape)
     np.testing.assert_array_equal(layer(tmp_path).numpy(), expected)
     # In many small bands and chunks; neither divides the rows.
-    monkeypatch.setattr(parts, "_BAND_BYTES", shape[1] * 4 * 3)
+    monkeypatch.setattr(parts, "BAND_BYTES", shape[1] * 4 * 3)
     for module in (parts, compressed_tensors, fp8):
         monkeypatch.setattr(module, "CHUNK_WEIGHTS", shape[1] * 7)
     blocks = [block.copy() for block in layer(tmp_path).blocks()]
