@@ -93,12 +93,12 @@ class Outcome:
 def gpu_check(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Checkpoint beside those that are shipped: folder, Hub id, or shape for random weights."),
+        typer.Option(help="Check this too: a folder, a Hub id, or a shape for random weights; may be repeated."),
     ] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Only this target; repeat for several.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Check only this target; may be repeated.")] = None,
     results: options.Results = RESULTS,
-    work_dir: Annotated[Path, typer.Option(help="Room for engines, emptied afterwards.")] = ROOT / "out",
-    limit_s: Annotated[float, typer.Option(help="Seconds for one target.")] = LIMIT_S,
+    work_dir: Annotated[Path, typer.Option(help="Folder for engines, which are removed afterwards.")] = ROOT / "out",
+    limit_s: Annotated[float, typer.Option(help="Most seconds for one target.")] = LIMIT_S,
 ) -> None:
     """Build, verify, inspect and time every GPU target that fits this machine; keep the results; print one page."""
     hardware, targets = probe(), gpu_targets(target or ())

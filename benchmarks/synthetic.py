@@ -49,7 +49,7 @@ def write(
     folder: Path,
     model: options.Model,
     layers: options.Layers = None,
-    sparse: Annotated[bool, typer.Option(help="Headers only, data as holes.")] = False,
+    sparse: Annotated[bool, typer.Option(help="Write the headers alone; the data are holes in the files.")] = False,
     seed: int = 0,
     dtype: str = "BF16",
     expert_stride: options.ExpertStride = 1,
