@@ -104,9 +104,9 @@ def target_states(
             )
         rows.append((f"`{target}`", state, shown))
     return markdown(rows) + (
-        "\n`run`: engines of it answered, on the machine of the result files or on the GPU that is named. `built here`:"
-        "\nits plans were compiled for real on a machine without a GPU, and not executed. `make gpu-check` on a machine"
-        "\nwith a GPU runs the rest.\n"
+        "\n`run`: engines of this target have answered, on the machine of the result files or on the GPU that is named."
+        "\n`built here`: its plans were compiled on a machine without a GPU, and have not been executed. `make gpu-check`"
+        "\nruns the rest on a machine with a GPU.\n"
     )
 
 
