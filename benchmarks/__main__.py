@@ -12,8 +12,6 @@ from benchmarks.compare.command import compare, compare_setup
 from benchmarks.export import export
 from benchmarks.gpu_check import gpu_check
 from benchmarks.imports import time_imports
-from benchmarks.kernels import kernels
-from benchmarks.kills import kills
 from benchmarks.lowered import lowered
 from benchmarks.report import report
 from benchmarks.routes import routes
@@ -22,7 +20,7 @@ from benchmarks.synthetic import write
 from runtime.errors import Qwen3VLError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (build, compare, compare_setup, export, gpu_check, kernels, kills, lowered, report, routes, run):
+for command in (build, compare, compare_setup, export, gpu_check, lowered, report, routes, run):
     app.command()(command)
 app.command("import")(time_imports)
 app.command("synthetic")(write)

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from benchmarks import build, export, goals, imports, kernels, kills, lowered, mixture, plot, routes, run, status
+from benchmarks import build, export, goals, imports, lowered, mixture, plot, routes, run, status
 from benchmarks.compare import chart, tables
 from benchmarks.result_files import RESULTS, kind, of_kind, page
 from engines.disk import replace_text
@@ -24,8 +24,6 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "compare": tables.render,
     "export": export.table,
     "import": imports.table,
-    "kernels": kernels.table,
-    "kills": kills.table,
     "lowered": lowered.table,
     "routes": routes.table,
     "run": run.table,

@@ -1,4 +1,4 @@
-"""Build the demo's tokenizer and chat template: Qwen's pipeline with a small vocabulary.
+"""Build the demo's tokenizer: Qwen's pipeline with a small vocabulary.
 
 Byte-level byte-pair encoding with Qwen's pre-tokenizer, so any UTF-8 text encodes and decodes; the merges are learned
 from the sentences of the tasks alone.
@@ -35,35 +35,6 @@ VOCAB_SIZE = 512
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-CHAT_TEMPLATE = """\
-{%- set images = namespace(value=0) -%}
-{%- set videos = namespace(value=0) -%}
-{%- for message in messages -%}
-{{- '<|im_start|>' + message.role + '\\n' -}}
-{%- if message.content is string -%}
-{{- message.content -}}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == 'image' or 'image' in part or 'image_url' in part -%}
-{%- set images.value = images.value + 1 -%}
-{%- if add_vision_id is defined and add_vision_id -%}{{- 'Picture ' ~ images.value ~ ': ' -}}{%- endif -%}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-{%- elif part.type == 'video' or 'video' in part -%}
-{%- set videos.value = videos.value + 1 -%}
-{%- if add_vision_id is defined and add_vision_id -%}{{- 'Video ' ~ videos.value ~ ': ' -}}{%- endif -%}
-{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-{%- elif 'text' in part -%}
-{{- part.text -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
 
 
 def task_texts() -> list[str]:

@@ -20,9 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from demo_training.batches import IGNORE, NO_DIGIT, Batch, Prompter, collate, training_batch
-from demo_training.model import build_config
 from demo_training.tokenizer import build_tokenizer
-from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.checkpoint import DEMO, Checkpoint
 from qwen3vl_export.demo.data import Digits, canvas_at, load_half
 from qwen3vl_export.demo.tasks import TASKS
 from qwen3vl_export.eager import load
@@ -101,7 +100,7 @@ class Trainee(nn.Module):
         torch.manual_seed(seed)
         self.tokenizer = build_tokenizer()
         if model is None:
-            model = Qwen3VL(build_config(self.tokenizer)).initialize()
+            model = Qwen3VL(Checkpoint.open(DEMO).config).initialize()
             kernels = model.visual.patch_embed.proj.weight
             kernels.data.copy_(torch.from_numpy(_cosine_kernels(kernels.shape[0])))
         self.model = model

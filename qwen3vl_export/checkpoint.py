@@ -15,7 +15,7 @@ import numpy as np
 
 from engines.disk import full_disk_in
 from engines.quantize.tensors import row_chunks
-from engines.weight_shapes import weight_shapes
+from engines.weight_shapes import EMBEDDING_KEY, weight_shapes
 from engines.weights import StackedTensor, StreamedTensor
 from qwen3vl_export.assets import check_assets, read_assets
 from qwen3vl_export.experts import find_experts
@@ -33,7 +33,6 @@ from runtime.model_config import ModelConfig
 DEMO, DEMO_MOE = "demo", "demo-moe"
 _SHIPPED = {DEMO: "checkpoint", DEMO_MOE: "checkpoint_moe"}
 HEAD_KEY = "lm_head.weight"
-EMBEDDING_KEY = "model.language_model.embed_tokens.weight"
 
 # Keys that some checkpoints hold and no graph needs: buffers that are recomputed from config.json.
 IGNORED_KEYS = (re.compile(r".*rotary_(pos_)?emb\.(original_)?inv_freq"),)

@@ -54,7 +54,7 @@ class OrtStorage:
                 f"{tensor.name}: {form}: no kernel of ONNX Runtime multiplies by it",
                 remedy="choose a blockwise or rowwise format in the target's file in configs/targets",
             )
-        block = stored_block(tensor, form, is_table=is_table, in_whole_bytes=self.table_in_whole_bytes)
+        block = stored_block(tensor, form, is_table=is_table, multiple=self._table_multiple(form))
         return BlockwiseWeight(tensor, form.bits, block)
 
     def table(self, tensor: StreamedTensor, form: WeightFormat) -> BlockwiseWeight | None:
@@ -68,8 +68,12 @@ class OrtStorage:
 
         if form.kind != BLOCKWISE:
             return None
-        block = table_block(tensor, form, in_whole_bytes=self.table_in_whole_bytes)
+        block = table_block(tensor, form, self._table_multiple(form))
         return BlockwiseWeight(tensor, form.bits, block, has_whole_rows=True)
+
+    def _table_multiple(self, form: WeightFormat) -> int:
+        """Return how many blocks' zero points a row of a table has a multiple of."""
+        return 8 // form.bits if self.table_in_whole_bytes else 1
 
     def experts(self, weights: Sequence[StackedTensor], forms: Sequence[WeightFormat]) -> list[BlockwiseWeight]:
         """Return gate and up, whose rows take turns, and down, of a layer's experts, in one block, as QMoE wants.

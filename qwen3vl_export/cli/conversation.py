@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from qwen3vl_export.cli.errors import spell_options
 from qwen3vl_export.cli.output import note, print_stats, print_stream
 from runtime.errors import Qwen3VLError, UsageError
-from runtime.messages import system_message, user_message
 
 if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
@@ -24,6 +23,8 @@ class Conversation:
     def __init__(
         self, model: Qwen3VLModel, options: dict[str, Any], images: list[str], *, system: str | None, has_stats: bool
     ) -> None:
+        from runtime.messages import system_message  # loads numpy, as the kinds of input do
+
         self._model = model
         self._options = options
         self._has_stats = has_stats
@@ -77,6 +78,8 @@ class Conversation:
 
     def _answer(self, prompt: str) -> None:
         """Generate one turn; a turn that fails or is stopped leaves no trace, and its images stay attached."""
+        from runtime.messages import user_message
+
         turns = [*self._turns, *user_message(prompt, self._images)]
         try:
             generation = print_stream(self._model, [*self._system, *turns], self._options)

@@ -170,7 +170,7 @@ def _options_of(kind: type) -> list[inspect.Parameter]:
         # A switch that is off needs no option that says so.
         words = [f"--{field.name.replace('_', '-')}"] if field.default is False else []
         option = marks[0] if marks else typer.Option(*words)
-        option.help = texts[field.name]
+        option.help = texts.get(field.name)  # python -OO has no docstrings
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         annotation = Annotated[base, option]
         options.append(

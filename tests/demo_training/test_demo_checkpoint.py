@@ -12,7 +12,7 @@ import torch
 
 from demo_training.evaluate import as_markdown, evaluate, summarise, torch_predictor
 from demo_training.model import save_checkpoint
-from demo_training.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tokenizer
+from demo_training.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from qwen3vl_export.checkpoint import DEMO, DEMO_MOE, Checkpoint
 from qwen3vl_export.demo import CHECKPOINT, IMAGES
 from qwen3vl_export.demo.data import held_out
@@ -149,7 +149,7 @@ def test_processor_renders_qwens_prompt_and_counts_tokens(config: dict) -> None:
 
     processor = AutoProcessor.from_pretrained(CHECKPOINT)
     assert type(processor).__name__ == "Qwen3VLProcessor"
-    assert processor.chat_template == CHAT_TEMPLATE
+    assert processor.chat_template == (CHECKPOINT / "chat_template.jinja").read_text()
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Hi"}]},

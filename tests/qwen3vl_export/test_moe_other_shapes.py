@@ -12,10 +12,10 @@ from engines import registry
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from helpers.moe_checkpoints import Arrays, as_in_the_graph, as_on_the_hub, rewritten, write_experts
-from qwen3vl_export import export
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.export import make_bundle
 from qwen3vl_export.parity.verify import verify
+from qwen3vl_export.tracing import pieces
 from runtime.errors import BundleError, CheckpointError
 
 OPTIONS = BuildOptions(max_context=256, prefill_chunk=256)
@@ -90,7 +90,7 @@ def test_a_dense_layer_where_experts_should_be_is_said_before_tracing(
     changed = re.sub(r'"mlp_only_layers": \[[^\]]*\]', '"mlp_only_layers": []', config)
     assert changed != config
     (saved / "config.json").write_text(changed)
-    monkeypatch.setattr(export, "trace_pieces", None)
+    monkeypatch.setattr(pieces, "trace_pieces", None)
     with pytest.raises(CheckpointError, match=r"saved: model\.language_model\.layers\.3\.mlp is a dense network"):
         make_bundle(Checkpoint.open(str(saved)))
 

@@ -8,80 +8,28 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import typer
-
-from benchmarks import measure, options
-from benchmarks.result_files import RESULTS, markdown, write
 from engines.build import build_engine
 from engines.disk import sync_files
 from engines.exchange import exchange
 from engines.output import check_output
 from engines.registry import get
 from engines.work_folder import is_work_folder
+from helpers import PICTURES
 from runtime.errors import Qwen3VLError
 from runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
 
-_IMAGE = Path(__file__).resolve().parent.parent / "qwen3vl_export" / "demo" / "images" / "held_out_0.png"
-_ANSWER = "1654"
+_IMAGE, _ANSWER = PICTURES / "held_out_0.png", "1654"
 _MARK = "export_number"
 # Longer than it takes: some exports end.
 _PUT_S = 0.01
-
-
-def kills(
-    count: Annotated[int, typer.Option(help="Exports to kill, with each way to put an engine into its place.")] = 100,
-    target: Annotated[str, typer.Option(help="Target to build.")] = "ort-cpu-int4",
-    seed: int = 0,
-    results: options.Results = RESULTS,
-    work_dir: Annotated[Path | None, typer.Option(help="Folder for the engines; emptied of them afterwards.")] = None,
-) -> None:
-    """Kill exports over an engine at random moments (SIGKILL), and see what they leave."""
-    from qwen3vl_export.checkpoint import Checkpoint
-    from qwen3vl_export.export import make_bundle
-
-    environment = measure.environment()
-    bundle = make_bundle(Checkpoint.open("demo"))
-    rows = {}
-    with tempfile.TemporaryDirectory(dir=work_dir) as name:
-        for way, has_exchange in (("one step", True), ("two renames", False)):
-            (Path(name) / way).mkdir()
-            rows[way] = kill_exports(bundle, target, Path(name) / way, count, seed, has_exchange=has_exchange)
-    result = {"target": target, "seed": seed, "ways": rows, "environment": environment}
-    write("kills", result, table(result), results)
-    if any(row["broken"] or row["left_after_next_run"] for row in rows.values()):
-        raise typer.Exit(1)
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """Return one row for each way to put an engine into its place."""
-    columns = {
-        "exports": "exports",
-        "killed": "killed",
-        "older engine": "old",
-        "new engine": "new",
-        "none until the next run": "missing",
-        "broken": "broken",
-        "something left": "left",
-        "left after the next run began": "left_after_next_run",
-    }
-    rows = [("put into place by", *columns)]
-    rows += [(way, *(str(row[key]) for key in columns.values())) for way, row in result["ways"].items()]
-    seconds = max(row["typical_s"] for row in result["ways"].values())
-    return (
-        f"{markdown(rows)}\nThe demo for {result['target']}, killed (SIGKILL) at random moments of the {seconds:.1f} s "
-        "from the end of tracing to the end, a third of them while the engine is put into its place; seed "
-        f"{result['seed']}.\n"
-    )
 
 
 def kill_exports(

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import kills
-from benchmarks.kills import kill_exports
+from helpers.kills import kill_exports
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
@@ -27,13 +26,3 @@ def test_killed_exports_leave_the_older_engine_or_the_new_one(
     assert (found["broken"], found["left_after_next_run"]) == (0, 0)
     assert found["missing"] == 0 or not has_exchange
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
-
-
-@pytest.mark.portable
-def test_the_table_of_kills() -> None:
-    row = {"exports": 9, "typical_s": 1.25, "killed": 8, "old": 5, "new": 3, "missing": 1}
-    row |= {"broken": 0, "left": 7, "left_after_next_run": 0}
-    result = {"target": "ort-cpu-int4", "seed": 0, "ways": {"one step": row}}
-    text = kills.table(result)
-    assert "| one step | 9 | 8 | 5 | 3 | 1 | 0 | 7 | 0 |" in text
-    assert "of the 1.2 s from" in text
