@@ -48,6 +48,6 @@ class _TransposedPart(StreamedTensor):
 
     def blocks(self) -> Iterator[NDArray[Any]]:
         """Yield the transposed part."""
-        matrix = np.concatenate([block.copy() for block in self._source.blocks()]).reshape(self._source.shape.numpy())
+        matrix = self._source.numpy()
         middle = len(matrix) // 2
         yield np.ascontiguousarray(matrix[self._halves.start * middle : self._halves.stop * middle].T).reshape(-1)

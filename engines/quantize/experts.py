@@ -24,13 +24,9 @@ class InterleavedTensor(StreamedTensor):
 
     def blocks(self) -> Iterator[NDArray[Any]]:
         """Yield the matrix."""
-        num_rows, num_columns = (int(n) for n in self.shape.numpy())
-        halves = np.empty(num_rows * num_columns, self.dtype.numpy())
-        done = 0
-        for block in self._source.blocks():
-            halves[done : done + block.size] = block
-            done += block.size
-        yield np.ascontiguousarray(halves.reshape(2, -1, num_columns).transpose(1, 0, 2)).reshape(-1)
+        num_columns = int(self.shape.numpy()[1])
+        halves = self._source.numpy().reshape(2, -1, num_columns)
+        yield np.ascontiguousarray(halves.transpose(1, 0, 2)).reshape(-1)
 
 
 def interleaved(stacked: StackedTensor) -> StackedTensor:

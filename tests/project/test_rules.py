@@ -74,6 +74,24 @@ def test_an_error_says_what_to_do(package: str) -> None:
     assert found == []
 
 
+MOST_LINES = 60
+"""Of a function, its signature and docstring included."""
+
+
+@pytest.mark.parametrize(
+    "folder", ["runtime", "engines", "qwen3vl_export", "qwen3_vl", "benchmarks", "scripts", "demo_training"]
+)
+def test_functions_are_short(folder: str) -> None:
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                num_lines = (node.end_lineno or 0) - node.lineno + 1
+                if num_lines > MOST_LINES:
+                    found.append(f"{path.relative_to(ROOT)}: {node.name} has {num_lines} lines")
+    assert found == []
+
+
 def loaded_after(statement: str) -> set[str]:
     code = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
