@@ -14,13 +14,23 @@ from engines.onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_VERSION, parse_funct
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.ops import registry
 from qwen3vl_export.tracing.pieces import Piece, Pieces
-from runtime.contract import past_names, present_names
+from runtime.contract import (
+    DECODER_DTYPES,
+    DECODER_OUTPUTS,
+    VISION_DTYPES,
+    VISION_OUTPUTS,
+    Dims,
+    DType,
+    cache_dims,
+    decoder_dims,
+    past_names,
+    present_names,
+    vision_dims,
+)
 
 _VISUAL = "model.visual"
 _LANGUAGE = "model.language_model"
 _IR_VERSION = 11
-_FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
-Dims = Sequence[int | str]
 
 
 class GraphBuilder:
@@ -31,15 +41,16 @@ class GraphBuilder:
         self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET_VERSION, DOMAIN: DOMAIN_VERSION})
         self._functions: dict[str, ir.Function] = {}
 
-    def input(self, name: str, dtype: ir.DataType, dims: Dims) -> ir.Value:
-        """Add a graph input."""
-        value = ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(dtype))
-        self._graph.inputs.append(value)
-        return value
+    def inputs(self, dims: Mapping[str, Dims], dtypes: Mapping[str, DType]) -> list[ir.Value]:
+        """Add graph inputs in order, and return them."""
+        types = {name: ir.TensorType(ir.DataType.from_numpy(np.dtype(dtypes[name]))) for name in dims}
+        values = [ir.Value(name=name, shape=ir.Shape(each), type=types[name]) for name, each in dims.items()]
+        self._graph.inputs.extend(values)
+        return values
 
-    def output(self, value: ir.Value, name: str, dtype: ir.DataType, dims: Dims) -> None:
-        """Make a value a graph output under a new name."""
-        value.name, value.shape, value.type = name, ir.Shape(dims), ir.TensorType(dtype)
+    def output(self, value: ir.Value, name: str, dims: Dims) -> None:
+        """Make a value of float32 a graph output under a new name."""
+        value.name, value.shape, value.type = name, ir.Shape(dims), ir.TensorType(ir.DataType.FLOAT)
         self._graph.outputs.append(value)
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
@@ -115,11 +126,7 @@ def build_vision(pieces: Pieces, checkpoint: Checkpoint) -> ir.Model:
     config = checkpoint.config
     vision = config.vision
     builder = GraphBuilder("vision", checkpoint)
-    pixels = builder.input("pixel_values", _FLOAT, ["I", "P", vision.patch_elements])
-    indices = builder.input("pos_indices", _INT64, ["P", 4])
-    weights = builder.input("pos_weights", _FLOAT, ["P", 4])
-    cos = builder.input("rope_cos", _FLOAT, ["P", vision.head_dim // 2])
-    sin = builder.input("rope_sin", _FLOAT, ["P", vision.head_dim // 2])
+    pixels, indices, weights, cos, sin = builder.inputs(vision_dims(config), VISION_DTYPES)
     (hidden,) = builder.call(pieces.patch_embed, [pixels, indices, weights], _VISUAL)
     deepstack = []
     for i in range(vision.depth):
@@ -131,7 +138,7 @@ def build_vision(pieces: Pieces, checkpoint: Checkpoint) -> ir.Model:
             deepstack += builder.call(pieces.deepstack_merger, [hidden], scope)
     (merged,) = builder.call(pieces.merger, [hidden], f"{_VISUAL}.merger")
     embeds = builder.concat([merged, *deepstack], "levels")
-    builder.output(embeds, "visual_embeds", _FLOAT, [config.num_visual_levels, "V", config.text.hidden_size])
+    builder.output(embeds, VISION_OUTPUTS[0], (config.num_visual_levels, "V", config.text.hidden_size))
     return builder.model()
 
 
@@ -144,14 +151,9 @@ def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> ir.Model:
     config = checkpoint.config
     text = config.text
     builder = GraphBuilder("decoder", checkpoint)
-    ids = builder.input("input_ids", _INT64, ["B", "S"])
-    positions = builder.input("position_ids", _INT64, [3, "B", "S"])
-    rows = builder.input("visual_rows", _INT64, ["B", "S"])
-    embeds = builder.input("visual_embeds", _FLOAT, [config.num_visual_levels, "V", text.hidden_size])
-    past_lengths = builder.input("past_lengths", _INT64, ["B"])
-    logits_positions = builder.input("logits_positions", _INT64, ["B", "L"])
-    cache: Dims = ["B", text.num_kv_heads, "T", text.head_dim]
-    past = [builder.input(name, _FLOAT, cache) for name in past_names(text.num_layers)]
+    ids, positions, rows, embeds, past_lengths, logits_positions = builder.inputs(decoder_dims(config), DECODER_DTYPES)
+    past_dims = dict.fromkeys(past_names(text.num_layers), cache_dims(config))
+    past = builder.inputs(past_dims, dict.fromkeys(past_dims, np.float32))
     inv_freq = builder.constant("inv_freq", pieces.inv_freq.astype(np.float32))
     axes = builder.constant("axis_of_frequency", pieces.axis_of_frequency.astype(np.int64))
     cos, sin = builder.call(pieces.rotary, [positions, inv_freq, axes], "rotary")
@@ -176,7 +178,7 @@ def build_decoder(pieces: Pieces, checkpoint: Checkpoint) -> ir.Model:
             "lm_head.weight": EMBEDDING_KEY if text.tie_word_embeddings else HEAD_KEY,
         },
     )
-    builder.output(logits, "logits", _FLOAT, ["B", "L", text.vocab_size])
+    builder.output(logits, DECODER_OUTPUTS[0], ("B", "L", text.vocab_size))
     for name, value in zip(present_names(text.num_layers), present, strict=True):
-        builder.output(value, name, _FLOAT, cache)
+        builder.output(value, name, cache_dims(config))
     return builder.model()

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 DType: TypeAlias = type[np.float32] | type[np.int64]
+Dims = tuple[int | str, ...]
+"""Dimensions of an input; a letter is dynamic."""
 
 VISION_OUTPUTS = ("visual_embeds",)
 DECODER_OUTPUTS = ("logits",)
@@ -251,6 +253,25 @@ DECODER_DTYPES: Mapping[str, DType] = _dtypes(DecoderInputs)
 """Element types of the inputs, by name and in the graph's order."""
 VISION_INPUTS = tuple(VISION_DTYPES)
 DECODER_INPUTS = tuple(DECODER_DTYPES)
+
+
+def vision_dims(config: ModelConfig) -> dict[str, Dims]:
+    """Return the dimensions of the vision graph's inputs, by name."""
+    table = ("P", config.vision.head_dim // 2)
+    dims: list[Dims] = [("I", "P", config.vision.patch_elements), ("P", 4), ("P", 4), table, table]
+    return dict(zip(VISION_INPUTS, dims, strict=True))
+
+
+def decoder_dims(config: ModelConfig) -> dict[str, Dims]:
+    """Return the dimensions of the decoder's inputs, the KV cache aside, by name."""
+    embeds = (config.num_visual_levels, "V", config.text.hidden_size)
+    dims: list[Dims] = [("B", "S"), (3, "B", "S"), ("B", "S"), embeds, ("B",), ("B", "L")]
+    return dict(zip(DECODER_INPUTS, dims, strict=True))
+
+
+def cache_dims(config: ModelConfig) -> Dims:
+    """Return the dimensions of one layer's keys, or values, T the capacity."""
+    return ("B", config.text.num_kv_heads, "T", config.text.head_dim)
 
 
 def no_visual_embeds(config: ModelConfig) -> FloatArray:

@@ -155,41 +155,8 @@ class ImageProcessorConfig:
         Raises:
             CheckpointError: A key is unknown, or a value is not one this processor can honour.
         """
-        nested = settings.get("image_processor", settings)
-        if not isinstance(nested, Mapping):
-            raise CheckpointError(
-                f"image processor settings: expected an object, found {type(nested).__name__}",
-                remedy=_take("image_processor"),
-            )
-        _check_class(nested)
-        ignored = _IGNORED_KEYS | _VIDEO_KEYS
-        unclear = sorted(key for key, value in nested.items() if value is None and key in _NOT_NULL)
-        if unclear:
-            raise CheckpointError(
-                f"image processor settings: {', '.join(unclear)}: null, which releases of transformers read otherwise",
-                remedy="write the value, as in the original checkpoint",
-            )
-        values = {key: value for key, value in nested.items() if key not in ignored and value is not None}
-        values |= _pixel_limits(values.pop("size", None), values)
-        for key in sorted(_UNSUPPORTED_KEYS & values.keys()):
-            if values.pop(key) and key.startswith("do_"):
-                raise CheckpointError(
-                    f"image processor settings: {key}: expected false, found true",
-                    remedy=f"set {key} to false, as every published Qwen3-VL has it; this runtime cannot do it",
-                )
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise CheckpointError(
-                f"image processor settings: unknown keys {', '.join(map(shown, unknown[:5]))}; "
-                f"known are {', '.join(sorted(known))}",
-                remedy="remove the keys if they do not change the pixels",
-            )
-        for key in {"image_mean", "image_std"} & values.keys():
-            value = values[key]
-            is_list = isinstance(value, Sequence) and not isinstance(value, str)
-            values[key] = tuple(value) if is_list else (value,) * NUM_CHANNELS
         try:
-            return cls(**values)
+            return cls(**_values_of(settings, frozenset(field.name for field in fields(cls))))
         except UsageError as error:
             raise CheckpointError(f"image processor settings: {error.message}", remedy=error.remedy) from error
 
@@ -242,19 +209,55 @@ def _take(name: str) -> str:
     return f"take {name} from the original checkpoint's preprocessor_config.json"
 
 
+def _values_of(settings: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
+    """Return the values of the `known` settings.
+
+    Raises:
+        UsageError: A key is unknown, or a value asks for what this processor does not do.
+    """
+    nested = settings.get("image_processor", settings)
+    if not isinstance(nested, Mapping):
+        raise UsageError(f"expected an object, found {type(nested).__name__}", remedy=_take("image_processor"))
+    _check_class(nested)
+    unclear = sorted(key for key, value in nested.items() if value is None and key in _NOT_NULL)
+    if unclear:
+        raise UsageError(
+            f"{', '.join(unclear)}: null, which releases of transformers read otherwise",
+            remedy="write the value, as in the original checkpoint",
+        )
+    ignored = _IGNORED_KEYS | _VIDEO_KEYS
+    values = {key: value for key, value in nested.items() if key not in ignored and value is not None}
+    values |= _pixel_limits(values.pop("size", None), values)
+    for key in sorted(_UNSUPPORTED_KEYS & values.keys()):
+        if values.pop(key) and key.startswith("do_"):
+            raise UsageError(
+                f"{key}: expected false, found true",
+                remedy=f"set {key} to false, as every published Qwen3-VL has it; this runtime cannot do it",
+            )
+    if unknown := sorted(values.keys() - known):
+        raise UsageError(
+            f"unknown keys {', '.join(map(shown, unknown[:5]))}; known are {', '.join(sorted(known))}",
+            remedy="remove the keys if they do not change the pixels",
+        )
+    for key in {"image_mean", "image_std"} & values.keys():
+        value = values[key]
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        values[key] = tuple(value) if is_list else (value,) * NUM_CHANNELS
+    return values
+
+
 def _check_class(settings: Mapping[str, Any]) -> None:
     """Raise if the settings are of another image processor: transformers goes by the name.
 
     Raises:
-        CheckpointError: It is none of `_CLASSES`.
+        UsageError: It is none of `_CLASSES`.
     """
     for key in ("image_processor_type", "feature_extractor_type"):
         name = settings.get(key)
         if name is not None:
             if name not in _CLASSES:
-                raise CheckpointError(
-                    f"image processor settings: {key} is {shown(name)}, expected {_CLASSES[0]}: another one makes "
-                    "other pixels",
+                raise UsageError(
+                    f"{key} is {shown(name)}, expected {_CLASSES[0]}: another one makes other pixels",
                     remedy="take the file from the original checkpoint",
                 )
             return
@@ -267,7 +270,7 @@ def _pixel_limits(size: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     `size` under these names they only stand beside themselves, and are dropped.
 
     Raises:
-        CheckpointError: `size` is of another form, or a limit is missing.
+        UsageError: `size` is of another form, or a limit is missing.
     """
     given = {name: values[name] for name in ("min_pixels", "max_pixels") if name in values}
     if size is None:
@@ -275,15 +278,14 @@ def _pixel_limits(size: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     spare = {name for name in given if isinstance(size, Mapping) and name in size}
     edges = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
     if not isinstance(size, Mapping) or not size.keys() <= edges.keys() | spare:
-        raise CheckpointError(
-            f"image processor settings: size: expected shortest_edge and longest_edge in pixels, found {shown(size)}",
-            remedy=_take("size"),
+        raise UsageError(
+            f"size: expected shortest_edge and longest_edge in pixels, found {shown(size)}", remedy=_take("size")
         )
     limits = {name: size[edge] for edge, name in edges.items() if size.get(edge) is not None} | given
     if len(limits) < 2:
         missing = next(edge for edge, name in edges.items() if name not in limits)
-        raise CheckpointError(
-            f"image processor settings: size: {missing} is missing, and transformers wants both",
+        raise UsageError(
+            f"size: {missing} is missing, and transformers wants both",
             remedy="write shortest_edge and longest_edge of the original checkpoint",
         )
     return limits

@@ -287,9 +287,11 @@ class _Section:
         """Raise the error that names the key, what it is and what it should be."""
         path = f"{self.name}.{key}" if self.name else key
         found = shown_numbers(self._values[key]) if key in self._values else "missing"
-        raise CheckpointError(
-            f"config.json: {path} is {found}, expected {expected}", remedy="take config.json from the original model"
-        )
+        raise _wrong(f"{path} is {found}, expected {expected}")
+
+
+def _wrong(text: str) -> CheckpointError:
+    return CheckpointError(f"config.json: {text}", remedy="take config.json from the original model")
 
 
 def _is_integer(value: object, minimum: int) -> TypeGuard[int]:
@@ -364,18 +366,14 @@ def _experts(text: _Section) -> ExpertsConfig:
     names = [name for name in ("num_experts", "num_local_experts") if text.get(name) is not None]
     counts = {text.size(name) for name in names or ["num_experts"]}
     if len(counts) > 1:
-        raise CheckpointError(
-            f"config.json: text_config.num_experts is {text.get('num_experts')}, num_local_experts "
-            f"{text.get('num_local_experts')}, expected one number under both names",
-            remedy="take config.json from the original model",
+        raise _wrong(
+            f"text_config.num_experts is {text.get('num_experts')}, num_local_experts {text.get('num_local_experts')}, "
+            "expected one number under both names"
         )
     num_experts = counts.pop()
     num_layers, top_k = text.size("num_hidden_layers", most=_MOST_LAYERS), text.size("num_experts_per_tok")
     if top_k > num_experts:
-        raise CheckpointError(
-            f"config.json: text_config.num_experts_per_tok is {top_k}, expected at most num_experts = {num_experts}",
-            remedy="take config.json from the original model",
-        )
+        raise _wrong(f"text_config.num_experts_per_tok is {top_k}, expected at most num_experts = {num_experts}")
     if not text.boolean("norm_topk_prob", default=True):
         raise CheckpointError(
             "config.json: text_config.norm_topk_prob is false, expected true",
@@ -412,10 +410,9 @@ def _rope(section: _Section, exported_types: tuple[str, ...]) -> _Section:
                     remedy="remove the rope scaling from config.json, which limits the context to the trained length",
                 )
             if merged.setdefault(key, value) != value:
-                raise CheckpointError(
-                    f"config.json: {section.name}: {key} is {shown_numbers(merged[key])} in one place and "
-                    f"{shown_numbers(value)} in another of rope_parameters, rope_scaling and rope_theta",
-                    remedy="take config.json from the original model",
+                raise _wrong(
+                    f"{section.name}: {key} is {shown_numbers(merged[key])} in one place and {shown_numbers(value)} in "
+                    "another of rope_parameters, rope_scaling and rope_theta"
                 )
     # Of two forms transformers takes `rope_scaling` alone, but for the theta that stands beside it.
     read = forms.get("rope_scaling") or forms.get("rope_parameters") or {}

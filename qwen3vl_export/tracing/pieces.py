@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engines.onnx_text import DOMAIN, DOMAIN_VERSION, OPSET_VERSION
 from qwen3vl_export import modeling
 from qwen3vl_export.ops import registry
+from runtime.contract import DECODER_DTYPES, VISION_DTYPES, Dims, DType, cache_dims, decoder_dims, vision_dims
 from runtime.model_config import ModelConfig
 
 # Example sizes of the dynamic dimensions: primes, so that their multiples are seldom anything else. P is taken times
@@ -120,16 +121,17 @@ def trace_pieces(config: ModelConfig) -> Pieces:
     return Pieces(**pieces, inv_freq=inv_freq, axis_of_frequency=axis_of_frequency)
 
 
+def _inputs(dims: Mapping[str, Dims], dtypes: Mapping[str, DType]) -> list[_Input]:
+    """Return the inputs of a graph, in order."""
+    torch_types = {np.float32: torch.float32, np.int64: torch.int64}
+    return [_Input(name, each, torch_types[dtypes[name]]) for name, each in dims.items()]
+
+
 def _vision_tasks(config: ModelConfig) -> dict[str, _Task]:
     """Return what to trace of the vision tower, by fields of `Pieces`."""
     vision, hidden_size = config.vision, config.text.hidden_size
     patches = _Input("hidden_states", ["I", "P", vision.hidden_size])
-    pixels = [
-        _Input("pixel_values", ["I", "P", vision.patch_elements]),
-        _Input("pos_indices", ["P", 4], torch.int64),
-        _Input("pos_weights", ["P", 4]),
-    ]
-    rope = [_Input(name, ["P", vision.head_dim // 2]) for name in ("rope_cos", "rope_sin")]
+    *pixels, cos, sin = _inputs(vision_dims(config), VISION_DTYPES)
     embedding = _Joined(
         modeling.embed_patches,
         patch_embed=modeling.PatchEmbed(vision),
@@ -142,7 +144,7 @@ def _vision_tasks(config: ModelConfig) -> dict[str, _Task]:
 
     tasks = {
         "patch_embed": _Task("VisionPatchEmbed", embedding, pixels, ["hidden_states"], view),
-        "vision_block": _Task("VisionBlock", modeling.VisionBlock(vision), [patches, *rope], ["hidden_states_out"]),
+        "vision_block": _Task("VisionBlock", modeling.VisionBlock(vision), [patches, cos, sin], ["hidden_states_out"]),
         "merger": merger("VisionMerger", joins_first=False),
     }
     if vision.deepstack_layers:
@@ -152,20 +154,13 @@ def _vision_tasks(config: ModelConfig) -> dict[str, _Task]:
 
 def _text_tasks(config: ModelConfig) -> dict[str, _Task]:
     """Return what to trace of the decoder, by fields of `Pieces`."""
-    text, half, integers = config.text, config.text.head_dim // 2, torch.int64
+    text, half = config.text, config.text.head_dim // 2
+    ids, positions, rows, embeds, past_lengths, logits_positions = _inputs(decoder_dims(config), DECODER_DTYPES)
     hidden = _Input("hidden_states", ["B", "S", text.hidden_size])
-    visual = [
-        _Input("visual_rows", ["B", "S"], integers),
-        _Input("visual_embeds", [config.num_visual_levels, "V", text.hidden_size]),
-    ]
-    positions = [
-        _Input("position_ids", [3, "B", "S"], integers),
-        _Input("inv_freq", [half]),
-        _Input("axis_of_frequency", [half], integers),
-    ]
+    frequencies = [_Input("inv_freq", [half]), _Input("axis_of_frequency", [half], torch.int64)]
     rotary = [_Input(name, ["B", "S", half]) for name in ("cos", "sin")]
-    cache = [_Input(name, ["B", text.num_kv_heads, "T", text.head_dim]) for name in ("past_key", "past_value")]
-    layer_inputs = [hidden, *rotary, *cache, _Input("past_lengths", ["B"], integers)]
+    cache = [_Input(name, cache_dims(config)) for name in ("past_key", "past_value")]
+    layer_inputs = [hidden, *rotary, *cache, past_lengths]
     presents = ["hidden_states_out", "present_key", "present_value"]
     embedding = modeling.EmbedTokens(text.vocab_size, text.hidden_size)
     head = _Joined(
@@ -173,11 +168,10 @@ def _text_tasks(config: ModelConfig) -> dict[str, _Task]:
         norm=modeling.RMSNorm(text.hidden_size, text.rms_norm_eps),
         lm_head=nn.Linear(text.hidden_size, text.vocab_size, bias=False),
     )
-    logits_positions = _Input("logits_positions", ["B", "L"], integers)
-    ids, level = _Input("input_ids", ["B", "S"], integers), _Input("level", [1], integers)
+    level = _Input("level", [1], torch.int64)
     tasks = {
-        "embed": _Task("EmbedTokens", embedding, [ids, *visual], ["hidden_states"]),
-        "rotary": _Task("RotaryTable", _Joined(modeling.rotary_table), positions, ["cos", "sin"]),
+        "embed": _Task("EmbedTokens", embedding, [ids, rows, embeds], ["hidden_states"]),
+        "rotary": _Task("RotaryTable", _Joined(modeling.rotary_table), [positions, *frequencies], ["cos", "sin"]),
     }
     for has_experts in sorted({text.experts_of(layer) is not None for layer in range(text.num_layers)}):
         layer = modeling.DecoderLayer(text, text.experts if has_experts else None)
@@ -185,7 +179,7 @@ def _text_tasks(config: ModelConfig) -> dict[str, _Task]:
         tasks[field_name] = _Task(name, layer, layer_inputs, presents)
     return tasks | {
         "add_deepstack": _Task(
-            "AddDeepStack", _Joined(modeling.add_deepstack), [hidden, *visual, level], ["hidden_states_out"]
+            "AddDeepStack", _Joined(modeling.add_deepstack), [hidden, rows, embeds, level], ["hidden_states_out"]
         ),
         "head": _Task("LanguageHead", head, [hidden, logits_positions], ["logits"]),
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import itertools
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ class OrtCpuSession:
         scales = manifest.capabilities.get("cache_scales")
         self._cache_scales = None if scales is None else _read_scales(folder, manifest, scales)
         before = anonymous_regions()
-        self._vision = _open_vision(folder, manifest, options)
+        self._vision = _open(folder, manifest, options, "vision.onnx", VISION_INPUTS, VISION_OUTPUTS)
         self._decoder = _open_decoder(folder, manifest, options)
         # Some engines hold the decoder twice: this one is faster for that many new tokens or more.
         self._prefill_min_tokens = manifest.capabilities.get("prefill_min_tokens")
@@ -198,21 +197,12 @@ def _read_scales(folder: Path, manifest: Manifest, name: str) -> FloatArray:
     return scales
 
 
-def _open_vision(folder: Path, manifest: Manifest, options: ort.SessionOptions) -> ort.InferenceSession:
-    manifest.require(folder, "vision.onnx")
-    session = _open(folder / "vision.onnx", options)
-    _check(folder / "vision.onnx", session, VISION_INPUTS, VISION_OUTPUTS)
-    return session
-
-
 def _open_decoder(
     folder: Path, manifest: Manifest, options: ort.SessionOptions, name: str = "decoder.onnx"
 ) -> ort.InferenceSession:
-    manifest.require(folder, name)
-    session = _open(folder / name, options)
     num_layers = manifest.model.text.num_layers
     inputs, outputs = past_names(num_layers), present_names(num_layers)
-    _check(folder / name, session, [*DECODER_INPUTS, *inputs], [*DECODER_OUTPUTS, *outputs])
+    session = _open(folder, manifest, options, name, (*DECODER_INPUTS, *inputs), (*DECODER_OUTPUTS, *outputs))
     dtype = manifest.capabilities["cache_dtype"]
     types = {value.type for value in session.get_inputs() if value.name in inputs}
     if types != {_TYPE_NAMES.get(dtype)}:
@@ -223,17 +213,25 @@ def _open_decoder(
     return session
 
 
-def _check(path: Path, session: ort.InferenceSession, inputs: Iterable[str], outputs: Iterable[str]) -> None:
-    names = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
-    check_names(path, *names, expected_inputs=inputs, expected_outputs=outputs)
-
-
-def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+def _open(
+    folder: Path,
+    manifest: Manifest,
+    options: ort.SessionOptions,
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+) -> ort.InferenceSession:
+    """Open a graph with these inputs and outputs."""
+    manifest.require(folder, name)
+    path = folder / name
     try:
         # Its fallback would print on stdout and try the same provider once more.
-        return ort.InferenceSession(str(path), options, providers=[_PROVIDER], enable_fallback=0)
+        session = ort.InferenceSession(str(path), options, providers=[_PROVIDER], enable_fallback=0)
     except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
         raise EngineError(
             f"{path}: ONNX Runtime {ort.__version__} does not open it ({str(error).splitlines()[0]})",
             remedy="build the engine again with this version",
         ) from error
+    names = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+    check_names(path, *names, expected_inputs=inputs, expected_outputs=outputs)
+    return session
