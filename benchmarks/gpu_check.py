@@ -218,7 +218,7 @@ def run_command(command: Sequence[str], timeout_s: float) -> Done:
 
 
 def _steps(source: str, target: str, folder: Path, calibration: Path | None) -> Iterator[tuple[str, list[str]]]:
-    """Yield name and command of each step; those behind the build follow from what it wrote."""
+    """Yield name and command of each step; those after the build follow from what it wrote."""
     python = [sys.executable, "-m"]
     build = [f"{_COMMANDS}.export", source, "--target", target, "--output", str(folder), "--json"]
     yield BUILD, [*python, *build, *(["--calibration", str(calibration)] if calibration is not None else [])]

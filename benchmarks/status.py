@@ -105,8 +105,8 @@ def target_states(
         rows.append((f"`{target}`", state, shown))
     return markdown(rows) + (
         "\n`run`: engines of this target have answered, on the machine of the result files or on the GPU that is named."
-        "\n`built here`: its plans were compiled on a machine without a GPU, and have not been executed. `make gpu-check`"
-        "\nruns the rest on a machine with a GPU.\n"
+        "\n`built here`: its plans were compiled on a machine without a GPU, and have not been executed."
+        "\n`make gpu-check` runs the rest on a machine with a GPU.\n"
     )
 
 

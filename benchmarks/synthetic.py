@@ -201,7 +201,7 @@ def has_holes(result: Mapping[str, Any]) -> bool:
 
 
 def holes_note(result: Mapping[str, Any]) -> str:
-    """Return a sentence about the holes of a measurement's checkpoint, behind a space; empty if it has none."""
+    """Return a sentence about the holes of a measurement's checkpoint, after a space; empty if it has none."""
     if not has_holes(result):
         return ""
     return f" Of the checkpoint's bytes {written(result)} were written; the rest are holes of sparse files (zeros)."

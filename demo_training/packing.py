@@ -1,4 +1,4 @@
-"""Pack several questions behind one image into a single sequence, so that a training step reads the image once.
+"""Pack several questions after one image into a single sequence, so that a training step reads the image once.
 
 A question's tokens see the prefix and their own question, and their positions go on from the image's, as if each
 question stood in a prompt of its own. `tests/demo_training/test_demo_training.py` compares the logits with those that

@@ -151,7 +151,7 @@ class Trainee(nn.Module):
         return torch.stack(losses).mean()
 
     def visual_embeds(self, batch: Batch) -> torch.Tensor:
-        """Return the visual tokens of all images, one image behind the other, [1+levels, B·V, D]."""
+        """Return the visual tokens of all images, one image after the other, [1+levels, B·V, D]."""
         vision = self.model.config.vision
         merge = vision.spatial_merge_size
         tables = position_tables(batch.rows * merge, batch.cols * merge, vision)

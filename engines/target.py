@@ -209,7 +209,7 @@ def numbers_of(family: str, precision: str) -> dict[str, Any]:
 
 
 def version(text: str) -> tuple[int, ...]:
-    """Return a compute capability as numbers, so that 10.0 is behind 9.0; of an empty one none."""
+    """Return a compute capability as numbers, so that 10.0 is after 9.0; of an empty one none."""
     return tuple(int(part) for part in text.split(".") if part)
 
 

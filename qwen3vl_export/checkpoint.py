@@ -250,7 +250,7 @@ class Checkpoint:
 
     @cached_property
     def used_keys(self) -> frozenset[str]:
-        """Keys of all weights that the model takes; nothing about the weights is left to be refused behind tracing.
+        """Keys of all weights that the model takes; nothing about the weights is left to be refused after tracing.
 
         The headers tell in milliseconds what tracing would find in seconds.
 

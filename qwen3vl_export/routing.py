@@ -103,7 +103,7 @@ class RouterStatistics:
             f"worst is layer {worst}: {self.layers[worst].summary()}",
         ]
         if num_ties:
-            lines.append("Of tied experts an engine takes the lower index, PyTorch any: behind a tie they may differ.")
+            lines.append("Of tied experts an engine takes the lower index, PyTorch any: after a tie they may differ.")
         return lines
 
     def to_dict(self) -> dict[str, Any]:

@@ -407,7 +407,7 @@ def _check_stated(tokenizer: Tokenizer, plan: _Plan, folder: Path) -> None:
             raise CheckpointError(
                 f"{folder / name.partition(chr(39))[0]}: {shown(token.content)} has the id {token.id}, transformers "
                 f"and the tokenizers library number it {found}: another file says so, or ids before it are unused",
-                remedy=f"give the added tokens ids without gaps behind the vocabulary, the same in all files; or "
+                remedy=f"give the added tokens ids without gaps after the vocabulary, the same in all files; or "
                 f"{SAVE_AGAIN}",
             )
 

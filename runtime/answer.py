@@ -161,7 +161,7 @@ class Stream(Iterator[str]):
         self.close()
 
     def close(self) -> None:
-        """Stop generating, from any thread: at once, or behind the step that another thread is in."""
+        """Stop generating, from any thread: at once, or after the step that another thread is in."""
         self._is_closed = True
         # "generator already executing": the thread inside it sees the flag when the step ends.
         with contextlib.suppress(ValueError):

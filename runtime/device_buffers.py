@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 def aligned(num_bytes: int) -> int:
-    """Round up, so that another tensor may lie behind so many bytes."""
+    """Round up, so that another tensor may lie after so many bytes."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 

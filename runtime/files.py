@@ -97,7 +97,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         OSError: It is missing, or cannot be opened.
         ValueError: The name holds a NUL or a lone surrogate.
     """
-    # Before opening, which for some devices is an action; and again behind it, where nobody can exchange the file.
+    # Before opening, which for some devices is an action; and again after it, where nobody can exchange the file.
     _check_regular(os.stat(path).st_mode, path)
     descriptor = os.open(path, os.O_RDONLY | _WITHOUT_WAITING)
     try:

@@ -31,7 +31,7 @@ KERNEL_TESTS = Path(__file__).with_name("kernel_tests")
 
 # The kernels that the option changes.
 _BYTE_PRODUCTS = frozenset({"DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
-# Right kernels are exact or, behind a softmax, off by 1e-6; one that saturates is off by 0.1 and more.
+# Right kernels are exact or, after a softmax, off by 1e-6; one that saturates is off by 0.1 and more.
 _TOLERANCE = 0.01
 
 

@@ -55,7 +55,7 @@ def cache_bytes(manifest: Manifest, capacity: int) -> int:
 def prefill_bytes(config: ModelConfig, num_tokens: int) -> int:
     """Estimate the decoder's workspace for the last chunk of a prompt: activations, and scores against all tokens.
 
-    Measured for a chunk of 512: 0.10 GB without a past, 0.20 GB behind 3000 tokens; estimated 0.10 and 0.20.
+    Measured for a chunk of 512: 0.10 GB without a past, 0.20 GB after 3000 tokens; estimated 0.10 and 0.20.
     """
     text = config.text
     chunk = min(num_tokens, PREFILL_CHUNK)

@@ -38,7 +38,7 @@ class VisionConfig:
     """Shape of the vision tower; sizes are numbers of elements.
 
     Attributes:
-        deepstack_layers: Blocks behind which a DeepStack merger stands, in the order of the mergers in the checkpoint.
+        deepstack_layers: Blocks after which a DeepStack merger stands, in the order of the mergers in the checkpoint.
             The levels of the visual embeddings are in the order of the blocks, whatever this order is.
         rope_theta: Base of the rotary frequencies; no known checkpoint has another than this.
     """
@@ -183,7 +183,7 @@ class ModelConfig:
         if text.boolean("attention_bias", default=False):
             text.refuse("attention_bias", "false: biases are not exported")
         if not text.boolean("is_causal", default=True):
-            text.refuse("is_causal", "true: no token sees those behind it")
+            text.refuse("is_causal", "true: no token sees those after it")
         top = _Section(config, "")
         result = cls(
             text=_text_config(text, rope, top, has_experts=has_experts),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-# The values of n, the preferred one first: a long match is right more often, a single token such as the quote behind
+# The values of n, the preferred one first: a long match is right more often, a single token such as the quote after
 # a key's colon finds more. Against (3, 2), by cost: JSON +5, HTML +3, page read back +4, prose -1 %
 # (docs/experiments.md).
 NGRAM_SIZES = (4, 3, 2, 1)
@@ -56,7 +56,7 @@ class DraftLength:
         return 1
 
     def judge(self, is_accepted: bool) -> None:
-        """Learn whether the next token of a draft was accepted; what stands behind a rejected one is never judged."""
+        """Learn whether the next token of a draft was accepted; what stands after a rejected one is never judged."""
         self.rate += RATE_WEIGHT * (is_accepted - self.rate)
         if is_accepted:
             self._pause = 0
@@ -88,7 +88,7 @@ class NgramIndex:
         self._ids.append(token_id)
 
     def following(self, num_tokens: int) -> list[int]:
-        """Return the `num_tokens` tokens behind the place that was found, or none.
+        """Return the `num_tokens` tokens after the place that was found, or none.
 
         A copy that reaches the end of the sequence goes on with itself: after `a b a b a` come `b a b a …`.
         """

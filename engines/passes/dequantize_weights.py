@@ -31,7 +31,7 @@ class DequantizeWeightsPass(ir.passes.InPlacePass):
     | format | scales | x |
     |---|---|---|
     | blockwise | one for each block along K | as it is |
-    | nvfp4 | the same, themselves behind DequantizeLinear with one scale for all | as it is |
+    | nvfp4 | the same, themselves after DequantizeLinear with one scale for all | as it is |
     | float8 | one for each output | through QuantizeLinear and DequantizeLinear |
 
     Where a block does not divide K, the codes are padded, and x with zeros. A table that is also looked up keeps its

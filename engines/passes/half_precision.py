@@ -114,7 +114,7 @@ class _Conversion:
         return self._types[value] in (ir.DataType.FLOAT, self._half)
 
     def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """Return the value in another type: a cast weight, the source of a cast, or a new Cast behind its producer."""
+        """Return the value in another type: a cast weight, the source of a cast, or a new Cast after its producer."""
         known = self._casts.get((value, dtype))
         if known is not None:
             return known
@@ -143,7 +143,7 @@ class _Conversion:
     def _remove_unused_weights(self) -> None:
         """Drop float32 weights that only their casts are used of.
 
-        Casts take their names, which are checkpoint keys, and their places: scales are written behind their codes, and
+        Casts take their names, which are checkpoint keys, and their places: scales are written after their codes, and
         until then held in memory.
         """
         casts = {

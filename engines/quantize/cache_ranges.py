@@ -103,7 +103,7 @@ def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, 
 def cache_ranges(folder: Path, manifest: Manifest, prompts: Sequence[CalibrationPrompt]) -> NDArray[np.float32]:
     """Return the largest magnitude of each channel of the keys and values of all prompt tokens, [L, 2, K, H].
 
-    Keys as the cache holds them: behind norm and rotary embedding.
+    Keys as the cache holds them: after norm and rotary embedding.
 
     Args:
         folder: Files of an engine.

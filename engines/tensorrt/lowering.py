@@ -81,7 +81,7 @@ NATIVE_OPS = {"CausalAttention": causal_attention, "MixtureOfExperts": mixture_o
 
 
 def passes(dtype: str, formats: WeightFormats) -> Sequence[ir.passes.InPlacePass]:
-    """Return the passes behind the bodies, for activations of a half type."""
+    """Return the passes after the bodies, for activations of a half type."""
     import onnx_ir as ir
     from onnx_ir.passes import common
 

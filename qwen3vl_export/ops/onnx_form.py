@@ -21,7 +21,7 @@ def node_of(
         name: Of the ONNX operator.
         inputs: Names of the tensors, in the order of the torch operator.
         outputs: Names of the results.
-        attributes: Names of the scalars behind the tensors, in order; float but for those in `integers`.
+        attributes: Names of the scalars after the tensors, in order; float but for those in `integers`.
         integers: Attributes that are int64, and tensors of int64.
     """
     import onnxscript

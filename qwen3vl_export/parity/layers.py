@@ -21,7 +21,7 @@ class LayerErrors:
 
     Attributes:
         visual_levels: Of the vision tower's embeddings (0) and of each DeepStack level.
-        keys: Of each layer's keys behind the prompt.
+        keys: Of each layer's keys after the prompt.
         values: Of each layer's values.
     """
 

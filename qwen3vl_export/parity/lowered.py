@@ -189,7 +189,7 @@ def is_lowered(folder: Path) -> bool:
 
 
 def _held(path: Path) -> bytes:
-    """Return the graph of a file with two Identities behind each tensor that a node computes."""
+    """Return the graph of a file with two Identities after each tensor that a node computes."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)

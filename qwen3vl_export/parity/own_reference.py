@@ -63,7 +63,7 @@ class OwnReference:
         given: Sequence[int],
         num_steps: int,
     ) -> ReferenceOutput:
-        """Run the prompt, and tokens given behind it, in one call; then steps of greedy tokens."""
+        """Run the prompt, and tokens given after it, in one call; then steps of greedy tokens."""
         config, num_prompt = self._model.config, len(prepared.prompt.input_ids)
         ids = [*prepared.prompt.input_ids, *given]
         no_embeds, positions = no_visual_embeds(config), mrope_positions(len(ids), prepared.prompt.spans)

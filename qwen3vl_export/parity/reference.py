@@ -28,7 +28,7 @@ class ReferenceOutput:
     Attributes:
         visual_embeds: [1+D, V, hidden], or None without images.
         logits: [S, vocab] of the prompt.
-        layers: Keys and values of each layer behind the prompt and all greedy tokens but the last, [1, K, S+N-1, H].
+        layers: Keys and values of each layer after the prompt and all greedy tokens but the last, [1, K, S+N-1, H].
         tokens: Greedy tokens; the end of the sequence does not stop them.
         step_logits: [N, vocab]: the logits that chose each of `tokens`.
         routers: What the routers of a mixture of experts did.

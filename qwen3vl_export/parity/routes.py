@@ -8,12 +8,12 @@ where two experts are nearly tied; one whose router is wrong differs where they 
 
 The graphs do not say what their routers chose. A choice of layer i shows in the keys and values of the same token in
 layer i + 1, or in its logits if i is the last layer: where they are off, the other choice is tried, and kept if at most
-half of the error is left. Behind a layer that stays far off nothing is tried: that report fails already.
+half of the error is left. After a layer that stays far off nothing is tried: that report fails already.
 
 One expert of a token and layer can be another. Where three or more stand so near that two of the chosen differ, the
 limits of the values decide.
 
-Positions count tokens from the start of the prompt; greedy steps go on behind it.
+Positions count tokens from the start of the prompt; greedy steps go on after it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from qwen3vl_export.parity.reference import ReferenceOutput
 from qwen3vl_export.routing import Choice
 
-# In units of the limits: smaller errors are not looked into; behind larger ones nothing is.
+# In units of the limits: smaller errors are not looked into; after larger ones nothing is.
 _NOTICED = 0.25
 _FAR_OFF = 10.0
 # Share of the error that may be left.

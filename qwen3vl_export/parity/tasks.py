@@ -145,7 +145,7 @@ def ask(
     differs = np.flatnonzero(logits_TV.argmax(-1) != truth_ids)
     if not differs.size:
         return list(truth_ids), logits_TV, cache
-    # Goes back to the first difference: the rows of the true tokens behind it are overwritten before they are read.
+    # Goes back to the first difference: the rows of the true tokens after it are overwritten before they are read.
     start = int(differs[0])
     answer = list(truth_ids[:start])
     steps = decode_steps(

@@ -3,12 +3,12 @@
 The reference is untouched transformers, or on request our own definition of the model (reference.py).
 
 Compared are prompt and pixels with those of the Hugging Face processor; every level of the vision graph; the decoder
-layer by layer; the logits of every prompt token and of greedy steps behind the reference's tokens; and the tokens of
-`generate`, each behind the engine's own.
+layer by layer; the logits of every prompt token and of greedy steps after the reference's tokens; and the tokens of
+`generate`, each after the engine's own.
 
 A decoder layer is compared by the keys and values that it writes into the cache: of all that happens in a layer, only
-they are outputs of every target's graph. Those of layer i are its input behind one norm, one product and the rotary
-embedding. What else goes wrong in layer i (q-norm, attention, MLP, the DeepStack level added behind it) shows first in
+they are outputs of every target's graph. Those of layer i are its input after one norm, one product and the rotary
+embedding. What else goes wrong in layer i (q-norm, attention, MLP, the DeepStack level added after it) shows first in
 layer i + 1, and in the logits if i is the last. So do values that are not finite; a note names where they show first.
 The blocks of the vision tower have no output but the levels: level 0 depends on all blocks, a DeepStack level on those
 up to its own.
@@ -137,7 +137,7 @@ def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> di
 
 @dataclass(frozen=True)
 class _Decoded:
-    """What the engine's decoder gives for a prompt of S tokens and N tokens behind it, all but the last of them given.
+    """What the engine's decoder gives for a prompt of S tokens and N tokens after it, all but the last of them given.
 
     Attributes:
         layers: Keys and values of each layer, [1, K, S+N-1, H].

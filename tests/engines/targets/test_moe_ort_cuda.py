@@ -47,7 +47,7 @@ FLOAT16_ERROR = 2e-3
 
 def inputs_of(num_tokens: tuple[int, int]) -> Arrays:
     inputs = padded(random_inputs(num_tokens), HIDDEN, WIDTH)
-    # Sums of about 1, as behind a norm.
+    # Sums of about 1, as after a norm.
     return {**inputs, "gate_up": inputs["gate_up"] / np.sqrt(HIDDEN), "down": inputs["down"] / np.sqrt(WIDTH)}
 
 

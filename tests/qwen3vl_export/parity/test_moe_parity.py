@@ -211,7 +211,7 @@ def test_verify_notices_wrong_weights(
     assert margin > 5
 
 
-# Half of the router's bits are lost a little at a time: the first layer behind it is still within the limit.
+# Half of the router's bits are lost a little at a time: the first layer after it is still within the limit.
 @pytest.mark.parametrize(("sabotage", "layer", "least"), [(renormalisation_off, 1, 5), (router_in_half, 2, 1)])
 def test_verify_notices_a_wrong_router(
     sabotage: Callable[[onnx.GraphProto], int], layer: int, least: float, engine: Path, folder: Path, tmp_path: Path
@@ -338,7 +338,7 @@ def test_router_statistics_of_known_logits() -> None:
     assert statistics.render() == [
         "routers of PyTorch, 2 layers: 3 tokens, 0 to 3 an expert, 3 of 8 experts unused, 1 ties, smallest gap 0.5",
         "worst is layer 2: 0 to 3 an expert, 1 of 4 experts unused, 1 ties, smallest gap 1",
-        "Of tied experts an engine takes the lower index, PyTorch any: behind a tie they may differ.",
+        "Of tied experts an engine takes the lower index, PyTorch any: after a tie they may differ.",
     ]
     first, _ = statistics.to_dict()["layers"]
     counts = {"tokens": 3, "tokens_per_expert": [3, 2, 0, 1], "fewest": 0, "most": 3, "unused": 1}
@@ -353,7 +353,7 @@ def test_router_statistics_of_known_logits() -> None:
 def logits_of(
     model: Qwen3VL, ids: torch.Tensor, cache: list[LayerCache], past: int = 0
 ) -> tuple[Any, list[LayerCache]]:
-    """Run text tokens [S] behind `past` cached ones; return logits [S, vocab] and the cache."""
+    """Run text tokens [S] after `past` cached ones; return logits [S, vocab] and the cache."""
     num, config = len(ids), model.config
     places = torch.arange(num)
     embeds = torch.zeros(config.num_visual_levels, 1, config.text.hidden_size)

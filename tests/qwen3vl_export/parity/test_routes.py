@@ -46,7 +46,7 @@ class Run:
 
 
 def errors_against(engine: frozenset[Choice], noise: float = 0.0) -> Callable[[Run], list[NDArray[np.float64]]]:
-    """A choice that differs moves its token in all later layers, and from the layer behind on every later token."""
+    """A choice that differs moves its token in all later layers, and from the layer after on every later token."""
 
     def errors_of(run: Run) -> list[NDArray[np.float64]]:
         found = [np.full(TOKENS, noise) for _ in range(LAYERS + 1)]
