@@ -71,8 +71,8 @@ def table(result: Mapping[str, Any]) -> str:
         cells = (f"{each[key]:.2g}" for key in ("widest_gap", "largest_share", "cache_relative", "logits_scaled"))
         rows.append((name, f"{each['differ']} of {each['assignments']}", *cells, "yes" if each["passed"] else "**no**"))
     return (
-        f"`qwen3vl verify` of {result['model']}, {result['max_new_tokens']} greedy tokens after each prompt; values are "
-        f"the largest of all prompts and layers. Targets that are missing do not run on a CPU.\n\n{markdown(rows)}"
+        f"`qwen3vl verify` of {result['model']}, {result['max_new_tokens']} greedy tokens after each prompt; values "
+        f"are the largest of all prompts and layers. Targets that are missing do not run on a CPU.\n\n{markdown(rows)}"
     )
 
 

@@ -172,8 +172,8 @@ def consider(
         try:
             parts, unfit = estimate(target, config, options=options), ""
         except TargetError as error:  # rows of the model have a length that no kernel of the target reads
-            in_floats = replace(target, formats=WeightFormats(), prefill_formats=None)
-            parts, unfit = estimate(in_floats, config, options=options), error.message
+            unquantised = replace(target, formats=WeightFormats(), prefill_formats=None)
+            parts, unfit = estimate(unquantised, config, options=options), error.message
         candidate = Candidate(target.name, target.device, parts, limit_bytes(hardware, target.device), "")
         refusal = _refusal(target, hardware, candidate) or unfit
         if not refusal and chosen is not None:

@@ -74,7 +74,7 @@ class Storage(Protocol):
         """Return the weight [N, K] of a product; `is_table`: its rows are looked up too."""
 
     def table(self, tensor: StreamedTensor, form: WeightFormat) -> QuantizedWeight | None:
-        """Return a table [N, K] to look rows up in; None if the target reads tables of that format in floats."""
+        """Return a table [N, K] to look rows up in; None if the target reads such tables unquantised."""
 
     def experts(self, weights: Sequence[StackedTensor], forms: Sequence[WeightFormat]) -> Sequence[QuantizedWeight]:
         """Return gate and up [E, 2·I, D], and down [E, D, I], of the experts of a layer."""
@@ -98,7 +98,7 @@ class Target:
         formats: Which weights are stored in which format.
         prefill_formats: Those of a second lowering of the decoder, for many tokens at once; None if there is none.
         prefill_min_tokens: Fewest new tokens of a call that is faster in that second graph.
-        float_dtype: numpy name of the dtype of weights that stay floats.
+        float_dtype: numpy name of the dtype of unquantised weights.
         device: `cpu` or `gpu`: whose memory the engine takes.
         compute_capabilities: GPUs that an engine runs on, such as "8.6"; empty for all.
         min_compute_capability: Of the GPUs that have the precision's types; empty for all.

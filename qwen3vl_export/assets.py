@@ -122,7 +122,7 @@ def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
             f"with all added tokens it has {tokenizer.num_tokens} tokens with ids up to {largest}, config.json a "
             f"vocab_size of {config.text.vocab_size}, the rows of the embedding",
             remedy="take tokenizer and weights from one checkpoint; after tokens were added, the model needs "
-            "resize_token_embeddings, and is to be saved as well",
+            "resize_token_embeddings, and has to be saved as well",
         )
     for name, token in (
         ("image_token_id", IMAGE_TOKEN),

@@ -71,12 +71,12 @@ class ExportRequest:
             raise UsageError("--bundle and --output exclude each other", remedy="run the command twice")
         if self.calibration is not None and has_no_engine:
             raise UsageError(
-                "--calibration changes weights, which --bundle keeps and --no-weights leaves out",
+                "--calibration changes weights, which --bundle keeps as they are and --no-weights leaves out",
                 remedy="leave --calibration out",
             )
         if self.kv_cache is not None and has_no_engine:
             raise UsageError(
-                "--kv-cache runs the engine, which --bundle and --no-weights do not build",
+                "--kv-cache has to run the engine, which --bundle and --no-weights do not build",
                 remedy="leave --kv-cache out",
             )
 

@@ -195,7 +195,7 @@ class Turn:
         """
         if any(other.thread == threading.get_ident() for other in self._calls.copy()):
             raise UsageError(
-                "a stream of this model is still open in this thread, so another call would wait for ever",
+                "a stream of this model is still open in this thread, so another call would wait forever",
                 remedy="read the stream to its end, or close() it, before the next call",
             )
         self._calls.append(call)

@@ -256,7 +256,7 @@ def _fail(kind: str, reason: str) -> NoReturn:
     if kind == REWRITTEN:
         tokens = " and ".join(kind.token for kind in input_kinds())
         raise UsageError(
-            f"the chat template treats {tokens} in the messages in a way of its own, so typed image tokens cannot be "
+            f"the chat template does not write {tokens} in the messages as it is, so typed image tokens cannot be "
             "told from attached images",
             remedy=f"leave {tokens} out of the messages",
         )

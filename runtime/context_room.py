@@ -60,7 +60,7 @@ class ContextRoom:
             limit = self._pixels_for(free - answer, num_images)
             remedies[:0] = [f"pass max_pixels={limit}, which leaves {answer} tokens for the answer, with less detail"]
         return CapacityError(
-            f"the prompt has {num_tokens} tokens, {visual_tokens} of them visual, and no answer fits after it: "
+            f"the prompt has {num_tokens} tokens, {visual_tokens} of them visual, which leaves no room for an answer: "
             f"max_context is {self.max_context}",
             remedy=", or ".join(remedies),
         )

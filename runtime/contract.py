@@ -311,6 +311,6 @@ def check_names(
         if names:
             listed = ", ".join(sorted(names)[:_MOST_LISTED]) + (", …" if len(names) > _MOST_LISTED else "")
             raise EngineError(
-                f"{path}: the graph {problem} {listed}, so it is not of the model that engine.json describes",
+                f"{path}: the graph {problem} {listed}, so it does not belong to the model that engine.json describes",
                 remedy="build the engine again",
             )

@@ -168,7 +168,7 @@ class CudaDevice:
             )
         return EngineError(
             f"CUDA failed: {name}: {text}",
-            remedy="start the program again, since an error of the GPU stays until then; then report it",
+            remedy="restart the program, since the GPU stays in error until then; if it happens again, report it",
         )
 
 

@@ -71,7 +71,7 @@ def needs_exact_products(kernels: Collection[str], tests: Path = KERNEL_TESTS) -
                 f"{kernel} of ONNX Runtime {ort.__version__} computes wrong products on this processor: relative error "
                 f"{error:.2g}; instruction sets: {', '.join(processor()[1]) or 'unknown'}",
                 remedy="install another release of onnxruntime, or build the engine for ort-cpu-fp32, which multiplies "
-                "floats",
+                "in float32",
             )
     return exact
 

@@ -73,8 +73,8 @@ def vision_bytes(config: ModelConfig, patches_of_images: Sequence[int]) -> int:
     workspace = 3 * vision.intermediate_size + 15 * vision.hidden_size
     # Twice, because the rows of the images are joined into one array.
     rows = 2 * config.num_visual_levels * config.text.hidden_size // vision.patches_per_token
-    floats = max(patches_of_images, default=0) * workspace + sum(patches_of_images) * (vision.patch_elements + rows)
-    return _FLOAT_BYTES * floats
+    num_values = max(patches_of_images, default=0) * workspace + sum(patches_of_images) * (vision.patch_elements + rows)
+    return _FLOAT_BYTES * num_values
 
 
 def logits_bytes(config: ModelConfig, num_tokens: int) -> int:

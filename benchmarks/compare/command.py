@@ -18,7 +18,7 @@ from runtime.errors import UsageError
 from scripts import share_torch
 
 _LOCKS = sides.ROOT / "locks"  # made of the requirements beside this file: make lock
-_Choice = TypeVar("_Choice")
+_Known = TypeVar("_Known")
 
 
 def compare(
@@ -96,7 +96,7 @@ def compare_setup() -> None:
         typer.echo(f"{folder}: installed")
 
 
-def _choose(kind: str, known: Mapping[str, _Choice], names: list[str] | None) -> list[_Choice]:
+def _choose(kind: str, known: Mapping[str, _Known], names: list[str] | None) -> list[_Known]:
     for name in names or ():
         if name not in known:
             raise UsageError(f"--{kind} {name}: unknown", remedy=f"one of {', '.join(known)}")

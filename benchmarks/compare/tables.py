@@ -138,7 +138,7 @@ def _intro(result: Mapping[str, Any]) -> str:
         f"Measured ceilings: memory {ceilings['memory_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"products {ceilings['fp32_operations_per_s'] / 1e9:.0f} (fp32) and "
         f"{ceilings['int8_operations_per_s'] / 1e9:.0f} (int8) giga-operations a second.\n\n"
-        "KL is in nats, from the next-token distributions of PyTorch fp32 on a few texts. The weights are random, so it "
+        "KL is in nats, from the next-token distributions of PyTorch fp32 on a few texts; weights are random, so it "
         "compares roundings and says nothing about tasks. Peak memory is that of a process that loads, and answers one "
         "image of 1024 × 768 pixels; pages of mapped files count. onnxruntime-genai's builder writes no vision tower: "
         "there, a text of as many tokens takes the place of the image.\n"

@@ -27,7 +27,7 @@ class OrtStorage:
         accuracy_level: Of MatMulNBits and QMoE: 4 lets the CPU round the input to 8 bits; 0 computes in the input's own
             type, but for QMoE in 8 bits, whose kernel for the CPU knows no other way.
         expert_blocks: Block sizes that QMoE takes.
-        expert_multiple: Rows of experts in floats must be multiples of so many for MoE.
+        expert_multiple: MoE takes unquantised experts whose rows are multiples of this.
         table_in_whole_bytes: A table gets blocks of which a row's zero points fill whole bytes. GatherBlockQuantized on
             CUDA numbers them through from row to row (gather_block_quantized.cu), on the CPU a row begins with a byte.
     """
@@ -98,7 +98,7 @@ class OrtStorage:
             raise TargetError(
                 f"{gate_up.name}: no block of {', '.join(map(str, self.expert_blocks))} divides rows of "
                 f"{columns[0]} and {columns[1]}",
-                remedy="build a target that keeps the experts in floats, such as ort-cpu-fp32",
+                remedy="build a target that keeps the experts unquantised, such as ort-cpu-fp32",
             )
         return [
             BlockwiseWeight(weight, form.bits, block, has_whole_rows=True, symmetric=form.symmetric)

@@ -25,8 +25,8 @@ def output_types(
     import onnx.defs
 
     if node.domain:
-        floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-        first = next(dtype for dtype in input_types if dtype in floats)
+        float_types = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        first = next(dtype for dtype in input_types if dtype in float_types)
         return [first] * len(node.outputs)
     schema = onnx.defs.get_schema(node.op_type, opset_imports[""], "")
     bound: dict[str, ir.DataType] = {}

@@ -60,7 +60,7 @@ def wanted_cache(name: str, prompts: Sequence[CalibrationPrompt], target: Target
         )
     if not prompts:
         raise UsageError(
-            f"--kv-cache {name} needs prompts: its scales are the ranges of the keys and values that they give",
+            f"--kv-cache {name} needs prompts: its scales are the ranges of keys and values for these prompts",
             remedy="add --calibration DIR",
         )
     return CacheQuantization(CACHE_BITS[name], prompts)

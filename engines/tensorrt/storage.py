@@ -1,4 +1,4 @@
-"""How weights of few bits are stored for TensorRT, which reads no zero points, and tables in floats alone."""
+"""How weights of few bits are stored for TensorRT, which reads no zero points and no quantised tables."""
 
 from __future__ import annotations
 

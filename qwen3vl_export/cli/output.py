@@ -153,7 +153,7 @@ def read_stdin() -> str:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"stdin is no text in UTF-8: {error}", remedy="convert it, or pass an image with --image"
+            f"stdin is not UTF-8 text: {error}", remedy="convert it, or pass an image with --image"
         ) from error
     if not text.strip():
         raise UsageError("PROMPT is missing, and stdin is empty", remedy='give one, such as "Describe the image."')

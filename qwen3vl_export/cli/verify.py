@@ -98,7 +98,7 @@ def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = Fa
     if comparison.ranges and not report.passed:
         raise ParityError(
             f"float16 does not hold every tensor of {comparison.checkpoint}",
-            remedy="take a target that computes in bfloat16",
+            remedy="choose a target that computes in bfloat16",
         )
     if not report.passed:
         raise ParityError(

@@ -13,7 +13,7 @@ layer i + 1, and in the logits if i is the last. So do values that are not finit
 The blocks of the vision tower have no output but the levels: level 0 depends on all blocks, a DeepStack level on those
 up to its own.
 
-Where the engine chose another expert, the reference follows it (routes.py); such choices have limits of their own.
+Where the engine chose another expert, the reference follows it (routes.py); that has limits of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from qwen3vl_export.parity.reference import OWN, TRANSFORMERS, Reference, Refere
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.routes import Followed, follow
 from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE, TransformersReference, check_installed
-from qwen3vl_export.routing import Choice, RouterStatistics
+from qwen3vl_export.routing import Assignment, RouterStatistics
 from runtime.contract import FloatArray
 from runtime.errors import EngineError, ParityError, UsageError
 from runtime.manifest import Manifest
@@ -223,11 +223,11 @@ class _Comparison:
         return same_ids and same_grids
 
     def _run_both(self, prepared: Prepared, embeds: FloatArray, num_steps: int) -> tuple[Followed, _Decoded]:
-        """Run reference and engine, the reference with the engine's choices of experts."""
+        """Run reference and engine, the reference with the experts that the engine chose."""
         decoded: dict[tuple[int, ...], _Decoded] = {}
         tokens: list[int] = []
 
-        def run(swapped: frozenset[Choice]) -> ReferenceOutput:
+        def run(swapped: frozenset[Assignment]) -> ReferenceOutput:
             nonlocal tokens
             output = self._reference.run(prepared, num_steps, swapped=swapped, likely_tokens=tokens)
             tokens = output.tokens
@@ -247,11 +247,11 @@ class _Comparison:
             gaps = [gap for place, gap in followed.gaps.items() if place[0] == layer]
             if not gaps:
                 continue
-            detail = {"choices": len(gaps), "share": len(gaps) / routing.num_tokens}
+            detail = {"assignments": len(gaps), "share": len(gaps) / routing.num_tokens}
             self._add(_ROUTES, max(gaps), self._limits["router_gap"], layer=layer, detail=detail)
         if not followed.is_complete:
             self.notes.append(
-                f"{self._case.name}: after {followed.num_runs} runs of PyTorch no more choices of routers were followed"
+                f"{self._case.name}: after {followed.num_runs} runs of PyTorch, no more assignments were followed"
             )
 
     def _decode(self, prepared: Prepared, embeds: FloatArray, tokens: tuple[int, ...]) -> _Decoded:

@@ -55,7 +55,7 @@ class QuantizedEntry:
             CheckpointError: It is needed in another shape: a convolution's, which no format quantises.
         """
         if view is not None and view != self.shape:
-            raise CheckpointError(f"{self.path}: {key} is quantised, expected it as floats", remedy=UNQUANTIZED)
+            raise CheckpointError(f"{self.path}: {key} is quantised, expected it unquantised", remedy=UNQUANTIZED)
         return self.open(key)
 
 
@@ -301,7 +301,7 @@ def matches(pattern: str, name: str, where: str) -> bool:
         return re.match(pattern, name) is not None
     except re.error as error:
         raise CheckpointError(
-            f"{where}: {json_like(pattern)} is no regular expression ({error})",
+            f"{where}: {json_like(pattern)} is not a regular expression ({error})",
             remedy="correct the pattern in config.json",
         ) from error
 

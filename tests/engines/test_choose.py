@@ -265,7 +265,7 @@ def test_a_batch_that_is_asked_for_counts() -> None:
 def test_floats_of_few_bits(kind: str, few_bits: Any) -> None:
     target = get("trt-nvfp4")
     tied, untied = shape("qwen3-vl-2b"), shape("qwen3-vl-8b")
-    # One weight of few bits, all others in floats.
+    # One weight of few bits, all others unquantised.
     for key, config in (("*.layers.3.mlp.down_proj.weight", tied), (EMBEDDING_KEY, tied), (EMBEDDING_KEY, untied)):
         ((rows, columns),) = (found for name, found in weight_shapes(config).items() if fnmatch.fnmatchcase(name, key))
         floats, few = (

@@ -29,7 +29,7 @@ from qwen3vl_export.eager import load
 from qwen3vl_export.export import make_bundle
 from qwen3vl_export.modeling import LayerCache, MixtureOfExperts, Qwen3VL
 from qwen3vl_export.parity.verify import verify
-from qwen3vl_export.routing import Choice, RouterStatistics, watched_routers
+from qwen3vl_export.routing import Assignment, RouterStatistics, watched_routers
 from qwen3vl_export.tracing.pieces import Pieces, trace_pieces
 from runtime.contract import DecoderInputs, no_visual_embeds
 from runtime.errors import CheckpointError, EngineError
@@ -386,13 +386,13 @@ def test_routers_are_watched(folder: Path) -> None:
     assert sum(gap == 0 for gap in watched.gaps.values()) == sum(routing.num_ties for routing in layers.values())
 
 
-def test_a_choice_can_be_swapped(folder: Path) -> None:
-    """A router that rejects the next best expert is a swap of every choice."""
+def test_an_assignment_can_be_swapped(folder: Path) -> None:
+    """A router that rejects the next best expert is a swap of every assignment."""
     model, ids = load(Checkpoint.open(str(folder))), torch.arange(40)
     mlp = model.language_model.layers[2].mlp
     assert isinstance(mlp, MixtureOfExperts)
 
-    def run(swapped: frozenset[Choice]) -> Any:
+    def run(swapped: frozenset[Assignment]) -> Any:
         with watched_routers(model, 30, swapped=swapped) as watched:
             first, cache = logits_of(model, ids[:30], model.new_cache(40))
             steps, _ = logits_of(model, ids[30:], cache, 30)

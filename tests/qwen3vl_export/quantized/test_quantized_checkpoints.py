@@ -222,7 +222,7 @@ AWQ, GPTQ, FP8 = (FORMS[name].config for name in ("awq", "gptq v1", "fp8"))
         (weights(type="float"), "weights of group_0 is .*float"),
         (weights(strategy="tensor"), 'strategy of group_0 is "tensor"'),
         (scheme(weights="W4A16"), 'weights of group_0 is "W4A16", expected an object'),
-        (GPTQ | {"dynamic": {"+:(": {"bits": 8}}}, "is no regular expression"),
+        (GPTQ | {"dynamic": {"+:(": {"bits": 8}}}, "is not a regular expression"),
         (GPTQ | {"bits": [4]}, r"bits is \[4\], expected 4 or 8"),
         (FP8 | {"weight_block_size": None}, "weight_block_size is null"),
         (FP8 | {"weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]"),
@@ -314,7 +314,7 @@ def test_wrong_shapes_and_stray_parts_are_named(tiny_checkpoint: Path, tmp_path:
     checkpoint = Checkpoint.open(str(folder))
     with pytest.raises(CheckpointError, match=r"gate_proj.weight has shape \[80, 48\], config.json implies \[88, 48\]"):
         checkpoint.tensor(f"{key}.weight", (88, 48))
-    with pytest.raises(CheckpointError, match=r"gate_proj.weight is quantised, expected it as floats"):
+    with pytest.raises(CheckpointError, match=r"gate_proj.weight is quantised, expected it unquantised"):
         checkpoint.tensor(f"{key}.weight", (80, 48), view=(40, 96))
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"extra.qweight": tensors[f"{key}.qweight"].clone()}, folder / "model.safetensors")

@@ -394,7 +394,7 @@ def test_a_context_beyond_the_engine_is_refused_at_once(folder: Path) -> None:
 
 
 def test_a_prompt_beyond_the_engine_names_its_rebuild(model: Qwen3VLModel) -> None:
-    with pytest.raises(CapacityError, match="no answer fits after it") as caught:
+    with pytest.raises(CapacityError, match="leaves no room for an answer") as caught:
         model.generate(user("nine " * 2 * CAPACITY))
     assert str(caught.value.remedy).startswith("build the engine again with --max-context above")
     assert "raise max_context" not in str(caught.value.remedy)
