@@ -70,13 +70,13 @@ class Storage(Protocol):
     Each method raises TargetError for a format that no kernel of the target reads.
     """
 
-    def product(self, tensor: StreamedTensor, form: WeightFormat, *, is_table: bool) -> QuantizedWeight:
+    def product(self, tensor: StreamedTensor, weight_format: WeightFormat, *, is_table: bool) -> QuantizedWeight:
         """Return the weight [N, K] of a product; `is_table`: its rows are looked up too."""
 
-    def table(self, tensor: StreamedTensor, form: WeightFormat) -> QuantizedWeight | None:
+    def table(self, tensor: StreamedTensor, weight_format: WeightFormat) -> QuantizedWeight | None:
         """Return a table [N, K] to look rows up in; None if the target reads such tables unquantised."""
 
-    def experts(self, weights: Sequence[StackedTensor], forms: Sequence[WeightFormat]) -> Sequence[QuantizedWeight]:
+    def experts(self, weights: Sequence[StackedTensor], formats: Sequence[WeightFormat]) -> Sequence[QuantizedWeight]:
         """Return gate and up [E, 2·I, D], and down [E, D, I], of the experts of a layer."""
 
 

@@ -165,7 +165,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: A key is in two files, keys have a prefix that transformers does not map, or weights are
-                quantised in a form that is not read.
+                quantised in a format that is not read.
         """
         entries: dict[str, TensorEntry] = {}
         for name, header in self.headers.items():

@@ -220,8 +220,8 @@ def _remedy_of(dtype: str) -> str:
         )
     if dtype in ("I8", "U8"):
         return (
-            "weights in 8 bits without a form that is read (bitsandbytes saves such ones): give the unquantised "
-            "checkpoint, or one of a form that docs/quantized_checkpoints.md lists"
+            "weights in 8 bits without a format that is read (bitsandbytes saves such ones): give the unquantised "
+            "checkpoint, or one in a format that docs/quantized_checkpoints.md lists"
         )
     return (
         "no model of this kind stores weights so: take the weights from the original checkpoint, or cast them to BF16"

@@ -111,7 +111,7 @@ class PromptLookup:
 
     def __init__(self, prompt_ids: Iterable[int], max_tokens: int, never: Iterable[int] = ()) -> None:
         self._index = NgramIndex(prompt_ids)
-        self._length = DraftLength()
+        self.length = DraftLength()
         self._max_tokens = max_tokens
         self._never = frozenset(never)
         self._awaited: deque[int] = deque()
@@ -123,14 +123,14 @@ class PromptLookup:
         self._index.append(token_id)
         if self._awaited:
             is_accepted = token_id == self._awaited.popleft()
-            self._length.judge(is_accepted)
+            self.length.judge(is_accepted)
             self.num_accepted += is_accepted
             if not is_accepted:
                 self._awaited.clear()
 
     def draft(self, room: int) -> list[int]:
         """Return the tokens that may come next, at most `room`; often none."""
-        found = self._index.following(self._length.next(min(room, self._max_tokens)))
+        found = self._index.following(self.length.next(min(room, self._max_tokens)))
         end = next((i for i, token_id in enumerate(found) if token_id in self._never), len(found))
         self._awaited = deque(found[:end])
         self.num_drafted += end

@@ -45,7 +45,7 @@ FOLLOWED_NOTE = (
     "and otherwise agrees with transformers"
 )
 _OUR_READING = (
-    "transformers does not read this checkpoint's form without further packages, or not rightly: PyTorch got the "
+    "transformers does not read this checkpoint's format without further packages, or not rightly: PyTorch got the "
     "weights as the exporter reads them, so a fault of that reading does not show here"
 )
 
@@ -229,7 +229,7 @@ def _levels(features: Any) -> FloatArray:
 
 
 def _as_transformers_reads_it(checkpoint: Checkpoint) -> Any | None:
-    """Load the folder with transformers, or return None where it does not read this form of weights, or not rightly.
+    """Load the folder with transformers, or return None where it does not read this format of weights, or not rightly.
 
     It reads no quantised weights without further packages, and no experts that lie one by one. Stacked experts it takes
     in one layout or both, by release (5.0 not in the Hub's), and a square matrix in whichever layout it is stored

@@ -30,7 +30,7 @@ CHUNK_WEIGHTS = 1 << 18
 # the file is seldom read twice.
 BAND_BYTES = 32 << 20
 
-UNQUANTIZED = "give the unquantised checkpoint, or one of a form that docs/quantized_checkpoints.md lists"
+UNQUANTIZED = "give the unquantised checkpoint, or one in a format that docs/quantized_checkpoints.md lists"
 _FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
@@ -273,7 +273,7 @@ def unpack_codes(words: NDArray[np.int32], bits: int) -> Codes:
 
 
 def unsupported(where: str, field: str, found: object, expected: str) -> CheckpointError:
-    """Return the error of a form that is not read."""
+    """Return the error of a format that is not read."""
     return CheckpointError(
         f"{where}: {field} is {json_like(found)}, expected {expected}",
         remedy=UNQUANTIZED,

@@ -231,9 +231,9 @@ def test_resolving_a_name_reads_no_checkpoint() -> None:
     def unread() -> Any:
         raise AssertionError
 
-    assert resolve_target("ort-cpu-int8", unread, report=lambda text: None).name == "ort-cpu-int8"
+    assert resolve_target("ort-cpu-int8", unread, say=lambda text: None).name == "ort-cpu-int8"
     with pytest.raises(TargetError, match="did you mean"):
-        resolve_target("ort-cpu-int9", unread, report=lambda text: None)
+        resolve_target("ort-cpu-int9", unread, say=lambda text: None)
 
 
 def test_auto_reports_what_it_chose_and_the_table_if_nothing_fits() -> None:

@@ -193,11 +193,11 @@ def test_index_by_example() -> None:
 def test_image_tokens_are_never_drafted() -> None:
     prompt = [1, 2, 3, 99, 99, 99, 4, 1]
     lookup = PromptLookup(prompt, 5, never=[99])
-    lookup._length.rate = 1.0
+    lookup.length.rate = 1.0
     lookup.append(2)
     assert lookup.draft(10) == [3]
     everything = PromptLookup(prompt, 5)
-    everything._length.rate = 1.0
+    everything.length.rate = 1.0
     everything.append(2)
     assert everything.draft(10) == [3, 99, 99, 99, 4]
 
@@ -205,13 +205,13 @@ def test_image_tokens_are_never_drafted() -> None:
 @pytest.mark.portable
 def test_lookup_counts_what_came_true() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1], 4)
-    lookup._length.rate = 0.9
+    lookup.length.rate = 0.9
     lookup.append(2)
     assert lookup.draft(10) == [3, 4, 5, 6]
     for token in (3, 4, 7):
         lookup.append(token)
     assert (lookup.num_drafted, lookup.num_accepted) == (4, 2)
-    assert lookup._length.rate == pytest.approx(((0.9 * 0.8 + 0.2) * 0.8 + 0.2) * 0.8)
+    assert lookup.length.rate == pytest.approx(((0.9 * 0.8 + 0.2) * 0.8 + 0.2) * 0.8)
     lookup.append(6)  # stood in the draft, after the rejected token
     assert (lookup.num_drafted, lookup.num_accepted) == (4, 2)
 
@@ -219,7 +219,7 @@ def test_lookup_counts_what_came_true() -> None:
 @pytest.mark.portable
 def test_draft_keeps_to_its_limits() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 7, 8, 1, 2], 4)
-    lookup._length.rate = 1.0
+    lookup.length.rate = 1.0
     assert [len(lookup.draft(room)) for room in (10, 3, 1, 0)] == [4, 3, 1, 0]
 
 

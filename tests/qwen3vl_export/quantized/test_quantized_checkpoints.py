@@ -264,7 +264,7 @@ Tensors = dict[str, Any]
         ("pack int4", lambda t: t.update({"layer.weight_packed": t["layer.weight_packed"].float()}), {}, "is F32"),
         ("fp8", lambda t: t.pop("layer.weight_scale_inv"), {}, "layer.weight_scale_inv is missing"),
         ("fp8", lambda t: t.update({"layer.weight": t["layer.weight"].float()}), {}, "layer.weight is unquantised"),
-        ("fp8", lambda t: t.clear(), {}, 'says "fp8", no weight is stored in that form'),
+        ("fp8", lambda t: t.clear(), {}, 'says "fp8", no weight is stored in that format'),
     ],
 )
 def test_damaged_parts_are_named(
