@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Option(help="Shape in configs/models, such as qwen3-vl-2b.")]
-Layers = Annotated[
-    int | None, typer.Option(help="Number of decoder layers to keep, from the first on; all by default.")
-]
+Layers = Annotated[int | None, typer.Option(help="How many decoder layers to keep; all by default.")]
 Target = Annotated[str, typer.Option(help="Target to build.")]
 Results = Annotated[Path, typer.Option(help="Folder for the JSON file and the table.")]
 WorkDir = Annotated[Path | None, typer.Option(help="Folder for checkpoints and engines, which are removed afterwards.")]

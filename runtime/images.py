@@ -145,8 +145,7 @@ def _path_text(source: str | os.PathLike[Any]) -> str:
         return os.fsdecode(source)
     except Exception as error:  # an own `__fspath__` can fail in any way
         raise UsageError(
-            f"image: {type(source).__name__} does not give a path: {type(error).__name__}: {error}",
-            remedy="pass a string",
+            f"image: {type(source).__name__} is not a path: {type(error).__name__}: {error}", remedy="pass a string"
         ) from error
 
 
@@ -155,8 +154,7 @@ def _path_of_file_url(url: str) -> Path:
         parts = urlsplit(url)
     except ValueError as error:  # of the host: brackets
         raise UsageError(
-            f"image {shown(url)}: not the URL of a file: {error}",
-            remedy="write file:///folder/name.png, or the plain path",
+            f"image {shown(url)}: no file's URL: {error}", remedy="write file:///folder/name.png, or the plain path"
         ) from error
     if parts.netloc not in ("", "localhost"):
         raise UsageError(

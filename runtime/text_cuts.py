@@ -15,7 +15,7 @@ GPT-2's pattern has the second and the third, where a run of digits is one word;
 
 NFC joins nothing across these places: line ends and blanks compose with nothing, and of letters, digits and marks only
 those are named that Unicode 3.2 has, that NFC leaves as they are, and that are no second part of a composition. So no
-version of Unicode matters. `tests/test_text_cuts.py` compares each of them with the library's own words.
+version of Unicode matters. `test_text_cuts.py` compares each of them with the library's own words.
 """
 
 from __future__ import annotations

@@ -27,18 +27,14 @@ def compare(
     checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint of that shape.")] = None,
     expert_stride: options.ExpertStride = 1,
     side: Annotated[list[str] | None, typer.Option(help="Measure only this side; may be repeated.")] = None,
-    point: Annotated[
-        list[str] | None, typer.Option(help="Measure only this point, such as decode-512-b1; may be repeated.")
-    ] = None,
+    point: Annotated[list[str] | None, typer.Option(help="Only this point (decode-512-b1); may be repeated.")] = None,
     threads: int = 2,
     budget_s: Annotated[float, typer.Option(help="Seconds of timed calls at each point.")] = 3.0,
     min_repeats: Annotated[int, typer.Option(help="Fewest timed calls at each point, however long they take.")] = 3,
     max_repeats: Annotated[int, typer.Option(help="Most timed calls at each point.")] = 9,
     keep_engines: Annotated[bool, typer.Option(help="Reuse our engines of an earlier comparison.")] = False,
     max_minutes: Annotated[float, typer.Option(help="Start no further side after this many minutes.")] = 600.0,
-    work_dir: Annotated[Path, typer.Option(help="Folder that keeps the checkpoint and the exports.")] = Path(
-        "build/compare"
-    ),
+    work_dir: Annotated[Path, typer.Option(help="Keeps checkpoint and exports.")] = Path("build/compare"),
     results: Annotated[
         Path | None, typer.Option(help="Folder for the JSON file, tables and plot; required with --side or --point.")
     ] = None,

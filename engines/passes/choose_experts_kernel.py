@@ -24,8 +24,7 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
     | blockwise | QMoE | rows take turns | stacked codes, scales and, unless symmetric, zero points |
 
     The codes are those of the schema (`weights_prepacked` 0), which every provider packs for its own kernel when it
-    opens the graph. The other forms that were tried, and their times, are in docs/mixture_of_experts.md and
-    benchmarks/experts.py.
+    opens the graph. docs/experiments.md has the other nodes that were tried, and their times.
 
     Args:
         formats: The formats.

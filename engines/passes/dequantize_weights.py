@@ -48,22 +48,18 @@ class DequantizeWeightsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Quantise every product whose weight there is a format for."""
-        products = [found for node in model.graph if (found := find_weight(node)) is not None]
-        chosen = [
-            (found, weight_format)
-            for found in products
-            if (weight_format := self._formats.format_of(found.key)).kind != FLOAT
-        ]
+        found_all = [found for node in model.graph if (found := find_weight(node)) is not None]
+        products = [found for found in found_all if self._formats.format_of(found.key).kind != FLOAT]
         rounded: dict[ir.Value, ir.Value] = {}
-        for found, weight_format in chosen:
-            x = found.x
+        for found in products:
+            weight_format, x = self._formats.format_of(found.key), found.x
             if weight_format.kind == FLOAT8:
                 if x not in rounded:
                     rounded[x] = _round_input(model, found)
                 x = rounded[x]
             weight = TensorRtStorage().product(found.tensor, weight_format, is_table=found.is_table)
             _multiply(model, found, x, [add_initializer(model, tensor) for tensor in weight.tensors])
-        return ir.passes.PassResult(model, bool(chosen))
+        return ir.passes.PassResult(model, bool(products))
 
 
 def _multiply(model: ir.Model, found: MatMulWeight, x: ir.Value, stored: list[ir.Value]) -> None:
