@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from engines.target import Target
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of the shipped engines seconds are used. A 2B checkpoint takes minutes to build, and verify reads it in float32.
+# Shipped checkpoints take seconds of it. A 2B checkpoint takes minutes to build, and verify reads it in float32.
 LIMIT_S = 1800.0
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
 BUILD, VERIFY, INSPECT, BENCH = "build", "verify", "inspect", "bench"
@@ -56,8 +56,8 @@ class Done:
 
     Attributes:
         exit_code: Negative: the signal that killed it; None: it ran out of time and was killed.
-        stdout: What it printed.
-        stderr: The same, of its messages.
+        stdout: The text that it printed.
+        stderr: Its messages.
         seconds: From start to end.
     """
 
@@ -75,9 +75,9 @@ class Outcome:
     """What became of one target with one model.
 
     Attributes:
-        model, target: Their names.
+        model, target: Names of both.
         result: `passed`, `FAILED` or `skipped`.
-        why: Of a failure or a skip; empty otherwise.
+        why: The reason of a failure or a skip; empty otherwise.
         steps: For each step that ran: exit code, seconds, and the end of its messages where it failed.
         values: What the steps said, by step.
     """
@@ -109,7 +109,7 @@ def gpu_check(
     if hardware.gpu is None:
         typer.echo(without_gpu(hardware, sources, targets))
         raise typer.Exit(2)
-    # Ended from outside, it must not leave a command behind that works on the GPU.
+    # When this process is ended from outside, it must leave no command running on the GPU.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=work_dir) as work:

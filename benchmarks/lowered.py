@@ -98,7 +98,7 @@ def verified(
     """Build an engine, of a GPU's target its lowered graphs alone, and compare it with PyTorch.
 
     Args:
-        bundle: Of the checkpoint.
+        bundle: The bundle of the checkpoint.
         target: What to build; calibrated on training canvases where it has to be.
         checkpoint: What the bundle was made of.
         max_new_tokens: Greedy tokens of each prompt.

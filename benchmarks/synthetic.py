@@ -141,7 +141,7 @@ def write_checkpoint(
         seed: Seed of the random block.
         dtype: Safetensors name of the stored dtype.
         layers: Decoder layers, the first ones; all if None.
-        expert_stride: Of stacked experts, nearly all of a mixture's bytes, write one piece of 64 KiB in so many; holes
+        expert_stride: Write every Nth piece of 64 KiB of the stacked experts, nearly all of a mixture's bytes; holes
             (zeros) are between them. All other tensors, routers among them, are written whole.
 
     Returns:

@@ -297,7 +297,7 @@ class Trainer:
             stages: The curriculum.
             folder: Where the state file goes.
             log: Takes one line of text.
-            seed: Of the weights and of every batch.
+            seed: Seed of the weights and of every batch.
             model: Where to start, such as `upcycled`; random weights if not given.
         """
         self.stages, self.folder, self.log, self.seed = stages, folder, log, seed

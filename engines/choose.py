@@ -45,7 +45,7 @@ class Candidate:
     """A target that was considered.
 
     Attributes:
-        target: Its name.
+        target: Name of the target.
         device: `cpu` or `gpu`.
         parts: Estimated bytes of the device's memory, by part.
         limit_bytes: What the device has; 0 if there is no such device.
@@ -106,7 +106,7 @@ def resolve_target(
         config: Reads the model's shape; called for `auto` alone, so that a wrong name is found before a download.
         say: Takes the text to show.
         options: Context and batch that have to fit; the defaults if not given.
-        hardware: Of this machine; probed if not given.
+        hardware: What the machine is; probed if not given.
 
     Raises:
         TargetError: The name is unknown, or no target builds and runs here.
@@ -198,7 +198,7 @@ def limit_bytes(hardware: Hardware, device: str) -> int:
 def estimate(target: Target, config: ModelConfig, *, options: BuildOptions | None = None) -> dict[str, int]:
     """Estimate the bytes of its device's memory that an engine takes while it answers, by part.
 
-    The largest image, and what libraries take, stand in configs/choice.toml. Without options, one prompt at a time: an
+    The largest image, and what libraries take, are in configs/choice.toml. Without options, one prompt at a time: an
     engine for batches allocates no cache for those that do not come.
     """
     options, assumed = options or BuildOptions(max_batch=1), configs.load("choice")

@@ -67,7 +67,7 @@ def output_folder(output: Path, weight_bytes: int, largest_file_bytes: int = 0) 
     Args:
         output: The engine folder. A link is followed.
         weight_bytes: What will be written, without the small files.
-        largest_file_bytes: Of one file.
+        largest_file_bytes: Size of the largest file.
 
     Raises:
         UsageError: `output` is not a place for an engine.

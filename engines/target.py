@@ -101,7 +101,7 @@ class Target:
         float_dtype: numpy name of the dtype of unquantised weights.
         device: `cpu` or `gpu`: whose memory the engine takes.
         compute_capabilities: GPUs that an engine runs on, such as "8.6"; empty for all.
-        min_compute_capability: Of the GPUs that have the precision's types; empty for all.
+        min_compute_capability: Least one whose GPUs have the precision's types; empty for all.
         builds_on_its_gpu: Only a machine with such a GPU can build.
         rank: Place in the order of `--target auto`, the first is taken; None puts it last, and by name only.
         by_name_only: Why `--target auto` leaves it to be asked for; empty if it does not.
@@ -203,7 +203,7 @@ class Target:
 
 
 def numbers_of(family: str, precision: str) -> dict[str, Any]:
-    """Return the fields of a target that stand in a file of configs/targets, by name."""
+    """Return the fields of a target that a file of configs/targets holds, by name."""
     values = configs.load(f"targets/{family}").get(precision, {})
     return {name: WeightFormats.from_rules(each) if isinstance(each, list) else each for name, each in values.items()}
 

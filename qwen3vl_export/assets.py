@@ -115,7 +115,7 @@ def _with_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], fo
 
 
 def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    # Of more tokens than rows, some have no row; of fewer with gaps between their ids, too.
+    # If there are more tokens than rows, some have no row; also if there are fewer, with gaps between their ids.
     largest = max(tokenizer.num_tokens - 1, tokenizer.largest_id)
     if largest >= config.text.vocab_size:
         raise CheckpointError(

@@ -39,8 +39,8 @@ def open_eager(
 
     Args:
         checkpoint: A Hugging Face folder, a Hub id, or `demo` or `demo-moe`.
-        dtype: Of weights, activations and cache: float32, bfloat16 or float16.
-        device: Of PyTorch, such as `cuda`.
+        dtype: Type of weights, activations and cache: float32, bfloat16 or float16.
+        device: Device of PyTorch, such as `cuda`.
         max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for.
 
     Raises:

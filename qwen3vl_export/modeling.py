@@ -87,7 +87,7 @@ class Qwen3VL(nn.Module):
             visual_embeds: What `visual` gives, [1+levels, V, D], V ≥ 1.
             past_lengths: Valid rows of each sequence's cache, [B].
             logits_positions: Which of the S positions get logits, [B, L].
-            cache: Of each layer; not written.
+            cache: Keys and values of each layer; not written.
 
         Returns:
             Float32 logits [B, L, vocab], and each layer's cache with the new rows.

@@ -55,7 +55,7 @@ class RenderedChat:
 
     Attributes:
         text: What transformers' `apply_chat_template(tokenize=False)` returns.
-        places: Of the tokens that the template itself wrote for what is not text: character position in `text`, and
+        places: Where the template itself wrote tokens for what is not text: character position in `text`, and
             token, ascending. A token that a user typed is not among them.
     """
 

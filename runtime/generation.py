@@ -21,7 +21,7 @@ def chunk_limit(capabilities: Mapping[str, Any], *, all_logits: bool = False) ->
     """Return the most new tokens of one call of an engine: of its own sizes, or `PREFILL_CHUNK` if it has none.
 
     Args:
-        capabilities: Of the engine's manifest.
+        capabilities: Those of the engine's manifest.
         all_logits: Each of the tokens gets logits.
     """
     chunk = int(capabilities.get("prefill_chunk", PREFILL_CHUNK))
@@ -95,7 +95,7 @@ def decode_steps(
         dummy_embeds: [1+D, 1, hidden], since a generated token takes no visual row.
         choose: Sampler; it gets a row of logits.
         drafter: Knows the prompt already; None decodes token by token.
-        top: Leave the logits on the device and give `choose` a `TopLogits` instead (but for the first token); the
+        top: Leave the logits on the device and give `choose` a `TopLogits` instead (except for the first token); the
             session is a `TopLogitsSession`.
     """
     drafts: list[int] = []

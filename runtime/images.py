@@ -17,7 +17,7 @@ Deviations, each on purpose:
 - BMP, TIFF, PPM, ICO and JPEG 2000 files are read too.
 - Arrays are [H, W] or [H, W, C]; transformers guesses between channels first and last.
 
-Images may come from anywhere. One of too many pixels is refused from its header. Of the others, the decoded image and
+Images may come from anywhere. An image of too many pixels is refused from its header. For others, the decoded image and
 the RGB array are in memory at once and no other copy: 7 bytes a pixel. Some decoders take more than 8 for themselves
 (`runtime/image_bounds.py`); of their formats fewer pixels are allowed, so that no image takes more than 8 bytes for
 each pixel of `max_image_pixels`, 400 MB by default.

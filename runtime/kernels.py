@@ -51,7 +51,7 @@ def needs_exact_products(kernels: Collection[str], tests: Path = KERNEL_TESTS) -
     """Return whether an engine with these kernels must be opened with `EXACT_PRODUCTS` on this machine.
 
     Args:
-        kernels: Their names.
+        kernels: Names of kernels.
         tests: Folder of the tests, one `NAME.onnx` for each.
 
     Raises:

@@ -78,7 +78,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Shape of the mixture of experts that stands in the place of a layer's feed-forward network.
+    """Shape of the mixture of experts that replaces a layer's feed-forward network.
 
     Attributes:
         num_experts: Experts of a layer.
@@ -414,7 +414,7 @@ def _rope(section: _Section, exported_types: tuple[str, ...]) -> _Section:
                     f"{section.name}: {key} is {shown_numbers(merged[key])} in one place and {shown_numbers(value)} in "
                     "another of rope_parameters, rope_scaling and rope_theta"
                 )
-    # Of two forms transformers takes `rope_scaling` alone, but for the theta that stands beside it.
+    # If both are there, transformers takes `rope_scaling` alone, and the theta beside it.
     read = forms.get("rope_scaling") or forms.get("rope_parameters") or {}
     return _Section({**forms.get("rope_theta", {}), **read}, section.name)
 

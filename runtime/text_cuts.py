@@ -57,7 +57,7 @@ MARKS = (
 
 _BLANKS = r" \t\u00a0\u3000"
 
-# Of each pattern: what stands before and after a cut.
+# For each pattern: what stands before and after a cut.
 _PLACES: Mapping[str, Sequence[tuple[str, str]]] = {
     QWEN_PATTERN: ((r"\S", _BLANKS), (f"[{LETTERS}{DIGITS}]", rf"{DIGITS}{MARKS}\r\n")),
     GPT2_PATTERN: ((r"\S", rf"{_BLANKS}\r\n"), (f"[{LETTERS}]", DIGITS + MARKS), (f"[{DIGITS}]", MARKS)),

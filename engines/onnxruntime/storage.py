@@ -24,8 +24,8 @@ class OrtStorage:
     """What the kernels of one provider read, and how exactly they multiply.
 
     Attributes:
-        accuracy_level: Of MatMulNBits and QMoE: 4 lets the CPU round the input to 8 bits; 0 computes in the input's own
-            type, but for QMoE in 8 bits, whose kernel for the CPU knows no other way.
+        accuracy_level: Attribute of MatMulNBits and QMoE. 4 lets the CPU round the input to 8 bits; 0 computes in the
+            type of the input, except in QMoE of 8 bits, whose CPU kernel always rounds.
         expert_blocks: Block sizes that QMoE takes.
         expert_multiple: MoE takes unquantised experts whose rows are multiples of this.
         table_in_whole_bytes: A table gets blocks of which a row's zero points fill whole bytes. GatherBlockQuantized on

@@ -27,8 +27,8 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
     opens the graph. docs/experiments.md has the other nodes that were tried, and their times.
 
     Args:
-        formats: The formats.
-        storage: Of the provider.
+        formats: Which weight gets which format.
+        storage: How the provider stores them.
     """
 
     def __init__(self, formats: WeightFormats, storage: OrtStorage = CPU_STORAGE) -> None:

@@ -1,4 +1,4 @@
-"""Compute in float16 or bfloat16, but for the places where PyTorch computes in float32 whatever the weights' type."""
+"""Compute in float16 or bfloat16, except where PyTorch computes in float32 whatever the weights' type."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CACHE_INPUTS, _CACHE_OUTPUTS = "past_key_values.", "present_key_values."
 class HalfPrecisionPass(ir.passes.InPlacePass):
     """Convert a flat float32 graph to strong types: half where nothing demands float32.
 
-    Inputs and outputs stay float32 but for the KV cache. Weights are cast while they are streamed. A value that is
+    Inputs and outputs stay float32, except for the KV cache. Weights are cast while they are streamed. A value that is
     wanted in the other type goes through one Cast, shared by all that want it so.
 
     Args:

@@ -17,7 +17,7 @@ class MatMulWeight:
         nodes: MatMul and, with a bias, the Add after it; or Gemm with transB.
         x: The other operand.
         value: The weight's initializer.
-        tensor: Its elements.
+        tensor: The elements of the weight.
         bias: [out], or None.
         output: What the last of `nodes` gives.
     """

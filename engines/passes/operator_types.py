@@ -19,7 +19,7 @@ def output_types(
 
     Args:
         node: A node of a flat graph.
-        input_types: Of its inputs; None for one that is left out.
+        input_types: Type of each input; None for one that is left out.
         opset_imports: Versions of the domains.
     """
     import onnx.defs

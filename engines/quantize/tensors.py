@@ -34,7 +34,7 @@ class QuantizedWeight(abc.ABC):
     The codes must be written first; the others wait in memory until they are written.
 
     Args:
-        name: Of the weight.
+        name: Name of the weight.
         outputs: Suffix of the name, shape and dtype of the codes, then of each other tensor.
 
     Attributes:

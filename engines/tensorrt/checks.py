@@ -80,7 +80,7 @@ def check_network(trt: Any, network: Any, facts: GraphFacts, place: str) -> None
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
         network: What the parser filled.
-        facts: Of the graph.
+        facts: What is known of the graph.
         place: Names the graph in messages.
 
     Raises:

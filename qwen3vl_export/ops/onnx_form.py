@@ -18,10 +18,10 @@ def node_of(
     """Return the function that a translation table of torch.onnx takes for an operator of domain `qwen3vl`.
 
     Args:
-        name: Of the ONNX operator.
+        name: Name of the ONNX operator.
         inputs: Names of the tensors, in the order of the torch operator.
         outputs: Names of the results.
-        attributes: Names of the scalars after the tensors, in order; float but for those in `integers`.
+        attributes: Names of the scalars after the tensors, in order; all are floats except those in `integers`.
         integers: Attributes that are int64, and tensors of int64.
     """
     import onnxscript

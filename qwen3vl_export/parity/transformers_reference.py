@@ -188,7 +188,7 @@ def _refusing(checkpoint: Checkpoint) -> Iterator[None]:
     """Say of an error inside transformers that the installed release does not read this checkpoint.
 
     Raises:
-        UsageError: It fails in any way but for want of memory; releases fail in ways of their own on others' files.
+        UsageError: It fails, except for want of memory; each release fails in its own way on the files of others.
     """
     try:
         yield

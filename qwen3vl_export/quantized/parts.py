@@ -149,7 +149,7 @@ class GroupedWeight(abc.ABC):
     """A weight [N, K] of integer codes, with one scale and zero point for each group of a row's columns.
 
     Attributes:
-        module: Its parts.
+        module: Parts of the weight.
         shape: (N, K).
         bits: 4 or 8.
         group: Columns of a group; the last group of a row may be shorter.

@@ -48,8 +48,8 @@ class Device:
 
     Attributes:
         provider: ONNX Runtime's name of the execution provider.
-        name: Of its memory, for OrtValue and IOBinding.
-        options: Of the provider, for both graphs.
+        name: Name of the memory, for OrtValue and IOBinding.
+        options: Options of the provider, for both graphs.
         decoder_options: Further ones for the decoder.
     """
 
