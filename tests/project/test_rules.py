@@ -155,12 +155,15 @@ def test_entry_points_and_extras() -> None:
 def test_core_is_lazy_and_re_exports() -> None:
     import qwen3_vl.core
     from qwen3vl_export.eager import open_eager
+    from qwen3vl_export.export import Exported, export
     from qwen3vl_export.modeling import Qwen3VL
+    from qwen3vl_export.request import ExportRequest
     from runtime.model import Qwen3VLModel
 
     assert loaded_after("from qwen3_vl.core import Qwen3VLModel") & HEAVY == set()
-    assert [getattr(qwen3_vl.core, name) for name in qwen3_vl.core.__all__] == [Qwen3VL, Qwen3VLModel, open_eager]
-    with pytest.raises(AttributeError, match="it has Qwen3VL, Qwen3VLModel, open_eager"):
+    found = [getattr(qwen3_vl.core, name) for name in qwen3_vl.core.__all__]
+    assert found == [ExportRequest, Exported, Qwen3VL, Qwen3VLModel, export, open_eager]
+    with pytest.raises(AttributeError, match="it has ExportRequest, Exported, Qwen3VL, Q.*"):
         qwen3_vl.core.missing  # noqa: B018
 
 
