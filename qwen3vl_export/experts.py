@@ -77,7 +77,9 @@ def _stacked(
                 f"{entry.path}: {scope}.{name} holds {entry.shape[0]} experts, config.json implies {count}",
                 remedy=_SAME_CONFIG,
             )
-        fitting[name] = {is_turned for is_turned in (False, True) if entry.shape == (count, *_turned(shape, is_turned))}
+        fitting[name] = {
+            turned for turned in (False, True) if entry.shape == (count, *(shape[::-1] if turned else shape))
+        }
         if not fitting[name]:
             raise CheckpointError(
                 f"{entry.path}: {scope}.{name} has shape {list(entry.shape)}, config.json implies "
@@ -156,10 +158,6 @@ def _one_by_one(
     ]
     tensors = {GATE_UP: gate_up, DOWN: [of(e, "down_proj") for e in experts]}
     return {name: StackedTensor(f"{scope}.{name}", parts) for name, parts in tensors.items()}, set(used)
-
-
-def _turned(shape: tuple[int, int], is_turned: bool) -> tuple[int, int]:
-    return (shape[1], shape[0]) if is_turned else shape
 
 
 class ExpertTensor(StreamedTensor):

@@ -29,7 +29,7 @@ def check_keys(found: Mapping[Any, Any], known: Sequence[str], refused: Mapping[
         name = exact(key)
         if name in known:
             continue
-        if name in refused and not _is_empty(value):
+        if name in refused and not (isinstance(value, (str, list, tuple, dict)) and len(value) == 0):
             raise UsageError(f"{place} has the key {name!r}, which is not taken here", remedy=refused[name])
         close = difflib.get_close_matches(name.lower()[:_LONGEST_KEY], known, n=1, cutoff=_LEAST_LIKENESS)
         if close or not isinstance(key, str):
@@ -37,7 +37,3 @@ def check_keys(found: Mapping[Any, Any], known: Sequence[str], refused: Mapping[
             raise UsageError(
                 f"{place} has the unknown key {shown(key)}", remedy=f"{hint}the keys are {', '.join(known)}"
             )
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, (str, list, tuple, dict)) and len(value) == 0

@@ -115,7 +115,7 @@ class Tokenizer:
         while len(text) - start > _PIECE_CHARACTERS and self._cuts is not None:
             middle = start + _PIECE_CHARACTERS
             cut = self._cuts.search(text, middle, middle + MAX_WORD_BYTES)
-            if cut is None or _num_bytes(text[start : cut.start()]) > MAX_WORD_BYTES:
+            if cut is None or len(text[start : cut.start()].encode("utf-8", "surrogatepass")) > MAX_WORD_BYTES:
                 # A long word, which may yet fit alone.
                 before = list(self._cuts.finditer(text, start + 1, middle))
                 cut = before[-1] if before else cut
@@ -207,10 +207,6 @@ def _regexes(value: Any) -> Iterator[Any]:
     if isinstance(value, list):
         for item in value:
             yield from _regexes(item)
-
-
-def _num_bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -184,7 +184,8 @@ class TaskReport:
         nan = {name: math.nan for name in ("kl", "perplexity", "expected_perplexity")}
         rows = [{name: row[name] for name in TaskRow.__dataclass_fields__} for row in values["rows"]]
         fields["rows"] = tuple(TaskRow(**{k: nan.get(k) if v is None else v for k, v in row.items()}) for row in rows)
-        fields["layers"] = LayerErrors(**{k: tuple(_infinite(x) for x in v) for k, v in values["layers"].items()})
+        layers = {k: tuple(math.inf if x is None else x for x in v) for k, v in values["layers"].items()}
+        fields["layers"] = LayerErrors(**layers)
         fields["differing"], fields["notes"] = tuple(values["differing"]), tuple(values["notes"])
         return cls(**fields)
 
@@ -308,10 +309,6 @@ def _exp(value: float) -> float:
         return math.exp(value)
     except OverflowError:
         return math.inf
-
-
-def _infinite(value: float | None) -> float:
-    return math.inf if value is None else value
 
 
 if __name__ == "__main__":
