@@ -21,7 +21,7 @@ from runtime.errors import UsageError
 def export(
     model: options.Model,
     layers: options.Layers = None,
-    no_weights: Annotated[bool, typer.Option(help="Export graphs only, from a sparse checkpoint.")] = False,
+    no_weights: Annotated[bool, typer.Option(help="Export the graphs alone, from a sparse checkpoint.")] = False,
     checkpoint: options.Checkpoint = None,
     target: options.Target = "ort-cpu-fp32",
     expert_stride: options.ExpertStride = 1,

@@ -28,10 +28,10 @@ class Goal:
         at_most: The largest value that is good, or None if more is better.
         at_least: The smallest.
         results: Names of the results that it is in.
-        side: Of a comparison, our side.
+        side: Our side of a comparison.
         peers: Those that it is compared with.
         point: What both did.
-        depends_on_pages: The same figure on huge pages is shown too, and not judged.
+        depends_on_pages: The same figure on huge pages is also given, but not judged.
     """
 
     what: str

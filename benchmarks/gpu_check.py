@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from engines.target import Target
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of the shipped engines seconds are used. A 2B checkpoint takes minutes to build, and verify reads it in float32.
+# Shipped checkpoints take seconds of it. A 2B checkpoint takes minutes to build, and verify reads it in float32.
 LIMIT_S = 1800.0
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
 BUILD, VERIFY, INSPECT, BENCH = "build", "verify", "inspect", "bench"
@@ -56,8 +56,8 @@ class Done:
 
     Attributes:
         exit_code: Negative: the signal that killed it; None: it ran out of time and was killed.
-        stdout: What it printed.
-        stderr: The same, of its messages.
+        stdout: The text that it printed.
+        stderr: Its messages.
         seconds: From start to end.
     """
 
@@ -75,9 +75,9 @@ class Outcome:
     """What became of one target with one model.
 
     Attributes:
-        model, target: Their names.
+        model, target: Names of both.
         result: `passed`, `FAILED` or `skipped`.
-        why: Of a failure or a skip; empty otherwise.
+        why: The reason of a failure or a skip; empty otherwise.
         steps: For each step that ran: exit code, seconds, and the end of its messages where it failed.
         values: What the steps said, by step.
     """
@@ -93,12 +93,12 @@ class Outcome:
 def gpu_check(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Checkpoint beside those that are shipped: folder, Hub id, or shape for random weights."),
+        typer.Option(help="Check this too: a folder, a Hub id, or a shape for random weights; may be repeated."),
     ] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Only this target; repeat for several.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Check only this target; may be repeated.")] = None,
     results: options.Results = RESULTS,
-    work_dir: Annotated[Path, typer.Option(help="Room for engines, emptied afterwards.")] = ROOT / "out",
-    limit_s: Annotated[float, typer.Option(help="Seconds for one target.")] = LIMIT_S,
+    work_dir: Annotated[Path, typer.Option(help="Folder for engines, which are removed afterwards.")] = ROOT / "out",
+    limit_s: Annotated[float, typer.Option(help="Most seconds for one target.")] = LIMIT_S,
 ) -> None:
     """Build, verify, inspect and time every GPU target that fits this machine; keep the results; print one page."""
     hardware, targets = probe(), gpu_targets(target or ())
@@ -109,7 +109,7 @@ def gpu_check(
     if hardware.gpu is None:
         typer.echo(without_gpu(hardware, sources, targets))
         raise typer.Exit(2)
-    # Ended from outside, it must not leave a command behind that works on the GPU.
+    # When this process is ended from outside, it must leave no command running on the GPU.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=work_dir) as work:
@@ -218,7 +218,7 @@ def run_command(command: Sequence[str], timeout_s: float) -> Done:
 
 
 def _steps(source: str, target: str, folder: Path, calibration: Path | None) -> Iterator[tuple[str, list[str]]]:
-    """Yield name and command of each step; those behind the build follow from what it wrote."""
+    """Yield name and command of each step; those after the build follow from what it wrote."""
     python = [sys.executable, "-m"]
     build = [f"{_COMMANDS}.export", source, "--target", target, "--output", str(folder), "--json"]
     yield BUILD, [*python, *build, *(["--calibration", str(calibration)] if calibration is not None else [])]

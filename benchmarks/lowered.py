@@ -90,7 +90,7 @@ def table(result: Mapping[str, Any]) -> str:
             cells = (f"no: {each['reason']}", "", "", "", "", "not known")
         rows.append((f"`{name}`", *cells))
     return (
-        f"Lowered graphs of {result['model']}, {result['max_new_tokens']} greedy tokens behind each prompt, against "
+        f"Lowered graphs of {result['model']}, {result['max_new_tokens']} greedy tokens after each prompt, against "
         f"PyTorch in float32; of all prompts the worst.\n\n{markdown(rows)}"
     )
 

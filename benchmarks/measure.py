@@ -76,7 +76,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def repeat(call: Callable[[], object], *, warmup: int, repeats: int) -> dict[str, Any]:
-    """Summarise the seconds of some calls behind others of warm-up."""
+    """Summarise the seconds of some calls after others of warm-up."""
     for _ in range(warmup):
         call()
     return summarise([seconds(call) for _ in range(repeats)])

@@ -48,7 +48,7 @@ def drawing(width: int, height: int, font_size: int, parts: Sequence[str]) -> st
 
 
 def bar(left: int, y: int, length: float, thickness: int, colour: str, label: str, value: str) -> list[str]:
-    """Return a horizontal bar with its label before and its value behind it."""
+    """Return a horizontal bar with its label before and its value after it."""
     base = y + thickness - 3
     return [
         f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{thickness}" fill="{colour}"/>',

@@ -41,13 +41,13 @@ def routes(checkpoint: str = "demo-moe", max_new_tokens: int = 64, results: opti
 
 def table(result: Mapping[str, Any]) -> str:
     """Return one row for each engine."""
-    rows = [("engine", "choices followed", "widest gap", "largest share", "cache", "logits", "passed")]
+    rows = [("engine", "assignments followed", "widest gap", "largest share", "cache", "logits", "passed")]
     for name, each in result["engines"].items():
         cells = (f"{each[key]:.2g}" for key in ("widest_gap", "largest_share", "cache_relative", "logits_scaled"))
-        rows.append((name, f"{each['differ']} of {each['choices']}", *cells, "yes" if each["passed"] else "**no**"))
+        rows.append((name, f"{each['differ']} of {each['assignments']}", *cells, "yes" if each["passed"] else "**no**"))
     return (
-        f"`qwen3vl verify` of {result['model']}, {result['max_new_tokens']} greedy tokens behind each prompt; of all "
-        f"prompts and layers the largest. Targets that are missing do not run on a CPU.\n\n{markdown(rows)}"
+        f"`qwen3vl verify` of {result['model']}, {result['max_new_tokens']} greedy tokens after each prompt; values "
+        f"are the largest of all prompts and layers. Targets that are missing do not run on a CPU.\n\n{markdown(rows)}"
     )
 
 
@@ -58,8 +58,8 @@ def _worst(report: Report) -> dict[str, Any]:
     gaps = [check for check in report.checks if check.name == "widest gap of routes"]
     return {
         "passed": report.passed,
-        "differ": sum(check.detail["choices"] for check in gaps),
-        "choices": sum(routing.num_tokens for routing in report.routers.layers.values()),
+        "differ": sum(check.detail["assignments"] for check in gaps),
+        "assignments": sum(routing.num_tokens for routing in report.routers.layers.values()),
         "widest_gap": max((check.value for check in gaps), default=0.0),
         "largest_share": max((check.detail["share"] for check in gaps), default=0.0),
         "cache_relative": max(values("keys", "values")),

@@ -21,7 +21,7 @@ PHASES = ("vision", "prefill", "decode")
 def run(
     model: options.Model,
     checkpoint: options.Checkpoint = None,
-    engine: Annotated[Path | None, typer.Option(help="An engine of that checkpoint; exported if not given.")] = None,
+    engine: Annotated[Path | None, typer.Option(help="Engine of that checkpoint; else one is exported.")] = None,
     target: options.Target = "ort-cpu-fp32",
     threads: int = 2,
     image_side: int = 448,

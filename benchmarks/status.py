@@ -33,7 +33,7 @@ def tables(results: Results, folder: Path, docs: Path) -> str:
 
 
 def works_table(results: Results, accuracies: Accuracies) -> str:
-    """Return model shapes against targets; a cell says what was shown.
+    """Return model shapes against targets; a cell says what was measured.
 
     Args:
         results: What `report.load` returns.
@@ -56,7 +56,7 @@ def works_table(results: Results, accuracies: Accuracies) -> str:
         for target in targets:
             own = [r for r in measured if (r["model"], r["target"]) == (model, target)]
             here = [_shown(r) for r in own]
-            # Of what has a measurement of its own, the comparison's is left out.
+            # A phase that was measured on its own is not taken from the comparison too.
             is_exported = any(r.get("no_weights") is False for r in own)
             if (model, target) not in timed:
                 sides = [r["sides"] for r in compared if r["model"] == model]
@@ -104,9 +104,9 @@ def target_states(
             )
         rows.append((f"`{target}`", state, shown))
     return markdown(rows) + (
-        "\n`run`: engines of it answered, on the machine of the result files or on the GPU that is named. `built here`:"
-        "\nits plans were compiled for real on a machine without a GPU, and not executed. `make gpu-check` on a machine"
-        "\nwith a GPU runs the rest.\n"
+        "\n`run`: engines of this target have answered, on the machine of the result files or on the GPU that is named."
+        "\n`built here`: its plans were compiled on a machine without a GPU, and have not been executed."
+        "\n`make gpu-check` runs the rest on a machine with a GPU.\n"
     )
 
 

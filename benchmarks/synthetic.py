@@ -49,7 +49,7 @@ def write(
     folder: Path,
     model: options.Model,
     layers: options.Layers = None,
-    sparse: Annotated[bool, typer.Option(help="Headers only, data as holes.")] = False,
+    sparse: Annotated[bool, typer.Option(help="Write the headers alone; the data are holes in the files.")] = False,
     seed: int = 0,
     dtype: str = "BF16",
     expert_stride: options.ExpertStride = 1,
@@ -141,7 +141,7 @@ def write_checkpoint(
         seed: Seed of the random block.
         dtype: Safetensors name of the stored dtype.
         layers: Decoder layers, the first ones; all if None.
-        expert_stride: Of stacked experts, nearly all of a mixture's bytes, write one piece of 64 KiB in so many; holes
+        expert_stride: Write every Nth piece of 64 KiB of the stacked experts, nearly all of a mixture's bytes; holes
             (zeros) are between them. All other tensors, routers among them, are written whole.
 
     Returns:
@@ -201,7 +201,7 @@ def has_holes(result: Mapping[str, Any]) -> bool:
 
 
 def holes_note(result: Mapping[str, Any]) -> str:
-    """Return a sentence about the holes of a measurement's checkpoint, behind a space; empty if it has none."""
+    """Return a sentence about the holes of a measurement's checkpoint, after a space; empty if it has none."""
     if not has_holes(result):
         return ""
     return f" Of the checkpoint's bytes {written(result)} were written; the rest are holes of sparse files (zeros)."

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from demo_training.packing import Plan, make_plan
+from demo_training.packing import Packing, pack
 from qwen3vl_export.demo.data import MAX_DIGITS, MAX_SIDE, MIN_SIDE, Canvas, Digits, make_canvas
 from qwen3vl_export.demo.tasks import QUESTIONS, answer, place_of, question
 
@@ -35,7 +35,7 @@ class Batch:
         ids_BS: Tokens, or None for a vision-only batch.
         targets_BS: The token that position s must predict, `IGNORE` elsewhere.
         segment_S: Which task a position belongs to (-1: prefix).
-        plan: Positions and mask shared by the batch.
+        packing: Positions and mask shared by the batch.
         rows: Visual tokens per column.
         cols: Visual tokens per row.
         classes_BV: Digit whose centre lies in the token's 32 by 32 cell, or `NO_DIGIT`.
@@ -47,7 +47,7 @@ class Batch:
     ids_BS: torch.Tensor | None
     targets_BS: torch.Tensor | None
     segment_S: torch.Tensor | None
-    plan: Plan | None
+    packing: Packing | None
     rows: int
     cols: int
     classes_BV: torch.Tensor
@@ -177,13 +177,13 @@ def collate(
         target_parts.append(targets)
         lengths.append(length)
         owner += [t] * length
-    plan = make_plan(rows, cols, len(prompter.before), lengths, chained=chained)
+    packing = pack(rows, cols, len(prompter.before), lengths, chained=chained)
     return Batch(
         patches,
         torch.from_numpy(np.concatenate(ids_parts, 1)),
         torch.from_numpy(np.concatenate(target_parts, 1)),
         torch.tensor(owner),
-        plan,
+        packing,
         rows,
         cols,
         *dense,

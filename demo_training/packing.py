@@ -1,4 +1,4 @@
-"""Pack several questions behind one image into a single sequence, so that a training step reads the image once.
+"""Pack several questions after one image into a single sequence, so that a training step reads the image once.
 
 A question's tokens see the prefix and their own question, and their positions go on from the image's, as if each
 question stood in a prompt of its own. `tests/demo_training/test_demo_training.py` compares the logits with those that
@@ -15,7 +15,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Plan:
+class Packing:
     """What all sequences of a batch share.
 
     Attributes:
@@ -29,7 +29,7 @@ class Plan:
     mask_SS: torch.Tensor
 
 
-def make_plan(rows: int, cols: int, num_before: int, segment_lengths: list[int], *, chained: bool = False) -> Plan:
+def pack(rows: int, cols: int, num_before: int, segment_lengths: list[int], *, chained: bool = False) -> Packing:
     """Lay out `num_before` text tokens, the image, and the segments.
 
     Args:
@@ -63,4 +63,4 @@ def make_plan(rows: int, cols: int, num_before: int, segment_lengths: list[int],
             + [torch.full((n,), i + 1) for i, n in enumerate(segment_lengths[1:])]
         )
         mask &= (owner[:, None] == owner[None]) | (owner[None] == 0)
-    return Plan(positions, visual_rows, mask)
+    return Packing(positions, visual_rows, mask)

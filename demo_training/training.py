@@ -105,19 +105,19 @@ class Trainee(nn.Module):
             kernels.data.copy_(torch.from_numpy(_cosine_kernels(kernels.shape[0])))
         self.model = model
         self.heads = nn.Linear(model.config.text.hidden_size, NO_DIGIT + 1 + 4 + 9)
-        self._router_logits: list[torch.Tensor] = []
+        self.router_logits: list[torch.Tensor] = []
         for layer in model.language_model.layers:
             if isinstance(layer.mlp, MixtureOfExperts):
-                layer.mlp.gate.register_forward_hook(lambda _, __, logits_TE: self._router_logits.append(logits_TE))
+                layer.mlp.gate.register_forward_hook(lambda _, __, logits_TE: self.router_logits.append(logits_TE))
 
     def losses(self, batch: Batch, stage: Stage) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the loss to minimise and its parts."""
-        self._router_logits.clear()
+        self.router_logits.clear()
         with torch.set_grad_enabled(stage.vision_rate > 0):
             embeds = self.visual_embeds(batch)
         if not stage.dense:
             logits, targets = self.answer_logits(batch, embeds)
-            text, balance = F.cross_entropy(logits, targets), self._imbalance()
+            text, balance = F.cross_entropy(logits, targets), self.imbalance()
             return text + stage.balance * balance, {"text": float(text.detach()), "balance": float(balance.detach())}
         classes, ranks, places = self.heads(embeds[0]).split([NO_DIGIT + 1, 4, 9], -1)
         # An empty cell weighs 0.1 of a digit's: there are about twenty of them to a digit.
@@ -135,7 +135,7 @@ class Trainee(nn.Module):
             loss = loss + parts["text"]
         return loss, {k: float(v.detach()) for k, v in parts.items()}
 
-    def _imbalance(self) -> torch.Tensor:
+    def imbalance(self) -> torch.Tensor:
         """Return E · Σ_e (share of the tokens that expert e gets) · (mean probability of e), mean over the layers.
 
         1 if all experts get the same (Fedus et al. 2021, arXiv:2101.03961, equation 4).
@@ -143,7 +143,7 @@ class Trainee(nn.Module):
         experts = self.model.config.text.experts
         assert experts is not None
         losses = []
-        for logits_TE in self._router_logits:
+        for logits_TE in self.router_logits:
             probabilities_TE = logits_TE.float().softmax(-1)
             chosen_TK = probabilities_TE.topk(experts.top_k).indices
             shares_E = torch.bincount(chosen_TK.flatten(), minlength=logits_TE.shape[1]) / chosen_TK.numel()
@@ -151,7 +151,7 @@ class Trainee(nn.Module):
         return torch.stack(losses).mean()
 
     def visual_embeds(self, batch: Batch) -> torch.Tensor:
-        """Return the visual tokens of all images, one image behind the other, [1+levels, B·V, D]."""
+        """Return the visual tokens of all images, one image after the other, [1+levels, B·V, D]."""
         vision = self.model.config.vision
         merge = vision.spatial_merge_size
         tables = position_tables(batch.rows * merge, batch.cols * merge, vision)
@@ -160,12 +160,12 @@ class Trainee(nn.Module):
 
     def answer_logits(self, batch: Batch, visual_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits [n, vocab] of all answer tokens of the batch and the tokens [n] they must predict."""
-        assert batch.ids_BS is not None and batch.targets_BS is not None and batch.plan is not None
-        (b, s), plan, text = batch.ids_BS.shape, batch.plan, self.model.language_model
+        assert batch.ids_BS is not None and batch.targets_BS is not None and batch.packing is not None
+        (b, s), packing, text = batch.ids_BS.shape, batch.packing, self.model.language_model
         first_rows_B1 = torch.arange(b)[:, None] * (batch.rows * batch.cols)
-        rows_BS = torch.where(plan.visual_rows_S >= 0, plan.visual_rows_S + first_rows_B1, -1)
-        positions_3BS = plan.positions_3S[:, None].expand(-1, b, s)
-        hidden, _ = text(batch.ids_BS, positions_3BS, rows_BS, visual_embeds, visible=plan.mask_SS)
+        rows_BS = torch.where(packing.visual_rows_S >= 0, packing.visual_rows_S + first_rows_B1, -1)
+        positions_3BS = packing.positions_3S[:, None].expand(-1, b, s)
+        hidden, _ = text(batch.ids_BS, positions_3BS, rows_BS, visual_embeds, visible=packing.mask_SS)
         keep = batch.targets_BS != IGNORE
         return self.model.lm_head(text.norm(hidden[keep])), batch.targets_BS[keep]
 
@@ -297,7 +297,7 @@ class Trainer:
             stages: The curriculum.
             folder: Where the state file goes.
             log: Takes one line of text.
-            seed: Of the weights and of every batch.
+            seed: Seed of the weights and of every batch.
             model: Where to start, such as `upcycled`; random weights if not given.
         """
         self.stages, self.folder, self.log, self.seed = stages, folder, log, seed

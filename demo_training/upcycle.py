@@ -32,7 +32,7 @@ def upcycled(dense: Qwen3VL, seed: int = 0) -> Qwen3VL:
     for name, parameter in model.named_parameters():
         if ".mlp.experts." not in name and ".mlp.gate." not in name:
             parameter.copy_(weights[name])
-    # Enough orders of all units, one behind the other, to fill the experts.
+    # Enough orders of all units, one after the other, to fill the experts.
     rounds = -(-NUM_EXPERTS * INTERMEDIATE // text.intermediate_size)
     for i, layer in enumerate(model.language_model.layers):
         prefix = f"model.language_model.layers.{i}.mlp"

@@ -42,7 +42,7 @@ def check_options(target: Target, options: BuildOptions | None, config: ModelCon
         (options or BuildOptions()).check(config.text.max_positions, config.vision.spatial_merge_size)
     elif options is not None:
         raise UsageError(
-            f"{target.name} is built for no fixed sizes, so options of compiled engines change nothing",
+            f"{target.name} is not built for fixed sizes, so the options of compiled engines would change nothing",
             remedy="leave them out; the runtime takes max_context when it opens the engine",
         )
     if target.check_options is not None and options is not None:

@@ -44,7 +44,7 @@ class Candidate:
     """A target that was considered.
 
     Attributes:
-        target: Its name.
+        target: Name of the target.
         device: `cpu` or `gpu`.
         parts: Estimated bytes of the device's memory, by part.
         limit_bytes: What the device has; 0 if there is no such device.
@@ -93,19 +93,19 @@ class Choice:
 def resolve_target(
     name: str,
     config: Callable[[], ModelConfig],
-    report: Callable[[str], None],
+    say: Callable[[str], None],
     *,
     options: BuildOptions | None = None,
     hardware: Hardware | None = None,
 ) -> Target:
-    """Return the target of that name; for `auto`, choose one and report it, or the table if none fits.
+    """Return the target of that name; for `auto`, choose one and say which, or the table if none fits.
 
     Args:
         name: A target, or `auto`.
         config: Reads the model's shape; called for `auto` alone, so that a wrong name is found before a download.
-        report: Takes the text to show.
+        say: Takes the text to show.
         options: Context and batch that have to fit; the defaults if not given.
-        hardware: Of this machine; probed if not given.
+        hardware: What the machine is; probed if not given.
 
     Raises:
         TargetError: The name is unknown, or no target builds and runs here.
@@ -115,9 +115,9 @@ def resolve_target(
         return get(name)
     choice = consider(hardware or probe(), config(), options=options)
     if choice.target is None:
-        report(choice.render())
+        say(choice.render())
         raise refusal_of(choice)
-    report(f"--target {AUTO}: {choice.target.name}; `qwen3vl targets --model MODEL` shows the choice")
+    say(f"--target {AUTO}: {choice.target.name}; `qwen3vl targets --model MODEL` shows the choice")
     return choice.target
 
 
@@ -171,8 +171,8 @@ def consider(
         try:
             parts, unfit = estimate(target, config, options=options), ""
         except TargetError as error:  # rows of the model have a length that no kernel of the target reads
-            in_floats = replace(target, formats=WeightFormats(), prefill_formats=None)
-            parts, unfit = estimate(in_floats, config, options=options), error.message
+            unquantised = replace(target, formats=WeightFormats(), prefill_formats=None)
+            parts, unfit = estimate(unquantised, config, options=options), error.message
         candidate = Candidate(target.name, target.device, parts, limit_bytes(hardware, target.device), "")
         refusal = _refusal(target, hardware, candidate) or unfit
         if not refusal and chosen is not None:
@@ -197,7 +197,7 @@ def limit_bytes(hardware: Hardware, device: str) -> int:
 def estimate(target: Target, config: ModelConfig, *, options: BuildOptions | None = None) -> dict[str, int]:
     """Estimate the bytes of its device's memory that an engine takes while it answers, by part.
 
-    The largest image, and what libraries take, stand in configs/choice.toml. Without options, one prompt at a time: an
+    The largest image, and what libraries take, are in configs/choice.toml. Without options, one prompt at a time: an
     engine for batches allocates no cache for those that do not come.
     """
     options, assumed = options or BuildOptions(max_batch=1), configs.load("choice")
@@ -215,7 +215,7 @@ def estimate(target: Target, config: ModelConfig, *, options: BuildOptions | Non
 
 
 def weight_bytes(target: Target, config: ModelConfig) -> int:
-    """Return the bytes of all weights in the form that the target stores them in.
+    """Return the bytes of all weights in the format in which the target stores them.
 
     Left out: constants that are not in the checkpoint, and the bytes that align tensors in a file.
 
@@ -263,26 +263,26 @@ def _stored_bytes(target: Target, formats: WeightFormats, shapes: Mapping[str, S
     experts: list[tuple[StackedTensor, WeightFormat]] = []
     stored: list[QuantizedWeight] = []
     for key, shape in shapes.items():
-        form = formats.format_of(key)
+        weight_format = formats.format_of(key)
         if len(shape) == 1:
             total += 4 * shape[0]  # norms compute in float32; biases are too few to tell them apart
             continue
-        if form.kind == FLOAT:
+        if weight_format.kind == FLOAT:
             total += float_bytes * math.prod(shape)
             continue
         assert storage is not None, f"{target.name}: formats, but no storage"
         if len(shape) == 3:
-            experts.append((StackedTensor(key, [_weight(key, shape[1:])] * shape[0]), form))
+            experts.append((StackedTensor(key, [_weight(key, shape[1:])] * shape[0]), weight_format))
             if len(experts) == 2:  # gate and up of a layer, then down
                 stored += storage.experts(*zip(*experts, strict=True))
                 experts = []
             continue
         weight = _weight(key, shape)
-        table = storage.table(weight, form) if key == EMBEDDING_KEY else None
+        table = storage.table(weight, weight_format) if key == EMBEDDING_KEY else None
         if key == EMBEDDING_KEY and table is None:
             total += float_bytes * weight.size
         if key != EMBEDDING_KEY or is_tied:
-            stored.append(storage.product(weight, form, is_table=key == EMBEDDING_KEY))
+            stored.append(storage.product(weight, weight_format, is_table=key == EMBEDDING_KEY))
         elif table is not None:
             stored.append(table)
     return total + sum(weight.num_bytes(float_bytes) for weight in stored)

@@ -82,15 +82,15 @@ def disk_error(error: OSError | ValueError, place: Path) -> Qwen3VLError:
     if isinstance(error, Qwen3VLError):
         return error  # some of ours are ValueErrors, too
     if not isinstance(error, OSError):
-        return UsageError(f"{str(place)!r}: no name of a file ({error})", remedy=_OTHER_PLACE)
+        return UsageError(f"{str(place)!r}: not a file name ({error})", remedy=_OTHER_PLACE)
     full = full_disk_error(error, place)
     if full is not None:
         return full
     match error.errno:
         case errno.EROFS:
-            return UsageError(f"{place}: on a file system that is read-only", remedy=_OTHER_PLACE)
+            return UsageError(f"{place}: the file system is read-only", remedy=_OTHER_PLACE)
         case errno.EEXIST | errno.ENOTDIR:
-            return UsageError(f"{place}: it, or what is above it, is a file and no folder", remedy=_OTHER_PLACE)
+            return UsageError(f"{place}: it, or a folder above it, is a file", remedy=_OTHER_PLACE)
         case errno.EACCES | errno.EPERM:
             return UsageError(
                 f"{place}: not writable for this user ({error.strerror})",
@@ -155,7 +155,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     try:
         path = Path(os.path.realpath(path))
         if path.is_dir():
-            raise UsageError(f"{path}: a folder, and a file is to be written", remedy="give the name of a file")
+            raise UsageError(f"{path}: it is a folder, but a file has to be written", remedy="give the name of a file")
         if path.exists() and not path.is_file():
             yield path
             return

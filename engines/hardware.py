@@ -40,9 +40,9 @@ class Gpu:
     Attributes:
         name: As the driver calls it, such as `NVIDIA GeForce RTX 4090`.
         compute_capability: SM version, such as `8.9`.
-        total_bytes: Its memory; 0 if the driver does not say, as where it shares the machine's.
+        total_bytes: Memory; 0 if the driver does not say, as for a GPU that shares the machine's memory.
         free_bytes: What of it no process has taken; 0 if unknown.
-        driver_version: Of the kernel driver.
+        driver_version: Version of the kernel driver.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Hardware:
         cpu: Model of the processor.
         cpu_features: Those of its features that kernels are chosen by, in the words of /proc/cpuinfo.
         num_cores: Logical cores that this process may use.
-        memory_bytes: Of the machine, or of the container if that is less.
+        memory_bytes: Memory of the machine, or the limit of the container if that is less.
         gpus: In the driver's order, by bus; empty is a normal result.
         versions: Installed libraries, by distribution name.
         notes: What could not be found out, and why.

@@ -53,7 +53,7 @@ def check_output(output: Path, weight_bytes: int = 0) -> None:
         weight_bytes: Estimate of what the weights will take, in at most three files.
 
     Raises:
-        UsageError: It is a file, a link to nothing, a folder of something else, or cannot be written.
+        UsageError: It is a file, a broken link, a folder of something else, or cannot be written.
         CapacityError: The disk has too little room, or files of that size are not allowed.
     """
     with _work_folder(output, weight_bytes, weight_bytes // 3):
@@ -67,7 +67,7 @@ def output_folder(output: Path, weight_bytes: int, largest_file_bytes: int = 0) 
     Args:
         output: The engine folder. A link is followed.
         weight_bytes: What will be written, without the small files.
-        largest_file_bytes: Of one file.
+        largest_file_bytes: Size of the largest file.
 
     Raises:
         UsageError: `output` is not a place for an engine.
@@ -98,7 +98,7 @@ def _work_folder(
     """Check the place; give its real path, a folder on its disk, and what holds signals back."""
     try:
         if os.path.islink(output) and not os.path.exists(output):
-            raise UsageError(f"{output}: a link to nothing", remedy="remove it, or choose another --output")
+            raise UsageError(f"{output}: a broken link", remedy="remove it, or choose another --output")
         place = Path(os.path.realpath(output))
         _check_is_ours(place)
         is_inside = os.path.isdir(place) and not _can_be_renamed(place)

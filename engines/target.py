@@ -70,13 +70,13 @@ class Storage(Protocol):
     Each method raises TargetError for a format that no kernel of the target reads.
     """
 
-    def product(self, tensor: StreamedTensor, form: WeightFormat, *, is_table: bool) -> QuantizedWeight:
+    def product(self, tensor: StreamedTensor, weight_format: WeightFormat, *, is_table: bool) -> QuantizedWeight:
         """Return the weight [N, K] of a product; `is_table`: its rows are looked up too."""
 
-    def table(self, tensor: StreamedTensor, form: WeightFormat) -> QuantizedWeight | None:
-        """Return a table [N, K] to look rows up in; None if the target reads tables of that format in floats."""
+    def table(self, tensor: StreamedTensor, weight_format: WeightFormat) -> QuantizedWeight | None:
+        """Return a table [N, K] to look rows up in; None if the target reads such tables unquantised."""
 
-    def experts(self, weights: Sequence[StackedTensor], forms: Sequence[WeightFormat]) -> Sequence[QuantizedWeight]:
+    def experts(self, weights: Sequence[StackedTensor], formats: Sequence[WeightFormat]) -> Sequence[QuantizedWeight]:
         """Return gate and up [E, 2·I, D], and down [E, D, I], of the experts of a layer."""
 
 
@@ -98,10 +98,10 @@ class Target:
         formats: Which weights are stored in which format.
         prefill_formats: Those of a second lowering of the decoder, for many tokens at once; None if there is none.
         prefill_min_tokens: Fewest new tokens of a call that is faster in that second graph.
-        float_dtype: numpy name of the dtype of weights that stay floats.
+        float_dtype: numpy name of the dtype of unquantised weights.
         device: `cpu` or `gpu`: whose memory the engine takes.
         compute_capabilities: GPUs that an engine runs on, such as "8.6"; empty for all.
-        min_compute_capability: Of the GPUs that have the precision's types; empty for all.
+        min_compute_capability: Least one whose GPUs have the precision's types; empty for all.
         builds_on_its_gpu: Only a machine with such a GPU can build.
         rank: Place in the order of `--target auto`, the first is taken; None puts it last, and by name only.
         by_name_only: Why `--target auto` leaves it to be asked for; empty if it does not.
@@ -203,13 +203,13 @@ class Target:
 
 
 def numbers_of(family: str, precision: str) -> dict[str, Any]:
-    """Return the fields of a target that stand in a file of configs/targets, by name."""
+    """Return the fields of a target that a file of configs/targets holds, by name."""
     values = configs.load(f"targets/{family}").get(precision, {})
     return {name: WeightFormats.from_rules(each) if isinstance(each, list) else each for name, each in values.items()}
 
 
 def version(text: str) -> tuple[int, ...]:
-    """Return a compute capability as numbers, so that 10.0 is behind 9.0; of an empty one none."""
+    """Return a compute capability as numbers, so that 10.0 is after 9.0; of an empty one none."""
     return tuple(int(part) for part in text.split(".") if part)
 
 

@@ -63,7 +63,7 @@ class ConcatenatedTensor(JoinedTensor):
     def __init__(self, name: str, parts: Sequence[StreamedTensor]) -> None:
         first = parts[0]
         if any(part.dtype != first.dtype or part.shape[1:] != first.shape[1:] for part in parts):
-            raise ValueError(f"{name}: parts differ in dtype or in the shape behind axis 0")
+            raise ValueError(f"{name}: parts differ in dtype or in the shape after axis 0")
         rows = sum(int(part.shape.numpy()[0]) for part in parts)
         super().__init__(name, (rows, *first.shape.numpy()[1:]), parts)
 

@@ -12,8 +12,8 @@ def lazy(
     """Return `__getattr__` and `__dir__` of a module (PEP 562).
 
     Args:
-        module: Its name.
-        names: Its `__all__`.
+        module: Name of the module.
+        names: The `__all__` of the module.
         sources: Which modules they come from: `{"runtime.model": ["Qwen3VLModel"]}`; a name may be a module there.
 
     The first raises AttributeError for other names, and ImportError where the library of an extra is missing.

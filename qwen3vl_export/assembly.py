@@ -69,7 +69,7 @@ class GraphBuilder:
 
         Args:
             piece: The function.
-            inputs: Its activations.
+            inputs: Activations that it takes.
             scope: Name of the node, and prefix of the checkpoint keys.
             keys: Whole checkpoint keys of parameters that do not follow the prefix.
         """

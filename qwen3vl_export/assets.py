@@ -115,14 +115,14 @@ def _with_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], fo
 
 
 def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    # Of more tokens than rows, some have no row; of fewer with gaps between their ids, too.
+    # If there are more tokens than rows, some have no row; also if there are fewer, with gaps between their ids.
     largest = max(tokenizer.num_tokens - 1, tokenizer.largest_id)
     if largest >= config.text.vocab_size:
         raise CheckpointError(
             f"with all added tokens it has {tokenizer.num_tokens} tokens with ids up to {largest}, config.json a "
             f"vocab_size of {config.text.vocab_size}, the rows of the embedding",
             remedy="take tokenizer and weights from one checkpoint; after tokens were added, the model needs "
-            "resize_token_embeddings, and is to be saved as well",
+            "resize_token_embeddings, and has to be saved as well",
         )
     for name, token in (
         ("image_token_id", IMAGE_TOKEN),

@@ -165,7 +165,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: A key is in two files, keys have a prefix that transformers does not map, or weights are
-                quantised in a form that is not read.
+                quantised in a format that is not read.
         """
         entries: dict[str, TensorEntry] = {}
         for name, header in self.headers.items():
@@ -250,7 +250,7 @@ class Checkpoint:
 
     @cached_property
     def used_keys(self) -> frozenset[str]:
-        """Keys of all weights that the model takes; nothing about the weights is left to be refused behind tracing.
+        """Keys of all weights that the model takes; nothing about the weights is left to be refused after tracing.
 
         The headers tell in milliseconds what tracing would find in seconds.
 

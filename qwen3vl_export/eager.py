@@ -39,8 +39,8 @@ def open_eager(
 
     Args:
         checkpoint: A Hugging Face folder, a Hub id, or `demo` or `demo-moe`.
-        dtype: Of weights, activations and cache: float32, bfloat16 or float16.
-        device: Of PyTorch, such as `cuda`.
+        dtype: Type of weights, activations and cache: float32, bfloat16 or float16.
+        device: Device of PyTorch, such as `cuda`.
         max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for.
 
     Raises:
@@ -48,7 +48,7 @@ def open_eager(
         UsageError: There is no such dtype or device, or `max_context` is beyond what the model was trained for.
     """
     if not isinstance(checkpoint, str) or not checkpoint:
-        raise UsageError(f"{shown(checkpoint)} is no checkpoint", remedy="give a folder, a Hub id, or 'demo'")
+        raise UsageError(f"{shown(checkpoint)} is not a checkpoint", remedy="give a folder, a Hub id, or 'demo'")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UsageError(f"unknown dtype {shown(dtype)}", remedy=f"give one of {', '.join(DTYPES)}")
     kind = _kind_of(device)

@@ -171,8 +171,8 @@ def _resolved(request: ExportRequest, progress: Progress) -> tuple[Target | None
         if request.target != AUTO:
             get(request.target)  # raises for a wrong name
         return None, options
-    report = partial(progress.report, Stage.CHOOSING)
-    target = resolve_target(request.target, lambda: Checkpoint.open(request.model).config, report, options=options)
+    say = partial(progress.report, Stage.CHOOSING)
+    target = resolve_target(request.target, lambda: Checkpoint.open(request.model).config, say, options=options)
     is_for_choice = request.target == AUTO and target.compile is None and not request.compiler_options
     return target, None if is_for_choice else options  # they said how much has to fit
 

@@ -61,7 +61,7 @@ def refuse_file(path: Path) -> NoReturn:
     """
     name = shown_name(str(path))
     if not os.path.exists(path):
-        raise CheckpointError(f"{name}: a link to nothing", remedy="mend the link, or give the folder itself")
+        raise CheckpointError(f"{name}: a broken link", remedy="repair the link, or give the folder itself")
     what, remedy = _kind_of_file(path)
     raise CheckpointError(f"{name}: a file ({what}), expected the folder of a checkpoint", remedy=remedy)
 
@@ -92,7 +92,7 @@ def check_folder(folder: Path) -> None:
     name, files = shown_name(str(folder)), _names_in(folder)
     if files & {MANIFEST_NAME, LOWERED_NAME}:
         raise CheckpointError(
-            f"{name}: an engine, or lowered graphs, that qwen3vl-export wrote, and no checkpoint",
+            f"{name}: an engine, or lowered graphs, that qwen3vl-export wrote, not a checkpoint",
             remedy=f"run it with `qwen3vl run`, or export the checkpoint that it was made from{_source_of(folder)}",
         )
     if files & {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}:
@@ -104,7 +104,7 @@ def check_folder(folder: Path) -> None:
         )
     if "model_index.json" in files and CONFIG not in files:
         raise CheckpointError(
-            f"{name}: a diffusers pipeline (model_index.json), and no Qwen3-VL checkpoint",
+            f"{name}: a diffusers pipeline (model_index.json), not a Qwen3-VL checkpoint",
             remedy="give the folder of a Qwen3-VL model; a pipeline may hold one, as text_encoder",
         )
     if CONFIG not in files:
@@ -155,7 +155,7 @@ def _refuse_without_weights(name: str, files: Collection[str]) -> NoReturn:
     if shards:
         raise CheckpointError(
             f"{name}: {SINGLE} and {INDEX} are missing, there is {_listed(shards)}",
-            remedy=f"download {INDEX}, which says what lies where; a single file has to be called {SINGLE}",
+            remedy=f"download {INDEX}, which says what each file holds; a single file has to be called {SINGLE}",
         )
     _refuse_other_weights(name, files)
     raise CheckpointError(

@@ -87,7 +87,7 @@ class Qwen3VL(nn.Module):
             visual_embeds: What `visual` gives, [1+levels, V, D], V ≥ 1.
             past_lengths: Valid rows of each sequence's cache, [B].
             logits_positions: Which of the S positions get logits, [B, L].
-            cache: Of each layer; not written.
+            cache: Keys and values of each layer; not written.
 
         Returns:
             Float32 logits [B, L, vocab], and each layer's cache with the new rows.
@@ -227,7 +227,7 @@ class CausalAttention(nn.Module):
         self.scale, self.epsilon = head**-0.5, config.rms_norm_eps
 
     def forward(self, x: Tensor, *cos_sin_past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend to the cache and to x [B, S, D]; the arguments behind it are those of the op behind `k_norm`."""
+        """Attend to the cache and to x [B, S, D]; the arguments after it are those of the op after `k_norm`."""
         out, present_key, present_value = causal_attention.apply(
             *self._projected(x), *cos_sin_past, scale=self.scale, epsilon=self.epsilon
         )
@@ -293,7 +293,7 @@ class Router(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward network or experts, each behind a norm and beside a residual."""
+    """Attention and feed-forward network or experts, each after a norm and beside a residual."""
 
     def __init__(self, config: TextConfig, experts: ExpertsConfig | None) -> None:
         super().__init__()
@@ -306,7 +306,7 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, *cos_sin_past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Transform x [B, S, D]; the arguments behind it are those of `CausalAttention.forward`."""
+        """Transform x [B, S, D]; the arguments after it are those of `CausalAttention.forward`."""
         attended, present_key, present_value = self.self_attn(self.input_layernorm(x), *cos_sin_past)
         return self._feed_forward(x + attended), present_key, present_value
 
@@ -421,7 +421,7 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Attention and feed-forward network, each behind a norm and beside a residual."""
+    """Attention and feed-forward network, each after a norm and beside a residual."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

@@ -22,28 +22,27 @@ class ExportRequest:
     """What to export, and how. The command `qwen3vl-export` makes its options and their help of this.
 
     Attributes:
-        model: A Hugging Face folder, a Hub id (owner/name[@revision]), or a shipped one: demo, demo-moe.
-        target: What to build for: of `qwen3vl targets`, or auto.
+        model: A Hugging Face folder, a Hub id (owner/name[@revision]), or a shipped checkpoint: demo, demo-moe.
+        target: Target to build for, as `qwen3vl targets` lists them, or auto.
         output: Engine folder to write. [default: out/MODEL-TARGET]
-        bundle: Write the target-neutral graphs and weights here instead of building an engine.
-        calibration: Round the weights of few bits by what the prompts of this folder put into their products (GPTQ),
-            or, for fp8, which needs it, scale activations by it: *.jsonl with messages, or prompts.txt and images.
-        kv_cache: Keep keys and values in int8 or int4, by scales from the prompts of --calibration. [default: the
-            target's]
-        max_context: Compiled targets: tokens that the KV cache holds. [default: 4096]
-        max_batch: Compiled targets: most sequences of a decode step. [default: 4]
-        prefill_chunk: Compiled targets: most new tokens of one call. [default: 512]
-        max_patches: Compiled targets: most patches of 16 x 16 pixels of one image; profiles for 1024, 4096 and 16384
-            up to it. [default: 16384]
-        compute_capability: trt-rtx-*: build for this GPU generation, such as 8.6; repeatable. [default: all]
-        strip_weights: trt*: leave the weights out of the plans; refitted when opened.
-        weight_streaming: trt*: weights may stay in host memory, for small GPUs.
-        version_compatible: trt*: newer versions of the library open the plans.
-        hardware_compatible: trt-*: newer GPUs run the plans, slower.
-        compile: --no-compile stops at the lowered graphs and their weights, to look at or to run with other tools; here
-            `qwen3vl verify` alone reads them.
-        weights: --no-weights writes the graphs only, which nothing opens; of the checkpoint's weights it reads the
-            headers, though from the Hub it downloads them whole.
+        bundle: Write the target-neutral graphs and weights into this folder instead of building an engine.
+        calibration: Folder of prompts: *.jsonl with messages, or prompts.txt and images. Weights of few bits are
+            rounded by what the prompts put into their products (GPTQ); fp8 targets need it to scale activations.
+        kv_cache: Store keys and values in int8 or int4, with scales from the prompts of --calibration. [default: the
+            target's type]
+        max_context: For compiled targets: capacity of the KV cache in tokens. [default: 4096]
+        max_batch: For compiled targets: most sequences of one decode step. [default: 4]
+        prefill_chunk: For compiled targets: most new tokens of one call. [default: 512]
+        max_patches: For compiled targets: most patches of 16 x 16 pixels of one image. Optimisation profiles are built
+            for 1024, 4096 and 16384 patches, up to this limit. [default: 16384]
+        compute_capability: For trt-rtx-*: build for this GPU generation, such as 8.6; may be repeated. [default: all]
+        strip_weights: For trt*: leave the weights out of the plans; opening the engine puts them in.
+        weight_streaming: For trt*: let weights stay in host memory, for GPUs with little memory.
+        version_compatible: For trt-*: let newer versions of the library open the plans.
+        hardware_compatible: For trt-*: let newer GPUs run the plans, which makes them slower.
+        compile: --no-compile stops at the lowered graphs and their weights, for other tools and for `qwen3vl verify`.
+        weights: --no-weights writes the graphs alone, which nothing opens. It reads only the headers of the weights,
+            but still downloads them whole from the Hub.
 
     Raises:
         UsageError: A size is out of range, or two of them exclude each other.
@@ -82,12 +81,12 @@ class ExportRequest:
             raise UsageError("--bundle and --output exclude each other", remedy="run the command twice")
         if self.calibration is not None and has_no_engine:
             raise UsageError(
-                "--calibration changes weights, which --bundle keeps and --no-weights leaves out",
+                "--calibration changes weights, which --bundle keeps as they are and --no-weights leaves out",
                 remedy="leave --calibration out",
             )
         if self.kv_cache is not None and has_no_engine:
             raise UsageError(
-                "--kv-cache runs the engine, which --bundle and --no-weights do not build",
+                "--kv-cache has to run the engine, which --bundle and --no-weights do not build",
                 remedy="leave --kv-cache out",
             )
 

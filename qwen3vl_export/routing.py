@@ -1,7 +1,6 @@
-"""Statistics of the routers in a mixture of experts: tokens of each expert, and choices that were all but ties.
+"""Statistics of the routers in a mixture of experts: tokens of each expert, and assignments that were nearly tied.
 
-Watched are those of our definition of the model in PyTorch. An engine's are not seen: no target's graph has an output
-for them.
+Only the routers of our own definition of the model in PyTorch are watched: no engine's graph has an output for them.
 
 Shapes: T tokens, E experts, k experts of a token.
 """
@@ -27,8 +26,8 @@ class LayerRouting:
     Attributes:
         tokens_per_expert: [E].
         num_tokens: Tokens that it routed.
-        num_ties: Tokens whose last chosen and first rejected expert have the same probability in float32: the choice is
-            open, and two right implementations may differ from here on.
+        num_ties: Tokens whose last chosen and first rejected expert have the same probability in float32: either may
+            be taken, and two right implementations may differ from here on.
         smallest_gap: Smallest difference of these two logits, ties aside; infinite if a token goes through all experts.
     """
 
@@ -52,7 +51,7 @@ class LayerRouting:
         self.smallest_gap = min(self.smallest_gap, float(gaps.min(initial=np.inf)))
 
     def summary(self) -> str:
-        """Say in a few words how the tokens spread, and how near to another choice they came."""
+        """Say in a few words how the tokens spread, and how near to another assignment they came."""
         return _summary(self.tokens_per_expert, self.num_ties, self.smallest_gap)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +102,7 @@ class RouterStatistics:
             f"worst is layer {worst}: {self.layers[worst].summary()}",
         ]
         if num_ties:
-            lines.append("Of tied experts an engine takes the lower index, PyTorch any: behind a tie they may differ.")
+            lines.append("Of tied experts an engine takes the lower index, PyTorch any: after a tie they may differ.")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,8 +120,8 @@ def _summary(counts: NDArray[np.int64], num_ties: int, gap: float) -> str:
     )
 
 
-Choice = tuple[int, int]
-"""What a router chose for a token: its layer, and its position, counted from the first token that was watched."""
+Assignment = tuple[int, int]
+"""Which experts a token gets, named by its layer and its position, counted from the first token that was watched."""
 
 
 @dataclass
@@ -131,17 +130,17 @@ class Watched:
 
     Attributes:
         statistics: Counts of all layers.
-        gaps: Of each choice, the difference of the logits of the last chosen and the first rejected expert, in standard
-            deviations of the logits that the layer's router gave for the prompt.
+        gaps: For each assignment, the difference of the logits of the last chosen and the first rejected expert, in
+            standard deviations of the logits that the layer's router gave for the prompt.
     """
 
     statistics: RouterStatistics = field(default_factory=RouterStatistics)
-    gaps: dict[Choice, float] = field(default_factory=dict)
+    gaps: dict[Assignment, float] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
 def watched_routers(
-    model: Qwen3VL, prompt_length: int, *, swapped: frozenset[Choice] = frozenset()
+    model: Qwen3VL, prompt_length: int, *, swapped: frozenset[Assignment] = frozenset()
 ) -> Iterator[Watched]:
     """Watch the routers of a model while the context is open.
 
@@ -159,18 +158,18 @@ def watched_routers(
         def look(_: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             nonlocal num_seen, spread
             logits_TE, weight_Tk, expert_Tk = (part.detach() for part in (*inputs, *output))
-            floats_TE = logits_TE.float().numpy()
-            watched.statistics.add(layer, floats_TE, router.top_k)
-            spread = spread or max(float(floats_TE[:prompt_length].std()), float(np.finfo(np.float32).tiny))
-            if router.top_k < floats_TE.shape[1]:
-                for t, (logits, chosen) in enumerate(zip(floats_TE, expert_Tk.numpy(), strict=True)):
+            float32_TE = logits_TE.float().numpy()
+            watched.statistics.add(layer, float32_TE, router.top_k)
+            spread = spread or max(float(float32_TE[:prompt_length].std()), float(np.finfo(np.float32).tiny))
+            if router.top_k < float32_TE.shape[1]:
+                for t, (logits, chosen) in enumerate(zip(float32_TE, expert_Tk.numpy(), strict=True)):
                     out, into = _at_the_border(logits, chosen)
                     place = layer, num_seen + t
                     watched.gaps[place] = float(logits[chosen[out]] - logits[into]) / spread
                     if place in swapped:
                         expert_Tk[t, out] = into
                         weight_Tk[t] = logits_TE[t][expert_Tk[t]].float().softmax(-1).to(weight_Tk.dtype)
-            num_seen += len(floats_TE)
+            num_seen += len(float32_TE)
             return weight_Tk, expert_Tk
 
         handles.append(router.register_forward_hook(look))

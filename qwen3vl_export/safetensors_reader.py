@@ -64,7 +64,7 @@ class TensorEntry:
         """Refer to the tensor by its name in the graph, to be read later, in another shape if `view` is given.
 
         Raises:
-            CheckpointError: It is not of floats.
+            CheckpointError: Its dtype is no float type.
         """
         return CheckpointTensor(key, self, view)
 
@@ -122,7 +122,7 @@ def _read_raw(path: Path, again: str) -> tuple[int, bytes, int]:
             return length, file.read(length), size
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{name}: {'a link to nothing' if path.is_symlink() else 'missing'}",
+            f"{name}: {'a broken link' if path.is_symlink() else 'missing'}",
             remedy=f"download {shown_name(path.name)} again, or the whole checkpoint",
         ) from error
     except NotRegularError as error:
@@ -220,8 +220,8 @@ def _remedy_of(dtype: str) -> str:
         )
     if dtype in ("I8", "U8"):
         return (
-            "weights in 8 bits without a form that is read (bitsandbytes saves such ones): give the unquantised "
-            "checkpoint, or one of a form that docs/quantized_checkpoints.md lists"
+            "weights in 8 bits without a format that is read (bitsandbytes saves such ones): give the unquantised "
+            "checkpoint, or one in a format that docs/quantized_checkpoints.md lists"
         )
     return (
         "no model of this kind stores weights so: take the weights from the original checkpoint, or cast them to BF16"
@@ -258,7 +258,7 @@ def read_columns(entry: TensorEntry, first: int, count: int) -> NDArray[Any]:
 
 
 def read_transposed(entry: TensorEntry) -> NDArray[np.float32]:
-    """Read a matrix [N, K] of floats as float32 [K, N].
+    """Read a matrix [N, K] of a float type as float32 [K, N].
 
     Raises:
         CheckpointError: The file became shorter since its header was read.

@@ -73,24 +73,24 @@ def read_tokenizer(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> 
     files = _Files(folder, read_json)
     is_qwen2 = files.tokenizer_class() == _QWEN2
     if not files.has(NAME):
-        tokenizer, plan = _from_vocabulary(files, is_qwen2), _plan(files, None, is_qwen2)
+        tokenizer, additions = _from_vocabulary(files, is_qwen2), _additions(files, None, is_qwen2)
     else:
         content = files.json(NAME)
         if is_qwen2:
             _check_settings(folder, content, files.settings)
-        plan = _plan(files, content, is_qwen2)
+        additions = _additions(files, content, is_qwen2)
         own = [AddedTokenEntry.read(token, f"{folder / NAME}: added_tokens") for token in _list_of(content, folder)]
-        if _is_numbered_as_stated(content, own) and plan.changes_nothing(own, is_qwen2):
+        if _is_numbered_as_stated(content, own) and additions.changes_nothing(own, is_qwen2):
             return read_small_file(folder / NAME, max_bytes=MAX_TOKENIZER_BYTES, error=CheckpointError)
         with _refusing(f"{folder / NAME}: the file cannot be read as a tokenizer"):
             tokenizer = Tokenizer.from_str(json.dumps({**content, "added_tokens": []} if is_qwen2 else content))
-    _add(tokenizer, plan, is_qwen2, folder)
-    _check_stated(tokenizer, plan, folder)
+    _add(tokenizer, additions, is_qwen2, folder)
+    _check_stated(tokenizer, additions, folder)
     return (tokenizer.to_str(pretty=False) + "\n").encode()
 
 
 @dataclass
-class _Plan:
+class _Additions:
     """What transformers adds to the vocabulary: `tokens` in this order, then `specials` again with default flags."""
 
     tokens: list[AddedTokenEntry] = field(default_factory=list)
@@ -154,7 +154,7 @@ class _Files:
         return _QWEN2 if plain == _QWEN2 else _AS_IN_FILE[0]
 
 
-def _plan(files: _Files, content: Mapping[str, Any] | None, is_qwen2: bool) -> _Plan:
+def _additions(files: _Files, content: Mapping[str, Any] | None, is_qwen2: bool) -> _Additions:
     """Collect the tokens in transformers' order.
 
     Args:
@@ -175,15 +175,15 @@ def _plan(files: _Files, content: Mapping[str, Any] | None, is_qwen2: bool) -> _
         named_by_model |= settings.pop("extra_special_tokens")
     elif isinstance(settings.get("model_specific_special_tokens"), Mapping):
         named_by_model |= settings.pop("model_specific_special_tokens")
-    plan, decoder = _Plan(), dict[int, AddedTokenEntry]()
+    additions, decoder = _Additions(), dict[int, AddedTokenEntry]()
     own = [] if content is None else _list_of(content, folder)
     if "added_tokens_decoder" in settings:
         for key, value in _object(settings.pop("added_tokens_decoder"), f"{where}: added_tokens_decoder").items():
             if not (key.isascii() and key.isdigit() and len(key) < 10):
                 raise CheckpointError(f"{where}: added_tokens_decoder: {shown(key)} is no id", remedy=SAVE_AGAIN)
             decoder[int(key)] = AddedTokenEntry.read(value, f"{where}: added_tokens_decoder", token_id=int(key))
-        plan.stated += [(token, f"{SETTINGS}'s added_tokens_decoder") for token in decoder.values()]
-        plan.stated += [(AddedTokenEntry.read(token, f"{folder / NAME}: added_tokens"), NAME) for token in own]
+        additions.stated += [(token, f"{SETTINGS}'s added_tokens_decoder") for token in decoder.values()]
+        additions.stated += [(AddedTokenEntry.read(token, f"{folder / NAME}: added_tokens"), NAME) for token in own]
     else:
         if files.has(_SPECIAL_MAP):
             named_by_model |= _merge_special_map(files, settings)
@@ -200,16 +200,16 @@ def _plan(files: _Files, content: Mapping[str, Any] | None, is_qwen2: bool) -> _
                 is_special = text in specials
                 token = AddedTokenEntry(text, id=token_id, normalized=not is_special, special=is_special)
                 decoder[token_id] = token
-                plan.stated.append((token, _ADDED))
+                additions.stated.append((token, _ADDED))
         for value in own:
             token = AddedTokenEntry.read(value, f"{folder / NAME}: added_tokens")
             decoder[token.id if token.id is not None else -1] = token
-            plan.stated.append((token, NAME))
-    plan.tokens = [token for _, token in sorted(decoder.items())]
+            additions.stated.append((token, NAME))
+    additions.tokens = [token for _, token in sorted(decoder.items())]
     if "additional_special_tokens" in settings and "extra_special_tokens" not in settings:
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
-    _add_named(plan, settings, named_by_model, where, is_qwen2, own)
-    return plan
+    _add_named(additions, settings, named_by_model, where, is_qwen2, own)
+    return additions
 
 
 def _merge_special_map(files: _Files, settings: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _merge_special_map(files: _Files, settings: dict[str, Any]) -> dict[str, Any
 
 
 def _add_named(
-    plan: _Plan,
+    additions: _Additions,
     settings: Mapping[str, Any],
     named_by_model: Mapping[str, Any],
     where: Path,
@@ -242,7 +242,7 @@ def _add_named(
     own: list[Any],
 ) -> None:
     """Append the special tokens that no file has given an id, and list all special tokens."""
-    known = {token.content: token for token in plan.tokens}
+    known = {token.content: token for token in additions.tokens}
     named: list[AddedTokenEntry | None] = []
     for key in _NAMED:
         value = settings.get(key) if key in settings or not is_qwen2 else _QWEN2_DEFAULTS.get(key)
@@ -266,10 +266,10 @@ def _add_named(
     # The vocabulary of the file itself is not searched: a token that is there already keeps its id when it is added.
     present = {*known, *([] if is_qwen2 else (token["content"] for token in own))}
     # Twice if it is named twice: the flags of the last count.
-    plan.tokens += [token for token in (*named, *extras) if token is not None and token.content not in present]
+    additions.tokens += [token for token in (*named, *extras) if token is not None and token.content not in present]
     of_names = {token.content for token in named if token is not None}
-    plan.tokens = [token.as_special() if token.content in of_names else token for token in plan.tokens]
-    plan.specials = list(dict.fromkeys(token.content for token in (*named, *extras) if token is not None))
+    additions.tokens = [token.as_special() if token.content in of_names else token for token in additions.tokens]
+    additions.specials = list(dict.fromkeys(token.content for token in (*named, *extras) if token is not None))
 
 
 def _token(value: Any, where: str) -> AddedTokenEntry | None:
@@ -304,7 +304,7 @@ def _check_settings(folder: Path, content: Mapping[str, Any], settings: Mapping[
     if differing:
         raise CheckpointError(
             f"{folder / NAME}: {', '.join(differing)} differs from what transformers 5 has in its code for {_QWEN2}: "
-            "there it encodes otherwise than the file says",
+            "there it encodes differently from what the file says",
             remedy=f"if the file is right, set tokenizer_class to {_AS_IN_FILE[1]} in {SETTINGS}; otherwise take it "
             "from the original checkpoint",
         )
@@ -336,7 +336,7 @@ def _from_vocabulary(files: _Files, is_qwen2: bool) -> Tokenizer:
     if len(missing) == 1:
         present = _MERGES if missing == [_VOCABULARY] else _VOCABULARY
         raise CheckpointError(
-            f"{folder / NAME}: missing, and so is {missing[0]}, which together with {present} would do instead",
+            f"{folder / NAME}: missing, and so is {missing[0]}, which together with {present} would replace it",
             remedy=COMPLETE,
         )
     if missing:
@@ -363,16 +363,16 @@ def _from_vocabulary(files: _Files, is_qwen2: bool) -> Tokenizer:
     return tokenizer
 
 
-def _add(tokenizer: Tokenizer, plan: _Plan, is_qwen2: bool, folder: Path) -> None:
+def _add(tokenizer: Tokenizer, additions: _Additions, is_qwen2: bool, folder: Path) -> None:
     from tokenizers import AddedToken
 
     def added(tokens: Iterator[AddedTokenEntry]) -> list[AddedToken]:
         return [AddedToken(**token.flags()) for token in tokens]
 
     with _refusing(f"{folder}: its added tokens cannot be added"):
-        tokenizer.add_tokens(added(iter(plan.tokens)))
+        tokenizer.add_tokens(added(iter(additions.tokens)))
         if is_qwen2:
-            tokenizer.add_tokens(added(map(special_entry, plan.specials)))
+            tokenizer.add_tokens(added(map(special_entry, additions.specials)))
 
 
 @contextmanager
@@ -393,9 +393,9 @@ def _refusing(what: str) -> Iterator[None]:
         ) from error
 
 
-def _check_stated(tokenizer: Tokenizer, plan: _Plan, folder: Path) -> None:
+def _check_stated(tokenizer: Tokenizer, additions: _Additions, folder: Path) -> None:
     """Raise if a token did not get the id that a file states: the embedding was trained with that one."""
-    for token, name in plan.stated:
+    for token, name in additions.stated:
         found = tokenizer.token_to_id(token.content)
         if found is None:
             raise CheckpointError(
@@ -407,7 +407,7 @@ def _check_stated(tokenizer: Tokenizer, plan: _Plan, folder: Path) -> None:
             raise CheckpointError(
                 f"{folder / name.partition(chr(39))[0]}: {shown(token.content)} has the id {token.id}, transformers "
                 f"and the tokenizers library number it {found}: another file says so, or ids before it are unused",
-                remedy=f"give the added tokens ids without gaps behind the vocabulary, the same in all files; or "
+                remedy=f"give the added tokens ids without gaps after the vocabulary, the same in all files; or "
                 f"{SAVE_AGAIN}",
             )
 

@@ -161,7 +161,7 @@ class Stream(Iterator[str]):
         self.close()
 
     def close(self) -> None:
-        """Stop generating, from any thread: at once, or behind the step that another thread is in."""
+        """Stop generating, from any thread: at once, or after the step that another thread is in."""
         self._is_closed = True
         # "generator already executing": the thread inside it sees the flag when the step ends.
         with contextlib.suppress(ValueError):
@@ -195,7 +195,7 @@ class Turn:
         """
         if any(other.thread == threading.get_ident() for other in self._calls.copy()):
             raise UsageError(
-                "a stream of this model is still open in this thread, so another call would wait for ever",
+                "a stream of this model is still open in this thread, so another call would wait forever",
                 remedy="read the stream to its end, or close() it, before the next call",
             )
         self._calls.append(call)

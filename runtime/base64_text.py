@@ -1,4 +1,4 @@
-"""Base64 as programs write it: in lines, in either alphabet, with or without padding, behind a `data:` prefix."""
+"""Base64 as programs write it: in lines, in either alphabet, with or without padding, after a `data:` prefix."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decode_base64(text: str | bytes | bytearray) -> bytes:
         raise ValueError("it is empty")
     foreign = _FOREIGN.search(digits)
     if foreign is not None:
-        raise ValueError(f"found {shown(foreign[0])} behind {foreign.start()} of its characters")
+        raise ValueError(f"found {shown(foreign[0])} after {foreign.start()} of its characters")
     if len(body) - len(digits) > 2 or len(digits) % 4 == 1:
         raise ValueError(f"{len(digits)} characters and {len(body) - len(digits)} of padding: it is cut short")
     return base64.b64decode(digits + "=" * (-len(digits) % 4))

@@ -55,7 +55,7 @@ class RenderedChat:
 
     Attributes:
         text: What transformers' `apply_chat_template(tokenize=False)` returns.
-        places: Of the tokens that the template itself wrote for what is not text: character position in `text`, and
+        places: Where the template itself wrote tokens for what is not text: character position in `text`, and
             token, ascending. A token that a user typed is not among them.
     """
 
@@ -256,7 +256,7 @@ def _fail(kind: str, reason: str) -> NoReturn:
     if kind == REWRITTEN:
         tokens = " and ".join(kind.token for kind in input_kinds())
         raise UsageError(
-            f"the chat template treats {tokens} in the messages in a way of its own, so typed image tokens cannot be "
+            f"the chat template does not write {tokens} in the messages as it is, so typed image tokens cannot be "
             "told from attached images",
             remedy=f"leave {tokens} out of the messages",
         )

@@ -30,7 +30,7 @@ class ContextRoom:
         """Return the most tokens of an answer.
 
         Raises:
-            CapacityError: No answer fits behind the prompt.
+            CapacityError: No answer fits after the prompt.
             UsageError: `max_length` counts the prompt, and is not larger.
         """
         num_tokens = len(prepared.prompt.input_ids)
@@ -60,7 +60,7 @@ class ContextRoom:
             limit = self._pixels_for(free - answer, num_images)
             remedies[:0] = [f"pass max_pixels={limit}, which leaves {answer} tokens for the answer, with less detail"]
         return CapacityError(
-            f"the prompt has {num_tokens} tokens, {visual_tokens} of them visual, and no answer fits behind it: "
+            f"the prompt has {num_tokens} tokens, {visual_tokens} of them visual, which leaves no room for an answer: "
             f"max_context is {self.max_context}",
             remedy=", or ".join(remedies),
         )

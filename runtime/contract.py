@@ -114,7 +114,7 @@ class DecoderInputs(_GraphInputs):
         *,
         all_logits: bool = False,
     ) -> DecoderInputs:
-        """Return one whole prompt behind an empty cache; only its last token gets logits, or all do."""
+        """Return one whole prompt after an empty cache; only its last token gets logits, or all do."""
         num_tokens = len(input_ids)
         return cls(
             input_ids=np.array([input_ids], np.int64),
@@ -135,7 +135,7 @@ class DecoderInputs(_GraphInputs):
         delta: IntArray | int = 0,
         logits_positions: IntArray | None = None,
     ) -> DecoderInputs:
-        """Return tokens of text behind what the cache holds, such as those of a decode step.
+        """Return tokens of text after what the cache holds, such as those of a decode step.
 
         Args:
             input_ids: [B, S].
@@ -185,7 +185,7 @@ class DecoderInputs(_GraphInputs):
 
     @property
     def num_cache_rows(self) -> int:
-        """Capacity that the cache must have: S new rows, those of padding too, behind the longest past."""
+        """Capacity that the cache must have: S new rows, those of padding too, after the longest past."""
         return int(self.past_lengths.max()) + int(self.input_ids.shape[1])
 
     def row(self, index: int) -> DecoderInputs:
@@ -201,7 +201,7 @@ class DecoderInputs(_GraphInputs):
         )
 
     def chunk(self, start: int, stop: int) -> DecoderInputs:
-        """Return the tokens start … stop - 1 of one sequence as a call behind those before them.
+        """Return the tokens start … stop - 1 of one sequence as a call after those before them.
 
         Those of them that get logits get them. If none does, the last one does: a graph gives logits of at least one.
         """
@@ -312,6 +312,6 @@ def check_names(
         if names:
             listed = ", ".join(sorted(names)[:_MOST_LISTED]) + (", …" if len(names) > _MOST_LISTED else "")
             raise EngineError(
-                f"{path}: the graph {problem} {listed}, so it is not of the model that engine.json describes",
+                f"{path}: the graph {problem} {listed}, so it does not belong to the model that engine.json describes",
                 remedy="build the engine again",
             )

@@ -23,8 +23,8 @@ class CudaDevice:
     """The GPU that the driver lists first; `CUDA_VISIBLE_DEVICES` decides which that is.
 
     Attributes:
-        name: Its name, such as `NVIDIA H200`.
-        compute_capability: Its SM version, such as `9.0`.
+        name: Name of the GPU, such as `NVIDIA H200`.
+        compute_capability: SM version of the GPU, such as `9.0`.
         driver_version: The newest CUDA version that the driver knows, such as `13.0`.
 
     Raises:
@@ -168,7 +168,7 @@ class CudaDevice:
             )
         return EngineError(
             f"CUDA failed: {name}: {text}",
-            remedy="start the program again, since an error of the GPU stays until then; then report it",
+            remedy="restart the program, since the GPU stays in error until then; if it happens again, report it",
         )
 
 

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 def aligned(num_bytes: int) -> int:
-    """Round up, so that another tensor may lie behind so many bytes."""
+    """Round up, so that another tensor may lie after so many bytes."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -57,7 +57,7 @@ class Staging:
     Args:
         device: Where.
         stream: The copies wait for what is enqueued on it.
-        num_bytes: Of the pinned memory.
+        num_bytes: Size of the pinned memory.
     """
 
     def __init__(self, device: CudaDevice, stream: int, num_bytes: int = _STAGING_BYTES) -> None:

@@ -62,7 +62,7 @@ def is_folder(path: str | os.PathLike[str], *, error: type[Qwen3VLError] = Engin
         error: Class of what is raised.
 
     Raises:
-        Qwen3VLError: Of the class `error`: the system does not let this user look.
+        Qwen3VLError: An `error`: the system does not let this user look.
     """
     mode = _mode_of(path, error)
     return mode is not None and stat.S_ISDIR(mode)
@@ -97,7 +97,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         OSError: It is missing, or cannot be opened.
         ValueError: The name holds a NUL or a lone surrogate.
     """
-    # Before opening, which for some devices is an action; and again behind it, where nobody can exchange the file.
+    # Before opening, which for some devices is an action; and again after it, where nobody can exchange the file.
     _check_regular(os.stat(path).st_mode, path)
     descriptor = os.open(path, os.O_RDONLY | _WITHOUT_WAITING)
     try:
@@ -124,7 +124,7 @@ def read_small_file(
         remedy: What a missing or unreadable file needs.
 
     Raises:
-        Qwen3VLError: Of the class `error`: it is missing, no regular file, too large, or cannot be read.
+        Qwen3VLError: An `error`: the file is missing, no regular file, too large, or cannot be read.
     """
     try:
         descriptor = open_regular(path)
@@ -161,7 +161,7 @@ def parse_json_object(
         remedy: What a text that cannot be read needs.
 
     Raises:
-        Qwen3VLError: Of the class `error`: it is no JSON object, or its objects would take too much memory.
+        Qwen3VLError: An `error`: it is no JSON object, or its objects would take too much memory.
     """
     try:
         text = contents.decode("utf-8")

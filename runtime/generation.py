@@ -21,7 +21,7 @@ def chunk_limit(capabilities: Mapping[str, Any], *, all_logits: bool = False) ->
     """Return the most new tokens of one call of an engine: of its own sizes, or `PREFILL_CHUNK` if it has none.
 
     Args:
-        capabilities: Of the engine's manifest.
+        capabilities: Those of the engine's manifest.
         all_logits: Each of the tokens gets logits.
     """
     chunk = int(capabilities.get("prefill_chunk", PREFILL_CHUNK))
@@ -45,7 +45,7 @@ def prefill_chunks(
         chunk: Most new tokens of one call.
 
     Yields:
-        The logits that the prompt asks for behind tokens of the chunk, float32 [0 … L, vocab].
+        The logits that the prompt asks for after tokens of the chunk, float32 [0 … L, vocab].
     """
     num_tokens = prompt.input_ids.shape[1]
     for start in range(0, num_tokens, chunk):
@@ -76,12 +76,12 @@ def decode_steps(
 ) -> Iterator[int]:
     """Yield tokens for ever: choose one from the last logits, and run it only when the next one is asked for.
 
-    With a drafter, a call runs the last token and the drafted ones behind it, which gives the logits behind each.
+    With a drafter, a call runs the last token and the drafted ones after it, which gives the logits after each.
     `choose` is asked position by position as without, and a draft is kept while it is what `choose` returned: the
-    logits behind a right draft are those of plain decoding, so penalties, draws of a seeded sampler and tokens are the
+    logits after a right draft are those of plain decoding, so penalties, draws of a seeded sampler and tokens are the
     same too. For sampling this is speculative sampling (Leviathan et al. 2023, arXiv:2211.17192) with a draft
     distribution of one point: a draft is accepted with its probability under the model, and a token chosen in its
-    place follows the rest of that distribution. The next call overwrites the rows of the cache behind a wrong draft.
+    place follows the rest of that distribution. The next call overwrites the rows of the cache after a wrong draft.
 
     The same up to rounding, that is: a call of several positions sums in another order, so near-ties of the logits
     may fall otherwise, the more so where activations are quantised.
@@ -89,13 +89,13 @@ def decode_steps(
     Args:
         session: The engine.
         cache: Holds `num_cached` rows; the row of each token but the last is written before the next is yielded.
-        logits_V: Logits behind the prompt, [vocab].
+        logits_V: Logits after the prompt, [vocab].
         num_cached: Valid rows of the cache.
         delta: Position of a token minus its index (`PromptPositions.delta`).
         dummy_embeds: [1+D, 1, hidden], since a generated token takes no visual row.
         choose: Sampler; it gets a row of logits.
         drafter: Knows the prompt already; None decodes token by token.
-        top: Leave the logits on the device and give `choose` a `TopLogits` instead (but for the first token); the
+        top: Leave the logits on the device and give `choose` a `TopLogits` instead (except for the first token); the
             session is a `TopLogitsSession`.
     """
     drafts: list[int] = []
@@ -110,7 +110,7 @@ def decode_steps(
             num_tokens += 1
             if token != draft:
                 break
-        # The last token has no row yet, and nobody wants logits behind the last position that the cache holds.
+        # The last token has no row yet, and nobody wants logits after the last position that the cache holds.
         past = num_tokens - 1
         drafts = [] if drafter is None else drafter.draft(max(0, cache.capacity - past - 2))
         run = cast(TopLogitsSession, session).decode_top if top else session.decode

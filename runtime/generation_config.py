@@ -58,7 +58,7 @@ def _option(default: Any, check: Check, *, in_file: str = "", is_of_sampling: bo
     Args:
         default: The value where nothing says another.
         check: What it takes.
-        in_file: Its name in generation_config.json, which `replace` takes as well; empty for an option of ours.
+        in_file: The name in generation_config.json, which `replace` takes as well; empty for an option of ours.
         is_of_sampling: Only looked at when tokens are sampled: giving it for a greedy answer is a contradiction.
     """
     metadata = {"check": check, "in_file": in_file, "is_of_sampling": is_of_sampling}
@@ -84,9 +84,9 @@ class GenerationOptions:
         repetition_penalty: In [1e-15, 1e15]; above 1 makes tokens of the prompt and of the answer less likely, 1 is
             off.
         presence_penalty: Subtracted from the logit of every token in the answer so far, in [-2, 2]; 0 is off.
-        frequency_penalty: The same, times the number of occurrences in the answer so far, in [-2, 2]; 0 is off.
+        frequency_penalty: As the last, times the number of occurrences in the answer so far, in [-2, 2]; 0 is off.
         stop: Generation ends before the first of these strings in the text.
-        seed: Of the random generator; None takes fresh entropy.
+        seed: Seed of the random generator; None takes fresh entropy.
         prompt_lookup_num_tokens: Most tokens that are drafted for one call of the decoder by looking up the last tokens
             in prompt and answer; 0 is off. It changes the speed alone, up to rounding (`runtime.generation`).
         eos_token_ids: Token ids that end the answer.

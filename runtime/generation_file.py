@@ -25,9 +25,9 @@ NO_EFFECT = frozenset(
         # How it is computed.
         *("cache_config", "cache_implementation", "compile_config", "continuous_batching_config", "disable_compile"),
         *("low_memory", "max_cache_len", "prefill_chunk_size", "return_legacy_cache", "use_cache"),
-        # Of several beams, which `num_beams` asks for.
+        # Options of several beams, which `num_beams` asks for.
         *("diversity_penalty", "early_stopping", "length_penalty", "num_beam_groups"),
-        # Of a draft model, which is no part of a checkpoint; and of prompt lookup, which changes the speed alone.
+        # Options of a draft model, which no checkpoint holds, and of prompt lookup, which changes the speed alone.
         *("assistant_confidence_threshold", "assistant_ensemble_weight", "assistant_lookbehind"),
         *("max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type"),
         "target_lookbehind",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 _MAPS = Path("/proc/self/maps")
 _HUGE_PAGE_BYTES = 2 << 20
-# Of linux/mman.h: prefer huge pages, and exchange the pages that are there now (since Linux 6.1).
+# From linux/mman.h: prefer huge pages, and exchange the pages that are there now (since Linux 6.1).
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 
 Region = tuple[int, int]

@@ -159,7 +159,7 @@ def _check_decoder(kind: str, width: int, height: int, pixel_bytes: int, where: 
 
 def _decoder_bytes(image: Image.Image) -> int:
     """Return the most bytes a pixel that are in memory while an opened image is decoded."""
-    # Of a JPEG: number, samples across, samples down, table.
+    # Each component of a JPEG has a number, samples across, samples down and a table.
     layers: list[tuple[int, int, int, int]] = getattr(image, "layer", [])
     if image.format in ("JPEG", "MPO") and layers and image.info.get("progressive"):
         # libjpeg holds two bytes for every sample of a progressive file, beside Pillow's four for the pixel.

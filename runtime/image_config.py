@@ -222,7 +222,7 @@ def _values_of(settings: Mapping[str, Any], known: frozenset[str]) -> dict[str, 
     unclear = sorted(key for key, value in nested.items() if value is None and key in _NOT_NULL)
     if unclear:
         raise UsageError(
-            f"{', '.join(unclear)}: null, which releases of transformers read otherwise",
+            f"{', '.join(unclear)}: null, which releases of transformers read differently",
             remedy="write the value, as in the original checkpoint",
         )
     ignored = _IGNORED_KEYS | _VIDEO_KEYS

@@ -2,7 +2,7 @@
 
 The steps of transformers 5.23 (models/qwen2_vl/image_processing_qwen2_vl.py, torchvision backend) without torch:
 RGB, `smart_resize`, antialiased bicubic resize in uint8, rescale and normalise folded into one subtraction and one
-division in float32, patches in merge order. Measured against it (tests/test_image_parity.py, torch 2.14.1): `grid_thw`
+division in float32, patches in merge order. Measured against it (test_image_parity.py, torch 2.14.1): `grid_thw`
 equal, resized pixels equal (0 of 255 grey levels), `pixel_values` equal to the bit.
 
 Shapes: H, W pixels of an image, C channels, P patches, E = C · temporal_patch_size · patch_size² elements of a patch.

@@ -17,7 +17,7 @@ Deviations, each on purpose:
 - BMP, TIFF, PPM, ICO and JPEG 2000 files are read too.
 - Arrays are [H, W] or [H, W, C]; transformers guesses between channels first and last.
 
-Images may come from anywhere. One of too many pixels is refused from its header. Of the others, the decoded image and
+Images may come from anywhere. An image of too many pixels is refused from its header. For others, the decoded image and
 the RGB array are in memory at once and no other copy: 7 bytes a pixel. Some decoders take more than 8 for themselves
 (`runtime/image_bounds.py`); of their formats fewer pixels are allowed, so that no image takes more than 8 bytes for
 each pixel of `max_image_pixels`, 400 MB by default.
@@ -145,7 +145,7 @@ def _path_text(source: str | os.PathLike[Any]) -> str:
         return os.fsdecode(source)
     except Exception as error:  # an own `__fspath__` can fail in any way
         raise UsageError(
-            f"image: {type(source).__name__} gives no path: {type(error).__name__}: {error}", remedy="pass a string"
+            f"image: {type(source).__name__} is not a path: {type(error).__name__}: {error}", remedy="pass a string"
         ) from error
 
 
@@ -154,7 +154,7 @@ def _path_of_file_url(url: str) -> Path:
         parts = urlsplit(url)
     except ValueError as error:  # of the host: brackets
         raise UsageError(
-            f"image {shown(url)}: no URL of a file: {error}", remedy="write file:///folder/name.png, or the plain path"
+            f"image {shown(url)}: no file's URL: {error}", remedy="write file:///folder/name.png, or the plain path"
         ) from error
     if parts.netloc not in ("", "localhost"):
         raise UsageError(

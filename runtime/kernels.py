@@ -31,7 +31,7 @@ KERNEL_TESTS = Path(__file__).with_name("kernel_tests")
 
 # The kernels that the option changes.
 _BYTE_PRODUCTS = frozenset({"DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
-# Right kernels are exact or, behind a softmax, off by 1e-6; one that saturates is off by 0.1 and more.
+# Right kernels are exact or, after a softmax, off by 1e-6; one that saturates is off by 0.1 and more.
 _TOLERANCE = 0.01
 
 
@@ -51,7 +51,7 @@ def needs_exact_products(kernels: Collection[str], tests: Path = KERNEL_TESTS) -
     """Return whether an engine with these kernels must be opened with `EXACT_PRODUCTS` on this machine.
 
     Args:
-        kernels: Their names.
+        kernels: Names of kernels.
         tests: Folder of the tests, one `NAME.onnx` for each.
 
     Raises:
@@ -71,7 +71,7 @@ def needs_exact_products(kernels: Collection[str], tests: Path = KERNEL_TESTS) -
                 f"{kernel} of ONNX Runtime {ort.__version__} computes wrong products on this processor: relative error "
                 f"{error:.2g}; instruction sets: {', '.join(processor()[1]) or 'unknown'}",
                 remedy="install another release of onnxruntime, or build the engine for ort-cpu-fp32, which multiplies "
-                "floats",
+                "in float32",
             )
     return exact
 

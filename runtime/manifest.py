@@ -94,7 +94,7 @@ class Manifest:
                     remedy="`qwen3vl verify` reads it; for an engine, leave --no-compile out of the export",
                 )
             raise EngineError(
-                f"{folder}: {name} is missing, so this is no engine folder",
+                f"{folder}: {name} is missing, so this is not an engine folder",
                 remedy="give the folder that qwen3vl-export wrote, or build it again",
             )
         values = read_json_object(path, remedy="build the engine again")
@@ -106,7 +106,7 @@ class Manifest:
             )
         if values.pop(_DIGEST, None) != _digest_of(values):
             raise EngineError(
-                f"{path}: altered since it was written: its own SHA-256 does not fit",
+                f"{path}: it was altered after it was written: its SHA-256 of itself is wrong",
                 remedy="copy the engine folder again, or build it again",
             )
         try:

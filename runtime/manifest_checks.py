@@ -35,7 +35,7 @@ def check_file_name(name: object) -> str:
     is_name = isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0\ud800-\udfff]", name)
     if not is_name or len(str(name)) > 255:
         raise EngineError(
-            f"{shown_numbers(name)} is no name of a file in the engine's folder", remedy="build the engine again"
+            f"{shown_numbers(name)} is not the name of a file in the engine's folder", remedy="build the engine again"
         )
     return str(name)
 

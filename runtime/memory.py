@@ -61,7 +61,7 @@ def cache_bytes(config: ModelConfig, capabilities: Mapping[str, Any], capacity: 
 def prefill_bytes(config: ModelConfig, num_tokens: int) -> int:
     """Estimate the decoder's workspace for the last chunk of a prompt: activations, and scores against all tokens.
 
-    Measured for a chunk of 512: 0.10 GB without a past, 0.20 GB behind 3000 tokens; estimated 0.10 and 0.20.
+    Measured for a chunk of 512: 0.10 GB without a past, 0.20 GB after 3000 tokens; estimated 0.10 and 0.20.
     """
     text = config.text
     chunk = min(num_tokens, PREFILL_CHUNK)
@@ -79,8 +79,8 @@ def vision_bytes(config: ModelConfig, patches_of_images: Sequence[int]) -> int:
     workspace = 3 * vision.intermediate_size + 15 * vision.hidden_size
     # Twice, because the rows of the images are joined into one array.
     rows = 2 * config.num_visual_levels * config.text.hidden_size // vision.patches_per_token
-    floats = max(patches_of_images, default=0) * workspace + sum(patches_of_images) * (vision.patch_elements + rows)
-    return _FLOAT_BYTES * floats
+    num_values = max(patches_of_images, default=0) * workspace + sum(patches_of_images) * (vision.patch_elements + rows)
+    return _FLOAT_BYTES * num_values
 
 
 def logits_bytes(config: ModelConfig, num_tokens: int) -> int:

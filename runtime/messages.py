@@ -59,7 +59,7 @@ _REFUSED_PARTS = {
     **dict.fromkeys(("document", "file", "input_file"), "pass its text as text and its pages as images"),
 }
 _REFUSED_ITEMS = {
-    "reasoning": "leave it out, or write its text as reasoning_content of the assistant's message behind it",
+    "reasoning": "leave it out, or write its text as reasoning_content of the assistant's message after it",
     "item_reference": "nothing is stored: pass the item itself",
 }
 # Kinds of text parts, of OpenAI's two interfaces, and the key of each that holds the text.

@@ -285,7 +285,7 @@ class Qwen3VLModel:
         return self._join([self._encode_image(image) for image in processed if image is not None])
 
     def _encode(self, prepared: Prepared) -> Generator[str, None, FloatArray]:
-        """Return the embeddings of all images; behind each, an empty piece, at which `Stream.close` can stop."""
+        """Return the embeddings of all images; after each, an empty piece, at which `Stream.close` can stop."""
         embeds = []
         for image in prepared.images:
             embeds.append(self._encode_image(image))
@@ -331,7 +331,7 @@ class Qwen3VLModel:
         logits = []
         for logits_LV in prefill_chunks(self.session, cache, prompt, chunk=self._chunk):
             logits.append(logits_LV)
-            yield ""  # as behind an image
+            yield ""  # as after an image
         sampler = Sampler(options)
         sampler.start(prompt_ids)
         lookup = self._lookup(prompt_ids, options.prompt_lookup_num_tokens)

@@ -38,7 +38,7 @@ class VisionConfig:
     """Shape of the vision tower; sizes are numbers of elements.
 
     Attributes:
-        deepstack_layers: Blocks behind which a DeepStack merger stands, in the order of the mergers in the checkpoint.
+        deepstack_layers: Blocks after which a DeepStack merger stands, in the order of the mergers in the checkpoint.
             The levels of the visual embeddings are in the order of the blocks, whatever this order is.
         rope_theta: Base of the rotary frequencies; no known checkpoint has another than this.
     """
@@ -78,7 +78,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Shape of the mixture of experts that stands in the place of a layer's feed-forward network.
+    """Shape of the mixture of experts that replaces a layer's feed-forward network.
 
     Attributes:
         num_experts: Experts of a layer.
@@ -183,7 +183,7 @@ class ModelConfig:
         if text.boolean("attention_bias", default=False):
             text.refuse("attention_bias", "false: biases are not exported")
         if not text.boolean("is_causal", default=True):
-            text.refuse("is_causal", "true: no token sees those behind it")
+            text.refuse("is_causal", "true: no token sees those after it")
         top = _Section(config, "")
         result = cls(
             text=_text_config(text, rope, top, has_experts=has_experts),
@@ -414,7 +414,7 @@ def _rope(section: _Section, exported_types: tuple[str, ...]) -> _Section:
                     f"{section.name}: {key} is {shown_numbers(merged[key])} in one place and {shown_numbers(value)} in "
                     "another of rope_parameters, rope_scaling and rope_theta"
                 )
-    # Of two forms transformers takes `rope_scaling` alone, but for the theta that stands beside it.
+    # If both are there, transformers takes `rope_scaling` alone, and the theta beside it.
     read = forms.get("rope_scaling") or forms.get("rope_parameters") or {}
     return _Section({**forms.get("rope_theta", {}), **read}, section.name)
 

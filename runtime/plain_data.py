@@ -48,7 +48,7 @@ def plain_data(value: Any, place: str, count: ValueCount | None = None) -> Any:
     Args:
         value: The data. Not written to.
         place: Where it stands, for the message: `messages[0].tool_calls`.
-        count: Of the whole that the data is a part of.
+        count: Counts the values of the whole that the data is a part of.
 
     Raises:
         UsageError: A value is no JSON, a string cannot be written as UTF-8, or the data are deeper than `MAX_DEPTH`

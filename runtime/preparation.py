@@ -83,10 +83,10 @@ class Preparation:
 
     Attributes:
         config: Shape of the model.
-        tokenizer: Its tokenizer.
-        template: Its chat template.
+        tokenizer: The tokenizer.
+        template: The chat template.
         image_config: Settings of its image processor.
-        defaults: Its options of generation.
+        defaults: Default options of an answer.
         max_image_pixels: Images that have more pixels are refused before they are decoded.
     """
 

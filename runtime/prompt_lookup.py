@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-# The values of n, the preferred one first: a long match is right more often, a single token such as the quote behind
+# The values of n, the preferred one first: a long match is right more often, a single token such as the quote after
 # a key's colon finds more. Against (3, 2), by cost: JSON +5, HTML +3, page read back +4, prose -1 %
 # (docs/experiments.md).
 NGRAM_SIZES = (4, 3, 2, 1)
@@ -56,7 +56,7 @@ class DraftLength:
         return 1
 
     def judge(self, is_accepted: bool) -> None:
-        """Learn whether the next token of a draft was accepted; what stands behind a rejected one is never judged."""
+        """Learn whether the next token of a draft was accepted; what stands after a rejected one is never judged."""
         self.rate += RATE_WEIGHT * (is_accepted - self.rate)
         if is_accepted:
             self._pause = 0
@@ -88,7 +88,7 @@ class NgramIndex:
         self._ids.append(token_id)
 
     def following(self, num_tokens: int) -> list[int]:
-        """Return the `num_tokens` tokens behind the place that was found, or none.
+        """Return the `num_tokens` tokens after the place that was found, or none.
 
         A copy that reaches the end of the sequence goes on with itself: after `a b a b a` come `b a b a …`.
         """
@@ -111,7 +111,7 @@ class PromptLookup:
 
     def __init__(self, prompt_ids: Iterable[int], max_tokens: int, never: Iterable[int] = ()) -> None:
         self._index = NgramIndex(prompt_ids)
-        self._length = DraftLength()
+        self.length = DraftLength()
         self._max_tokens = max_tokens
         self._never = frozenset(never)
         self._awaited: deque[int] = deque()
@@ -123,14 +123,14 @@ class PromptLookup:
         self._index.append(token_id)
         if self._awaited:
             is_accepted = token_id == self._awaited.popleft()
-            self._length.judge(is_accepted)
+            self.length.judge(is_accepted)
             self.num_accepted += is_accepted
             if not is_accepted:
                 self._awaited.clear()
 
     def draft(self, room: int) -> list[int]:
         """Return the tokens that may come next, at most `room`; often none."""
-        found = self._index.following(self._length.next(min(room, self._max_tokens)))
+        found = self._index.following(self.length.next(min(room, self._max_tokens)))
         end = next((i for i, token_id in enumerate(found) if token_id in self._never), len(found))
         self._awaited = deque(found[:end])
         self.num_drafted += end

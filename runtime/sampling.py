@@ -65,7 +65,7 @@ class LogitsProcessor(ABC):
     """Change the logits by the value of one option.
 
     Attributes:
-        value: Of the option, checked.
+        value: Value of the option, checked.
         option: Its name in `GenerationOptions`.
         off: The value that changes nothing.
         is_for_greedy: It shapes greedy decoding too.

@@ -44,7 +44,7 @@ class Session(Protocol):
         """Allocate an empty cache of `capacity` positions."""
 
     def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
-        """Run the decoder on [B, S] new tokens behind `past_lengths` cached ones.
+        """Run the decoder on [B, S] new tokens after `past_lengths` cached ones.
 
         Writes rows past_lengths … past_lengths + S - 1 of `cache`, and nothing else; its capacity is at least
         `inputs.num_cache_rows`.
@@ -56,7 +56,7 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class TopLogits:
-    """The largest logits behind one position, and a way to all of them.
+    """The largest logits after one position, and a way to all of them.
 
     Attributes:
         ids: Distinct token ids, int64 [k].

@@ -2,7 +2,7 @@
 
 A stop string is looked for where transformers' `StopStringCriteria` (5.24) looks: in the bytes of all tokens, special
 ones included, and with the prompt before them. So `<|box_end|>` ends an answer, and a line feed completes a stop of two
-behind a prompt that ends with one. What is returned is the answer's own text, without prompt and special tokens.
+after a prompt that ends with one. What is returned is the answer's own text, without prompt and special tokens.
 """
 
 from __future__ import annotations

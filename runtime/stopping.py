@@ -30,7 +30,7 @@ class StopStringFilter:
 
     def __init__(self, stops: Sequence[str]) -> None:
         check_stops(stops)
-        # Of each node: what follows by character, its depth, the node of its suffix, the longest stop that ends there.
+        # For each node: what follows by character, its depth, the node of its suffix, the longest stop that ends there.
         self._next: list[dict[str, int]] = [{}]
         self._depth, self._suffix = [0], [0]
         self._stop: list[str | None] = [None]

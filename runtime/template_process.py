@@ -140,7 +140,7 @@ def _start() -> subprocess.Popen[bytes]:
         if _answer_of(worker, b"", _MAX_START_S) is None:
             raise EngineError(
                 f"the process that renders the chat template did not start: {_last_words(worker)}",
-                remedy=f"see what it prints: {' '.join(command)}",
+                remedy=f"run it to see what it prints: {' '.join(command)}",
             )
     except BaseException:
         _end(worker)

@@ -75,7 +75,7 @@ class Library:
 
         Args:
             path: The file.
-            num_bytes: Its size, by the manifest.
+            num_bytes: Size of the plan, by the manifest.
             tensors: Type of every input and output, as TensorRT names it, by the tensor's name.
             profiles: What the manifest says that it was built for.
 

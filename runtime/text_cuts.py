@@ -5,17 +5,17 @@ digits, line ends and blanks are those of the pattern's `\p{L}`, `\p{N}`, `[\r\n
 
 Qwen's pattern:
 
-- *Behind a line end, if something other than blanks comes before the next line end.* A word that holds a line end ends
-  with the last one of its run of white space, or is a mark with the line ends behind it.
-- *Before a blank, behind what is none.* No word holds a blank but as its first character, or among white space.
-- *Behind a letter or a digit, before what is no letter.* A word of letters goes on as long as there are letters and
+- *After a line end, if something other than blanks comes before the next line end.* A word that holds a line end ends
+  with the last one of its run of white space, or is a mark with the line ends after it.
+- *Before a blank, after what is none.* No word holds a blank but as its first character, or among white space.
+- *After a letter or a digit, before what is no letter.* A word of letters goes on as long as there are letters and
   ends with the last, and a digit is a word of its own.
 
 GPT-2's pattern has the second and the third, where a run of digits is one word; line ends are blanks to it.
 
 NFC joins nothing across these places: line ends and blanks compose with nothing, and of letters, digits and marks only
 those are named that Unicode 3.2 has, that NFC leaves as they are, and that are no second part of a composition. So no
-version of Unicode matters. `tests/test_text_cuts.py` compares each of them with the library's own words.
+version of Unicode matters. `test_text_cuts.py` compares each of them with the library's own words.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ LETTERS = (
     r"\u05d0-\u05ea\u0621-\u063a\u0641-\u064a\u0905-\u0939\u0e01-\u0e30\u10d0-\u10f0"  # Hebrew, Arabic, Hindi, Thai, …
     r"\u3041-\u3094\u30a1-\u30fa\u30fc\u3400-\u4db5\u4e00-\u9fa5\uac00-\ud7a3"  # kana, Chinese, Korean
 )
-"""Letters behind which a text may be cut, as the ranges of a regex."""
+"""Letters after which a text may be cut, as the ranges of a regex."""
 
 DIGITS = r"0-9\u0660-\u0669\u0966-\u096f\uff10-\uff19"
-"""Digits behind which and before which it may be."""
+"""Digits after which and before which it may be."""
 
 MARKS = (
     r"!-/:-@\[-`{-~\u00a1-\u00a9\u00ab\u00ac\u00ae-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u00d7\u00f7"
@@ -57,7 +57,7 @@ MARKS = (
 
 _BLANKS = r" \t\u00a0\u3000"
 
-# Of each pattern: what stands before and behind a cut.
+# For each pattern: what stands before and after a cut.
 _PLACES: Mapping[str, Sequence[tuple[str, str]]] = {
     QWEN_PATTERN: ((r"\S", _BLANKS), (f"[{LETTERS}{DIGITS}]", rf"{DIGITS}{MARKS}\r\n")),
     GPT2_PATTERN: ((r"\S", rf"{_BLANKS}\r\n"), (f"[{LETTERS}]", DIGITS + MARKS), (f"[{DIGITS}]", MARKS)),

@@ -194,7 +194,7 @@ def _check_work(settings: Mapping[str, Any], name: str) -> None:
             raise EngineError(
                 f"{name} holds the regex {shown(pattern)}, which is not one of those that are known to take bounded "
                 "time",
-                remedy="use a checkpoint with Qwen's own tokenizer.json; known patterns stand in runtime/tokenizer.py",
+                remedy="use a checkpoint with Qwen's own tokenizer.json; runtime/tokenizer.py lists the known patterns",
             )
 
 

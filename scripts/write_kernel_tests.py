@@ -236,7 +236,7 @@ def quantised_experts(bits: int) -> Test:
 
 
 def quantised_cache(bits: int) -> Test:
-    """GroupQueryAttention on a cache of codes: one token behind others, and a prompt. New keys and values are codes."""
+    """GroupQueryAttention on a cache of codes: one token after others, and a prompt. New keys and values are codes."""
     test, (num_heads, num_kv_heads, head_dim, capacity), top = Test(), (4, 2, 32, 12), 2 ** (bits - 1) - 1
     spread = 1 + np.arange(num_kv_heads * head_dim).reshape(num_kv_heads, head_dim) / (num_kv_heads * head_dim)
     scales = {"key": spread / (4 * top), "value": spread / top}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,3 +65,15 @@ def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
     bundle = make_bundle(Checkpoint.open(str(tiny_checkpoint)))
     return build(bundle, "ort-cpu-fp32", tmp_path_factory.mktemp("tiny-engine") / "engine")
+
+
+@pytest.fixture
+def gpu_engine(tiny_engine: Path, tmp_path: Path) -> Path:
+    """An engine whose manifest says that it lives on a GPU; the CPU's session opens it."""
+    from runtime.manifest import Manifest
+
+    folder = tmp_path / "engine"
+    shutil.copytree(tiny_engine, folder)
+    manifest = Manifest.read(folder)
+    dataclasses.replace(manifest, capabilities={**manifest.capabilities, "device": "gpu"}).write(folder)
+    return folder

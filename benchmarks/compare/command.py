@@ -18,7 +18,7 @@ from runtime.errors import UsageError
 from scripts import share_torch
 
 _LOCKS = sides.ROOT / "locks"  # made of the requirements beside this file: make lock
-_Choice = TypeVar("_Choice")
+_Known = TypeVar("_Known")
 
 
 def compare(
@@ -26,17 +26,17 @@ def compare(
     layers: options.Layers = None,
     checkpoint: Annotated[Path | None, typer.Option(help="An existing checkpoint of that shape.")] = None,
     expert_stride: options.ExpertStride = 1,
-    side: Annotated[list[str] | None, typer.Option(help="Measure this side only; repeat for several.")] = None,
-    point: Annotated[list[str] | None, typer.Option(help="Such as decode-512-b1; repeat for several.")] = None,
+    side: Annotated[list[str] | None, typer.Option(help="Measure only this side; may be repeated.")] = None,
+    point: Annotated[list[str] | None, typer.Option(help="Only this point (decode-512-b1); may be repeated.")] = None,
     threads: int = 2,
     budget_s: Annotated[float, typer.Option(help="Seconds of timed calls at each point.")] = 3.0,
-    min_repeats: Annotated[int, typer.Option(help="Least timed calls at each point, however long they take.")] = 3,
+    min_repeats: Annotated[int, typer.Option(help="Fewest timed calls at each point, however long they take.")] = 3,
     max_repeats: Annotated[int, typer.Option(help="Most timed calls at each point.")] = 9,
-    keep_engines: Annotated[bool, typer.Option(help="Use our engines of an earlier comparison.")] = False,
-    max_minutes: Annotated[float, typer.Option(help="Begin no side after that.")] = 600.0,
-    work_dir: Annotated[Path, typer.Option(help="Where checkpoint and exports stay.")] = Path("build/compare"),
+    keep_engines: Annotated[bool, typer.Option(help="Reuse our engines of an earlier comparison.")] = False,
+    max_minutes: Annotated[float, typer.Option(help="Start no further side after this many minutes.")] = 600.0,
+    work_dir: Annotated[Path, typer.Option(help="Keeps checkpoint and exports.")] = Path("build/compare"),
     results: Annotated[
-        Path | None, typer.Option(help="Folder of the JSON file, the tables and the plot; needed with --side, --point.")
+        Path | None, typer.Option(help="Folder for the JSON file, tables and plot; required with --side or --point.")
     ] = None,
 ) -> None:
     """Measure our targets beside PyTorch and the installed peers on one synthetic checkpoint."""
@@ -92,7 +92,7 @@ def compare_setup() -> None:
         typer.echo(f"{folder}: installed")
 
 
-def _choose(kind: str, known: Mapping[str, _Choice], names: list[str] | None) -> list[_Choice]:
+def _choose(kind: str, known: Mapping[str, _Known], names: list[str] | None) -> list[_Known]:
     for name in names or ():
         if name not in known:
             raise UsageError(f"--{kind} {name}: unknown", remedy=f"one of {', '.join(known)}")

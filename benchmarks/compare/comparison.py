@@ -117,7 +117,7 @@ def _measure_side(
         **result["settings"],
     }
     measured = {mode: run_driver(side, request | {"mode": mode}, scratch) for mode in (IMAGE_MODE, SPEED_MODE)}
-    # Of what both processes measure, the load time, that of the second counts: the files are in the page cache.
+    # Both processes measure the load time; that of the second counts, since the files are then in the page cache.
     kind = {"target": side.target, "is_ours": side.is_ours, "options": dict(side.options)}
     return {**kind, "export": cost, **measured[IMAGE_MODE], **measured[SPEED_MODE]}
 

@@ -46,7 +46,7 @@ class Driver(ABC):
     """One opened model. What a side cannot do is None; its place in the tables stays empty.
 
     `vision`, `prefill` and `decode` prepare their inputs and return the call that is timed. A call of `decode` computes
-    one token of each sequence behind `past` cached positions and may be repeated.
+    one token of each sequence after `past` cached positions and may be repeated.
 
     Attributes:
         libraries: Distributions at work; the versions of those that are installed are in the result.
@@ -88,7 +88,7 @@ class Driver(ABC):
 
 
 def time_call(call: Call, *, budget_s: float, min_repeats: int, max_repeats: int) -> dict[str, Any]:
-    """Time a call behind one of warm-up: `min_repeats` times, and up to `max_repeats` within `budget_s`."""
+    """Time a call after one of warm-up: `min_repeats` times, and up to `max_repeats` within `budget_s`."""
     call()
     times = []
     while len(times) < min_repeats or (len(times) < max_repeats and sum(times) + times[-1] < budget_s):

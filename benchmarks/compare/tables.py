@@ -128,20 +128,20 @@ def _intro(result: Mapping[str, Any]) -> str:
     ceilings, settings = result["ceilings"], result["settings"]
     return (
         f"One synthetic checkpoint ({result['model']}), {settings['threads']} threads, each side in a process of its "
-        f"own, one after the other; medians of n calls behind one of warm-up: {settings['min_repeats']} at least, "
-        f"more up to {settings['max_repeats']} while they take less than {settings['budget_s']:g} s; prompts of 2048 "
-        f"tokens or of several sequences once.{holes_note(result)}\n\n"
+        f"own, one after the other. Times are medians of n calls after one of warm-up: at least "
+        f"{settings['min_repeats']}, and up to {settings['max_repeats']} while they take less than "
+        f"{settings['budget_s']:g} s; prompts of 2048 tokens or of several sequences once.{holes_note(result)}\n\n"
         f"{result.get('note', '')}"
-        "All run on the pages that the system gives them, but for those that are called huge-pages: they open the "
-        "same engine with `huge_pages`, the seconds of which are in the load time. Load is that of a process behind "
-        "another one that read the same files.\n\n"
+        "All sides run on the pages that the system gives them; only those called huge-pages open the same engine "
+        "with `huge_pages`, whose seconds count as load time. The load time is that of a process that follows another "
+        "one that read the same files.\n\n"
         f"Measured ceilings: memory {ceilings['memory_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"products {ceilings['fp32_operations_per_s'] / 1e9:.0f} (fp32) and "
         f"{ceilings['int8_operations_per_s'] / 1e9:.0f} (int8) giga-operations a second.\n\n"
-        "KL in nats from the next-token distributions of PyTorch fp32, on a few texts; random weights, so it compares "
-        "roundings and says nothing of tasks. Peak memory is that of a process that loads, and answers one image of "
-        "1024 × 768 pixels; pages of mapped files count. onnxruntime-genai's builder writes no vision tower: there it "
-        "is a text of as many tokens.\n"
+        "KL is in nats, from the next-token distributions of PyTorch fp32 on a few texts; weights are random, so it "
+        "compares roundings and says nothing about tasks. Peak memory is that of a process that loads, and answers one "
+        "image of 1024 × 768 pixels; pages of mapped files count. onnxruntime-genai's builder writes no vision tower: "
+        "there, a text of as many tokens takes the place of the image.\n"
     )
 
 

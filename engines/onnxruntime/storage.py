@@ -24,10 +24,10 @@ class OrtStorage:
     """What the kernels of one provider read, and how exactly they multiply.
 
     Attributes:
-        accuracy_level: Of MatMulNBits and QMoE: 4 lets the CPU round the input to 8 bits; 0 computes in the input's own
-            type, but for QMoE in 8 bits, whose kernel for the CPU knows no other way.
+        accuracy_level: Attribute of MatMulNBits and QMoE. 4 lets the CPU round the input to 8 bits; 0 computes in the
+            type of the input, except in QMoE of 8 bits, whose CPU kernel always rounds.
         expert_blocks: Block sizes that QMoE takes.
-        expert_multiple: Rows of experts in floats must be multiples of so many for MoE.
+        expert_multiple: MoE takes unquantised experts whose rows are multiples of this.
         table_in_whole_bytes: A table gets blocks of which a row's zero points fill whole bytes. GatherBlockQuantized on
             CUDA numbers them through from row to row (gather_block_quantized.cu), on the CPU a row begins with a byte.
     """
@@ -37,7 +37,9 @@ class OrtStorage:
     expert_multiple: int = 1
     table_in_whole_bytes: bool = False
 
-    def product(self, tensor: StreamedTensor, form: WeightFormat, *, is_table: bool) -> BlockwiseWeight | RowwiseWeight:
+    def product(
+        self, tensor: StreamedTensor, weight_format: WeightFormat, *, is_table: bool
+    ) -> BlockwiseWeight | RowwiseWeight:
         """Return the weight of a product, whose rows may also be looked up in the same bytes.
 
         Raises:
@@ -47,17 +49,17 @@ class OrtStorage:
         from engines.quantize.tensors import BlockwiseWeight
         from engines.quantize.transposed import RowwiseWeight
 
-        if form.kind == ROWWISE:
+        if weight_format.kind == ROWWISE:
             return RowwiseWeight(tensor)
-        if form.kind != BLOCKWISE:
+        if weight_format.kind != BLOCKWISE:
             raise TargetError(
-                f"{tensor.name}: {form}: no kernel of ONNX Runtime multiplies by it",
+                f"{tensor.name}: {weight_format}: no kernel of ONNX Runtime multiplies by it",
                 remedy="choose a blockwise or rowwise format in the target's file in configs/targets",
             )
-        block = stored_block(tensor, form, is_table=is_table, multiple=self._table_multiple(form))
-        return BlockwiseWeight(tensor, form.bits, block)
+        block = stored_block(tensor, weight_format, is_table=is_table, multiple=self._table_multiple(weight_format))
+        return BlockwiseWeight(tensor, weight_format.bits, block)
 
-    def table(self, tensor: StreamedTensor, form: WeightFormat) -> BlockwiseWeight | None:
+    def table(self, tensor: StreamedTensor, weight_format: WeightFormat) -> BlockwiseWeight | None:
         """Return a table that is only looked up; None if the kernels read none in that format.
 
         Raises:
@@ -66,16 +68,16 @@ class OrtStorage:
         from engines.quantize.blocks import table_block
         from engines.quantize.tensors import BlockwiseWeight
 
-        if form.kind != BLOCKWISE:
+        if weight_format.kind != BLOCKWISE:
             return None
-        block = table_block(tensor, form, self._table_multiple(form))
-        return BlockwiseWeight(tensor, form.bits, block, has_whole_rows=True)
+        block = table_block(tensor, weight_format, self._table_multiple(weight_format))
+        return BlockwiseWeight(tensor, weight_format.bits, block, has_whole_rows=True)
 
-    def _table_multiple(self, form: WeightFormat) -> int:
+    def _table_multiple(self, weight_format: WeightFormat) -> int:
         """Return how many blocks' zero points a row of a table has a multiple of."""
-        return 8 // form.bits if self.table_in_whole_bytes else 1
+        return 8 // weight_format.bits if self.table_in_whole_bytes else 1
 
-    def experts(self, weights: Sequence[StackedTensor], forms: Sequence[WeightFormat]) -> list[BlockwiseWeight]:
+    def experts(self, weights: Sequence[StackedTensor], formats: Sequence[WeightFormat]) -> list[BlockwiseWeight]:
         """Return gate and up, whose rows take turns, and down, of a layer's experts, in one block, as QMoE wants.
 
         Raises:
@@ -85,24 +87,24 @@ class OrtStorage:
         from engines.quantize.experts import interleaved
         from engines.quantize.tensors import BlockwiseWeight
 
-        for weight, form in zip(weights, forms, strict=True):
-            if form.kind != BLOCKWISE:
+        for weight, weight_format in zip(weights, formats, strict=True):
+            if weight_format.kind != BLOCKWISE:
                 raise TargetError(
-                    f"{weight.name}: {form}: no kernel of ONNX Runtime reads experts in that form",
+                    f"{weight.name}: {weight_format}: no kernel of ONNX Runtime reads experts in that format",
                     remedy="choose a blockwise format for *.mlp.experts.*, for gate_up_proj and down_proj",
                 )
         gate_up, down = weights
         columns = [int(weight.shape.numpy()[2]) for weight in weights]
-        block = dividing_block(columns, min(form.block for form in forms), self.expert_blocks)
+        block = dividing_block(columns, min(weight_format.block for weight_format in formats), self.expert_blocks)
         if block is None:
             raise TargetError(
                 f"{gate_up.name}: no block of {', '.join(map(str, self.expert_blocks))} divides rows of "
                 f"{columns[0]} and {columns[1]}",
-                remedy="build a target that keeps the experts in floats, such as ort-cpu-fp32",
+                remedy="build a target that keeps the experts unquantised, such as ort-cpu-fp32",
             )
         return [
-            BlockwiseWeight(weight, form.bits, block, has_whole_rows=True, symmetric=form.symmetric)
-            for weight, form in zip((interleaved(gate_up), down), forms, strict=True)
+            BlockwiseWeight(weight, weight_format.bits, block, has_whole_rows=True, symmetric=weight_format.symmetric)
+            for weight, weight_format in zip((interleaved(gate_up), down), formats, strict=True)
         ]
 
 

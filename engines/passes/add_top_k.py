@@ -10,7 +10,7 @@ LOGITS = "logits"
 
 
 class AddTopKPass(ir.passes.InPlacePass):
-    """Add outputs `top_logits` [B, L, k] and `top_ids` [B, L, k] int64 behind `logits`, by falling logit.
+    """Add outputs `top_logits` [B, L, k] and `top_ids` [B, L, k] int64 after `logits`, by falling logit.
 
     Of equal logits the lower id comes first, as ONNX's TopK demands. A graph without `logits` stays as it is.
 

@@ -24,12 +24,11 @@ class ChooseExpertsKernelPass(ir.passes.InPlacePass):
     | blockwise | QMoE | rows take turns | stacked codes, scales and, unless symmetric, zero points |
 
     The codes are those of the schema (`weights_prepacked` 0), which every provider packs for its own kernel when it
-    opens the graph. The other forms that were tried, and their times, are in docs/mixture_of_experts.md and
-    benchmarks/experts.py.
+    opens the graph. docs/experiments.md has the other nodes that were tried, and their times.
 
     Args:
-        formats: The formats.
-        storage: Of the provider.
+        formats: Which weight gets which format.
+        storage: How the provider stores them.
     """
 
     def __init__(self, formats: WeightFormats, storage: OrtStorage = CPU_STORAGE) -> None:

@@ -31,7 +31,7 @@ class DequantizeWeightsPass(ir.passes.InPlacePass):
     | format | scales | x |
     |---|---|---|
     | blockwise | one for each block along K | as it is |
-    | nvfp4 | the same, themselves behind DequantizeLinear with one scale for all | as it is |
+    | nvfp4 | the same, themselves after DequantizeLinear with one scale for all | as it is |
     | float8 | one for each output | through QuantizeLinear and DequantizeLinear |
 
     Where a block does not divide K, the codes are padded, and x with zeros. A table that is also looked up keeps its
@@ -48,18 +48,18 @@ class DequantizeWeightsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Quantise every product whose weight there is a format for."""
-        products = [found for node in model.graph if (found := find_weight(node)) is not None]
-        chosen = [(found, form) for found in products if (form := self._formats.format_of(found.key)).kind != FLOAT]
+        found_all = [found for node in model.graph if (found := find_weight(node)) is not None]
+        products = [found for found in found_all if self._formats.format_of(found.key).kind != FLOAT]
         rounded: dict[ir.Value, ir.Value] = {}
-        for found, form in chosen:
-            x = found.x
-            if form.kind == FLOAT8:
+        for found in products:
+            weight_format, x = self._formats.format_of(found.key), found.x
+            if weight_format.kind == FLOAT8:
                 if x not in rounded:
                     rounded[x] = _round_input(model, found)
                 x = rounded[x]
-            weight = TensorRtStorage().product(found.tensor, form, is_table=found.is_table)
+            weight = TensorRtStorage().product(found.tensor, weight_format, is_table=found.is_table)
             _multiply(model, found, x, [add_initializer(model, tensor) for tensor in weight.tensors])
-        return ir.passes.PassResult(model, bool(chosen))
+        return ir.passes.PassResult(model, bool(products))
 
 
 def _multiply(model: ir.Model, found: MatMulWeight, x: ir.Value, stored: list[ir.Value]) -> None:

@@ -11,7 +11,7 @@ class FoldStaticShapesPass(ir.passes.InPlacePass):
     """Replace Shape of a graph input by a constant where all dimensions that it asks for are fixed.
 
     With a cache of fixed capacity each layer asks for the same number in a node of its own, from which no pass can see
-    that the masks behind them are equal.
+    that the masks after them are equal.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

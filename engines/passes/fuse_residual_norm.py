@@ -10,7 +10,7 @@ from engines.onnx_text import MICROSOFT
 class FuseResidualNormPass(ir.passes.InPlacePass):
     """Exchange RMSNormalization for the kernels that ONNX Runtime has for it.
 
-    Behind an Add it becomes SkipSimplifiedLayerNormalization, which gives the sum too; elsewhere
+    After an Add it becomes SkipSimplifiedLayerNormalization, which gives the sum too; elsewhere
     SimplifiedLayerNormalization.
     """
 

@@ -1,4 +1,4 @@
-"""Compute in float16 or bfloat16, but for the places where PyTorch computes in float32 whatever the weights' type."""
+"""Compute in float16 or bfloat16, except where PyTorch computes in float32 whatever the weights' type."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CACHE_INPUTS, _CACHE_OUTPUTS = "past_key_values.", "present_key_values."
 class HalfPrecisionPass(ir.passes.InPlacePass):
     """Convert a flat float32 graph to strong types: half where nothing demands float32.
 
-    Inputs and outputs stay float32 but for the KV cache. Weights are cast while they are streamed. A value that is
+    Inputs and outputs stay float32, except for the KV cache. Weights are cast while they are streamed. A value that is
     wanted in the other type goes through one Cast, shared by all that want it so.
 
     Args:
@@ -114,7 +114,7 @@ class _Conversion:
         return self._types[value] in (ir.DataType.FLOAT, self._half)
 
     def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """Return the value in another type: a cast weight, the source of a cast, or a new Cast behind its producer."""
+        """Return the value in another type: a cast weight, the source of a cast, or a new Cast after its producer."""
         known = self._casts.get((value, dtype))
         if known is not None:
             return known
@@ -143,7 +143,7 @@ class _Conversion:
     def _remove_unused_weights(self) -> None:
         """Drop float32 weights that only their casts are used of.
 
-        Casts take their names, which are checkpoint keys, and their places: scales are written behind their codes, and
+        Casts take their names, which are checkpoint keys, and their places: scales are written after their codes, and
         until then held in memory.
         """
         casts = {

@@ -14,10 +14,10 @@ class MatMulWeight:
     """One product x · Wᵀ + bias, with W [out, in] as the checkpoint holds it.
 
     Attributes:
-        nodes: MatMul and, with a bias, the Add behind it; or Gemm with transB.
+        nodes: MatMul and, with a bias, the Add after it; or Gemm with transB.
         x: The other operand.
         value: The weight's initializer.
-        tensor: Its elements.
+        tensor: The elements of the weight.
         bias: [out], or None.
         output: What the last of `nodes` gives.
     """

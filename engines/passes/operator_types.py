@@ -19,14 +19,14 @@ def output_types(
 
     Args:
         node: A node of a flat graph.
-        input_types: Of its inputs; None for one that is left out.
+        input_types: Type of each input; None for one that is left out.
         opset_imports: Versions of the domains.
     """
     import onnx.defs
 
     if node.domain:
-        floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-        first = next(dtype for dtype in input_types if dtype in floats)
+        float_types = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        first = next(dtype for dtype in input_types if dtype in float_types)
         return [first] * len(node.outputs)
     schema = onnx.defs.get_schema(node.op_type, opset_imports[""], "")
     bound: dict[str, ir.DataType] = {}

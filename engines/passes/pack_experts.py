@@ -16,7 +16,7 @@ class PackExpertsPass(ir.passes.InPlacePass):
     """Exchange Gather(experts, index) for Gather(packed, index), expanded by arithmetic.
 
     TensorRT lets nothing but DequantizeLinear read a constant of type INT4, INT8, FP8 or FP4 (tensorrt_rtx 1.7.1,
-    "validateQuantizedTypesProducersConsumers"), and behind DequantizeLinear all experts would be expanded. So the codes
+    "validateQuantizedTypesProducersConsumers"), and after DequantizeLinear all experts would be expanded. So the codes
     are parts of an INT32, and only the experts of a block are expanded:
 
         digit = (v - v mod 2^(b·i)) / 2^(b·i) mod 2^b        weight = (digit - 2^(b-1)) · scale

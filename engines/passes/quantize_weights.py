@@ -34,8 +34,8 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     | rowwise | DynamicQuantizeMatMul; MatMulIntegerToFloat with a scale for each token | |
 
     Args:
-        formats: The formats.
-        storage: Of the provider.
+        formats: Which weight gets which format.
+        storage: How the provider stores them.
     """
 
     def __init__(self, formats: WeightFormats, storage: OrtStorage = CPU_STORAGE) -> None:

@@ -25,7 +25,7 @@ def held_blocks(tensor: StreamedTensor) -> set[tuple[int, int] | None]:
     return {(part.bits, part.block) if isinstance(part, GroupQuantizedTensor) else None for part in parts}
 
 
-def stored_block(tensor: StreamedTensor, form: WeightFormat, *, is_table: bool, multiple: int = 1) -> int:
+def stored_block(tensor: StreamedTensor, weight_format: WeightFormat, *, is_table: bool, multiple: int = 1) -> int:
     """Return the block that a weight [N, K] gets.
 
     The format's; but that of the codes which the checkpoint already holds in as many bits, so that nothing is rounded
@@ -33,26 +33,26 @@ def stored_block(tensor: StreamedTensor, form: WeightFormat, *, is_table: bool, 
 
     Args:
         tensor: The weight.
-        form: A blockwise format.
+        weight_format: A blockwise format.
         is_table: The weight's rows are looked up.
         multiple: A table's row has a multiple of so many blocks.
     """
     held = held_blocks(tensor)
     if len(held) == 1 and (codes := held.pop()) is not None:
         bits, block = codes
-        if bits == form.bits and not (is_table and int(tensor.shape.numpy()[1]) % (block * multiple)):
+        if bits == weight_format.bits and not (is_table and int(tensor.shape.numpy()[1]) % (block * multiple)):
             return block
-    return table_block(tensor, form, multiple) if is_table else form.block
+    return table_block(tensor, weight_format, multiple) if is_table else weight_format.block
 
 
-def table_block(tensor: StreamedTensor, form: WeightFormat, multiple: int = 1) -> int:
+def table_block(tensor: StreamedTensor, weight_format: WeightFormat, multiple: int = 1) -> int:
     """Return the largest block up to the format's that divides a row: a table's rows have no padding.
 
     Raises:
         TargetError: None does.
     """
     num_columns = int(tensor.shape.numpy()[1])
-    block = dividing_block([num_columns], form.block, multiple=multiple)
+    block = dividing_block([num_columns], weight_format.block, multiple=multiple)
     if block is None:
         raise TargetError(
             f"{tensor.name}: no block of {', '.join(map(str, BLOCK_SIZES))} divides its {num_columns} columns",

@@ -60,7 +60,7 @@ def wanted_cache(name: str, prompts: Sequence[CalibrationPrompt], target: Target
         )
     if not prompts:
         raise UsageError(
-            f"--kv-cache {name} needs prompts: its scales are the ranges of the keys and values that they give",
+            f"--kv-cache {name} needs prompts: its scales are the ranges of keys and values for these prompts",
             remedy="add --calibration DIR",
         )
     return CacheQuantization(CACHE_BITS[name], prompts)
@@ -103,7 +103,7 @@ def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, 
 def cache_ranges(folder: Path, manifest: Manifest, prompts: Sequence[CalibrationPrompt]) -> NDArray[np.float32]:
     """Return the largest magnitude of each channel of the keys and values of all prompt tokens, [L, 2, K, H].
 
-    Keys as the cache holds them: behind norm and rotary embedding.
+    Keys as the cache holds them: after norm and rotary embedding.
 
     Args:
         folder: Files of an engine.

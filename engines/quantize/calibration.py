@@ -51,7 +51,7 @@ _EMBEDS = "visual_embeds"
 SLICE_BYTES = 1 << 30
 MAX_PROMPT_TOKENS = 4096
 MAX_TOKENS = 1 << 16
-"""Of all prompts together: it bounds the memory for their activations."""
+"""Most tokens of all prompts together: it bounds the memory for their activations."""
 # Rows of one product of activations: less, and adding a Gram matrix of 6144 columns costs as much as computing it.
 _GRAM_ROWS = 1024
 # Weights that are rounded at a time.
@@ -159,10 +159,10 @@ class Record:
     """Inputs of the graphs for all prompts.
 
     Attributes:
-        images: Of the vision graph, one sample an image.
-        prompts: Of the decoder, one sample a prompt, with a dummy in place of its images' embeddings.
-        num_images: Of each prompt.
-        num_tokens: Of all prompts.
+        images: Inputs of the vision graph, one sample for each image.
+        prompts: Inputs of the decoder, one sample for each prompt, with a dummy in place of its visual embeddings.
+        num_images: Number of images of each prompt.
+        num_tokens: Number of tokens of all prompts.
         sha256: Digest of token ids and pixels, in order.
     """
 

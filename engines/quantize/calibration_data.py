@@ -58,7 +58,7 @@ def read_prompts(folder: Path) -> list[CalibrationPrompt]:
         prompts += _ask(images, questions)
     elif images and not prompts:
         raise UsageError(
-            f"{folder}: images without {_PROMPTS_NAME}", remedy=f"write a question a line into {questions}"
+            f"{folder}: images without {_PROMPTS_NAME}", remedy=f"write one question on each line into {questions}"
         )
     if not prompts:
         raise UsageError(f"{folder}: the calibration set is empty", remedy=_LAYOUT)
@@ -72,7 +72,7 @@ def _read_conversations(path: Path) -> Iterator[CalibrationPrompt]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise UsageError(
-                f"{place}: not readable as JSON ({error})", remedy="write a conversation a line"
+                f"{place}: not readable as JSON ({error})", remedy="write one conversation on each line"
             ) from error
         messages = value.get("messages") if isinstance(value, dict) else value
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -100,7 +100,7 @@ def _resolve(message: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _ask(images: list[Path], questions: Path) -> Iterator[CalibrationPrompt]:
     lines = list(_lines(questions))
     if not lines:
-        raise UsageError(f"{questions}: empty", remedy="write a question a line")
+        raise UsageError(f"{questions}: empty", remedy="write one question on each line")
     for i in range(max(len(images), len(lines))):
         number, text = lines[i % len(lines)]
         content = [{"type": "image", "image": str(images[i % len(images)])}] if images else []

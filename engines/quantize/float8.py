@@ -1,6 +1,6 @@
 """Codes in 8-bit and 4-bit floats, as NVIDIA's tensor cores multiply them.
 
-E4M3 ("E4M3FN": no infinities) reaches from 2^-9 to 448 with 3 bits behind the first (arXiv:2209.05433). E2M1 has the
+E4M3 ("E4M3FN": no infinities) reaches from 2^-9 to 448 with 3 bits after the first (arXiv:2209.05433). E2M1 has the
 magnitudes 0, 0.5, 1, 1.5, 2, 3, 4 and 6 (OCP Microscaling Formats 1.0).
 
 Scales are float16 in the graph. They are rounded to it here, before the codes are chosen, so that both agree.

@@ -47,7 +47,7 @@ def ranged_weights(
 
     Args:
         bundle: The graphs and their weights.
-        name: Of the graph.
+        name: Name of the graph.
         target: What the engine will be built for.
         samples: Inputs of the graph; they become the outputs of the vision graph. Without any, nothing is done.
         folder: Takes one slice of the graph.

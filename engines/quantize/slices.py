@@ -130,7 +130,7 @@ def cut(
 
 
 def _end(first: int, num_bytes: list[int], num_alive: list[int], max_bytes: int) -> int:
-    """Return the index behind the last node of the slice that begins at `first`."""
+    """Return the index after the last node of the slice that begins at `first`."""
     total = 0
     ends: list[int] = []
     for i in range(first, len(num_bytes)):
@@ -161,7 +161,7 @@ def _needed_nodes(graph: ir.Graph, wanted: set[ir.Value], dynamic: set[ir.Value]
 
 
 def _count_alive(nodes: list[ir.Node], last_use: Mapping[ir.Value, int]) -> list[int]:
-    """Return how many values of the graph's nodes are alive behind each node."""
+    """Return how many values of the graph's nodes are alive after each node."""
     changes = [0] * (len(nodes) + 1)
     for i, node in enumerate(nodes):
         for value in node.outputs:

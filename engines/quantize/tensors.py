@@ -34,7 +34,7 @@ class QuantizedWeight(abc.ABC):
     The codes must be written first; the others wait in memory until they are written.
 
     Args:
-        name: Of the weight.
+        name: Name of the weight.
         outputs: Suffix of the name, shape and dtype of the codes, then of each other tensor.
 
     Attributes:
@@ -51,7 +51,7 @@ class QuantizedWeight(abc.ABC):
         self._waiting: list[list[NDArray[Any]]] = [[] for _ in outputs[1:]]
 
     def num_bytes(self, float_bytes: int) -> int:
-        """Return the bytes of all tensors in a graph whose floats take so many."""
+        """Return the bytes of all tensors in a graph whose float values take `float_bytes` each."""
         return sum(float_bytes * each.size if each.dtype == ir.DataType.FLOAT else each.nbytes for each in self.tensors)
 
     @abc.abstractmethod

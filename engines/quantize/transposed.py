@@ -51,7 +51,7 @@ class RowwiseWeight(TransposedWeight):
 
     Args:
         source: The weight.
-        dtype: Of the codes.
+        dtype: Dtype of the codes.
         quantize: Makes codes [R, K] and scales [R] of some rows.
 
     Attributes:

@@ -80,7 +80,7 @@ def check_network(trt: Any, network: Any, facts: GraphFacts, place: str) -> None
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
         network: What the parser filled.
-        facts: Of the graph.
+        facts: What is known of the graph.
         place: Names the graph in messages.
 
     Raises:
@@ -133,7 +133,7 @@ def check_plan_size(num_bytes: int, facts: GraphFacts, place: str, *, stripped: 
     if not least <= num_bytes <= most:
         raise TargetError(
             f"{place}: the plan has {num_bytes} bytes, its weights {facts.weight_bytes}: expected {least} to {most}",
-            remedy="weights were widened, doubled or dropped: this version of the library lowers them otherwise",
+            remedy="weights were widened, doubled or dropped: this version of the library lowers them differently",
         )
 
 

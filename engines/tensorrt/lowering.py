@@ -22,7 +22,7 @@ _TOP_K = 64
 PRECISIONS = {
     "fp16": "float16; norms and rotary embedding in float32",
     "bf16": "bfloat16; norms and rotary embedding in float32",
-    "fp8": "float16, with products of 8-bit floats; activations by calibration",
+    "fp8": "float16, with float8 products; activations by calibration",
     "int4": "float16, with a decoder of 4-bit weights in symmetric blocks of 128",
     "nvfp4": "float16, with a decoder of 4-bit float weights in blocks of 16",
 }
@@ -81,7 +81,7 @@ NATIVE_OPS = {"CausalAttention": causal_attention, "MixtureOfExperts": mixture_o
 
 
 def passes(dtype: str, formats: WeightFormats) -> Sequence[ir.passes.InPlacePass]:
-    """Return the passes behind the bodies, for activations of a half type."""
+    """Return the passes after the bodies, for activations of a half type."""
     import onnx_ir as ir
     from onnx_ir.passes import common
 

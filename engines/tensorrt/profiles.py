@@ -48,7 +48,7 @@ def profiles_of(
     if graph == "decoder":
         chunk, context = options.prefill_chunk, options.max_context
         # Both profiles have the batch as a dynamic size, and the same. Then tensorrt_rtx 1.7.1 lays out the weights
-        # behind a norm in one way for both. With a batch of exactly 1 in one of them, a plan holds them twice: 1.57
+        # after a norm in one way for both. With a batch of exactly 1 in one of them, a plan holds them twice: 1.57
         # times the bytes of all weights in float16 (decode alone 1), 1.37 times in 4 bits (prefill alone 1), against
         # 1.02 and 1.04 (4 layers of the 2B shape).
         batch = max(2, options.max_batch)

@@ -1,4 +1,4 @@
-"""How weights of few bits are stored for TensorRT, which reads no zero points, and tables in floats alone."""
+"""How weights of few bits are stored for TensorRT, which reads no zero points and no quantised tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLOCK_SIZES = (64, 128)
 class TensorRtStorage:
     """What DequantizeLinear reads before a product, and arithmetic before experts."""
 
-    def product(self, tensor: StreamedTensor, form: WeightFormat, *, is_table: bool) -> TransposedWeight:
+    def product(self, tensor: StreamedTensor, weight_format: WeightFormat, *, is_table: bool) -> TransposedWeight:
         """Return the weight of a product, in codes [K, N] beside the table.
 
         Raises:
@@ -32,22 +32,22 @@ class TensorRtStorage:
         from engines.quantize.float8 import quantize_rows_float8
         from engines.quantize.transposed import Nvfp4Weight, RowwiseWeight, SymmetricWeight
 
-        if form.kind == FLOAT8:
+        if weight_format.kind == FLOAT8:
             return RowwiseWeight(tensor, ir.DataType.FLOAT8E4M3FN, quantize_rows_float8)
-        if form.kind == NVFP4:
+        if weight_format.kind == NVFP4:
             return Nvfp4Weight(tensor)
-        if form.bits != 4 or not form.symmetric or form.block not in _BLOCK_SIZES:
+        if weight_format.bits != 4 or not weight_format.symmetric or weight_format.block not in _BLOCK_SIZES:
             raise TargetError(
-                f"{tensor.name}: {form} in a block DequantizeLinear",
+                f"{tensor.name}: {weight_format} in a block DequantizeLinear",
                 remedy=f"choose 4 bits, symmetric, blocks of {' or '.join(map(str, _BLOCK_SIZES))}",
             )
-        stored = stored_block(tensor, form, is_table=is_table)
-        return SymmetricWeight(tensor, stored if stored in _BLOCK_SIZES else form.block)
+        stored = stored_block(tensor, weight_format, is_table=is_table)
+        return SymmetricWeight(tensor, stored if stored in _BLOCK_SIZES else weight_format.block)
 
-    def table(self, tensor: StreamedTensor, form: WeightFormat) -> None:
+    def table(self, tensor: StreamedTensor, weight_format: WeightFormat) -> None:
         """Return None: DequantizeLinear has no lookup."""
 
-    def experts(self, weights: Sequence[StackedTensor], forms: Sequence[WeightFormat]) -> list[BlockwiseWeight]:
+    def experts(self, weights: Sequence[StackedTensor], formats: Sequence[WeightFormat]) -> list[BlockwiseWeight]:
         """Return stacked weights, each in the largest block that divides its rows.
 
         Raises:
@@ -57,14 +57,14 @@ class TensorRtStorage:
         from engines.quantize.tensors import BlockwiseWeight
 
         stored = []
-        for weight, form in zip(weights, forms, strict=True):
+        for weight, weight_format in zip(weights, formats, strict=True):
             num_columns = int(weight.shape.numpy()[2])
-            block = dividing_block([num_columns], form.block)
-            if form.kind != BLOCKWISE or not form.symmetric or block is None:
+            block = dividing_block([num_columns], weight_format.block)
+            if weight_format.kind != BLOCKWISE or not weight_format.symmetric or block is None:
                 raise TargetError(
-                    f"{weight.name}: {form} for experts with rows of {num_columns}",
+                    f"{weight.name}: {weight_format} for experts with rows of {num_columns}",
                     remedy="choose 4 or 8 bits, symmetric, in blocks that divide the rows; or a target in half "
                     "precision",
                 )
-            stored.append(BlockwiseWeight(weight, form.bits, block, has_whole_rows=True, symmetric=True))
+            stored.append(BlockwiseWeight(weight, weight_format.bits, block, has_whole_rows=True, symmetric=True))
         return stored

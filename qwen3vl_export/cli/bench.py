@@ -30,13 +30,13 @@ class Speed:
 
     Attributes:
         prompt_tokens: Tokens of the prompt, visual ones included.
-        visual_tokens: Of them from the image.
+        visual_tokens: How many of them come from the image.
         new_tokens: Tokens of each answer.
         runs: Answers that were timed.
         ttft_p50_s: Median time from the call to the first token.
         ttft_p90_s: The time that nine of ten answers do not exceed, interpolated.
         tpot_s: Median over the answers of the time per later token.
-        tokens_per_s: Its inverse.
+        tokens_per_s: The inverse of `tpot_s`.
     """
 
     prompt_tokens: int
@@ -54,18 +54,18 @@ def bench(
     engine: Engine,
     *,
     image_size: Annotated[
-        str, typer.Option(metavar="WxH", help="Size of the image of random pixels; none leaves it out.")
+        str, typer.Option(metavar="WxH", help="Size of the image, which holds random pixels; none leaves it out.")
     ] = "448x448",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text, about.")] = 20,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
-    runs: Annotated[int, typer.Option(min=1, help="Answers to time, behind one that warms up.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Approximate number of tokens of the text.")] = 20,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Number of tokens of each answer.")] = 32,
+    runs: Annotated[int, typer.Option(min=1, help="Number of answers to time, after one that warms up.")] = 5,
     opening: Annotated[Opening, ("threads", "huge_pages", "no_cuda_graphs")],
     as_json: AsJson = False,
 ) -> None:
     """Time answers on this machine: time to first token (TTFT), time per later token (TPOT), tokens a second.
 
-    The image holds random pixels, and an answer has --new-tokens tokens whatever they are: the end token does not end
-    it. TTFT covers preprocessing, vision tower and prefill.
+    Each answer has exactly --new-tokens tokens: the end token does not end it. TTFT covers preprocessing, vision tower
+    and prefill.
 
     --json prints one object: device, threads, target, load_s, decode_recorded (whether decode steps ran as a CUDA
     graph; null on a CPU), prompt_tokens, visual_tokens, new_tokens, runs, ttft_p50_s, ttft_p90_s, tpot_s, tokens_per_s.
@@ -110,7 +110,7 @@ def bench(
 def measure(
     model: Qwen3VLModel, image_size: tuple[int, int] | None, prompt_tokens: int, new_tokens: int, runs: int
 ) -> Speed:
-    """Time `runs` greedy answers behind one that warms up.
+    """Time `runs` greedy answers, after one that warms up.
 
     Args:
         model: An opened engine.

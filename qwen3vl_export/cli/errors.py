@@ -56,7 +56,7 @@ def run_app(app: typer.Typer, args: Sequence[str] | None = None) -> None:
     | disk full, memory exhausted | as `CapacityError` | 8 |
     | a package of an extra is missing | as `UsageError`, naming the extra | 2 |
     | Ctrl-C | `interrupted` | 130 |
-    | the reader of stdout has gone, as behind `| head -1` | | 141 |
+    | the reader of stdout has gone, as with `| head -1` | | 141 |
     | any other exception, our own bug | `error: internal error: …` | 1 |
 
     With `--json` stderr holds a JSON object on a line instead: `{"error": {"type", "message", "remedy", "exit_code"}}`,

@@ -21,7 +21,7 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 def export(request: ExportRequest, *, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Export a Qwen3-VL checkpoint into an engine.
 
-    The output folder appears when it is complete; until then an older engine stays in its place.
+    The output folder appears once it is complete; until then an older engine stays in its place.
 
     --json prints one object: output, target (null for a bundle), is_engine (false for a bundle and with --no-compile
     or --no-weights), weight_bytes, trace_s, total_s.

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
 
 Engine = Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder that qwen3vl-export wrote.")]
-CheckAll = Annotated[bool, typer.Option("--check", help="Hash the weight files too, not only the small ones.")]
+CheckAll = Annotated[bool, typer.Option("--check", help="Hash the weight files too, not only the small files.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
 Images = Annotated[
     # Text, not Path: a path would fold the "//" of a URL, and the refusal of URLs would not see one.
     list[str] | None,
-    typer.Option("--image", metavar="PATH", help="Image file shown before the prompt; repeat for several, in order."),
+    typer.Option("--image", metavar="PATH", help="Image file to show before the prompt; may be repeated."),
 ]
 System = Annotated[
     str | None, typer.Option(metavar="TEXT", help="System message: how the model is to answer.", show_default=False)
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress and no notes on stderr, but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only errors on stderr, no progress and no notes.")]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print times, speed and cache size on stderr.")]
 
 
@@ -43,14 +43,14 @@ class Opening:
     """How an engine is opened.
 
     Attributes:
-        min_pixels: Enlarge images below this many pixels.
-        max_pixels: Shrink images above this many pixels: faster, less detail.
-        max_image_pixels: Refuse images of more pixels before they are decoded. [default: 50000000]
-        max_context: Room of the KV cache: prompt, images and answer, in tokens.
-        max_memory: Most memory that weights, cache and workspace may take, in units of 10^9 bytes. [default: the
-            machine's]
-        threads: Threads of the engine. [default: OMP_NUM_THREADS, or the cores]
-        huge_pages: Move the weights to huge pages first: seconds to open, faster tokens.
+        min_pixels: Enlarge images that have fewer pixels than this.
+        max_pixels: Shrink images that have more pixels than this: faster, with less detail.
+        max_image_pixels: Refuse images that have more pixels than this before decoding them. [default: 50000000]
+        max_context: Capacity of the KV cache in tokens, for prompt, images and answer together.
+        max_memory: Most memory that weights, KV cache and workspace may take together, in units of 10^9 bytes.
+            [default: the machine's]
+        threads: Number of CPU threads. [default: OMP_NUM_THREADS, or the number of cores]
+        huge_pages: Move the weights to huge pages: opening takes seconds longer, tokens come faster.
         no_cuda_graphs: On a GPU, do not record the decode step as a CUDA graph.
     """
 
@@ -89,20 +89,20 @@ class Answering:
     """How an answer is made.
 
     Attributes:
-        max_new_tokens: Longest answer, in tokens.
-        max_length: Longest prompt and answer together, in tokens; --max-new-tokens takes its place.
-        do_sample: Draw tokens, or take the likeliest. [default: the checkpoint's]
-        temperature: Below 1 sharper, above 1 flatter; needs sampling.
-        top_k: Keep the K likeliest tokens; 0 keeps all; needs sampling.
-        top_p: Keep the likeliest that sum to P; 1 keeps all; needs sampling.
-        min_p: Drop those below P times the likeliest; 0 keeps all; needs sampling.
-        repetition_penalty: Above 1 repeats prompt and answer less; 1 is off.
-        presence_penalty: Taken from each token already in the answer; 0 is off.
-        frequency_penalty: The same, for each time it occurred; 0 is off.
-        seed: The same seed draws the same answer.
-        stop: End the answer before this text; repeat for several.
-        prompt_lookup_num_tokens: Draft up to N tokens by looking up the last ones in prompt and answer: faster where
-            the answer copies.
+        max_new_tokens: Most tokens of the answer.
+        max_length: Most tokens of prompt and answer together; --max-new-tokens takes precedence.
+        do_sample: Sample tokens, or always take the most likely one. [default: the checkpoint's]
+        temperature: Divide the logits by this: below 1 is sharper, above 1 flatter. Needs sampling.
+        top_k: Keep the K most likely tokens; 0 keeps all. Needs sampling.
+        top_p: Keep the most likely tokens whose probabilities add up to P; 1 keeps all. Needs sampling.
+        min_p: Drop tokens less than P times as likely as the most likely one; 0 keeps all. Needs sampling.
+        repetition_penalty: Above 1, tokens of prompt and answer become less likely; 1 is off.
+        presence_penalty: Subtract this from the logit of each token that is already in the answer; 0 is off.
+        frequency_penalty: Subtract this once for each time that a token occurs in the answer; 0 is off.
+        seed: Seed of the random generator; the same seed gives the same answer.
+        stop: End the answer before this text; may be repeated.
+        prompt_lookup_num_tokens: Draft up to N tokens by finding the latest ones earlier in prompt or answer: faster
+            where the answer copies.
     """
 
     max_new_tokens: int | None = None

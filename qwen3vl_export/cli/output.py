@@ -20,7 +20,7 @@ def print_stream(model: Qwen3VLModel, messages: list[dict[str, Any]], options: d
     """Print an answer as it comes and end its line, also when it is interrupted.
 
     To a pipe or a file goes the answer as it is. On a terminal control characters, which a model can be made to write
-    by the picture that it reads, are escaped, but for line feeds and tabs.
+    by the picture that it reads, are escaped, except for line feeds and tabs.
     """
     is_shown = is_terminal(sys.stdout)
     stream = model.stream(messages, **options)
@@ -122,7 +122,7 @@ def _json_value(value: Any) -> Any:
 
 def print_json(value: Any) -> None:
     """Print one JSON value on a line of stdout; control characters and lone surrogates in JSON's escapes."""
-    # json.dumps leaves those beyond U+007E as they are. They stand in strings alone.
+    # json.dumps leaves those beyond U+007E as they are. They occur in strings only.
     text = json.dumps(value, ensure_ascii=False, default=_json_value)
     print(CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text), flush=True)
 
@@ -153,7 +153,7 @@ def read_stdin() -> str:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"stdin is no text in UTF-8: {error}", remedy="convert it, or pass an image with --image"
+            f"stdin is not UTF-8 text: {error}", remedy="convert it, or pass an image with --image"
         ) from error
     if not text.strip():
         raise UsageError("PROMPT is missing, and stdin is empty", remedy='give one, such as "Describe the image."')

@@ -62,7 +62,7 @@ def run(
     prompt: Annotated[
         str | None,
         typer.Argument(
-            metavar="PROMPT", help="What to ask. - reads stdin, and so does no prompt, unless stdin is a terminal."
+            metavar="PROMPT", help="What to ask. Read from stdin if it is -, or left out where stdin is no terminal."
         ),
     ] = None,
     image: Images = None,
@@ -74,7 +74,7 @@ def run(
     quiet: Quiet = False,
     check: CheckAll = False,
 ) -> None:
-    """Answer one prompt; the text, and nothing else, appears on stdout as it is generated.
+    """Answer one prompt. Its answer, and nothing else, appears on stdout while it is generated.
 
     --json prints one object at the end: text, token_ids (of the answer), finish_reason (eos, stop or length), and
     stats with preprocess_s, vision_s, prefill_s, ttft_s (time to first token), tpot_s (time per later token),
@@ -129,8 +129,8 @@ def chat(
     At the prompt:
       /image PATH   show this image with the next turn
       /reset        forget the conversation
-      /quit         leave (so does the end of the input, Ctrl-D)
-    Ctrl-C stops an answer and drops its turn; at the prompt it leaves.
+      /quit         end the chat, as the end of the input (Ctrl-D) does
+    Ctrl-C stops an answer and drops its turn; at the prompt it ends the chat.
 
     \b
     Example:
@@ -161,7 +161,7 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
     check_local(engine, "engine")
     manifest = Manifest.read(engine)
     if not as_json:
-        # Before the check: what the folder says it is helps to understand what is wrong with it.
+        # Printed before the check, since it helps to understand what the check finds.
         print_text(manifest_text(manifest))
     manifest.check(engine, full=check)
     compared = "SHA-256 of every file" if check else "SHA-256 of small files, size of weight files"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
-# What the authors of the model published of each size; all of a size have one shape.
+# The authors' checkpoints; all of one size have one shape.
 _RELEASED = re.compile(r"Qwen/(?P<size>Qwen3-VL-[\w-]+?)-(Instruct|Thinking)(-FP8)?")
 
 
@@ -36,22 +36,22 @@ def targets(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Estimate what this model takes: a folder, a Hub id (owner/name[@revision]), demo, demo-moe, or a "
-            "size such as qwen3-vl-2b.",
+            help="Estimate the memory that this model takes: a folder, a Hub id (owner/name[@revision]), demo, "
+            "demo-moe, or a size such as qwen3-vl-2b.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show this machine and the targets: which of them it can build and run, and why not otherwise.
+    """Show this machine and all targets: which of them it can build and run, and the reasons where it cannot.
 
-    --model adds the memory that an engine of each target takes, by part, and what --target auto of the export makes of
-    it. The weights of a folder are not read. Of a Hub id config.json alone is fetched, and not even that for the
-    released Qwen3-VL checkpoints, whose shapes are shipped.
+    --model adds an estimate of the memory that an engine of each target takes, part by part, and the target that
+    --target auto chooses. No weights are read. For a Hub id, config.json alone is fetched, and nothing at all for the
+    released Qwen3-VL checkpoints, whose shapes are shipped with this package.
 
     --json prints one object: machine (cpu, cpu_features, num_cores, memory_bytes, gpus, versions, notes), targets
-    (each: name, description, can_build, can_run, reason) and, with --model, choice: target (of --target auto, null if
-    none fits) and candidates in order of preference (each: target, device, parts in bytes, limit_bytes, refusal,
-    total_bytes).
+    (each: name, description, can_build, can_run, reason) and, with --model, choice: target (what --target auto chooses,
+    null if none fits) and candidates in order of preference (each: target, device, parts in bytes, limit_bytes,
+    refusal, total_bytes).
 
     \b
     Examples:
@@ -91,8 +91,7 @@ def targets(
 def model_shape(model: str) -> ModelConfig:
     """Return the shape of a folder, of `demo`, of a name in configs/models, or of a Hub id.
 
-    Of the Hub `config.json` alone is fetched, or taken from its cache; of `Qwen/Qwen3-VL-2B-Instruct` and its kin the
-    shape is that of configs/models.
+    From the Hub, or its cache, `config.json` alone is fetched; the released checkpoints have shapes in configs/models.
 
     Raises:
         UsageError: It is none of them.

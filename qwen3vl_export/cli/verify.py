@@ -1,4 +1,4 @@
-"""`qwen3vl verify`: an engine beside PyTorch, its answers beside the truth, a checkpoint beside the end of float16."""
+"""`qwen3vl verify`: compare an engine with PyTorch, its answers with the truth, a checkpoint with float16's range."""
 
 # ruff: noqa: D301 (typer keeps the line breaks of a paragraph that begins with a backspace character)
 
@@ -25,15 +25,16 @@ class Comparison:
     """What is compared, and with what.
 
     Attributes:
-        checkpoint: What the engine was built from: folder, Hub id[@revision], demo, demo-moe.
-        engine: Engine folder, or lowered graphs of --no-compile; not with --ranges.
-        max_new_tokens: Greedy tokens to compare for each prompt. [default: 64]
-        reference: What to compare with: transformers, or own, this package's PyTorch definition of the model, where
-            transformers is not installed. [default: transformers]
-        tasks: Compare answers to the demo's held-out questions, with float32.
-        ranges: Compare every tensor of the checkpoint with the end of float16, 65504.
-        limit: With --tasks: only the first N canvases of 2000.
-        plot: With --tasks: each layer's error, with --ranges its range, as .svg or .png.
+        checkpoint: Checkpoint that the engine was built from: a folder, a Hub id (owner/name[@revision]), demo, or
+            demo-moe.
+        engine: Engine folder, or lowered graphs that --no-compile wrote; not with --ranges.
+        max_new_tokens: Number of greedy tokens to compare for each prompt. [default: 64]
+        reference: What to compare with: transformers, or own, which is this package's PyTorch definition of the model
+            and needs no transformers. [default: transformers]
+        tasks: Compare answers to the demo's held-out questions with those of a float32 engine.
+        ranges: Compare the largest magnitude of every tensor of the checkpoint with the largest float16, 65504.
+        limit: With --tasks: ask about the first N of 2000 canvases only.
+        plot: Plot the error of each layer (with --tasks) or its range (with --ranges) into this .svg or .png file.
 
     Raises:
         UsageError: Two of them exclude each other.
@@ -66,20 +67,20 @@ class Comparison:
 
 @grouped
 def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Compare an engine with PyTorch in float32 on the same pixels; exit code 9 if a tolerance fails.
+    """Compare an engine with PyTorch in float32 on the same pixels. The exit code is 9 if a tolerance is exceeded.
 
-    ENGINE may be the lowered graphs that --no-compile writes for a target whose device is not here: ONNX Runtime's CPU
-    provider runs them, which proves the graphs and not how the device rounds.
+    ENGINE may be the lowered graphs that --no-compile writes for a target whose device this machine lacks. ONNX
+    Runtime's CPU provider runs them: that tests the graphs, but not how the device rounds.
 
-    --tasks asks the demo's questions instead: four of each held-out canvas, of the engine and of a float32 engine that
-    it builds from the checkpoint. It prints exact matches, their paired difference in points with a 95 % interval,
-    divergence, agreement and perplexity on the true answers, and fails if a task loses more points than it may.
+    --tasks asks the demo's questions instead: four about each held-out canvas, to the engine and to a float32 engine
+    that it builds from the checkpoint. It prints exact matches, their paired difference in points with a 95 % interval,
+    KL divergence, agreement and perplexity on the true answers, and fails if a task loses more points than it may.
 
     --ranges takes no engine: it runs the checkpoint in float32 and lists the largest magnitude of each tensor, and how
-    many times that fits below 65504. Exit code 9 if one does not: then float16 does not hold this checkpoint.
+    many times that fits below 65504. The exit code is 9 if one does not fit: float16 cannot hold this checkpoint.
 
-    Needs the packages of the extra [verify] (transformers, torchvision) beside those of [export]; with --reference own,
-    --tasks or --ranges those of [export] alone. --tasks needs scikit-learn, too, and --plot matplotlib.
+    The command needs the packages of the extras [export] and [verify] (transformers, torchvision); with --reference
+    own, --tasks or --ranges those of [export] are enough. --tasks also needs scikit-learn, --plot also matplotlib.
 
     \b
     Examples:
@@ -97,7 +98,7 @@ def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = Fa
     if comparison.ranges and not report.passed:
         raise ParityError(
             f"float16 does not hold every tensor of {comparison.checkpoint}",
-            remedy="take a target that computes in bfloat16",
+            remedy="choose a target that computes in bfloat16",
         )
     if not report.passed:
         raise ParityError(

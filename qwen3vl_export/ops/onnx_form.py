@@ -18,10 +18,10 @@ def node_of(
     """Return the function that a translation table of torch.onnx takes for an operator of domain `qwen3vl`.
 
     Args:
-        name: Of the ONNX operator.
+        name: Name of the ONNX operator.
         inputs: Names of the tensors, in the order of the torch operator.
         outputs: Names of the results.
-        attributes: Names of the scalars behind the tensors, in order; float but for those in `integers`.
+        attributes: Names of the scalars after the tensors, in order; all are floats except those in `integers`.
         integers: Attributes that are int64, and tensors of int64.
     """
     import onnxscript
@@ -30,7 +30,7 @@ def node_of(
     def parameter(tensor: str) -> OpSchema.FormalParameter:
         return OpSchema.FormalParameter(tensor, "tensor(int64)" if tensor in integers else "T")
 
-    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+    float_types = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
     kinds = {name: OpSchema.AttrType.INT if name in integers else OpSchema.AttrType.FLOAT for name in attributes}
     schema = OpSchema(
         name,
@@ -38,7 +38,7 @@ def node_of(
         DOMAIN_VERSION,
         inputs=[parameter(tensor) for tensor in inputs],
         outputs=[parameter(tensor) for tensor in outputs],
-        type_constraints=[("T", floats, "")],
+        type_constraints=[("T", float_types, "")],
         attributes=[OpSchema.Attribute(attribute, kind, "") for attribute, kind in kinds.items()],
     )
     operator = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION), name, schema)

@@ -20,9 +20,9 @@ class LayerErrors:
     """Norm of the difference over the norm of float32, over all prompts together.
 
     Attributes:
-        visual_levels: Of the vision tower's embeddings (0) and of each DeepStack level.
-        keys: Of each layer's keys behind the prompt.
-        values: Of each layer's values.
+        visual_levels: Error of the vision tower's embeddings (0) and of each DeepStack level.
+        keys: Error of each layer's keys after the prompt.
+        values: Error of each layer's values.
     """
 
     visual_levels: tuple[float, ...]

@@ -189,7 +189,7 @@ def is_lowered(folder: Path) -> bool:
 
 
 def _held(path: Path) -> bytes:
-    """Return the graph of a file with two Identities behind each tensor that a node computes."""
+    """Return the graph of a file with two Identities after each tensor that a node computes."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -212,7 +212,7 @@ def _refusal(path: Path, error: Exception) -> ParityError:
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", " ".join(str(error).split()))
     node = re.search(r"node with name '([^']*)'|\(node:'([^']*)'", text)
     if "NOT_IMPLEMENTED" not in text or node is None:
-        return ParityError(f"{path}: ONNX Runtime refuses it ({text})", remedy="the graph is wrong: lower it again")
+        return ParityError(f"{path}: ONNX Runtime refuses it ({text})", remedy="the graph is wrong: export it again")
     return ParityError(
         f"{path}: ONNX Runtime's CPU provider has no kernel for {_op_and_types(path, node[1] or node[2])}",
         remedy="it needs its own device: build the engine there and give `verify` that",

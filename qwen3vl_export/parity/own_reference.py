@@ -12,7 +12,7 @@ import torch
 from qwen3vl_export.eager import EagerSession
 from qwen3vl_export.modeling import Qwen3VL
 from qwen3vl_export.parity.reference import ReferenceOutput
-from qwen3vl_export.routing import Choice, watched_routers
+from qwen3vl_export.routing import Assignment, watched_routers
 from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
 from runtime.positions import mrope_positions
 from runtime.preparation import Prepared
@@ -41,7 +41,7 @@ class OwnReference:
         prepared: Prepared,
         num_steps: int,
         *,
-        swapped: frozenset[Choice] = frozenset(),
+        swapped: frozenset[Assignment] = frozenset(),
         likely_tokens: Sequence[int] = (),
     ) -> ReferenceOutput:
         """Run one prompt; see `Reference.run`."""
@@ -59,11 +59,11 @@ class OwnReference:
         self,
         prepared: Prepared,
         visual: FloatArray | None,
-        swapped: frozenset[Choice],
+        swapped: frozenset[Assignment],
         given: Sequence[int],
         num_steps: int,
     ) -> ReferenceOutput:
-        """Run the prompt, and tokens given behind it, in one call; then steps of greedy tokens."""
+        """Run the prompt, and tokens given after it, in one call; then steps of greedy tokens."""
         config, num_prompt = self._model.config, len(prepared.prompt.input_ids)
         ids = [*prepared.prompt.input_ids, *given]
         no_embeds, positions = no_visual_embeds(config), mrope_positions(len(ids), prepared.prompt.spans)

@@ -37,10 +37,10 @@ def drawn_panels(
 
     Args:
         file: Where.
-        titles: Of each panel, and what it counts along its x axis.
-        y_label: Of the axis that all share.
+        titles: Title of each panel, and what it counts along its x axis.
+        y_label: Label of the axis that all share.
         width: In inches.
-        salt: Of the names in an SVG file: the same numbers give the same file.
+        salt: Makes the names in an SVG file, so that the same numbers give the same file.
 
     Raises:
         UsageError: As `check_plot`.

@@ -24,8 +24,8 @@ class TensorRange:
         graph: `vision` or `decoder`.
         scope: Part of the model: `layers.3`, `blocks.3`, a module's name, or nothing for what belongs to no weight.
         op: Type of the node that computes it, or `weight`.
-        name: Its name in the graph.
-        max_abs: Its largest magnitude, over all prompts.
+        name: Name in the graph.
+        max_abs: Largest magnitude over all prompts.
     """
 
     graph: str

@@ -1,6 +1,6 @@
 """Measure the largest magnitude of every tensor, to tell whether float16, which ends at 65504, holds a checkpoint.
 
-The checkpoint's graphs are lowered to float32 and standard operators, with one more output behind each float tensor:
+The checkpoint's graphs are lowered to float32 and standard operators, with one more output after each float tensor:
 its largest magnitude. They run over the prompts of `verify`, prompt and greedy answer. What is inside one operator (the
 scores of an Attention, the squares of a norm) is not a tensor of the graph and is not seen: kernels of half precision
 compute it in float32.

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from qwen3vl_export.routing import Choice, RouterStatistics
+from qwen3vl_export.routing import Assignment, RouterStatistics
 from runtime.contract import FloatArray
 from runtime.preparation import Prepared
 
@@ -28,12 +28,12 @@ class ReferenceOutput:
     Attributes:
         visual_embeds: [1+D, V, hidden], or None without images.
         logits: [S, vocab] of the prompt.
-        layers: Keys and values of each layer behind the prompt and all greedy tokens but the last, [1, K, S+N-1, H].
+        layers: Keys and values of each layer after the prompt and all greedy tokens but the last, [1, K, S+N-1, H].
         tokens: Greedy tokens; the end of the sequence does not stop them.
         step_logits: [N, vocab]: the logits that chose each of `tokens`.
         routers: What the routers of a mixture of experts did.
-        gaps: Of each of their choices, how far the last chosen and the first rejected expert are apart; empty where
-            choices cannot be followed.
+        gaps: For each of their assignments, how far the last chosen and the first rejected expert are apart; empty
+            where assignments cannot be followed.
     """
 
     visual_embeds: FloatArray | None
@@ -42,7 +42,7 @@ class ReferenceOutput:
     tokens: list[int]
     step_logits: FloatArray
     routers: RouterStatistics
-    gaps: dict[Choice, float]
+    gaps: dict[Assignment, float]
 
 
 class Reference(Protocol):
@@ -64,7 +64,7 @@ class Reference(Protocol):
         prepared: Prepared,
         num_steps: int,
         *,
-        swapped: frozenset[Choice] = frozenset(),
+        swapped: frozenset[Assignment] = frozenset(),
         likely_tokens: Sequence[int] = (),
     ) -> ReferenceOutput:
         """Run one prompt and `num_steps` greedy tokens.
@@ -73,6 +73,6 @@ class Reference(Protocol):
             prepared: The prompt, of which transformers takes token ids, pixels and grids; every image token stands for
                 an image.
             num_steps: Tokens to generate.
-            swapped: Choices of routers where the other expert is taken, see `watched_routers`.
+            swapped: Assignments in which the other expert is taken, see `watched_routers`.
             likely_tokens: If these are the greedy tokens, one call computes all steps.
         """

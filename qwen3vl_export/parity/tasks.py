@@ -75,7 +75,7 @@ def run_tasks(
 
     finished(0)
     with tempfile.TemporaryDirectory() as folder:
-        reference = _reference(source, Path(folder) / "engine")
+        reference = build_reference(source, Path(folder) / "engine")
         questions, layers = ask_all(model, reference, map(held_out, range(count)), finished)
     notes = (CPU_NOTE,) if is_lowered(engine) else ()
     return TaskReport.of(model.manifest, checkpoint, questions, limits["task_loss_points"], layers, notes)
@@ -145,7 +145,7 @@ def ask(
     differs = np.flatnonzero(logits_TV.argmax(-1) != truth_ids)
     if not differs.size:
         return list(truth_ids), logits_TV, cache
-    # Goes back to the first difference: the rows of the true tokens behind it are overwritten before they are read.
+    # Goes back to the first difference: the rows of the true tokens after it are overwritten before they are read.
     start = int(differs[0])
     answer = list(truth_ids[:start])
     steps = decode_steps(
@@ -167,7 +167,8 @@ def _nll(logits_TV: FloatArray, tokens: Sequence[int]) -> float:
     return -float(values.sum())
 
 
-def _reference(source: Checkpoint, folder: Path) -> Qwen3VLModel:
+def build_reference(source: Checkpoint, folder: Path) -> Qwen3VLModel:
+    """Build and open the float32 engine that answers are compared with."""
     from qwen3vl_export.export import ExportRequest, export
     from runtime.model import Qwen3VLModel
 

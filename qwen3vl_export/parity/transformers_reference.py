@@ -5,7 +5,7 @@ interface, so that any release from 4.57 on will do: `from_pretrained` and `from
 model, `get_image_features`, and the keys and values of the cache that they return.
 
 Which experts a token goes through is only seen in our own definition of the model, on the same weights. It gives router
-statistics, and runs with other choices; the numbers of a run without are transformers'.
+statistics, and runs with other assignments; the numbers of a run without are transformers'.
 
 Shapes: S prompt tokens, P patches, N steps, V vocab.
 """
@@ -33,7 +33,7 @@ from qwen3vl_export.parity.metrics import difference
 from qwen3vl_export.parity.own_reference import OwnReference
 from qwen3vl_export.parity.quiet import quiet_libraries
 from qwen3vl_export.parity.reference import ReferenceOutput
-from qwen3vl_export.routing import Choice, RouterStatistics
+from qwen3vl_export.routing import Assignment, RouterStatistics
 from runtime.contract import FloatArray
 from runtime.errors import CheckpointError, Qwen3VLError, UsageError
 from runtime.installation import how_to_install
@@ -41,11 +41,11 @@ from runtime.preparation import Prepared
 
 _COMPARE_WITH_OWN = "compare with this package's own PyTorch definition of the model: --reference own"
 FOLLOWED_NOTE = (
-    "where the engine chose other experts, it was compared with our own definition, which can make the same choices "
-    "and agrees with transformers otherwise"
+    "where the engine chose other experts, it was compared with our own definition, which can take the same ones, "
+    "and otherwise agrees with transformers"
 )
 _OUR_READING = (
-    "transformers does not read this checkpoint's form without further packages, or not rightly: PyTorch got the "
+    "transformers does not read this checkpoint's format without further packages, or not rightly: PyTorch got the "
     "weights as the exporter reads them, so a fault of that reading does not show here"
 )
 
@@ -119,10 +119,10 @@ class TransformersReference:
         prepared: Prepared,
         num_steps: int,
         *,
-        swapped: frozenset[Choice] = frozenset(),
+        swapped: frozenset[Assignment] = frozenset(),
         likely_tokens: Sequence[int] = (),
     ) -> ReferenceOutput:
-        """Run one prompt; see `Reference.run`. With choices swapped, it is our own definition that runs."""
+        """Run one prompt; see `Reference.run`. With swapped assignments, our own definition runs."""
         if swapped:
             assert self._own is not None, "a dense model has no routers"
             return self._own.run(prepared, num_steps, swapped=swapped, likely_tokens=likely_tokens)
@@ -134,8 +134,8 @@ class TransformersReference:
         if own.tokens == output.tokens and difference(own.logits, output.logits).scaled <= _same_within():
             return replace(output, routers=own.routers, gaps=own.gaps)
         self.notes.append(
-            "transformers and our own definition of the model differ on a prompt: an engine's other choices of experts "
-            "were not followed there"
+            "transformers and our own definition of the model differ on a prompt: there, experts that the engine chose "
+            "differently were not followed"
         )
         return replace(output, routers=own.routers)
 
@@ -188,7 +188,7 @@ def _refusing(checkpoint: Checkpoint) -> Iterator[None]:
     """Say of an error inside transformers that the installed release does not read this checkpoint.
 
     Raises:
-        UsageError: It fails in any way but for want of memory; releases fail in ways of their own on others' files.
+        UsageError: It fails, except for want of memory; each release fails in its own way on the files of others.
     """
     try:
         yield
@@ -198,7 +198,7 @@ def _refusing(checkpoint: Checkpoint) -> Iterator[None]:
         raise UsageError(
             f"transformers {metadata.version('transformers')} does not read {checkpoint.name} "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]})",
-            remedy="mend what it names, try another release, such as the one that config.json names as its writer, or "
+            remedy="repair what it names, try another release, such as that which config.json names as its writer, or "
             f"{_COMPARE_WITH_OWN}",
         ) from error
 
@@ -229,7 +229,7 @@ def _levels(features: Any) -> FloatArray:
 
 
 def _as_transformers_reads_it(checkpoint: Checkpoint) -> Any | None:
-    """Load the folder with transformers, or return None where it does not read this form of weights, or not rightly.
+    """Load the folder with transformers, or return None where it does not read this format of weights, or not rightly.
 
     It reads no quantised weights without further packages, and no experts that lie one by one. Stacked experts it takes
     in one layout or both, by release (5.0 not in the Hub's), and a square matrix in whichever layout it is stored

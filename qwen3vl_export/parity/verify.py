@@ -3,17 +3,17 @@
 The reference is untouched transformers, or on request our own definition of the model (reference.py).
 
 Compared are prompt and pixels with those of the Hugging Face processor; every level of the vision graph; the decoder
-layer by layer; the logits of every prompt token and of greedy steps behind the reference's tokens; and the tokens of
-`generate`, each behind the engine's own.
+layer by layer; the logits of every prompt token and of greedy steps after the reference's tokens; and the tokens of
+`generate`, each after the engine's own.
 
 A decoder layer is compared by the keys and values that it writes into the cache: of all that happens in a layer, only
-they are outputs of every target's graph. Those of layer i are its input behind one norm, one product and the rotary
-embedding. What else goes wrong in layer i (q-norm, attention, MLP, the DeepStack level added behind it) shows first in
+they are outputs of every target's graph. Those of layer i are its input after one norm, one product and the rotary
+embedding. What else goes wrong in layer i (q-norm, attention, MLP, the DeepStack level added after it) shows first in
 layer i + 1, and in the logits if i is the last. So do values that are not finite; a note names where they show first.
 The blocks of the vision tower have no output but the levels: level 0 depends on all blocks, a DeepStack level on those
 up to its own.
 
-Where the engine chose another expert, the reference follows it (routes.py); such choices have limits of their own.
+Where the engine chose another expert, the reference follows it (routes.py); that has limits of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from qwen3vl_export.parity.reference import OWN, TRANSFORMERS, Reference, Refere
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.routes import Followed, follow
 from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE, TransformersReference, check_installed
-from qwen3vl_export.routing import Choice, RouterStatistics
+from qwen3vl_export.routing import Assignment, RouterStatistics
 from runtime.contract import FloatArray
 from runtime.errors import EngineError, ParityError, UsageError
 from runtime.manifest import Manifest
@@ -137,7 +137,7 @@ def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> di
 
 @dataclass(frozen=True)
 class _Decoded:
-    """What the engine's decoder gives for a prompt of S tokens and N tokens behind it, all but the last of them given.
+    """What the engine's decoder gives for a prompt of S tokens and N tokens after it, all but the last of them given.
 
     Attributes:
         layers: Keys and values of each layer, [1, K, S+N-1, H].
@@ -223,11 +223,11 @@ class _Comparison:
         return same_ids and same_grids
 
     def _run_both(self, prepared: Prepared, embeds: FloatArray, num_steps: int) -> tuple[Followed, _Decoded]:
-        """Run reference and engine, the reference with the engine's choices of experts."""
+        """Run reference and engine, the reference with the experts that the engine chose."""
         decoded: dict[tuple[int, ...], _Decoded] = {}
         tokens: list[int] = []
 
-        def run(swapped: frozenset[Choice]) -> ReferenceOutput:
+        def run(swapped: frozenset[Assignment]) -> ReferenceOutput:
             nonlocal tokens
             output = self._reference.run(prepared, num_steps, swapped=swapped, likely_tokens=tokens)
             tokens = output.tokens
@@ -247,11 +247,11 @@ class _Comparison:
             gaps = [gap for place, gap in followed.gaps.items() if place[0] == layer]
             if not gaps:
                 continue
-            detail = {"choices": len(gaps), "share": len(gaps) / routing.num_tokens}
+            detail = {"assignments": len(gaps), "share": len(gaps) / routing.num_tokens}
             self._add(_ROUTES, max(gaps), self._limits["router_gap"], layer=layer, detail=detail)
         if not followed.is_complete:
             self.notes.append(
-                f"{self._case.name}: after {followed.num_runs} runs of PyTorch no more choices of routers were followed"
+                f"{self._case.name}: after {followed.num_runs} runs of PyTorch, no more assignments were followed"
             )
 
     def _decode(self, prepared: Prepared, embeds: FloatArray, tokens: tuple[int, ...]) -> _Decoded:

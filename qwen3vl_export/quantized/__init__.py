@@ -1,6 +1,6 @@
 """Quantised checkpoints: their parts are joined into the weights that the model names, dequantised while they are read.
 
-config.json's `quantization_config` says which form it is; which layers are quantised is what the file holds.
+config.json's `quantization_config` says which format it is; which layers are quantised is what the file holds.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from qwen3vl_export.safetensors_reader import TensorEntry
 from runtime.errors import CheckpointError
 
 
-class _Form(Protocol):
-    """One form of quantised checkpoint.
+class _Format(Protocol):
+    """One format of quantised checkpoint.
 
     Attributes:
         parts: Last words of the keys that only a quantised weight has.
@@ -27,11 +27,11 @@ class _Form(Protocol):
     def entry(self, module: Module) -> QuantizedEntry: ...
 
 
-_FORMS: Mapping[str, Callable[[Mapping[str, Any], str], _Form]] = {
-    awq.METHOD: awq.AwqForm,
-    gptq.METHOD: gptq.GptqForm,
-    compressed_tensors.METHOD: compressed_tensors.CompressedTensorsForm,
-    fp8.METHOD: fp8.Fp8Form,
+_FORMATS: Mapping[str, Callable[[Mapping[str, Any], str], _Format]] = {
+    awq.METHOD: awq.AwqFormat,
+    gptq.METHOD: gptq.GptqFormat,
+    compressed_tensors.METHOD: compressed_tensors.CompressedTensorsFormat,
+    fp8.METHOD: fp8.Fp8Format,
 }
 _MARKS = ("qweight", "weight_packed", "weight_scale_inv")
 
@@ -47,7 +47,7 @@ def join_parts(
         folder: Where the checkpoint lies.
 
     Raises:
-        CheckpointError: The form is not read, or parts are missing or do not fit.
+        CheckpointError: The format is not read, or parts are missing or do not fit.
     """
     config = hf_config.get("quantization_config")
     if config is None:
@@ -60,15 +60,15 @@ def join_parts(
                 remedy="take config.json from the quantised checkpoint",
             )
         return dict(entries)
-    form = _open_form(config, f"{folder / 'config.json'}: quantization_config")
+    opened = _open_format(config, f"{folder / 'config.json'}: quantization_config")
     modules: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in entries.items():
         name, _, part = key.rpartition(".")
-        if part in form.parts or (part == "weight" and entry.dtype == "F8_E4M3"):
+        if part in opened.parts or (part == "weight" and entry.dtype == "F8_E4M3"):
             modules.setdefault(name, {})[part] = entry
     if not modules:
         raise CheckpointError(
-            f"{folder}: config.json says {json_like(config.get('quant_method'))}, no weight is stored in that form",
+            f"{folder}: config.json says {json_like(config.get('quant_method'))}, no weight is stored in that format",
             remedy="remove quantization_config from config.json if the weights are unquantised",
         )
     joined: dict[str, TensorEntry | QuantizedEntry] = dict(entries)
@@ -81,17 +81,17 @@ def join_parts(
                 f"{plain.path}: {name}.weight is unquantised, beside {', '.join(sorted(parts))}",
                 remedy="two checkpoints were mixed: get the quantised one again",
             )
-        joined[f"{name}.weight"] = form.entry(Module(name, parts))
+        joined[f"{name}.weight"] = opened.entry(Module(name, parts))
     return joined
 
 
-def _open_form(config: Any, where: str) -> _Form:
+def _open_format(config: Any, where: str) -> _Format:
     if not isinstance(config, dict):
         raise CheckpointError(f"{where} is {json_like(config)}, expected an object", remedy=UNQUANTIZED)
     method = config.get("quant_method")
-    form = _FORMS.get(method) if isinstance(method, str) else None
-    if form is None:
+    made = _FORMATS.get(method) if isinstance(method, str) else None
+    if made is None:
         raise CheckpointError(
-            f"{where}.quant_method is {json_like(method)}, expected one of {', '.join(_FORMS)}", remedy=UNQUANTIZED
+            f"{where}.quant_method is {json_like(method)}, expected one of {', '.join(_FORMATS)}", remedy=UNQUANTIZED
         )
-    return form(config, where)
+    return made(config, where)

@@ -22,11 +22,11 @@ _OUTPUT_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 _BITS = 4
 
 
-class AwqForm:
+class AwqFormat:
     """What config.json says of an AWQ checkpoint.
 
     Raises:
-        CheckpointError: The form is not read.
+        CheckpointError: The format is not read.
     """
 
     parts: tuple[str, ...] = ("qweight", "qzeros", "scales")

@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints in the pack-quantized form, 4 or 8 bits, symmetric or not.
+"""compressed-tensors checkpoints in the pack-quantized format, 4 or 8 bits, symmetric or not.
 
 Layout (compressed-tensors 0.20, compressors/pack_quantized): `weight_packed` int32 [N, ceil(K · bits / 32)] holds
 consecutive inputs, the first in the lowest bits, each code plus 2^(bits - 1); `weight_scale` is [N, J];
@@ -32,11 +32,11 @@ METHOD = "compressed-tensors"
 _FORMAT = "pack-quantized"
 
 
-class CompressedTensorsForm:
+class CompressedTensorsFormat:
     """What config.json says of a compressed-tensors checkpoint.
 
     Raises:
-        CheckpointError: The form is not read.
+        CheckpointError: The format is not read.
     """
 
     parts: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")

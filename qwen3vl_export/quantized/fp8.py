@@ -22,11 +22,11 @@ METHOD = "fp8"
 _BLOCK = 128
 
 
-class Fp8Form:
+class Fp8Format:
     """What config.json says of an FP8 checkpoint.
 
     Raises:
-        CheckpointError: The form is not read.
+        CheckpointError: The format is not read.
     """
 
     parts: tuple[str, ...] = ("weight_scale_inv",)

@@ -30,11 +30,11 @@ METHOD = "gptq"
 _ONES = {4: 0x11111111, 8: 0x01010101}
 
 
-class GptqForm:
+class GptqFormat:
     """What config.json says of a GPTQ checkpoint.
 
     Raises:
-        CheckpointError: The form is not read.
+        CheckpointError: The format is not read.
     """
 
     parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")

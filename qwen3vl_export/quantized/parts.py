@@ -28,9 +28,9 @@ from runtime.errors import CheckpointError
 CHUNK_WEIGHTS = 1 << 18
 # Read at a time of a matrix whose columns are wanted: the widest of 2B and 8B come whole or in two bands, so a page of
 # the file is seldom read twice.
-_BAND_BYTES = 32 << 20
+BAND_BYTES = 32 << 20
 
-UNQUANTIZED = "give the unquantised checkpoint, or one of a form that docs/quantized_checkpoints.md lists"
+UNQUANTIZED = "give the unquantised checkpoint, or one in a format that docs/quantized_checkpoints.md lists"
 _FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
@@ -55,7 +55,7 @@ class QuantizedEntry:
             CheckpointError: It is needed in another shape: a convolution's, which no format quantises.
         """
         if view is not None and view != self.shape:
-            raise CheckpointError(f"{self.path}: {key} is quantised, expected it as floats", remedy=UNQUANTIZED)
+            raise CheckpointError(f"{self.path}: {key} is quantised, expected it unquantised", remedy=UNQUANTIZED)
         return self.open(key)
 
 
@@ -149,7 +149,7 @@ class GroupedWeight(abc.ABC):
     """A weight [N, K] of integer codes, with one scale and zero point for each group of a row's columns.
 
     Attributes:
-        module: Its parts.
+        module: Parts of the weight.
         shape: (N, K).
         bits: 4 or 8.
         group: Columns of a group; the last group of a row may be shorter.
@@ -253,7 +253,7 @@ def column_slices(entry: TensorEntry, num_codes: int) -> Iterator[NDArray[np.int
         num_codes: Codes in one of its columns.
     """
     num_rows, num_columns = entry.shape
-    band = max(1, _BAND_BYTES // (num_rows * 4))
+    band = max(1, BAND_BYTES // (num_rows * 4))
     width = max(1, CHUNK_WEIGHTS // num_codes)
     for first in range(0, num_columns, band):
         words = read_columns(entry, first, min(band, num_columns - first))
@@ -273,7 +273,7 @@ def unpack_codes(words: NDArray[np.int32], bits: int) -> Codes:
 
 
 def unsupported(where: str, field: str, found: object, expected: str) -> CheckpointError:
-    """Return the error of a form that is not read."""
+    """Return the error of a format that is not read."""
     return CheckpointError(
         f"{where}: {field} is {json_like(found)}, expected {expected}",
         remedy=UNQUANTIZED,
@@ -301,7 +301,7 @@ def matches(pattern: str, name: str, where: str) -> bool:
         return re.match(pattern, name) is not None
     except re.error as error:
         raise CheckpointError(
-            f"{where}: {json_like(pattern)} is no regular expression ({error})",
+            f"{where}: {json_like(pattern)} is not a regular expression ({error})",
             remedy="correct the pattern in config.json",
         ) from error
 

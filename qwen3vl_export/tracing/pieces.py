@@ -3,9 +3,9 @@
 All pieces are traced in one call and taken apart afterwards: torch.onnx builds its table of operators anew for each
 call, which is half of the time of ten calls.
 
-Sizes are those of an example: torch's symbolic ones give the same functions in more than twice the time, and
-tests/test_tracing.py compares both. The definition may ask no input for a dynamic size. Each trace is searched for
-integers that are multiples of one, which are what a reshape would leave.
+Sizes are those of an example: torch's symbolic ones give the same functions in more than twice the time, and the
+tests compare both. The definition may ask no input for a dynamic size. Each trace is searched for integers that are
+multiples of one, which are what a reshape would leave.
 
 Shapes: B batch, S new tokens, T cache capacity, L logits positions, V visual rows, I segments, P patches, H head dim.
 """
@@ -34,7 +34,7 @@ from runtime.model_config import ModelConfig
 
 # Example sizes of the dynamic dimensions: primes, so that their multiples are seldom anything else. P is taken times
 # the patches of a visual token.
-_EXAMPLES = {"B": 10007, "S": 10009, "T": 10037, "L": 10039, "V": 10061, "I": 10067, "P": 10069}
+EXAMPLE_SIZES = {"B": 10007, "S": 10009, "T": 10037, "L": 10039, "V": 10061, "I": 10067, "P": 10069}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Input:
     dtype: torch.dtype = torch.float32
 
     def example(self, patches_per_token: int) -> Tensor:
-        sizes = _EXAMPLES | {"P": _EXAMPLES["P"] * patches_per_token}
+        sizes = EXAMPLE_SIZES | {"P": EXAMPLE_SIZES["P"] * patches_per_token}
         return torch.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in self.dims], dtype=self.dtype)
 
 
@@ -297,8 +297,8 @@ def _check_sizes(name: str, values: Any) -> None:
     """Raise if the shape of a constant, or an integer in it, is a multiple of a dynamic size of the example."""
     values = np.asarray(values)
     for numbers in (np.array(values.shape, np.int64), values.ravel() if values.dtype.kind in "iu" else np.array([0])):
-        is_fixed = np.array([(numbers % size == 0) & (numbers != 0) for size in _EXAMPLES.values()])
+        is_fixed = np.array([(numbers % size == 0) & (numbers != 0) for size in EXAMPLE_SIZES.values()])
         if is_fixed.any():
             place = is_fixed.any(0).argmax()
-            letters = [letter for letter, found in zip(_EXAMPLES, is_fixed[:, place], strict=True) if found]
+            letters = [letter for letter, found in zip(EXAMPLE_SIZES, is_fixed[:, place], strict=True) if found]
             raise AssertionError(f"{name}: the trace fixed {' · '.join(letters)}: a constant has {numbers[place]}")

@@ -48,8 +48,8 @@ class Device:
 
     Attributes:
         provider: ONNX Runtime's name of the execution provider.
-        name: Of its memory, for OrtValue and IOBinding.
-        options: Of the provider, for both graphs.
+        name: Name of the memory, for OrtValue and IOBinding.
+        options: Options of the provider, for both graphs.
         decoder_options: Further ones for the decoder.
     """
 
@@ -99,10 +99,10 @@ class CacheBuffers:
 
     def layer(self, index: int) -> tuple[FloatArray, FloatArray]:
         """Return copies of one layer's keys and values as float32."""
-        key, value = (self._floats(value.numpy()) for value in self.values[index])
+        key, value = (self._as_float32(value.numpy()) for value in self.values[index])
         return key, value
 
-    def _floats(self, stored: NDArray[np.float16]) -> FloatArray:
+    def _as_float32(self, stored: NDArray[np.float16]) -> FloatArray:
         return stored.astype(np.float32) if self.dtype == "float16" else from_bfloat16(stored)
 
 
@@ -329,7 +329,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _capacity_error(error: Exception, device: Device) -> CapacityError:
     return CapacityError(
         f"{device.provider}: the device has too little memory ({' '.join(str(error).split())[:200]})",
-        remedy="lower max_context or max_pixels, take a target of fewer bits, or free the GPU",
+        remedy="lower max_context or max_pixels, choose a target of fewer bits, or free the GPU",
     )
 
 

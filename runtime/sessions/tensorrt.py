@@ -144,7 +144,7 @@ class TensorRtSession:
         num_rows = num_segments * num_patches // self._config.vision.patches_per_token
         shape = (self._config.num_visual_levels, num_rows, self._config.text.hidden_size)
         addresses = self._run(self._vision, profile, arrays, {"visual_embeds": shape}, shapes, {})
-        return self._floats(addresses["visual_embeds"], shape)
+        return self._download(addresses["visual_embeds"], shape)
 
     def new_cache(self, capacity: int, batch: int = 1) -> DeviceKVCache:
         """Allocate a cache of zeros; its capacity is that of the engine, which is at least the one asked for.
@@ -166,7 +166,7 @@ class TensorRtSession:
         """Run the decoder; see `runtime.session.Session.decode`."""
         addresses, _, _ = self._decode(inputs, cache)
         shape = (inputs.logits_positions.shape[1], self._config.text.vocab_size)
-        return np.stack([self._floats(address, shape) for address in addresses])
+        return np.stack([self._download(address, shape) for address in addresses])
 
     def decode_top(self, inputs: DecoderInputs, cache: KVCache) -> list[list[TopLogits]]:
         """Run the decoder; see `runtime.session.TopLogitsSession.decode_top`."""
@@ -175,11 +175,11 @@ class TensorRtSession:
 
         def fetch(b: int, i: int) -> FloatArray:
             assert call == self._num_calls, "the logits of an earlier call are gone"
-            return self._floats(addresses[b] + i * size * _FLOAT_BYTES, (size,))
+            return self._download(addresses[b] + i * size * _FLOAT_BYTES, (size,))
 
         return top_logits(ids_BLk, values_BLk, size, fetch)
 
-    def _floats(self, address: int, shape: Shape) -> FloatArray:
+    def _download(self, address: int, shape: Shape) -> FloatArray:
         return np.asarray(self._staging.download(address, shape, np.float32), np.float32)
 
     def _decode(self, inputs: DecoderInputs, cache: KVCache) -> tuple[list[int], IntArray, FloatArray]:
@@ -212,7 +212,7 @@ class TensorRtSession:
         bound = cache.bindings(sequence) | {"logits": logits}
         addresses = self._run(self._decoder, profile, arrays, outputs, shapes, bound)
         ids = np.asarray(self._staging.download(addresses["top_ids"], top, np.int64), np.int64)
-        return ids, self._floats(addresses["top_logits"], top)
+        return ids, self._download(addresses["top_logits"], top)
 
     def _run(
         self,

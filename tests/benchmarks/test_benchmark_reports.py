@@ -224,9 +224,9 @@ def reached(**results: Any) -> dict[str, tuple[str, str]]:
 def test_goals_are_judged_without_huge_pages_and_show_both() -> None:
     result = compared(ort_cpu_int4=1.0, ort_cpu_int4_huge_pages=0.8, genai_int4_b128=1.098, genai_int4_b128_pruned=1.2)
     found = reached(compare_qwen3_vl_2b=result)
-    decode = "2B, `ort-cpu-int4`: decode behind 512 tokens against onnxruntime-genai block 128"
+    decode = "2B, `ort-cpu-int4`: decode after 512 tokens against onnxruntime-genai block 128"
     assert found[decode] == ("1.098 ×; huge pages 1.37 ×", "**no**")  # of two peers the faster; near 1.1 a third digit
-    share = "2B, `ort-cpu-int4`: decode behind 512 tokens, share of the memory ceiling"
+    share = "2B, `ort-cpu-int4`: decode after 512 tokens, share of the memory ceiling"
     assert found[share] == ("7.51 %; huge pages 9.39 %", "**no**")
     assert found["2B, `ort-cpu-int4`: ready, files in the page cache"] == ("1 s; huge pages 0.8 s", "yes")
     assert found["2B, `ort-cpu-int4`: wall time of the export"] == ("50 s", "yes")
@@ -234,7 +234,7 @@ def test_goals_are_judged_without_huge_pages_and_show_both() -> None:
 
 def test_goals_of_sides_that_are_not_there_are_not_measured() -> None:
     found = reached(compare_qwen3_vl_2b=compared(ort_cpu_int4_huge_pages=1.0, genai_int4_b32=3.0))
-    decode = "2B, `ort-cpu-int4`: decode behind 512 tokens against onnxruntime-genai block"
+    decode = "2B, `ort-cpu-int4`: decode after 512 tokens against onnxruntime-genai block"
     assert found[f"{decode} 128"] == ("not measured", "")
     assert found[f"{decode} 32"] == ("not measured; huge pages 3 ×", "")
     alone = reached(compare_qwen3_vl_2b=compared(ort_cpu_int4=1.0))

@@ -67,7 +67,7 @@ def test_balance_is_1_for_equal_shares_and_more_for_others(dense: Qwen3VL, tmp_p
     logits = torch.zeros(40, NUM_EXPERTS)
     logits[torch.arange(40), torch.arange(40) % NUM_EXPERTS] = 9
     logits[torch.arange(40), (torch.arange(40) + 1) % NUM_EXPERTS] = 8
-    trainee._router_logits[:] = [logits]
-    assert float(trainee._imbalance()) == pytest.approx(1, abs=1e-4)
-    trainee._router_logits[:] = [logits[:1].expand(40, -1)]
-    assert float(trainee._imbalance()) > 3
+    trainee.router_logits[:] = [logits]
+    assert float(trainee.imbalance()) == pytest.approx(1, abs=1e-4)
+    trainee.router_logits[:] = [logits[:1].expand(40, -1)]
+    assert float(trainee.imbalance()) > 3

@@ -25,7 +25,7 @@ from demo_training.batches import (
 )
 from demo_training.evaluate import Outcome, as_markdown, evaluate, summarise
 from demo_training.model import save_checkpoint
-from demo_training.packing import make_plan
+from demo_training.packing import pack
 from demo_training.training import CURRICULUM, SMOKE, Trainee, Trainer, rate_at
 from demo_training.upcycle import upcycled
 from helpers import ROOT
@@ -123,16 +123,16 @@ def test_conversation_equals_transformers(saved: Saved) -> None:
 
 @pytest.mark.portable
 def test_questions_do_not_see_each_other() -> None:
-    plan = make_plan(2, 2, 4, [1, 3, 2])
-    mask = plan.mask_SS
+    packing = pack(2, 2, 4, [1, 3, 2])
+    mask = packing.mask_SS
     assert mask.shape == (14, 14)
     first, second = slice(9, 12), slice(12, 14)
     assert not mask[second, first].any()
     assert mask[second, :9].all()
     assert mask[9:12, 9:12].equal(torch.ones(3, 3, dtype=torch.bool).tril())
-    assert plan.visual_rows_S.tolist() == [-1] * 4 + [0, 1, 2, 3] + [-1] * 6
-    assert plan.positions_3S[:, 9].tolist() == plan.positions_3S[:, 12].tolist() == [7, 7, 7]
-    chained = make_plan(2, 2, 4, [1, 3, 2], chained=True)
+    assert packing.visual_rows_S.tolist() == [-1] * 4 + [0, 1, 2, 3] + [-1] * 6
+    assert packing.positions_3S[:, 9].tolist() == packing.positions_3S[:, 12].tolist() == [7, 7, 7]
+    chained = pack(2, 2, 4, [1, 3, 2], chained=True)
     assert chained.mask_SS.equal(torch.ones(14, 14, dtype=torch.bool).tril())
     assert chained.positions_3S[0, 12] == 10
 

@@ -231,9 +231,9 @@ def test_resolving_a_name_reads_no_checkpoint() -> None:
     def unread() -> Any:
         raise AssertionError
 
-    assert resolve_target("ort-cpu-int8", unread, report=lambda text: None).name == "ort-cpu-int8"
+    assert resolve_target("ort-cpu-int8", unread, say=lambda text: None).name == "ort-cpu-int8"
     with pytest.raises(TargetError, match="did you mean"):
-        resolve_target("ort-cpu-int9", unread, report=lambda text: None)
+        resolve_target("ort-cpu-int9", unread, say=lambda text: None)
 
 
 def test_auto_reports_what_it_chose_and_the_table_if_nothing_fits() -> None:
@@ -265,7 +265,7 @@ def test_a_batch_that_is_asked_for_counts() -> None:
 def test_floats_of_few_bits(kind: str, few_bits: Any) -> None:
     target = get("trt-nvfp4")
     tied, untied = shape("qwen3-vl-2b"), shape("qwen3-vl-8b")
-    # One weight of few bits, all others in floats.
+    # One weight of few bits, all others unquantised.
     for key, config in (("*.layers.3.mlp.down_proj.weight", tied), (EMBEDDING_KEY, tied), (EMBEDDING_KEY, untied)):
         ((rows, columns),) = (found for name, found in weight_shapes(config).items() if fnmatch.fnmatchcase(name, key))
         floats, few = (

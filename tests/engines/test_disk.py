@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written(
 def test_a_check_of_a_file_leaves_nothing_and_refuses_a_folder(tmp_path: Path) -> None:
     check_file(tmp_path / "plot.svg")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UsageError, match="a folder, and a file is to be written"):
+    with pytest.raises(UsageError, match="it is a folder, but a file has to be written"):
         check_file(tmp_path)
 
 

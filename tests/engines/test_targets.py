@@ -16,6 +16,7 @@ from engines.registry import all_targets
 from engines.target import Target
 from helpers import PICTURES
 from helpers.command_line import call
+from helpers.engines import build
 from helpers.random_checkpoints import write_random
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.cli.export import app as export_app
@@ -23,7 +24,6 @@ from runtime import generation
 from runtime.errors import TargetError
 from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
-from tests.conftest import build
 
 TARGETS = [target for target in all_targets() if target.availability().can_build and target.availability().can_run]
 MESSAGES = [

@@ -88,6 +88,6 @@ def _children() -> list[int]:
                 stat = Path(f"/proc/{name}/stat").read_bytes()
             except OSError:  # it ended
                 continue
-            if stat.rpartition(b")")[2].split()[1] == parent:  # behind the name, which may hold anything
+            if stat.rpartition(b")")[2].split()[1] == parent:  # after the name, which may hold anything
                 found.append(int(name))
     return found

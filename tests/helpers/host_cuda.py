@@ -164,7 +164,7 @@ class HostDevice:
         if self._graphs.pop(graph, None) is None:
             raise HostCudaError("a graph was destroyed twice")
 
-    # for tests and for tests/host_tensorrt.py
+    # for tests and for tests/helpers/host_tensorrt.py
 
     @property
     def is_recording(self) -> bool:

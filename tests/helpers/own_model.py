@@ -56,7 +56,7 @@ def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def greedy(model: Any, inputs: Mapping[str, Tensor], num_tokens: int) -> tuple[list[int], Tensor]:
-    """Return so many greedy tokens behind one prompt, token by token with the cache, and the logits that chose each."""
+    """Return so many greedy tokens after one prompt, token by token with the cache, and the logits that chose each."""
     import torch
 
     ids, positions, rows, embeds = decoder_arguments(model, inputs)

@@ -28,3 +28,8 @@ def like(
         names = ("passes", "storage", "formats", "prefill_formats", "float_dtype", "cache_dtype", "prefill_workspace")
         values |= {each: getattr(get(weights), each) for each in names}
     return Elsewhere(**values, found=Availability(builds, runs, reason))
+
+
+def by_name(target: Target) -> str:
+    """Return the id of a test that is run for a target."""
+    return target.name

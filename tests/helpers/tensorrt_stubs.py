@@ -54,7 +54,7 @@ def read(text: str) -> dict[str, dict[str, list[list[str]]]]:
 
 
 def parameters(given: str) -> list[str]:
-    """Return the names of parameters but self; `=` behind those that have a default."""
+    """Return the names of parameters but self; `=` after those that have a default."""
     parts, depth = [""], 0
     for character in given:
         depth += (character in "[(<{") - (character in "])>}")

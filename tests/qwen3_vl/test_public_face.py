@@ -329,8 +329,8 @@ def test_an_image_whose_own_methods_raise_is_an_error_of_ours(attribute: str) ->
     [
         (memoryview(b"abcdef")[::2], ImageError, "image of 3 bytes.*: not an image"),
         (type("P", (), {"__fspath__": lambda self: b"/none.png"})(), ImageError, "'/none.png': no such file"),
-        (type("P", (), {"__fspath__": lambda self: 1 / 0})(), UsageError, "P gives no path: ZeroDivisionError"),
-        (type("P", (), {"__fspath__": lambda self: 5})(), UsageError, "P gives no path: TypeError"),
+        (type("P", (), {"__fspath__": lambda self: 1 / 0})(), UsageError, "P is not a path: ZeroDivisionError"),
+        (type("P", (), {"__fspath__": lambda self: 5})(), UsageError, "P is not a path: TypeError"),
         ("data:image/png;base64,\ud800", (ImageError, UsageError), "not|surrogate"),
         ("data:image/png;base64,-_-", ImageError, "not an image"),
         (10**5000, UsageError, "found int"),

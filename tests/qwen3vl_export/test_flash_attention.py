@@ -143,7 +143,7 @@ def test_gradients_are_those_of_eager(num_new: int, past: list[int]) -> None:
 
 
 def test_a_wrong_alignment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mask that begins at the first row of the cache and not behind the past: calls without a past stay right."""
+    """A mask that begins at the first row of the cache and not after the past: calls without a past stay right."""
     eager, flash = decoder_pair()
     monkeypatch.setattr(flash_attention, "causal_lower_right", causal_upper_left)
     for num_new, past in CALLS:
@@ -176,7 +176,7 @@ def test_a_whole_model_takes_it(shape: str) -> None:
     assert kernels_of(lambda: own_model.run(flash, inputs)) == {FLASH: 2 * text + 2 * vision}
     for b, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
         torch.testing.assert_close(own_model.run(flash, inputs)[b, :length], expected[b, :length], atol=2e-4, rtol=0)
-    # Token by token behind the prompt, and without a cache.
+    # Token by token after the prompt, and without a cache.
     first = {name: each[:1] if len(each) == 2 and "image" not in name else each for name, each in inputs.items()}
     (tokens, logits), (expected_tokens, expected_logits) = (own_model.greedy(each, first, 5) for each in (flash, eager))
     assert tokens == expected_tokens

@@ -139,7 +139,7 @@ def test_without_a_cache_equals_with_one(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_mask_of_the_callers_own_packs_two_texts(shape: str) -> None:
-    """Two texts behind each other that do not see each other are the two texts alone."""
+    """Two texts in one sequence that do not see each other are the two texts alone."""
     model = model_of(shape)
     texts = [inputs_of(model, [7]), inputs_of(model, [2, (2, 2), 3])]
     alone = [own_model.hidden_states(model, each) for each in texts]

@@ -115,7 +115,9 @@ def test_the_other_graph(tiny_engine: Path, tmp_path: Path, name: str, other: st
     folder = shutil.copytree(tiny_engine, tmp_path / "engine")
     shutil.copy(tiny_engine / other, folder / name)
     rehash(folder, name)
-    with pytest.raises(EngineError, match=rf"{name}: the graph lacks the inputs .*, so it is not of the model"):
+    with pytest.raises(
+        EngineError, match=rf"{name}: the graph lacks the inputs .*, so it does not belong to the model"
+    ):
         Qwen3VLModel.from_engine(folder)
 
 

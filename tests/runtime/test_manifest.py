@@ -64,7 +64,7 @@ def test_order_and_spacing_do_not_matter(engine: Path) -> None:
 )
 def test_an_altered_manifest_is_refused(change: Callable[[dict[str, Any]], None], engine: Path) -> None:
     edit(engine, change)
-    with pytest.raises(EngineError, match="altered since it was written"):
+    with pytest.raises(EngineError, match="it was altered after it was written"):
         Manifest.read(engine)
 
 
@@ -74,7 +74,7 @@ def test_a_name_outside_of_the_folder_is_not_looked_at(name: str, engine: Path) 
     manifest = Manifest.read(engine)
     files = dict(manifest.files)
     files[name] = files.pop("decoder.onnx")
-    with pytest.raises(EngineError, match="is no name of a file in the engine's folder"):
+    with pytest.raises(EngineError, match="is not the name of a file in the engine's folder"):
         Manifest(**{**vars(manifest), "files": files}).check(engine)
 
 
@@ -108,8 +108,8 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], object]:
         (put("files", "config.json", "num_bytes", value=2**70), "num_bytes is 1180591620717411303424, expected"),
         (put("files", "config.json", "sha256", value="x"), "sha256 is 'x', expected 64 hexadecimal digits"),
         (put("files", "config.json", "is_weights", value="no"), "is_weights is 'no', expected true or false"),
-        (put("files", "\0", value={"num_bytes": 1, "sha256": "0" * 64}), "is no name of a file"),
-        (put("files", "\ud800", value={"num_bytes": 1, "sha256": "0" * 64}), "is no name of a file"),
+        (put("files", "\0", value={"num_bytes": 1, "sha256": "0" * 64}), "is not the name of a file"),
+        (put("files", "\ud800", value={"num_bytes": 1, "sha256": "0" * 64}), "is not the name of a file"),
         (lambda values: values["files"].pop("decoder.onnx"), r"decoder\.onnx: not listed in engine\.json"),
         (lambda values: values["files"].pop("tokenizer.json"), r"tokenizer\.json: not listed in engine\.json"),
         (put("capabilities", value=None), "capabilities is None, expected an object"),
@@ -117,8 +117,8 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], object]:
         (put("capabilities", "cache_dtype", value="object"), "cache_dtype is 'object', expected one of float32"),
         (put("capabilities", "cache_dtype", value=[]), r"cache_dtype is \[\], expected one of"),
         (put("capabilities", "cache_bits", value=3), "cache_bits is 3, expected one of 4, 8, 16, 32"),
-        (put("capabilities", "cache_scales", value="/etc/passwd"), "'/etc/passwd' is no name of a file"),
-        (put("capabilities", "cache_scales", value="../x"), "'../x' is no name of a file"),
+        (put("capabilities", "cache_scales", value="/etc/passwd"), "'/etc/passwd' is not the name of a file"),
+        (put("capabilities", "cache_scales", value="../x"), "'../x' is not the name of a file"),
         (put("capabilities", "cache_scales", value="x.npy"), "not listed in engine.json"),
         (put("capabilities", "capacity", value="x"), "capacity is 'x', expected an integer of 1"),
         (put("capabilities", "capacity", value=-1), "capacity is -1, expected an integer of 1"),

@@ -126,7 +126,7 @@ def test_a_dropped_stream_frees_the_model(model: Qwen3VLModel) -> None:
 
 @pytest.mark.portable
 def test_an_interrupt_leaves_no_turn_behind(model: Qwen3VLModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C at each instruction on the way to the turn and behind it, as the signal handler would raise it."""
+    """Ctrl-C at each instruction on the way to the turn and after it, as the signal handler would raise it."""
     monkeypatch.setattr(model, "_generate", lambda *_: (piece for piece in ("a", "b")))
     traced = (Turn.take.__code__, in_turn.__code__)
     for count in itertools.count(1):

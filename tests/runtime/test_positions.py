@@ -81,7 +81,7 @@ def test_positions_are_equal(model: Any, pieces: list[int | Grid]) -> None:
     if starts_with_image:
         judge.skip_unless(not judge.images_need_a_start_token(), "an image without a token before it is not found")
     if is_long:
-        judge.skip_unless(not judge.images_need_a_start_token(), "text behind many temporal patches goes on otherwise")
+        judge.skip_unless(not judge.images_need_a_start_token(), "text after many temporal patches goes on otherwise")
     assert_equal(model, pieces)
 
 

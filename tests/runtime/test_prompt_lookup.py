@@ -81,7 +81,7 @@ def messages() -> list[dict[str, Any]]:
 def answer(
     model: Qwen3VLModel, messages: Any, options: dict[str, Any], make: Callable[[list[int]], Drafter] | None = None
 ) -> tuple[list[int], list[int], list[np.ndarray]]:
-    """Return NUM_TOKENS tokens, the number of positions of each decoder call behind the prompt, and the keys."""
+    """Return NUM_TOKENS tokens, the number of positions of each decoder call after the prompt, and the keys."""
     prepared = model.prepare(messages)
     ids = prepared.prompt.input_ids
     embeds = model.encode_images(prepared.images)
@@ -156,7 +156,7 @@ def test_room_is_what_the_cache_still_takes(tiny: Qwen3VLModel, messages: Any) -
     plain, _, _ = answer(tiny, messages, {})
     drafter = Forced(plain, 1000, lambda i: i < 10)
     answer(tiny, messages, {}, lambda _: drafter)
-    # Nine drafts behind the first token are right, then each call gives one token.
+    # Nine drafts after the first token are right, then each call gives one token.
     assert drafter.rooms == [NUM_TOKENS - 2, *range(NUM_TOKENS - 12, -1, -1)]
 
 
@@ -193,11 +193,11 @@ def test_index_by_example() -> None:
 def test_image_tokens_are_never_drafted() -> None:
     prompt = [1, 2, 3, 99, 99, 99, 4, 1]
     lookup = PromptLookup(prompt, 5, never=[99])
-    lookup._length.rate = 1.0
+    lookup.length.rate = 1.0
     lookup.append(2)
     assert lookup.draft(10) == [3]
     everything = PromptLookup(prompt, 5)
-    everything._length.rate = 1.0
+    everything.length.rate = 1.0
     everything.append(2)
     assert everything.draft(10) == [3, 99, 99, 99, 4]
 
@@ -205,21 +205,21 @@ def test_image_tokens_are_never_drafted() -> None:
 @pytest.mark.portable
 def test_lookup_counts_what_came_true() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1], 4)
-    lookup._length.rate = 0.9
+    lookup.length.rate = 0.9
     lookup.append(2)
     assert lookup.draft(10) == [3, 4, 5, 6]
     for token in (3, 4, 7):
         lookup.append(token)
     assert (lookup.num_drafted, lookup.num_accepted) == (4, 2)
-    assert lookup._length.rate == pytest.approx(((0.9 * 0.8 + 0.2) * 0.8 + 0.2) * 0.8)
-    lookup.append(6)  # stood in the draft, behind the rejected token
+    assert lookup.length.rate == pytest.approx(((0.9 * 0.8 + 0.2) * 0.8 + 0.2) * 0.8)
+    lookup.append(6)  # stood in the draft, after the rejected token
     assert (lookup.num_drafted, lookup.num_accepted) == (4, 2)
 
 
 @pytest.mark.portable
 def test_draft_keeps_to_its_limits() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 7, 8, 1, 2], 4)
-    lookup._length.rate = 1.0
+    lookup.length.rate = 1.0
     assert [len(lookup.draft(room)) for room in (10, 3, 1, 0)] == [4, 3, 1, 0]
 
 
@@ -302,7 +302,7 @@ def test_an_answer_ends_inside_an_accepted_draft(
     monkeypatch.setattr(runtime.model, "PromptLookup", lambda *_: drafter)
     found = demo.generate(question(), stop=stop, prompt_lookup_num_tokens=30)
     assert (found.text, found.token_ids, found.finish_reason) == (plain.text, plain.token_ids, plain.finish_reason)
-    assert len(drafter.rooms) == 1  # one call gave the whole answer, and the tokens behind its end were dropped
+    assert len(drafter.rooms) == 1  # one call gave the whole answer, and the tokens after its end were dropped
 
 
 @pytest.mark.portable

@@ -246,7 +246,7 @@ def test_what_is_no_folder_is_refused_without_waiting(tmp_path: Path, kind: str)
     SPECIAL[kind][0](tmp_path / "model")
     with pytest.raises(CheckpointError, match=f"{tmp_path}/model: a ") as caught:
         Checkpoint.open(str(tmp_path / "model"))
-    assert caught.value.remedy and ("link to nothing" in caught.value.message) == (kind in ("dangling", "loop"))
+    assert caught.value.remedy and ("broken link" in caught.value.message) == (kind in ("dangling", "loop"))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "memory", "loop"])
@@ -262,8 +262,8 @@ def test_scales_of_a_cache_are_a_file_of_the_folder(tiny_engine: Path, tmp_path:
     folder = shutil.copytree(tiny_engine, tmp_path / "engine")
     os.mkfifo(folder / "pipe")
     for scales, words in (
-        ("/etc/passwd", "is no name of a file"),
-        ("../engine.json", "is no name of a file"),
+        ("/etc/passwd", "is not the name of a file"),
+        ("../engine.json", "is not the name of a file"),
         ("pipe", "not listed in engine.json"),
         ("config.json", "no array"),
     ):

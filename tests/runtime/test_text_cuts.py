@@ -161,7 +161,7 @@ def test_gpt2s_words_are_cut_too(text: str) -> None:
 @pytest.mark.parametrize("word", ["x", "字", "🙂", "!", " ", "\n"])
 def test_a_word_of_nearly_the_limit_is_taken_wherever_it_begins(word: str) -> None:
     tokenizer = Tokenizer(build_tokenizer_json())
-    long = word * (MAX_WORD_BYTES // len(word.encode()) - 5)  # of blanks, the word behind them is in the same part
+    long = word * (MAX_WORD_BYTES // len(word.encode()) - 5)  # of blanks, the word after them is in the same part
     for before in ("", "слово " * 10_900):
         text = f"{before}a{long}b" + "c d\n" * 20_000
         assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -164,7 +164,7 @@ def _slice_logits(model: ov.Model) -> None:
 
 
 def _angles(height: int, width: int, head_dim: int, merge_size: int) -> np.ndarray[Any, Any]:
-    """Return the rotary angles of each patch, float32 [P, head_dim / 2]: rows in the first half, columns behind."""
+    """Return the rotary angles of each patch, float32 [P, head_dim / 2]: rows in the first half, columns after."""
     row_P, column_P = patch_coordinates(height, width, merge_size)
     frequencies = _ROPE_THETA ** -(np.arange(0, head_dim // 2, 2) / (head_dim // 2))
     parts = [coordinate[:, None] * frequencies for coordinate in (row_P, column_P)]

@@ -1,4 +1,4 @@
-"""4-bit weights without zero points behind DequantizeLinear."""
+"""4-bit weights without zero points after DequantizeLinear."""
 
 from __future__ import annotations
 

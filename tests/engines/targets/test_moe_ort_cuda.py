@@ -24,6 +24,7 @@ from engines.quantize.blockwise import quantize_blocks
 from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from engines.targets import ort_cuda
+from helpers.engines import build
 from helpers.experts_op import TOP_K, Arrays, model_of, padded, random_inputs, with_ties
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.data import held_out
@@ -37,7 +38,6 @@ from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
 from runtime.sessions.ort_cuda import Device, OrtCudaSession
-from tests.conftest import build
 
 TARGETS = registry.load_family("ort_cuda")
 HIDDEN, WIDTH, BLOCK = 64, 128, 64
@@ -47,7 +47,7 @@ FLOAT16_ERROR = 2e-3
 
 def inputs_of(num_tokens: tuple[int, int]) -> Arrays:
     inputs = padded(random_inputs(num_tokens), HIDDEN, WIDTH)
-    # Sums of about 1, as behind a norm.
+    # Sums of about 1, as after a norm.
     return {**inputs, "gate_up": inputs["gate_up"] / np.sqrt(HIDDEN), "down": inputs["down"] / np.sqrt(WIDTH)}
 
 

@@ -208,7 +208,7 @@ def test_lowered_graphs_agree_with_transformers(lowered: Path) -> None:
 
 
 def next_expert(graph: onnx.GraphProto) -> int:
-    """Each block takes the expert behind its own."""
+    """Each block takes the expert after its own."""
     nodes = [node for node in graph.node if node.op_type == "LessOrEqual" and "is_before_NE" in node.output[0]]
     for node in nodes:
         node.op_type = "Less"

@@ -216,7 +216,7 @@ def test_sizes_for_a_target_that_has_none_are_refused(tmp_path: Path) -> None:
     code, _, err = call(
         export.app, "demo", "--target", "ort-cpu-fp32", "--max-batch", "2", "--output", str(tmp_path / "engine")
     )
-    assert code == 2 and "ort-cpu-fp32 is built for no fixed sizes" in err
+    assert code == 2 and "ort-cpu-fp32 is not built for fixed sizes" in err
 
 
 def test_the_command_passes_the_sizes_on(tmp_path: Path) -> None:

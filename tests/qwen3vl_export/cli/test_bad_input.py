@@ -174,7 +174,7 @@ def test_an_equal_copy_of_the_tied_head_is_accepted(tiny_checkpoint: Path, tmp_p
     assert json.loads(out)["is_engine"] is False
     code, out, err = call(run_app, "run", str(tmp_path / "engine"), "Read.")
     assert (code, out) == (EngineError.exit_code, "")
-    assert_clear(err, "engine.json is missing, so this is no engine folder")
+    assert_clear(err, "engine.json is missing, so this is not an engine folder")
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_a_weight_file_that_a_link_promises_is_called_by_its_name(tiny_checkpoin
     checkpoint = altered(tiny_checkpoint, tmp_path / "checkpoint")
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "model.safetensors").symlink_to("nowhere")
-    with pytest.raises(CheckpointError, match=r"/model\.safetensors: a link to nothing") as caught:
+    with pytest.raises(CheckpointError, match=r"/model\.safetensors: a broken link") as caught:
         Checkpoint.open(str(checkpoint)).entries  # noqa: B018
     assert str(caught.value.remedy).startswith("download model.safetensors again")
     (checkpoint / "model.safetensors").unlink()

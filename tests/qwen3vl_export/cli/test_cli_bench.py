@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import typer
 
+import engines.hardware
+from engines.hardware import Gpu, Hardware
 from helpers.command_line import call
 from qwen3vl_export.cli.bench import bench, parse_size, summarise
 from runtime.answer import Stats
 from runtime.errors import UsageError
+from runtime.sessions import ort_cpu
+
+MACHINE = Hardware("Abacus", (), 2, 24 << 30, (Gpu("NVIDIA H200", "9.0", 140 << 30, 139 << 30, "570.1"),))
 
 
 def stats(ttft_s: float, tpot_s: float) -> Stats:
@@ -61,3 +66,37 @@ def test_command_prints_what_it_measured(tiny_engine: Path) -> None:
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["device", "engine", "prompt", "TTFT", "TPOT", "decode"]
     assert "0 of them visual" in out
+
+
+@pytest.mark.parametrize(
+    ("recorded", "said"), [(True, "tokens/s, as a CUDA graph"), (False, "tokens/s, without a CUDA graph")]
+)
+def test_bench_names_the_gpu_and_says_whether_steps_were_recorded(
+    gpu_engine: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool, said: str
+) -> None:
+    monkeypatch.setattr(engines.hardware, "probe", lambda: MACHINE)
+    monkeypatch.setattr(ort_cpu.OrtCpuSession, "decode_recorded", recorded, raising=False)
+    _, out, _ = run_bench(gpu_engine)
+    assert "NVIDIA H200" in out.splitlines()[0]
+    assert out.splitlines()[-1].endswith(said)
+    _, out, _ = run_bench(gpu_engine, "--json")
+    found = json.loads(out)
+    assert (found["device"], found["decode_recorded"]) == ("NVIDIA H200", recorded)
+
+
+def test_bench_names_the_processor_of_other_engines(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.hardware, "probe", lambda: MACHINE)
+    code, out, _ = run_bench(tiny_engine, "--json")
+    found = json.loads(out)
+    assert (code, found["device"], found["decode_recorded"]) == (0, "Abacus", None)
+
+
+def test_bench_passes_the_option_on(tiny_engine: Path) -> None:
+    code, _, err = run_bench(tiny_engine, "--no-cuda-graphs")
+    assert code == UsageError.exit_code and "does not run on a GPU" in err
+
+
+def run_bench(folder: Path, *options: str) -> tuple[int, str, str]:
+    app = typer.Typer()
+    app.command()(bench)
+    return call(app, str(folder), "--image-size", "none", "--new-tokens", "2", "--runs", "1", *options)

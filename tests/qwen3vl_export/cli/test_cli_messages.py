@@ -260,7 +260,7 @@ def test_the_prompt_may_come_from_stdin(demo_engine: Path) -> None:
     assert done.stderr.startswith("error: PROMPT is missing, and stdin is empty\n  remedy: ")
     binary = [sys.executable, "-m", "qwen3vl_export.cli.run", "run", str(demo_engine)]
     failed = subprocess.run(binary, input=b"\xff\xfe", capture_output=True, cwd=ROOT)
-    assert failed.returncode == 2 and failed.stderr.startswith(b"error: stdin is no text in UTF-8: ")
+    assert failed.returncode == 2 and failed.stderr.startswith(b"error: stdin is not UTF-8 text: ")
 
 
 def test_without_a_prompt_a_terminal_is_not_read(demo_engine: Path) -> None:

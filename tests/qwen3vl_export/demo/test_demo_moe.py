@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import DOCS
+from helpers.engines import build
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo import CHECKPOINT, CHECKPOINT_MOE
 from qwen3vl_export.demo.data import held_out
@@ -16,7 +17,6 @@ from qwen3vl_export.export import make_bundle
 from qwen3vl_export.parity.verify import verify
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
-from tests.conftest import build
 
 CANVASES = 100
 
@@ -59,7 +59,7 @@ def test_every_task_is_within_a_point_of_the_dense_one() -> None:
 
 
 def test_float32_answers_as_was_measured(engine: Path) -> None:
-    """Few bits beside float32: tests/test_moe_few_bits.py."""
+    """Few bits beside float32: tests/qwen3vl_export/parity/test_moe_few_bits.py."""
     known = json.loads((DOCS / "demo_moe_accuracy_ort-cpu-fp32.json").read_text())["wrong"]
     known_wrong = {(entry["index"], entry["task"]) for entry in known if entry["index"] < CANVASES}
     model = Qwen3VLModel.from_engine(engine)

@@ -82,7 +82,7 @@ def experts_reference(*arguments: Any) -> Any:
 CASES: dict[str, tuple[Any, Callable[[], Arguments], Callable[..., Any]]] = {
     "norm": (rms_norm, norm_arguments, norm_reference),
     "causal, prefill": (causal_attention, lambda: causal_arguments(5, [0]), causal_reference),
-    "causal, chunk behind ragged pasts": (causal_attention, lambda: causal_arguments(3, [7, 0, 2]), causal_reference),
+    "causal, chunk after ragged pasts": (causal_attention, lambda: causal_arguments(3, [7, 0, 2]), causal_reference),
     "causal, step": (causal_attention, lambda: causal_arguments(1, [11, 4]), causal_reference),
     "causal, full cache": (causal_attention, lambda: causal_arguments(4, [T - 4]), causal_reference),
     "vision": (vision_attention, vision_arguments, vision_reference),

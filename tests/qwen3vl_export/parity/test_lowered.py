@@ -63,7 +63,7 @@ def test_cosines_follow_of_the_relative_limits() -> None:
 
 
 def test_tasks_take_lowered_graphs(lowered: Path, demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_reference", lambda source, folder: Qwen3VLModel.from_engine(demo_engine, threads=1))
+    monkeypatch.setattr(tasks, "build_reference", lambda *_: Qwen3VLModel.from_engine(demo_engine, threads=1))
     code, out, _ = call(app, "verify", str(lowered), "--checkpoint", "demo", "--tasks", "--limit", "3", "--json")
     report = json.loads(out)
     assert (code, report["canvases"], report["notes"]) == (0, 3, [CPU_NOTE])

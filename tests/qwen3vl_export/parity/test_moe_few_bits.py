@@ -53,7 +53,7 @@ def engines(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.fixture
 def built_reference(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The float32 engine is the module's, not one more build."""
-    monkeypatch.setattr(tasks, "_reference", lambda *_: Qwen3VLModel.from_engine(engines["fp32"], threads=1))
+    monkeypatch.setattr(tasks, "build_reference", lambda *_: Qwen3VLModel.from_engine(engines["fp32"], threads=1))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -175,7 +175,7 @@ def codes_of(engine: Path) -> dict[str, np.ndarray[Any, Any]]:
 def test_drafts_change_no_token(precision: str, engines: dict[str, Path]) -> None:
     model = Qwen3VLModel.from_engine(engines[precision], threads=2)
     messages = user_message(held_out(5).tasks["json"][0], [held_out(5).image])
-    # Behind the end of the answer, too: text that repeats itself is where drafts are.
+    # After the end of the answer, too: text that repeats itself is where drafts are.
     plain, drafted = (
         model.generate(messages, max_new_tokens=48, **{**PLAIN_GREEDY, "prompt_lookup_num_tokens": count})
         for count in (0, 6)

@@ -29,7 +29,7 @@ from qwen3vl_export.eager import load
 from qwen3vl_export.export import make_bundle
 from qwen3vl_export.modeling import LayerCache, MixtureOfExperts, Qwen3VL
 from qwen3vl_export.parity.verify import verify
-from qwen3vl_export.routing import Choice, RouterStatistics, watched_routers
+from qwen3vl_export.routing import Assignment, RouterStatistics, watched_routers
 from qwen3vl_export.tracing.pieces import Pieces, trace_pieces
 from runtime.contract import DecoderInputs, no_visual_embeds
 from runtime.errors import CheckpointError, EngineError
@@ -211,7 +211,7 @@ def test_verify_notices_wrong_weights(
     assert margin > 5
 
 
-# Half of the router's bits are lost a little at a time: the first layer behind it is still within the limit.
+# Half of the router's bits are lost a little at a time: the first layer after it is still within the limit.
 @pytest.mark.parametrize(("sabotage", "layer", "least"), [(renormalisation_off, 1, 5), (router_in_half, 2, 1)])
 def test_verify_notices_a_wrong_router(
     sabotage: Callable[[onnx.GraphProto], int], layer: int, least: float, engine: Path, folder: Path, tmp_path: Path
@@ -338,7 +338,7 @@ def test_router_statistics_of_known_logits() -> None:
     assert statistics.render() == [
         "routers of PyTorch, 2 layers: 3 tokens, 0 to 3 an expert, 3 of 8 experts unused, 1 ties, smallest gap 0.5",
         "worst is layer 2: 0 to 3 an expert, 1 of 4 experts unused, 1 ties, smallest gap 1",
-        "Of tied experts an engine takes the lower index, PyTorch any: behind a tie they may differ.",
+        "Of tied experts an engine takes the lower index, PyTorch any: after a tie they may differ.",
     ]
     first, _ = statistics.to_dict()["layers"]
     counts = {"tokens": 3, "tokens_per_expert": [3, 2, 0, 1], "fewest": 0, "most": 3, "unused": 1}
@@ -353,7 +353,7 @@ def test_router_statistics_of_known_logits() -> None:
 def logits_of(
     model: Qwen3VL, ids: torch.Tensor, cache: list[LayerCache], past: int = 0
 ) -> tuple[Any, list[LayerCache]]:
-    """Run text tokens [S] behind `past` cached ones; return logits [S, vocab] and the cache."""
+    """Run text tokens [S] after `past` cached ones; return logits [S, vocab] and the cache."""
     num, config = len(ids), model.config
     places = torch.arange(num)
     embeds = torch.zeros(config.num_visual_levels, 1, config.text.hidden_size)
@@ -386,13 +386,13 @@ def test_routers_are_watched(folder: Path) -> None:
     assert sum(gap == 0 for gap in watched.gaps.values()) == sum(routing.num_ties for routing in layers.values())
 
 
-def test_a_choice_can_be_swapped(folder: Path) -> None:
-    """A router that rejects the next best expert is a swap of every choice."""
+def test_an_assignment_can_be_swapped(folder: Path) -> None:
+    """A router that rejects the next best expert is a swap of every assignment."""
     model, ids = load(Checkpoint.open(str(folder))), torch.arange(40)
     mlp = model.language_model.layers[2].mlp
     assert isinstance(mlp, MixtureOfExperts)
 
-    def run(swapped: frozenset[Choice]) -> Any:
+    def run(swapped: frozenset[Assignment]) -> Any:
         with watched_routers(model, 30, swapped=swapped) as watched:
             first, cache = logits_of(model, ids[:30], model.new_cache(40))
             steps, _ = logits_of(model, ids[30:], cache, 30)

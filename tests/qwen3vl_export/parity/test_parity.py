@@ -301,9 +301,11 @@ def test_a_release_that_is_too_old_is_named(
 def test_want_of_memory_is_not_taken_for_a_checkpoint_that_is_not_read(
     tiny_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exhausted(checkpoint: Any) -> Any:
+    import transformers
+
+    def exhausted(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(transformers_reference, "_as_transformers_reads_it", exhausted)
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", exhausted)
     with pytest.raises(MemoryError):
         verify(tiny_engine, str(tiny_checkpoint), max_new_tokens=1)

@@ -52,7 +52,7 @@ def test_magnitudes_are_those_of_transformers(tiny_checkpoint: Path, tiny_engine
 
 
 def test_what_float16_does_not_hold_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A gate, an up and a down projection that keep the answer finite in float32, beyond float16 behind layer 1."""
+    """A gate, an up and a down projection that keep the answer finite in float32, beyond float16 after layer 1."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "large")
     weights = load_file(folder / "model.safetensors")
     weights["model.language_model.layers.1.mlp.down_proj.weight"] *= 1e7

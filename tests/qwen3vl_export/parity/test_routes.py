@@ -1,4 +1,4 @@
-"""Following an engine through its choices of experts: exactly those that explain it, and never past a fault."""
+"""Following an engine through its assignments of experts: exactly those that explain it, and never past a fault."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qwen3vl_export.parity.own_reference import OwnReference
 from qwen3vl_export.parity.routes import follow
 from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE
 from qwen3vl_export.parity.verify import verify
-from qwen3vl_export.routing import Choice
+from qwen3vl_export.routing import Assignment
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 
@@ -37,16 +37,16 @@ CHOICES = [(layer, token) for layer in range(LAYERS) for token in range(TOKENS)]
 
 @dataclass(frozen=True)
 class Run:
-    swapped: frozenset[Choice]
+    swapped: frozenset[Assignment]
     tokens: tuple[int, ...] = (0,) * STEPS
 
     @property
-    def gaps(self) -> dict[Choice, float]:
+    def gaps(self) -> dict[Assignment, float]:
         return {place: 0.1 + sum(place) for place in CHOICES}
 
 
-def errors_against(engine: frozenset[Choice], noise: float = 0.0) -> Callable[[Run], list[NDArray[np.float64]]]:
-    """A choice that differs moves its token in all later layers, and from the layer behind on every later token."""
+def errors_against(engine: frozenset[Assignment], noise: float = 0.0) -> Callable[[Run], list[NDArray[np.float64]]]:
+    """An assignment that differs moves its token in all later layers, and from the layer after on every later token."""
 
     def errors_of(run: Run) -> list[NDArray[np.float64]]:
         found = [np.full(TOKENS, noise) for _ in range(LAYERS + 1)]
@@ -61,28 +61,28 @@ def errors_against(engine: frozenset[Choice], noise: float = 0.0) -> Callable[[R
 
 
 @given(engine=st.frozensets(st.sampled_from(CHOICES)))
-def test_exactly_the_choices_of_the_engine_are_followed(engine: frozenset[Choice]) -> None:
+def test_exactly_the_assignments_of_the_engine_are_followed(engine: frozenset[Assignment]) -> None:
     found = follow(Run, errors_against(engine, noise=0.2))
     assert found.is_complete and found.num_runs <= 1 + LAYERS
     assert found.output.swapped == engine
     assert found.gaps == {place: Run(engine).gaps[place] for place in engine}
 
 
-def text_of(choices: frozenset[Choice]) -> tuple[int, ...]:
-    """Each token depends on all choices of the token before it and, through these, on the text."""
+def text_of(assignments: frozenset[Assignment]) -> tuple[int, ...]:
+    """Each token depends on all assignments of the token before it and, through these, on the text."""
     tokens: list[int] = []
     for step in range(STEPS):
         position = PROMPT - 1 + step
-        there = frozenset(choice for choice in choices if choice[1] == position)
+        there = frozenset(each for each in assignments if each[1] == position)
         tokens.append(hash((there, tuple(tokens))) % 3)
     return tuple(tokens)
 
 
 @given(seed=st.integers(0, 2**32))
-def test_choices_of_another_text_are_forgotten(seed: int) -> None:
-    """The engine's choices depend on the reference's tokens, which depend on the choices that are followed."""
+def test_assignments_of_another_text_are_forgotten(seed: int) -> None:
+    """The engine's assignments depend on the reference's tokens, which depend on the assignments that are followed."""
 
-    def engine_of(tokens: tuple[int, ...]) -> frozenset[Choice]:
+    def engine_of(tokens: tuple[int, ...]) -> frozenset[Assignment]:
         def differs(layer: int, token: int) -> bool:
             before = tokens[: max(0, token - PROMPT + 1)]
             return bool(np.random.default_rng([seed, layer, token, *before]).integers(0, 2))
@@ -97,7 +97,7 @@ def test_choices_of_another_text_are_forgotten(seed: int) -> None:
     assert set(found.gaps) == engine_of(found.output.tokens)
 
 
-def test_what_no_choice_explains_ends_it() -> None:
+def test_what_no_assignment_explains_ends_it() -> None:
     assert follow(Run, errors_against(frozenset(), noise=0.2)).num_runs == 1
     # One trial a layer that changes nothing, and one run without it.
     found = follow(Run, errors_against(frozenset(), noise=3.0))
@@ -138,7 +138,7 @@ def third_for_second(layer: int) -> Callable[[onnx.GraphProto], int]:
 
 @pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize("target", ["ort-cpu-fp32", "ort-cpu-int8", "ort-cpu-int4"])
-def test_wrong_choices_of_one_layer_fail_and_are_named(
+def test_wrong_assignments_of_one_layer_fail_and_are_named(
     target: str, layer: int, engines: dict[str, Path], tmp_path: Path
 ) -> None:
     """All other checks may pass: what 4 bits hide in the values shows in how far apart the experts are."""

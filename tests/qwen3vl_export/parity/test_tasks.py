@@ -48,7 +48,7 @@ def quantised(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def built_reference(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The float32 engine is the session's, not one more build."""
-    monkeypatch.setattr(tasks, "_reference", lambda source, folder: Qwen3VLModel.from_engine(demo_engine, threads=1))
+    monkeypatch.setattr(tasks, "build_reference", lambda *_: Qwen3VLModel.from_engine(demo_engine, threads=1))
 
 
 def test_interval_of_known_counts() -> None:

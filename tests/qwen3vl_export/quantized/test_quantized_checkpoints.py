@@ -73,7 +73,7 @@ def test_weights_equal_the_naive_reader(
     expected = fixtures.write_layer(tmp_path, form, shape)
     np.testing.assert_array_equal(layer(tmp_path).numpy(), expected)
     # In many small bands and chunks; neither divides the rows.
-    monkeypatch.setattr(parts, "_BAND_BYTES", shape[1] * 4 * 3)
+    monkeypatch.setattr(parts, "BAND_BYTES", shape[1] * 4 * 3)
     for module in (parts, compressed_tensors, fp8):
         monkeypatch.setattr(module, "CHUNK_WEIGHTS", shape[1] * 7)
     blocks = [block.copy() for block in layer(tmp_path).blocks()]
@@ -222,7 +222,7 @@ AWQ, GPTQ, FP8 = (FORMS[name].config for name in ("awq", "gptq v1", "fp8"))
         (weights(type="float"), "weights of group_0 is .*float"),
         (weights(strategy="tensor"), 'strategy of group_0 is "tensor"'),
         (scheme(weights="W4A16"), 'weights of group_0 is "W4A16", expected an object'),
-        (GPTQ | {"dynamic": {"+:(": {"bits": 8}}}, "is no regular expression"),
+        (GPTQ | {"dynamic": {"+:(": {"bits": 8}}}, "is not a regular expression"),
         (GPTQ | {"bits": [4]}, r"bits is \[4\], expected 4 or 8"),
         (FP8 | {"weight_block_size": None}, "weight_block_size is null"),
         (FP8 | {"weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]"),
@@ -264,7 +264,7 @@ Tensors = dict[str, Any]
         ("pack int4", lambda t: t.update({"layer.weight_packed": t["layer.weight_packed"].float()}), {}, "is F32"),
         ("fp8", lambda t: t.pop("layer.weight_scale_inv"), {}, "layer.weight_scale_inv is missing"),
         ("fp8", lambda t: t.update({"layer.weight": t["layer.weight"].float()}), {}, "layer.weight is unquantised"),
-        ("fp8", lambda t: t.clear(), {}, 'says "fp8", no weight is stored in that form'),
+        ("fp8", lambda t: t.clear(), {}, 'says "fp8", no weight is stored in that format'),
     ],
 )
 def test_damaged_parts_are_named(
@@ -314,7 +314,7 @@ def test_wrong_shapes_and_stray_parts_are_named(tiny_checkpoint: Path, tmp_path:
     checkpoint = Checkpoint.open(str(folder))
     with pytest.raises(CheckpointError, match=r"gate_proj.weight has shape \[80, 48\], config.json implies \[88, 48\]"):
         checkpoint.tensor(f"{key}.weight", (88, 48))
-    with pytest.raises(CheckpointError, match=r"gate_proj.weight is quantised, expected it as floats"):
+    with pytest.raises(CheckpointError, match=r"gate_proj.weight is quantised, expected it unquantised"):
         checkpoint.tensor(f"{key}.weight", (80, 48), view=(40, 96))
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"extra.qweight": tensors[f"{key}.qweight"].clone()}, folder / "model.safetensors")

@@ -48,7 +48,7 @@ def with_symbols(export: Callable[..., Any]) -> Callable[..., Any]:
 
     def dims(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            primes = pieces._EXAMPLES.values()
+            primes = pieces.EXAMPLE_SIZES.values()
             found = {i: torch.export.Dim.AUTO for i, n in enumerate(value.shape) if any(n % p == 0 for p in primes)}
             return found or None
         if isinstance(value, dict):

@@ -1,38 +1,38 @@
-"""ONNX Runtime CUDA targets without a GPU: every node has a kernel, and the graphs are right on the CPU."""
+"""The session of ONNX Runtime on CUDA, and the graphs of its targets, on the CPU's kernels."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
-import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from engines import registry
-from engines.bundle import DECODER, VISION, Bundle
-from engines.cuda_kernels import CheckPlacementPass, Kernel, KernelListing, Placement, check_placement
-from engines.lower import lower
-from engines.quantize.formats import WeightFormats
+from engines.bundle import Bundle
 from engines.target import Target
 from helpers import PICTURES
+from helpers.engines import build
+from helpers.targets import by_name
+from qwen3vl_export.checkpoint import Checkpoint
 from runtime import generation
 from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
-from runtime.errors import EngineError, TargetError
+from runtime.errors import CapacityError, EngineError
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
-from runtime.model_config import ModelConfig
 from runtime.session import SessionOptions
 from runtime.sessions import ort_cuda
 from runtime.sessions.ort_cuda import Device, OrtCudaSession, OrtDeviceCache
-from tests.conftest import build
 
 TARGETS = registry.load_family("ort_cuda")
 # bfloat16 has no CPU kernels of Where and FusedMatMul, and ONNX Runtime casts for float16 alone.
 ON_CPU = [target for target in TARGETS if target.cache_dtype == "float16"]
+CONFIG = Checkpoint.open("demo").config
 CPU = Device("CPUExecutionProvider", "cpu")
 MESSAGES = [
     {
@@ -45,15 +45,6 @@ MESSAGES = [
 ]
 
 Models = Callable[[str], Qwen3VLModel]
-
-
-def by_name(target: Target) -> str:
-    return target.name
-
-
-@pytest.fixture(scope="module")
-def listing() -> KernelListing:
-    return KernelListing.load()
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +66,6 @@ def on_cpu(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCuda
     return OrtCudaSession(folder, manifest, device=CPU)
 
 
-def lowered(bundle: Bundle, name: str, target: Target) -> ir.Model:
-    return lower(bundle.graphs[name].clone(), target, bundle.config, target.passes(target.formats))
-
-
 def run(model: Qwen3VLModel, chunk: int = 512) -> tuple[FloatArray, FloatArray, list[tuple[FloatArray, FloatArray]]]:
     """Return the levels of a picture, the logits of its prompt, and the cache."""
     prepared = model.prepare(MESSAGES)
@@ -94,170 +81,6 @@ def run(model: Qwen3VLModel, chunk: int = 512) -> tuple[FloatArray, FloatArray, 
 def cosine(found: FloatArray, expected: FloatArray) -> float:
     a, b = found.ravel().astype(np.float64), expected.ravel().astype(np.float64)
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
-
-
-# Placement
-
-
-@pytest.mark.parametrize("graph", [DECODER, VISION])
-@pytest.mark.parametrize("target", TARGETS, ids=by_name)
-def test_every_node_has_a_kernel_and_no_value_crosses(
-    target: Target, graph: str, demo_bundle: Bundle, listing: KernelListing
-) -> None:
-    model = lowered(demo_bundle, graph, target)
-    placement = check_placement(model, listing)
-    assert len(placement.cuda) + len(placement.cpu) == len(model.graph)
-    # Shapes alone: Concat of the vision tower's, Cast of the cache's capacity.
-    assert {node.op_type for node in placement.cpu} == {"Cast" if graph == DECODER else "Concat"}
-    assert placement.copies == ()
-
-
-class ReplaceSigmoidPass(ir.passes.InPlacePass):
-    """Put an operator in the graph that CUDA has no kernel for."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        found = [node for node in model.graph if node.op_type == "Sigmoid"]
-        for node in found:
-            node.op_type = "Atanh"
-        return ir.passes.PassResult(model, bool(found))
-
-
-def test_an_operator_without_a_kernel_stops_the_build(demo_bundle: Bundle) -> None:
-    target = registry.get("ort-cuda-fp16")
-
-    def passes(formats: WeightFormats) -> list[ir.passes.InPlacePass]:
-        *others, check = target.passes(formats)
-        assert isinstance(check, CheckPlacementPass)
-        return [*others, ReplaceSigmoidPass(), check]
-
-    with pytest.raises((TargetError, ir.passes.PassError)) as caught:
-        lowered(demo_bundle, DECODER, dataclasses.replace(target, passes=passes))
-    error = caught.value if isinstance(caught.value, TargetError) else caught.value.__cause__
-    assert isinstance(error, TargetError)
-    assert re.match(r"node '.+', Atanh: no kernel of that operator", error.message)
-
-
-def test_a_copy_in_every_step_stops_the_build(demo_bundle: Bundle) -> None:
-    target = registry.get("ort-cuda-fp16")
-
-    def body(config: ModelConfig) -> str:
-        # The length of the longest sequence, as the CPU target has it, is computed on the device and read on the host.
-        text, capacity = target.native_ops["CausalAttention"](config), "Cast <to = 6> (capacity)"
-        assert capacity in text
-        return text.replace(capacity, "Cast <to = 6> (longest)").replace(
-            "capacity = Shape <start = 2, end = 3> (past_key)", "longest = ReduceMax <keepdims = 0> (total)"
-        )
-
-    sabotaged = dataclasses.replace(target, native_ops={**target.native_ops, "CausalAttention": body})
-    with pytest.raises((TargetError, ir.passes.PassError)) as caught:
-        lowered(demo_bundle, DECODER, sabotaged)
-    error = caught.value if isinstance(caught.value, TargetError) else caught.value.__cause__
-    assert isinstance(error, TargetError)
-    assert "'total_sequence_length' would be copied" in error.message
-
-
-def test_a_graph_for_the_cpu_is_refused(demo_bundle: Bundle, listing: KernelListing) -> None:
-    model = lowered(demo_bundle, VISION, registry.get("ort-cpu-int8"))
-    for node in model.graph:
-        for value in node.outputs:
-            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
-    with pytest.raises(TargetError, match=r"com\.microsoft::DynamicQuantizeMatMul: no kernel of that operator"):
-        check_placement(model, listing)
-
-
-def placed(text: str, listing: KernelListing) -> Placement:
-    """Check a graph in ONNX's text form, whose values are all declared."""
-    model = ir.from_onnx_text(text)
-    for index, node in enumerate(model.graph):
-        node.name = f"{node.op_type}_{index}"
-    return check_placement(model, listing)
-
-
-HEADER = '<ir_version: 10, opset_import: ["" : 24]>'
-
-
-def test_shapes_stay_on_the_cpu_until_a_kernel_reads_them(listing: KernelListing) -> None:
-    placement = placed(
-        HEADER
-        + """
-        g (float16[A, B] x, int64[1] one) => (float16[C, D] y) <int64[2] shape, int64[2] larger> {
-            shape = Shape (x)
-            larger = Add (shape, one)
-            y = Expand (x, larger)
-        }""",
-        listing,
-    )
-    assert [node.op_type for node in placement.cpu] == ["Add"]
-    assert [node.op_type for node in placement.cuda] == ["Shape", "Expand"]
-    # A graph input that the CPU reads is no longer one that lies on the device.
-    assert [value.name for value in placement.copies] == ["one"]
-
-
-def test_values_that_cross_are_found(listing: KernelListing) -> None:
-    placement = placed(
-        HEADER
-        + """
-        g (float16[A, B] x, int64[2] shape) => (float16[C, D] y, int64[2] sum) <int64[2] own, int64[2] twice> {
-            twice = Add (shape, shape)
-            y = Expand (x, twice)
-            own = Shape (x)
-            sum = Mul (own, twice)
-        }""",
-        listing,
-    )
-    # `twice` is made on the device and read on the host; `own` is on the host and multiplied on the device.
-    assert [value.name for value in placement.copies] == ["twice", "own"]
-
-
-def test_an_element_type_without_a_kernel_is_named(listing: KernelListing) -> None:
-    text = HEADER + "g (int16[N] x) => (int16[N] y) { y = Relu (x) }"
-    with pytest.raises(TargetError, match=r"'Relu_0', Relu: no kernel of T = int16 among .* onnxruntime-gpu 1\.31\.1"):
-        placed(text, listing)
-
-
-def test_an_operator_without_a_kernel_is_named(listing: KernelListing) -> None:
-    text = HEADER + "g (float[N, N] x) => (float y) { y = Det (x) }"
-    with pytest.raises(TargetError, match="'Det_0', Det: no kernel of that operator"):
-        placed(text, listing)
-
-
-def test_zero_points_of_a_table_fill_whole_bytes(demo_bundle: Bundle) -> None:
-    # 192 columns are three blocks of 64, whose 4-bit zero points end in the middle of a byte; CUDA's kernel would take
-    # those of the second row from there, the CPU's from the next byte, so no run on the CPU would show it.
-    blocks = {}
-    for name in ("ort-cuda-int4", "ort-cpu-int4"):
-        model = lowered(demo_bundle, DECODER, registry.get(name))
-        (lookup,) = (node for node in model.graph if node.op_type == "GatherBlockQuantized")
-        (product,) = (
-            node for node in model.graph if node.op_type == "MatMulNBits" and node.inputs[2] is lookup.inputs[2]
-        )
-        blocks[name] = lookup.attributes["block_size"].as_int()
-        num_rows, num_bytes = lookup.inputs[3].shape.numpy()
-        if name == "ort-cuda-int4":
-            assert 2 * num_rows * num_bytes * blocks[name] == num_rows * 192
-            assert product.attributes["block_size"].as_int() == blocks[name]
-    assert blocks == {"ort-cuda-int4": 32, "ort-cpu-int4": 64}
-
-
-@pytest.mark.parametrize(
-    ("text", "running", "not_running"),
-    # An open range means the version it was written for: a later one may mean something else.
-    [("13-", [13], [12, 14]), ("13-23", [13, 14, 23], [12, 24]), ("24-24", [24], [23, 25])],
-)
-def test_a_kernel_runs_the_versions_it_was_registered_for(
-    text: str, running: list[int], not_running: list[int]
-) -> None:
-    kernel = Kernel.parse(f"{text} T=float,float16")
-    assert all(kernel.runs(version) for version in running)
-    assert not any(kernel.runs(version) for version in not_running)
-    assert kernel.types == {"T": {"float", "float16"}}
-
-
-def test_the_check_changes_nothing(demo_bundle: Bundle) -> None:
-    model = lowered(demo_bundle, DECODER, registry.get("ort-cuda-fp16"))
-    before = [node.name for node in model.graph]
-    assert not CheckPlacementPass()(model).modified
-    assert [node.name for node in model.graph] == before
 
 
 # Parity, on the CPU's kernels, which may compute float16 in float32
@@ -303,12 +126,12 @@ def test_chunks_give_the_logits_of_the_whole_prompt(target: Target, models: Mode
 
 def decode(session: OrtCudaSession, cache: OrtDeviceCache, ids: np.ndarray, past: np.ndarray) -> FloatArray:
     """Run text alone; logits of the last position."""
-    return session.decode(inputs_of(session, ids, past), cache)
+    return session.decode(inputs_of(ids, past), cache)
 
 
-def inputs_of(session: OrtCudaSession, ids: np.ndarray, past: np.ndarray) -> DecoderInputs:
+def inputs_of(ids: np.ndarray, past: np.ndarray) -> DecoderInputs:
     last = np.full((len(ids), 1), ids.shape[1] - 1)
-    return DecoderInputs.text(ids, past, no_visual_embeds(session._config), logits_positions=last)
+    return DecoderInputs.text(ids, past, no_visual_embeds(CONFIG), logits_positions=last)
 
 
 @pytest.fixture(scope="module")
@@ -376,19 +199,22 @@ def test_idle_buffers_serve_the_next_cache_of_their_size(session: OrtCudaSession
 
 def test_a_cache_of_another_size_frees_the_idle_ones(session: OrtCudaSession) -> None:
     cache = session.new_cache(16)
+    idle = weakref.ref(cache.buffers)
     del cache
     gc.collect()
+    assert idle() is not None
     larger = session.new_cache(1000)
     assert larger.capacity >= 1000
-    assert sum(map(len, session._idle.values())) == 0
+    gc.collect()
+    assert idle() is None
 
 
 def test_the_largest_logits_are_those_of_the_whole(session: OrtCudaSession) -> None:
-    k = min(TARGETS[0].top_k, session._config.text.vocab_size)
+    k = min(TARGETS[0].top_k, CONFIG.text.vocab_size)
     ids = np.array([[3, 4, 5], [6, 7, 8]])
     past = np.zeros(2, np.int64)
     everything = decode(session, session.new_cache(8, batch=2), ids, past)
-    top = session.decode_top(inputs_of(session, ids, past), session.new_cache(8, batch=2))
+    top = session.decode_top(inputs_of(ids, past), session.new_cache(8, batch=2))
     for row in range(2):
         found = top[row][0]
         assert found.ids.shape == found.values.shape == (k,)
@@ -410,10 +236,46 @@ def test_bfloat16_is_read_as_the_upper_half_of_a_float32() -> None:
 
 
 def test_without_the_provider_nothing_runs_on_the_cpu(folder: Path) -> None:
-    import onnxruntime
-
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is installed")
     with pytest.raises(EngineError, match="has no CUDAExecutionProvider") as caught:
         Qwen3VLModel.from_engine(folder)
     assert "onnxruntime-gpu" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_onnx_runtime_records_unless_told_otherwise(
+    tmp_path: Path, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool
+) -> None:
+    options: dict[str, Any] = {}
+
+    def opened(path: str, _: Any, providers: list[tuple[str, dict[str, str]]], **__: Any) -> Any:
+        options[Path(path).name] = providers[0][1]
+        return SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    ort_cuda.open_session(tmp_path, Manifest.read(tiny_engine), SessionOptions(cuda_graphs=cuda_graphs))
+    assert ("enable_cuda_graph" in options["decoder.onnx"]) == cuda_graphs
+    assert "enable_cuda_graph" not in options["vision.onnx"]
+    assert all("enable_skip_layer_norm_strict_mode" in each for each in options.values())
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 9", CapacityError),
+        ("CUDA failure 2: out of memory ; GPU=0", CapacityError),
+        ("No such operator", EngineError),
+    ],
+)
+def test_out_of_memory_while_opening_is_a_capacity_error(
+    tmp_path: Path, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, message: str, error: type[Exception]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(error, match=message.split()[0]):
+        ort_cuda.OrtCudaSession(tmp_path, Manifest.read(tiny_engine), device=CPU)

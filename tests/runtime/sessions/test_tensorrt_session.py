@@ -127,7 +127,7 @@ def test_a_recorded_step_outlives_drafts_that_run_in_another_profile(
 
 
 def tokens_with_drafts(model: Qwen3VLModel) -> list[int]:
-    """Return 16 tokens behind the picture, the end of the answer passed over; every fourth call has two drafts."""
+    """Return 16 tokens after the picture, the end of the answer passed over; every fourth call has two drafts."""
 
     class Wrong:
         num_calls = 0
@@ -191,7 +191,7 @@ def test_the_cache_holds_what_the_float32_engine_caches(model: Qwen3VLModel, ref
     for left, right in zip(expected, found, strict=True):
         assert right.dtype == np.float32
         assert np.linalg.norm(left - right) <= 0.01 * np.linalg.norm(left)
-    assert not cache.layer(0)[0][:, :, len(model.prepare(READ).prompt.input_ids) :].any(), "zeros behind the prompt"
+    assert not cache.layer(0)[0][:, :, len(model.prepare(READ).prompt.input_ids) :].any(), "zeros after the prompt"
     assert cache.num_bytes == 2 * sum(array[:, :, :1].size * CAPACITY for array in found)
 
 
@@ -286,7 +286,7 @@ def test_an_interrupt_while_a_step_is_recorded_ends_the_recording(
     call = getattr(HostDevice, name)
 
     def interrupted(host: HostDevice, *args: Any) -> Any:
-        """Stop once: behind the call, or before it if it is the one that ends the recording."""
+        """Stop once: after the call, or before it if it is the one that ends the recording."""
         if not (host.is_recording or name == "begin_capture"):
             return call(host, *args)
         patch.undo()
@@ -394,7 +394,7 @@ def test_a_context_beyond_the_engine_is_refused_at_once(folder: Path) -> None:
 
 
 def test_a_prompt_beyond_the_engine_names_its_rebuild(model: Qwen3VLModel) -> None:
-    with pytest.raises(CapacityError, match="no answer fits behind it") as caught:
+    with pytest.raises(CapacityError, match="leaves no room for an answer") as caught:
         model.generate(user("nine " * 2 * CAPACITY))
     assert str(caught.value.remedy).startswith("build the engine again with --max-context above")
     assert "raise max_context" not in str(caught.value.remedy)
