@@ -63,12 +63,12 @@ SHARED := -c build/shared-torch/constraints.txt
 test-newest: setup
 	$(BIN)/python scripts/share_torch.py build/newest
 	build/newest/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,test]'
-	build/newest/bin/python -m pytest -q -m 'judge or portable' $(call files-with,judge|portable)
+	build/newest/bin/python -m pytest -q -m '(judge or portable) and not gpu' $(call files-with,judge|portable)
 
 # The lowest releases: without transformers and torchvision, with a PyTorch of its own; then with the lowest transformers.
 test-oldest: build/oldest/.installed build/oldest-transformers/.installed
-	build/oldest/bin/python -m pytest -q -m portable $(call files-with,portable)
-	build/oldest-transformers/bin/python -m pytest -q -m judge $(call files-with,judge)
+	build/oldest/bin/python -m pytest -q -m 'portable and not gpu' $(call files-with,portable)
+	build/oldest-transformers/bin/python -m pytest -q -m 'judge and not gpu' $(call files-with,judge)
 
 build/oldest/.installed: pyproject.toml locks/oldest.txt | $(DEV_STAMP)
 	$(BIN)/python -m venv --clear $(@D)
@@ -87,7 +87,7 @@ test-transformers: setup
 	@test -n '$(TRANSFORMERS)' || { echo 'error: which release? make test-transformers TRANSFORMERS=5.0.0' >&2; exit 2; }
 	$(BIN)/python scripts/share_torch.py build/transformers-$(TRANSFORMERS)
 	build/transformers-$(TRANSFORMERS)/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,test]' 'transformers==$(TRANSFORMERS)'
-	build/transformers-$(TRANSFORMERS)/bin/python -m pytest -q -m judge $(call files-with,judge)
+	build/transformers-$(TRANSFORMERS)/bin/python -m pytest -q -m 'judge and not gpu' $(call files-with,judge)
 
 # Hostile inputs of every kind; findings are files under build/fuzz/.
 fuzz: setup

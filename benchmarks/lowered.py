@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,12 @@ from engines.target import GPU
 from runtime.errors import ParityError
 
 if TYPE_CHECKING:
-    from engines.bundle import Bundle
     from engines.quantize.cache_ranges import CacheQuantization
     from engines.target import Target
     from qwen3vl_export.parity.report import Report
 
 # Targets whose activations have a fixed scale are calibrated on as many training canvases of the demo.
-_CALIBRATION_CANVASES = 64
+CALIBRATION_CANVASES = 64
 # Prompts and answers take 150 positions; a portable cell on the CPU costs all that the cache holds.
 _CAPACITY = 256
 
@@ -35,34 +34,43 @@ _CAPACITY = 256
 def lowered(checkpoint: str = "demo", max_new_tokens: int = 64, results: options.Results = RESULTS) -> None:
     """Execute the lowered graphs of every GPU target on the CPU and compare them with PyTorch."""
     machine = environment()
-    found = measure(checkpoint, max_new_tokens, lambda name: typer.echo(name, err=True))
-    write("lowered", found | {"environment": machine}, table(found), results)
+    variants = {target.name: (target, None) for target in all_targets() if target.device == GPU}
+    found = {name: _summary(report) for name, report in reports(checkpoint, max_new_tokens, variants)}
+    result = {"model": checkpoint, "max_new_tokens": max_new_tokens, "targets": found, "environment": machine}
+    write("lowered", result, table(result), results)
 
 
-def measure(checkpoint: str, max_new_tokens: int, on_target: Callable[[str], None]) -> dict[str, Any]:
-    """Return for each target whether its graphs were executed, and how near they came, or why not.
+def reports(
+    checkpoint: str, max_new_tokens: int, variants: Mapping[str, tuple[Target, CacheQuantization | None]]
+) -> Iterator[tuple[str, Report | ParityError]]:
+    """Build engines, of a GPU's target the lowered graphs alone, and compare each with PyTorch.
 
     Args:
         checkpoint: What `Checkpoint.open` takes.
         max_new_tokens: Greedy tokens of each prompt.
-        on_target: Told each target's name before its turn.
+        variants: By name, what to build for, calibrated on training canvases where it has to be, and the KV cache.
+
+    Yields:
+        The name, and the report, or why the lowered graphs do not run on the CPU.
     """
     from qwen3vl_export.checkpoint import Checkpoint
     from qwen3vl_export.export import make_bundle
+    from qwen3vl_export.parity.verify import verify
 
-    bundle = make_bundle(Checkpoint.open(checkpoint))
-    found: dict[str, Any] = {}
-    for target in all_targets():
-        if target.device == GPU:
-            on_target(target.name)
-            with tempfile.TemporaryDirectory() as work:
-                try:
-                    report = verified(bundle, target, checkpoint, max_new_tokens, Path(work))
-                    found[target.name] = {"is_executed": True, **_worst(report)}
-                except ParityError as error:
-                    reason = error.message.replace(f"{work}/engine/", "")
-                    found[target.name] = {"is_executed": False, "reason": reason}
-    return {"model": checkpoint, "max_new_tokens": max_new_tokens, "targets": found}
+    traced = make_bundle(Checkpoint.open(checkpoint))
+    for name, (target, cache) in variants.items():
+        typer.echo(name, err=True)
+        sizes = BuildOptions(max_context=_CAPACITY, prefill_chunk=_CAPACITY) if target.compile is not None else None
+        with tempfile.TemporaryDirectory() as work:
+            bundle, folder, codes = traced, Path(work) / "engine", Path(work) / "codes"
+            if needs_prompts(target):
+                codes.mkdir()
+                bundle = calibrate(bundle, target, training_prompts(CALIBRATION_CANVASES), codes).applied_to(bundle)
+            try:
+                build_engine(bundle, target, folder, runnable=target.device != GPU, options=sizes, cache=cache)
+                yield name, verify(folder, checkpoint, max_new_tokens=max_new_tokens)
+            except ParityError as error:
+                yield name, ParityError(error.message.replace(f"{folder}/", ""), remedy=error.remedy)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -87,41 +95,12 @@ def table(result: Mapping[str, Any]) -> str:
     )
 
 
-def verified(
-    bundle: Bundle,
-    target: Target,
-    checkpoint: str,
-    max_new_tokens: int,
-    work: Path,
-    cache: CacheQuantization | None = None,
-) -> Report:
-    """Build an engine, of a GPU's target its lowered graphs alone, and compare it with PyTorch.
-
-    Args:
-        bundle: The bundle of the checkpoint.
-        target: What to build; calibrated on training canvases where it has to be.
-        checkpoint: What the bundle was made of.
-        max_new_tokens: Greedy tokens of each prompt.
-        work: An empty folder.
-        cache: Bits of the KV cache.
-
-    Raises:
-        ParityError: The lowered graphs do not run on the CPU.
-    """
-    from qwen3vl_export.parity.verify import verify
-
-    options = BuildOptions(max_context=_CAPACITY, prefill_chunk=_CAPACITY) if target.compile is not None else None
-    folder, codes = work / "engine", work / "codes"
-    if needs_prompts(target):
-        codes.mkdir()
-        bundle = calibrate(bundle, target, training_prompts(_CALIBRATION_CANVASES), codes).applied_to(bundle)
-    build_engine(bundle, target, folder, runnable=target.device != GPU, options=options, cache=cache)
-    return verify(folder, checkpoint, max_new_tokens=max_new_tokens)
-
-
-def _worst(report: Report) -> dict[str, Any]:
+def _summary(report: Report | ParityError) -> dict[str, Any]:
+    if isinstance(report, ParityError):
+        return {"is_executed": False, "reason": report.message}
     values = {name: [check.value for check in report.checks if check.name == name] for name in _NAMES}
     return {
+        "is_executed": True,
         "passed": report.passed,
         "precision": report.precision,
         "least_cosine": min(check.detail["cosine"] for check in report.checks if "cosine" in check.detail),

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from benchmarks import build, export, goals, imports, lowered, plot, routes, run, status
+from benchmarks import build, export, goals, imports, lowered, mixture, plot, routes, run, status
 from benchmarks.compare import chart, tables
 from benchmarks.result_files import RESULTS, kind, of_kind, page
 from engines.disk import replace_text
@@ -60,6 +60,7 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     blocks = [
         ("README.md", "what works", status.tables(results, folder, root / "docs")),
         ("docs/benchmarks.md", "figures", goals.table(results)),
+        ("docs/mixture_of_experts.md", "speed", mixture.tables(results)),
     ]
     if "lowered" in results:
         blocks.append(("docs/accuracy.md", "lowered graphs", lowered.table(results["lowered"])))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from benchmarks import options
-from benchmarks.lowered import verified
+from benchmarks.lowered import CALIBRATION_CANVASES, reports
 from benchmarks.measure import environment
 from benchmarks.result_files import RESULTS, markdown, write
 from demo_training.prompts import training_prompts
@@ -19,49 +15,28 @@ from engines.registry import all_targets, get
 from runtime.errors import ParityError
 
 if TYPE_CHECKING:
+    from engines.target import Target
     from qwen3vl_export.parity.report import Report
 
-_CALIBRATION_CANVASES = 64
 # Caches in few bits, of these targets.
 _CACHES = (("ort-cpu-fp32", 8), ("ort-cpu-fp32", 4), ("ort-cpu-int4", 8), ("ort-cpu-int4", 4))
 
 
 def routes(checkpoint: str = "demo-moe", max_new_tokens: int = 64, results: options.Results = RESULTS) -> None:
-    """Verify every target of a mixture of experts, and say where it chooses other experts than PyTorch."""
-    machine = environment()
-    found = measure(checkpoint, max_new_tokens, lambda name: typer.echo(name, err=True))
-    write("routes", found | {"environment": machine}, table(found), results)
+    """Verify every target of a mixture of experts, and say where it chooses other experts than PyTorch.
 
-
-def measure(checkpoint: str, max_new_tokens: int, on_target: Callable[[str], None]) -> dict[str, Any]:
-    """Verify an engine of each target, and some whose cache is in few bits, or the lowered graphs of a GPU's.
-
-    Args:
-        checkpoint: What `Checkpoint.open` takes, a mixture of experts.
-        max_new_tokens: Greedy tokens of each prompt.
-        on_target: Told each name before its turn.
-
-    Returns:
-        The largest deviations of each by name; a target whose graphs do not run on the CPU is not there.
+    A target whose graphs do not run on the CPU is left out.
     """
-    from qwen3vl_export.checkpoint import Checkpoint
-    from qwen3vl_export.export import make_bundle
-
-    bundle = make_bundle(Checkpoint.open(checkpoint))
+    machine = environment()
+    variants: dict[str, tuple[Target, CacheQuantization | None]]
     variants = {target.name: (target, None) for target in all_targets()}
     for name, bits in _CACHES:
-        cache = CacheQuantization(bits, training_prompts(_CALIBRATION_CANVASES))
+        cache = CacheQuantization(bits, training_prompts(CALIBRATION_CANVASES))
         variants[f"{name}, cache in int{bits}"] = get(name), cache
-    found = {}
-    for name, (target, cache) in variants.items():
-        on_target(name)
-        with tempfile.TemporaryDirectory() as work:
-            try:
-                report = verified(bundle, target, checkpoint, max_new_tokens, Path(work), cache)
-            except ParityError:
-                continue
-        found[name] = _worst(report)
-    return {"model": checkpoint, "max_new_tokens": max_new_tokens, "engines": found}
+    compared = reports(checkpoint, max_new_tokens, variants)
+    found = {name: _worst(report) for name, report in compared if not isinstance(report, ParityError)}
+    result = {"model": checkpoint, "max_new_tokens": max_new_tokens, "engines": found, "environment": machine}
+    write("routes", result, table(result), results)
 
 
 def table(result: Mapping[str, Any]) -> str:

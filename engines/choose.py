@@ -22,7 +22,6 @@ from engines.registry import all_targets, get
 from engines.target import CPU, GPU, Target, version
 from engines.weight_shapes import EMBEDDING_KEY, VISION_PREFIX, Shape, weight_shapes
 from runtime.errors import CapacityError, TargetError
-from runtime.manifest import Manifest
 from runtime.memory import CACHE, PREFILL, VISION, WEIGHTS, cache_bytes, prefill_bytes, vision_bytes
 
 if TYPE_CHECKING:
@@ -204,12 +203,11 @@ def estimate(target: Target, config: ModelConfig, *, options: BuildOptions | Non
     options, assumed = options or BuildOptions(max_batch=1), configs.load("choice")
     capacity = min(options.max_context, config.text.max_positions)
     capabilities = target.capabilities(config, options)
-    shape = Manifest(target.name, target.session, capabilities, config, versions={}, source={}, files={})
     chunk = min(options.prefill_chunk, capacity)
     workspace = target.prefill_workspace(config, chunk) if target.prefill_workspace is not None else 0
     return {
         WEIGHTS: weight_bytes(target, config),
-        CACHE: options.max_batch * cache_bytes(shape, capacity),
+        CACHE: options.max_batch * cache_bytes(config, capabilities, capacity),
         PREFILL: prefill_bytes(config, capacity) + workspace,
         VISION: vision_bytes(config, [assumed["image_patches"]]),
         LIBRARY: assumed["gpu_library_bytes"] if target.device == GPU else 0,

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from engines.build_options import BuildOptions
+from runtime.arguments import whole_number
 from runtime.errors import UsageError
 
 _SIZES = ("max_context", "max_batch")
+_LEAST = {"max_context": 2, "max_batch": 1, "prefill_chunk": 2, "max_patches": 4}
 _SWITCHES = ("strip_weights", "weight_streaming", "version_compatible", "hardware_compatible")
 
 
@@ -43,7 +45,7 @@ class ExportRequest:
             but still downloads them whole from the Hub.
 
     Raises:
-        UsageError: Two of them exclude each other.
+        UsageError: A size is out of range, or two of them exclude each other.
     """
 
     model: Annotated[str, typer.Argument(metavar="MODEL")]
@@ -52,11 +54,11 @@ class ExportRequest:
     bundle: Path | None = None
     calibration: Annotated[Path | None, typer.Option(metavar="DIR")] = None
     kv_cache: Annotated[str | None, typer.Option(metavar="KIND")] = None
-    max_context: Annotated[int | None, typer.Option(min=2)] = None
-    max_batch: Annotated[int | None, typer.Option(min=1)] = None
-    prefill_chunk: Annotated[int | None, typer.Option(min=2)] = None
-    max_patches: Annotated[int | None, typer.Option(min=4)] = None
-    compute_capability: list[str] | None = None
+    max_context: Annotated[int | None, typer.Option(min=_LEAST["max_context"])] = None
+    max_batch: Annotated[int | None, typer.Option(min=_LEAST["max_batch"])] = None
+    prefill_chunk: Annotated[int | None, typer.Option(min=_LEAST["prefill_chunk"])] = None
+    max_patches: Annotated[int | None, typer.Option(min=_LEAST["max_patches"])] = None
+    compute_capability: list[str] | None = None  # as typer takes it; held as a tuple
     strip_weights: bool = False
     weight_streaming: bool = False
     version_compatible: bool = False
@@ -65,7 +67,15 @@ class ExportRequest:
     weights: bool = True
 
     def __post_init__(self) -> None:
-        """Check what excludes what."""
+        """Take texts for paths, and one GPU generation for several; check the sizes, and what excludes what."""
+        for name in ("output", "bundle", "calibration"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
+        gpus = self.compute_capability or ()
+        object.__setattr__(self, "compute_capability", (gpus,) if isinstance(gpus, str) else tuple(gpus))
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), least, None, f"at least {least}", f"leave {name} out")
         has_no_engine = self.bundle is not None or not self.weights
         if self.bundle is not None and self.output is not None:
             raise UsageError("--bundle and --output exclude each other", remedy="run the command twice")
@@ -91,7 +101,7 @@ class ExportRequest:
         values = {
             "prefill_chunk": self.prefill_chunk,
             "patch_buckets": None if self.max_patches is None else BuildOptions.buckets_up_to(self.max_patches),
-            "compute_capabilities": tuple(self.compute_capability or ()) or None,
+            "compute_capabilities": self.compute_capability or None,
             **{name: getattr(self, name) or None for name in _SWITCHES},
         }
         return {name: value for name, value in values.items() if value is not None}

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from runtime.cgroup import memory_limits
 from runtime.errors import CapacityError
 from runtime.generation import PREFILL_CHUNK
-from runtime.manifest import Manifest
 from runtime.model_config import ModelConfig
 
 # Parts of an estimate, each with the option that shrinks it.
@@ -39,17 +39,23 @@ def machine_bytes(limits: Sequence[int] | None = None) -> int:
     return min([whole, *(memory_limits() if limits is None else limits)])
 
 
-def cache_bits(manifest: Manifest) -> int:
-    """Return the bits that an element of the engine's KV cache takes."""
-    dtype = str(manifest.capabilities["cache_dtype"])
+def cache_bits(capabilities: Mapping[str, Any]) -> int:
+    """Return the bits that an element of an engine's KV cache takes."""
+    dtype = str(capabilities["cache_dtype"])
     whole = 16 if dtype == "bfloat16" else 8 * np.dtype(dtype).itemsize  # numpy has no bfloat16
-    return int(manifest.capabilities.get("cache_bits", whole))
+    return int(capabilities.get("cache_bits", whole))
 
 
-def cache_bytes(manifest: Manifest, capacity: int) -> int:
-    """Return the bytes of a KV cache of one sequence: keys and values of all layers."""
-    text = manifest.model.text
-    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * capacity * cache_bits(manifest) // 8
+def cache_bytes(config: ModelConfig, capabilities: Mapping[str, Any], capacity: int) -> int:
+    """Return the bytes of a KV cache of one sequence: keys and values of all layers.
+
+    Args:
+        config: Shape of the model.
+        capabilities: Those of the engine's manifest, or of a target.
+        capacity: Tokens that it holds.
+    """
+    text = config.text
+    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * capacity * cache_bits(capabilities) // 8
 
 
 def prefill_bytes(config: ModelConfig, num_tokens: int) -> int:

@@ -373,6 +373,6 @@ def _decoder_needs(manifest: Manifest, capacity: int) -> dict[str, int]:
     capacity = int(manifest.capabilities.get("capacity", capacity))
     return {
         WEIGHTS: manifest.weight_bytes,
-        CACHE: cache_bytes(manifest, capacity),
+        CACHE: cache_bytes(manifest.model, manifest.capabilities, capacity),
         PREFILL: prefill_bytes(manifest.model, capacity),
     }

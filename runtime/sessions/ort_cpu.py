@@ -119,7 +119,7 @@ class OrtCpuSession:
             options.add_session_config_entry(*EXACT_PRODUCTS)
         self._config = manifest.model
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
-        self._cache_bits = cache_bits(manifest)
+        self._cache_bits = cache_bits(manifest.capabilities)
         scales = manifest.capabilities.get("cache_scales")
         self._cache_scales = None if scales is None else _read_scales(folder, manifest, scales)
         before = anonymous_regions()

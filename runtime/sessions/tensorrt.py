@@ -288,7 +288,7 @@ class TensorRtSession:
 
     def _later_bytes(self, manifest: Manifest) -> int:
         """Return the device memory of what is not allocated yet but for contexts: largest cache, inputs and outputs."""
-        cache = self._max_batch * cache_bytes(manifest, self._capacity)
+        cache = self._max_batch * cache_bytes(self._config, manifest.capabilities, self._capacity)
         inputs = sum(
             largest_bytes(plan.profiles, name, _ITEM_BYTES[kind])
             for plan, tensors in ((self._vision, VISION_TENSORS), (self._decoder, DECODER_TENSORS))

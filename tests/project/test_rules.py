@@ -163,7 +163,7 @@ def test_core_is_lazy_and_re_exports() -> None:
     assert loaded_after("from qwen3_vl.core import Qwen3VLModel") & HEAVY == set()
     found = [getattr(qwen3_vl.core, name) for name in qwen3_vl.core.__all__]
     assert found == [ExportRequest, Exported, Qwen3VL, Qwen3VLModel, export, open_eager]
-    with pytest.raises(AttributeError, match="it has ExportRequest, Exported, Qwen3VL, Q.*"):
+    with pytest.raises(AttributeError, match="it has ExportRequest, Exported, Qwen3VL, "):
         qwen3_vl.core.missing  # noqa: B018
 
 

@@ -49,6 +49,27 @@ def test_what_excludes_each_other_is_refused_at_once(options: dict[str, Any], me
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_context": 1}, "max_context = 1, expected at least 2"),
+        ({"max_batch": 0}, "max_batch = 0, expected at least 1"),
+        ({"prefill_chunk": "8"}, "prefill_chunk = '8', expected at least 2"),
+        ({"max_patches": -5}, "max_patches = -5, expected at least 4"),
+        ({"max_context": True}, "max_context = True"),
+    ],
+)
+def test_sizes_are_checked_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ExportRequest("demo", **options)
+
+
+def test_a_request_takes_texts_for_paths_and_one_gpu_for_several() -> None:
+    request = ExportRequest("demo", output="out/x", compute_capability="8.6")  # type: ignore[arg-type]
+    assert request.output == Path("out/x") and request.compute_capability == ("8.6",)
+    assert hash(request) == hash(ExportRequest("demo", output=Path("out/x"), compute_capability=["8.6"]))
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({}, None),

@@ -341,7 +341,7 @@ def test_estimates_cover_what_was_measured() -> None:
 def test_the_logits_of_a_long_prompt_count(demo_engine: Path) -> None:
     model = Qwen3VLModel.from_engine(demo_engine)
     num_tokens = len(model.logits("Hi"))
-    cache = cache_bytes(model.manifest, num_tokens)
+    cache = cache_bytes(model.config, model.manifest.capabilities, num_tokens)
     whole = model.manifest.weight_bytes + cache + prefill_bytes(model.config, num_tokens)
     whole += 2 * 4 * num_tokens * model.config.text.vocab_size
     model.max_memory = whole

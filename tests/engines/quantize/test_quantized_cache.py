@@ -264,7 +264,8 @@ def test_estimates_and_cache_agree(engine_of_bits: dict[int, Path]) -> None:
         model = Qwen3VLModel.from_engine(engine)
         text = model.config.text
         per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * bits // 8
-        assert cache_bytes(model.manifest, 100) == model.session.new_cache(100).num_bytes == 100 * per_token
+        found = cache_bytes(model.config, model.manifest.capabilities, 100)
+        assert found == model.session.new_cache(100).num_bytes == 100 * per_token
 
 
 def test_ranges_are_the_largest_of_all_prompts(demo_engine: Path, calibration: Path) -> None:
