@@ -27,7 +27,7 @@ from engines.weight_shapes import weight_shapes
 from engines.work_folder import work_folder
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.request import ExportRequest
-from runtime.errors import TargetError
+from runtime.errors import TargetError, UsageError
 from runtime.manifest import Manifest
 
 _TRACING_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
@@ -72,6 +72,8 @@ def export(request: ExportRequest, progress: Progress = SILENT) -> Exported:
         CapacityError: The disk, or the memory that running prompts needs, is too small.
         BundleError: A weight, or what a calibration prompt makes of it, is not finite.
     """
+    if not isinstance(request, ExportRequest):
+        raise UsageError(f"request must be an ExportRequest, got {type(request).__name__}", remedy="pass one")
     started = time.perf_counter()
     job = _checked(request, progress)
     progress.report(Stage.TRACING, f"tracing {job.checkpoint.name}")

@@ -259,6 +259,12 @@ CALLS: dict[str, Callable[[Any, Qwen3VLModel], list[Callable[[], object]]]] = {
         lambda: model.encode_images(value),
         lambda: model.encode_images([value]),
     ],
+    "Exported": lambda value, _: [lambda: qwen3_vl.core.Exported(*[value] * 7)],
+    "ExportRequest": lambda value, _: [
+        lambda name=name: qwen3_vl.core.ExportRequest("demo", **{name: value})
+        for name in ("max_context", "max_batch", "prefill_chunk", "max_patches")
+    ],
+    "export": lambda value, _: [lambda: qwen3_vl.core.export(value)],
     "Stats": lambda value, _: [lambda: qwen3_vl.Stats(*[value] * 10)],
     "Stream": lambda value, _: [lambda: qwen3_vl.Stream(value)],
     "Qwen3VL": lambda value, _: [lambda: qwen3_vl.core.Qwen3VL(value)],
@@ -270,7 +276,7 @@ CALLS: dict[str, Callable[[Any, Qwen3VLModel], list[Callable[[], object]]]] = {
         ),
     ],
 }
-NEVER_REFUSE = {name for name in CALLS if name.endswith("Error")} | {"Generation", "Stats", "Stream"}
+NEVER_REFUSE = {name for name in CALLS if name.endswith("Error")} | {"Exported", "Generation", "Stats", "Stream"}
 
 
 def test_every_public_name_that_can_be_called_is_called() -> None:

@@ -39,8 +39,8 @@ class Log(Progress):
         ({"bundle": Path("b"), "output": Path("o")}, "--bundle and --output exclude each other"),
         ({"bundle": Path("b"), "calibration": Path("c")}, "--calibration changes weights"),
         ({"weights": False, "calibration": Path("c")}, "--calibration changes weights"),
-        ({"bundle": Path("b"), "kv_cache": "int8"}, "--kv-cache runs the engine"),
-        ({"weights": False, "kv_cache": "int8"}, "--kv-cache runs the engine"),
+        ({"bundle": Path("b"), "kv_cache": "int8"}, "--kv-cache has to run the engine"),
+        ({"weights": False, "kv_cache": "int8"}, "--kv-cache has to run the engine"),
     ],
 )
 def test_what_excludes_each_other_is_refused_at_once(options: dict[str, Any], message: str) -> None:

@@ -167,7 +167,7 @@ def test_the_command_makes_such_an_engine(calibration: Path, engine_of_bits: dic
     [
         (("--kv-cache", "int8"), "--kv-cache int8 needs prompts", "add --calibration DIR"),
         (("--kv-cache", "fp8"), "--kv-cache fp8: unknown", "the kinds are int8, int4"),
-        (("--kv-cache", "int4", "--no-weights"), "--kv-cache runs the engine", "leave --kv-cache out"),
+        (("--kv-cache", "int4", "--no-weights"), "--kv-cache has to run the engine", "leave --kv-cache out"),
     ],
 )
 def test_refused(arguments: tuple[str, ...], message: str, remedy: str, tmp_path: Path) -> None:
