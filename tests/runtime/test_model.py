@@ -304,7 +304,7 @@ def test_an_engine_that_is_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     folder = Path("https:/engine")
     folder.mkdir(parents=True)
-    with pytest.raises(EngineError, match="no engine folder"):  # it is there, so its name is no URL
+    with pytest.raises(EngineError, match="not an engine folder"):  # it is there, so its name is no URL
         Qwen3VLModel.from_engine(folder)
 
 
