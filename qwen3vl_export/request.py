@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engines.build_options import BuildOptions
-from runtime.arguments import whole_number
+from runtime.arguments import reading, whole_number
 from runtime.errors import UsageError
 
 _SIZES = ("max_context", "max_batch")
@@ -69,10 +69,12 @@ class ExportRequest:
     def __post_init__(self) -> None:
         """Take texts for paths, and one GPU generation for several; check the sizes, and what excludes what."""
         for name in ("output", "bundle", "calibration"):
-            if isinstance(value := getattr(self, name), str):
-                object.__setattr__(self, name, Path(value))
-        gpus = self.compute_capability or ()
-        object.__setattr__(self, "compute_capability", (gpus,) if isinstance(gpus, str) else tuple(gpus))
+            if getattr(self, name) is not None:
+                with reading(name, "pass a path"):
+                    object.__setattr__(self, name, Path(getattr(self, name)))
+        with reading("compute_capability", 'pass a list such as ["8.6"]'):
+            gpus = self.compute_capability or ()
+            object.__setattr__(self, "compute_capability", (gpus,) if isinstance(gpus, str) else tuple(map(str, gpus)))
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), least, None, f"at least {least}", f"leave {name} out")

@@ -56,9 +56,11 @@ def test_what_excludes_each_other_is_refused_at_once(options: dict[str, Any], me
         ({"prefill_chunk": "8"}, "prefill_chunk = '8', expected at least 2"),
         ({"max_patches": -5}, "max_patches = -5, expected at least 4"),
         ({"max_context": True}, "max_context = True"),
+        ({"compute_capability": 5}, "compute_capability cannot be read"),
+        ({"output": 5}, "output cannot be read"),
     ],
 )
-def test_sizes_are_checked_at_once(options: dict[str, Any], message: str) -> None:
+def test_values_are_checked_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ExportRequest("demo", **options)
 
