@@ -32,6 +32,9 @@ SYNTAX, FORBIDDEN, REFUSED, REWRITTEN, MEMORY, LENGTH = (
     "length",
 )
 
+# Stands for a token in a second rendering. Letters and digits only: it stays whole wherever a template writes a string.
+MARKER = "TemplateSlot{number}Kind{index}End"
+
 
 class TemplateFailure(Exception):
     """Say why a template cannot be compiled or rendered; `runtime/chat.py` makes an error of the project's tree of it.
@@ -121,8 +124,7 @@ class CompiledTemplate:
         return marked
 
     def _compile_marked(self, number: int) -> tuple[list[str], jinja2.Template]:
-        # Letters and digits only: it must stay whole wherever a template can write a string.
-        markers = [f"TemplateSlot{number}Kind{index}End" for index in range(len(self._tokens))]
+        markers = [MARKER.format(number=number, index=index) for index in range(len(self._tokens))]
         return markers, self._compile(self._with_markers(self._source, markers))
 
     def _with_markers(self, text: str, markers: Sequence[str]) -> str:

@@ -16,7 +16,9 @@ from runtime.errors import EngineError, UsageError
 from runtime.files import read_json_object
 from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.messages import normalise_messages
+from runtime.template_engine import MARKER
 
+MARKERS = [MARKER.format(number=number, index=0) for number in range(3)]
 IMAGE = {"type": "image", "image": "cat.png"}
 TOOL = {"type": "function", "function": {"name": "größe", "description": '<a> & "b"', "parameters": {"x": [1, None]}}}
 
@@ -53,9 +55,7 @@ CHATS: dict[str, list[dict[str, Any]]] = {
         },
         {"role": "tool", "content": [text("here "), IMAGE]},
     ],
-    "typed tokens": [
-        {"role": "user", "content": [IMAGE, text(f"say {IMAGE_TOKEN} and <|im_end|> and TemplateSlot0Kind0End")]}
-    ],
+    "typed tokens": [{"role": "user", "content": [IMAGE, text(f"say {IMAGE_TOKEN} and <|im_end|> and {MARKERS[0]}")]}],
 }
 
 
@@ -147,7 +147,7 @@ def test_only_the_tokens_that_the_template_wrote_are_images(name: str) -> None:
         # Neither part holds the token, the rendered text does.
         [text("<|image_"), text("pad|>"), IMAGE],
         [text("<|image_pad|"), IMAGE, text(">")],
-        [text("TemplateSlot0Kind0End TemplateSlot1Kind0End"), IMAGE, text("TemplateImage"), text("Slot2")],
+        [text(f"{MARKERS[0]} {MARKERS[1]}"), IMAGE, text(MARKERS[2][:9]), text(MARKERS[2][9:])],
     ],
 )
 def test_typed_tokens_are_told_from_the_templates_own(parts: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from fuzz.children import ChildrenWatch
+from fuzz.families.templates import EVERY_MARKER
 from helpers import ROOT
 from helpers.tokenizer_fixture import INSTRUCT_TEMPLATE, THINKING_TEMPLATE
 from runtime.chat import (
@@ -29,7 +30,7 @@ from runtime.chat import (
 from runtime.errors import CapacityError, EngineError, Qwen3VLError, UsageError
 from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.messages import normalise_messages
-from runtime.template_engine import CompiledTemplate
+from runtime.template_engine import MARKER, CompiledTemplate
 from runtime.template_process import TemplateProcess
 
 DEMO_TEMPLATE = (ROOT / "qwen3vl_export/demo/checkpoint/chat_template.jinja").read_text(encoding="utf-8")
@@ -48,6 +49,7 @@ COSTLY = {
     "filter": ("{{ 'a' | center(2000000000) }}", MEMORY),
     "format": ("{{ '%2000000000d' % 1 }}", MEMORY),
     "loops": (LOOPS, TIME),
+    "markers": (EVERY_MARKER, TIME),
     "output": ("{% set x = 'x' * 1000000 %}{% for i in range(20) %}{{ x }}{% endfor %}", LENGTH),
     "joined output": ("{% set x = 'x' * 10000000 %}{% for i in range(99999) %}{{ x }}{% endfor %}", MEMORY),
     "recursion": ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion"),
@@ -123,10 +125,11 @@ def test_after_a_chat_that_was_stopped_the_next_is_rendered() -> None:
     assert template.render(CHAT) == expected
 
 
+MARKERS = " ".join(MARKER.format(number=number, index=0) for number in range(2))
 CHATS = [
     CHAT,
     normalise_messages("Grüße, 日本語, 🙂\u0000\x1b \\ \" ' <|im_end|> {{ 7 * 7 }} \u2028")[0],
-    normalise_messages([{"role": "user", "content": f"{IMAGE_TOKEN} TemplateSlot0Kind0End TemplateSlot1Kind0End"}])[0],
+    normalise_messages([{"role": "user", "content": f"{IMAGE_TOKEN} {MARKERS}"}])[0],
     normalise_messages([{"role": "user", "content": "a" * 200_000}])[0],
 ]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from fuzz.family import Recipe
 from fuzz.mutation import WEIRD
+from runtime.template_engine import MARKER
 
 
 class _OwnError(RuntimeError):
@@ -98,6 +99,7 @@ def _numpy(name: str) -> Any:
 
 
 _MESSAGE = {"role": "user", "content": "x"}
+_MARKERS = [MARKER.format(number=number, index=0) for number in range(2)]
 VALUES: tuple[Callable[[], Any], ...] = (
     *((lambda value=value: value) for value in WEIRD),
     lambda: 10**5000,
@@ -105,10 +107,7 @@ VALUES: tuple[Callable[[], Any], ...] = (
         (lambda text=text: text)
         for text in ("user", "system", "tool", "a\x00b", "\u202e\u200b", "<|im_end|><|im_start|>s\nx")
     ),
-    *(
-        (lambda text=text: text)
-        for text in ("TemplateSlot0Kind0End<|image_pad|>", "<think>x</think>", "{{ 7*7 }}{% for %}")
-    ),
+    *((lambda text=text: text) for text in (f"{_MARKERS[0]}<|image_pad|>", "<think>x</think>", "{{ 7*7 }}{% for %}")),
     *((lambda text=text: text * 20_000) for text in ("x", "字", "\u0301", "a b ", " ", "\n", "<|endoftext|>", "😀")),
     *((lambda text=text: text * 5_000_000) for text in ("x", " ", "\n", "a b")),
     *(
@@ -228,8 +227,7 @@ _WORDS = (
         "é",
         "😀",
         "\ufeff",
-        "TemplateSlot0Kind0End",
-        "TemplateSlot1Kind0End",
+        *_MARKERS,
         "<|endoftext|>",
     ),
 )

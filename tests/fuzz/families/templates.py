@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 from fuzz.family import Recipe
+from runtime.template_engine import MARKER
 
 _REACHES = (
     *("''.__class__.__mro__", "().__class__.__base__.__subclasses__()", "messages.__class__", "''|attr('__class__')"),
@@ -53,6 +54,8 @@ _WORK = (
     *("(" * 5000 + "1" + ")" * 5000, "-" * 100_000 + "1", "[" * 3000 + "]" * 3000, "'a'~'b'" * 1 + "~'c'" * 50_000),
     *("x.y" + "[0]" * 50_000, "1" + " if 1 else 1" * 20_000, "'" + "a" * 10_000_000 + "'", "1" + "|string" * 20_000),
 )
+EVERY_MARKER = "{% for i in range(99999) %}" + MARKER.format(number="{{ i }}", index=0) + " {% endfor %}<|image_pad|>"
+"""Writes the markers that the engine would take, one after the other."""
 _STATEMENTS = (
     "{% for i in range(10**9) %}{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -83,8 +86,8 @@ _STATEMENTS = (
     "{% raw %}" * 1000,
     "a" * 5_000_000,
     "{{ <|image_pad|> }}",
-    "{{ 'TemplateSlot0Kind0End'*10 }}<|image_pad|>",
-    "{% for i in range(99999) %}TemplateImageSlot{{ i }} {% endfor %}<|image_pad|>",
+    f"{{{{ '{MARKER.format(number=0, index=0)}'*10 }}}}<|image_pad|>",
+    EVERY_MARKER,
 )
 _ATOMS = (
     *(
