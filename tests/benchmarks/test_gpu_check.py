@@ -19,7 +19,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from benchmarks import gpu_check, plans
-from benchmarks.__main__ import app
+from benchmarks.__main__ import app, main
 from benchmarks.gpu_check import BENCH, BUILD, FAILED, INSPECT, PASSED, SKIPPED, VERIFY, Done, Outcome
 from engines.hardware import Gpu, Hardware
 from engines.registry import get
@@ -248,9 +248,18 @@ def test_exit_codes(invoke: Invoked) -> None:
     assert invoke(MACHINE, [gone], Commands()).exit_code == 1
     done = invoke(replace(MACHINE, gpus=(), notes=("driver hangs",)), [good], Commands())
     assert done.exit_code == 2 and "driver hangs" in done.stdout
-    done = invoke(MACHINE, [good], Commands(), "--target", "abacus")
-    assert done.exit_code == 1 and isinstance(done.exception, TargetError)
-    assert str(done.exception).startswith("no GPU target abacus")
+
+
+def test_an_unknown_target_is_one_error_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu-check", "--target", "abacus"])
+    monkeypatch.setattr(gpu_check, "probe", lambda: MACHINE)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == TargetError.exit_code
+    said = capsys.readouterr()
+    assert said.err == "error: no GPU target abacus\n  remedy: see: qwen3vl targets\n" and said.out == ""
 
 
 def test_nothing_is_left_in_the_work_folder(invoke: Invoked, tmp_path: Path) -> None:

@@ -99,15 +99,15 @@ def test_half_precision_takes_two_bytes_a_weight() -> None:
 
 def test_parts_of_an_estimate() -> None:
     config, target = shape("qwen3-vl-2b"), get("ort-cpu-fp32")
-    options, assumed = BuildOptions(max_context=1000, max_batch=2), configs.load("choice")
+    options = BuildOptions(max_context=1000, max_batch=2)
     parts = estimate(target, config, options=options)
     # 28 layers, keys and values, 8 heads of 128, float32.
     assert parts[CACHE] == 2 * 1000 * 28 * 2 * 8 * 128 * 4
     assert parts[PREFILL] == prefill_bytes(config, 1000)
-    assert parts[VISION] == vision_bytes(config, [assumed["image_patches"]])
+    assert parts[VISION] == vision_bytes(config, [4096])
     assert parts[WEIGHTS] == weight_bytes(target, config)
     assert LOGITS not in parts and parts[choose.LIBRARY] == 0
-    assert estimate(GPU_FP16, config, options=options)[choose.LIBRARY] == assumed["gpu_library_bytes"] > 0
+    assert estimate(GPU_FP16, config, options=options)[choose.LIBRARY] == 500_000_000
     # A context beyond what the model was trained for is never allocated.
     long = estimate(target, shape("tiny"), options=BuildOptions(max_context=1 << 20))
     assert long[CACHE] == estimate(target, shape("tiny"), options=BuildOptions(max_context=config_positions()))[CACHE]
@@ -220,8 +220,10 @@ def test_a_limit_of_one_byte() -> None:
 
 
 def test_every_target_has_a_place_and_a_device() -> None:
+    devices = {target.session: target.device for target in all_targets()}
+    assert devices | {"ort_cpu": "cpu", "ort_cuda": "gpu", "tensorrt": "gpu"} == devices
     for target in all_targets():
-        assert target.device == ("cpu" if target.session == "ort_cpu" else "gpu")
+        assert target.device == devices[target.session] in ("cpu", "gpu")
         (candidate,) = consider(CPU_ONLY, shape("tiny"), targets=[target]).candidates
         assert "does not rank it" not in candidate.refusal
         assert min(candidate.parts[part] for part in (WEIGHTS, CACHE, PREFILL, VISION)) > 0
@@ -236,7 +238,9 @@ def test_resolving_a_name_reads_no_checkpoint() -> None:
         resolve_target("ort-cpu-int9", unread, say=lambda text: None)
 
 
-def test_auto_reports_what_it_chose_and_the_table_if_nothing_fits() -> None:
+def test_auto_reports_what_it_chose_and_the_table_if_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("ort-cpu-fp32", "ort-cpu-int4", "ort-cpu-int8", "ort-cuda-fp16", "trt-fp16")
+    monkeypatch.setattr(choose, "all_targets", lambda: [get(name) for name in names])
     said: list[str] = []
     target = resolve_target(AUTO, lambda: shape("tiny"), said.append, hardware=CPU_ONLY)
     assert target.name == "ort-cpu-int8"
