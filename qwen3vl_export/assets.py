@@ -17,7 +17,8 @@ from qwen3vl_export.tokenizer_files import TAKE_ALL, read_tokenizer
 from runtime.chat import template_source
 from runtime.errors import CheckpointError, Qwen3VLError
 from runtime.files import read_small_file
-from runtime.generation_config import ignored_keys
+from runtime.generation_config import IN_FILE
+from runtime.generation_file import unknown_keys
 from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.model_config import ModelConfig
 from runtime.preparation import GENERATION, PREPROCESSOR, TEMPLATE, TOKENIZER, TOKENIZER_SETTINGS, Preparation
@@ -53,7 +54,7 @@ def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dic
     assets[TOKENIZER] = read_tokenizer(folder, read_json)
     assets[PREPROCESSOR] = _as_json(_preprocessor_config(folder, read_json))
     generation = read_json(GENERATION) if os.path.lexists(folder / GENERATION) else {}
-    if unknown := ignored_keys(generation):
+    if unknown := unknown_keys(generation, IN_FILE):
         listed = ", ".join(map(shown_name, unknown[:_MAX_LISTED])) + (", …" if len(unknown) > _MAX_LISTED else "")
         _LOGGER.warning("note: %s: transformers knows no %s, so nothing comes of it", folder / GENERATION, listed)
     assets[GENERATION] = _as_json(_with_token_ids(generation, read_json("config.json"), folder))

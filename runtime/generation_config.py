@@ -2,7 +2,7 @@
 
 Defaults come from the checkpoint's `generation_config.json`, as transformers reads it (`runtime.generation_file`); the
 user's keyword arguments are laid over them. An option that would change the output and is not implemented raises, in
-the file as in the call. A new option is a field here, with its check, and a line in `runtime.generation_keywords`.
+the file as in the call. A new option is a field here, with its check; docs/how_to_add.md names the other files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from runtime.arguments import reading
 from runtime.errors import UsageError
-from runtime.generation_file import MISSING_FILTERS, taken_values, unknown_keys
+from runtime.generation_file import MISSING_FILTERS, taken_values
 from runtime.option_checks import (
     Check,
     any_number,
@@ -234,11 +234,6 @@ IN_FILE: Mapping[str, str] = {
 """The option of each key of generation_config.json that is taken; `replace` takes these names as well."""
 
 _OF_SAMPLING = [name for name, field in OPTIONS.items() if field.metadata["is_of_sampling"]]
-
-
-def ignored_keys(config: Mapping[str, Any]) -> list[str]:
-    """Return the keys of a generation_config.json that transformers does not know, so that nothing comes of them."""
-    return unknown_keys(config, IN_FILE)
 
 
 def _unknown(unknown: list[str]) -> UsageError:

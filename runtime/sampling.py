@@ -69,14 +69,15 @@ class LogitsProcessor(ABC):
         option: Its name in `GenerationOptions`.
         off: The value that changes nothing.
         is_for_greedy: It shapes greedy decoding too.
-        needs_all_logits: The largest logits alone do not decide what it makes of them.
+        needs_all_logits: The largest logits alone do not decide what it makes of them. Every class says this and the
+            flag above itself: a default would make an engine that hands out the largest logits sample wrongly.
     """
 
     value: float
     option: ClassVar[str]
     off: ClassVar[float]
-    is_for_greedy: ClassVar[bool] = False
-    needs_all_logits: ClassVar[bool] = False
+    is_for_greedy: ClassVar[bool]
+    needs_all_logits: ClassVar[bool]
 
     @abstractmethod
     def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
@@ -147,6 +148,7 @@ class Temperature(LogitsProcessor):
     """Divide the logits by the temperature (transformers' `TemperatureLogitsWarper`)."""
 
     option, off = "temperature", 1.0
+    is_for_greedy, needs_all_logits = False, False
 
     def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
         """Return scaled logits."""
@@ -157,6 +159,7 @@ class TopK(LogitsProcessor):
     """Keep the k largest logits, and all that equal the k-th (transformers' `TopKLogitsWarper`)."""
 
     option, off = "top_k", 0
+    is_for_greedy, needs_all_logits = False, False
 
     def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
         """Return filtered logits."""
@@ -175,6 +178,7 @@ class TopP(LogitsProcessor):
     """
 
     option, off = "top_p", 1.0
+    is_for_greedy, needs_all_logits = False, False
 
     def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
         """Return filtered logits."""
@@ -201,6 +205,7 @@ class MinP(LogitsProcessor):
     """Keep tokens whose probability is at least `min_p` times the largest one (transformers' `MinPLogitsWarper`)."""
 
     option, off = "min_p", 0.0
+    is_for_greedy = False
     needs_all_logits = True  # it sums the exponentials of the whole row, in which the order of the summands shows
 
     def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:

@@ -16,8 +16,8 @@ from helpers.random_checkpoints import tiny_values
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo import CHECKPOINT
 from runtime.errors import UsageError
-from runtime.generation_config import IN_FILE, GenerationOptions, ignored_keys
-from runtime.generation_file import NEUTRAL, NEUTRAL_IN_SAMPLING, NO_EFFECT
+from runtime.generation_config import IN_FILE, GenerationOptions
+from runtime.generation_file import NEUTRAL, NEUTRAL_IN_SAMPLING, NO_EFFECT, unknown_keys
 
 # Files that transformers loads and answers with, and the options that they come to.
 TAKEN_FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -151,6 +151,6 @@ def test_an_export_names_the_keys_that_nobody_reads(tmp_path: Path, caplog: pyte
         assert caplog.messages == []
         edit_json(tmp_path / "generation_config.json", lambda c: c.update(temprature=1, presence_penalty=1))
         content = json.loads(Checkpoint.open(str(tmp_path)).assets()["generation_config.json"])
-    assert ignored_keys(content) == ["presence_penalty", "temprature"]
+    assert unknown_keys(content, IN_FILE) == ["presence_penalty", "temprature"]
     (message,) = caplog.messages
     assert message.endswith("transformers knows no presence_penalty, temprature, so nothing comes of it")

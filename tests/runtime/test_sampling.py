@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from helpers.random_checkpoints import tiny_values
 from runtime import sampling
 from runtime.errors import EngineError
 from runtime.generation_config import GenerationOptions
-from runtime.sampling import Logits, Sampler, TokenHistory, build_processors
+from runtime.sampling import PROCESSORS, Logits, LogitsProcessor, Sampler, TokenHistory, build_processors
 
 
 def random_logits(seed: int, num_rows: int = 3, num_tokens: int = 1000, *, ties: bool = False) -> Logits:
@@ -161,6 +162,24 @@ def test_the_whole_chain_equals_what_generate_makes_of_the_logits(ties: bool) ->
             num_kept.append(np.isfinite(found).sum())
             assert_same_filter(found, scores.numpy(), ties=ties)
     assert len(set(num_kept)) > 3 and 5 < np.mean(num_kept) < (500 if ties else 30), num_kept
+
+
+def test_every_processor_says_both_flags() -> None:
+    """Else an engine that hands out the largest logits alone would sample from them, and nobody would see it."""
+    flags = ("is_for_greedy", "needs_all_logits")
+
+    class Forgetful(LogitsProcessor):
+        option, off = "min_p", 0.0
+        is_for_greedy = False
+
+        def __call__(self, logits_BV: Logits, histories: Sequence[TokenHistory]) -> Logits:
+            return logits_BV
+
+    said = {kind: [getattr(kind, flag, None) for flag in flags] for kind in (*PROCESSORS, Forgetful)}
+    assert said.pop(Forgetful) == [False, None]
+    assert {type(value) for values in said.values() for value in values} == {bool}
+    with pytest.raises(AttributeError):
+        Forgetful(0.5).needs_all_logits  # noqa: B018
 
 
 @pytest.mark.portable
