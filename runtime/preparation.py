@@ -23,6 +23,7 @@ from runtime.generation_config import GenerationOptions
 from runtime.image_bounds import MAX_IMAGE_PIXELS
 from runtime.image_config import NUM_CHANNELS, ImageProcessorConfig
 from runtime.image_processor import ProcessedImage
+from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.input_kinds.registry import input_kinds
 from runtime.messages import Attachment, normalise_messages
 from runtime.model_config import ModelConfig
@@ -138,9 +139,8 @@ class Preparation:
 
         with opening(folder / TOKENIZER):
             tokenizer = Tokenizer(files[TOKENIZER], name=str(folder / TOKENIZER))
-            for token in (kind.token for kind in input_kinds()):
-                if tokenizer.encode(token) != [tokenizer.token_id(token)]:
-                    raise EngineError(f"the tokenizer splits {token}", remedy="mark it as an added special token")
+            if tokenizer.encode(IMAGE_TOKEN) != [tokenizer.token_id(IMAGE_TOKEN)]:
+                raise EngineError(f"the tokenizer splits {IMAGE_TOKEN}", remedy="mark it as an added special token")
         with opening(folder / TEMPLATE):
             settings = settings_in(TOKENIZER_SETTINGS) if TOKENIZER_SETTINGS in files else {}
             template = ChatTemplate.from_config(files[TEMPLATE].decode("utf-8", "surrogatepass"), settings)
@@ -183,11 +183,15 @@ class Preparation:
             max_tokens: Give up long texts and many images that have more; a prompt may still come out longer.
 
         Raises:
-            UsageError: The messages are not valid, or the template does not write one image token for each image.
+            UsageError: The messages are not valid, hold what the tokenizer has no token for, or the template does not
+                write one image token for each image.
             ImageError: An image cannot be read.
             CapacityError: A text is too long, or an image too large or one too many.
         """
         plain, attachments = normalise_messages(messages)
+        for kind in dict.fromkeys(each.kind for each in attachments):
+            if len(self.tokenizer.encode(kind.token)) != 1:
+                raise UsageError(f"this model has no token for {kind.name}s", remedy="leave them out of the messages")
         chat = self.template.render(plain, tools=tools, chat_template_kwargs=chat_template_kwargs)
         input_ids: list[int] = []
         images: list[ProcessedImage] = []

@@ -15,7 +15,7 @@ class InputKind(ABC):
 
     Attributes:
         name: In messages to users, such as `image`.
-        token: What a template writes in its place; the tokenizer has one id for it.
+        token: What a template writes in its place. A model whose tokenizer has no id for it takes no such parts.
         part_types: Values of `type` of its message parts.
         placeholder: The part that a template sees instead, without the data.
         path_keys: Keys of a part that may hold a path.

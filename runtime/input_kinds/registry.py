@@ -16,7 +16,10 @@ _OTHERS = ("kind", "registry")
 def input_kinds() -> tuple[InputKind, ...]:
     """Return all kinds, by name."""
     names = [found.name for found in pkgutil.iter_modules(runtime.input_kinds.__path__) if found.name not in _OTHERS]
-    return tuple(importlib.import_module(f"runtime.input_kinds.{name}").KIND for name in sorted(names))
+    kinds = tuple(importlib.import_module(f"runtime.input_kinds.{name}").KIND for name in sorted(names))
+    for words in ([kind.token for kind in kinds], [part_type for kind in kinds for part_type in kind.part_types]):
+        assert len(words) == len({*words}), f"two kinds of input share one of {words}"
+    return kinds
 
 
 def kind_of(part_type: str) -> InputKind | None:

@@ -33,6 +33,8 @@ class Page(InputKind):
 
 KIND = Page()
 """
+# One whose token no tokenizer has.
+SHEET = PAGE.replace("page", "sheet").replace("<|video_pad|>", "<|sheet_pad|>")
 USE = """
 import sys
 from runtime.model import Qwen3VLModel
@@ -43,6 +45,10 @@ prepared = model.prepare([{"role": "user", "content": parts}])
 print([image.grid_thw for image in prepared.images])
 print([int((image.pixel_values.std(axis=0) > 1e-6).any()) for image in prepared.images])
 print([prepared.prompt.input_ids[span.start] == model.config.video_token_id for span in prepared.prompt.spans])
+try:
+    model.prepare([{"role": "user", "content": [image, {"type": "sheet", "grey": 9}]}])
+except Exception as error:
+    print([type(error).__name__, str(error)])
 print(len(model.generate([{"role": "user", "content": parts}], max_new_tokens=2).token_ids))
 """
 
@@ -54,14 +60,36 @@ def test_images_are_the_only_kind_so_far() -> None:
     assert kind_of("video") is None
 
 
+def copied_with(folder: Path, **kinds: str) -> None:
+    shutil.copytree(ROOT / "runtime", folder / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, source in kinds.items():
+        (folder / "runtime" / "input_kinds" / f"{name}.py").write_text(source)
+
+
 def test_a_new_kind_is_one_new_file(demo_engine: Path, tmp_path: Path) -> None:
-    """In a copy of the runtime: mixed with images, in any order, each place gets its own."""
-    shutil.copytree(ROOT / "runtime", tmp_path / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "runtime" / "input_kinds" / "page.py").write_text(PAGE)
+    """In a copy of the runtime: mixed with images, in any order, each place gets its own.
+
+    A kind whose token the tokenizer lacks is refused where it is used, and nowhere else.
+    """
+    copied_with(tmp_path, page=PAGE, sheet=SHEET)
     command = [sys.executable, "-c", USE, str(demo_engine), str(PICTURES / "held_out_0.png")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    grids, varied, is_page, num_tokens = map(eval, done.stdout.splitlines())
+    grids, varied, is_page, refused, num_tokens = map(eval, done.stdout.splitlines())
     assert grids[0] == grids[2] != grids[1] == grids[3]
     assert varied == [1, 0, 1, 0] and is_page == [False, True, False, True]
+    assert refused == [
+        "UsageError", "this model has no token for sheets\n  remedy: leave them out of the messages"
+    ]  # fmt: skip
     assert np.all(np.array(grids)[:, 0] == 1) and num_tokens in (1, 2)
+
+
+@pytest.mark.parametrize("shared", ["token", "part type"])
+def test_two_kinds_share_nothing(shared: str, tmp_path: Path) -> None:
+    twin = (
+        PAGE.replace("<|video_pad|>", "<|image_pad|>") if shared == "token" else PAGE.replace('("page",)', '("image",)')
+    )
+    copied_with(tmp_path, page=twin)
+    command = [sys.executable, "-c", "from runtime.input_kinds.registry import input_kinds; input_kinds()"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "AssertionError: two kinds of input share one of [" in done.stderr
