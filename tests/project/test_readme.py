@@ -169,6 +169,29 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+FOLDERS = (
+    *("benchmarks", "configs", "demo_training", "docs", "engines", "qwen3_vl", "qwen3vl_export", "runtime"),
+    *("scripts", "tests"),
+)
+ELSEWHERE = {
+    "docs/contrib_ops/cuda/moe_qmoe.md",  # of ONNX Runtime
+    *("engines/targets/toy.py", "runtime/sessions/toy.py", "configs/targets/toy.toml", "runtime/deep/bad.py"),
+}
+"""Paths that sources name and that are not here; the latter are written by tests."""
+
+
+def test_sources_and_documents_name_files_that_exist() -> None:
+    sources = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    sources += [*(ROOT / "configs").rglob("*.toml"), ROOT / "Makefile", ROOT / "pyproject.toml", *PAGES]
+    name = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w/.-]+\.(?:py|md|toml|jinja)\b")
+    named = {path: set(name.findall(path.read_text(encoding="utf-8"))) for path in sources}
+    gone = {
+        (str(path.relative_to(ROOT)), found) for path in named for found in named[path] if not (ROOT / found).exists()
+    }
+    assert {found for _, found in gone} == ELSEWHERE, sorted(gone)
+    assert sum(map(len, named.values())) > 200
+
+
 def test_where_to_change_names_files() -> None:
     section = README.split("## Where do I change")[1].split("\n## ")[0]
     paths = [path for path in re.findall(r"`([^`]+)`", section) if "/" in path]
