@@ -115,7 +115,7 @@ _OLD_DEFAULT_OF_MAX_LENGTH = 20
 
 
 def unknown_keys(config: Mapping[str, Any], taken: Collection[str]) -> list[str]:
-    """Return the keys that are neither taken nor decided on here: transformers does not know them, so they do nothing."""
+    """Return the keys that are neither taken nor decided on here; transformers does not know them and ignores them."""
     known = {*taken, *NO_EFFECT, *NEUTRAL, *NEUTRAL_IN_SAMPLING, *_ARGUMENTS_OF_GENERATE}
     return sorted(key for key in config if key not in known)
 
