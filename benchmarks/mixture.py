@@ -34,7 +34,8 @@ def tables(results: Results) -> str:
     compared = [results[name] for name in _COMPARED if name in results]
     if compared:
         parts.append(model_table(compared))
-    exports = [result for name, result in results.items() if kind(name) == "export" and _is_shown(result)]
+    exports = [result for name, result in results.items() if kind(name) == "export" and "checkpoint_bytes" in result]
+    exports = [result for result in exports if result["target"] == "ort-cpu-int4"]
     if exports:
         parts.append(export_rows(exports))
     return "\n".join(parts)
@@ -90,7 +91,3 @@ def _weights(result: Mapping[str, Any]) -> str:
     if synthetic.has_holes(result):
         return f"{synthetic.written(result)}, else zeros in holes"
     return "no" if result["no_weights"] else "yes"
-
-
-def _is_shown(result: Mapping[str, Any]) -> bool:
-    return result["target"] == "ort-cpu-int4" and "checkpoint_bytes" in result

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from engines.quantize.tensors import QuantizedWeight
-    from engines.weights import StackedTensor, StreamedTensor
+    from engines.weights import StreamedTensor
     from runtime.model_config import ModelConfig
 
 AUTO = "auto"
@@ -167,7 +167,10 @@ def consider(
     """Estimate every target in order of preference and say why each but the first that fits is refused."""
     candidates: list[Candidate] = []
     chosen: Target | None = None
-    for target in sorted(all_targets() if targets is None else targets, key=_place):
+    for target in sorted(
+        all_targets() if targets is None else targets,
+        key=lambda each: (math.inf if each.rank is None else each.rank, each.name),
+    ):
         try:
             parts, unfit = estimate(target, config, options=options), ""
         except TargetError as error:  # rows of the model have a length that no kernel of the target reads
@@ -231,11 +234,6 @@ def weight_bytes(target: Target, config: ModelConfig) -> int:
     return total
 
 
-def _place(target: Target) -> tuple[float, str]:
-    """Return a key that sorts targets by preference; those without a rank come last."""
-    return (math.inf if target.rank is None else target.rank), target.name
-
-
 def _refusal(target: Target, hardware: Hardware, candidate: Candidate) -> str:
     """Return why a target is not for this machine, empty if it is."""
     if target.by_name_only or target.rank is None:
@@ -260,7 +258,8 @@ def _stored_bytes(target: Target, formats: WeightFormats, shapes: Mapping[str, S
     from engines.weights import StackedTensor
 
     float_bytes, storage, total = _FLOAT_BYTES[target.float_dtype], target.storage, 0
-    experts: list[tuple[StackedTensor, WeightFormat]] = []
+    experts: list[tuple[str, Shape, WeightFormat]] = []
+    expert_bytes: dict[object, int] = {}  # of layers of one kind, since each has thousands of tensors
     stored: list[QuantizedWeight] = []
     for key, shape in shapes.items():
         weight_format = formats.format_of(key)
@@ -272,9 +271,14 @@ def _stored_bytes(target: Target, formats: WeightFormats, shapes: Mapping[str, S
             continue
         assert storage is not None, f"{target.name}: formats, but no storage"
         if len(shape) == 3:
-            experts.append((StackedTensor(key, [_weight(key, shape[1:])] * shape[0]), weight_format))
+            experts.append((key, shape, weight_format))
             if len(experts) == 2:  # gate and up of a layer, then down
-                stored += storage.experts(*zip(*experts, strict=True))
+                kind = tuple(each[1:] for each in experts)
+                if kind not in expert_bytes:
+                    weights = [StackedTensor(name, [_weight(name, dims[1:])] * dims[0]) for name, dims, _ in experts]
+                    made = storage.experts(weights, [each[2] for each in experts])
+                    expert_bytes[kind] = sum(weight.num_bytes(float_bytes) for weight in made)
+                total += expert_bytes[kind]
                 experts = []
             continue
         weight = _weight(key, shape)

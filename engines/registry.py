@@ -21,8 +21,8 @@ def load_family(family: str) -> tuple[Target, ...]:
     """Import one target file and return its targets, one for each precision."""
     targets: tuple[Target, ...] = importlib.import_module(f"engines.targets.{family}").TARGETS
     prefix = family.replace("_", "-") + "-"
-    assert all(target.name.startswith(prefix) for target in targets), (
-        f"engines/targets/{family}.py: a name lacks {prefix}"
+    assert all(isinstance(target, Target) and target.name.startswith(prefix) for target in targets), (
+        f"engines/targets/{family}.py: no Target, or its name lacks {prefix}"
     )
     assert len({target.name for target in targets}) == len(targets), (
         f"engines/targets/{family}.py: a name appears twice"

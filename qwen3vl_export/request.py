@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from engines.build_options import BuildOptions
 from runtime.arguments import reading, whole_number
 from runtime.errors import UsageError
+from runtime.option_checks import true_or_false
 
 _SIZES = ("max_context", "max_batch")
 _LEAST = {"max_context": 2, "max_batch": 1, "prefill_chunk": 2, "max_patches": 4}
@@ -75,6 +77,10 @@ class ExportRequest:
         with reading("compute_capability", 'pass a list such as ["8.6"]'):
             gpus = self.compute_capability or ()
             object.__setattr__(self, "compute_capability", (gpus,) if isinstance(gpus, str) else tuple(map(str, gpus)))
+        with reading("model", "pass a path or a Hub id"):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        for name in (*_SWITCHES, "compile", "weights"):
+            true_or_false(name, getattr(self, name))
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), least, None, f"at least {least}", f"leave {name} out")

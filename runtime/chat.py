@@ -197,7 +197,8 @@ def template_source(folder: Path) -> str:
         except UnicodeDecodeError as error:
             raise EngineError(f"{path}: cannot be read: {error}", remedy="write the template in UTF-8") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
-        source = _read_json(folder / name).get("chat_template")
+        settings = read_json_object(folder / name) if os.path.lexists(folder / name) else {}
+        source = settings.get("chat_template")
         if isinstance(source, list):
             named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
             source = named.get("default")
@@ -207,11 +208,6 @@ def template_source(folder: Path) -> str:
         f"{folder} has no chat template",
         remedy="add a chat_template.jinja, as the Instruct and Thinking checkpoints have",
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, {} if there is none."""
-    return read_json_object(path) if os.path.lexists(path) else {}
 
 
 def _check_length(value: Any) -> None:

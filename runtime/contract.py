@@ -145,11 +145,12 @@ class DecoderInputs(_GraphInputs):
             logits_positions: [B, L]; by default, each token gets logits.
         """
         batch, num_new = input_ids.shape
-        first_B1 = (past_lengths + delta)[:, None]
-        every_BS = np.tile(np.arange(num_new), (batch, 1))
+        every_BS = np.zeros((batch, 1), np.int64) + np.arange(num_new)
+        position_ids = np.empty((3, batch, num_new), np.int64)
+        position_ids[:] = (past_lengths + delta)[:, None] + every_BS
         return cls(
             input_ids=input_ids,
-            position_ids=np.broadcast_to(first_B1 + every_BS, (3, batch, num_new)),
+            position_ids=position_ids,
             visual_rows=np.full((batch, num_new), -1, np.int64),
             visual_embeds=visual_embeds,
             past_lengths=past_lengths,

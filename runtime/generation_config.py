@@ -70,11 +70,11 @@ class GenerationOptions:
     """Hold the checked options of one generation.
 
     Attributes:
-        do_sample: Draw from the distribution; False takes the most likely token.
         max_new_tokens: Upper limit on generated tokens, the end token included. The default, 512, is ours:
             transformers counts 20 tokens with the prompt, which ends most answers in the middle.
         max_length: Upper limit on the tokens of prompt and answer together; None is off. As in transformers,
             `max_new_tokens` takes its place wherever it is given.
+        do_sample: Draw from the distribution; False takes the most likely token.
         temperature: Logits are divided by it, in [1e-15, 1e15]. It and the next three are only looked at when tokens
             are sampled; without, any number will do, as in transformers.
         top_k: Keep the k most likely tokens; 0 keeps all. 50 when a configuration does not say, as in transformers.
@@ -94,9 +94,9 @@ class GenerationOptions:
             any, `do_sample` is refused. No option of a request.
     """
 
-    do_sample: bool = _option(False, true_or_false, in_file="do_sample")
     max_new_tokens: int = _option(512, integer(1), in_file="max_new_tokens")
     max_length: int | None = _option(None, _MAX_LENGTH, in_file="max_length")
+    do_sample: bool = _option(False, true_or_false, in_file="do_sample")
     # transformers refuses 0 as well, where it is told to sample: as a limit it means greedy.
     temperature: float = _option(
         1.0,
@@ -129,6 +129,7 @@ class GenerationOptions:
             UsageError: A value has the wrong type or lies outside its range.
         """
         with _reading_options():
+            true_or_false("do_sample", self.do_sample)  # the checks of the others ask it
             for name, field in OPTIONS.items():
                 is_idle = field.metadata["is_of_sampling"] and not self.do_sample
                 check = any_number if is_idle else field.metadata["check"]

@@ -24,6 +24,7 @@ from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunk
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
 from runtime.guard import Owner
+from runtime.image_config import ImageProcessorConfig
 from runtime.image_processor import ProcessedImage
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
@@ -45,6 +46,7 @@ from runtime.sampling import Sampler
 from runtime.session import Session, open_session
 from runtime.shown import shown
 from runtime.stop_text import AnswerText
+from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
@@ -74,10 +76,6 @@ class Qwen3VLModel:
         self.config = manifest.model
         self.session = session
         self.preparation = preparation
-        self.tokenizer = preparation.tokenizer
-        self.image_config = preparation.image_config
-        self.defaults = preparation.defaults
-        self.max_image_pixels = preparation.max_image_pixels
         self.max_context = max_context
         self.max_memory = max_memory
         self._owner = Owner(session)
@@ -99,6 +97,26 @@ class Qwen3VLModel:
             *([f"threads={self._threads}"] if self._threads is not None else []),
         ]
         return f"{type(self).__name__}({', '.join(words)})"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Tokenizer of the checkpoint."""
+        return self.preparation.tokenizer
+
+    @property
+    def image_config(self) -> ImageProcessorConfig:
+        """How images are resized and cut, with the limits that the engine was opened with."""
+        return self.preparation.image_config
+
+    @property
+    def max_image_pixels(self) -> int:
+        """Images that have more pixels are refused before they are decoded."""
+        return self.preparation.max_image_pixels
+
+    @property
+    def defaults(self) -> GenerationOptions:
+        """Options of an answer that a caller does not give."""
+        return self.preparation.defaults
 
     @classmethod
     def from_engine(

@@ -37,8 +37,9 @@ def render(result: Mapping[str, Any]) -> str:
         "Decode: bytes of weights and cache that a step must read, a second, over the memory ceiling. Vision and "
         "prefill: operations that the result needs, a second, over the ceiling of int8 products.\n",
         points_table(result, _share),
-        *_missing(result),
     ]
+    if result["missing"]:
+        parts += ["## Not measured\n", *(f"- {name}: {reason}" for name, reason in result["missing"].items()), ""]
     return "\n".join(parts)
 
 
@@ -149,9 +150,3 @@ def _versions(result: Mapping[str, Any]) -> str:
     sides = result["sides"].items()
     listed = {", ".join(f"{name} {version}" for name, version in side["versions"].items()): None for _, side in sides}
     return f"Libraries of the sides: {'; '.join(listed)}.\n"
-
-
-def _missing(result: Mapping[str, Any]) -> list[str]:
-    return ["## Not measured\n", *(f"- {name}: {reason}" for name, reason in result["missing"].items()), ""] * bool(
-        result["missing"]
-    )

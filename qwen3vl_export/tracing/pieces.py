@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ from runtime.model_config import ModelConfig
 # Example sizes of the dynamic dimensions: primes, so that their multiples are seldom anything else. P is taken times
 # the patches of a visual token.
 EXAMPLE_SIZES = {"B": 10007, "S": 10009, "T": 10037, "L": 10039, "V": 10061, "I": 10067, "P": 10069}
+
+_TRACING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,9 @@ class _Task:
 
 def trace_pieces(config: ModelConfig) -> Pieces:
     """Trace a model of one layer of each kind under fake tensors; no weight is read."""
-    # The `meta` device does not work here: it would trace tensors of two devices.
-    with FakeTensorMode():
+    # The `meta` device does not work here: it would trace tensors of two devices. torch.export keeps its state in
+    # globals, so threads take turns.
+    with _TRACING, FakeTensorMode():
         tasks = _vision_tasks(config) | _text_tasks(config)
         functions = _trace(list(tasks.values()), config.vision.patches_per_token)
     pieces = {

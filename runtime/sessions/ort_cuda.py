@@ -99,11 +99,10 @@ class CacheBuffers:
 
     def layer(self, index: int) -> tuple[FloatArray, FloatArray]:
         """Return copies of one layer's keys and values as float32."""
-        key, value = (self._as_float32(value.numpy()) for value in self.values[index])
-        return key, value
-
-    def _as_float32(self, stored: NDArray[np.float16]) -> FloatArray:
-        return stored.astype(np.float32) if self.dtype == "float16" else from_bfloat16(stored)
+        key, value = (value.numpy() for value in self.values[index])
+        if self.dtype == "float16":
+            return key.astype(np.float32), value.astype(np.float32)
+        return from_bfloat16(key), from_bfloat16(value)
 
 
 class OrtDeviceCache:

@@ -58,11 +58,13 @@ def test_what_excludes_each_other_is_refused_at_once(options: dict[str, Any], me
         ({"max_context": True}, "max_context = True"),
         ({"compute_capability": 5}, "compute_capability cannot be read"),
         ({"output": 5}, "output cannot be read"),
+        ({"weights": "no"}, "weights must be True or False"),
+        ({"model": 5}, "model cannot be read"),
     ],
 )
 def test_values_are_checked_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        ExportRequest("demo", **options)
+        ExportRequest(**{"model": "demo", **options})
 
 
 def test_a_request_takes_texts_for_paths_and_one_gpu_for_several() -> None:
