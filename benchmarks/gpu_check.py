@@ -2,7 +2,7 @@
 
 Each step is one of the public commands in a process of its own, so a crash, a hang or a lack of memory ends that step,
 and the next target goes on. Nothing of the GPU is configured. Exit code 0 if all passed, 1 if one failed or none could
-be tried, 2 without a GPU.
+be tried, 2 without a GPU, 6 for a target that is not known.
 """
 
 from __future__ import annotations

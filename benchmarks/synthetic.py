@@ -42,7 +42,6 @@ _STD = 0.02
 # One random block serves all tensors, each from its own offset: drawing 2.1e9 normal values took longer than the disk.
 _BLOCK_ELEMENTS = 1 << 22
 _PIECE_BYTES = 1 << 16
-_IMAGE_CHANNELS = 3
 
 
 def write(
