@@ -23,7 +23,7 @@ def opened_bytes(folder: Path, *, exact: bool) -> dict[str, int]:
     """Return the anonymous memory once it is open (`now`), and the largest resident one on the way (`peak`)."""
     path = folder / "products.onnx"
     _write_graph(path)
-    command = [sys.executable, "-m", "helpers.products", str(path), str(int(exact))]
+    command = [sys.executable, __file__, str(path), str(int(exact))]
     sizes: dict[str, int] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     return sizes
 
