@@ -8,6 +8,7 @@ Shapes: see runtime/session.py.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from qwen3vl_export.checkpoint import EMBEDDING_KEY, HEAD_KEY, Checkpoint
 from qwen3vl_export.modeling import LayerCache, Qwen3VL
-from runtime.contract import DecoderInputs, FloatArray, VisionInputs
+from runtime.contract import DecoderInputs, FloatArray, IntArray, VisionInputs
 from runtime.engine_options import checked_max_context
 from runtime.errors import CheckpointError, UsageError
 from runtime.manifest import Manifest
@@ -134,11 +135,36 @@ def weights_of(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, de
 
 
 class EagerCache:
-    """A cache of `Qwen3VL`: each call puts new tensors in the place of the old ones."""
+    """A cache of `Qwen3VL`, whose calls give new tensors: `write` takes their new rows over."""
 
     def __init__(self, layers: list[LayerCache]) -> None:
         self.layers = layers
-        self.capacity = layers[0][0].shape[2]
+        self.batch, _, self.capacity, _ = layers[0][0].shape
+
+    def part(self, slot: int, batch: int, num_rows: int) -> list[LayerCache]:
+        """Return views of the first rows of some slots."""
+        return [
+            (keys[slot : slot + batch, :, :num_rows], values[slot : slot + batch, :, :num_rows])
+            for keys, values in self.layers
+        ]
+
+    def write(self, slot: int, presents: list[LayerCache], past_lengths: IntArray, num_new: int) -> None:
+        """Take over the rows that a call added behind the past of each sequence."""
+        for pair, new in zip(self.layers, presents, strict=True):
+            for whole_BKTH, part_BKTH in zip(pair, new, strict=True):
+                for index, past in enumerate(past_lengths.tolist()):
+                    rows = slice(past, past + num_new)
+                    whole_BKTH[slot + index, :, rows] = part_BKTH[index, :, rows]
+
+    def copy_rows(self, source: int, target: int, num_rows: int) -> None:
+        """Copy the first rows of one slot to another."""
+        for each in itertools.chain.from_iterable(self.layers):
+            each[target, :, :num_rows] = each[source, :, :num_rows]
+
+    def swap_rows(self, slot: int, other: int, num_rows: int) -> None:
+        """Exchange the first rows of two slots."""
+        for each in itertools.chain.from_iterable(self.layers):
+            each[[slot, other], :, :num_rows] = each[[other, slot], :, :num_rows]
 
     @property
     def num_bytes(self) -> int:
@@ -167,13 +193,25 @@ class EagerSession:
         """Allocate a cache of zeros."""
         return EagerCache(self.model.new_cache(capacity, batch))
 
+    def decode_batch(self, num_sequences: int, num_slots: int) -> int:
+        """Return the same number: no step is recorded."""
+        return num_sequences
+
+    def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
+        """Run the decoder; see `runtime.session.Session.prefill`."""
+        return self.decode(inputs, cache, slot)
+
     @torch.inference_mode()
-    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
+    def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
         assert isinstance(cache, EagerCache)
         assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
         tensors = self._tensors(inputs, in_weights_type="visual_embeds")
-        logits, cache.layers = self.model(**tensors, cache=cache.layers)
+        batch, num_new = inputs.input_ids.shape
+        # No more rows than the call needs, since the model copies all that it gets.
+        pasts = cache.part(slot, batch, inputs.num_cache_rows)
+        logits, presents = self.model(**tensors, cache=pasts)
+        cache.write(slot, presents, inputs.past_lengths, num_new)
         return _array(logits)
 
     def _tensors(self, inputs: VisionInputs | DecoderInputs, in_weights_type: str) -> dict[str, Tensor]:

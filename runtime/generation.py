@@ -50,7 +50,7 @@ def prefill_chunks(
     num_tokens = prompt.input_ids.shape[1]
     for start in range(0, num_tokens, chunk):
         stop = min(start + chunk, num_tokens)
-        yield session.decode(prompt.chunk(start, stop), cache)[0, : len(prompt.asked_in(start, stop))]
+        yield session.prefill(prompt.chunk(start, stop), cache)[0, : len(prompt.asked_in(start, stop))]
 
 
 class Drafter(Protocol):

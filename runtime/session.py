@@ -22,9 +22,17 @@ from runtime.manifest import Manifest
 
 
 class KVCache(Protocol):
-    """Keys and values of all layers, fixed in capacity, written in place by `Session.decode`."""
+    """Keys and values of all layers, written in place by `Session.decode`.
+
+    A slot is the place of one sequence; a row that of one of its tokens, in all layers.
+
+    Attributes:
+        capacity: Rows of a slot.
+        batch: Number of slots.
+    """
 
     capacity: int
+    batch: int
 
     @property
     def num_bytes(self) -> int:
@@ -33,21 +41,36 @@ class KVCache(Protocol):
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return copies of one layer's keys and values, [B, K, T, H]."""
 
+    def copy_rows(self, source: int, target: int, num_rows: int) -> None:
+        """Copy the first rows of one slot to another."""
+
+    def swap_rows(self, slot: int, other: int, num_rows: int) -> None:
+        """Exchange the first rows of two slots."""
+
 
 class Session(Protocol):
-    """An opened engine: two graphs and the memory they work in."""
+    """An opened engine: two graphs and the memory they work in. One thread at a time may call it."""
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower on I segments of one grid: visual embeddings [1+D, I·P / merge², hidden]."""
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """Allocate an empty cache of `capacity` positions."""
+        """Allocate an empty cache of at least `capacity` rows in each of `batch` slots."""
 
-    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
+    def decode_batch(self, num_sequences: int, num_slots: int) -> int:
+        """Return the batch size that a decode step of so many sequences is to have, at most the cache's slots.
+
+        It is larger than their number where steps are recorded for some sizes only; the caller fills it up.
+        """
+
+    def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
+        """Run the decoder on a chunk of one prompt, which may be longer than a call of `decode`; else the same."""
+
+    def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder on [B, S] new tokens after `past_lengths` cached ones.
 
-        Writes rows past_lengths … past_lengths + S - 1 of `cache`, and nothing else; its capacity is at least
-        `inputs.num_cache_rows`.
+        Writes rows past_lengths … past_lengths + S - 1 of slots slot … slot + B - 1 of `cache`, and nothing else; its
+        capacity is at least `inputs.num_cache_rows`. With S > 1 and a past, B is 1.
 
         Returns:
             Logits of the asked positions, [B, L, vocab].
@@ -74,7 +97,7 @@ class TopLogits:
 class TopLogitsSession(Session, Protocol):
     """A session whose engine finds the largest logits itself; its capabilities say how many: `top_k`."""
 
-    def decode_top(self, inputs: DecoderInputs, cache: KVCache) -> list[list[TopLogits]]:
+    def decode_top(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> list[list[TopLogits]]:
         """Run the decoder as `decode` does, and leave the logits on the device: the largest of each, [B][L]."""
 
 

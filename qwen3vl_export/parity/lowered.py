@@ -76,22 +76,36 @@ class LoweredSession:
         shape = (batch, self._text.num_kv_heads, self.capacity or capacity, self._text.head_dim)
         return OrtKVCache(self._text.num_layers, shape, self._cache_dtype)
 
-    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
+    def decode_batch(self, num_sequences: int, num_slots: int) -> int:
+        """Return the same number: no step is recorded."""
+        return num_sequences
+
+    def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
+        """Run the decoder; see `runtime.session.Session.prefill`."""
+        return self.decode(inputs, cache, slot)
+
+    def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
-        (logits,) = self._decode(inputs, cache, DECODER_OUTPUTS)
+        (logits,) = self._decode(inputs, cache, slot, DECODER_OUTPUTS)
         return logits
 
-    def decode_top(self, inputs: DecoderInputs, cache: KVCache) -> list[list[TopLogits]]:
+    def decode_top(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> list[list[TopLogits]]:
         """Run the decoder; see `runtime.session.TopLogitsSession.decode_top`."""
-        logits_BLV, values_BLk, ids_BLk = self._decode(inputs, cache, (*DECODER_OUTPUTS, "top_logits", "top_ids"))
+        names = (*DECODER_OUTPUTS, "top_logits", "top_ids")
+        logits_BLV, values_BLk, ids_BLk = self._decode(inputs, cache, slot, names)
         return top_logits(ids_BLk, values_BLk, logits_BLV.shape[-1], lambda b, i: logits_BLV[b, i])
 
-    def _decode(self, inputs: DecoderInputs, cache: KVCache, names: Sequence[str]) -> list[NDArray[Any]]:
+    def _decode(self, inputs: DecoderInputs, cache: KVCache, slot: int, names: Sequence[str]) -> list[NDArray[Any]]:
         assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
-        return self._run(DECODER, inputs, names, cache)
+        return self._run(DECODER, inputs, names, cache, slot)
 
     def _run(
-        self, graph: str, inputs: VisionInputs | DecoderInputs, names: Sequence[str], cache: KVCache | None = None
+        self,
+        graph: str,
+        inputs: VisionInputs | DecoderInputs,
+        names: Sequence[str],
+        cache: KVCache | None = None,
+        slot: int = 0,
     ) -> list[NDArray[Any]]:
         """Run a graph and return the outputs of these names; the cache is read and written in place."""
         session = self._graphs[graph]
@@ -101,7 +115,7 @@ class LoweredSession:
         for name in names:
             binding.bind_output(name, "cpu")
         if cache is not None:
-            cache.bind(binding)  # type: ignore[attr-defined]
+            cache.bind(binding, slot, len(inputs.input_ids))  # type: ignore[attr-defined,union-attr]
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises classes of its own binding, without a common base

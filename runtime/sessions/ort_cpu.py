@@ -6,7 +6,6 @@ Shapes: see runtime/session.py.
 from __future__ import annotations
 
 import io
-import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ _AS_REQUESTED = 1  # of onnxruntime's ArenaExtendStrategy; 0 doubles
 
 
 class OrtKVCache:
-    """One pair of OrtValues a layer, bound as past and present at once.
+    """One pair of arrays a layer, bound as past and present at once; their memory is committed as rows are written.
 
     With scales, the elements are the codes of GroupQueryAttention: multiples of the channel's scale, rounded to even
     and cut off at the ends; 8 bits as int8, 4 bits as uint8, two channels a byte, the even one in the low half, each
@@ -62,37 +61,47 @@ class OrtKVCache:
         dtype: str,
         scales_L2KH: FloatArray | None = None,
     ) -> None:
-        self.capacity = shape_BKTH[2]
-        self.values = [
-            tuple(ort.OrtValue.ortvalue_from_numpy(np.zeros(shape_BKTH, dtype)) for _ in range(2))
-            for _ in range(num_layers)
-        ]
-        self.num_bytes = 2 * num_layers * int(np.prod(shape_BKTH)) * np.dtype(dtype).itemsize
+        self.batch, _, self.capacity, _ = shape_BKTH
+        self._arrays = [np.zeros(shape_BKTH, dtype) for _ in range(2 * num_layers)]
+        self.num_bytes = sum(array.nbytes for array in self._arrays)
         self._scales_L2KH = scales_L2KH
-        self._bindings: dict[ort.InferenceSession, ort.IOBinding] = {}
+        self._bindings: dict[tuple[ort.InferenceSession, int, int], ort.IOBinding] = {}
 
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return copies of one layer's keys and values, [B, K, T, H], as float32."""
-        key, value = (value.numpy() for value in self.values[index])
+        key, value = self._arrays[2 * index : 2 * index + 2]
         if self._scales_L2KH is None:
             return key.copy(), value.copy()
         key_scales, value_scales = self._scales_L2KH[index]
         return _dequantize(key, key_scales), _dequantize(value, value_scales)
 
-    def binding(self, session: ort.InferenceSession) -> ort.IOBinding:
-        """Return the binding of this cache to a decoder; the logits are its first output."""
-        if session not in self._bindings:
-            # Made once: binding the cache of 28 layers anew takes 0.18 ms a step.
-            self._bindings[session] = binding = session.io_binding()
-            binding.bind_output("logits", "cpu")
-            self.bind(binding)
-        return self._bindings[session]
+    def copy_rows(self, source: int, target: int, num_rows: int) -> None:
+        """Copy the first rows of one slot to another."""
+        for array_BKTH in self._arrays:
+            array_BKTH[target, :, :num_rows] = array_BKTH[source, :, :num_rows]
 
-    def bind(self, binding: ort.IOBinding) -> None:
-        """Bind past and present to the same memory."""
-        num_layers = len(self.values)
-        values = itertools.chain.from_iterable(self.values)
-        for past, present, value in zip(past_names(num_layers), present_names(num_layers), values, strict=True):
+    def swap_rows(self, slot: int, other: int, num_rows: int) -> None:
+        """Exchange the first rows of two slots."""
+        for array_BKTH in self._arrays:
+            rows = array_BKTH[slot, :, :num_rows].copy()
+            array_BKTH[slot, :, :num_rows] = array_BKTH[other, :, :num_rows]
+            array_BKTH[other, :, :num_rows] = rows
+
+    def binding(self, session: ort.InferenceSession, slot: int, batch: int) -> ort.IOBinding:
+        """Return the binding of some slots to a decoder; the logits are its first output."""
+        key = session, slot, batch
+        if key not in self._bindings:
+            # Made once: binding the cache of 28 layers anew takes 0.18 ms a step.
+            self._bindings[key] = binding = session.io_binding()
+            binding.bind_output("logits", "cpu")
+            self.bind(binding, slot, batch)
+        return self._bindings[key]
+
+    def bind(self, binding: ort.IOBinding, slot: int, batch: int) -> None:
+        """Bind past and present of slots slot … slot + batch - 1 to the same memory."""
+        num_layers = len(self._arrays) // 2
+        for past, present, array in zip(past_names(num_layers), present_names(num_layers), self._arrays, strict=True):
+            value = ort.OrtValue.ortvalue_from_numpy(array[slot : slot + batch])  # the array's own memory
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
 
@@ -125,10 +134,9 @@ class OrtCpuSession:
         before = anonymous_regions()
         self._vision = _open(folder, manifest, options, "vision.onnx", VISION_INPUTS, VISION_OUTPUTS)
         self._decoder = _open_decoder(folder, manifest, options)
-        # Some engines hold the decoder twice: this one is faster for that many new tokens or more.
-        self._prefill_min_tokens = manifest.capabilities.get("prefill_min_tokens")
+        # Some engines hold the decoder twice: this one is faster for prompts.
         self._prefill = self._decoder
-        if self._prefill_min_tokens is not None:
+        if "prefill_min_tokens" in manifest.capabilities:
             self._prefill = _open_decoder(folder, manifest, options, "prefill.onnx")
         if exact:
             # The library made two more copies of the weights on its way, 96 MB of weights: 234 MB before, 98 MB after.
@@ -148,15 +156,25 @@ class OrtCpuSession:
         shape = (batch, text.num_kv_heads, capacity, row)
         return OrtKVCache(text.num_layers, shape, self._cache_dtype, self._cache_scales)
 
-    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
+    def decode_batch(self, num_sequences: int, num_slots: int) -> int:
+        """Return the same number: no step is recorded."""
+        return num_sequences
+
+    def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
+        """Run the decoder that is faster for prompts, if there is one; see `runtime.session.Session.prefill`."""
+        return self._run(self._prefill, inputs, cache, slot)
+
+    def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
+        return self._run(self._decoder, inputs, cache, slot)
+
+    def _run(self, session: ort.InferenceSession, inputs: DecoderInputs, cache: KVCache, slot: int) -> FloatArray:
         assert isinstance(cache, OrtKVCache)
         batch, num_new = inputs.input_ids.shape
+        assert slot + batch <= cache.batch, "slots that the cache does not have"
         assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
         assert batch == 1 or num_new == 1 or not inputs.past_lengths.any(), "a chunk with a past is one sequence"
-        is_prefill = self._prefill_min_tokens is not None and num_new >= self._prefill_min_tokens
-        session = self._prefill if is_prefill else self._decoder
-        binding = cache.binding(session)
+        binding = cache.binding(session, slot, batch)
         for name, array in inputs.arrays().items():
             binding.bind_cpu_input(name, array)
         # Else the run would write into the logits of the last one.
