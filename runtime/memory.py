@@ -20,8 +20,10 @@ from runtime.model_config import ModelConfig
 
 # Parts of an estimate, each with the option that shrinks it.
 WEIGHTS, CACHE, PREFILL, VISION, LOGITS = "weights", "KV cache", "prefill", "vision", "logits"
+EMBEDS = "kept embeddings"
 _REMEDIES = {
-    CACHE: "lower max_context",
+    CACHE: "lower max_context, or max_sequences",
+    EMBEDS: "lower vision_cache_bytes",
     PREFILL: "lower max_context",
     VISION: "lower max_pixels",
     LOGITS: "shorten the prompt",
