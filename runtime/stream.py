@@ -114,6 +114,6 @@ class Stream(Iterator[str], AsyncIterator[str]):
         return None if self._is_closed else self._sequence
 
     async def _started_async(self) -> Sequence | None:
-        if self._begin is None or self._is_closed:
+        if self._sequence is not None or self._is_closed:
             return self._started()
         return await asyncio.get_running_loop().run_in_executor(None, self._started)

@@ -124,7 +124,7 @@ class ChunkSize:
 
         Args:
             num_left: Tokens of the prompt that have not run.
-            is_alone: Nothing decodes, so nobody waits.
+            is_alone: No other sequence runs, so nobody waits.
         """
         most = self._max_tokens
         if not is_alone:

@@ -71,7 +71,7 @@ class Sequence:
     @property
     def waits_for_vision(self) -> bool:
         """Whether images of it have to be encoded, and none of them is being."""
-        return self.is_started and not self.is_encoding and len(self._embeds) < len(self._needed)
+        return self.is_started and not self.is_encoding and bool(self.missing_images)
 
     @property
     def is_finished(self) -> bool:
@@ -105,10 +105,10 @@ class Sequence:
         self._needed = [index for index, span in enumerate(spans) if span.end > num_shared]
         self._num_cached_images = len(spans) - len(self._needed)
 
-    def next_image(self) -> tuple[int, ProcessedImage]:
-        """Return the next image that has to be encoded, and its index."""
-        index = next(i for i in self._needed if i not in self._embeds)
-        return index, self.request.prepared.images[index]
+    @property
+    def missing_images(self) -> list[tuple[int, ProcessedImage]]:
+        """Images that have to be encoded, with their numbers."""
+        return [(index, self.request.prepared.images[index]) for index in self._needed if index not in self._embeds]
 
     def take_embeds(self, index: int, embeds: FloatArray, *, is_cached: bool = False) -> None:
         """Take the embeddings of an image, [1+D, V, hidden]."""
@@ -141,6 +141,7 @@ class Sequence:
             return ""
         self._inputs = None
         self._embeds.clear()
+        self._needed.clear()
         if self.request.wants_logits:
             return ""
         return self.take_token(logits_LV[-1])

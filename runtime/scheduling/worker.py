@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections import deque
@@ -69,6 +70,7 @@ class Worker:
         self._is_draining = self._is_stopped = False
         self._failure: Qwen3VLError | None = None
         self._refused = 0
+        self._pid = os.getpid()
         self._num_steps = 0
 
     def reserve(self, *, waits: bool = False) -> Place:
@@ -184,6 +186,8 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after its step; for what runs when a model is dropped or Python ends."""
+        if os.getpid() != self._pid:
+            return  # a fork of the process: the thread is not here, and may have left the lock closed
         with self._changed:
             self._is_draining = self._is_stopped = True
             self._changed.notify_all()
@@ -247,28 +251,24 @@ class Worker:
             while not self._is_stopped and self._failure is None:
                 self._waiting += self._arrived
                 self._arrived.clear()
-                steps.take_vision()
                 has_room = bool(self._waiting) and steps.num_running < self.limits.max_sequences
-                if self._jobs or has_room or (steps.num_running and not self._is_blocked()):
+                if self._jobs or has_room or steps.can_run:
                     return True
                 if self._is_draining and not (self._num_queued or steps.num_running):
                     return False
-                self._changed.wait(_LOOK_AGAIN_S if steps.num_running else None)
-                if steps.num_running:
-                    self._sweep()
+                if not self._changed.wait(_LOOK_AGAIN_S if steps.num_running else None):
+                    return True  # to look for deadlines
         return False
 
-    def _is_blocked(self) -> bool:
-        steps = self._steps
-        return not steps.decoding and steps.is_waiting_for_vision
-
     def _step(self) -> None:
-        steps, start = self._steps, time.perf_counter()
+        steps = self._steps
         while self._jobs:
             _do(*self._jobs.popleft())
+        steps.take_vision()
+        start = time.perf_counter()
+        self._sweep(start)
         self._num_steps += 1
         with self._changed:
-            self._sweep()
             step = next_step(
                 State(
                     self._waiting,
@@ -311,16 +311,18 @@ class Worker:
         if not (prefill.waits_for_vision or prefill.is_encoding):
             steps.prefill(prefill)
 
-    def _sweep(self) -> None:
+    def _sweep(self, now: float) -> None:
         """Let go what nobody wants any more, or is too late."""
-        now, steps = time.perf_counter(), self._steps
+        steps = self._steps
         for sequence in [*self._waiting, *steps.prompts, *steps.decoding]:
             deadline = sequence.request.deadline
             if not sequence.is_cancelled and (deadline is None or now < deadline):
                 continue
             if sequence in self._waiting:
-                self._waiting.remove(sequence)
-                self._queued_tokens -= sequence.request.num_tokens
+                with self._changed:
+                    self._waiting.remove(sequence)
+                    self._queued_tokens -= sequence.request.num_tokens
+                    self._changed.notify_all()
             else:
                 steps.drop(sequence)
             if sequence.is_cancelled:
@@ -343,6 +345,7 @@ class Worker:
             steps.decoding.clear()
             self._changed.notify_all()
         for sequence in sequences:
+            steps.counters.ended("failed")
             sequence.request.pieces.fail(type(error)(error.message, remedy=error.remedy))
         for _, future in jobs:
             future.set_exception(type(error)(error.message, remedy=error.remedy))
