@@ -12,7 +12,7 @@ from runtime.answer import Generation
 from runtime.arguments import reading, template_variables, tool_schemas, whole_number
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
-from runtime.scheduling.sequence import Sequence as RunningSequence
+from runtime.scheduling.pieces import Pieces
 from runtime.shown import shown
 
 _LARGEST_PRIORITY = 1 << 31
@@ -53,8 +53,8 @@ class Call:
 class Begin(Protocol):
     """Prepares a prompt and submits it."""
 
-    def __call__(self, messages: Any, options: GenerationOptions, call: Call, *, waits: bool) -> RunningSequence:
-        """Return the sequence, which runs from now on; `waits` for room in the queue."""
+    def __call__(self, messages: Any, options: GenerationOptions, call: Call, *, waits: bool) -> Pieces:
+        """Return where the answer goes; `waits` for room in the queue."""
 
 
 def run_batch(
@@ -70,15 +70,15 @@ def run_batch(
         raise UsageError(
             f"{len(options)} options for {len(messages)} prompts", remedy="give one for each, or one for all"
         )
-    begun: list[RunningSequence | Qwen3VLError] = []
+    begun: list[Pieces | Qwen3VLError] = []
     outcomes: list[Outcome] = []
 
     def collect(waits: bool) -> None:
         while len(outcomes) < len(begun):
-            sequence = begun[len(outcomes)]
-            if not (waits or isinstance(sequence, Qwen3VLError) or sequence.request.pieces.is_ended):
+            pieces = begun[len(outcomes)]
+            if not (waits or isinstance(pieces, Qwen3VLError) or pieces.is_ended):
                 return
-            outcomes.append(_outcome(sequence))
+            outcomes.append(_outcome(pieces))
             if on_done is not None:
                 on_done(len(outcomes) - 1, outcomes[-1])
 
@@ -93,16 +93,16 @@ def run_batch(
         collect(waits=True)
         return outcomes
     finally:
-        for sequence in begun[len(outcomes) :]:
-            if not isinstance(sequence, Qwen3VLError):
-                sequence.is_cancelled = True
+        for pieces in begun[len(outcomes) :]:
+            if not isinstance(pieces, Qwen3VLError):
+                pieces.cancel()
 
 
-def _outcome(sequence: RunningSequence | Qwen3VLError) -> Outcome:
-    if isinstance(sequence, Qwen3VLError):
-        return sequence
+def _outcome(pieces: Pieces | Qwen3VLError) -> Outcome:
+    if isinstance(pieces, Qwen3VLError):
+        return pieces
     try:
-        generation = sequence.request.pieces.wait()
+        generation = pieces.wait()
     except Qwen3VLError as error:
         return error
     assert generation is not None, "nobody else can stop it"

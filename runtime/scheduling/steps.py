@@ -90,8 +90,8 @@ class Steps:
 
     def start(self, sequence: Sequence) -> None:
         """Give a sequence that was admitted its slot, with the rows and embeddings that are here already."""
-        keys, wants_logits = sequence.keys, sequence.request.wants_logits
-        num_shared = self.slots.start(sequence, keys, shares=not wants_logits)
+        keys = sequence.keys
+        num_shared = self.slots.start(sequence, keys, shares=sequence.request.on_logits is None)
         sequence.start(num_shared)
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(keys)
@@ -144,9 +144,9 @@ class Steps:
 
     def prefill(self, sequence: Sequence) -> None:
         """Run a chunk of a prompt; after the last one the sequence decodes, or has ended."""
-        most = self._logits_chunk if sequence.request.wants_logits else None
         num_tokens = self._chunks.tokens(sequence.tokens_left, is_alone=self.num_running == 1)
-        num_tokens = num_tokens if most is None else min(num_tokens, most)
+        if sequence.request.on_logits is not None:
+            num_tokens = min(num_tokens, self._logits_chunk)
         start = time.perf_counter()
         with self._failing([sequence]):
             inputs = sequence.chunk(num_tokens, self._no_embeds)
@@ -158,7 +158,7 @@ class Steps:
             self.slots.write(sequence, sequence.num_rows)
             if sequence.tokens_left:
                 return
-            if sequence.is_finished or sequence.request.wants_logits:
+            if sequence.is_finished or sequence.request.on_logits is not None:
                 self.finish(sequence)
                 return
             self.slots.join(sequence)
@@ -187,7 +187,7 @@ class Steps:
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence with its answer."""
-        if sequence.request.wants_logits:
+        if sequence.request.on_logits is not None:
             self._leave(sequence, None)
             self.counters.ended("logits")
             sequence.request.pieces.finish(None)

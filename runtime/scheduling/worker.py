@@ -93,7 +93,7 @@ class Worker:
                 raise self._overload(f"{self._num_queued} requests wait, max_queue is {self.limits.max_queue}")
             return Place(self._places, next(self._numbers))
 
-    def submit(self, place: Place, request: Request, *, waits: bool = False) -> Sequence:
+    def submit(self, place: Place, request: Request, *, waits: bool = False) -> None:
         """Put a request into its place.
 
         Args:
@@ -126,7 +126,6 @@ class Worker:
             place.leave()
             self._start()
             self._changed.notify_all()
-        return sequence
 
     def call(self, work: Callable[[], _T]) -> _T:
         """Run something on the session between two steps, and wait for it.
@@ -316,7 +315,8 @@ class Worker:
         steps = self._steps
         for sequence in [*self._waiting, *steps.prompts, *steps.decoding]:
             deadline = sequence.request.deadline
-            if not sequence.is_cancelled and (deadline is None or now < deadline):
+            is_cancelled = sequence.request.pieces.is_cancelled
+            if not is_cancelled and (deadline is None or now < deadline):
                 continue
             if sequence in self._waiting:
                 with self._changed:
@@ -325,7 +325,7 @@ class Worker:
                     self._changed.notify_all()
             else:
                 steps.drop(sequence)
-            if sequence.is_cancelled:
+            if is_cancelled:
                 steps.counters.ended("cancelled")
                 sequence.request.pieces.finish(None)
             else:
