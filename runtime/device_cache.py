@@ -33,6 +33,7 @@ class DeviceKVCache:
         dtype: `float16` or `bfloat16`.
 
     Attributes:
+        dtype: As given.
         past_names: The graph's names of the buffers as inputs.
         graphs: The recorded decode steps by their batch, of the sequences from slot 0 on; they hold the addresses, so
             they go with the cache.
@@ -46,7 +47,7 @@ class DeviceKVCache:
     ) -> None:
         self._device = device
         self._staging = staging
-        self._dtype = dtype
+        self.dtype = dtype
         self.shape_BKTH = shape_BKTH
         self.batch, self.capacity = shape_BKTH[0], shape_BKTH[2]
         buffer_bytes = _ITEM_BYTES * math.prod(shape_BKTH)
@@ -119,7 +120,7 @@ class DeviceKVCache:
             self._device.copy_pieces(target, source, piece_bytes, self.shape_BKTH[1], self._staging.stream)
 
     def _read(self, address: int) -> NDArray[np.float32]:
-        if self._dtype == "float16":
+        if self.dtype == "float16":
             half = self._staging.download(address, self.shape_BKTH, np.float16)
             return np.asarray(half, np.float32)
         return from_bfloat16(self._staging.download(address, self.shape_BKTH, np.uint16))
