@@ -14,13 +14,15 @@ from qwen3_vl.names import check_names
 if TYPE_CHECKING:
     from qwen3_vl import errors
     from runtime import __version__
-    from runtime.answer import Generation, Stats, Stream
+    from runtime.answer import Generation, Stats
     from runtime.errors import (
         BundleError,
         CapacityError,
         CheckpointError,
+        DeadlineError,
         EngineError,
         ImageError,
+        OverloadError,
         ParityError,
         Qwen3VLError,
         TargetError,
@@ -28,15 +30,18 @@ if TYPE_CHECKING:
     )
     from runtime.generation_config import GenerationOptions
     from runtime.model import Qwen3VLModel
+    from runtime.stream import Stream
 
 __all__ = [
     "BundleError",
     "CapacityError",
     "CheckpointError",
+    "DeadlineError",
     "EngineError",
     "Generation",
     "GenerationOptions",
     "ImageError",
+    "OverloadError",
     "ParityError",
     "Qwen3VLError",
     "Qwen3VLModel",
@@ -54,10 +59,11 @@ importlib.import_module("qwen3_vl.errors")
 
 _SOURCES = {
     "runtime": ["__version__"],
-    "runtime.answer": ["Generation", "Stats", "Stream"],
+    "runtime.answer": ["Generation", "Stats"],
     "runtime.errors": [name for name in __all__ if name.endswith("Error")],
     "runtime.generation_config": ["GenerationOptions"],
     "runtime.model": ["Qwen3VLModel"],
+    "runtime.stream": ["Stream"],
 }
 
 __getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

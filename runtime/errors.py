@@ -96,3 +96,25 @@ class ParityError(Qwen3VLError):
     """An engine does not agree with PyTorch within the tolerances."""
 
     exit_code = 9
+
+
+class OverloadError(Qwen3VLError):
+    """Too many requests wait already.
+
+    Args:
+        message: What is full.
+        remedy: What to do.
+        retry_after_s: Seconds until there may be room, by what the engine did last.
+    """
+
+    exit_code = 10
+
+    def __init__(self, message: str, *, remedy: str | None = None, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, remedy=remedy)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(Qwen3VLError):
+    """The time that a caller gave for an answer was over before it was complete."""
+
+    exit_code = 11

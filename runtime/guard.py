@@ -6,6 +6,8 @@ import ctypes
 import os
 import re
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from runtime.errors import CapacityError, EngineError, Qwen3VLError, UsageError
@@ -61,6 +63,18 @@ def _keep_for_ever(reference: weakref.ref[object]) -> None:
     engine = reference()
     if engine is not None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
+
+
+@contextmanager
+def naming_errors() -> Iterator[None]:
+    """Turn what an engine's library raises, and want of memory, into errors of this project's tree."""
+    try:
+        yield
+    except Exception as error:
+        known = as_engine_error(error)
+        if known is None:
+            raise
+        raise known from error
 
 
 def as_engine_error(error: Exception) -> Qwen3VLError | None:

@@ -10,6 +10,7 @@ Shapes: H, W pixels of an image, C channels, P patches, E = C · temporal_patch_
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,11 +42,13 @@ class ProcessedImage:
             other, tokens row by row. A patch is laid out channel, frame, row, column.
         grid_thw: Patches along time (1), height and width; P is their product.
         merge_size: Patches along a side of one visual token.
+        digest: SHA-256 of the resized pixels and their shape: what caches know the image by.
     """
 
     pixel_values: npt.NDArray[np.float32]
     grid_thw: tuple[int, int, int]
     merge_size: int
+    digest: bytes
 
     @property
     def merged_grid_thw(self) -> tuple[int, int, int]:
@@ -87,7 +90,7 @@ def process_image(
     try:
         if (height, width) != image_HWC.shape[:2]:
             image_HWC = resize(image_HWC, height, width, FILTERS[config.resample])
-        return ProcessedImage(_patchify(image_HWC, config), grid_thw, config.merge_size)
+        return ProcessedImage(_patchify(image_HWC, config), grid_thw, config.merge_size, _digest(image_HWC))
     except MemoryError as error:
         size = f"{image_HWC.shape[1]} x {image_HWC.shape[0]}"
         raise CapacityError(
@@ -111,6 +114,13 @@ def normalized_levels(config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
         mean *= np.float32(1.0 / config.rescale_factor)
         std *= np.float32(1.0 / config.rescale_factor)
     return (levels - mean) / std
+
+
+def _digest(image_HWC: RgbImage) -> bytes:
+    """Return the SHA-256 of an image: of its bytes, an eighth of its patches', and its shape."""
+    whole = hashlib.sha256(repr(image_HWC.shape).encode())
+    whole.update(np.ascontiguousarray(image_HWC).data)
+    return whole.digest()
 
 
 def _patchify(image_HWC: RgbImage, config: ImageProcessorConfig) -> npt.NDArray[np.float32]:

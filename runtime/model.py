@@ -5,56 +5,54 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
-from runtime.answer import Answer, Call, Generation, Stats, Stream, Turn, in_turn
-from runtime.arguments import folder_path, reading, template_variables, tool_schemas
+from runtime.answer import Generation
+from runtime.arguments import folder_path, reading
+from runtime.calls import Call, run_batch
 from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray, no_visual_embeds
-from runtime.engine_options import EngineOptions
-from runtime.errors import UsageError
-from runtime.generation import chunk_limit, decode_steps, prefill, prefill_chunks
+from runtime.engine_options import EngineOptions, ServingOptions
+from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
-from runtime.guard import Owner
+from runtime.guard import Owner, naming_errors
 from runtime.image_config import ImageProcessorConfig
 from runtime.image_processor import ProcessedImage
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
-from runtime.memory import (
-    CACHE,
-    LOGITS,
-    PREFILL,
-    VISION,
-    WEIGHTS,
-    cache_bytes,
-    check_fits,
-    logits_bytes,
-    prefill_bytes,
-    vision_bytes,
-)
+from runtime.memory import LOGITS, PREFILL, VISION, WEIGHTS, check_fits, logits_bytes, vision_bytes
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
-from runtime.prompt_lookup import PromptLookup
-from runtime.sampling import Sampler
-from runtime.session import Session, open_session
+from runtime.scheduling.plan import held_bytes, plan_limits
+from runtime.scheduling.request import Limits, Request
+from runtime.scheduling.sequence import Sequence as RunningSequence
+from runtime.scheduling.worker import Worker
+from runtime.session import Session, is_on_gpu, open_session
 from runtime.shown import shown
-from runtime.stop_text import AnswerText
+from runtime.stream import Stream
 from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
+# Of a GPU's free memory, what the KV cache may take: the rest is for activations.
+_SHARE_OF_GPU = 0.8
 
 
 class Qwen3VLModel:
-    """An opened engine. One call runs at a time; a call of another thread waits for its turn."""
+    """An opened engine that answers many requests at once, from any thread or asyncio loop.
+
+    Requests wait in a bounded queue, then run side by side, step by step, in a thread of the engine's own. What one
+    answers does not depend on those beside it, but for rounding where a library's kernels round differently for other
+    numbers of rows.
+    """
 
     def __init__(
         self,
@@ -64,9 +62,11 @@ class Qwen3VLModel:
         max_context: int,
         max_memory: int,
         *,
+        limits: Limits | None = None,
         source: str | None = None,
         threads: int | None = None,
     ) -> None:
+        """Put a session to work; `from_engine` opens one. Without limits, it runs one sequence at a time."""
         if not isinstance(manifest, Manifest):
             raise UsageError(
                 f"manifest must be a Manifest, got {type(manifest).__name__}",
@@ -81,11 +81,15 @@ class Qwen3VLModel:
         self._owner = Owner(session)
         self._source = source
         self._threads = threads
-        self._turn = Turn()
         capacity = manifest.capabilities.get("capacity")
         self._room = ContextRoom(max_context, preparation, sys.maxsize if capacity is None else int(capacity))
-        self._chunk = chunk_limit(manifest.capabilities)
-        self._logits_chunk = chunk_limit(manifest.capabilities, all_logits=True)
+        if limits is None:
+            limits = plan_limits(manifest, ServingOptions(max_sequences=1, kept_sequences=0), max_context, None)
+        self._held_bytes = held_bytes(manifest, limits)
+        with naming_errors():
+            self._worker = Worker(session, manifest, preparation.tokenizer, limits)
+        # When the model is dropped, or Python ends.
+        weakref.finalize(self, self._worker.stop)
 
     def __repr__(self) -> str:
         """Say what is open: `Qwen3VLModel('out/demo', target='ort-cpu-fp32', model='demo', …)`."""
@@ -132,6 +136,13 @@ class Qwen3VLModel:
         max_pixels: int | None = None,
         max_memory: int | None = None,
         max_image_pixels: int | None = None,
+        max_sequences: int | None = None,
+        kept_sequences: int | None = None,
+        prefix_cache: bool = True,
+        vision_cache_bytes: int | None = None,
+        max_queue: int | None = None,
+        max_queue_tokens: int | None = None,
+        max_delay_ms: float | None = None,
     ) -> Qwen3VLModel:
         """Open an engine folder.
 
@@ -150,6 +161,16 @@ class Qwen3VLModel:
                 has no default.
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
+            max_sequences: Most requests that run at once; by default 8, or as many as the memory holds with
+                `max_context` tokens each.
+            kept_sequences: So many more sequences keep their rows of the KV cache after they have ended, for prompts
+                that begin as they do; by default 4, or as many as fit.
+            prefix_cache: Take rows over from other sequences at all.
+            vision_cache_bytes: Most bytes of images' embeddings that are kept for prompts with the same image; by
+                default 256 MiB, or a sixteenth of the memory that is left.
+            max_queue: Most requests that wait; more are refused. 256 by default.
+            max_queue_tokens: Most tokens of their prompts together; 16 times `max_context` by default.
+            max_delay_ms: While others decode, a prompt runs in chunks that take about this long; 200 by default.
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -172,6 +193,13 @@ class Qwen3VLModel:
             max_pixels=max_pixels,
             max_memory=max_memory,
             max_image_pixels=max_image_pixels,
+            max_sequences=max_sequences,
+            kept_sequences=kept_sequences,
+            prefix_cache=prefix_cache,
+            vision_cache_bytes=vision_cache_bytes,
+            max_queue=max_queue,
+            max_queue_tokens=max_queue_tokens,
+            max_delay_ms=max_delay_ms,
         )
         return cls.from_manifest(folder, manifest, options, source=source)
 
@@ -184,12 +212,30 @@ class Qwen3VLModel:
         Raises:
             EngineError, CapacityError, UsageError: As `from_engine`.
         """
-        check_fits(_decoder_needs(manifest, options.max_context), options.max_memory)
+        one = plan_limits(manifest, ServingOptions(1, 0, vision_cache_bytes=0), options.max_context, None)
+        needed = held_bytes(manifest, one)
+        check_fits(needed, options.max_memory)
         preparation = Preparation.from_folder(folder, manifest.model)
         preparation = preparation.with_image_limits(options.min_pixels, options.max_pixels, options.max_image_pixels)
+        room = options.max_memory - needed[WEIGHTS] - needed[PREFILL]
+        on_gpu = is_on_gpu(manifest)
+        if not on_gpu:
+            limits = plan_limits(manifest, options.serving, options.max_context, room)
         session, threads = open_session(folder, manifest, options.session), options.session.threads
-        limits = options.max_context, options.max_memory
-        return cls(manifest, session, preparation, *limits, source=source, threads=threads or default_threads())
+        if on_gpu:
+            free_bytes = getattr(session, "free_bytes", None)
+            room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes))
+            limits = plan_limits(manifest, options.serving, options.max_context, room)
+        return cls(
+            manifest,
+            session,
+            preparation,
+            options.max_context,
+            options.max_memory,
+            limits=limits,
+            source=source,
+            threads=threads or default_threads(),
+        )
 
     def generate(
         self,
@@ -198,14 +244,37 @@ class Qwen3VLModel:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        on_piece: Callable[[str], object] | None = None,
         **keywords: Unpack[GenerationKeywords],
     ) -> Generation:
-        """Answer messages in the Hugging Face chat format; see `stream`."""
-        stream = self.stream(messages, options, tools=tools, chat_template_kwargs=chat_template_kwargs, **keywords)
-        for _ in stream:
-            pass
-        assert stream.result is not None
-        return stream.result
+        """Answer messages in the Hugging Face chat format; see `stream`.
+
+        `on_piece` is called in this thread with each piece of text; if it raises, the answer is stopped.
+        """
+        call = Call(tools, chat_template_kwargs, priority, timeout_s)
+        with self._stream(messages, self._chosen(options, keywords), call) as stream:
+            if on_piece is not None:
+                for piece in stream:
+                    on_piece(piece)
+            return _complete(stream.wait())
+
+    async def agenerate(
+        self,
+        messages: Any,
+        options: GenerationOptions | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Generation:
+        """As `generate`, in an asyncio loop; a task that is cancelled stops its answer."""
+        call = Call(tools, chat_template_kwargs, priority, timeout_s)
+        async with self._stream(messages, self._chosen(options, keywords), call) as stream:
+            return _complete(await stream.wait_async())
 
     def stream(
         self,
@@ -214,12 +283,13 @@ class Qwen3VLModel:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
         **keywords: Unpack[GenerationKeywords],
     ) -> Stream:
         """Answer messages piece by piece, cut at UTF-8 boundaries.
 
-        Work begins with the first piece. Until the stream is exhausted or closed, calls of other threads wait, and a
-        call of the thread that reads it is an error.
+        Work begins with the first piece. Requests of all threads run beside each other, as many as `max_sequences`.
 
         Args:
             messages: Hugging Face chat format; an image is a path, bytes, a data URL, a PIL image or an array.
@@ -228,21 +298,68 @@ class Qwen3VLModel:
                 come from generation_config.json.
             tools: JSON schemas of functions, for chat templates that know tools.
             chat_template_kwargs: Further variables of the chat template, such as `enable_thinking`.
+            priority: Requests of a higher one leave the queue first.
+            timeout_s: Seconds from this call on in which the answer has to be complete.
             **keywords: Single options with Hugging Face's names, laid over that set.
 
         Raises:
-            UsageError: A message or an option is not valid, the template does not know a variable, this thread left
-                another stream open, or this process was forked from the one that opened the model.
+            UsageError: A message or an option is not valid, the template does not know a variable, the model was
+                closed, or this process was forked from the one that opened it.
             ImageError: An image cannot be read.
             CapacityError: The prompt leaves no room in `max_context`, or the estimated memory exceeds `max_memory`. An
                 answer that fills `max_context` ends with finish_reason "length".
+            OverloadError: The queue is full.
+            DeadlineError: `timeout_s` was over.
         """
-        self._owner.check()
-        chosen = self._chosen(options, keywords)
-        # Now, since work begins later, when the caller may have changed them.
-        tools, chat_template_kwargs = tool_schemas(tools), template_variables(chat_template_kwargs)
-        prepare = partial(self.prepare, messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
-        return Stream(in_turn(self._turn, partial(self._generate, prepare, chosen)))
+        call = Call(tools, chat_template_kwargs, priority, timeout_s)
+        return self._stream(messages, self._chosen(options, keywords), call)
+
+    def astream(self, messages: Any, options: GenerationOptions | None = None, **keywords: Any) -> Stream:
+        """Return `stream(…)`, which `async for` reads as well."""
+        return self.stream(messages, options, **keywords)
+
+    def generate_batch(
+        self,
+        prompts: Iterable[Any],
+        options: GenerationOptions | Sequence[GenerationOptions] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        on_done: Callable[[int, Generation | Qwen3VLError], object] | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> list[Generation | Qwen3VLError]:
+        """Answer many prompts side by side, as many at once as the engine runs.
+
+        Prompts are prepared one by one while others run, and wait for room in the queue, so there may be any number.
+
+        Args:
+            prompts: The messages of each; see `stream`.
+            options: Those of all answers, or of each.
+            tools: As in `stream`, for all.
+            chat_template_kwargs: As in `stream`, for all.
+            priority: As in `stream`.
+            timeout_s: As in `stream`, from when a prompt's turn to be prepared has come.
+            on_done: Called in this thread with the number and the outcome of each prompt, in order; if it raises, the
+                rest is stopped.
+            **keywords: As in `stream`, for all.
+
+        Returns:
+            The outcome of each prompt in its place: its answer, or the error that ended it alone.
+
+        Raises:
+            UsageError: The options are not valid, or not as many as the prompts.
+        """
+        call = Call(tools, chat_template_kwargs, priority, timeout_s)
+        return run_batch(self._begin, prompts, self._chosen_for_all(options, keywords), call, on_done)
+
+    def _chosen_for_all(
+        self, options: GenerationOptions | Sequence[GenerationOptions] | None, keywords: Mapping[str, Any]
+    ) -> GenerationOptions | list[GenerationOptions]:
+        if isinstance(options, (list, tuple)):
+            return [self._chosen(each, keywords) for each in options]
+        return self._chosen(options, keywords)  # type: ignore[arg-type]
 
     def _chosen(self, options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:
         if options is None:
@@ -254,24 +371,59 @@ class Qwen3VLModel:
             )
         return options.replace(eos_token_ids=options.eos_token_ids or self.defaults.eos_token_ids).replace(**keywords)
 
+    def _stream(self, messages: Any, options: GenerationOptions, call: Call) -> Stream:
+        self._owner.check()
+        return Stream(partial(self._begin, messages, options, call), keeps=self)
+
+    def _begin(self, messages: Any, options: GenerationOptions, call: Call, *, waits: bool = False) -> RunningSequence:
+        """Prepare a prompt in this thread, and put it into the queue."""
+        self._owner.check()
+        place = self._worker.reserve(waits=waits)
+        with naming_errors():
+            started = time.perf_counter()
+            prepared = self.prepare(messages, tools=call.tools, chat_template_kwargs=call.chat_template_kwargs)
+            max_new_tokens = self._room.answer_tokens(prepared, options)
+            self._check_memory(prepared)
+            if note := self._room.note(prepared):
+                _LOGGER.warning("%s", note)
+            ready = time.perf_counter()
+            request = Request(prepared, options, max_new_tokens, started, ready, call.priority, call.deadline)
+            return self._worker.submit(place, request, waits=waits)
+
     def logits(self, messages: Any) -> FloatArray:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
         self._owner.check()
-        steps = in_turn(self._turn, lambda _: self._all_logits(messages))
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                logits: FloatArray = end.value
-                return logits
+        place = self._worker.reserve()
+        with naming_errors():
+            prepared = self.prepare(messages)
+            self._check_memory(prepared, all_logits=True)
+            now = time.perf_counter()
+            sequence = self._worker.submit(place, Request(prepared, self.defaults, 0, now, now, wants_logits=True))
+        try:
+            sequence.request.pieces.wait()
+        except BaseException:
+            sequence.is_cancelled = True
+            raise
+        return np.concatenate(sequence.logits)
 
-    def _all_logits(self, messages: Any) -> Generator[str, None, FloatArray]:
-        prepared = self.prepare(messages)
-        capacity = len(prepared.prompt.input_ids)
-        self._check_memory(prepared, capacity, all_logits=True)
-        prompt = prepared.decoder_inputs((yield from self._encode(prepared)), all_logits=True)
-        cache = self.session.new_cache(capacity)
-        return prefill(self.session, cache, prompt, chunk=self._logits_chunk)
+    def statistics(self) -> dict[str, Any]:
+        """Return what the engine has done and holds, as plain data; see `runtime.scheduling.counters`."""
+        return self._worker.statistics()
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Take no more requests and end the engine's thread.
+
+        Args:
+            drain: Answer what was accepted first; otherwise it fails with an error that says so.
+            timeout_s: Answer no longer than that.
+        """
+        self._worker.close(drains=drain, timeout_s=timeout_s)
+
+    def __enter__(self) -> Qwen3VLModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(drain=False)
 
     def prepare(
         self,
@@ -300,97 +452,21 @@ class Qwen3VLModel:
             processed = list(images) if isinstance(images, (list, tuple)) else [None]
         if any(type(image) is not ProcessedImage for image in processed):
             raise UsageError(f"images must be a list of ProcessedImage, got {shown(images)}", remedy=remedy)
-        return self._join([self._encode_image(image) for image in processed if image is not None])
+        return self._worker.call(lambda: self._encode([image for image in processed if image is not None]))
 
-    def _encode(self, prepared: Prepared) -> Generator[str, None, FloatArray]:
-        """Return the embeddings of all images; after each, an empty piece, at which `Stream.close` can stop."""
-        embeds = []
-        for image in prepared.images:
-            embeds.append(self._encode_image(image))
-            yield ""
-        return self._join(embeds)
-
-    def _encode_image(self, image: ProcessedImage) -> FloatArray:
-        return self.session.vision(self.preparation.vision_inputs(image))
-
-    def _join(self, embeds: Sequence[FloatArray]) -> FloatArray:
+    def _encode(self, images: Sequence[ProcessedImage]) -> FloatArray:
+        embeds = [self.session.vision(self.preparation.vision_inputs(image)) for image in images]
         return np.concatenate(embeds, axis=1) if embeds else no_visual_embeds(self.config)
 
-    def _check_memory(self, prepared: Prepared, capacity: int, *, all_logits: bool = False) -> None:
+    def _check_memory(self, prepared: Prepared, *, all_logits: bool = False) -> None:
         patches = [math.prod(image.grid_thw) for image in prepared.images]
-        needed = _decoder_needs(self.manifest, capacity) | {VISION: vision_bytes(self.config, patches)}
+        needed = {**self._held_bytes, VISION: vision_bytes(self.config, patches)}
         if all_logits:
-            needed[LOGITS] = logits_bytes(self.config, capacity)
+            needed[LOGITS] = logits_bytes(self.config, len(prepared.prompt.input_ids))
         check_fits(needed, self.max_memory)
 
-    def _lookup(self, prompt_ids: list[int], num_tokens: int) -> PromptLookup | None:
-        num_tokens = min(num_tokens, self._logits_chunk - 1)
-        # From this many tokens on a call runs in another decoder, and other logits would give other tokens.
-        other_decoder = self.manifest.capabilities.get("prefill_min_tokens")
-        if other_decoder is not None:
-            num_tokens = min(num_tokens, int(other_decoder) - 2)
-        never = (self.config.image_token_id, self.config.video_token_id)
-        return PromptLookup(prompt_ids, num_tokens, never) if num_tokens > 0 else None
 
-    def _generate(
-        self, prepare: Callable[[], Prepared], options: GenerationOptions, call: Call
-    ) -> Generator[str, None, Generation]:
-        times = [time.perf_counter()]
-        prepared = prepare()
-        prompt_ids = prepared.prompt.input_ids
-        max_new_tokens = self._room.answer_tokens(prepared, options)
-        self._check_memory(prepared, len(prompt_ids) + max_new_tokens)
-        if note := self._room.note(prepared):
-            _LOGGER.warning("%s", note)
-        times.append(time.perf_counter())
-        prompt = prepared.decoder_inputs((yield from self._encode(prepared)))
-        times.append(time.perf_counter())
-        cache = self.session.new_cache(len(prompt_ids) + max_new_tokens)
-        logits = []
-        for logits_LV in prefill_chunks(self.session, cache, prompt, chunk=self._chunk):
-            logits.append(logits_LV)
-            yield ""  # as after an image
-        sampler = Sampler(options)
-        sampler.start(prompt_ids)
-        lookup = self._lookup(prompt_ids, options.prompt_lookup_num_tokens)
-        steps = decode_steps(
-            self.session,
-            cache,
-            logits[-1][-1],
-            len(prompt_ids),
-            prepared.positions.delta,
-            prompt.visual_embeds[:, :1],
-            sampler.next,
-            lookup,
-            sampler.can_use_top(int(self.manifest.capabilities.get("top_k", 0))),
-        )
-        text = AnswerText(self.tokenizer, options.stop, prompt_ids)
-        answer = Answer(text, options.eos_token_ids, max_new_tokens)
-        for token in steps:
-            if not answer.token_ids:
-                times.append(time.perf_counter())
-            yield answer.push(token)
-            call.thread = threading.get_ident()  # a stream may be read by another thread than began it
-            if answer.finish_reason:
-                break
-        times.append(time.perf_counter())
-        return answer.finished(
-            Stats.of(
-                times,
-                prompt_tokens=len(prompt_ids),
-                visual_tokens=prepared.num_visual_tokens,
-                new_tokens=len(answer.token_ids),
-                peak_cache_bytes=cache.num_bytes,
-                drafted_tokens=lookup.num_drafted if lookup else 0,
-                accepted_tokens=lookup.num_accepted if lookup else 0,
-            )
-        )
-
-
-def _decoder_needs(manifest: Manifest, capacity: int) -> dict[str, int]:
-    capacity = int(manifest.capabilities.get("capacity", capacity))
-    return {
-        WEIGHTS: manifest.weight_bytes,
-        CACHE: cache_bytes(manifest.model, manifest.capabilities, capacity),
-        PREFILL: prefill_bytes(manifest.model, capacity),
-    }
+def _complete(generation: Generation | None) -> Generation:
+    if generation is None:
+        raise UsageError("the answer was stopped before its end", remedy="ask again")
+    return generation

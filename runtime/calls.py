@@ -1,0 +1,124 @@
+"""What a caller says beside messages and options, and many prompts at once."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from runtime.answer import Generation
+from runtime.arguments import reading, template_variables, tool_schemas, whole_number
+from runtime.errors import Qwen3VLError, UsageError
+from runtime.generation_config import GenerationOptions
+from runtime.scheduling.sequence import Sequence as RunningSequence
+from runtime.shown import shown
+
+_LARGEST_PRIORITY = 1 << 31
+Outcome = Generation | Qwen3VLError
+
+
+class Call:
+    """Arguments of a call that are no options of the answer, checked when the caller gives them.
+
+    Args:
+        tools, chat_template_kwargs, priority, timeout_s: As in `Qwen3VLModel.stream`.
+
+    Attributes:
+        deadline: When the answer has to be complete, by `time.perf_counter`, if there is such a time.
+
+    Raises:
+        UsageError: One of them is of the wrong kind.
+    """
+
+    def __init__(self, tools: Any, chat_template_kwargs: Any, priority: Any, timeout_s: Any) -> None:
+        # Now, since work begins later, when the caller may have changed them.
+        self.tools = tool_schemas(tools)
+        self.chat_template_kwargs = template_variables(chat_template_kwargs)
+        limit = _LARGEST_PRIORITY
+        expected = "a whole number from -2^31 to 2^31, higher ones first"
+        self.priority = whole_number("priority", priority, -limit, limit, expected, "leave priority out for 0")
+        self._timeout_s = None if timeout_s is None else _seconds(timeout_s)
+        self.deadline = None if self._timeout_s is None else time.perf_counter() + self._timeout_s
+
+    def again(self) -> Call:
+        """Return the same call, whose time begins now."""
+        call = object.__new__(type(self))
+        call.__dict__ = {**vars(self)}
+        call.deadline = None if self._timeout_s is None else time.perf_counter() + self._timeout_s
+        return call
+
+
+class Begin(Protocol):
+    """Prepares a prompt and submits it."""
+
+    def __call__(self, messages: Any, options: GenerationOptions, call: Call, *, waits: bool) -> RunningSequence:
+        """Return the sequence, which runs from now on; `waits` for room in the queue."""
+
+
+def run_batch(
+    begin: Begin,
+    prompts: Iterable[Any],
+    options: GenerationOptions | Sequence[GenerationOptions],
+    call: Call,
+    on_done: Callable[[int, Outcome], object] | None,
+) -> list[Outcome]:
+    """Answer all prompts; see `Qwen3VLModel.generate_batch`."""
+    messages = _listed(prompts)
+    if not isinstance(options, GenerationOptions) and len(options) != len(messages):
+        raise UsageError(
+            f"{len(options)} options for {len(messages)} prompts", remedy="give one for each, or one for all"
+        )
+    begun: list[RunningSequence | Qwen3VLError] = []
+    outcomes: list[Outcome] = []
+
+    def collect(waits: bool) -> None:
+        while len(outcomes) < len(begun):
+            sequence = begun[len(outcomes)]
+            if not (waits or isinstance(sequence, Qwen3VLError) or sequence.request.pieces.is_ended):
+                return
+            outcomes.append(_outcome(sequence))
+            if on_done is not None:
+                on_done(len(outcomes) - 1, outcomes[-1])
+
+    try:
+        for index, each in enumerate(messages):
+            own = options if isinstance(options, GenerationOptions) else options[index]
+            try:
+                begun.append(begin(each, own, call.again(), waits=True))
+            except Qwen3VLError as error:
+                begun.append(error)
+            collect(waits=False)
+        collect(waits=True)
+        return outcomes
+    finally:
+        for sequence in begun[len(outcomes) :]:
+            if not isinstance(sequence, Qwen3VLError):
+                sequence.is_cancelled = True
+
+
+def _outcome(sequence: RunningSequence | Qwen3VLError) -> Outcome:
+    if isinstance(sequence, Qwen3VLError):
+        return sequence
+    try:
+        generation = sequence.request.pieces.wait()
+    except Qwen3VLError as error:
+        return error
+    assert generation is not None, "nobody else can stop it"
+    return generation
+
+
+def _listed(prompts: Any) -> list[Any]:
+    remedy = "pass a list with the messages of each prompt"
+    if isinstance(prompts, (str, bytes, dict)):
+        raise UsageError(f"prompts must be a list, got {shown(prompts)}", remedy=remedy)
+    with reading("prompts", remedy):
+        return list(prompts)
+
+
+def _seconds(value: Any) -> float:
+    remedy = "leave timeout_s out for no limit"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+        raise UsageError(f"timeout_s = {shown(value)}, expected seconds", remedy=remedy)
+    return float(value)

@@ -1,0 +1,1 @@
+"""Many sequences on one session: queue, scheduler, KV slots, caches, and the thread that runs the steps."""

@@ -1,0 +1,148 @@
+"""The way of an answer from the thread that makes it to whoever reads it, in any thread or asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.answer import Generation
+
+_Waker = Callable[[], object]
+
+
+class Pieces:
+    """Pieces of text in order, then the whole answer or an error.
+
+    The writer never waits: what nobody reads is kept, at most the text of one answer. Readers may be many; each piece
+    goes to one of them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pieces: deque[str] = deque()
+        self._wakers: list[_Waker] = []
+        self._end_wakers: list[_Waker] = []
+        self._error: Exception | None = None
+        self.is_ended = False
+        self.result: Generation | None = None
+
+    def put(self, piece: str) -> None:
+        """Add a piece; an empty one, or one after the end, is dropped."""
+        if not piece:
+            return
+        with self._lock:
+            if self.is_ended:
+                return
+            self._pieces.append(piece)
+            wakers, self._wakers = self._wakers, []
+        _wake(wakers)
+
+    def finish(self, result: Generation | None) -> None:
+        """End with the whole answer; None if it was stopped. Only the first end counts."""
+        self._end(result, None)
+
+    def fail(self, error: Exception) -> None:
+        """End with an error, which the next reader that finds no piece raises."""
+        self._end(None, error)
+
+    def drop(self) -> None:
+        """End now, without what was not read."""
+        with self._lock:
+            self._pieces.clear()
+            self._error = None
+        self._end(None, None)
+
+    def take(self) -> str | None:
+        """Wait for the next piece and return it; None at the end.
+
+        Raises:
+            Exception: The error that the answer ended with, once.
+        """
+        while True:
+            with self._lock:
+                if self._pieces or self.is_ended:
+                    return self._next()
+                event = threading.Event()
+                self._wakers.append(event.set)
+            event.wait()
+
+    async def take_async(self) -> str | None:
+        """As `take`, in an asyncio loop."""
+        while True:
+            with self._lock:
+                if self._pieces or self.is_ended:
+                    return self._next()
+                waiter = _new_waiter(self._wakers)
+            await waiter
+
+    def wait(self) -> Generation | None:
+        """Wait for the end and return the whole answer; None if it was stopped.
+
+        Raises:
+            Exception: The error that the answer ended with.
+        """
+        with self._lock:
+            event = None if self.is_ended else threading.Event()
+            if event is not None:
+                self._end_wakers.append(event.set)
+        if event is not None:
+            event.wait()
+        return self._outcome()
+
+    async def wait_async(self) -> Generation | None:
+        """As `wait`, in an asyncio loop."""
+        with self._lock:
+            waiter = None if self.is_ended else _new_waiter(self._end_wakers)
+        if waiter is not None:
+            await waiter
+        return self._outcome()
+
+    def _outcome(self) -> Generation | None:
+        with self._lock:
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return self.result
+
+    def _next(self) -> str | None:
+        """Return the next piece, or None at the end; under the lock."""
+        if self._pieces:
+            return self._pieces.popleft()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return None
+
+    def _end(self, result: Generation | None, error: Exception | None) -> None:
+        with self._lock:
+            if self.is_ended:
+                return
+            self.is_ended, self.result, self._error = True, result, error
+            wakers = self._wakers + self._end_wakers
+            self._wakers, self._end_wakers = [], []
+        _wake(wakers)
+
+
+def _new_waiter(wakers: list[_Waker]) -> asyncio.Future[None]:
+    """Return a future of the running loop that is done once it was woken from any thread."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    wakers.append(partial(loop.call_soon_threadsafe, _resolve, future))
+    return future
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _wake(wakers: list[_Waker]) -> None:
+    for waker in wakers:
+        with contextlib.suppress(RuntimeError):  # the loop of that reader was closed
+            waker()

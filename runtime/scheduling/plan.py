@@ -1,0 +1,100 @@
+"""How many sequences an engine holds: planned in bytes when it is opened, or refused with numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.engine_options import ServingOptions
+from runtime.errors import CapacityError, UsageError
+from runtime.generation import chunk_limit
+from runtime.manifest import Manifest
+from runtime.memory import CACHE, EMBEDS, PREFILL, WEIGHTS, cache_bytes, prefill_bytes
+from runtime.scheduling.request import Limits
+from runtime.session import is_on_gpu
+
+DEFAULT_SEQUENCES = 8
+DEFAULT_KEPT = 4
+DEFAULT_EMBEDS_BYTES = 256 << 20
+# Of the memory beside weights and workspace, what kept embeddings take at most where nobody says.
+_SHARE_OF_EMBEDS = 1 / 16
+
+
+def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, room_bytes: int | None) -> Limits:
+    """Return what an engine holds.
+
+    Args:
+        manifest: Its manifest.
+        options: What the caller gave; what is None is chosen here.
+        max_context: Most tokens of a sequence.
+        room_bytes: Memory beside weights and workspace; None if nobody knows.
+
+    Raises:
+        CapacityError: What the caller asks for does not fit.
+        UsageError: The engine was built for fewer sequences.
+    """
+    capabilities = manifest.capabilities
+    built_for = capabilities.get("max_batch")
+    capacity = int(capabilities.get("capacity", max_context))
+    slot_bytes = cache_bytes(manifest.model, capabilities, capacity)
+    embeds_bytes = options.vision_cache_bytes
+    if embeds_bytes is None:
+        room = DEFAULT_EMBEDS_BYTES if room_bytes is None else int(max(0, room_bytes) * _SHARE_OF_EMBEDS)
+        embeds_bytes = min(DEFAULT_EMBEDS_BYTES, room)
+    # Embeddings are kept in the host's memory.
+    on_device = is_on_gpu(manifest)
+    cache_room = None if room_bytes is None else max(0, room_bytes - (0 if on_device else embeds_bytes))
+    fitting = None if cache_room is None else cache_room // slot_bytes
+    most = min((int(each) for each in (built_for, fitting) if each is not None), default=None)
+    _check_built_for(options, built_for)
+    sequences = options.max_sequences
+    if sequences is None:
+        sequences = DEFAULT_SEQUENCES if most is None else max(1, min(DEFAULT_SEQUENCES, most))
+    kept = options.kept_sequences
+    if kept is None:
+        kept = DEFAULT_KEPT if most is None else max(0, min(DEFAULT_KEPT, most - sequences))
+    if not options.prefix_cache:
+        kept = 0
+    if fitting is not None and sequences + kept > max(1, fitting):
+        raise CapacityError(
+            f"{sequences + kept} sequences of {capacity} tokens take {(sequences + kept) * slot_bytes / 1e9:.2f} GB of "
+            f"KV cache, and {(cache_room or 0) / 1e9:.2f} GB are left for it: room for {fitting}",
+            remedy="lower max_sequences, kept_sequences or max_context, or raise max_memory if the machine has more",
+        )
+    return Limits(
+        max_sequences=sequences,
+        max_context=max_context,
+        kept_sequences=kept,
+        prefix_cache=options.prefix_cache,
+        vision_cache_bytes=embeds_bytes,
+        max_queue=options.max_queue,
+        max_queue_tokens=options.max_queue_tokens or 16 * max_context,
+        max_delay_s=options.max_delay_ms / 1e3,
+        prefill_chunk=chunk_limit(capabilities),
+        logits_chunk=chunk_limit(capabilities, all_logits=True),
+    )
+
+
+def held_bytes(manifest: Manifest, limits: Limits) -> dict[str, int]:
+    """Return what an opened engine takes at most, part by part, but for the images and logits of a call."""
+    capacity = int(manifest.capabilities.get("capacity", limits.max_context))
+    return {
+        WEIGHTS: manifest.weight_bytes,
+        CACHE: limits.num_slots * cache_bytes(manifest.model, manifest.capabilities, capacity),
+        PREFILL: prefill_bytes(manifest.model, capacity),
+        EMBEDS: limits.vision_cache_bytes,
+    }
+
+
+def _check_built_for(options: ServingOptions, built_for: Any) -> None:
+    asked: Mapping[str, int | None] = {
+        "max_sequences": options.max_sequences,
+        "kept_sequences": options.kept_sequences,
+    }
+    total = sum(each or 0 for each in asked.values())
+    if built_for is not None and total > int(built_for):
+        given = ", ".join(f"{name} = {value}" for name, value in asked.items() if value)
+        raise UsageError(
+            f"{given}: the engine was built for {built_for} sequence{'s' if int(built_for) > 1 else ''}",
+            remedy="lower them, or build the engine again with a larger --max-batch: qwen3vl-export ...",
+        )

@@ -1,0 +1,75 @@
+"""What a caller asks of an engine, and the limits that an engine sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from runtime.generation_config import GenerationOptions
+from runtime.preparation import Prepared
+from runtime.scheduling.pieces import Pieces
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One prompt and how it is to be answered.
+
+    Attributes:
+        prepared: The prompt.
+        options: Options of the answer.
+        max_new_tokens: Most tokens of it, what the context leaves considered.
+        started: When the caller asked, by `time.perf_counter`.
+        prompt_ready: When the prompt was prepared.
+        priority: Requests of a higher one leave the queue first.
+        deadline: When the answer has to be complete, by `time.perf_counter`; None for no such time.
+        wants_logits: The logits of all prompt tokens are wanted, and no answer.
+        pieces: Where the answer goes.
+    """
+
+    prepared: Prepared
+    options: GenerationOptions
+    max_new_tokens: int
+    started: float
+    prompt_ready: float
+    priority: int = 0
+    deadline: float | None = None
+    wants_logits: bool = False
+    pieces: Pieces = field(default_factory=Pieces)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prepared.prompt.input_ids)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine holds and accepts; sizes in tokens, bytes and seconds.
+
+    Attributes:
+        max_sequences: Sequences that run at once.
+        max_context: Rows of a slot: most tokens of prompt and answer together.
+        kept_sequences: Slots beyond those, for rows of sequences that have ended.
+        prefix_cache: Rows of other sequences are used again.
+        vision_cache_bytes: Most bytes of embeddings that are kept.
+        max_queue: Most requests that wait.
+        max_queue_tokens: Most tokens of their prompts together; one request may always wait.
+        max_delay_s: What a chunk of a prompt may take while others decode.
+        prefill_chunk: Most tokens of a chunk.
+        logits_chunk: Most tokens of a chunk that all get logits.
+    """
+
+    max_sequences: int
+    max_context: int
+    kept_sequences: int
+    prefix_cache: bool
+    vision_cache_bytes: int
+    max_queue: int
+    max_queue_tokens: int
+    max_delay_s: float
+    prefill_chunk: int
+    logits_chunk: int
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the KV cache."""
+        return self.max_sequences + self.kept_sequences

@@ -1,0 +1,197 @@
+"""One request as it runs: how far its prompt is, what it has answered, and its times.
+
+Shapes: S prompt tokens, V visual rows, D DeepStack levels, L positions that get logits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import replace
+
+import numpy as np
+
+from runtime.answer import Answer, Generation, Stats
+from runtime.contract import DecoderInputs, FloatArray, IntArray
+from runtime.image_processor import ProcessedImage
+from runtime.prompt_lookup import PromptLookup
+from runtime.sampling import Logits, Sampler
+from runtime.scheduling.prompt_keys import prompt_keys, text_keys
+from runtime.scheduling.request import Request
+from runtime.session import TopLogits
+from runtime.stop_text import AnswerText
+from runtime.tokenizer import Tokenizer
+
+
+class Sequence:
+    """A request and its state; the worker's thread alone changes it, but for `is_cancelled`.
+
+    Attributes:
+        request: What was asked.
+        arrival: Its number.
+        num_rows: Valid rows of its slot.
+        is_started: It has a slot.
+        is_encoding: The vision tower is at one of its images.
+        is_cancelled: Nobody wants the answer any more; set by any thread.
+        last_token: The newest token of the answer, which has no row yet.
+        logits: Those of the prompt, chunk by chunk, if they are wanted.
+    """
+
+    def __init__(self, request: Request, arrival: int, tokenizer: Tokenizer, lookup: PromptLookup | None) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.priority = request.priority
+        self.keys: IntArray = prompt_keys(request.prepared)
+        self.num_rows = 0
+        self.is_started = self.is_encoding = self.is_cancelled = False
+        self.last_token = -1
+        self.logits: list[FloatArray] = []
+        self.lookup = lookup
+        options, ids = request.options, request.prepared.prompt.input_ids
+        self._sampler = Sampler(options)
+        self._sampler.start(ids)
+        self._answer = Answer(AnswerText(tokenizer, options.stop, ids), options.eos_token_ids, request.max_new_tokens)
+        self._embeds: dict[int, FloatArray] = {}
+        self._needed: list[int] = []
+        self._inputs: DecoderInputs | None = None
+        self._num_shared = 0
+        self._num_cached_images = 0
+        self._began = self._encoded = self._first = 0.0
+
+    @property
+    def delta(self) -> int:
+        """Position of a token of the answer minus its index."""
+        return self.request.prepared.positions.delta
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens of the prompt that have not run."""
+        return self.request.num_tokens - self.num_rows
+
+    @property
+    def waits_for_vision(self) -> bool:
+        """Whether images of it have to be encoded, and none of them is being."""
+        return self.is_started and not self.is_encoding and bool(self.missing_images)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the answer is complete."""
+        return bool(self._answer.finish_reason)
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """Tokens of the answer so far."""
+        return self._answer.token_ids
+
+    @property
+    def row_keys(self) -> IntArray:
+        """What its rows are of, int64 [prompt and answer, 3]."""
+        return np.concatenate([self.keys, text_keys(self._answer.token_ids)])
+
+    @property
+    def draft_room(self) -> int:
+        """How many tokens may be drafted: the answer ends with its last one, which needs no row."""
+        return self.request.num_tokens + self.request.max_new_tokens - self.num_rows - 2
+
+    def can_use_top(self, num_top: int) -> bool:
+        """Return whether its sampler looks at no more logits than the largest `num_top`."""
+        return self._sampler.can_use_top(num_top)
+
+    def start(self, num_shared: int) -> None:
+        """Begin, with so many rows that are valid already; images before them are not needed."""
+        self._began = time.perf_counter()
+        self.is_started, self.num_rows, self._num_shared = True, num_shared, num_shared
+        spans = self.request.prepared.prompt.spans
+        self._needed = [index for index, span in enumerate(spans) if span.end > num_shared]
+        self._num_cached_images = len(spans) - len(self._needed)
+
+    @property
+    def missing_images(self) -> list[tuple[int, ProcessedImage]]:
+        """Images that have to be encoded, with their numbers."""
+        return [(index, self.request.prepared.images[index]) for index in self._needed if index not in self._embeds]
+
+    def take_embeds(self, index: int, embeds: FloatArray, *, is_cached: bool = False) -> None:
+        """Take the embeddings of an image, [1+D, V, hidden]."""
+        self._embeds[index] = embeds
+        self._num_cached_images += is_cached
+
+    def chunk(self, num_tokens: int, no_embeds: FloatArray) -> DecoderInputs:
+        """Return the next tokens of the prompt as a call of the decoder.
+
+        Args:
+            num_tokens: How many.
+            no_embeds: Visual embeddings of a prompt without images (`no_visual_embeds`).
+        """
+        if self._inputs is None:
+            self._inputs = self._prompt_inputs(no_embeds)
+            self._encoded = time.perf_counter()
+        return self._inputs.chunk(self.num_rows, self.num_rows + num_tokens)
+
+    def take_chunk(self, num_tokens: int, logits_LV: FloatArray) -> str:
+        """Note that a chunk has run; after the last one, choose the first token and return its text.
+
+        Args:
+            num_tokens: Its tokens.
+            logits_LV: What the call gave, [L, vocab].
+        """
+        self.num_rows += num_tokens
+        if self.request.wants_logits:
+            self.logits.append(logits_LV)
+        if self.tokens_left:
+            return ""
+        self._inputs = None
+        self._embeds.clear()
+        self._needed.clear()
+        if self.request.wants_logits:
+            return ""
+        return self.take_token(logits_LV[-1])
+
+    def take_token(self, logits: Logits | TopLogits) -> str:
+        """Choose the next token of the answer and return the text that can be shown now."""
+        if isinstance(logits, TopLogits) and not self._sampler.can_use_top(len(logits.ids)):
+            logits = logits.fetch()
+        token = self._sampler.next(logits)
+        if not self._first:
+            self._first = time.perf_counter()
+        if self.lookup is not None:
+            self.lookup.append(token)
+        self.last_token = token
+        return self._answer.push(token)
+
+    def finished(self, row_bytes: int) -> Generation:
+        """Return the whole answer.
+
+        Args:
+            row_bytes: Bytes of a row of the KV cache.
+        """
+        request, lookup = self.request, self.lookup
+        times = (request.started, request.prompt_ready, self._began, self._encoded, self._first, time.perf_counter())
+        stats = Stats.of(
+            times,
+            prompt_tokens=request.num_tokens,
+            visual_tokens=request.prepared.num_visual_tokens,
+            new_tokens=len(self._answer.token_ids),
+            peak_cache_bytes=self.num_rows * row_bytes,
+            drafted_tokens=lookup.num_drafted if lookup else 0,
+            accepted_tokens=lookup.num_accepted if lookup else 0,
+            cached_tokens=self._num_shared,
+            cached_images=self._num_cached_images,
+        )
+        return self._answer.finished(stats)
+
+    def _prompt_inputs(self, no_embeds: FloatArray) -> DecoderInputs:
+        """Return the prompt as one call, with the embeddings of those images that are needed."""
+        prepared, needed = self.request.prepared, self._needed
+        spans = prepared.prompt.spans
+        embeds = _joined([self._embeds[index] for index in needed]) if needed else no_embeds
+        inputs = prepared.decoder_inputs(embeds, all_logits=self.request.wants_logits)
+        num_skipped = sum(span.num_tokens for index, span in enumerate(spans) if index not in needed)
+        if not num_skipped:
+            return inputs
+        # Rows count through all images; those that are skipped come first.
+        rows = np.where(inputs.visual_rows < num_skipped, -1, inputs.visual_rows - num_skipped)
+        return replace(inputs, visual_rows=rows)
+
+
+def _joined(embeds: Items[FloatArray]) -> FloatArray:
+    return embeds[0] if len(embeds) == 1 else np.concatenate(embeds, axis=1)

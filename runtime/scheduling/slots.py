@@ -1,0 +1,189 @@
+"""The slots of a KV cache: which sequence has which, what the rows of the others can still serve, who makes room.
+
+GroupQueryAttention and compiled graphs want the sequences of a call side by side, so those that decode have the first
+slots: 0 … n - 1. Prompts are run one at a time, in any slot behind them. When a sequence begins to decode it moves to
+slot n, and when one ends, the last one takes its place; a move exchanges rows, so what other slots hold is not lost.
+
+A slot whose sequence has ended keeps its rows until another needs it: a later prompt that begins with the same tokens
+takes the slot over, or copies the rows. Of such slots, the one that was used least recently is given away first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from runtime.contract import IntArray
+from runtime.scheduling.prompt_keys import KEY_WIDTH, common_length
+from runtime.session import KVCache
+
+MIN_SHARED_ROWS = 16
+"""Fewer rows are not worth a move; the first tokens of a chat template are in every prompt."""
+_NO_KEYS = np.zeros((0, KEY_WIDTH), np.int64)
+
+
+@dataclass(eq=False)
+class Slot:
+    """One sequence's place in the cache.
+
+    Attributes:
+        keys: What its rows are of (`prompt_keys`), int64 [rows, 3]; of a sequence that runs, all of its prompt.
+        num_rows: Valid rows.
+        owner: The sequence that runs in it; None if its rows wait for a prompt that begins with them.
+        last_use: When its owner last ended, on the slots' own clock.
+    """
+
+    keys: IntArray = field(default_factory=_NO_KEYS.copy)
+    num_rows: int = 0
+    owner: Hashable | None = None
+    last_use: int = 0
+
+    @property
+    def valid_keys(self) -> IntArray:
+        """Keys of the rows that are valid."""
+        return self.keys[: self.num_rows]
+
+
+class Slots:
+    """All slots of one cache.
+
+    Args:
+        cache: The cache, whose rows are moved here and nowhere else.
+        keeps_rows: Slots keep their rows for later prompts.
+
+    Attributes:
+        num_decoding: Sequences that decode; theirs are the first slots.
+        moved_rows: Rows that were copied or exchanged so far.
+        evicted_rows: Rows that were given up to make room.
+    """
+
+    def __init__(self, cache: KVCache, *, keeps_rows: bool = True) -> None:
+        self.cache = cache
+        self.num_decoding = 0
+        self.moved_rows = 0
+        self.evicted_rows = 0
+        self._keeps_rows = keeps_rows
+        self._slots = [Slot() for _ in range(cache.batch)]
+        self._place: dict[Hashable, int] = {}
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def num_running(self) -> int:
+        """Slots that a running sequence has."""
+        return len(self._place)
+
+    @property
+    def total_rows(self) -> int:
+        """Valid rows of all slots."""
+        return sum(slot.num_rows for slot in self._slots)
+
+    def place(self, owner: Hashable) -> int:
+        """Return the slot of a sequence."""
+        return self._place[owner]
+
+    def num_rows(self, slot: int) -> int:
+        """Return the valid rows of a slot."""
+        return self._slots[slot].num_rows
+
+    def shared_rows(self, keys: IntArray) -> int:
+        """Return how many first rows of a prompt lie in some slot already."""
+        return self._best(keys)[1]
+
+    def start(self, owner: Hashable, keys: IntArray, *, shares: bool = True) -> int:
+        """Give a sequence a slot, with the rows that it shares with another one; at least one token is left to run.
+
+        Args:
+            owner: The sequence.
+            keys: Those of its prompt.
+            shares: Use rows of others.
+
+        Returns:
+            Valid rows, 0 … S - 1.
+        """
+        source, num_shared = self._best(keys[:-1]) if shares and self._keeps_rows else (0, 0)
+        place = self._place_for(source, num_shared)
+        slot = self._slots[place]
+        assert slot.owner is None, "no slot is free"
+        if place != source or not num_shared:
+            self.evicted_rows += slot.num_rows
+            if num_shared:
+                self.cache.copy_rows(source, place, num_shared)
+                self.moved_rows += num_shared
+        slot.owner, slot.keys, slot.num_rows = owner, keys, num_shared
+        self._place[owner] = place
+        return num_shared
+
+    def write(self, owner: Hashable, num_rows: int) -> None:
+        """Note that a sequence has so many valid rows now."""
+        self._slots[self._place[owner]].num_rows = num_rows
+
+    def join(self, owner: Hashable) -> None:
+        """Move a sequence whose prompt has run to those that decode."""
+        assert self._place[owner] >= self.num_decoding, "it decodes already"
+        self._exchange(self._place[owner], self.num_decoding)
+        self.num_decoding += 1
+
+    def leave(self, owner: Hashable, keys: IntArray | None) -> None:
+        """Free the slot of a sequence.
+
+        Args:
+            owner: The sequence.
+            keys: What its valid rows are of; None if they are not to be used again.
+        """
+        place = self._place[owner]
+        if place < self.num_decoding:
+            self.num_decoding -= 1
+            self._exchange(place, self.num_decoding)
+            place = self.num_decoding
+        slot = self._slots[place]
+        del self._place[owner]
+        self._clock += 1
+        slot.owner, slot.last_use = None, self._clock
+        if keys is None or not self._keeps_rows:
+            slot.keys, slot.num_rows = _NO_KEYS, 0
+        else:
+            slot.keys = keys[: slot.num_rows]
+
+    def forget(self) -> None:
+        """Give up the rows that no running sequence has."""
+        for slot in self._slots:
+            if slot.owner is None:
+                slot.keys, slot.num_rows = _NO_KEYS, 0
+
+    def _best(self, keys: IntArray) -> tuple[int, int]:
+        """Return the slot with most rows in common, and their number; 0 if they are too few."""
+        lengths = [common_length(slot.valid_keys, keys) if slot.num_rows else 0 for slot in self._slots]
+        best = max(range(len(lengths)), key=lambda i: (lengths[i], self._slots[i].owner is None))
+        return (best, lengths[best]) if lengths[best] >= MIN_SHARED_ROWS else (best, 0)
+
+    def _place_for(self, source: int, num_shared: int) -> int:
+        """Return the slot to start in: that of the shared rows if little else goes with it, or the one to give up."""
+        slot = self._slots[source]
+        if num_shared and slot.owner is None and 2 * num_shared >= slot.num_rows:
+            return source
+        idle = [i for i, each in enumerate(self._slots) if each.owner is None]
+        others = [i for i in idle if i != source or not num_shared] or idle
+        return min(others, key=lambda i: (self._slots[i].num_rows > 0, self._slots[i].last_use, i))
+
+    def _exchange(self, place: int, other: int) -> None:
+        if place == other:
+            return
+        slot, beside = self._slots[place], self._slots[other]
+        num_rows = max(slot.num_rows, beside.num_rows)
+        if not beside.num_rows:
+            self.cache.copy_rows(place, other, num_rows)
+        elif not slot.num_rows:
+            self.cache.copy_rows(other, place, num_rows)
+        else:
+            self.cache.swap_rows(place, other, num_rows)
+        self.moved_rows += num_rows
+        self._slots[place], self._slots[other] = beside, slot
+        for index in (place, other):
+            owner = self._slots[index].owner
+            if owner is not None:
+                self._place[owner] = index

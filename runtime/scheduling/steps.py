@@ -1,0 +1,320 @@
+"""The calls of the session that a step makes, and what they do to the sequences; the worker's thread alone is here.
+
+Shapes: B sequences of a call, S new tokens, L positions that get logits, V visual rows, I segments, D DeepStack levels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import cast
+
+import numpy as np
+
+from runtime.answer import Generation
+from runtime.contract import DecoderInputs, FloatArray, IntArray, VisionInputs, no_visual_embeds
+from runtime.errors import EngineError, Qwen3VLError
+from runtime.guard import as_engine_error
+from runtime.image_processor import ProcessedImage
+from runtime.manifest import Manifest
+from runtime.memory import cache_bytes
+from runtime.scheduling.counters import Counters
+from runtime.scheduling.request import Limits
+from runtime.scheduling.scheduler import ChunkSize
+from runtime.scheduling.sequence import Sequence
+from runtime.scheduling.slots import Slots
+from runtime.scheduling.vision_cache import VisionCache
+from runtime.session import Session, TopLogitsSession
+from runtime.vision_inputs import VISION_PATCHES, vision_inputs
+
+MAX_FAILURES = 3
+"""Calls of the session that may fail one after the other; then it counts as dead."""
+
+
+class Steps:
+    """A session, its KV cache, and the sequences that run on it.
+
+    Args:
+        session: The engine.
+        manifest: Its manifest.
+        limits: What it holds.
+        on_vision: Called in another thread when images that were encoded beside the steps are ready.
+
+    Attributes:
+        prompts: Sequences that run and whose prompt is not complete.
+        decoding: Those that decode, by slot.
+        failure: The error after which the session counts as dead; None while it works.
+    """
+
+    def __init__(self, session: Session, manifest: Manifest, limits: Limits, on_vision: Callable[[], None]) -> None:
+        self._session = session
+        self._config = manifest.model
+        self._num_top = int(manifest.capabilities.get("top_k", 0))
+        # Where prompts run on weights of their own, rows of an answer are not those that a prompt would have.
+        self._keeps_answers = "prefill_min_tokens" not in manifest.capabilities
+        self._row_bytes = cache_bytes(manifest.model, manifest.capabilities, 1)
+        self._no_embeds = no_visual_embeds(manifest.model)
+        self._chunks = ChunkSize(limits.prefill_chunk, limits.max_delay_s)
+        self._logits_chunk = limits.logits_chunk
+        self._on_vision = on_vision
+        runs_beside = getattr(session, "runs_vision_beside", False)
+        self._encoder = ThreadPoolExecutor(1, "qwen3vl-vision") if runs_beside else None
+        self._max_segments = getattr(session, "max_segments", None)
+        self._encoding: tuple[list[tuple[Sequence, int, ProcessedImage]], Future[FloatArray]] | None = None
+        self._num_failures = 0
+        self.slots = Slots(session.new_cache(limits.max_context, limits.num_slots), keeps_rows=limits.prefix_cache)
+        self.vision_cache = VisionCache(limits.vision_cache_bytes)
+        self.counters = Counters()
+        self.prompts: list[Sequence] = []
+        self.decoding: list[Sequence] = []
+        self.failure: Qwen3VLError | None = None
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that run."""
+        return len(self.prompts) + len(self.decoding)
+
+    @property
+    def is_vision_busy(self) -> bool:
+        """Whether the vision tower is at work beside the steps."""
+        return self._encoding is not None
+
+    @property
+    def can_run(self) -> bool:
+        """Whether there is something to do before the vision tower is ready, or it is."""
+        if self._encoding is None or self._encoding[1].done():
+            return bool(self.num_running)
+        return bool(self.decoding) or any(not (each.is_encoding or each.waits_for_vision) for each in self.prompts)
+
+    def start(self, sequence: Sequence) -> None:
+        """Give a sequence that was admitted its slot, with the rows and embeddings that are here already."""
+        keys, wants_logits = sequence.keys, sequence.request.wants_logits
+        num_shared = self.slots.start(sequence, keys, shares=not wants_logits)
+        sequence.start(num_shared)
+        self.counters.prompts += 1
+        self.counters.prompt_tokens += len(keys)
+        self.counters.cached_tokens += num_shared
+        self.counters.prefix_hits += bool(num_shared)
+        self.find_images(sequence)
+
+    def find_images(self, sequence: Sequence) -> None:
+        """Take what the vision cache has of a sequence's next images."""
+        while sequence.waits_for_vision:
+            index, image = sequence.missing_images[0]
+            embeds = self.vision_cache.get(image.digest)
+            if embeds is None:
+                return
+            sequence.take_embeds(index, embeds, is_cached=True)
+
+    def encode(self, sequence: Sequence) -> None:
+        """Run the vision tower on the next image of a sequence, and on those of its grid that wait as well."""
+        group = self._group(sequence)
+        images = [image for _, _, image in group]
+        for each, _, _ in group:
+            each.is_encoding = True
+        self.counters.vision_calls += 1
+        if self._encoder is None:
+            future: Future[FloatArray] = Future()
+            try:
+                future.set_result(self._session.vision(self._vision_inputs(images)))
+            except Exception as error:
+                future.set_exception(error)
+        else:
+            future = self._encoder.submit(lambda: self._session.vision(self._vision_inputs(images)))
+        self._encoding = group, future
+        if self._encoder is not None:
+            future.add_done_callback(lambda _: self._on_vision())
+
+    def take_vision(self) -> None:
+        """Give the sequences the embeddings that are ready."""
+        if self._encoding is None or not self._encoding[1].done():
+            return
+        (group, future), self._encoding = self._encoding, None
+        for sequence, _, _ in group:
+            sequence.is_encoding = False
+        with self._failing([sequence for sequence, _, _ in group]):
+            embeds = np.split(future.result(), len(group), axis=1)
+            for (sequence, index, image), part in zip(group, embeds, strict=True):
+                part = np.ascontiguousarray(part)
+                self.vision_cache.put(image.digest, part)
+                sequence.take_embeds(index, part)
+                self.find_images(sequence)
+
+    def prefill(self, sequence: Sequence) -> None:
+        """Run a chunk of a prompt; after the last one the sequence decodes, or has ended."""
+        most = self._logits_chunk if sequence.request.wants_logits else None
+        num_tokens = self._chunks.tokens(sequence.tokens_left, is_alone=self.num_running == 1)
+        num_tokens = num_tokens if most is None else min(num_tokens, most)
+        start = time.perf_counter()
+        with self._failing([sequence]):
+            inputs = sequence.chunk(num_tokens, self._no_embeds)
+            logits_LV = self._session.prefill(inputs, self.slots.cache, self.slots.place(sequence))[0]
+            self._chunks.measured(num_tokens, time.perf_counter() - start)
+            self.counters.prefill_chunks += 1
+            self.counters.chunk_tokens.add(num_tokens)
+            sequence.request.pieces.put(sequence.take_chunk(num_tokens, logits_LV))
+            self.slots.write(sequence, sequence.num_rows)
+            if sequence.tokens_left:
+                return
+            if sequence.is_finished or sequence.request.wants_logits:
+                self.finish(sequence)
+                return
+            self.slots.join(sequence)
+            self.prompts.remove(sequence)
+            self.decoding.append(sequence)
+
+    def decode(self) -> None:
+        """Run one token of all sequences that decode; of one alone, drafted tokens as well."""
+        if not self.decoding:
+            return
+        start = time.perf_counter()
+        drafts = self._drafts()
+        sequences = self.decoding.copy()
+        with self._failing(sequences):
+            rows = self._run(self._draft_inputs(drafts) if drafts else self._step_inputs())
+            self.counters.decode_steps += 1
+            self.counters.batch_size.add(len(sequences))
+            if drafts:
+                self._take_drafted(sequences[0], rows[0], drafts)
+            else:
+                for sequence, (row,) in zip(sequences, rows, strict=False):
+                    with self._failing([sequence], is_call=False):
+                        sequence.num_rows += 1
+                        self._take(sequence, row)
+        self.counters.step_s.add(time.perf_counter() - start)
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence with its answer."""
+        if sequence.request.wants_logits:
+            self._leave(sequence, None)
+            self.counters.ended("logits")
+            sequence.request.pieces.finish(None)
+            return
+        generation: Generation = sequence.finished(self._row_bytes)
+        self.counters.ended(generation.finish_reason, generation.stats)
+        self._leave(sequence, self._kept_keys(sequence))
+        sequence.request.pieces.finish(generation)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence out that runs; the rows it has are kept for others."""
+        self._leave(sequence, self._kept_keys(sequence))
+
+    def close(self) -> None:
+        """Wait for the vision tower."""
+        if self._encoder is not None:
+            self._encoder.shutdown(wait=True, cancel_futures=True)
+
+    def _kept_keys(self, sequence: Sequence) -> IntArray:
+        if not self._keeps_answers:
+            self.slots.write(sequence, min(sequence.num_rows, len(sequence.keys)))
+        return sequence.row_keys
+
+    def _leave(self, sequence: Sequence, keys: IntArray | None) -> None:
+        if sequence.is_started:
+            self.slots.leave(sequence, keys)
+        if sequence in self.prompts:
+            self.prompts.remove(sequence)
+        else:
+            # As the slots do: the last one takes the place.
+            place = self.decoding.index(sequence)
+            last = self.decoding.pop()
+            if last is not sequence:
+                self.decoding[place] = last
+
+    def _group(self, sequence: Sequence) -> list[tuple[Sequence, int, ProcessedImage]]:
+        _, first = sequence.missing_images[0]
+        most = max(1, VISION_PATCHES // len(first.pixel_values))
+        most = most if self._max_segments is None else min(most, self._max_segments)
+        others = [each for each in self.prompts if each is not sequence and each.waits_for_vision]
+        group: dict[bytes, tuple[Sequence, int, ProcessedImage]] = {}
+        for each in [sequence, *others]:
+            for index, image in each.missing_images:
+                if image.grid_thw == first.grid_thw and len(group) < most:
+                    group.setdefault(image.digest, (each, index, image))
+        return list(group.values())
+
+    def _vision_inputs(self, images: list[ProcessedImage]) -> VisionInputs:
+        pixels = [image.pixel_values for image in images]
+        joined = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
+        t, h, w = images[0].grid_thw
+        assert t == 1, "a segment is one image"
+        return vision_inputs(joined, (len(images), h, w), self._config.vision)
+
+    def _drafts(self) -> list[int]:
+        """Return drafted tokens, of a sequence that decodes alone."""
+        if len(self.decoding) > 1 or self.decoding[0].lookup is None:
+            return []
+        sequence = self.decoding[0]
+        assert sequence.lookup is not None
+        return sequence.lookup.draft(max(0, sequence.draft_room))
+
+    def _draft_inputs(self, drafts: list[int]) -> DecoderInputs:
+        sequence = self.decoding[0]
+        tokens = np.array([[sequence.last_token, *drafts]], np.int64)
+        past = np.array([sequence.num_rows], np.int64)
+        return DecoderInputs.text(tokens, past, self._no_embeds, delta=sequence.delta)
+
+    def _step_inputs(self) -> DecoderInputs:
+        """Return the last token of each sequence, and for the rest of the batch tokens that nobody reads."""
+        sequences = self.decoding
+        batch = self._session.decode_batch(len(sequences), len(self.slots))
+        token_B1 = np.zeros((batch, 1), np.int64)
+        past_B, delta_B = np.zeros((2, batch), np.int64)
+        for b, sequence in enumerate(sequences):
+            token_B1[b], past_B[b], delta_B[b] = sequence.last_token, sequence.num_rows, sequence.delta
+        for b in range(len(sequences), batch):
+            past_B[b] = self.slots.num_rows(
+                b
+            )  # the row behind the valid ones, which is written again before it is read
+        return DecoderInputs.text(token_B1, past_B, self._no_embeds, delta=delta_B)
+
+    def _run(self, inputs: DecoderInputs) -> list:  # type: ignore[type-arg]
+        """Run a step: logits of each sequence and position, the largest of them where that is all its sampler needs."""
+        cache = self.slots.cache
+        if self._num_top and any(each.can_use_top(self._num_top) for each in self.decoding):
+            return cast(TopLogitsSession, self._session).decode_top(inputs, cache)
+        return list(self._session.decode(inputs, cache))
+
+    def _take_drafted(self, sequence: Sequence, rows: list, drafts: list[int]) -> None:  # type: ignore[type-arg]
+        """Keep drafted tokens while they are what the sampler chooses; see `runtime.generation.decode_steps`."""
+        for row, draft in zip(rows, [*drafts, None], strict=True):
+            sequence.num_rows += 1
+            self._take(sequence, row)
+            if sequence.last_token != draft or sequence.is_finished:
+                return
+
+    def _take(self, sequence: Sequence, row: object) -> None:
+        piece = sequence.take_token(row)  # type: ignore[arg-type]
+        self.slots.write(sequence, sequence.num_rows)
+        self.counters.generated_tokens += 1
+        sequence.request.pieces.put(piece)
+        if sequence.is_finished:
+            self.finish(sequence)
+
+    @contextmanager
+    def _failing(self, sequences: list[Sequence], *, is_call: bool = True) -> Iterator[None]:
+        """Let what fails end these sequences, and no other; calls of the session that fail are counted."""
+        try:
+            yield
+            self._num_failures = 0
+        except Exception as error:
+            self._num_failures += is_call
+            if self._num_failures >= MAX_FAILURES:
+                self.failure = _as_known(error)
+            for sequence in sequences:
+                if sequence in self.prompts or sequence in self.decoding:
+                    self._leave(sequence, None)
+                    self.counters.ended("failed")
+                    sequence.request.pieces.fail(_as_known(error))
+
+
+def _as_known(error: Exception) -> Qwen3VLError:
+    """Return a new error of this project's tree, so that each reader has one of its own."""
+    known = error if isinstance(error, Qwen3VLError) else as_engine_error(error)
+    if known is None:
+        known = EngineError(f"the engine failed ({type(error).__name__}: {error})", remedy="report it")
+    fresh = type(known)(known.message, remedy=known.remedy)
+    fresh.__cause__ = error
+    return fresh

@@ -1,0 +1,119 @@
+"""`Stream`: the pieces of an answer for whoever asked, in threads or in asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from runtime.answer import Generation
+from runtime.guard import Owner
+from runtime.scheduling.sequence import Sequence
+
+
+class Stream(Iterator[str], AsyncIterator[str]):
+    """Pieces of an answer as they come, cut at UTF-8 boundaries; for `for` and for `async for`.
+
+    The prompt is prepared, and the request put into the queue, when the first piece is asked for, in that thread. Then
+    the answer goes on by itself: a reader that is slow, or never comes back, holds up nobody. Any thread may read or
+    close; each piece goes to one reader. As a context manager, sync or async, a stream is closed at the end of its
+    block; one that is dropped is closed as well. Closing frees the sequence's place at the engine's next step.
+
+        with model.stream(messages) as pieces:
+            for piece in pieces:
+                ...
+
+    Args:
+        begin: Prepares and submits the request.
+        keeps: What must live as long as the stream, such as the model.
+    """
+
+    def __init__(self, begin: Callable[[], Sequence], keeps: object = None) -> None:
+        self._begin: Callable[[], Sequence] | None = begin
+        self._keeps = keeps
+        self._owner = Owner()
+        self._lock = threading.Lock()
+        self._sequence: Sequence | None = None
+        self._is_closed = False
+
+    @property
+    def result(self) -> Generation | None:
+        """The whole answer, once it is complete; None before, and after an error or `close`."""
+        return None if self._sequence is None else self._sequence.request.pieces.result
+
+    def __next__(self) -> str:
+        """Return the next piece, which is never empty.
+
+        Raises:
+            Qwen3VLError: What ended the answer.
+            UsageError: This process was forked from the one that made the stream.
+        """
+        sequence = self._started()
+        piece = None if sequence is None else sequence.request.pieces.take()
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    async def __anext__(self) -> str:
+        """Return the next piece, as `__next__`; the prompt is prepared in a thread of the loop's executor."""
+        sequence = await self._started_async()
+        piece = None if sequence is None else await sequence.request.pieces.take_async()
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def wait(self) -> Generation | None:
+        """Wait for the whole answer and return it, whatever was read; None if the stream was closed.
+
+        Raises:
+            Qwen3VLError: What ended the answer.
+        """
+        sequence = self._started()
+        return None if sequence is None else sequence.request.pieces.wait()
+
+    async def wait_async(self) -> Generation | None:
+        """As `wait`, in an asyncio loop."""
+        sequence = await self._started_async()
+        return None if sequence is None else await sequence.request.pieces.wait_async()
+
+    def close(self) -> None:
+        """Stop the answer, from any thread. What was not read is dropped; a reader that waits finds the end."""
+        self._is_closed = True
+        sequence = self._sequence
+        if sequence is not None and not sequence.request.pieces.is_ended:
+            sequence.is_cancelled = True
+            sequence.request.pieces.drop()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Of a stream that nobody holds, nobody waits for a piece: the flag alone, since no lock may be taken here.
+        sequence = getattr(self, "_sequence", None)
+        if sequence is not None:
+            sequence.is_cancelled = True
+
+    def _started(self) -> Sequence | None:
+        """Submit the request, unless that was done; None if the stream was closed, or submitting it failed."""
+        self._owner.check()
+        with self._lock:
+            if self._begin is not None and not self._is_closed:
+                begin, self._begin = self._begin, None
+                self._sequence = begin()
+                if self._is_closed:
+                    self.close()  # while the prompt was prepared
+        return None if self._is_closed else self._sequence
+
+    async def _started_async(self) -> Sequence | None:
+        if self._sequence is not None or self._is_closed:
+            return self._started()
+        return await asyncio.get_running_loop().run_in_executor(None, self._started)
