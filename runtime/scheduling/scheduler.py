@@ -84,9 +84,9 @@ def next_step(state: State[J]) -> Step[J]:
 
     Requests leave the queue by priority, then in the order of arrival. Of the prompts that run, the oldest and the one
     that is the most urgent, then the shortest, take turns: a long prompt goes on in at least every second turn whatever
-    arrives, and a short one does not wait for its end. Vision tower and decoder count their turns apart; by one count
-    of steps, images in every second step would leave the oldest prompt without a turn at the decoder. Prompts of one
-    length run one after the other, since the oldest is then also the shortest.
+    arrives, and a short one does not wait for its end. Vision tower and decoder count their turns apart: by a count of
+    steps, a tower that is free in every second step would never come to the oldest. Prompts of one length run one after
+    the other, since the oldest is then also the shortest.
     """
     room = state.max_sequences - len(state.prompts) - state.num_decoding
     admitted = tuple(sorted(state.waiting, key=_rank)[: max(0, room)]) if state.waiting and room > 0 else ()
