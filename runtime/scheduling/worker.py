@@ -71,7 +71,7 @@ class Worker:
         self._failure: Qwen3VLError | None = None
         self._refused = 0
         self._pid = os.getpid()
-        self._num_steps = 0
+        self._num_prefills = 0
 
     def reserve(self, *, waits: bool = False) -> Place:
         """Take a place in the queue.
@@ -266,7 +266,6 @@ class Worker:
         steps.take_vision()
         start = time.perf_counter()
         self._sweep(start)
-        self._num_steps += 1
         with self._changed:
             step = next_step(
                 State(
@@ -275,7 +274,8 @@ class Worker:
                     len(steps.decoding),
                     self.limits.max_sequences,
                     steps.is_vision_busy,
-                    self._num_steps,
+                    steps.counters.vision_calls,
+                    self._num_prefills,
                 )
             )
             for sequence in step.admitted:
@@ -301,6 +301,7 @@ class Worker:
                 return  # it ran here
         if prefill is None:
             return
+        self._num_prefills += 1
         if not prefill.is_started:
             steps.start(prefill)
             if prefill.waits_for_vision and not steps.is_vision_busy:
