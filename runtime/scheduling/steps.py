@@ -179,9 +179,12 @@ class Steps:
             if drafts:
                 self._take_drafted(sequences[0], rows[0], drafts)
             else:
+                # First of all, since one that ends lets another move into its slot, with the rows that it has by then.
+                for sequence in sequences:
+                    sequence.num_rows += 1
+                    self.slots.write(sequence, sequence.num_rows)
                 for sequence, (row,) in zip(sequences, rows, strict=False):
                     with self._failing([sequence], is_call=False):
-                        sequence.num_rows += 1
                         self._take(sequence, row)
         self.counters.step_s.add(time.perf_counter() - start)
 
