@@ -22,7 +22,8 @@ from runtime.errors import UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
 from runtime.messages import Messages, asked_messages
-from runtime.scheduling.sequence import Sequence as RunningSequence
+from runtime.preparation import Prepared
+from runtime.scheduling.pieces import Pieces
 from runtime.stream import Stream
 
 
@@ -212,16 +213,18 @@ class Conversation:
                 remedy="read its stream to the end, or close it; for an answer beside it, ask a fork() instead",
             )
 
-    def _begin_turn(self, asked: _Asked, options: GenerationOptions, call: Call) -> RunningSequence:
+    def _begin_turn(self, asked: _Asked, options: GenerationOptions, call: Call) -> Pieces:
         with self._lock:
             self._check_idle()
             self._asked = asked
             history = self._history()
-        sequence = self._begin(history.then(asked.messages), options, call, waits=False)
-        # From now on the images are those that were shown.
-        turns, attachments = sequence.request.prepared.messages
-        asked.shown = Messages(turns[len(history.turns) :], attachments[len(history.attachments) :])
-        return sequence
+
+        def show(prepared: Prepared) -> None:
+            # From now on the images are those that were shown.
+            turns, attachments = prepared.messages
+            asked.shown = Messages(turns[len(history.turns) :], attachments[len(history.attachments) :])
+
+        return self._begin(history.then(asked.messages), options, call, on_prepared=show)
 
     def _end_turn(self, asked: _Asked, answer: Generation) -> None:
         with self._lock:

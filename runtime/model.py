@@ -32,9 +32,9 @@ from runtime.manifest import Manifest
 from runtime.memory import LOGITS, PREFILL, VISION, WEIGHTS, check_fits, logits_bytes, vision_bytes
 from runtime.messages import normalise_messages, system_message
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
+from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import held_bytes, plan_limits
 from runtime.scheduling.request import Limits, Request
-from runtime.scheduling.sequence import Sequence as RunningSequence
 from runtime.scheduling.worker import Worker
 from runtime.session import Session, is_on_gpu, open_session
 from runtime.shown import shown
@@ -407,7 +407,15 @@ class Qwen3VLModel:
         self._owner.check()
         return Stream(partial(self._begin, messages, options, call), keeps=self)
 
-    def _begin(self, messages: Any, options: GenerationOptions, call: Call, *, waits: bool = False) -> RunningSequence:
+    def _begin(
+        self,
+        messages: Any,
+        options: GenerationOptions,
+        call: Call,
+        *,
+        waits: bool = False,
+        on_prepared: Callable[[Prepared], object] | None = None,
+    ) -> Pieces:
         """Prepare a prompt in this thread, and put it into the queue."""
         self._owner.check()
         place = self._worker.reserve(waits=waits)
@@ -418,25 +426,29 @@ class Qwen3VLModel:
             self._check_memory(prepared)
             if note := self._room.note(prepared):
                 _LOGGER.warning("%s", note)
+            if on_prepared is not None:
+                on_prepared(prepared)
             ready = time.perf_counter()
             request = Request(prepared, options, max_new_tokens, started, ready, call.priority, call.deadline)
-            return self._worker.submit(place, request, waits=waits)
+            self._worker.submit(place, request, waits=waits)
+        return request.pieces
 
     def logits(self, messages: Any) -> FloatArray:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
         self._owner.check()
         place = self._worker.reserve()
+        chunks: list[FloatArray] = []
         with naming_errors():
             prepared = self.prepare(messages)
             self._check_memory(prepared, all_logits=True)
             now = time.perf_counter()
-            sequence = self._worker.submit(place, Request(prepared, self.defaults, 0, now, now, wants_logits=True))
+            request = Request(prepared, self.defaults, 0, now, now, on_logits=chunks.append)
+            self._worker.submit(place, request)
         try:
-            sequence.request.pieces.wait()
-        except BaseException:
-            sequence.is_cancelled = True
-            raise
-        return np.concatenate(sequence.logits)
+            request.pieces.wait()
+        finally:
+            request.pieces.cancel()
+        return np.concatenate(chunks)
 
     def statistics(self) -> dict[str, Any]:
         """Return what the engine has done and holds, as plain data; see `runtime.scheduling.counters`."""

@@ -49,7 +49,14 @@ class KVCache(Protocol):
 
 
 class Session(Protocol):
-    """An opened engine: two graphs and the memory they work in. One thread at a time may call it."""
+    """An opened engine: two graphs and the memory they work in. One thread at a time may call it.
+
+    Some have more attributes, which others lack:
+
+    - `free_bytes`, an int: of a session on a GPU, the device memory that is free for new caches; runs will take part of
+      it for their activations.
+    - `max_segments`, an int: most segments of one call of `vision`; any number where it is missing.
+    """
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower on I segments of one grid: visual embeddings [1+D, I·P / merge², hidden]."""

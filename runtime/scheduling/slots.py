@@ -32,7 +32,7 @@ class Slot:
         keys: What its rows are of (`prompt_keys`), int64 [rows, 3]; of a sequence that runs, all of its prompt.
         num_rows: Valid rows.
         owner: The sequence that runs in it; None if its rows wait for a prompt that begins with them.
-        last_use: When its owner last ended, on the slots' own clock.
+        last_use: When its owner last ended, or its rows were last copied, on the slots' own clock.
     """
 
     keys: IntArray = field(default_factory=_NO_KEYS.copy)
@@ -114,6 +114,8 @@ class Slots:
             if num_shared:
                 self.cache.copy_rows(source, place, num_shared)
                 self.moved_rows += num_shared
+                self._clock += 1
+                self._slots[source].last_use = self._clock
         slot.owner, slot.keys, slot.num_rows = owner, keys, num_shared
         self._place[owner] = place
         return num_shared

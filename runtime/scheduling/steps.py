@@ -27,10 +27,8 @@ from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.slots import Slots
 from runtime.scheduling.vision_cache import VisionCache
 from runtime.session import Session, TopLogitsSession
-from runtime.vision_inputs import vision_inputs
+from runtime.vision_inputs import VISION_PATCHES, vision_inputs
 
-MAX_VISION_PATCHES = 4096
-"""Images of one grid go through the vision tower in one call while they have no more patches than this together."""
 MAX_FAILURES = 3
 """Calls of the session that may fail one after the other; then it counts as dead."""
 
@@ -84,14 +82,16 @@ class Steps:
         return self._encoding is not None
 
     @property
-    def is_waiting_for_vision(self) -> bool:
-        """Whether nothing can run before the vision tower is ready."""
-        return self._encoding is not None and all(each.is_encoding or each.waits_for_vision for each in self.prompts)
+    def can_run(self) -> bool:
+        """Whether there is something to do before the vision tower is ready, or it is."""
+        if self._encoding is None or self._encoding[1].done():
+            return bool(self.num_running)
+        return bool(self.decoding) or any(not (each.is_encoding or each.waits_for_vision) for each in self.prompts)
 
     def start(self, sequence: Sequence) -> None:
         """Give a sequence that was admitted its slot, with the rows and embeddings that are here already."""
-        keys, wants_logits = sequence.keys, sequence.request.wants_logits
-        num_shared = self.slots.start(sequence, keys, shares=not wants_logits)
+        keys = sequence.keys
+        num_shared = self.slots.start(sequence, keys, shares=sequence.request.on_logits is None)
         sequence.start(num_shared)
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(keys)
@@ -102,14 +102,14 @@ class Steps:
     def find_images(self, sequence: Sequence) -> None:
         """Take what the vision cache has of a sequence's next images."""
         while sequence.waits_for_vision:
-            index, image = sequence.next_image()
+            index, image = sequence.missing_images[0]
             embeds = self.vision_cache.get(image.digest)
             if embeds is None:
                 return
             sequence.take_embeds(index, embeds, is_cached=True)
 
     def encode(self, sequence: Sequence) -> None:
-        """Run the vision tower on the next image of a sequence, and on images of the same grid that wait as well."""
+        """Run the vision tower on the next image of a sequence, and on those of its grid that wait as well."""
         group = self._group(sequence)
         images = [image for _, _, image in group]
         for each, _, _ in group:
@@ -144,9 +144,9 @@ class Steps:
 
     def prefill(self, sequence: Sequence) -> None:
         """Run a chunk of a prompt; after the last one the sequence decodes, or has ended."""
-        most = self._logits_chunk if sequence.request.wants_logits else None
-        num_tokens = self._chunks.tokens(sequence.tokens_left, is_alone=not self.decoding)
-        num_tokens = num_tokens if most is None else min(num_tokens, most)
+        num_tokens = self._chunks.tokens(sequence.tokens_left, is_alone=self.num_running == 1)
+        if sequence.request.on_logits is not None:
+            num_tokens = min(num_tokens, self._logits_chunk)
         start = time.perf_counter()
         with self._failing([sequence]):
             inputs = sequence.chunk(num_tokens, self._no_embeds)
@@ -158,7 +158,7 @@ class Steps:
             self.slots.write(sequence, sequence.num_rows)
             if sequence.tokens_left:
                 return
-            if sequence.is_finished or sequence.request.wants_logits:
+            if sequence.is_finished or sequence.request.on_logits is not None:
                 self.finish(sequence)
                 return
             self.slots.join(sequence)
@@ -187,7 +187,7 @@ class Steps:
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence with its answer."""
-        if sequence.request.wants_logits:
+        if sequence.request.on_logits is not None:
             self._leave(sequence, None)
             self.counters.ended("logits")
             sequence.request.pieces.finish(None)
@@ -224,20 +224,16 @@ class Steps:
                 self.decoding[place] = last
 
     def _group(self, sequence: Sequence) -> list[tuple[Sequence, int, ProcessedImage]]:
-        index, image = sequence.next_image()
-        group = [(sequence, index, image)]
-        most = max(1, MAX_VISION_PATCHES // len(image.pixel_values))
+        _, first = sequence.missing_images[0]
+        most = max(1, VISION_PATCHES // len(first.pixel_values))
         most = most if self._max_segments is None else min(most, self._max_segments)
-        for other in self.prompts:
-            if len(group) >= most:
-                break
-            if other is sequence or not other.waits_for_vision:
-                continue
-            its_index, its_image = other.next_image()
-            known = {each.digest for _, _, each in group}
-            if its_image.grid_thw == image.grid_thw and its_image.digest not in known:
-                group.append((other, its_index, its_image))
-        return group
+        others = [each for each in self.prompts if each is not sequence and each.waits_for_vision]
+        group: dict[bytes, tuple[Sequence, int, ProcessedImage]] = {}
+        for each in [sequence, *others]:
+            for index, image in each.missing_images:
+                if image.grid_thw == first.grid_thw and len(group) < most:
+                    group.setdefault(image.digest, (each, index, image))
+        return list(group.values())
 
     def _vision_inputs(self, images: list[ProcessedImage]) -> VisionInputs:
         pixels = [image.pixel_values for image in images]
