@@ -450,6 +450,15 @@ class Qwen3VLModel:
             request.pieces.cancel()
         return np.concatenate(chunks)
 
+    def warm_up(self) -> None:
+        """Run each kind of call once, so that the first requests are as fast as later ones.
+
+        On a GPU that takes seconds and saves as many: kernels are loaded, and decode steps recorded for each number of
+        sequences. Requests may run beside it; they wait for it once.
+        """
+        self._owner.check()
+        self._worker.call(self._worker.warm_up)
+
     def statistics(self) -> dict[str, Any]:
         """Return what the engine has done and holds, as plain data; see `runtime.scheduling.counters`."""
         return self._worker.statistics()
