@@ -12,6 +12,7 @@ from runtime.answer import Generation
 from runtime.arguments import reading, template_variables, tool_schemas, whole_number
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
+from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
 from runtime.shown import shown
 
@@ -53,8 +54,24 @@ class Call:
 class Begin(Protocol):
     """Prepares a prompt and submits it."""
 
-    def __call__(self, messages: Any, options: GenerationOptions, call: Call, *, waits: bool) -> Pieces:
-        """Return where the answer goes; `waits` for room in the queue."""
+    def __call__(
+        self,
+        messages: Any,
+        options: GenerationOptions,
+        call: Call,
+        *,
+        waits: bool = False,
+        on_prepared: Callable[[Prepared], object] | None = None,
+    ) -> Pieces:
+        """Return where the answer goes.
+
+        Args:
+            messages: The prompt.
+            options: Those of the answer.
+            call: What the caller says beside them.
+            waits: Wait for room in the queue.
+            on_prepared: Called with the prompt before it is submitted.
+        """
 
 
 def run_batch(

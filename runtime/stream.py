@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 
 from runtime.answer import Generation
 from runtime.guard import Owner
@@ -26,15 +27,24 @@ class Stream(Iterator[str], AsyncIterator[str]):
     Args:
         begin: Prepares and submits the request.
         keeps: What must live as long as the stream, such as the model.
+        on_end: Called with the whole answer in the thread of a reader that finds its end, before that reader is told.
     """
 
-    def __init__(self, begin: Callable[[], Pieces], keeps: object = None) -> None:
+    def __init__(
+        self, begin: Callable[[], Pieces], keeps: object = None, on_end: Callable[[Generation], object] | None = None
+    ) -> None:
         self._begin: Callable[[], Pieces] | None = begin
         self._keeps = keeps
+        self._on_end = on_end
         self._owner = Owner()
         self._lock = threading.Lock()
         self._pieces: Pieces | None = None
-        self._is_closed = False
+        self._is_closed = self._is_over = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a reader may still get something: it was not read to its end, and neither failed nor was closed."""
+        return not (self._is_closed or self._is_over)
 
     @property
     def result(self) -> Generation | None:
@@ -48,17 +58,21 @@ class Stream(Iterator[str], AsyncIterator[str]):
             Qwen3VLError: What ended the answer.
             UsageError: This process was forked from the one that made the stream.
         """
-        pieces = self._started()
-        piece = None if pieces is None else pieces.take()
+        with self._failing():
+            pieces = self._started()
+            piece = None if pieces is None else pieces.take()
         if piece is None:
+            self._end()
             raise StopIteration
         return piece
 
     async def __anext__(self) -> str:
         """Return the next piece, as `__next__`; the prompt is prepared in a thread of the loop's executor."""
-        pieces = await self._started_async()
-        piece = None if pieces is None else await pieces.take_async()
+        with self._failing():
+            pieces = await self._started_async()
+            piece = None if pieces is None else await pieces.take_async()
         if piece is None:
+            self._end()
             raise StopAsyncIteration
         return piece
 
@@ -68,13 +82,19 @@ class Stream(Iterator[str], AsyncIterator[str]):
         Raises:
             Qwen3VLError: What ended the answer.
         """
-        pieces = self._started()
-        return None if pieces is None else pieces.wait()
+        with self._failing():
+            pieces = self._started()
+            generation = None if pieces is None else pieces.wait()
+        self._end()
+        return generation
 
     async def wait_async(self) -> Generation | None:
         """As `wait`, in an asyncio loop."""
-        pieces = await self._started_async()
-        return None if pieces is None else await pieces.wait_async()
+        with self._failing():
+            pieces = await self._started_async()
+            generation = None if pieces is None else await pieces.wait_async()
+        self._end()
+        return generation
 
     def close(self) -> None:
         """Stop the answer, from any thread. What was not read is dropped; a reader that waits finds the end."""
@@ -110,6 +130,22 @@ class Stream(Iterator[str], AsyncIterator[str]):
                 if self._is_closed:
                     self.close()  # while the prompt was prepared
         return None if self._is_closed else self._pieces
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Note that an error ends the stream; a reader that is interrupted or cancelled may come back."""
+        try:
+            yield
+        except Exception:
+            self._is_over = True
+            raise
+
+    def _end(self) -> None:
+        """Tell of the answer, once a reader has found its end."""
+        result = self.result
+        if result is not None and self._on_end is not None and self.is_open:
+            self._on_end(result)
+        self._is_over = True
 
     async def _started_async(self) -> Pieces | None:
         if self._pieces is not None or self._is_closed:
