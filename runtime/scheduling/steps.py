@@ -179,10 +179,7 @@ class Steps:
             if drafts:
                 self._take_drafted(sequences[0], rows[0], drafts)
             else:
-                for sequence, (row,) in zip(sequences, rows, strict=False):
-                    with self._failing([sequence], is_call=False):
-                        sequence.num_rows += 1
-                        self._take(sequence, row)
+                self._take_each(sequences, rows)
         self.counters.step_s.add(time.perf_counter() - start)
 
     def finish(self, sequence: Sequence) -> None:
@@ -265,9 +262,7 @@ class Steps:
         for b, sequence in enumerate(sequences):
             token_B1[b], past_B[b], delta_B[b] = sequence.last_token, sequence.num_rows, sequence.delta
         for b in range(len(sequences), batch):
-            past_B[b] = self.slots.num_rows(
-                b
-            )  # the row behind the valid ones, which is written again before it is read
+            past_B[b] = self.slots.num_rows(b)  # behind the valid rows, and written again before it is read
         return DecoderInputs.text(token_B1, past_B, self._no_embeds, delta=delta_B)
 
     def _run(self, inputs: DecoderInputs) -> list:  # type: ignore[type-arg]
@@ -277,17 +272,28 @@ class Steps:
             return cast(TopLogitsSession, self._session).decode_top(inputs, cache)
         return list(self._session.decode(inputs, cache))
 
+    def _take_each(self, sequences: list[Sequence], rows: list) -> None:  # type: ignore[type-arg]
+        # All rows are noted before any sequence may end: then another one moves into its place, with the rows it has.
+        for sequence in sequences:
+            self._add_row(sequence)
+        for sequence, (row,) in zip(sequences, rows, strict=False):  # what filled up the batch comes last
+            with self._failing([sequence], is_call=False):
+                self._take(sequence, row)
+
+    def _add_row(self, sequence: Sequence) -> None:
+        sequence.num_rows += 1
+        self.slots.write(sequence, sequence.num_rows)
+
     def _take_drafted(self, sequence: Sequence, rows: list, drafts: list[int]) -> None:  # type: ignore[type-arg]
         """Keep drafted tokens while they are what the sampler chooses; see `runtime.generation.decode_steps`."""
         for row, draft in zip(rows, [*drafts, None], strict=True):
-            sequence.num_rows += 1
+            self._add_row(sequence)
             self._take(sequence, row)
             if sequence.last_token != draft or sequence.is_finished:
                 return
 
     def _take(self, sequence: Sequence, row: object) -> None:
         piece = sequence.take_token(row)  # type: ignore[arg-type]
-        self.slots.write(sequence, sequence.num_rows)
         self.counters.generated_tokens += 1
         sequence.request.pieces.put(piece)
         if sequence.is_finished:

@@ -29,6 +29,7 @@ from runtime.device_buffers import Staging
 from runtime.device_cache import DeviceKVCache
 from runtime.errors import CapacityError, EngineError
 from runtime.manifest import Manifest
+from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 from runtime.session import SessionOptions
 from runtime.sessions import ort_cuda
@@ -117,6 +118,18 @@ def test_int4_graphs_are_near_the_float32_engine(models: Models) -> None:
 @pytest.mark.parametrize("target", ON_CPU, ids=by_name)
 def test_a_held_out_picture_is_read(target: Target, models: Models) -> None:
     assert models(target.name).generate(MESSAGES).text == "1654"
+
+
+@pytest.mark.parametrize("target", ON_CPU, ids=by_name)
+def test_requests_beside_each_other_get_the_answers_that_they_get_alone(target: Target, models: Models) -> None:
+    texts = ["Read the digits.", "What is the sum of the digits?", "Read the digits, and then read them again."]
+    prompts = [user_message(text, [PICTURES / f"held_out_{i}.png"]) for i, text in enumerate(texts)]
+    alone = [models(target.name).generate(each, max_new_tokens=12).token_ids for each in prompts]
+    for _ in range(2):  # the second time, prompts take rows over that lie in other slots
+        together = models(target.name).generate_batch(prompts, max_new_tokens=12)
+        assert [each.token_ids for each in together] == alone
+    sizes = models(target.name).statistics()["batch_size"]
+    assert sizes["sum"] > sizes["count"], "several sequences stepped together"
 
 
 # The session, on the CPU
