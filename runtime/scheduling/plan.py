@@ -16,8 +16,8 @@ from runtime.session import is_on_gpu
 DEFAULT_SEQUENCES = 8
 DEFAULT_KEPT = 4
 DEFAULT_EMBEDS_BYTES = 256 << 20
-# Of the memory beside weights and workspace, what kept embeddings take at most where nobody says.
-_SHARE_OF_EMBEDS = 1 / 16
+# Of so many parts of the memory beside weights and workspace, kept embeddings take one at most where nobody says.
+_PARTS_OF_EMBEDS = 16
 
 
 def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, room_bytes: int | None) -> Limits:
@@ -39,7 +39,7 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
     slot_bytes = cache_bytes(manifest.model, capabilities, capacity)
     embeds_bytes = options.vision_cache_bytes
     if embeds_bytes is None:
-        room = DEFAULT_EMBEDS_BYTES if room_bytes is None else int(max(0, room_bytes) * _SHARE_OF_EMBEDS)
+        room = DEFAULT_EMBEDS_BYTES if room_bytes is None else max(0, room_bytes) // _PARTS_OF_EMBEDS
         embeds_bytes = min(DEFAULT_EMBEDS_BYTES, room)
     # Embeddings are kept in the host's memory.
     on_device = is_on_gpu(manifest)
