@@ -163,8 +163,8 @@ class Qwen3VLModel:
                 has no default.
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
-            max_sequences: Most requests that run at once; by default 8, or as many as the memory holds with
-                `max_context` tokens each.
+            max_sequences: Most requests that run at once; by default 8, or as many as half of the memory left holds
+                with `max_context` tokens each.
             kept_sequences: So many more sequences keep their rows of the KV cache after they have ended, for prompts
                 that begin as they do; by default 4, or as many as fit.
             prefix_cache: Take rows over from other sequences at all.
@@ -449,6 +449,15 @@ class Qwen3VLModel:
         finally:
             request.pieces.cancel()
         return np.concatenate(chunks)
+
+    def warm_up(self) -> None:
+        """Run each kind of call once, so that the first requests are as fast as later ones.
+
+        On a GPU that takes seconds and saves as many: kernels are loaded, and decode steps recorded for each number of
+        sequences. Requests may run beside it; they wait for it once.
+        """
+        self._owner.check()
+        self._worker.call(self._worker.warm_up)
 
     def statistics(self) -> dict[str, Any]:
         """Return what the engine has done and holds, as plain data; see `runtime.scheduling.counters`."""

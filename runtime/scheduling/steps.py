@@ -29,6 +29,7 @@ from runtime.scheduling.vision_cache import VisionCache
 from runtime.session import Session, TopLogitsSession
 from runtime.vision_inputs import VISION_PATCHES, vision_inputs
 
+_RUNS_TO_RECORD = 2  # TensorRT sets up what a new shape needs in the first run, and records the second
 MAX_FAILURES = 3
 """Calls of the session that may fail one after the other; then it counts as dead."""
 
@@ -58,6 +59,7 @@ class Steps:
         self._no_embeds = no_visual_embeds(manifest.model)
         self._chunks = ChunkSize(limits.prefill_chunk, limits.max_delay_s)
         self._logits_chunk = limits.logits_chunk
+        self._max_sequences = limits.max_sequences
         self._on_vision = on_vision
         runs_beside = getattr(session, "runs_vision_beside", False)
         self._encoder = ThreadPoolExecutor(1, "qwen3vl-vision") if runs_beside else None
@@ -197,6 +199,28 @@ class Steps:
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out that runs; the rows it has are kept for others."""
         self._leave(sequence, self._kept_keys(sequence))
+
+    def warm_up(self) -> None:
+        """Run each kind of call once, on rows behind the valid ones, so that no request waits for what the first needs.
+
+        Calls are: images of the smallest grid, chunks of a prompt, decode steps of each number of sequences.
+        """
+        session, slots = self._session, self.slots
+        merge, capacity = self._config.vision.spatial_merge_size, slots.cache.capacity
+        pixels = np.zeros((1, merge * merge, self._config.vision.patch_elements), np.float32)
+        session.vision(vision_inputs(pixels, (1, merge, merge), self._config.vision))
+        roomy = min(range(len(slots)), key=slots.num_rows)
+        past = np.array([slots.num_rows(roomy)], np.int64)
+        for size in getattr(session, "chunk_sizes", (self._chunks.max_tokens,)):
+            num_tokens = min(size, self._chunks.max_tokens, capacity - int(past[0]))
+            ids = np.zeros((1, num_tokens), np.int64)
+            last = np.array([[num_tokens - 1]])
+            session.prefill(DecoderInputs.text(ids, past, self._no_embeds, logits_positions=last), slots.cache, roomy)
+        for batch in sorted({session.decode_batch(n + 1, len(slots)) for n in range(self._max_sequences)}):
+            pasts = np.array([min(slots.num_rows(b), capacity - 1) for b in range(batch)], np.int64)
+            inputs = DecoderInputs.text(np.zeros((batch, 1), np.int64), pasts, self._no_embeds)
+            for _ in range(_RUNS_TO_RECORD):
+                session.decode(inputs, slots.cache)
 
     def close(self) -> None:
         """Wait for the vision tower."""

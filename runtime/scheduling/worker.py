@@ -141,6 +141,10 @@ class Worker:
             self._changed.notify_all()
         return future.result()
 
+    def warm_up(self) -> None:
+        """Run each kind of call once; for `call`."""
+        self._steps.warm_up()
+
     def statistics(self) -> dict[str, Any]:
         """Return counters, histograms and what there is now, as plain data."""
         steps, vision = self._steps, self._steps.vision_cache

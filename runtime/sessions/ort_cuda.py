@@ -160,9 +160,13 @@ class OrtCudaSession:
     Everything but caches, which free themselves, is freed with the last reference, or by `close`.
 
     Attributes:
+        chunk_sizes: Tokens that a chunk of a prompt is filled up to. The first call with another number of tokens takes
+            60 to 90 ms longer than later ones (H200, 2B in float16: 6 to 8 ms for 20 to 512 tokens).
         decode_recorded: Whether decode steps run as a CUDA graph; none before the first. With the option set, ONNX
             Runtime repeats a run until it has recorded it, or fails.
     """
+
+    chunk_sizes = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None, *, device: Device = CUDA) -> None:
         self._config = manifest.model
@@ -237,7 +241,11 @@ class OrtCudaSession:
         return padded_batch(num_sequences, num_slots) if self._device.records else num_sequences
 
     def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
-        """Run the decoder; see `runtime.session.Session.prefill`."""
+        """Run the decoder on a chunk, filled up to one of `chunk_sizes`; see `runtime.session.Session.prefill`."""
+        batch, num_new = inputs.input_ids.shape
+        size = next((each for each in self.chunk_sizes if each >= num_new), num_new)
+        if batch == 1 and int(inputs.past_lengths[0]) + size <= cache.capacity:
+            inputs = inputs.padded(size)
         return self.decode(inputs, cache, slot)
 
     def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
