@@ -418,8 +418,7 @@ class Qwen3VLModel:
     ) -> Pieces:
         """Prepare a prompt in this thread, and put it into the queue."""
         self._owner.check()
-        place = self._worker.reserve(waits=waits)
-        with naming_errors():
+        with self._worker.reserve(waits=waits) as place, naming_errors():
             started = time.perf_counter()
             prepared = self.prepare(messages, tools=call.tools, chat_template_kwargs=call.chat_template_kwargs)
             max_new_tokens = self._room.answer_tokens(prepared, options)
@@ -436,9 +435,8 @@ class Qwen3VLModel:
     def logits(self, messages: Any) -> FloatArray:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
         self._owner.check()
-        place = self._worker.reserve()
         chunks: list[FloatArray] = []
-        with naming_errors():
+        with self._worker.reserve() as place, naming_errors():
             prepared = self.prepare(messages)
             self._check_memory(prepared, all_logits=True)
             now = time.perf_counter()

@@ -27,7 +27,11 @@ _LOOK_AGAIN_S = 0.1
 
 
 class Place:
-    """A place in the queue, taken before the prompt is prepared; it is given back when nobody holds it any more."""
+    """A place in the queue, taken before the prompt is prepared.
+
+    It is given back at the end of its block: an error that was raised there holds it for as long as somebody keeps the
+    error. Where no block was reached, such as after an interrupt, it is given back when nobody holds it any more.
+    """
 
     def __init__(self, places: set[int], number: int) -> None:
         self._places, self._number = places, number
@@ -36,6 +40,12 @@ class Place:
     def leave(self) -> None:
         """Give the place back."""
         self._places.discard(self._number)
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
     def __del__(self) -> None:
         self.leave()
@@ -259,7 +269,9 @@ class Worker:
                     return True
                 if self._is_draining and not (self._num_queued or steps.num_running):
                     return False
-                if not self._changed.wait(_LOOK_AGAIN_S if steps.num_running else None):
+                # A place that is given back wakes nobody.
+                may_change = bool(steps.num_running) or self._is_draining
+                if not self._changed.wait(_LOOK_AGAIN_S if may_change else None) and steps.num_running:
                     return True  # to look for deadlines
         return False
 
