@@ -17,6 +17,7 @@ from runtime.cgroup import memory_limits
 from runtime.errors import CapacityError
 from runtime.generation import PREFILL_CHUNK
 from runtime.model_config import ModelConfig
+from runtime.vision_inputs import VISION_PATCHES
 
 # Parts of an estimate, each with the option that shrinks it.
 WEIGHTS, CACHE, PREFILL, VISION, LOGITS = "weights", "KV cache", "prefill", "vision", "logits"
@@ -81,7 +82,10 @@ def vision_bytes(config: ModelConfig, patches_of_images: Sequence[int]) -> int:
     workspace = 3 * vision.intermediate_size + 15 * vision.hidden_size
     # Twice, because the rows of the images are joined into one array.
     rows = 2 * config.num_visual_levels * config.text.hidden_size // vision.patches_per_token
-    num_values = max(patches_of_images, default=0) * workspace + sum(patches_of_images) * (vision.patch_elements + rows)
+    # Images of one grid share a call.
+    largest = max(patches_of_images, default=0)
+    in_a_call = max(largest, min(sum(patches_of_images), VISION_PATCHES))
+    num_values = in_a_call * workspace + sum(patches_of_images) * (vision.patch_elements + rows)
     return _FLOAT_BYTES * num_values
 
 

@@ -14,6 +14,9 @@ import numpy as np
 from runtime.contract import FloatArray, IntArray, VisionInputs
 from runtime.model_config import VisionConfig
 
+VISION_PATCHES = 4096
+"""Images of one grid go through the vision tower in one call while they have no more patches than this together."""
+
 
 def vision_inputs(pixel_values: FloatArray, grid_thw: tuple[int, int, int], vision: VisionConfig) -> VisionInputs:
     """Return what the vision tower takes of one image or video.

@@ -13,6 +13,9 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
+ENDS = ("eos", "stop", "length", "logits", "cancelled", "expired", "failed")
+"""How a request may end: an answer's finish reason, the logits that were asked for, or without either."""
+
 
 @dataclass
 class Histogram:
@@ -52,18 +55,20 @@ class Histogram:
 
 
 class Counters:
-    """Written by the worker's thread alone, but for `refused`, which callers count.
+    """Written by the worker's thread alone; others may read them at any time.
 
     Attributes:
-        requests: Requests by how they ended: their finish reason, or cancelled, failed, expired; refused before.
+        requests: Requests that have ended, by `ENDS`.
         steps, decode_steps, prefill_chunks, vision_calls: Calls.
         prompt_tokens, generated_tokens, cached_tokens: Tokens that were read, answered, and found in the prefix cache.
-        prefix_hits: Prompts that began with rows of another.
+        prompts, prefix_hits: Prompts that were begun, and those of them that began with rows of another.
         scheduler_s: Time spent on decisions.
+        queue_s, ttft_s, tpot_s, request_s: Of answers: wait, time to first token, per later token, all of it.
+        step_s, batch_size: Of decode steps; chunk_tokens: of chunks of prompts.
     """
 
     def __init__(self) -> None:
-        self.requests: dict[str, int] = {}
+        self.requests = dict.fromkeys(ENDS, 0)
         self.steps = self.decode_steps = self.prefill_chunks = self.vision_calls = 0
         self.prompt_tokens = self.generated_tokens = self.cached_tokens = self.prefix_hits = self.prompts = 0
         self.scheduler_s = 0.0
@@ -73,7 +78,7 @@ class Counters:
 
     def ended(self, reason: str, stats: Stats | None = None) -> None:
         """Count a request that has ended."""
-        self.requests[reason] = self.requests.get(reason, 0) + 1
+        self.requests[reason] += 1
         if stats is None:
             return
         self.queue_s.add(stats.queue_s)

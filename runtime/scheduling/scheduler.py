@@ -51,7 +51,8 @@ class State(Generic[J]):
         num_decoding: Sequences that decode.
         max_sequences: Most of both together.
         is_vision_busy: The vision tower is at work.
-        step: Number of this step.
+        num_encodes: Calls of the vision tower so far.
+        num_prefills: Turns so far that prompts had with the decoder.
     """
 
     waiting: Sequence[J]
@@ -59,7 +60,8 @@ class State(Generic[J]):
     num_decoding: int
     max_sequences: int
     is_vision_busy: bool
-    step: int
+    num_encodes: int
+    num_prefills: int
 
 
 @dataclass(frozen=True)
@@ -81,25 +83,28 @@ def next_step(state: State[J]) -> Step[J]:
     """Decide on the next step.
 
     Requests leave the queue by priority, then in the order of arrival. Of the prompts that run, the oldest and the one
-    with least tokens left take turns: a long prompt goes on in at least every second step, and a short one does not
-    wait for its end. Prompts of one length run one after the other, since the oldest is then also the shortest.
+    that is the most urgent, then the shortest, take turns: a long prompt goes on in at least every second turn whatever
+    arrives, and a short one does not wait for its end. Vision tower and decoder count their turns apart: by a count of
+    steps, a tower that is free in every second step would never come to the oldest. Prompts of one length run one after
+    the other, since the oldest is then also the shortest.
     """
     room = state.max_sequences - len(state.prompts) - state.num_decoding
     admitted = tuple(sorted(state.waiting, key=_rank)[: max(0, room)]) if state.waiting and room > 0 else ()
     prompts = [*state.prompts, *admitted]
     encode = None
     if not state.is_vision_busy:
-        encode = _choose([job for job in prompts if job.waits_for_vision], state.step)
-    prefill = _choose([job for job in prompts if not job.waits_for_vision and not job.is_encoding], state.step)
+        encode = _choose([job for job in prompts if job.waits_for_vision], state.num_encodes)
+    ready = [job for job in prompts if not job.waits_for_vision and not job.is_encoding]
+    prefill = _choose(ready, state.num_prefills)
     return Step(admitted, encode, prefill)
 
 
-def _choose(jobs: Sequence[J], step: int) -> J | None:
+def _choose(jobs: Sequence[J], turn: int) -> J | None:
     if not jobs:
         return None
-    if step % 2:
+    if turn % 2:
         return min(jobs, key=lambda job: (-job.priority, job.tokens_left, job.arrival))
-    return min(jobs, key=_rank)
+    return min(jobs, key=lambda job: job.arrival)
 
 
 def _rank(job: Job) -> tuple[int, int]:
@@ -115,7 +120,7 @@ class ChunkSize:
     """
 
     def __init__(self, max_tokens: int, max_delay_s: float) -> None:
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._max_delay_s = max_delay_s
         self._s_per_token = 0.0
 
@@ -124,14 +129,12 @@ class ChunkSize:
 
         Args:
             num_left: Tokens of the prompt that have not run.
-            is_alone: Nothing decodes, so nobody waits.
+            is_alone: No other sequence runs, so nobody waits.
         """
-        most = self._max_tokens
+        most = self.max_tokens
         if not is_alone:
             most = min(most, max(MIN_CHUNK, self._affordable()))
-        # As many chunks as that takes, all of about one size: a rest of few tokens would cost as much as many.
-        num_chunks = -(-num_left // most)
-        return -(-num_left // num_chunks)
+        return min(most, num_left)
 
     def measured(self, num_tokens: int, seconds: float) -> None:
         """Learn from a chunk that has run."""

@@ -24,7 +24,7 @@ from runtime.tokenizer import Tokenizer
 
 
 class Sequence:
-    """A request and its state; the worker's thread alone changes it, but for `is_cancelled`.
+    """A request and its state; the worker's thread alone changes it.
 
     Attributes:
         request: What was asked.
@@ -32,9 +32,7 @@ class Sequence:
         num_rows: Valid rows of its slot.
         is_started: It has a slot.
         is_encoding: The vision tower is at one of its images.
-        is_cancelled: Nobody wants the answer any more; set by any thread.
         last_token: The newest token of the answer, which has no row yet.
-        logits: Those of the prompt, chunk by chunk, if they are wanted.
     """
 
     def __init__(self, request: Request, arrival: int, tokenizer: Tokenizer, lookup: PromptLookup | None) -> None:
@@ -43,9 +41,8 @@ class Sequence:
         self.priority = request.priority
         self.keys: IntArray = prompt_keys(request.prepared)
         self.num_rows = 0
-        self.is_started = self.is_encoding = self.is_cancelled = False
+        self.is_started = self.is_encoding = False
         self.last_token = -1
-        self.logits: list[FloatArray] = []
         self.lookup = lookup
         options, ids = request.options, request.prepared.prompt.input_ids
         self._sampler = Sampler(options)
@@ -71,7 +68,7 @@ class Sequence:
     @property
     def waits_for_vision(self) -> bool:
         """Whether images of it have to be encoded, and none of them is being."""
-        return self.is_started and not self.is_encoding and len(self._embeds) < len(self._needed)
+        return self.is_started and not self.is_encoding and bool(self.missing_images)
 
     @property
     def is_finished(self) -> bool:
@@ -105,10 +102,10 @@ class Sequence:
         self._needed = [index for index, span in enumerate(spans) if span.end > num_shared]
         self._num_cached_images = len(spans) - len(self._needed)
 
-    def next_image(self) -> tuple[int, ProcessedImage]:
-        """Return the next image that has to be encoded, and its index."""
-        index = next(i for i in self._needed if i not in self._embeds)
-        return index, self.request.prepared.images[index]
+    @property
+    def missing_images(self) -> list[tuple[int, ProcessedImage]]:
+        """Images that have to be encoded, with their numbers."""
+        return [(index, self.request.prepared.images[index]) for index in self._needed if index not in self._embeds]
 
     def take_embeds(self, index: int, embeds: FloatArray, *, is_cached: bool = False) -> None:
         """Take the embeddings of an image, [1+D, V, hidden]."""
@@ -135,13 +132,14 @@ class Sequence:
             logits_LV: What the call gave, [L, vocab].
         """
         self.num_rows += num_tokens
-        if self.request.wants_logits:
-            self.logits.append(logits_LV)
+        if self.request.on_logits is not None:
+            self.request.on_logits(logits_LV)
         if self.tokens_left:
             return ""
         self._inputs = None
         self._embeds.clear()
-        if self.request.wants_logits:
+        self._needed.clear()
+        if self.request.on_logits is not None:
             return ""
         return self.take_token(logits_LV[-1])
 
@@ -183,7 +181,7 @@ class Sequence:
         prepared, needed = self.request.prepared, self._needed
         spans = prepared.prompt.spans
         embeds = _joined([self._embeds[index] for index in needed]) if needed else no_embeds
-        inputs = prepared.decoder_inputs(embeds, all_logits=self.request.wants_logits)
+        inputs = prepared.decoder_inputs(embeds, all_logits=self.request.on_logits is not None)
         num_skipped = sum(span.num_tokens for index, span in enumerate(spans) if index not in needed)
         if not num_skipped:
             return inputs

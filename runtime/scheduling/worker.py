@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections import deque
@@ -26,7 +27,11 @@ _LOOK_AGAIN_S = 0.1
 
 
 class Place:
-    """A place in the queue, taken before the prompt is prepared; it is given back when nobody holds it any more."""
+    """A place in the queue, taken before the prompt is prepared.
+
+    It is given back at the end of its block: an error that was raised there holds it for as long as somebody keeps the
+    error. Where no block was reached, such as after an interrupt, it is given back when nobody holds it any more.
+    """
 
     def __init__(self, places: set[int], number: int) -> None:
         self._places, self._number = places, number
@@ -35,6 +40,12 @@ class Place:
     def leave(self) -> None:
         """Give the place back."""
         self._places.discard(self._number)
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
     def __del__(self) -> None:
         self.leave()
@@ -69,7 +80,8 @@ class Worker:
         self._is_draining = self._is_stopped = False
         self._failure: Qwen3VLError | None = None
         self._refused = 0
-        self._num_steps = 0
+        self._pid = os.getpid()
+        self._num_prefills = 0
 
     def reserve(self, *, waits: bool = False) -> Place:
         """Take a place in the queue.
@@ -91,7 +103,7 @@ class Worker:
                 raise self._overload(f"{self._num_queued} requests wait, max_queue is {self.limits.max_queue}")
             return Place(self._places, next(self._numbers))
 
-    def submit(self, place: Place, request: Request, *, waits: bool = False) -> Sequence:
+    def submit(self, place: Place, request: Request, *, waits: bool = False) -> None:
         """Put a request into its place.
 
         Args:
@@ -124,7 +136,6 @@ class Worker:
             place.leave()
             self._start()
             self._changed.notify_all()
-        return sequence
 
     def call(self, work: Callable[[], _T]) -> _T:
         """Run something on the session between two steps, and wait for it.
@@ -139,6 +150,10 @@ class Worker:
             self._start()
             self._changed.notify_all()
         return future.result()
+
+    def warm_up(self) -> None:
+        """Run each kind of call once; for `call`."""
+        self._steps.warm_up()
 
     def statistics(self) -> dict[str, Any]:
         """Return counters, histograms and what there is now, as plain data."""
@@ -184,6 +199,8 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after its step; for what runs when a model is dropped or Python ends."""
+        if os.getpid() != self._pid:
+            return  # a fork of the process: the thread is not here, and may have left the lock closed
         with self._changed:
             self._is_draining = self._is_stopped = True
             self._changed.notify_all()
@@ -247,28 +264,25 @@ class Worker:
             while not self._is_stopped and self._failure is None:
                 self._waiting += self._arrived
                 self._arrived.clear()
-                steps.take_vision()
                 has_room = bool(self._waiting) and steps.num_running < self.limits.max_sequences
-                if self._jobs or has_room or (steps.num_running and not self._is_blocked()):
+                if self._jobs or has_room or steps.can_run:
                     return True
                 if self._is_draining and not (self._num_queued or steps.num_running):
                     return False
-                self._changed.wait(_LOOK_AGAIN_S if steps.num_running else None)
-                if steps.num_running:
-                    self._sweep()
+                # A place that is given back wakes nobody.
+                may_change = bool(steps.num_running) or self._is_draining
+                if not self._changed.wait(_LOOK_AGAIN_S if may_change else None) and steps.num_running:
+                    return True  # to look for deadlines
         return False
 
-    def _is_blocked(self) -> bool:
-        steps = self._steps
-        return not steps.decoding and steps.is_waiting_for_vision
-
     def _step(self) -> None:
-        steps, start = self._steps, time.perf_counter()
+        steps = self._steps
         while self._jobs:
             _do(*self._jobs.popleft())
-        self._num_steps += 1
+        steps.take_vision()
+        start = time.perf_counter()
+        self._sweep(start)
         with self._changed:
-            self._sweep()
             step = next_step(
                 State(
                     self._waiting,
@@ -276,7 +290,8 @@ class Worker:
                     len(steps.decoding),
                     self.limits.max_sequences,
                     steps.is_vision_busy,
-                    self._num_steps,
+                    steps.counters.vision_calls,
+                    self._num_prefills,
                 )
             )
             for sequence in step.admitted:
@@ -302,6 +317,7 @@ class Worker:
                 return  # it ran here
         if prefill is None:
             return
+        self._num_prefills += 1
         if not prefill.is_started:
             steps.start(prefill)
             if prefill.waits_for_vision and not steps.is_vision_busy:
@@ -311,19 +327,22 @@ class Worker:
         if not (prefill.waits_for_vision or prefill.is_encoding):
             steps.prefill(prefill)
 
-    def _sweep(self) -> None:
+    def _sweep(self, now: float) -> None:
         """Let go what nobody wants any more, or is too late."""
-        now, steps = time.perf_counter(), self._steps
+        steps = self._steps
         for sequence in [*self._waiting, *steps.prompts, *steps.decoding]:
             deadline = sequence.request.deadline
-            if not sequence.is_cancelled and (deadline is None or now < deadline):
+            is_cancelled = sequence.request.pieces.is_cancelled
+            if not is_cancelled and (deadline is None or now < deadline):
                 continue
             if sequence in self._waiting:
-                self._waiting.remove(sequence)
-                self._queued_tokens -= sequence.request.num_tokens
+                with self._changed:
+                    self._waiting.remove(sequence)
+                    self._queued_tokens -= sequence.request.num_tokens
+                    self._changed.notify_all()
             else:
                 steps.drop(sequence)
-            if sequence.is_cancelled:
+            if is_cancelled:
                 steps.counters.ended("cancelled")
                 sequence.request.pieces.finish(None)
             else:
@@ -343,6 +362,7 @@ class Worker:
             steps.decoding.clear()
             self._changed.notify_all()
         for sequence in sequences:
+            steps.counters.ended("failed")
             sequence.request.pieces.fail(type(error)(error.message, remedy=error.remedy))
         for _, future in jobs:
             future.set_exception(type(error)(error.message, remedy=error.remedy))
