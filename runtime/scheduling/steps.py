@@ -179,9 +179,11 @@ class Steps:
             if drafts:
                 self._take_drafted(sequences[0], rows[0], drafts)
             else:
+                # Before any of them ends: then another one moves, with the row that it has now.
+                for sequence in sequences:
+                    self._count_row(sequence)
                 for sequence, (row,) in zip(sequences, rows, strict=False):
                     with self._failing([sequence], is_call=False):
-                        sequence.num_rows += 1
                         self._take(sequence, row)
         self.counters.step_s.add(time.perf_counter() - start)
 
@@ -280,14 +282,17 @@ class Steps:
     def _take_drafted(self, sequence: Sequence, rows: list, drafts: list[int]) -> None:  # type: ignore[type-arg]
         """Keep drafted tokens while they are what the sampler chooses; see `runtime.generation.decode_steps`."""
         for row, draft in zip(rows, [*drafts, None], strict=True):
-            sequence.num_rows += 1
+            self._count_row(sequence)
             self._take(sequence, row)
             if sequence.last_token != draft or sequence.is_finished:
                 return
 
+    def _count_row(self, sequence: Sequence) -> None:
+        sequence.num_rows += 1
+        self.slots.write(sequence, sequence.num_rows)
+
     def _take(self, sequence: Sequence, row: object) -> None:
         piece = sequence.take_token(row)  # type: ignore[arg-type]
-        self.slots.write(sequence, sequence.num_rows)
         self.counters.generated_tokens += 1
         sequence.request.pieces.put(piece)
         if sequence.is_finished:
