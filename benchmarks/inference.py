@@ -82,7 +82,7 @@ def time_engine(engine: Path, work: Workload) -> dict[str, Any]:
 
     counts = {"load_s": loaded, "prompt_tokens": length, "visual_tokens": prepared.num_visual_tokens}
     return counts | _time_phases(
-        work, lambda: model.encode_images(prepared.images), lambda: model.session.decode(prompt, cache), decode
+        work, lambda: model.encode_images(prepared.images), lambda: model.session.prefill(prompt, cache), decode
     )
 
 

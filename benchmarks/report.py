@@ -16,6 +16,8 @@ import typer
 from benchmarks import build, export, goals, imports, lowered, mixture, plot, routes, run, status
 from benchmarks.compare import chart, tables
 from benchmarks.result_files import RESULTS, kind, of_kind, page
+from benchmarks.serving import chart as serving_chart
+from benchmarks.serving import tables as serving_tables
 from engines.disk import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +29,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "lowered": lowered.table,
     "routes": routes.table,
     "run": run.table,
+    "serving": serving_tables.table,
 }
 """What makes the table of a result, by its kind."""
 
@@ -57,6 +60,11 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     files = {folder / f"{name}.md": render(name, result) for name, result in results.items()}
     files[folder / "speed.svg"] = plot.speeds(of_kind(results, "run"))
     files |= {folder / f"{name}.svg": chart.draw(r) for name, r in results.items() if kind(name) == "compare"}
+    files |= {
+        folder / f"{name}.svg": serving_chart.draw(result)
+        for name, result in results.items()
+        if kind(name) == "serving" and "fairness" in result
+    }
     blocks = [
         ("README.md", "what works", status.tables(results, folder, root / "docs")),
         ("docs/benchmarks.md", "figures", goals.table(results)),

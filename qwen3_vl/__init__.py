@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qwen3_vl import errors
     from runtime import __version__
     from runtime.answer import Generation, Stats
+    from runtime.conversation import Conversation
     from runtime.errors import (
         BundleError,
         CapacityError,
@@ -36,6 +37,7 @@ __all__ = [
     "BundleError",
     "CapacityError",
     "CheckpointError",
+    "Conversation",
     "DeadlineError",
     "EngineError",
     "Generation",
@@ -60,6 +62,7 @@ importlib.import_module("qwen3_vl.errors")
 _SOURCES = {
     "runtime": ["__version__"],
     "runtime.answer": ["Generation", "Stats"],
+    "runtime.conversation": ["Conversation"],
     "runtime.errors": [name for name in __all__ if name.endswith("Error")],
     "runtime.generation_config": ["GenerationOptions"],
     "runtime.model": ["Qwen3VLModel"],

@@ -12,7 +12,8 @@ from runtime.answer import Generation
 from runtime.arguments import reading, template_variables, tool_schemas, whole_number
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
-from runtime.scheduling.sequence import Sequence as RunningSequence
+from runtime.preparation import Prepared
+from runtime.scheduling.pieces import Pieces
 from runtime.shown import shown
 
 _LARGEST_PRIORITY = 1 << 31
@@ -53,8 +54,24 @@ class Call:
 class Begin(Protocol):
     """Prepares a prompt and submits it."""
 
-    def __call__(self, messages: Any, options: GenerationOptions, call: Call, *, waits: bool) -> RunningSequence:
-        """Return the sequence, which runs from now on; `waits` for room in the queue."""
+    def __call__(
+        self,
+        messages: Any,
+        options: GenerationOptions,
+        call: Call,
+        *,
+        waits: bool = False,
+        on_prepared: Callable[[Prepared], object] | None = None,
+    ) -> Pieces:
+        """Return where the answer goes.
+
+        Args:
+            messages: The prompt.
+            options: Those of the answer.
+            call: What the caller says beside them.
+            waits: Wait for room in the queue.
+            on_prepared: Called with the prompt before it is submitted.
+        """
 
 
 def run_batch(
@@ -70,15 +87,15 @@ def run_batch(
         raise UsageError(
             f"{len(options)} options for {len(messages)} prompts", remedy="give one for each, or one for all"
         )
-    begun: list[RunningSequence | Qwen3VLError] = []
+    begun: list[Pieces | Qwen3VLError] = []
     outcomes: list[Outcome] = []
 
     def collect(waits: bool) -> None:
         while len(outcomes) < len(begun):
-            sequence = begun[len(outcomes)]
-            if not (waits or isinstance(sequence, Qwen3VLError) or sequence.request.pieces.is_ended):
+            pieces = begun[len(outcomes)]
+            if not (waits or isinstance(pieces, Qwen3VLError) or pieces.is_ended):
                 return
-            outcomes.append(_outcome(sequence))
+            outcomes.append(_outcome(pieces))
             if on_done is not None:
                 on_done(len(outcomes) - 1, outcomes[-1])
 
@@ -93,16 +110,16 @@ def run_batch(
         collect(waits=True)
         return outcomes
     finally:
-        for sequence in begun[len(outcomes) :]:
-            if not isinstance(sequence, Qwen3VLError):
-                sequence.is_cancelled = True
+        for pieces in begun[len(outcomes) :]:
+            if not isinstance(pieces, Qwen3VLError):
+                pieces.cancel()
 
 
-def _outcome(sequence: RunningSequence | Qwen3VLError) -> Outcome:
-    if isinstance(sequence, Qwen3VLError):
-        return sequence
+def _outcome(pieces: Pieces | Qwen3VLError) -> Outcome:
+    if isinstance(pieces, Qwen3VLError):
+        return pieces
     try:
-        generation = sequence.request.pieces.wait()
+        generation = pieces.wait()
     except Qwen3VLError as error:
         return error
     assert generation is not None, "nobody else can stop it"

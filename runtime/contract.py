@@ -220,6 +220,18 @@ class DecoderInputs(_GraphInputs):
             logits_positions=asked[None] - start,
         )
 
+    def padded(self, num_new: int) -> DecoderInputs:
+        """Return the call with tokens behind its own up to so many, whose logits nobody asks for.
+
+        They write rows behind the valid ones of the cache, which must have room for them: `num_cache_rows`.
+        """
+        return replace(
+            self,
+            input_ids=_padded(self.input_ids, num_new),
+            position_ids=_padded(self.position_ids, num_new),
+            visual_rows=_padded(self.visual_rows, num_new, fill=-1),
+        )
+
     def asked_in(self, start: int, stop: int) -> IntArray:
         """Return those of one sequence's `logits_positions` that are of the tokens start … stop - 1."""
         asked_L: IntArray = self.logits_positions[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,18 @@ from runtime.installation import how_to_install
 Bytes = NDArray[np.uint8]
 
 
+class Pieces(NamedTuple):
+    """Where pieces of memory lie, one after the other: the address of the first, and from each to the next."""
+
+    address: int
+    step_bytes: int
+
+
 class CudaDevice:
     """The GPU that the driver lists first; `CUDA_VISIBLE_DEVICES` decides which that is.
+
+    Args:
+        extra: Extra of pyproject.toml that installs the package cuda-bindings beside the engine's library.
 
     Attributes:
         name: Name of the GPU, such as `NVIDIA H200`.
@@ -31,13 +41,13 @@ class CudaDevice:
         EngineError: Package, driver or GPU is missing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, extra: str = "tensorrt") -> None:
         try:
             self._cuda = importlib.import_module("cuda.bindings.runtime")
         except ModuleNotFoundError as error:
             raise EngineError(
                 "this engine runs on an NVIDIA GPU and needs the Python package cuda-bindings, which is not installed",
-                remedy=how_to_install("tensorrt"),
+                remedy=how_to_install(extra),
             ) from error
         driver = int(self._call("cudaDriverGetVersion"))
         if driver == 0:
@@ -110,6 +120,14 @@ class CudaDevice:
     def to_host(self, array: NDArray[Any], address: int, stream: int) -> None:
         """Enqueue a copy of device memory into a contiguous pinned array."""
         self._copy(_address(array), address, array.nbytes, "DeviceToHost", stream)
+
+    def copy_pieces(self, target: Pieces, source: Pieces, piece_bytes: int, num_pieces: int, stream: int) -> None:
+        """Enqueue a copy of pieces of device memory to others, which must not overlap them.
+
+        A step is at least `piece_bytes` and less than 2 GiB (CUDA's maxPitch).
+        """
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpy2DAsync", *target, *source, piece_bytes, num_pieces, kind, stream)
 
     def fill(self, address: int, byte: int, num_bytes: int, stream: int) -> None:
         """Enqueue the setting of each byte of device memory."""

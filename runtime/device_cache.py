@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract import past_names, present_names
-from runtime.cuda import CudaDevice
-from runtime.device_buffers import Staging
+from runtime.cuda import CudaDevice, Pieces
+from runtime.device_buffers import DeviceBuffer, Staging
 from runtime.errors import CapacityError
+
+_ITEM_BYTES = 2
 
 
 class DeviceKVCache:
@@ -31,8 +33,10 @@ class DeviceKVCache:
         dtype: `float16` or `bfloat16`.
 
     Attributes:
+        dtype: As given.
         past_names: The graph's names of the buffers as inputs.
-        graphs: The recorded decode step, once there is one; it holds the addresses, so it goes with the cache.
+        graphs: The recorded decode steps by their batch, of the sequences from slot 0 on; they hold the addresses, so
+            they go with the cache.
 
     Raises:
         CapacityError: The GPU is out of memory.
@@ -41,21 +45,26 @@ class DeviceKVCache:
     def __init__(
         self, device: CudaDevice, staging: Staging, num_layers: int, shape_BKTH: tuple[int, int, int, int], dtype: str
     ) -> None:
+        self._device = device
         self._staging = staging
-        self._dtype = dtype
+        self.dtype = dtype
         self.shape_BKTH = shape_BKTH
         self.batch, self.capacity = shape_BKTH[0], shape_BKTH[2]
-        buffer_bytes = 2 * math.prod(shape_BKTH)
+        buffer_bytes = _ITEM_BYTES * math.prod(shape_BKTH)
         self.past_names = past_names(num_layers)
         self._present_names = present_names(num_layers)
         self.num_bytes = len(self.past_names) * buffer_bytes
-        self.graphs: list[int] = []
+        self.graphs: dict[int, int] = {}
         self._addresses: list[int] = []
-        self.close = weakref.finalize(self, _free, device, self._addresses, self.graphs)
+        self._aside = DeviceBuffer(device)
+        self.close = weakref.finalize(self, _free, device, self._addresses, self.graphs, self._aside)
         self.close.atexit = False  # the driver frees what a process leaves
         try:
             for _ in self.past_names:
                 self._addresses.append(device.alloc(buffer_bytes))
+            if self.batch > 1:
+                # Taken here, so that no swap fails for want of it: one slot's keys of one layer.
+                self._aside.reserve(buffer_bytes // self.batch)
         except CapacityError:
             self.close()
             raise
@@ -64,19 +73,54 @@ class DeviceKVCache:
             device.fill(address, 0, buffer_bytes, staging.stream)
         device.synchronize(staging.stream)  # it may be dropped unused
 
-    def bindings(self, sequence: int = 0) -> dict[str, int]:
-        """Return the device address of every past and present, from the rows of a sequence on."""
-        offset = sequence * 2 * math.prod(self.shape_BKTH[1:])
-        addresses = [address + offset for address in self._addresses]
+    def bindings(self, slot: int = 0) -> dict[str, int]:
+        """Return the device address of every past and present, from the rows of a slot on."""
+        addresses = [self._slot(address, slot).address for address in self._addresses]
         pasts, presents = (zip(names, addresses, strict=True) for names in (self.past_names, self._present_names))
         return {**dict(pasts), **dict(presents)}
+
+    def copy_rows(self, source: int, target: int, num_rows: int) -> None:
+        """Copy the first rows of one slot to another."""
+        if source != target:
+            piece_bytes = self._row_bytes(num_rows)
+            for address in self._addresses:
+                self._copy(self._slot(address, target), self._slot(address, source), piece_bytes)
+            self._device.synchronize(self._staging.stream)
+
+    def swap_rows(self, slot: int, other: int, num_rows: int) -> None:
+        """Exchange the first rows of two slots."""
+        piece_bytes = self._row_bytes(num_rows)
+        if slot == other:
+            return
+        aside = Pieces(self._aside.address, piece_bytes)
+        # One layer's keys or values after the other, through the same memory: on one stream they wait for each other.
+        for address in self._addresses:
+            first, second = self._slot(address, slot), self._slot(address, other)
+            self._copy(aside, first, piece_bytes)
+            self._copy(first, second, piece_bytes)
+            self._copy(second, aside, piece_bytes)
+        self._device.synchronize(self._staging.stream)
 
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return copies of one layer's keys and values, [B, K, T, H], as float32."""
         return self._read(self._addresses[2 * index]), self._read(self._addresses[2 * index + 1])
 
+    def _slot(self, address: int, slot: int) -> Pieces:
+        """Return where the rows of a slot lie in the buffer at an address: in one piece for each head."""
+        assert 0 <= slot < self.batch, "a slot that the cache does not have"
+        head_bytes = _ITEM_BYTES * math.prod(self.shape_BKTH[2:])
+        return Pieces(address + slot * self.shape_BKTH[1] * head_bytes, head_bytes)
+
+    def _row_bytes(self, num_rows: int) -> int:
+        assert 0 <= num_rows <= self.capacity, "more rows than a slot has"
+        return num_rows * self.shape_BKTH[3] * _ITEM_BYTES
+
+    def _copy(self, target: Pieces, source: Pieces, piece_bytes: int) -> None:
+        if piece_bytes:
+            self._device.copy_pieces(target, source, piece_bytes, self.shape_BKTH[1], self._staging.stream)
+
     def _read(self, address: int) -> NDArray[np.float32]:
-        if self._dtype == "float16":
+        if self.dtype == "float16":
             half = self._staging.download(address, self.shape_BKTH, np.float16)
             return np.asarray(half, np.float32)
         return from_bfloat16(self._staging.download(address, self.shape_BKTH, np.uint16))
@@ -87,8 +131,9 @@ def from_bfloat16(values: NDArray[Any]) -> NDArray[np.float32]:
     return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-def _free(device: CudaDevice, addresses: list[int], graphs: list[int]) -> None:
-    for graph in graphs:
+def _free(device: CudaDevice, addresses: list[int], graphs: dict[int, int], buffer: DeviceBuffer) -> None:
+    for graph in graphs.values():
         device.free_graph(graph)
     for address in addresses:
         device.free(address)
+    buffer.close()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,10 +45,10 @@ class ProcessedImage:
         digest: SHA-256 of the resized pixels and their shape: what caches know the image by.
     """
 
-    pixel_values: npt.NDArray[np.float32]
+    pixel_values: npt.NDArray[np.float32] = field(repr=False)
     grid_thw: tuple[int, int, int]
     merge_size: int
-    digest: bytes
+    digest: bytes = field(repr=False)
 
     @property
     def merged_grid_thw(self) -> tuple[int, int, int]:

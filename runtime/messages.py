@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.arguments import reading
 from runtime.errors import UsageError
@@ -58,6 +59,7 @@ _REFUSED_PARTS = {
     **dict.fromkeys(("input_audio", "audio"), "audio is not supported; pass its transcript as text"),
     **dict.fromkeys(("document", "file", "input_file"), "pass its text as text and its pages as images"),
 }
+_VIDEO_PARTS = ("video", "video_url")
 _REFUSED_ITEMS = {
     "reasoning": "leave it out, or write its text as reasoning_content of the assistant's message after it",
     "item_reference": "nothing is stored: pass the item itself",
@@ -74,6 +76,39 @@ class Attachment:
     source: Any
 
 
+class Messages(NamedTuple):
+    """Messages that were checked.
+
+    Attributes:
+        turns: Plain data for the template, with placeholders for what is not text.
+        attachments: What the placeholders stand for, in order.
+    """
+
+    turns: list[dict[str, Any]]
+    attachments: tuple[Attachment, ...]
+
+    def then(self, other: Messages) -> Messages:
+        """Return these and others after them."""
+        return Messages(self.turns + other.turns, self.attachments + other.attachments)
+
+    def filled(self) -> list[dict[str, Any]]:
+        """Return copies of the messages in which parts hold what the placeholders stand for; see `InputKind.part`."""
+        waiting = iter(self.attachments)
+
+        def part_of(part: dict[str, Any]) -> dict[str, Any]:
+            if part["type"] == "text":
+                return dict(part)
+            attachment = next(waiting)
+            return attachment.kind.part(attachment.source)
+
+        filled = []
+        for turn in self.turns:
+            content = turn["content"]
+            parts = content if isinstance(content, str) else [part_of(part) for part in content]
+            filled.append({**copy.deepcopy(turn), "content": parts})
+        return filled
+
+
 def user_message(prompt: str, images: Sequence[Any] = ()) -> list[dict[str, Any]]:
     """Return one user turn: the images first, then the prompt."""
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
@@ -85,7 +120,35 @@ def system_message(text: str | None) -> list[dict[str, Any]]:
     return [] if text is None else [{"role": "system", "content": text}]
 
 
-def normalise_messages(messages: Any) -> tuple[list[dict[str, Any]], tuple[Attachment, ...]]:
+def asked_messages(prompt: Any, images: Any = ()) -> Messages:
+    """Return what one turn of a conversation asks.
+
+    Args:
+        prompt: A string, message parts, or whole messages of any role.
+        images: Images before a string or parts, as `user_message` takes them.
+
+    Raises:
+        UsageError: They are no such thing.
+    """
+    remedy = "pass a string, a list of parts or messages, or one of them"
+    with reading("the prompt", remedy):
+        if not isinstance(images, (list, tuple)):
+            raise UsageError(f"images must be a list, got {type(images).__name__}", remedy="pass images=[image]")
+        if isinstance(prompt, str):
+            return normalise_messages(user_message(prompt, images))
+        given = dumped(prompt)
+        given = [given] if isinstance(given, Mapping) else given
+        if not isinstance(given, (list, tuple)):
+            raise UsageError(f"a prompt must be text, parts or messages, got {type(prompt).__name__}", remedy=remedy)
+        if given and _is_part(given[0]):
+            parts = [*({"type": "image", "image": image} for image in images), *given]
+            return normalise_messages([{"role": "user", "content": parts}])
+        if images:
+            raise UsageError("images were given beside whole messages", remedy="put them into content, as parts")
+        return normalise_messages(given)
+
+
+def normalise_messages(messages: Any) -> Messages:
     """Check messages and split them into plain data for the template and what they hold beside text, in order.
 
     Args:
@@ -93,7 +156,7 @@ def normalise_messages(messages: Any) -> tuple[list[dict[str, Any]], tuple[Attac
             user turn. Parts are `{"type": "text", "text": …}`, `{"type": "image", "image" | "url" | "path" | "base64"
             | "data": …}`, and those of OpenAI (`text`, `image_url`; `input_text`, `output_text`, `input_image`),
             langchain and Anthropic. Objects of pydantic are dumped. Null fields and fields that change no prompt are
-            passed over; content that is null is empty. Not written to.
+            passed over; content that is null is empty. Not written to. `Messages` are returned as they are.
 
     Returns:
         The messages as fresh plain data, with placeholders for what is not text; and that.
@@ -101,11 +164,13 @@ def normalise_messages(messages: Any) -> tuple[list[dict[str, Any]], tuple[Attac
     Raises:
         UsageError: Anything else, with its place (`messages[2].content[1]`).
     """
+    if type(messages) is Messages:
+        return messages
     with reading("messages", "pass plain lists, dicts and strings"):
         return _normalised(messages)
 
 
-def _normalised(messages: Any) -> tuple[list[dict[str, Any]], tuple[Attachment, ...]]:
+def _normalised(messages: Any) -> Messages:
     if isinstance(messages, str):
         messages = user_message(messages)
     if not isinstance(messages, Sequence) or isinstance(messages, (bytes, bytearray, memoryview)):
@@ -128,7 +193,7 @@ def _normalised(messages: Any) -> tuple[list[dict[str, Any]], tuple[Attachment, 
             before.setdefault("tool_calls", []).extend(message["tool_calls"])
         else:
             plain.append(message)
-    return plain, tuple(attachments)
+    return Messages(plain, tuple(attachments))
 
 
 def _role(message: Mapping[str, Any], place: str) -> str:
@@ -227,6 +292,15 @@ def _content(content: Any, place: str, attachments: list[Attachment], count: Val
     return [_part(content[i], f"{place}[{i}]", attachments, count) for i in range(len(content))]
 
 
+def _is_part(value: Any) -> bool:
+    """Return whether something is a part of a message, and not a message."""
+    value = dumped(value)
+    if not isinstance(value, Mapping) or value.get("role") is not None:
+        return False
+    kind = exact(value.get("type"))
+    return kind in (*_TEXT_PARTS, *_REFUSED_PARTS, *_VIDEO_PARTS) or kind_of(kind) is not None
+
+
 def _part(part: Any, place: str, attachments: list[Attachment], count: ValueCount) -> dict[str, Any]:
     part = dumped(part)
     if not isinstance(part, Mapping):
@@ -246,7 +320,7 @@ def _part(part: Any, place: str, attachments: list[Attachment], count: ValueCoun
     if input_kind is not None:
         attachments.append(Attachment(input_kind, input_kind.source(part, place)))
         return dict(input_kind.placeholder)
-    if kind in ("video", "video_url"):
+    if kind in _VIDEO_PARTS:
         raise UsageError(
             f"{place} is a video, which is not supported yet", remedy="pass frames of it as images, one part each"
         )

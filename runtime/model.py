@@ -19,6 +19,7 @@ from runtime.arguments import folder_path, reading
 from runtime.calls import Call, run_batch
 from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray, no_visual_embeds
+from runtime.conversation import Conversation, complete
 from runtime.engine_options import EngineOptions, ServingOptions
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
@@ -29,10 +30,11 @@ from runtime.image_processor import ProcessedImage
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
 from runtime.memory import LOGITS, PREFILL, VISION, WEIGHTS, check_fits, logits_bytes, vision_bytes
+from runtime.messages import normalise_messages, system_message
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
+from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import held_bytes, plan_limits
 from runtime.scheduling.request import Limits, Request
-from runtime.scheduling.sequence import Sequence as RunningSequence
 from runtime.scheduling.worker import Worker
 from runtime.session import Session, is_on_gpu, open_session
 from runtime.shown import shown
@@ -161,7 +163,7 @@ class Qwen3VLModel:
                 has no default.
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
-            max_sequences: Most requests that run at once; by default 8, or as many as the memory holds with
+            max_sequences: Most requests that run at once; by default 8, or as many as half of the memory left holds with
                 `max_context` tokens each.
             kept_sequences: So many more sequences keep their rows of the KV cache after they have ended, for prompts
                 that begin as they do; by default 4, or as many as fit.
@@ -258,7 +260,7 @@ class Qwen3VLModel:
             if on_piece is not None:
                 for piece in stream:
                     on_piece(piece)
-            return _complete(stream.wait())
+            return complete(stream.wait())
 
     async def agenerate(
         self,
@@ -274,7 +276,7 @@ class Qwen3VLModel:
         """As `generate`, in an asyncio loop; a task that is cancelled stops its answer."""
         call = Call(tools, chat_template_kwargs, priority, timeout_s)
         async with self._stream(messages, self._chosen(options, keywords), call) as stream:
-            return _complete(await stream.wait_async())
+            return complete(await stream.wait_async())
 
     def stream(
         self,
@@ -354,6 +356,36 @@ class Qwen3VLModel:
         call = Call(tools, chat_template_kwargs, priority, timeout_s)
         return run_batch(self._begin, prompts, self._chosen_for_all(options, keywords), call, on_done)
 
+    def chat(
+        self,
+        system: str | None = None,
+        options: GenerationOptions | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Conversation:
+        """Begin a conversation: each turn follows all before it, and runs only what is new.
+
+        Any number of conversations may go on beside each other and beside other requests.
+
+        Args:
+            system: How the model is to answer.
+            options: As in `stream`, for all answers.
+            tools: As in `stream`, for all turns.
+            chat_template_kwargs: As in `stream`, for all turns.
+            **keywords: As in `stream`, for all answers.
+
+        Raises:
+            UsageError: An argument or an option is not valid.
+        """
+        self._owner.check()
+        if not (system is None or isinstance(system, str)):
+            raise UsageError(f"system must be a string, got {type(system).__name__}", remedy="leave system out")
+        start = None if system is None else normalise_messages(system_message(system))
+        call = Call(tools, chat_template_kwargs, 0, None)
+        return Conversation(self._begin, self._chosen(options, keywords), call, start)
+
     def _chosen_for_all(
         self, options: GenerationOptions | Sequence[GenerationOptions] | None, keywords: Mapping[str, Any]
     ) -> GenerationOptions | list[GenerationOptions]:
@@ -375,7 +407,15 @@ class Qwen3VLModel:
         self._owner.check()
         return Stream(partial(self._begin, messages, options, call), keeps=self)
 
-    def _begin(self, messages: Any, options: GenerationOptions, call: Call, *, waits: bool = False) -> RunningSequence:
+    def _begin(
+        self,
+        messages: Any,
+        options: GenerationOptions,
+        call: Call,
+        *,
+        waits: bool = False,
+        on_prepared: Callable[[Prepared], object] | None = None,
+    ) -> Pieces:
         """Prepare a prompt in this thread, and put it into the queue."""
         self._owner.check()
         with self._worker.reserve(waits=waits) as place, naming_errors():
@@ -385,24 +425,37 @@ class Qwen3VLModel:
             self._check_memory(prepared)
             if note := self._room.note(prepared):
                 _LOGGER.warning("%s", note)
+            if on_prepared is not None:
+                on_prepared(prepared)
             ready = time.perf_counter()
             request = Request(prepared, options, max_new_tokens, started, ready, call.priority, call.deadline)
-            return self._worker.submit(place, request, waits=waits)
+            self._worker.submit(place, request, waits=waits)
+        return request.pieces
 
     def logits(self, messages: Any) -> FloatArray:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
         self._owner.check()
+        chunks: list[FloatArray] = []
         with self._worker.reserve() as place, naming_errors():
             prepared = self.prepare(messages)
             self._check_memory(prepared, all_logits=True)
             now = time.perf_counter()
-            sequence = self._worker.submit(place, Request(prepared, self.defaults, 0, now, now, wants_logits=True))
+            request = Request(prepared, self.defaults, 0, now, now, on_logits=chunks.append)
+            self._worker.submit(place, request)
         try:
-            sequence.request.pieces.wait()
-        except BaseException:
-            sequence.is_cancelled = True
-            raise
-        return np.concatenate(sequence.logits)
+            request.pieces.wait()
+        finally:
+            request.pieces.cancel()
+        return np.concatenate(chunks)
+
+    def warm_up(self) -> None:
+        """Run each kind of call once, so that the first requests are as fast as later ones.
+
+        On a GPU that takes seconds and saves as many: kernels are loaded, and decode steps recorded for each number of
+        sequences. Requests may run beside it; they wait for it once.
+        """
+        self._owner.check()
+        self._worker.call(self._worker.warm_up)
 
     def statistics(self) -> dict[str, Any]:
         """Return what the engine has done and holds, as plain data; see `runtime.scheduling.counters`."""
@@ -462,9 +515,3 @@ class Qwen3VLModel:
         if all_logits:
             needed[LOGITS] = logits_bytes(self.config, len(prepared.prompt.input_ids))
         check_fits(needed, self.max_memory)
-
-
-def _complete(generation: Generation | None) -> Generation:
-    if generation is None:
-        raise UsageError("the answer was stopped before its end", remedy="ask again")
-    return generation

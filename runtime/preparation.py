@@ -8,6 +8,8 @@ Shapes: D DeepStack levels, V visual rows.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from runtime.arguments import reading
 from runtime.chat import ChatTemplate, template_source
 from runtime.contract import DecoderInputs, FloatArray, VisionInputs
 from runtime.errors import CapacityError, EngineError, UsageError
@@ -25,7 +30,7 @@ from runtime.image_config import NUM_CHANNELS, ImageProcessorConfig
 from runtime.image_processor import ProcessedImage
 from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.input_kinds.registry import input_kinds
-from runtime.messages import Attachment, normalise_messages
+from runtime.messages import Attachment, Messages, normalise_messages
 from runtime.model_config import ModelConfig
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.tokenizer import Tokenizer
@@ -57,11 +62,19 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prompt ready for the engine: token ids, pixels and positions."""
+    """A prompt ready for the engine: token ids, pixels and positions.
+
+    Attributes:
+        prompt: The prompt.
+        images: Its images, in the order of their places in the prompt.
+        positions: Its position inputs.
+        messages: What it was made of, with processed images in the place of their sources; they may be given again.
+    """
 
     prompt: Prompt
     images: tuple[ProcessedImage, ...]
     positions: PromptPositions
+    messages: Messages
 
     @property
     def num_visual_tokens(self) -> int:
@@ -188,30 +201,53 @@ class Preparation:
             ImageError: An image cannot be read.
             CapacityError: A text is too long, or an image too large or one too many.
         """
-        plain, attachments = normalise_messages(messages)
+        turns, attachments = normalise_messages(messages)
         for kind in dict.fromkeys(each.kind for each in attachments):
             if len(self.tokenizer.encode(kind.token)) != 1:
                 raise UsageError(f"this model has no token for {kind.name}s", remedy="leave them out of the messages")
-        chat = self.template.render(plain, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        chat = self.template.render(turns, tools=tools, chat_template_kwargs=chat_template_kwargs)
         input_ids: list[int] = []
         images: list[ProcessedImage] = []
         spans: list[VisualSpan] = []
+        processed: dict[int, Attachment] = {}
         end = 0
         # The tokenizer splits at added tokens before all else, so the text between two images can be encoded alone.
         for offset, attachment in _placed(attachments, chat.places):
             token = attachment.kind.token
             input_ids += self._encode(chat.text[end:offset], input_ids, max_tokens)
             _check_room(images, max_tokens)
-            image = attachment.kind.process(
-                attachment.source, self.image_config, max_image_pixels=self.max_image_pixels
-            )
+            image = self._process(attachment)
             images.append(image)
+            processed[id(attachment)] = Attachment(attachment.kind, image)
             spans.append(VisualSpan(len(input_ids), image.merged_grid_thw))
             input_ids += [self.tokenizer.token_id(token)] * image.num_visual_tokens
             end = offset + len(token)
         input_ids += self._encode(chat.text[end:], input_ids, max_tokens)
         prompt = Prompt(input_ids, tuple(spans), chat.text)
-        return Prepared(prompt, tuple(images), mrope_positions(len(input_ids), spans))
+        shown = Messages(turns, tuple(processed[id(each)] for each in attachments))
+        return Prepared(prompt, tuple(images), mrope_positions(len(input_ids), spans), shown)
+
+    def _process(self, attachment: Attachment) -> ProcessedImage:
+        """Read and cut what a message holds, unless that was done before."""
+        source = attachment.source
+        if type(source) is not ProcessedImage:
+            return attachment.kind.process(source, self.image_config, max_image_pixels=self.max_image_pixels)
+        remedy = "pass an image of model.prepare(messages).images, of a model with the same patches"
+        with reading("the processed image", remedy):
+            shape = (math.prod(source.grid_thw), self.config.vision.patch_elements)
+            fits = (
+                source.merge_size == self.config.vision.spatial_merge_size
+                and isinstance(source.pixel_values, np.ndarray)
+                and source.pixel_values.dtype == np.float32
+                and source.pixel_values.shape == shape
+                and source.grid_thw[0] == 1
+                and all(side > 0 and side % source.merge_size == 0 for side in source.grid_thw[1:])
+                and isinstance(source.digest, bytes)
+                and len(source.digest) == hashlib.sha256().digest_size
+            )
+        if not fits:
+            raise UsageError("a processed image does not fit this model", remedy=remedy)
+        return source
 
     def _encode(self, text: str, before: Sequence[int], max_tokens: int | None) -> list[int]:
         room = None if max_tokens is None else max(0, max_tokens - len(before))

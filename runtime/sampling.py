@@ -275,6 +275,23 @@ def sample(logits_V: Logits, rng: np.random.Generator) -> int:
     return int(candidates_K[index])
 
 
+def _largest(logits: Logits | TopLogits) -> int:
+    """Return the token that plain greedy decoding takes, which is most of its work for a token.
+
+    Raises:
+        EngineError: A logit is not finite.
+    """
+    if isinstance(logits, TopLogits):
+        first, second, last = logits.values[0], logits.values[1], logits.values[-1]
+        if first > second and np.isfinite(first) and np.isfinite(last):
+            return int(logits.ids[0])
+        logits = logits.fetch()
+    token_id = greedy(logits)
+    if logits.min() == -np.inf:
+        raise _bad_logits(logits)
+    return token_id
+
+
 def _bad_logits(logits_V: Logits) -> EngineError:
     bad = np.flatnonzero(~np.isfinite(logits_V))
     return EngineError(
@@ -319,6 +336,10 @@ class Sampler:
         Raises:
             EngineError: A logit is not finite.
         """
+        if not (self.options.do_sample or self._processors):
+            token_id = _largest(logits)
+            self._history.append(token_id)
+            return token_id
         if isinstance(logits, TopLogits):
             row, ids = self._candidates(logits)
         else:

@@ -49,7 +49,16 @@ class KVCache(Protocol):
 
 
 class Session(Protocol):
-    """An opened engine: two graphs and the memory they work in. One thread at a time may call it."""
+    """An opened engine: two graphs and the memory they work in. One thread at a time may call it.
+
+    Some have more attributes, which others lack:
+
+    - `free_bytes`, an int: of a session on a GPU, the device memory that is free for new caches; runs will take part of
+      it for their activations.
+    - `chunk_sizes`, ints: numbers of tokens that a chunk of a prompt is filled up to.
+    - `runs_vision_beside`, a bool: `vision` may be called in another thread while the decoder runs.
+    - `max_segments`, an int: most segments of one call of `vision`; any number where it is missing.
+    """
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower on I segments of one grid: visual embeddings [1+D, I·P / merge², hidden]."""
@@ -64,7 +73,7 @@ class Session(Protocol):
         """
 
     def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
-        """Run the decoder on a chunk of one prompt, which may be longer than a call of `decode`; else the same."""
+        """Run the decoder on a chunk of one prompt, [1, S]: as `decode`, but it may write rows behind those as well."""
 
     def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder on [B, S] new tokens after `past_lengths` cached ones.

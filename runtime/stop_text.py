@@ -33,6 +33,7 @@ class AnswerText:
         # The filter's characters are bytes here, so that a character may begin in one token and end in the next.
         encoded = [_as_text(stop.encode(errors="surrogatepass")) for stop in stops]
         self._stops = StopStringFilter(encoded)
+        self._has_stops = bool(encoded)
         # Parts of what the filter still holds: how many bytes, and whether they are the answer's own text.
         self._parts: deque[tuple[int, bool]] = deque()
         longest = max(map(len, encoded), default=0)
@@ -48,6 +49,8 @@ class AnswerText:
     def push(self, token_id: int) -> str:
         """Take the next token and return the text that can be shown now; "" after a stop string."""
         found = self._tokenizer.token_bytes(token_id)
+        if not self._has_stops:
+            return "" if token_id in self._tokenizer.special_ids else self._decoder.decode(found)
         self._parts.append((len(found), token_id not in self._tokenizer.special_ids))
         return self._decoder.decode(self._own(self._stops.feed(_as_text(found))))
 

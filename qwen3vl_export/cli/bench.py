@@ -5,14 +5,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen3vl_export.cli.options import AsJson, Engine, Opening, grouped
-from qwen3vl_export.cli.output import print_json
+from qwen3vl_export.cli.bench_load import LoadOptions, bench_load
+from qwen3vl_export.cli.options import AsJson, Engine, Opening, Serving, grouped
+from qwen3vl_export.cli.output import print_json, print_text
 from runtime.errors import UsageError
 from runtime.shown import columns
 
@@ -59,52 +60,70 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Approximate number of tokens of the text.")] = 20,
     new_tokens: Annotated[int, typer.Option(min=2, help="Number of tokens of each answer.")] = 32,
     runs: Annotated[int, typer.Option(min=1, help="Number of answers to time, after one that warms up.")] = 5,
-    opening: Annotated[Opening, ("threads", "huge_pages", "no_cuda_graphs")],
+    load: LoadOptions,
+    opening: Annotated[Opening, ("threads", "huge_pages", "no_cuda_graphs", "max_context", "max_memory")],
+    serving: Serving,
     as_json: AsJson = False,
 ) -> None:
     """Time answers on this machine: time to first token (TTFT), time per later token (TPOT), tokens a second.
 
     Each answer has exactly --new-tokens tokens: the end token does not end it. TTFT covers preprocessing, vision tower
-    and prefill.
+    and prefill. By default one request runs at a time, --runs times.
 
-    --json prints one object: device, threads, target, load_s, decode_recorded (whether decode steps ran as a CUDA
-    graph; null on a CPU), prompt_tokens, visual_tokens, new_tokens, runs, ttft_p50_s, ttft_p90_s, tpot_s, tokens_per_s.
+    With --concurrency or --rate many requests run at once, each with words and pixels of its own. It reports how many
+    were answered, refused because the queue was full, and failed; the percentiles 50 to 99 of TTFT, TPOT, latency and
+    time in the queue; cache hits and memory. To see what a server can take, raise --rate until requests are refused.
+
+    --json prints one object; docs/commands.md lists its fields.
 
     \b
     Examples:
       qwen3vl bench demo-engine
       qwen3vl bench ENGINE --image-size 1024x768 --runs 9 --json
+      qwen3vl bench ENGINE --concurrency 8 --plot load.svg
+      qwen3vl bench ENGINE --rate 2 --duration 60 --max-queue 32 --image-size none
     """
     import time
 
     from runtime.machine import default_threads
 
     size = parse_size(image_size)
+    load.check()
     start = time.perf_counter()
-    model = opening.open(engine)
-    loaded = time.perf_counter() - start
-    speed = measure(model, size, prompt_tokens, new_tokens, runs)
-    # None if this kind of engine records nothing.
-    recorded: bool | None = getattr(model.session, "decode_recorded", None)
+    model = opening.open(engine, serving=serving)
     where = {
         "device": device(model),
         "threads": opening.threads or default_threads(),
         "target": model.manifest.target,
-        "load_s": loaded,
-        "decode_recorded": recorded,
+        "load_s": time.perf_counter() - start,
+        # None if this kind of engine records nothing.
+        "decode_recorded": getattr(model.session, "decode_recorded", None),
     }
+    if load.is_given:
+        from qwen3vl_export.load.prompts import Prompts
+
+        prompts = Prompts.of_tokens(
+            model.tokenizer, prompt_tokens, size, shared_tokens=load.shared_prefix, seed=load.seed
+        )
+        where["max_sequences"] = model.statistics()["max_sequences"]
+        bench_load(model, prompts, new_tokens, load, where, as_json=as_json)
+        return
+    speed = measure(model, size, prompt_tokens, new_tokens, runs)
     if as_json:
         print_json({**where, **asdict(speed)})
-        return
-    rows = [
+    else:
+        print_text("\n".join(columns(_rows(speed, where))))
+
+
+def _rows(speed: Speed, where: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
         ("device", f"{where['device']}, threads: {where['threads']}"),
-        ("engine", f"{where['target']}, loaded in {loaded:.2f} s"),
+        ("engine", f"{where['target']}, loaded in {where['load_s']:.2f} s"),
         ("prompt", f"{speed.prompt_tokens} tokens, {speed.visual_tokens} of them visual"),
         ("TTFT", f"p50 {1e3 * speed.ttft_p50_s:.1f} ms, p90 {1e3 * speed.ttft_p90_s:.1f} ms ({speed.runs} runs)"),
         ("TPOT", f"{1e3 * speed.tpot_s:.2f} ms"),
-        ("decode", f"{speed.tokens_per_s:.1f} tokens/s{_GRAPH[recorded]}"),
+        ("decode", f"{speed.tokens_per_s:.1f} tokens/s{_GRAPH[where['decode_recorded']]}"),
     ]
-    print("\n".join(columns(rows)))
 
 
 def measure(

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen3vl_export.cli.errors import spell_options
-from qwen3vl_export.cli.output import note, print_stats, print_stream
+from qwen3vl_export.cli.output import cached_text, note, print_stats, print_stream
 from runtime.errors import Qwen3VLError, UsageError
 
 if TYPE_CHECKING:
+    from runtime.conversation import Conversation
     from runtime.model import Qwen3VLModel
 
 
-class Conversation:
-    """A chat in progress: the turns so far and the images that wait for the next one.
+_MOST_DIGITS = 9
+COMMANDS = "/image PATH, /rewind [N], /reset, /quit"
+
+
+class LineChat:
+    """A conversation that is typed line by line, and the images that wait for its next turn.
+
+    Args:
+        chat: The conversation.
+        model: Says which images it takes.
+        images: Shown with the first turn.
+        has_stats: Print the statistics of each answer.
+        is_quiet: Print no notes, only errors.
 
     Raises:
         ImageError, UsageError: One of the first images cannot be shown.
     """
 
     def __init__(
-        self, model: Qwen3VLModel, options: dict[str, Any], images: list[str], *, system: str | None, has_stats: bool
+        self, chat: Conversation, model: Qwen3VLModel, images: list[str], *, has_stats: bool, is_quiet: bool
     ) -> None:
-        from runtime.messages import system_message  # loads numpy, as the kinds of input do
-
+        self._chat = chat
         self._model = model
-        self._options = options
         self._has_stats = has_stats
-        self._system = system_message(system)
-        self._turns: list[dict[str, Any]] = []
+        self._is_quiet = is_quiet
         self._images: list[str] = []
         for path in images:
             self._attach(path)
@@ -40,7 +49,7 @@ class Conversation:
         if is_terminal:
             import readline  # noqa: F401 (gives input() editing and history)
 
-            note("/image PATH, /reset, /quit")
+            self._say(COMMANDS)
         while True:
             try:
                 line = input("> " if is_terminal else "").strip()
@@ -57,11 +66,14 @@ class Conversation:
         command, _, argument = line.partition(" ")
         if command == "/image":
             self._attach(argument.strip())
+        elif command == "/rewind":
+            self._rewind(argument.strip())
         elif line == "/reset":
-            self._turns, self._images = [], []
-            note("conversation forgotten")
+            self._chat.reset()
+            self._images = []
+            self._say("conversation forgotten")
         elif command.startswith("/") and command[1:].isalpha():
-            raise UsageError(f"unknown command {command}", remedy="the commands are /image PATH, /reset, /quit")
+            raise UsageError(f"unknown command {command}", remedy=f"the commands are {COMMANDS}")
         elif line:
             self._answer(line)
 
@@ -74,19 +86,35 @@ class Conversation:
         height, width = load_image(path, max_image_pixels=self._model.max_image_pixels).shape[:2]
         self._model.image_config.target_size(height, width)
         self._images.append(path)
-        note(f"{path}: {width} x {height} pixels, shown with the next turn")
+        self._say(f"{path}: {width} x {height} pixels, shown with the next turn")
+
+    def _rewind(self, argument: str) -> None:
+        """Drop the last turns; their images too, those that wait for the next one stay."""
+        num_turns = len(self._chat.turns)
+        digits = argument or "1"
+        number = int(digits) if digits.isdecimal() and len(digits) <= _MOST_DIGITS else 0
+        if not 1 <= number <= num_turns:
+            raise UsageError(
+                f"/rewind {digits}: expected a number of turns to drop, there are {num_turns}",
+                remedy="/rewind drops the last one, /rewind 2 the last two",
+            )
+        self._chat.rewind(num_turns - number)
+        self._say(f"{number} of {num_turns} turns dropped")
 
     def _answer(self, prompt: str) -> None:
         """Generate one turn; a turn that fails or is stopped leaves no trace, and its images stay attached."""
-        from runtime.messages import user_message
-
-        turns = [*self._turns, *user_message(prompt, self._images)]
         try:
-            generation = print_stream(self._model, [*self._system, *turns], self._options)
+            generation = print_stream(self._chat.stream(prompt, images=self._images))
         except KeyboardInterrupt:
-            note("stopped; this turn is dropped")
+            self._say("stopped; this turn is dropped")
             return
-        self._turns = [*turns, {"role": "assistant", "content": generation.text}]
         self._images = []
+        cached = cached_text(generation.stats)
         if self._has_stats:
             print_stats(generation.stats)
+        elif cached:
+            self._say(f"note: found in the cache: {cached}")
+
+    def _say(self, text: str) -> None:
+        if not self._is_quiet:
+            note(text)

@@ -13,17 +13,16 @@ from runtime.shown import CONTROL, columns, escape_controls
 if TYPE_CHECKING:
     from runtime.answer import Generation, Stats
     from runtime.manifest import Manifest
-    from runtime.model import Qwen3VLModel
+    from runtime.stream import Stream
 
 
-def print_stream(model: Qwen3VLModel, messages: list[dict[str, Any]], options: dict[str, Any]) -> Generation:
+def print_stream(stream: Stream) -> Generation:
     """Print an answer as it comes and end its line, also when it is interrupted.
 
     To a pipe or a file goes the answer as it is. On a terminal control characters, which a model can be made to write
     by the picture that it reads, are escaped, except for line feeds and tabs.
     """
     is_shown = is_terminal(sys.stdout)
-    stream = model.stream(messages, **options)
     has_text = False
     try:
         for piece in stream:
@@ -39,6 +38,14 @@ def print_stream(model: Qwen3VLModel, messages: list[dict[str, Any]], options: d
     return stream.result
 
 
+def cached_text(stats: Stats) -> str:
+    """Say what was found in the cache, such as `31 of 47 prompt tokens, 1 image`; nothing if nothing was."""
+    parts = [f"{stats.cached_tokens} of {stats.prompt_tokens} prompt tokens"] if stats.cached_tokens else []
+    if stats.cached_images:
+        parts.append(f"{stats.cached_images} image{'s' if stats.cached_images > 1 else ''}")
+    return ", ".join(parts)
+
+
 def print_stats(stats: Stats) -> None:
     """Print times, speed and cache size on stderr."""
 
@@ -49,6 +56,7 @@ def print_stats(stats: Stats) -> None:
         ("prompt", f"{stats.prompt_tokens} tokens, {stats.visual_tokens} of them visual"),
         ("answer", f"{stats.new_tokens} tokens"),
         ("preprocess", milliseconds(stats.preprocess_s)),
+        ("queue", milliseconds(stats.queue_s)),
         ("vision", milliseconds(stats.vision_s)),
         ("prefill", milliseconds(stats.prefill_s)),
         ("time to first token", milliseconds(stats.ttft_s)),
@@ -56,6 +64,9 @@ def print_stats(stats: Stats) -> None:
         ("speed", f"{stats.tokens_per_s:.1f} tokens/s"),
         ("peak cache", _size(stats.peak_cache_bytes)),
     ]
+    if cached := cached_text(stats):
+        rows.insert(1, ("found in cache", cached))
+    rows = [row for row in rows if row != ("queue", milliseconds(0))]
     if stats.drafted_tokens:
         rows.append(("prompt lookup", f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted"))
     for line in columns(rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from engines.progress import SILENT, Progress, Stage
@@ -66,3 +66,25 @@ def progress(*, is_quiet: bool = False, is_json: bool = False) -> Iterator[Progr
             shown.bars.stop()
     else:
         yield SILENT if is_quiet or is_json else LineProgress()
+
+
+@contextmanager
+def counting(text: str) -> Iterator[Callable[[int, int | None, str], None]]:
+    """Return what draws a bar on a terminal: given how much is done, of how much (None: unknown), and a word on it."""
+    if not is_terminal(sys.stderr):
+        yield lambda done, total, word: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[word]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(text, total=None, word="")
+        yield lambda done, total, word: bars.update(task, completed=done, total=total, word=word)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from qwen3vl_export.cli.bench import bench
-from qwen3vl_export.cli.conversation import Conversation
+from qwen3vl_export.cli.conversation import LineChat
 from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
 from qwen3vl_export.cli.options import (
     Answering,
@@ -77,9 +77,9 @@ def run(
     """Answer one prompt. Its answer, and nothing else, appears on stdout while it is generated.
 
     --json prints one object at the end: text, token_ids (of the answer), finish_reason (eos, stop or length), and
-    stats with preprocess_s, vision_s, prefill_s, ttft_s (time to first token), tpot_s (time per later token),
+    stats with preprocess_s, queue_s, vision_s, prefill_s, ttft_s (time to first token), tpot_s (time per later token),
     tokens_per_s, prompt_tokens, visual_tokens, new_tokens, peak_cache_bytes, drafted_tokens and accepted_tokens (of
-    prompt lookup).
+    prompt lookup), cached_tokens and cached_images (found in the cache).
 
     \b
     Examples:
@@ -106,7 +106,7 @@ def run(
         values = {name: getattr(generation, name) for name in shown}
         print_json({**values, "stats": dataclasses.asdict(generation.stats)})
     else:
-        generation = print_stream(model, messages, given(answering))
+        generation = print_stream(model.stream(messages, **given(answering)))
     if stats:
         print_stats(generation.stats)
 
@@ -121,13 +121,15 @@ def chat(
     answering: Annotated[Answering, ("max_new_tokens", "do_sample", "temperature", "seed", "prompt_lookup_num_tokens")],
     opening: Opening,
     stats: ShowStats = False,
+    quiet: Quiet = False,
     check: CheckAll = False,
 ) -> None:
-    """Talk with an engine, turn by turn. Each turn reads the whole conversation again.
+    """Talk with an engine, turn by turn. A turn runs what is new since the last one; a note says what it found.
 
     \b
     At the prompt:
       /image PATH   show this image with the next turn
+      /rewind [N]   drop the last turn, or the last N
       /reset        forget the conversation
       /quit         end the chat, as the end of the input (Ctrl-D) does
     Ctrl-C stops an answer and drops its turn; at the prompt it ends the chat.
@@ -137,7 +139,8 @@ def chat(
       qwen3vl chat demo-engine --image note.png
     """
     model = opening.open(engine, check=check)
-    Conversation(model, given(answering), image or [], system=system, has_stats=stats).loop()
+    conversation = model.chat(system, **given(answering))
+    LineChat(conversation, model, image or [], has_stats=stats, is_quiet=quiet).loop()
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Plots of a figure for each layer: panels side by side with one logarithmic axis."""
+"""Plots as files: panels side by side, such as of a figure for each layer with one logarithmic axis."""
 
 from __future__ import annotations
 
@@ -45,13 +45,7 @@ def drawn_panels(
     Raises:
         UsageError: As `check_plot`.
     """
-    check_plot(file)
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(width, 3.4), layout="constrained")
-        panels = list(figure.subplots(1, len(titles), sharey=True))
+    with drawn_figure(file, len(titles), width=width, salt=salt, shares_y=True) as panels:
         yield panels
         for panel, (title, label) in zip(panels, titles.items(), strict=True):
             panel.set_title(title)
@@ -61,6 +55,31 @@ def drawn_panels(
             panel.grid(alpha=0.3, which="both")
         panels[0].set_ylabel(y_label)
         panels[-1].legend()
+
+
+@contextmanager
+def drawn_figure(
+    file: Path, num_panels: int, *, width: float, salt: str, shares_y: bool = False
+) -> Iterator[list[Any]]:
+    """Give empty panels to draw into, and write them; the arguments are those of `drawn_panels`.
+
+    Args:
+        file: Where.
+        num_panels: Panels side by side.
+        width: In inches.
+        salt: As there.
+        shares_y: All panels have one y axis.
+
+    Raises:
+        UsageError: As `check_plot`.
+    """
+    check_plot(file)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+        figure = Figure(figsize=(width, 3.4), layout="constrained")
+        yield list(figure.subplots(1, num_panels, sharey=shares_y))
         with replaced_file(file) as partial:
             # No date, for the same reason.
             figure.savefig(partial, metadata={"Date": None} if file.suffix == ".svg" else {})

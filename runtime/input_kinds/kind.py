@@ -39,6 +39,10 @@ class InputKind(ABC):
             UsageError: A key is unknown or missing, or a value is of the wrong type.
         """
 
+    def part(self, processed: ProcessedImage) -> dict[str, Any]:
+        """Return a message part that holds what `process` returned; a part of images may be given again."""
+        return {"type": self.part_types[0], self.name: processed}
+
     @abstractmethod
     def process(self, source: Any, config: ImageProcessorConfig, *, max_image_pixels: int) -> ProcessedImage:
         """Read a source and cut it into patches.

@@ -21,6 +21,12 @@ class Pieces:
 
     The writer never waits: what nobody reads is kept, at most the text of one answer. Readers may be many; each piece
     goes to one of them.
+
+    Attributes:
+        is_ended: There will be no more.
+        is_cancelled: Nobody wants the answer any more; the worker looks at its next step. Set without a lock, by any
+            thread.
+        result: The whole answer, once it is complete.
     """
 
     def __init__(self) -> None:
@@ -29,7 +35,7 @@ class Pieces:
         self._wakers: list[_Waker] = []
         self._end_wakers: list[_Waker] = []
         self._error: Exception | None = None
-        self.is_ended = False
+        self.is_ended = self.is_cancelled = False
         self.result: Generation | None = None
 
     def put(self, piece: str) -> None:
@@ -51,11 +57,13 @@ class Pieces:
         """End with an error, which the next reader that finds no piece raises."""
         self._end(None, error)
 
-    def drop(self) -> None:
-        """End now, without what was not read."""
+    def cancel(self) -> None:
+        """Ask for no more, and end now without what was not read; nothing if the answer is complete."""
+        if self.is_ended:
+            return
+        self.is_cancelled = True
         with self._lock:
             self._pieces.clear()
-            self._error = None
         self._end(None, None)
 
     def take(self) -> str | None:

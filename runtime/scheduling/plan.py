@@ -18,6 +18,8 @@ DEFAULT_KEPT = 4
 DEFAULT_EMBEDS_BYTES = 256 << 20
 # Of the memory beside weights and workspace, what kept embeddings take at most where nobody says.
 _SHARE_OF_EMBEDS = 1 / 16
+# The same of the KV cache; a caller may ask for all of it.
+_SHARE_OF_CACHE = 1 / 2
 
 
 def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, room_bytes: int | None) -> Limits:
@@ -45,7 +47,9 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
     on_device = is_on_gpu(manifest)
     cache_room = None if room_bytes is None else max(0, room_bytes - (0 if on_device else embeds_bytes))
     fitting = None if cache_room is None else cache_room // slot_bytes
-    most = min((int(each) for each in (built_for, fitting) if each is not None), default=None)
+    # What nobody asked for leaves memory to others.
+    modest = None if cache_room is None else max(1, int(cache_room * _SHARE_OF_CACHE) // slot_bytes)
+    most = min((int(each) for each in (built_for, modest) if each is not None), default=None)
     _check_built_for(options, built_for)
     sequences = options.max_sequences
     if sequences is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from runtime.contract import FloatArray
 from runtime.generation_config import GenerationOptions
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
@@ -21,7 +23,7 @@ class Request:
         prompt_ready: When the prompt was prepared.
         priority: Requests of a higher one leave the queue first.
         deadline: When the answer has to be complete, by `time.perf_counter`; None for no such time.
-        wants_logits: The logits of all prompt tokens are wanted, and no answer.
+        on_logits: Given the logits of all prompt tokens, chunk by chunk, float32 [L, vocab]; then no answer is wanted.
         pieces: Where the answer goes.
     """
 
@@ -32,7 +34,7 @@ class Request:
     prompt_ready: float
     priority: int = 0
     deadline: float | None = None
-    wants_logits: bool = False
+    on_logits: Callable[[FloatArray], object] | None = None
     pieces: Pieces = field(default_factory=Pieces)
 
     @property

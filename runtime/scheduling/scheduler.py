@@ -120,7 +120,7 @@ class ChunkSize:
     """
 
     def __init__(self, max_tokens: int, max_delay_s: float) -> None:
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._max_delay_s = max_delay_s
         self._s_per_token = 0.0
 
@@ -131,12 +131,10 @@ class ChunkSize:
             num_left: Tokens of the prompt that have not run.
             is_alone: No other sequence runs, so nobody waits.
         """
-        most = self._max_tokens
+        most = self.max_tokens
         if not is_alone:
             most = min(most, max(MIN_CHUNK, self._affordable()))
-        # As many chunks as that takes, all of about one size: a rest of few tokens would cost as much as many.
-        num_chunks = -(-num_left // most)
-        return -(-num_left // num_chunks)
+        return min(most, num_left)
 
     def measured(self, num_tokens: int, seconds: float) -> None:
         """Learn from a chunk that has run."""

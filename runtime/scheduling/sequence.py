@@ -24,7 +24,7 @@ from runtime.tokenizer import Tokenizer
 
 
 class Sequence:
-    """A request and its state; the worker's thread alone changes it, but for `is_cancelled`.
+    """A request and its state; the worker's thread alone changes it.
 
     Attributes:
         request: What was asked.
@@ -32,9 +32,7 @@ class Sequence:
         num_rows: Valid rows of its slot.
         is_started: It has a slot.
         is_encoding: The vision tower is at one of its images.
-        is_cancelled: Nobody wants the answer any more; set by any thread.
         last_token: The newest token of the answer, which has no row yet.
-        logits: Those of the prompt, chunk by chunk, if they are wanted.
     """
 
     def __init__(self, request: Request, arrival: int, tokenizer: Tokenizer, lookup: PromptLookup | None) -> None:
@@ -43,9 +41,8 @@ class Sequence:
         self.priority = request.priority
         self.keys: IntArray = prompt_keys(request.prepared)
         self.num_rows = 0
-        self.is_started = self.is_encoding = self.is_cancelled = False
+        self.is_started = self.is_encoding = False
         self.last_token = -1
-        self.logits: list[FloatArray] = []
         self.lookup = lookup
         options, ids = request.options, request.prepared.prompt.input_ids
         self._sampler = Sampler(options)
@@ -135,14 +132,14 @@ class Sequence:
             logits_LV: What the call gave, [L, vocab].
         """
         self.num_rows += num_tokens
-        if self.request.wants_logits:
-            self.logits.append(logits_LV)
+        if self.request.on_logits is not None:
+            self.request.on_logits(logits_LV)
         if self.tokens_left:
             return ""
         self._inputs = None
         self._embeds.clear()
         self._needed.clear()
-        if self.request.wants_logits:
+        if self.request.on_logits is not None:
             return ""
         return self.take_token(logits_LV[-1])
 
@@ -184,7 +181,7 @@ class Sequence:
         prepared, needed = self.request.prepared, self._needed
         spans = prepared.prompt.spans
         embeds = _joined([self._embeds[index] for index in needed]) if needed else no_embeds
-        inputs = prepared.decoder_inputs(embeds, all_logits=self.request.wants_logits)
+        inputs = prepared.decoder_inputs(embeds, all_logits=self.request.on_logits is not None)
         num_skipped = sum(span.num_tokens for index, span in enumerate(spans) if index not in needed)
         if not num_skipped:
             return inputs

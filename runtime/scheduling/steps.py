@@ -29,6 +29,7 @@ from runtime.scheduling.vision_cache import VisionCache
 from runtime.session import Session, TopLogitsSession
 from runtime.vision_inputs import VISION_PATCHES, vision_inputs
 
+_RUNS_TO_RECORD = 2  # TensorRT sets up what a new shape needs in the first run, and records the second
 MAX_FAILURES = 3
 """Calls of the session that may fail one after the other; then it counts as dead."""
 
@@ -58,6 +59,7 @@ class Steps:
         self._no_embeds = no_visual_embeds(manifest.model)
         self._chunks = ChunkSize(limits.prefill_chunk, limits.max_delay_s)
         self._logits_chunk = limits.logits_chunk
+        self._max_sequences = limits.max_sequences
         self._on_vision = on_vision
         runs_beside = getattr(session, "runs_vision_beside", False)
         self._encoder = ThreadPoolExecutor(1, "qwen3vl-vision") if runs_beside else None
@@ -90,8 +92,8 @@ class Steps:
 
     def start(self, sequence: Sequence) -> None:
         """Give a sequence that was admitted its slot, with the rows and embeddings that are here already."""
-        keys, wants_logits = sequence.keys, sequence.request.wants_logits
-        num_shared = self.slots.start(sequence, keys, shares=not wants_logits)
+        keys = sequence.keys
+        num_shared = self.slots.start(sequence, keys, shares=sequence.request.on_logits is None)
         sequence.start(num_shared)
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(keys)
@@ -144,9 +146,9 @@ class Steps:
 
     def prefill(self, sequence: Sequence) -> None:
         """Run a chunk of a prompt; after the last one the sequence decodes, or has ended."""
-        most = self._logits_chunk if sequence.request.wants_logits else None
         num_tokens = self._chunks.tokens(sequence.tokens_left, is_alone=self.num_running == 1)
-        num_tokens = num_tokens if most is None else min(num_tokens, most)
+        if sequence.request.on_logits is not None:
+            num_tokens = min(num_tokens, self._logits_chunk)
         start = time.perf_counter()
         with self._failing([sequence]):
             inputs = sequence.chunk(num_tokens, self._no_embeds)
@@ -158,7 +160,7 @@ class Steps:
             self.slots.write(sequence, sequence.num_rows)
             if sequence.tokens_left:
                 return
-            if sequence.is_finished or sequence.request.wants_logits:
+            if sequence.is_finished or sequence.request.on_logits is not None:
                 self.finish(sequence)
                 return
             self.slots.join(sequence)
@@ -179,17 +181,12 @@ class Steps:
             if drafts:
                 self._take_drafted(sequences[0], rows[0], drafts)
             else:
-                # Before any of them ends: then another one moves, with the row that it has now.
-                for sequence in sequences:
-                    self._count_row(sequence)
-                for sequence, (row,) in zip(sequences, rows, strict=False):
-                    with self._failing([sequence], is_call=False):
-                        self._take(sequence, row)
+                self._take_each(sequences, rows)
         self.counters.step_s.add(time.perf_counter() - start)
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence with its answer."""
-        if sequence.request.wants_logits:
+        if sequence.request.on_logits is not None:
             self._leave(sequence, None)
             self.counters.ended("logits")
             sequence.request.pieces.finish(None)
@@ -202,6 +199,28 @@ class Steps:
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out that runs; the rows it has are kept for others."""
         self._leave(sequence, self._kept_keys(sequence))
+
+    def warm_up(self) -> None:
+        """Run each kind of call once, on rows behind the valid ones, so that no request waits for what the first needs.
+
+        Calls are: images of the smallest grid, chunks of a prompt, decode steps of each number of sequences.
+        """
+        session, slots = self._session, self.slots
+        merge, capacity = self._config.vision.spatial_merge_size, slots.cache.capacity
+        pixels = np.zeros((1, merge * merge, self._config.vision.patch_elements), np.float32)
+        session.vision(vision_inputs(pixels, (1, merge, merge), self._config.vision))
+        roomy = min(range(len(slots)), key=slots.num_rows)
+        past = np.array([slots.num_rows(roomy)], np.int64)
+        for size in getattr(session, "chunk_sizes", (self._chunks.max_tokens,)):
+            num_tokens = min(size, self._chunks.max_tokens, capacity - int(past[0]))
+            ids = np.zeros((1, num_tokens), np.int64)
+            last = np.array([[num_tokens - 1]])
+            session.prefill(DecoderInputs.text(ids, past, self._no_embeds, logits_positions=last), slots.cache, roomy)
+        for batch in sorted({session.decode_batch(n + 1, len(slots)) for n in range(self._max_sequences)}):
+            pasts = np.array([min(slots.num_rows(b), capacity - 1) for b in range(batch)], np.int64)
+            inputs = DecoderInputs.text(np.zeros((batch, 1), np.int64), pasts, self._no_embeds)
+            for _ in range(_RUNS_TO_RECORD):
+                session.decode(inputs, slots.cache)
 
     def close(self) -> None:
         """Wait for the vision tower."""
@@ -267,9 +286,7 @@ class Steps:
         for b, sequence in enumerate(sequences):
             token_B1[b], past_B[b], delta_B[b] = sequence.last_token, sequence.num_rows, sequence.delta
         for b in range(len(sequences), batch):
-            past_B[b] = self.slots.num_rows(
-                b
-            )  # the row behind the valid ones, which is written again before it is read
+            past_B[b] = self.slots.num_rows(b)  # behind the valid rows, and written again before it is read
         return DecoderInputs.text(token_B1, past_B, self._no_embeds, delta=delta_B)
 
     def _run(self, inputs: DecoderInputs) -> list:  # type: ignore[type-arg]
@@ -279,17 +296,25 @@ class Steps:
             return cast(TopLogitsSession, self._session).decode_top(inputs, cache)
         return list(self._session.decode(inputs, cache))
 
+    def _take_each(self, sequences: list[Sequence], rows: list) -> None:  # type: ignore[type-arg]
+        # All rows are noted before any sequence may end: then another one moves into its place, with the rows it has.
+        for sequence in sequences:
+            self._add_row(sequence)
+        for sequence, (row,) in zip(sequences, rows, strict=False):  # what filled up the batch comes last
+            with self._failing([sequence], is_call=False):
+                self._take(sequence, row)
+
+    def _add_row(self, sequence: Sequence) -> None:
+        sequence.num_rows += 1
+        self.slots.write(sequence, sequence.num_rows)
+
     def _take_drafted(self, sequence: Sequence, rows: list, drafts: list[int]) -> None:  # type: ignore[type-arg]
         """Keep drafted tokens while they are what the sampler chooses; see `runtime.generation.decode_steps`."""
         for row, draft in zip(rows, [*drafts, None], strict=True):
-            self._count_row(sequence)
+            self._add_row(sequence)
             self._take(sequence, row)
             if sequence.last_token != draft or sequence.is_finished:
                 return
-
-    def _count_row(self, sequence: Sequence) -> None:
-        sequence.num_rows += 1
-        self.slots.write(sequence, sequence.num_rows)
 
     def _take(self, sequence: Sequence, row: object) -> None:
         piece = sequence.take_token(row)  # type: ignore[arg-type]

@@ -103,7 +103,7 @@ class Worker:
                 raise self._overload(f"{self._num_queued} requests wait, max_queue is {self.limits.max_queue}")
             return Place(self._places, next(self._numbers))
 
-    def submit(self, place: Place, request: Request, *, waits: bool = False) -> Sequence:
+    def submit(self, place: Place, request: Request, *, waits: bool = False) -> None:
         """Put a request into its place.
 
         Args:
@@ -136,7 +136,6 @@ class Worker:
             place.leave()
             self._start()
             self._changed.notify_all()
-        return sequence
 
     def call(self, work: Callable[[], _T]) -> _T:
         """Run something on the session between two steps, and wait for it.
@@ -151,6 +150,10 @@ class Worker:
             self._start()
             self._changed.notify_all()
         return future.result()
+
+    def warm_up(self) -> None:
+        """Run each kind of call once; for `call`."""
+        self._steps.warm_up()
 
     def statistics(self) -> dict[str, Any]:
         """Return counters, histograms and what there is now, as plain data."""
@@ -329,7 +332,8 @@ class Worker:
         steps = self._steps
         for sequence in [*self._waiting, *steps.prompts, *steps.decoding]:
             deadline = sequence.request.deadline
-            if not sequence.is_cancelled and (deadline is None or now < deadline):
+            is_cancelled = sequence.request.pieces.is_cancelled
+            if not is_cancelled and (deadline is None or now < deadline):
                 continue
             if sequence in self._waiting:
                 with self._changed:
@@ -338,7 +342,7 @@ class Worker:
                     self._changed.notify_all()
             else:
                 steps.drop(sequence)
-            if sequence.is_cancelled:
+            if is_cancelled:
                 steps.counters.ended("cancelled")
                 sequence.request.pieces.finish(None)
             else:

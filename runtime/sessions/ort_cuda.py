@@ -1,7 +1,17 @@
 """Run an engine with ONNX Runtime's CUDA provider: weights, KV cache and logits stay on the device.
 
-A decode step of one token a sequence reads and writes fixed buffers, so the provider captures it once as a CUDA graph
-and replays it; a step then costs one launch. All other calls run uncaptured.
+A decode step of one token a sequence, of the sequences from slot 0 on, reads and writes fixed buffers, so the provider
+captures it once for each batch size as a CUDA graph and replays it; a step then costs one launch. All other calls run
+uncaptured. A graph is of the thread that captured it, so another one that calls captures anew.
+
+The memory of caches and steps is ours, by `runtime.cuda` and not from ONNX Runtime: its arena grows by powers of two,
+so it could take up to twice what a cache needs, and it copies neither a part of a buffer nor a new buffer's zeros
+without the host. The package cuda-bindings brings that into one context with the provider: both use the primary one.
+
+ONNX Runtime has a stream of its own; neither waits for the other. Two rules order them: a run waits for its stream
+before it returns (CUDAExecutionProvider::OnRunEnd and CUDAGraphManager::Replay, as long as the run option
+`disable_synchronize_execution_providers` is not set), and what is enqueued on our stream is waited for before a run
+begins or a call returns.
 
 What differs between devices is in `Device`, and nothing else here asks for one, so tests run the same code on the CPU.
 
@@ -15,6 +25,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +34,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs, past_names, present_names
-from runtime.device_cache import from_bfloat16
+from runtime.contract import DECODER_DTYPES, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
+from runtime.cuda import CudaDevice
+from runtime.decode_step import StepBuffers, padded_batch
+from runtime.device_buffers import Staging
+from runtime.device_cache import DeviceKVCache
 from runtime.engine_paths import check_paths
 from runtime.errors import CapacityError, EngineError
 from runtime.installation import from_extra, how_to_install
@@ -35,6 +49,7 @@ with from_extra("cuda"):
     import onnxruntime as ort
 
 LOGITS, TOP_LOGITS, TOP_IDS = "logits", "top_logits", "top_ids"
+_OUTPUT_DTYPES = {LOGITS: np.float32, TOP_LOGITS: np.float32, TOP_IDS: np.int64}
 # Element types of a cache as ONNX numbers them (TensorProto.DataType): numpy has no bfloat16.
 _ONNX_TYPES = {"float16": 10, "bfloat16": 16}
 # A capacity is rounded up to this, so that the buffers of one answer, and their captured step, serve the next.
@@ -49,60 +64,46 @@ class Device:
     Attributes:
         provider: ONNX Runtime's name of the execution provider.
         name: Name of the memory, for OrtValue and IOBinding.
+        memory: Gives the memory.
         options: Options of the provider, for both graphs.
         decoder_options: Further ones for the decoder.
     """
 
     provider: str
     name: str
+    memory: Callable[[], CudaDevice]
     options: Mapping[str, str] = field(default_factory=dict)
     decoder_options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def records(self) -> bool:
+        """Whether the decoder's runs with a graph id are recorded."""
+        return "enable_cuda_graph" in self.decoder_options
 
 
 # Without the strict mode SkipSimplifiedLayerNormalization sums squares of float16 in float16
 # (contrib_ops/cuda/bert/skip_layer_norm_impl.cu).
-CUDA = Device("CUDAExecutionProvider", "cuda", {"enable_skip_layer_norm_strict_mode": "1"}, {"enable_cuda_graph": "1"})
+CUDA = Device(
+    "CUDAExecutionProvider",
+    "cuda",
+    lambda: CudaDevice("cuda"),
+    {"enable_skip_layer_norm_strict_mode": "1"},
+    {"enable_cuda_graph": "1"},
+)
 
 
 class CacheBuffers:
-    """Keys and values of all layers on the device, and the step that was bound to them."""
+    """A cache's memory, and the steps that were bound to it.
 
-    def __init__(self, num_layers: int, shape_BKTH: tuple[int, int, int, int], dtype: str, device: str) -> None:
-        self.shape_BKTH, self.dtype, self.device = shape_BKTH, dtype, device
-        # bfloat16 is stored as float16, whose zeros and size it shares; bindings say what it is. On the CPU a value
-        # keeps the array's own memory, so each has an array.
-        self.values = [
-            [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape_BKTH, np.float16), device) for _ in ("key", "value")]
-            for _ in range(num_layers)
-        ]
-        self.step: _Step | None = None
+    Attributes:
+        cache: Keys and values.
+        io: What all steps read and write.
+        steps: The steps by their batch.
+    """
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all of them."""
-        return 2 * len(self.values) * int(np.prod(self.shape_BKTH)) * np.dtype(np.float16).itemsize
-
-    def bind(self, binding: ort.IOBinding, row: int | None = None) -> None:
-        """Bind past and present to the same memory: of all sequences, or of one, whose rows lie together."""
-        shape = list(self.shape_BKTH)
-        offset = 0
-        if row is not None:
-            shape[0] = 1
-            offset = row * int(np.prod(shape)) * np.dtype(np.float16).itemsize
-        element = _ONNX_TYPES[self.dtype]
-        num_layers = len(self.values)
-        values = itertools.chain.from_iterable(self.values)
-        for past, present, value in zip(past_names(num_layers), present_names(num_layers), values, strict=True):
-            place = (self.device, 0, element, shape, value.data_ptr() + offset)
-            binding.bind_input(past, *place)
-            binding.bind_output(present, *place)
-
-    def layer(self, index: int) -> tuple[FloatArray, FloatArray]:
-        """Return copies of one layer's keys and values as float32."""
-        key, value = (value.numpy() for value in self.values[index])
-        if self.dtype == "float16":
-            return key.astype(np.float32), value.astype(np.float32)
-        return from_bfloat16(key), from_bfloat16(value)
+    def __init__(self, cache: DeviceKVCache, io: StepBuffers) -> None:
+        self.cache, self.io = cache, io
+        self.steps: dict[int, _Step] = {}
 
 
 class OrtDeviceCache:
@@ -110,73 +111,89 @@ class OrtDeviceCache:
 
     def __init__(self, buffers: CacheBuffers, give_back: Callable[[CacheBuffers], None]) -> None:
         self.buffers = buffers
-        self.batch, _, self.capacity, _ = buffers.shape_BKTH
+        self.batch, self.capacity = buffers.cache.batch, buffers.cache.capacity
         weakref.finalize(self, give_back, buffers).atexit = False
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers."""
-        return self.buffers.num_bytes
+        return self.buffers.cache.num_bytes
 
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return copies of one layer's keys and values, [B, K, T, H], as float32."""
-        return self.buffers.layer(index)
+        return self.buffers.cache.layer(index)
+
+    def copy_rows(self, source: int, target: int, num_rows: int) -> None:
+        """Copy the first rows of one slot to another."""
+        self.buffers.cache.copy_rows(source, target, num_rows)
+
+    def swap_rows(self, slot: int, other: int, num_rows: int) -> None:
+        """Exchange the first rows of two slots."""
+        self.buffers.cache.swap_rows(slot, other, num_rows)
 
 
 class _Step:
-    """One new token a sequence, in buffers whose addresses never change: what a CUDA graph replays."""
+    """One new token of each sequence from slot 0 on, in buffers that never move: what a CUDA graph replays."""
 
     def __init__(
-        self, session: ort.InferenceSession, buffers: CacheBuffers, inputs: DecoderInputs, graph_id: int
+        self, session: ort.InferenceSession, buffers: CacheBuffers, batch: int, graph_id: int, device: str
     ) -> None:
-        self._inputs = {
-            name: ort.OrtValue.ortvalue_from_numpy(array.copy(), buffers.device)
-            for name, array in inputs.arrays().items()
-        }
-        known = {output.name: output for output in session.get_outputs()}
-        rows = inputs.logits_positions.shape
-        self.outputs = {
-            name: ort.OrtValue.ortvalue_from_shape_and_type(
-                [*rows, known[name].shape[-1]], _numpy_type(known[name].type), buffers.device
-            )
-            for name in (LOGITS, TOP_LOGITS, TOP_IDS)
-        }
+        io, addresses = buffers.io, buffers.io.addresses
         self._session = session
         self._binding = session.io_binding()
-        for name, value in self._inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for name, value in self.outputs.items():
-            self._binding.bind_ortvalue_output(name, value)
-        buffers.bind(self._binding)
+        for name, shape in io.shapes(batch).items():
+            self._binding.bind_input(name, device, 0, DECODER_DTYPES[name], shape, addresses[name])
+        for name, shape in io.output_shapes(batch).items():
+            self._binding.bind_output(name, device, 0, _OUTPUT_DTYPES[name], shape, addresses[name])
+        _bind_cache(self._binding, buffers.cache, device, 0, batch)
         self.graph_id = graph_id
         self._options = _run_options(str(graph_id))
 
-    def run(self, inputs: DecoderInputs) -> None:
-        """Copy the inputs to the device and run."""
-        for name, array in inputs.arrays().items():
-            # Nothing of the embeddings is read, and a step's logits are those of its one token.
-            if name not in ("visual_embeds", "logits_positions"):
-                self._inputs[name].update_inplace(array)
+    def run(self) -> None:
+        """Run on the inputs that are on the device."""
         self._session.run_with_iobinding(self._binding, self._options)
 
 
 class OrtCudaSession:
     """The two graphs of an engine in ONNX Runtime, on one device.
 
+    Everything but caches, which free themselves, is freed with the last reference, or by `close`.
+
     Attributes:
+        chunk_sizes: Tokens that a chunk of a prompt is filled up to. The first call with another number of tokens takes
+            60 to 90 ms longer than later ones (H200, 2B in float16: 6 to 8 ms for 20 to 512 tokens).
         decode_recorded: Whether decode steps run as a CUDA graph; none before the first. With the option set, ONNX
             Runtime repeats a run until it has recorded it, or fails.
     """
+
+    chunk_sizes = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None, *, device: Device = CUDA) -> None:
         self._config = manifest.model
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._device = device
         self.decode_recorded: bool | None = None
+        _check_provider(folder, device)
+        self._memory = device.memory()
         self._vision = _open(folder / "vision.onnx", device, device.options, threads)
         self._decoder = _open(folder / "decoder.onnx", device, {**device.options, **device.decoder_options}, threads)
         self._idle: dict[tuple[int, ...], list[CacheBuffers]] = {}
         self._graph_ids = itertools.count(1)
+        self._num_calls = 0
+        with ExitStack() as stack:
+            self._stream = self._memory.new_stream()
+            stack.callback(self._memory.free_stream, self._stream)
+            self._staging = self._guard(partial(Staging, self._memory, self._stream))
+            stack.callback(self._staging.close)
+            stack.callback(self._idle.clear)
+            self.close = weakref.finalize(self, stack.pop_all().close)
+            self.close.atexit = False  # the driver frees what a process leaves
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that a new cache of another size may take, less what runs will take for their activations."""
+        idle = sum(buffers.cache.num_bytes for each in self._idle.values() for buffers in each)
+        return self._memory.memory_info()[0] + idle
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`."""
@@ -188,6 +205,9 @@ class OrtCudaSession:
 
         Buffers of that size which lie idle are used again, as they are: rows beyond a sequence's length are never read.
         A new size frees all that lie idle, so that they never add up.
+
+        Raises:
+            CapacityError: The GPU is out of memory.
         """
         text = self._config.text
         rounded = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
@@ -197,25 +217,65 @@ class OrtCudaSession:
             buffers = idle.pop()
         else:
             self._free_idle()
-            buffers = self._guard(partial(CacheBuffers, text.num_layers, shape, self._cache_dtype, self._device.name))
+            buffers = self._guard(partial(self._new_buffers, shape))
         return OrtDeviceCache(buffers, idle.append)
+
+    def _new_buffers(self, shape_BKTH: tuple[int, int, int, int]) -> CacheBuffers:
+        num_top = next(output.shape[-1] for output in self._decoder.get_outputs() if output.name == TOP_IDS)
+        num_layers = self._config.text.num_layers
+        cache = DeviceKVCache(self._memory, self._staging, num_layers, shape_BKTH, self._cache_dtype)
+        try:
+            return CacheBuffers(cache, StepBuffers(self._memory, self._staging, self._config, cache.batch, num_top))
+        except CapacityError:
+            cache.close()
+            raise
 
     def _free_idle(self) -> None:
         for idle in self._idle.values():
             while idle:
-                step = idle.pop().step
-                if step is not None:
+                for step in idle.pop().steps.values():
                     self._decoder.release_captured_graph(step.graph_id)
 
-    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
+    def decode_batch(self, num_sequences: int, num_slots: int) -> int:
+        """Return the next batch size that is recorded; see `runtime.session.Session.decode_batch`."""
+        return padded_batch(num_sequences, num_slots) if self._device.records else num_sequences
+
+    def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
+        """Run the decoder on a chunk, filled up to one of `chunk_sizes`; see `runtime.session.Session.prefill`."""
+        batch, num_new = inputs.input_ids.shape
+        size = next((each for each in self.chunk_sizes if each >= num_new), num_new)
+        if batch == 1 and int(inputs.past_lengths[0]) + size <= cache.capacity:
+            inputs = inputs.padded(size)
+        return self.decode(inputs, cache, slot)
+
+    def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder and copy all logits to the host; see `runtime.session.Session.decode`."""
-        runs = self._runs(inputs, cache, (LOGITS,))
+        buffers = self._checked(inputs, cache, slot)
+        if self._is_step(inputs, buffers.cache, slot):
+            self._guard(partial(self._run_step, buffers, inputs))
+            return buffers.io.logits(len(inputs.input_ids))
+        runs = self._runs(inputs, buffers.cache, slot, (LOGITS,))
         return np.concatenate([np.asarray(outputs[LOGITS].numpy(), np.float32) for outputs in runs])
 
-    def decode_top(self, inputs: DecoderInputs, cache: KVCache) -> list[list[TopLogits]]:
+    def decode_top(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> list[list[TopLogits]]:
         """Run the decoder and copy the largest logits alone; see `runtime.session.TopLogitsSession.decode_top`."""
-        runs = self._runs(inputs, cache, (LOGITS, TOP_LOGITS, TOP_IDS))
+        buffers = self._checked(inputs, cache, slot)
+        if self._is_step(inputs, buffers.cache, slot):
+            self._guard(partial(self._run_step, buffers, inputs))
+            return self._top_of_step(buffers.io, len(inputs.input_ids))
+        runs = self._runs(inputs, buffers.cache, slot, (LOGITS, TOP_LOGITS, TOP_IDS))
         return [row for outputs in runs for row in self._top_of(outputs)]
+
+    def _top_of_step(self, io: StepBuffers, batch: int) -> list[list[TopLogits]]:
+        io.enqueue_download()
+        self._memory.synchronize(self._stream)
+        call = self._num_calls
+
+        def fetch(b: int, i: int) -> FloatArray:
+            assert call == self._num_calls, "the logits of an earlier call are gone"
+            return io.logits_of(b)
+
+        return top_logits(*io.tops(batch), self._config.text.vocab_size, fetch)
 
     def _top_of(self, outputs: Mapping[str, ort.OrtValue]) -> list[list[TopLogits]]:
         def fetch(b: int, i: int) -> FloatArray:
@@ -224,42 +284,52 @@ class OrtCudaSession:
         values = np.asarray(outputs[TOP_LOGITS].numpy(), np.float32)
         return top_logits(outputs[TOP_IDS].numpy(), values, self._config.text.vocab_size, fetch)
 
-    def _runs(self, inputs: DecoderInputs, cache: KVCache, names: tuple[str, ...]) -> list[Mapping[str, ort.OrtValue]]:
-        """Run the decoder: at once, or sequence by sequence where each has several new tokens.
+    def _checked(self, inputs: DecoderInputs, cache: KVCache, slot: int) -> CacheBuffers:
+        assert isinstance(cache, OrtDeviceCache)
+        assert slot + len(inputs.input_ids) <= cache.batch, "slots that the cache does not have"
+        assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
+        self._num_calls += 1
+        return cache.buffers
+
+    def _is_step(self, inputs: DecoderInputs, cache: DeviceKVCache, slot: int) -> bool:
+        """Return whether a call is one that a graph repeats."""
+        (batch, num_new), num_asked = inputs.input_ids.shape, inputs.logits_positions.shape[1]
+        is_text = num_new == 1 == num_asked and not (inputs.visual_rows >= 0).any()
+        return is_text and slot == 0 and batch == self.decode_batch(batch, cache.batch)
+
+    def _run_step(self, buffers: CacheBuffers, inputs: DecoderInputs) -> None:
+        batch = len(inputs.input_ids)
+        if batch not in buffers.steps:
+            buffers.steps[batch] = _Step(self._decoder, buffers, batch, next(self._graph_ids), self._device.name)
+        buffers.io.write(inputs)
+        buffers.io.enqueue_upload()
+        self._memory.synchronize(self._stream)
+        buffers.steps[batch].run()
+        self.decode_recorded = self._device.records
+
+    def _runs(
+        self, inputs: DecoderInputs, cache: DeviceKVCache, slot: int, names: tuple[str, ...]
+    ) -> list[Mapping[str, ort.OrtValue]]:
+        """Run the decoder uncaptured: at once, or sequence by sequence where each has several new tokens.
 
         Returns:
             Outputs on the device, of all sequences or of each.
         """
-        assert isinstance(cache, OrtDeviceCache)
-        (batch, num_new), buffers = inputs.input_ids.shape, cache.buffers
-        assert batch == cache.batch, "the cache is of another batch"
-        assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
-        if num_new == 1 and inputs.logits_positions.shape[1] == 1 and not (inputs.visual_rows >= 0).any():
-            return [self._guard(partial(self._run_step, buffers, inputs))]
+        batch, num_new = inputs.input_ids.shape
         if batch == 1 or num_new == 1:
-            return [self._guard(partial(self._run_once, buffers, inputs, names))]
-        return [self._guard(partial(self._run_once, buffers, inputs.row(row), names, row)) for row in range(batch)]
-
-    def _run_step(self, buffers: CacheBuffers, inputs: DecoderInputs) -> Mapping[str, ort.OrtValue]:
-        if buffers.step is None:
-            buffers.step = _Step(self._decoder, buffers, inputs.with_used_rows(), next(self._graph_ids))
-        buffers.step.run(inputs)
-        self.decode_recorded = "enable_cuda_graph" in self._device.decoder_options
-        return buffers.step.outputs
+            return [self._guard(partial(self._run_once, cache, slot, inputs, names))]
+        return [self._guard(partial(self._run_once, cache, slot + row, inputs.row(row), names)) for row in range(batch)]
 
     def _run_once(
-        self,
-        buffers: CacheBuffers,
-        inputs: DecoderInputs,
-        names: tuple[str, ...],
-        row: int | None = None,
+        self, cache: DeviceKVCache, slot: int, inputs: DecoderInputs, names: tuple[str, ...]
     ) -> Mapping[str, ort.OrtValue]:
         binding = self._decoder.io_binding()
-        for name, array in inputs.arrays().items():
+        # With its own embeddings alone, so that a chunk does not upload those of the whole prompt.
+        for name, array in inputs.with_used_rows().arrays().items():
             binding.bind_cpu_input(name, array)
         for name in names:
             binding.bind_output(name, self._device.name)
-        buffers.bind(binding, row)
+        _bind_cache(binding, cache, self._device.name, slot, len(inputs.input_ids))
         self._decoder.run_with_iobinding(binding, _run_options(_UNCAPTURED))
         return dict(zip(names, binding.get_outputs(), strict=False))
 
@@ -285,13 +355,26 @@ def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> O
     return OrtCudaSession(folder, manifest, options.threads, device=device)
 
 
-def _open(path: Path, device: Device, provider_options: Mapping[str, str], threads: int | None) -> ort.InferenceSession:
+def _bind_cache(binding: ort.IOBinding, cache: DeviceKVCache, device: str, slot: int, batch: int) -> None:
+    """Bind past and present of slots slot … slot + batch - 1 to the same memory."""
+    shape = [batch, *cache.shape_BKTH[1:]]
+    element = _ONNX_TYPES[cache.dtype]
+    pasts = set(cache.past_names)
+    for name, address in cache.bindings(slot).items():
+        bind = binding.bind_input if name in pasts else binding.bind_output
+        bind(name, device, 0, element, shape, address)
+
+
+def _check_provider(folder: Path, device: Device) -> None:
     if device.provider not in ort.get_available_providers():
         raise EngineError(
-            f"{path}: onnxruntime {ort.__version__} has no {device.provider}, only "
+            f"{folder}: onnxruntime {ort.__version__} has no {device.provider}, only "
             f"{', '.join(ort.get_available_providers())}",
             remedy=f"uninstall onnxruntime, which excludes onnxruntime-gpu, then {how_to_install('cuda')}",
         )
+
+
+def _open(path: Path, device: Device, provider_options: Mapping[str, str], threads: int | None) -> ort.InferenceSession:
     if device.name == "cuda":
         # CUDA's libraries from the package index lie where the loader does not look; it prints what it misses.
         with contextlib.redirect_stdout(sys.stderr):
@@ -336,12 +419,3 @@ def _run_options(graph_id: str) -> ort.RunOptions:
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", graph_id)
     return options
-
-
-def _numpy_type(type_str: str) -> type[Any]:
-    types: dict[str, type[Any]] = {
-        "tensor(float)": np.float32,
-        "tensor(float16)": np.float16,
-        "tensor(int64)": np.int64,
-    }
-    return types[type_str]

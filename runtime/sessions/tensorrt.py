@@ -1,7 +1,8 @@
 """Run an engine of TensorRT or TensorRT-RTX plans; the KV cache lives on the device and is updated in place.
 
-A decode step of text is recorded once per cache and batch size as a CUDA graph (inputs to the device, decoder, largest
-logits to the host) and launched from then on. Everything else is enqueued call by call.
+A decode step of text, of the sequences from slot 0 on, is recorded once per cache and batch size as a CUDA graph
+(inputs to the device, decoder, largest logits to the host) and launched from then on. Everything else is enqueued call
+by call.
 
 Shapes: see runtime/session.py.
 """
@@ -26,12 +27,12 @@ from runtime.contract import (
     FloatArray,
     IntArray,
     VisionInputs,
-    no_visual_embeds,
     past_names,
     present_names,
 )
 from runtime.cuda import CudaDevice
-from runtime.device_buffers import Block, DeviceBuffer, Staging, aligned
+from runtime.decode_step import StepBuffers, padded_batch
+from runtime.device_buffers import DeviceBuffer, Staging, aligned
 from runtime.device_cache import DeviceKVCache
 from runtime.errors import CapacityError, EngineError, Qwen3VLError, UsageError
 from runtime.manifest import Manifest
@@ -67,6 +68,7 @@ class TensorRtSession:
 
     Attributes:
         decode_recorded: Whether decode steps run as a CUDA graph; none before there was an opportunity.
+        max_segments: Most segments of one call of `vision`.
 
     Raises:
         EngineError: The engine is not for this library or this GPU, or is damaged.
@@ -103,25 +105,14 @@ class TensorRtSession:
                 stack.callback(plans[graph].close)
             self._vision, self._decoder = plans["vision"], plans["decoder"]
             self._check_in_place(folder / "decoder.plan")
+            self.max_segments = min(profile.max["pixel_values"][0] for profile in self._vision.profiles)
             # What a decode step is recorded with never moves: made once, for the largest batch.
-            batch = self._max_batch
-            zeros = np.zeros((batch, 1), np.int64)
-            step = DecoderInputs.text(zeros, zeros[:, 0], no_visual_embeds(self._config))
-            self._inputs = Block(device, {name: (array.shape, array.dtype) for name, array in _ints_of(step).items()})
-            stack.callback(self._inputs.close)
-            top = (batch, 1, self._num_top)
-            self._tops = Block(device, {"top_ids": (top, np.int64), "top_logits": (top, np.float32)})
-            stack.callback(self._tops.close)
-            self._step_logits = self._buffer("step_logits", batch * text.vocab_size * _FLOAT_BYTES)
-            # Text takes no visual row, but the graph wants one.
-            row_bytes = self._config.num_visual_levels * text.hidden_size * _FLOAT_BYTES
-            self._step_embeds = self._buffer("step_embeds", row_bytes)
-            device.fill(self._step_embeds, 0, row_bytes, self._stream)
-            device.synchronize(self._stream)
+            self._io = StepBuffers(device, self._staging, self._config, self._max_batch, self._num_top)
+            stack.callback(self._io.close)
             if capabilities.get("weight_streaming"):
                 # All weights of the decoder are read for each token, those of the vision tower for each image.
                 # Such a plan of TensorRT-RTX takes no workspace, and then it may not be able to record.
-                share_memory((self._decoder, self._vision), device, self._later_bytes(manifest), batch)
+                share_memory((self._decoder, self._vision), device, self._later_bytes(manifest), self._max_batch)
             else:
                 # One for all, since runs follow each other on one stream. TensorRT-RTX records with no other.
                 num_bytes = max(plan.workspace_bytes for plan in plans.values())
@@ -130,6 +121,11 @@ class TensorRtSession:
                     plan.use_workspace(workspace, num_bytes)
             self.close = weakref.finalize(self, stack.pop_all().close)
             self.close.atexit = False  # the driver frees what a process leaves
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that new caches may take, less what larger prompts than before will take for inputs and logits."""
+        return self._device.memory_info()[0]
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`.
@@ -162,15 +158,23 @@ class TensorRtSession:
         shape = (batch, text.num_kv_heads, self._capacity, text.head_dim)
         return DeviceKVCache(self._device, self._staging, text.num_layers, shape, self._cache_dtype)
 
-    def decode(self, inputs: DecoderInputs, cache: KVCache) -> FloatArray:
+    def decode_batch(self, num_sequences: int, num_slots: int) -> int:
+        """Return the next batch size that is recorded; see `runtime.session.Session.decode_batch`."""
+        return num_sequences if self.decode_recorded is False else padded_batch(num_sequences, num_slots)
+
+    def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
+        """Run the decoder; see `runtime.session.Session.prefill`."""
+        return self.decode(inputs, cache, slot)
+
+    def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
-        addresses, _, _ = self._decode(inputs, cache)
+        addresses, _, _ = self._decode(inputs, cache, slot)
         shape = (inputs.logits_positions.shape[1], self._config.text.vocab_size)
         return np.stack([self._download(address, shape) for address in addresses])
 
-    def decode_top(self, inputs: DecoderInputs, cache: KVCache) -> list[list[TopLogits]]:
+    def decode_top(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> list[list[TopLogits]]:
         """Run the decoder; see `runtime.session.TopLogitsSession.decode_top`."""
-        addresses, ids_BLk, values_BLk = self._decode(inputs, cache)
+        addresses, ids_BLk, values_BLk = self._decode(inputs, cache, slot)
         call, size = self._num_calls, self._config.text.vocab_size
 
         def fetch(b: int, i: int) -> FloatArray:
@@ -182,26 +186,26 @@ class TensorRtSession:
     def _download(self, address: int, shape: Shape) -> FloatArray:
         return np.asarray(self._staging.download(address, shape, np.float32), np.float32)
 
-    def _decode(self, inputs: DecoderInputs, cache: KVCache) -> tuple[list[int], IntArray, FloatArray]:
+    def _decode(self, inputs: DecoderInputs, cache: KVCache, slot: int) -> tuple[list[int], IntArray, FloatArray]:
         """Run the decoder: the device address of each sequence's logits, and the largest of them, [B, L, k]."""
         assert isinstance(cache, DeviceKVCache)
         batch, num_new = inputs.input_ids.shape
-        assert batch == cache.batch, "a call runs all sequences of its cache"
+        assert slot + batch <= cache.batch, "slots that the cache does not have"
         assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
         assert batch == 1 or num_new == 1 or not inputs.past_lengths.any(), "a chunk with a past is one sequence"
         self._num_calls += 1
-        if num_new == 1 and (inputs.visual_rows < 0).all():
-            return self._step(_ints_of(inputs), cache)
+        if num_new == 1 == inputs.logits_positions.shape[1] and (inputs.visual_rows < 0).all():
+            return self._step(inputs, cache, slot)
         # Sequence by sequence: one fills the GPU, and the lengths of several would not fit one shape. That the prefill
         # profile takes a batch only keeps the plan small (engines/tensorrt/profiles.py).
         stride = aligned(inputs.logits_positions.shape[1] * self._config.text.vocab_size * _FLOAT_BYTES)
         logits = self._buffer("logits", batch * stride)
         addresses = [logits + b * stride for b in range(batch)]
-        tops = [self._chunk(inputs.row(b), address, cache, b) for b, address in enumerate(addresses)]
+        tops = [self._chunk(inputs.row(b), address, cache, slot + b) for b, address in enumerate(addresses)]
         return addresses, np.concatenate([ids for ids, _ in tops]), np.concatenate([values for _, values in tops])
 
     def _chunk(
-        self, inputs: DecoderInputs, logits: int, cache: DeviceKVCache, sequence: int
+        self, inputs: DecoderInputs, logits: int, cache: DeviceKVCache, slot: int
     ) -> tuple[IntArray, FloatArray]:
         """Run new tokens of one sequence; the logits go to the address `logits`."""
         arrays = inputs.with_used_rows().arrays()  # so that a chunk uploads its own embeddings alone
@@ -209,7 +213,7 @@ class TensorRtSession:
         profile = choose(self._decoder.profiles, shapes)
         top = (*inputs.logits_positions.shape, self._num_top)
         outputs = {"top_ids": top, "top_logits": top}
-        bound = cache.bindings(sequence) | {"logits": logits}
+        bound = cache.bindings(slot) | {"logits": logits}
         addresses = self._run(self._decoder, profile, arrays, outputs, shapes, bound)
         ids = np.asarray(self._staging.download(addresses["top_ids"], top, np.int64), np.int64)
         return ids, self._download(addresses["top_logits"], top)
@@ -233,30 +237,24 @@ class TensorRtSession:
         plan.enqueue(profile, shapes, addresses, self._stream)
         return addresses
 
-    def _step(self, ints: Mapping[str, IntArray], cache: DeviceKVCache) -> tuple[list[int], IntArray, FloatArray]:
+    def _step(self, inputs: DecoderInputs, cache: DeviceKVCache, slot: int) -> tuple[list[int], IntArray, FloatArray]:
         """Run a decode step of text, as a CUDA graph where there is or can be one; returns what `_decode` does."""
-        for name, array in ints.items():
-            self._inputs.array(name, array.shape)[:] = array
-        embeds = (self._config.num_visual_levels, 1, self._config.text.hidden_size)
-        shapes = _shapes_of(ints) | {"visual_embeds": embeds} | dict.fromkeys(cache.past_names, cache.shape_BKTH)
+        self._io.write(inputs)
+        batch = len(inputs.input_ids)
+        shapes = self._io.shapes(batch) | dict.fromkeys(cache.past_names, (batch, *cache.shape_BKTH[1:]))
         profile = choose(self._decoder.profiles, shapes)
-        addresses = self._inputs.addresses() | self._tops.addresses() | cache.bindings()
-        addresses |= {"visual_embeds": self._step_embeds, "logits": self._step_logits}
+        addresses = self._io.addresses | cache.bindings(slot)
+        is_recorded = slot == 0 and batch == self.decode_batch(batch, cache.batch)
         # TensorRT sets up lazily what a new shape needs, which must not happen while a graph is recorded.
-        is_set_up = self._records and not cache.graphs and self._decoder.has_run(profile, shapes)
-        if is_set_up and self._can_record(profile, shapes):
-            cache.graphs.append(self._capture(profile, shapes, addresses))
-        if cache.graphs:
-            self._device.launch(cache.graphs[0], self._stream)
+        is_set_up = is_recorded and batch not in cache.graphs and self._decoder.has_run(profile, shapes)
+        if is_set_up and self._records and self._can_record(profile, shapes):
+            cache.graphs[batch] = self._capture(profile, shapes, addresses)
+        if is_recorded and batch in cache.graphs:
+            self._device.launch(cache.graphs[batch], self._stream)
         else:
             self._enqueue_step(profile, shapes, addresses)
         self._device.synchronize(self._stream)
-        top = (cache.batch, 1, self._num_top)
-        # Copies, since the next step overwrites the block.
-        ids, values = (self._tops.array(name, top).copy() for name in ("top_ids", "top_logits"))
-        row_bytes = self._config.text.vocab_size * _FLOAT_BYTES
-        logits = [self._step_logits + b * row_bytes for b in range(cache.batch)]
-        return logits, np.asarray(ids, np.int64), np.asarray(values, np.float32)
+        return [self._io.logits_address(b) for b in range(batch)], *self._io.tops(batch)
 
     def _can_record(self, profile: Profile, shapes: Mapping[str, Shape]) -> bool:
         is_possible = self._decoder.can_be_captured(profile, shapes, self._stream)
@@ -282,9 +280,9 @@ class TensorRtSession:
             raise
 
     def _enqueue_step(self, profile: Profile, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        self._inputs.enqueue_upload(self._stream)
+        self._io.enqueue_upload()
         self._decoder.enqueue(profile, shapes, addresses, self._stream)
-        self._tops.enqueue_download(self._stream)
+        self._io.enqueue_download()
 
     def _later_bytes(self, manifest: Manifest) -> int:
         """Return the device memory of what is not allocated yet but for contexts: largest cache, inputs and outputs."""
@@ -330,8 +328,3 @@ def _close_all(buffers: Mapping[str, DeviceBuffer]) -> None:
 
 def _shapes_of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Shape]:
     return {name: array.shape for name, array in arrays.items()}
-
-
-def _ints_of(inputs: DecoderInputs) -> dict[str, NDArray[Any]]:
-    """Return the inputs of a decode step, which takes no visual embedding."""
-    return {name: array for name, array in inputs.arrays().items() if DECODER_DTYPES[name] is np.int64}

@@ -192,7 +192,7 @@ def test_engine_and_pytorch_drivers_agree(tiny_checkpoint: Path, tiny_engine: Pa
     Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save(image)
     first, second = (driver.first_token(str(image), "Read.") for driver in (ours, theirs))
     assert second.cache_bytes % ours.cache_token_bytes() == 0
-    assert first.cache_bytes - second.cache_bytes == ours.cache_token_bytes()  # room for the token that is answered
+    assert first.cache_bytes == second.cache_bytes > 0  # the token that is answered has no row
 
 
 def test_driver_process_measures_speed_and_image(tiny_engine: Path, tmp_path: Path) -> None:

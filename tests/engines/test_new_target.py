@@ -49,12 +49,20 @@ with from_extra("cpu"):
 
 class Cache:
     def __init__(self, names, shape):
-        self.capacity = shape[2]
+        self.batch, _, self.capacity, _ = shape
         self.arrays = {name: np.zeros(shape, np.float32) for name in names}
         self.num_bytes = sum(array.nbytes for array in self.arrays.values())
 
     def layer(self, index):
         return tuple(self.arrays[f"past_key_values.{index}.{kind}"].copy() for kind in ("key", "value"))
+
+    def copy_rows(self, source, target, num_rows):
+        for array in self.arrays.values():
+            array[target, :, :num_rows] = array[source, :, :num_rows]
+
+    def swap_rows(self, slot, other, num_rows):
+        for array in self.arrays.values():
+            array[[slot, other], :, :num_rows] = array[[other, slot], :, :num_rows]
 
 
 class ToySession:
@@ -69,10 +77,19 @@ class ToySession:
         names = [each.name for each in self.graphs["decoder"].get_inputs() if each.name.startswith("past_key_values.")]
         return Cache(names, (batch, self.text.num_kv_heads, capacity, self.text.head_dim))
 
-    def decode(self, inputs, cache):
-        presents = [name.replace("past", "present") for name in cache.arrays]
-        logits, *written = self.graphs["decoder"].run(["logits", *presents], {**inputs.arrays(), **cache.arrays})
-        cache.arrays = dict(zip(cache.arrays, written, strict=True))
+    def decode_batch(self, num_sequences, num_slots):
+        return num_sequences
+
+    def prefill(self, inputs, cache, slot=0):
+        return self.decode(inputs, cache, slot)
+
+    def decode(self, inputs, cache, slot=0):
+        part = slice(slot, slot + len(inputs.input_ids))
+        pasts = {name: array[part] for name, array in cache.arrays.items()}
+        presents = [name.replace("past", "present") for name in pasts]
+        logits, *written = self.graphs["decoder"].run(["logits", *presents], {**inputs.arrays(), **pasts})
+        for array, rows in zip(cache.arrays.values(), written, strict=True):
+            array[part] = rows
         return logits
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.cuda import Pieces
 from runtime.errors import CapacityError
 
 _ALIGNMENT = 256
@@ -125,6 +126,25 @@ class HostDevice:
     def fill(self, address: int, byte: int, num_bytes: int, stream: int) -> None:
         allocation, view = self._range(address, num_bytes)
         self.enqueue(stream, Work("fill", lambda: view.fill(byte), (allocation,)))
+
+    def copy_pieces(self, target: Pieces, source: Pieces, piece_bytes: int, num_pieces: int, stream: int) -> None:
+        if min(target.step_bytes, source.step_bytes) < piece_bytes or piece_bytes < 1 or num_pieces < 1:
+            raise HostCudaError(f"{num_pieces} pieces of {piece_bytes} bytes, {source.step_bytes} bytes apart")
+        (to, written), (origin, read) = (
+            self._range(each.address, (num_pieces - 1) * each.step_bytes + piece_bytes) for each in (target, source)
+        )
+        writes, reads = (
+            [view[i * each.step_bytes :][:piece_bytes] for i in range(num_pieces)]
+            for view, each in ((written, target), (read, source))
+        )
+        if any(np.shares_memory(write, each) for write in writes for each in reads):
+            raise HostCudaError("a copy of pieces that overlap")
+
+        def move() -> None:
+            for write, each in zip(writes, reads, strict=True):
+                _move(write, each)
+
+        self.enqueue(stream, Work("copy_pieces", move, (to, origin)))
 
     def enqueue(self, stream: int, work: Work) -> None:
         state = self._stream(stream)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.host_cuda import HostCudaError, HostDevice, Work
+from runtime.cuda import Pieces
 
 
 class Bench:
@@ -30,6 +31,11 @@ class Bench:
         self.device.begin_capture(self.stream)
         action()
 
+    def copy(self, to: int, to_step: int, origin: int, origin_step: int) -> None:
+        """Copy four pieces of 16 bytes between offsets in the device's memory."""
+        target, source = Pieces(self.address + to, to_step), Pieces(self.address + origin, origin_step)
+        self.device.copy_pieces(target, source, 16, 4, self.stream)
+
     def enqueue_then_free(self) -> None:
         self.device.fill(self.address, 0, 8, self.stream)
         self.device.free(self.address)
@@ -51,6 +57,11 @@ FAULTS: dict[str, tuple[str, Callable[[Bench], object]]] = {
     "pinned memory freed as device memory": ("never allocated", lambda b: b.device.free(b.pinned.ctypes.data)),
     "copy past the end": ("1024 bytes at offset 8", lambda b: b.device.to_host(b.pinned, b.address + 8, b.stream)),
     "fill past the end": ("at offset 0 of 1024", lambda b: b.device.fill(b.address, 0, 1025, b.stream)),
+    "pieces past the end": ("at offset 960 of 1024", lambda b: b.copy(960, 17, 0, 16)),
+    "pieces from past the end": ("at offset 512 of 1024", lambda b: b.copy(0, 16, 512, 166)),
+    "pieces closer than their size": ("16 bytes, 15 bytes apart", lambda b: b.copy(0, 16, 512, 15)),
+    "pieces that overlap": ("overlap", lambda b: b.copy(0, 64, 8, 64)),
+    "pieces in host memory": ("no device", lambda b: b.copy(0, 16, b.pinned.ctypes.data - b.address, 16)),
     "copy from unpinned memory": ("no pinned", lambda b: b.device.to_device(b.address, np.zeros(8), b.stream)),
     "unpinned memory while recording": (
         "no pinned",
@@ -97,6 +108,21 @@ def test_nothing_runs_before_it_is_waited_for() -> None:
     assert set(target.tolist()) == {0xCD}, "what is on its way holds neither old nor new values"
     device.synchronize(stream)
     assert set(target.tolist()) == {2}
+
+
+def test_pieces_between_each_other_are_copied_once_they_are_waited_for() -> None:
+    bench = Bench()
+    device, memory = bench.device, bench.device.view(bench.address, (8, 4, 32), np.uint8)
+    memory[:] = np.arange(8)[:, None, None]
+    bench.copy(16, 64, 512, 32)  # what lies between the pieces of the target keeps its values
+    assert np.array_equal(memory[:, 0, 0], np.arange(8))
+    before = memory.reshape(-1).copy()
+    device.synchronize(bench.stream)
+    expected = before.copy()
+    for i in range(4):
+        expected[16 + 64 * i :][:16] = before[512 + 32 * i :][:16]
+    assert np.array_equal(memory.reshape(-1), expected)
+    assert not np.array_equal(before, expected)
 
 
 def test_what_is_not_freed_is_listed() -> None:

@@ -87,10 +87,22 @@ def test_python_example(workplace: Path, demo_engine: Path) -> None:
         (workplace / "out").mkdir()
         (workplace / "out" / "demo").symlink_to(demo_engine)
     source += "\nimport sys\nassert not {'torch', 'transformers', 'onnx'} & set(sys.modules)\n"
-    first, second = call([sys.executable, "-c", source], workplace).splitlines()
-    assert first.split()[:2] == [TRUTHS[0]["answer"], "eos"]
+    first, *others = call([sys.executable, "-c", source], workplace).splitlines()
+    answer = TRUTHS[0]["answer"]
+    assert first.split()[:2] == [answer, "eos"]
     assert float(first.split()[2]) > 0
-    assert second == TRUTHS[0]["answer"]
+    assert others == [answer] * 4 + [str(len(answer))]
+
+
+def test_examples_of_many_requests(demo_engine: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "requests.md").read_text(encoding="utf-8")
+    source = "".join(re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE))
+    (tmp_path / "qwen3vl_export").symlink_to(ROOT / "qwen3vl_export")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "demo").symlink_to(demo_engine)
+    expected = re.findall(r"^ *print\(.*\)  # (.+)$", source, re.MULTILINE)
+    assert call([sys.executable, "-c", source], tmp_path).splitlines() == expected
+    assert len(expected) == source.count("print(") >= 3
 
 
 def test_the_export_from_python(tmp_path: Path) -> None:

@@ -116,19 +116,22 @@ def test_loading_is_seen() -> None:
 
 def test_public_names_are_those_of_the_runtime() -> None:
     import qwen3_vl
-    from runtime import __version__, answer, errors
+    from runtime import __version__, answer, errors, stream
+    from runtime.conversation import Conversation
     from runtime.generation_config import GenerationOptions
     from runtime.model import Qwen3VLModel
+    from runtime.stream import Stream
 
     found = {name: getattr(qwen3_vl, name) for name in qwen3_vl.__all__}
     assert found.pop("errors").__all__ == sorted(name for name, value in found.items() if is_error(value))
     assert found.pop("__version__") == __version__
     assert {name: value for name, value in found.items() if not is_error(value)} == {
+        "Conversation": Conversation,
         "Generation": answer.Generation,
         "GenerationOptions": GenerationOptions,
         "Qwen3VLModel": Qwen3VLModel,
         "Stats": answer.Stats,
-        "Stream": answer.Stream,
+        "Stream": Stream,
     }
     every_error = {errors.Qwen3VLError, *errors.Qwen3VLError.__subclasses__()}
     assert {value for value in found.values() if is_error(value)} == every_error

@@ -110,7 +110,9 @@ def test_typed_keywords_are_the_options() -> None:
             GenerationOptions().replace(**{name: object()})
     for method in (Qwen3VLModel.generate, Qwen3VLModel.stream):
         parameters = inspect.signature(method).parameters
-        assert list(parameters) == ["self", "messages", "options", "tools", "chat_template_kwargs", "keywords"]
+        more = ["on_piece"] if method is Qwen3VLModel.generate else []
+        names = ["messages", "options", "tools", "chat_template_kwargs", "priority", "timeout_s"]
+        assert list(parameters) == ["self", *names, *more, "keywords"]
         assert str(parameters["keywords"].annotation) == "Unpack[GenerationKeywords]"
     with pytest.raises(UsageError, match="unknown generation option 'max_new_token'"):
         GenerationOptions().replace(max_new_token=1)
@@ -195,7 +197,8 @@ VALUES: list[Any] = [
     HostileList([1]), fractions.Fraction(10**400), np.float64("nan"), np.zeros(3), np.array("a"), slice(1), Ellipsis,
     collections.UserList(["x"]), "x" * 10**6,
 ]  # fmt: skip
-OPTIONS = [*get_type_hints(GenerationKeywords), "options", "tools", "chat_template_kwargs", "unknown", "tok_k"]
+ARGUMENTS = ["options", "tools", "chat_template_kwargs", "priority", "timeout_s"]
+OPTIONS = [*get_type_hints(GenerationKeywords), *ARGUMENTS, "unknown", "tok_k"]
 
 
 @pytest.mark.portable
@@ -241,6 +244,14 @@ CALLS: dict[str, Callable[[Any, Qwen3VLModel], list[Callable[[], object]]]] = {
         for name in qwen3_vl.__all__
         if name.endswith("Error")
     },
+    "Conversation": lambda value, model: [
+        lambda: qwen3_vl.Conversation(value, value, value),
+        lambda: model.chat().ask(value, max_new_tokens=1),
+        lambda: model.chat().ask("x", images=value, max_new_tokens=1),
+        lambda: model.chat().ask("x", images=[value], max_new_tokens=1),
+        lambda: model.chat().ask("x", max_new_tokens=value, eos_token_ids=[], seed=value),
+        lambda: model.chat().rewind(value),
+    ],
     "Generation": lambda value, _: [lambda: qwen3_vl.Generation(value, value, value, value)],
     "GenerationOptions": lambda value, _: [
         *(lambda fields=fields: GenerationOptions(**fields) for fields in fields_of(value)),
@@ -253,6 +264,9 @@ CALLS: dict[str, Callable[[Any, Qwen3VLModel], list[Callable[[], object]]]] = {
         lambda: Qwen3VLModel(*[value] * 5),
         lambda: model.generate(value, max_new_tokens=1),
         lambda: model.logits(value),
+        lambda: model.chat(value).ask("x", max_new_tokens=1),
+        lambda: model.chat(tools=value).ask("x", max_new_tokens=1),
+        lambda: model.chat(chat_template_kwargs=value).ask("x", max_new_tokens=1),
         lambda: model.prepare(value),
         lambda: model.prepare("x", tools=value),
         lambda: model.prepare("x", chat_template_kwargs=value),
@@ -265,7 +279,7 @@ CALLS: dict[str, Callable[[Any, Qwen3VLModel], list[Callable[[], object]]]] = {
         for name in ("max_context", "max_batch", "prefill_chunk", "max_patches")
     ],
     "export": lambda value, _: [lambda: qwen3_vl.core.export(value)],
-    "Stats": lambda value, _: [lambda: qwen3_vl.Stats(*[value] * 10)],
+    "Stats": lambda value, _: [lambda: qwen3_vl.Stats(*[value] * 11)],
     "Stream": lambda value, _: [lambda: qwen3_vl.Stream(value)],
     "Qwen3VL": lambda value, _: [lambda: qwen3_vl.core.Qwen3VL(value)],
     "open_eager": lambda value, _: [

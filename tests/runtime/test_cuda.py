@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.cuda import CudaDevice
+from runtime.cuda import CudaDevice, Pieces
 from runtime.errors import CapacityError, EngineError
 
 real = pytest.importorskip("cuda.bindings.runtime")
@@ -32,12 +32,13 @@ RESULTS: dict[str, tuple[Any, ...]] = {
 
 
 class FakeRuntime(ModuleType):
-    """The functions of cuda-bindings, which only count their arguments; other names are the real ones."""
+    """The functions of cuda-bindings, which only count and keep their arguments; other names are the real ones."""
 
     def __init__(self) -> None:
         super().__init__("cuda.bindings.runtime")
         self.failing: dict[str, Any] = {}
         self.calls: list[str] = []
+        self.arguments: dict[str, tuple[Any, ...]] = {}
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(real, name)  # AttributeError: the binding has no such name
@@ -50,6 +51,7 @@ class FakeRuntime(ModuleType):
         def call(*args: Any) -> tuple[Any, ...]:
             assert len(args) == num_expected, signature
             self.calls.append(name)
+            self.arguments[name] = args
             return (self.failing.get(name, OK), *RESULTS.get(name, ()))
 
         return call
@@ -72,6 +74,7 @@ def test_every_call_has_the_arguments_that_the_binding_takes(cuda: FakeRuntime) 
     device.to_device(address, array, stream)
     device.to_host(array, address, stream)
     device.fill(address, 0, 8, stream)
+    device.copy_pieces(Pieces(address, 64), Pieces(address + 32, 64), 32, 4, stream)
     graph = device.end_capture(stream)
     device.launch(graph, stream)
     device.synchronize(stream)
@@ -80,6 +83,10 @@ def test_every_call_has_the_arguments_that_the_binding_takes(cuda: FakeRuntime) 
     device.free_pinned(array)
     device.free(address)
     assert cuda.calls.count("cudaMemcpyAsync") == 2
+    assert cuda.arguments["cudaMemcpy2DAsync"] == (
+        *(address, 64, address + 32, 64, 32, 4),
+        *(real.cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream),
+    )
     for freed in ("cudaFree", "cudaFreeHost", "cudaStreamDestroy", "cudaGraphDestroy", "cudaGraphExecDestroy"):
         assert cuda.calls.count(freed) == 1
 
@@ -126,8 +133,10 @@ def test_a_missing_binding_names_the_package(monkeypatch: pytest.MonkeyPatch) ->
         raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(EngineError, match="cuda-bindings, which is not installed"):
-        CudaDevice()
+    for extra in ("tensorrt", "cuda"):
+        with pytest.raises(EngineError, match="cuda-bindings, which is not installed") as caught:
+            CudaDevice(extra)
+        assert f"`{extra}`" in str(caught.value.remedy)
 
 
 def test_a_failure_inside_a_graph_or_a_kernel_is_an_engine_error(cuda: FakeRuntime) -> None:

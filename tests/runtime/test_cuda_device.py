@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.host_cuda import HostDevice
-from runtime.cuda import CudaDevice
+from runtime.cuda import CudaDevice, Pieces
 from runtime.device_buffers import Block, DeviceBuffer, Staging
 from runtime.errors import CapacityError, EngineError
 
@@ -60,6 +60,24 @@ def test_memory_goes_to_the_device_and_back(device: CudaDevice, stream: int) -> 
     device.to_host(target, address, stream)
     device.synchronize(stream)
     assert np.array_equal(target.view(np.float32), np.where(values < 100, 0, values))
+    for array in (source, target):
+        device.free_pinned(array)
+    device.free(address)
+
+
+def test_pieces_are_copied_and_nothing_between_them(device: CudaDevice, stream: int) -> None:
+    values = np.arange(1000, dtype=np.int32)
+    source, target = pinned(device, values), device.pinned(values.nbytes)
+    address = device.alloc(values.nbytes)
+    device.to_device(address, source, stream)
+    # Three pieces of five numbers, from places 100, 120, 140 to 500, 530, 560, and on in the same stream to 0, 5, 10.
+    device.copy_pieces(Pieces(address + 2000, 120), Pieces(address + 400, 80), 20, 3, stream)
+    device.copy_pieces(Pieces(address, 20), Pieces(address + 2000, 120), 20, 3, stream)
+    device.to_host(target, address, stream)
+    device.synchronize(stream)
+    for i in range(3):
+        values[500 + 30 * i :][:5] = values[5 * i :][:5] = 100 + 20 * i + np.arange(5)
+    assert np.array_equal(target.view(np.int32), values)
     for array in (source, target):
         device.free_pinned(array)
     device.free(address)

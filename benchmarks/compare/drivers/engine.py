@@ -38,7 +38,8 @@ class EngineDriver(Driver):
         """Prepare a first prefill, with the logits of the last token."""
         ids = np.random.default_rng(0).integers(0, self._model.config.text.vocab_size, (batch, length))
         cache = self._model.session.new_cache(length, batch)
-        return lambda: self._decode(ids, 0, np.full((batch, 1), length - 1), cache)
+        inputs = self._inputs(ids, 0, np.full((batch, 1), length - 1))
+        return lambda: self._model.session.prefill(inputs, cache)
 
     def decode(self, batch: int, past: int) -> Call:
         """Prepare a step that writes row `past` of the cache again and again, each time for another token.
@@ -49,7 +50,9 @@ class EngineDriver(Driver):
         vocab_size = self._model.config.text.vocab_size
         cache = self._model.session.new_cache(past + 1, batch)
         last = np.zeros((batch, 1), np.int64)
-        return lambda: self._decode(random.integers(0, vocab_size, (batch, 1)), past, last, cache)
+        return lambda: self._model.session.decode(
+            self._inputs(random.integers(0, vocab_size, (batch, 1)), past, last), cache
+        )
 
     def first_token(self, image: str, prompt: str) -> FirstToken:
         """Answer with one token."""
@@ -60,7 +63,8 @@ class EngineDriver(Driver):
     def logits(self, input_ids: Sequence[int]) -> np.ndarray[Any, Any]:
         """Run one prefill that asks for all logits."""
         cache = self._model.session.new_cache(len(input_ids))
-        return self._decode(np.asarray([input_ids]), 0, np.arange(len(input_ids))[None], cache)[0]
+        inputs = self._inputs(np.asarray([input_ids]), 0, np.arange(len(input_ids))[None])
+        return self._model.session.prefill(inputs, cache)[0]
 
     def decoder_bytes(self) -> int:
         """Sum the weights of the decoder graph."""
@@ -71,10 +75,9 @@ class EngineDriver(Driver):
         cache = self._model.session.new_cache(_CACHE_POSITIONS)
         return cache.num_bytes / cache.capacity
 
-    def _decode(self, ids_BS: Any, past: int, asked_BL: Any, cache: Any) -> np.ndarray[Any, Any]:
+    def _inputs(self, ids_BS: Any, past: int, asked_BL: Any) -> DecoderInputs:
         pasts_B = np.full(len(ids_BS), past)
-        inputs = DecoderInputs.text(ids_BS, pasts_B, self._no_visual, logits_positions=asked_BL)
-        return self._model.session.decode(inputs, cache)
+        return DecoderInputs.text(ids_BS, pasts_B, self._no_visual, logits_positions=asked_BL)
 
 
 DRIVER = EngineDriver

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -60,6 +61,26 @@ def attention(num_new: int, batch: int) -> ir.Model:
     return ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
 
 
+def fill(cache: OrtKVCache, codes: list[np.ndarray]) -> None:
+    """Write keys and values of one layer, as a graph does."""
+    names = {kind: [f"{when}_key_values.0.{kind}" for when in ("past", "present")] for kind in ("key", "value")}
+    element = helper.np_dtype_to_tensor_dtype(codes[0].dtype)
+    made = {
+        name: helper.make_tensor_value_info(name, element, codes[0].shape)
+        for name in (*names, *itertools.chain.from_iterable(names.values()))
+    }
+    nodes = [helper.make_node("Identity", [kind], [present]) for kind, (_, present) in names.items()]
+    inputs = [made[name] for name in (*names, *(past for past, _ in names.values()))]
+    graph = helper.make_graph(nodes, "fill", inputs, [made[present] for _, present in names.values()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for kind, array in zip(names, codes, strict=True):
+        binding.bind_cpu_input(kind, array)
+    cache.bind(binding, 0, cache.batch)
+    session.run_with_iobinding(binding)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("num_new", "lengths"), [(1, (20, 9)), (6, (17,)), (9, (0, 0))])
 def test_codes_and_attention_are_those_of_numpy(bits: int, num_new: int, lengths: tuple[int, ...]) -> None:
@@ -71,8 +92,7 @@ def test_codes_and_attention_are_those_of_numpy(bits: int, num_new: int, lengths
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     dtype, row = {8: ("int8", HEAD_DIM), 4: ("uint8", HEAD_DIM // 2)}[bits]
     cache = OrtKVCache(1, (batch, KV_HEADS, CAPACITY, row), dtype, scales)
-    for value in cache.values[0]:
-        value.numpy()[...] = rng.integers(0, 256, value.shape()).astype(np.uint8).view(dtype)
+    fill(cache, [rng.integers(0, 256, (batch, KV_HEADS, CAPACITY, row)).astype(np.uint8).view(dtype) for _ in "kv"])
     before = cache.layer(0)
     assert before[0].shape == (batch, KV_HEADS, CAPACITY, HEAD_DIM) and before[0].dtype == np.float32
     q, k, v = (rng.standard_normal((batch, num_new, n, HEAD_DIM), np.float32) for n in (HEADS, KV_HEADS, KV_HEADS))
@@ -82,9 +102,7 @@ def test_codes_and_attention_are_those_of_numpy(bits: int, num_new: int, lengths
     binding.bind_cpu_input("last", np.array(lengths, np.int32) + num_new - 1)
     binding.bind_cpu_input("total", np.array(max(lengths) + num_new, np.int32))
     binding.bind_output("out", "cpu")
-    for kind, value in zip(("key", "value"), cache.values[0], strict=True):
-        binding.bind_ortvalue_input(f"past_key_values.0.{kind}", value)
-        binding.bind_ortvalue_output(f"present_key_values.0.{kind}", value)
+    cache.bind(binding, 0, batch)
     session.run_with_iobinding(binding)
     out = binding.get_outputs()[0].numpy().reshape(batch, num_new, HEADS, HEAD_DIM)
     after = cache.layer(0)

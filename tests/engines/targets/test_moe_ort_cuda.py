@@ -26,6 +26,7 @@ from engines.target import Target
 from engines.targets import ort_cuda
 from helpers.engines import build
 from helpers.experts_op import TOP_K, Arrays, model_of, padded, random_inputs, with_ties
+from helpers.host_cuda import HostDevice
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.export import make_bundle
@@ -294,7 +295,7 @@ def test_the_session_reads_a_held_out_picture(name: str, bundle: Bundle, tmp_pat
     folder = build(bundle, name, tmp_path / "engine")
 
     def on_cpu(folder: Path, manifest: Manifest, _: object) -> OrtCudaSession:
-        return OrtCudaSession(folder, manifest, device=Device("CPUExecutionProvider", "cpu"))
+        return OrtCudaSession(folder, manifest, device=Device("CPUExecutionProvider", "cpu", HostDevice))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runtime.sessions.ort_cuda.open_session", on_cpu)

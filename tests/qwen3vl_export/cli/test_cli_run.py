@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import io
@@ -24,15 +25,20 @@ from PIL import Image
 from helpers import ROOT
 from helpers.command_line import call
 from qwen3vl_export.cli.errors import run_app, spell_options
+from qwen3vl_export.cli.output import print_stats
 from qwen3vl_export.cli.run import app
 from runtime.answer import Generation, Stats
+from runtime.calls import Call
+from runtime.conversation import Conversation
 from runtime.errors import CapacityError, CheckpointError, EngineError, ImageError, ParityError
 from runtime.generation_config import GenerationOptions
 from runtime.image_config import ImageProcessorConfig
 from runtime.manifest import FileRecord, Manifest, sha256_of
+from runtime.messages import normalise_messages, system_message
 from runtime.model_config import ModelConfig, TextConfig, VisionConfig
+from runtime.scheduling.pieces import Pieces
 
-STATS = Stats(0.001, 0.25, 0.5, 0.751, 0.02, 50.0, 30, 16, 3, 3 << 20)
+STATS = Stats(0.001, 0.0, 0.25, 0.5, 0.751, 0.02, 50.0, 30, 16, 3, 3 << 20)
 PIECES = ["4 ", "7", "é"]
 
 
@@ -42,6 +48,7 @@ class FakeModel:
 
     opened: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     calls: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    chats: list[dict[str, Any]] = field(default_factory=list)
     failure: BaseException | None = None
     num_closed: int = 0
     image_config: ImageProcessorConfig = field(default_factory=ImageProcessorConfig)
@@ -57,6 +64,24 @@ class FakeModel:
 
     def stream(self, messages: Any, **options: Any) -> FakeStream:
         return FakeStream(self, self.generate(messages, **options))
+
+    def chat(self, system: str | None, **options: Any) -> Conversation:
+        self.chats.append(options)
+        start = normalise_messages(system_message(system)) if system is not None else None
+        return Conversation(self.begin, GenerationOptions().replace(**options), Call(None, None, 0, None), start)
+
+    def begin(
+        self, messages: Any, options: GenerationOptions, call: Call, *, waits: bool = False, on_prepared: Any = None
+    ) -> Pieces:
+        """Answer a turn of a conversation; the first finds nothing in the cache."""
+        on_prepared(types.SimpleNamespace(messages=messages))
+        is_first = sum(message["role"] == "user" for message in messages.turns) == 1
+        stats = STATS if is_first else dataclasses.replace(STATS, cached_tokens=21, cached_images=2)
+        pieces = FakePieces(self)
+        for piece in PIECES:
+            pieces.put(piece)
+        pieces.finish(dataclasses.replace(self.generate(messages.filled()), stats=stats))
+        return pieces
 
 
 class FakeStream(Iterator[str]):
@@ -75,6 +100,23 @@ class FakeStream(Iterator[str]):
         return piece
 
     def close(self) -> None:
+        self._model.num_closed += 1
+
+
+class FakePieces(Pieces):
+    def __init__(self, model: FakeModel) -> None:
+        super().__init__()
+        self._model, self._has_begun = model, False
+
+    def take(self) -> str | None:
+        failure = self._model.failure
+        if self._has_begun and failure is not None:
+            self._model.failure = None
+            raise failure
+        self._has_begun = True
+        return super().take()
+
+    def cancel(self) -> None:
         self._model.num_closed += 1
 
 
@@ -182,7 +224,9 @@ def test_inspect_refuses_a_url(qwen3vl: Any) -> None:
 
 
 @pytest.mark.portable
-def test_answer_on_stdout_statistics_on_stderr(model: FakeModel, qwen3vl: Any) -> None:
+def test_answer_on_stdout_statistics_on_stderr(
+    model: FakeModel, qwen3vl: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert qwen3vl("run", "folder", "Read.") == (0, "4 7é\n", "")
     code, out, err = qwen3vl("run", "folder", "Read.", "--stats")
     assert (code, out) == (0, "4 7é\n")
@@ -198,6 +242,12 @@ def test_answer_on_stdout_statistics_on_stderr(model: FakeModel, qwen3vl: Any) -
         "speed": "50.0 tokens/s",
         "peak cache": "3.0 MiB",
     }
+    waited = dataclasses.replace(STATS, queue_s=0.5, cached_tokens=7, cached_images=1)
+    print_stats(waited)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines[:4]] == ["prompt", "found in cache", "answer", "preprocess"]
+    assert lines[1].endswith("  7 of 30 prompt tokens, 1 image")
+    assert lines[4].split() == ["queue", "500.0", "ms"] and len(lines) == len(table) + 2
 
 
 @pytest.mark.portable
@@ -282,6 +332,48 @@ def test_a_failed_turn_leaves_no_trace(
     assert "unknown command /what" in err
     assert [_brief(turn) for turn in model.calls[1][0]] == [("user", [picture, "Two"])]
     assert model.num_closed == 1
+
+
+FOUND = "found in the cache: 21 of 30 prompt tokens, 2 images"
+
+
+@pytest.mark.portable
+def test_chat_says_what_a_turn_found_in_the_cache(
+    model: FakeModel, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = ("One", "Two", f"/image {_picture(tmp_path / 'a.png')}", "/rewind", "/reset", "Three")
+    _chat(monkeypatch, *lines)
+    code, out, err = qwen3vl("chat", "folder", "--system", "Short.")
+    assert (code, out) == (0, "4 7é\n" * 3)
+    notes = [f"note: {FOUND}", f"{tmp_path / 'a.png'}: 6 x 4 pixels, shown with the next turn"]
+    assert err.splitlines() == [*notes, "1 of 2 turns dropped", "conversation forgotten"]
+    assert [messages[0] for messages, _ in model.calls] == 3 * [{"role": "system", "content": "Short."}]
+    _chat(monkeypatch, *lines)
+    assert qwen3vl("chat", "folder", "--quiet") == (0, out, "")
+    _chat(monkeypatch, "One", "Two")
+    _, _, err = qwen3vl("chat", "folder", "--stats", "--quiet")
+    rows = [line.split("  ", 1) for line in err.splitlines()]
+    assert [text.strip() for name, text in rows if name == "found in cache"] == ["21 of 30 prompt tokens, 2 images"]
+    assert len([name for name, _ in rows if name == "time per token"]) == 2 and FOUND not in err
+
+
+@pytest.mark.portable
+def test_chat_takes_turns_back(model: FakeModel, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    picture = _picture(tmp_path / "a.png")
+    wrong = ("0", "4", "-1", "x", "1.5", "9" * 5000, "² ")
+    _chat(
+        monkeypatch, "/rewind", "One", "Two", "Three", *(f"/rewind {each}" for each in wrong), f"/image {picture}",
+        "/rewind 2", "Four", "/rewind", "/rewind", "Five",
+    )  # fmt: skip
+    code, out, err = qwen3vl("chat", "folder", "--max-new-tokens", "7", "--temperature", "0")
+    assert (code, out.count("\n")) == (0, 5)
+    assert model.chats == [{"max_new_tokens": 7, "temperature": 0.0}]
+    assert "/rewind 1: expected a number of turns to drop, there are 0" in err
+    assert err.count("expected a number of turns to drop, there are 3") == len(wrong)
+    assert "2 of 3 turns dropped" in err and "1 of 2 turns dropped" in err
+    asked = [[_brief(turn) for turn in messages if turn["role"] == "user"] for messages, _ in model.calls]
+    # An image that waits is shown with the next turn, whatever was dropped before; a dropped turn takes its own along.
+    assert asked[3:] == [[("user", ["One"]), ("user", [picture, "Four"])], [("user", ["Five"])]]
 
 
 @pytest.mark.portable

@@ -287,15 +287,13 @@ def test_a_chunk_beside_others_is_as_large_as_the_bound_allows(
     assert size <= MIN_CHUNK or size * s_per_token <= max_delay_s * (1 + 1e-9)
     alone = chunks.tokens(num_left, is_alone=True)
     assert alone >= size
-    for whole in (False, True):
+    for size_of_whole, is_alone in ((size, False), (alone, True)):
         left, sizes = num_left, []
         while left:
-            sizes.append(chunks.tokens(left, is_alone=whole))
+            sizes.append(chunks.tokens(left, is_alone=is_alone))
             left -= sizes[-1]
-        # No rest of few tokens: all are of about one size.
-        assert max(sizes) - min(sizes) <= 1
-        most = min(max_tokens, max(sizes)) if not whole else max_tokens
-        assert len(sizes) == -(-num_left // most)
+        assert set(sizes[:-1]) <= {size_of_whole} and sizes[-1] <= size_of_whole  # whole ones, and the rest
+    assert alone == min(max_tokens, num_left)
 
 
 @pytest.mark.portable

@@ -252,6 +252,32 @@ def test_rows_that_are_copied_count_as_used() -> None:
 
 
 @pytest.mark.portable
+def test_conversations_that_began_alike_leave_each_other_their_rows() -> None:
+    slots = Slots(NumberedCache(batch=3))
+    branches = [np.concatenate([keys_of(0, 40), keys_of(1000 * number, 30)]) for number in (1, 2)]
+    places = [ended(slots, keys) for keys in branches]
+    assert len(set(places)) == 2
+    for turn in range(3):  # by turns: each goes on in its own slot
+        for number, place in enumerate(places):
+            assert slots.shared_rows(branches[number]) == len(branches[number])
+            branches[number] = np.concatenate([branches[number], keys_of(5000 + 1000 * number + 10 * turn, 6)])
+            assert ended(slots, branches[number]) == place
+    assert (slots.moved_rows, slots.evicted_rows) == (40, 0)
+
+
+@pytest.mark.portable
+def test_a_slot_is_taken_over_where_few_rows_are_lost_or_all_others_were_used_later() -> None:
+    slots = Slots(NumberedCache(batch=2))
+    first = ended(slots, keys_of(0, 45))
+    few = np.concatenate([keys_of(0, 40), keys_of(2000, 10)])  # 5 of 45 rows are lost
+    assert ended(slots, few) == first
+    many = np.concatenate([keys_of(0, 39), keys_of(3000, 10)])
+    second = ended(slots, many)
+    assert second != first
+    assert ended(slots, np.concatenate([few[:42], keys_of(4000, 10)])) == first  # it was used before the other
+
+
+@pytest.mark.portable
 def test_one_token_is_left_to_run() -> None:
     slots = Slots(NumberedCache())
     ended(slots, keys_of(0, 30))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +20,16 @@ from engines.bundle import Bundle
 from engines.target import Target
 from helpers import PICTURES
 from helpers.engines import build
+from helpers.host_cuda import HostDevice
 from helpers.targets import by_name
 from qwen3vl_export.checkpoint import Checkpoint
 from runtime import generation
 from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
+from runtime.device_buffers import Staging
+from runtime.device_cache import DeviceKVCache
 from runtime.errors import CapacityError, EngineError
 from runtime.manifest import Manifest
+from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 from runtime.session import SessionOptions
 from runtime.sessions import ort_cuda
@@ -33,7 +39,7 @@ TARGETS = registry.load_family("ort_cuda")
 # bfloat16 has no CPU kernels of Where and FusedMatMul, and ONNX Runtime casts for float16 alone.
 ON_CPU = [target for target in TARGETS if target.cache_dtype == "float16"]
 CONFIG = Checkpoint.open("demo").config
-CPU = Device("CPUExecutionProvider", "cpu")
+CPU = Device("CPUExecutionProvider", "cpu", HostDevice)
 MESSAGES = [
     {
         "role": "user",
@@ -114,6 +120,18 @@ def test_a_held_out_picture_is_read(target: Target, models: Models) -> None:
     assert models(target.name).generate(MESSAGES).text == "1654"
 
 
+@pytest.mark.parametrize("target", ON_CPU, ids=by_name)
+def test_requests_beside_each_other_get_the_answers_that_they_get_alone(target: Target, models: Models) -> None:
+    texts = ["Read the digits.", "What is the sum of the digits?", "Read the digits, and then read them again."]
+    prompts = [user_message(text, [PICTURES / f"held_out_{i}.png"]) for i, text in enumerate(texts)]
+    alone = [models(target.name).generate(each, max_new_tokens=12).token_ids for each in prompts]
+    for _ in range(2):  # the second time, prompts take rows over that lie in other slots
+        together = models(target.name).generate_batch(prompts, max_new_tokens=12)
+        assert [each.token_ids for each in together] == alone
+    sizes = models(target.name).statistics()["batch_size"]
+    assert sizes["sum"] > sizes["count"], "several sequences stepped together"
+
+
 # The session, on the CPU
 
 
@@ -164,11 +182,11 @@ def test_steps_of_an_answer_share_one_binding(session: OrtCudaSession) -> None:
     ids = np.arange(5)[None]
     cache = session.new_cache(16)
     decode(session, cache, ids, np.array([0]))
-    assert cache.buffers.step is None, "several tokens are not what a step repeats"
+    assert not cache.buffers.steps, "several tokens are not what a step repeats"
     decode(session, cache, ids[:, :1], np.array([5]))
-    step = cache.buffers.step
+    (step,) = cache.buffers.steps.values()
     decode(session, cache, ids[:, 1:2], np.array([6]))
-    assert step is not None and cache.buffers.step is step
+    assert list(cache.buffers.steps.values()) == [step]
 
 
 def test_a_step_gives_what_an_uncaptured_call_gives(session: OrtCudaSession) -> None:
@@ -223,11 +241,45 @@ def test_the_largest_logits_are_those_of_the_whole(session: OrtCudaSession) -> N
         assert np.array_equal(found.fetch(), everything[row, 0])
 
 
+def test_the_largest_logits_of_a_step_are_gone_with_the_next_call(session: OrtCudaSession) -> None:
+    cache = session.new_cache(8)
+    (row,) = session.decode_top(inputs_of(np.array([[3]]), np.array([0])), cache)[0]
+    ids, whole = row.ids.copy(), row.fetch()
+    assert whole[ids].tolist() == row.values.tolist()
+    session.decode_top(inputs_of(np.array([[9]]), np.array([1])), cache)
+    assert np.array_equal(row.ids, ids), "the next call has overwritten what this one returned"
+    with pytest.raises(AssertionError, match="an earlier call"):
+        row.fetch()
+
+
+def test_a_chunk_uploads_the_embeddings_that_it_takes(session: OrtCudaSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    bind = onnxruntime.IOBinding.bind_cpu_input
+
+    def counted(binding: Any, name: str, array: np.ndarray) -> None:
+        if name == "visual_embeds":
+            given.append(array.shape[1])
+        bind(binding, name, array)
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_cpu_input", counted)
+    inputs = inputs_of(np.array([[3, 4, 5, 6]]), np.array([0]))
+    embeds = np.random.default_rng(0).normal(size=(CONFIG.num_visual_levels, 50, CONFIG.text.hidden_size))
+    rows = np.array([[-1, 30, 31, -1]])
+    seen = dataclasses.replace(inputs, visual_rows=rows, visual_embeds=embeds.astype(np.float32))
+    found = session.prefill(seen, session.new_cache(8))
+    assert given == [2]
+    cut = dataclasses.replace(seen, visual_rows=rows - 30 * (rows > 0), visual_embeds=seen.visual_embeds[:, 30:32])
+    assert np.array_equal(session.prefill(cut, session.new_cache(8)), found)
+    assert not np.array_equal(session.prefill(inputs, session.new_cache(8)), found)
+
+
 def test_bfloat16_is_read_as_the_upper_half_of_a_float32() -> None:
-    buffers = ort_cuda.CacheBuffers(1, (1, 1, 2, 2), "bfloat16", "cpu")
-    bits = np.array([0x3F80, 0xC000, 0x3F00, 0x0000], np.uint16).reshape(1, 1, 2, 2)
-    buffers.values[0][0].update_inplace(bits.view(np.float16))
-    key, value = buffers.layer(0)
+    device = HostDevice()
+    staging = Staging(device, device.new_stream())
+    cache = DeviceKVCache(device, staging, 1, (1, 1, 2, 2), "bfloat16")
+    bits = np.array([0x3F80, 0xC000, 0x3F00, 0x0000], np.uint16)
+    staging.upload(cache.bindings()["past_key_values.0.key"], bits)
+    key, value = cache.layer(0)
     assert key.ravel().tolist() == [1.0, -2.0, 0.5, 0.0]
     assert value.ravel().tolist() == [0.0] * 4
 
@@ -243,6 +295,49 @@ def test_without_the_provider_nothing_runs_on_the_cpu(folder: Path) -> None:
     assert "onnxruntime-gpu" in str(caught.value.remedy)
 
 
+@pytest.mark.parametrize("missing_bytes", [3_000_000, 1])
+def test_too_little_memory_for_a_cache_leaves_nothing_behind_and_says_what_to_lower(
+    folder: Path, missing_bytes: int
+) -> None:
+    device = HostDevice()
+    session = OrtCudaSession(folder, Manifest.read(folder), device=dataclasses.replace(CPU, memory=lambda: device))
+    before = device.leaks(), device.memory_info()[0]
+    cache = session.new_cache(512, batch=4)
+    taken_bytes = before[1] - device.memory_info()[0]
+    assert taken_bytes > cache.num_bytes > 3_000_000
+    session.close()
+    del cache
+    gc.collect()
+
+    session = OrtCudaSession(folder, Manifest.read(folder), device=dataclasses.replace(CPU, memory=lambda: device))
+    device.total_bytes -= before[1] - (taken_bytes - missing_bytes)
+    with pytest.raises(CapacityError, match="out of memory") as caught:
+        session.new_cache(512, batch=4)
+    assert "lower max_context" in str(caught.value.remedy)
+    assert (device.leaks(), device.memory_info()[0]) == (before[0], taken_bytes - missing_bytes)
+    assert session.new_cache(64).batch == 1, "it goes on"
+
+
+def test_a_session_that_nobody_holds_is_freed(folder: Path) -> None:
+    device = HostDevice()
+    session = OrtCudaSession(folder, Manifest.read(folder), device=dataclasses.replace(CPU, memory=lambda: device))
+    decode(session, session.new_cache(8), np.array([[3]]), np.array([0]))
+    assert device.leaks()
+    del session
+    gc.collect()
+    assert device.leaks() == []
+
+
+def test_without_cuda_bindings_the_extra_is_named(
+    tmp_path: Path, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(EngineError, match="cuda-bindings, which is not installed") as caught:
+        ort_cuda.open_session(tmp_path, Manifest.read(tiny_engine), SessionOptions())
+    assert "`cuda`" in str(caught.value.remedy)
+
+
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_onnx_runtime_records_unless_told_otherwise(
     tmp_path: Path, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool
@@ -256,6 +351,7 @@ def test_onnx_runtime_records_unless_told_otherwise(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    monkeypatch.setattr(ort_cuda, "CudaDevice", lambda extra: HostDevice())
     ort_cuda.open_session(tmp_path, Manifest.read(tiny_engine), SessionOptions(cuda_graphs=cuda_graphs))
     assert ("enable_cuda_graph" in options["decoder.onnx"]) == cuda_graphs
     assert "enable_cuda_graph" not in options["vision.onnx"]

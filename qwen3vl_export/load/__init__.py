@@ -1,0 +1,1 @@
+"""Many requests at once, as clients would send them, and what became of them."""

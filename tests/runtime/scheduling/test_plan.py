@@ -1,0 +1,94 @@
+"""How many sequences an engine holds, in bytes of its KV cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from runtime.engine_options import ServingOptions
+from runtime.errors import CapacityError, UsageError
+from runtime.manifest import Manifest
+from runtime.memory import CACHE, EMBEDS, cache_bytes
+from runtime.model import Qwen3VLModel
+from runtime.scheduling.plan import DEFAULT_EMBEDS_BYTES, held_bytes, plan_limits
+
+CONTEXT = 1000
+
+
+@pytest.fixture(scope="module")
+def manifest(demo_engine: Path) -> Manifest:
+    return Manifest.read(demo_engine)
+
+
+def slot_bytes(manifest: Manifest) -> int:
+    return cache_bytes(manifest.model, manifest.capabilities, CONTEXT)
+
+
+def test_defaults_with_memory_to_spare(manifest: Manifest) -> None:
+    limits = plan_limits(manifest, ServingOptions(), CONTEXT, 1 << 40)
+    assert (limits.max_sequences, limits.kept_sequences, limits.num_slots) == (8, 4, 12)
+    assert limits.vision_cache_bytes == DEFAULT_EMBEDS_BYTES and limits.max_queue_tokens == 16 * CONTEXT
+    held = held_bytes(manifest, limits)
+    assert held[CACHE] == 12 * slot_bytes(manifest) and held[EMBEDS] == DEFAULT_EMBEDS_BYTES
+
+
+@pytest.mark.parametrize(("slots", "expected"), [(0, (1, 0)), (1, (1, 0)), (2, (2, 0)), (8, (8, 0)), (10, (8, 2))])
+def test_defaults_take_half_of_what_is_left(manifest: Manifest, slots: int, expected: tuple[int, int]) -> None:
+    options = ServingOptions(vision_cache_bytes=0)
+    limits = plan_limits(manifest, options, CONTEXT, 2 * slots * slot_bytes(manifest) + 1)
+    assert (limits.max_sequences, limits.kept_sequences) == expected
+
+
+def test_what_is_asked_for_may_take_all_and_is_refused_beyond_it_with_numbers(manifest: Manifest) -> None:
+    room = 5 * slot_bytes(manifest)
+    limits = plan_limits(manifest, ServingOptions(4, 1, vision_cache_bytes=0), CONTEXT, room)
+    assert limits.num_slots == 5
+    with pytest.raises(CapacityError, match=r"6 sequences of 1000 tokens take .* room for 5") as caught:
+        plan_limits(manifest, ServingOptions(4, 2, vision_cache_bytes=0), CONTEXT, room)
+    assert "max_sequences" in (caught.value.remedy or "")
+    with pytest.raises(CapacityError, match="room for 4"):
+        plan_limits(manifest, ServingOptions(5, 0, vision_cache_bytes=slot_bytes(manifest)), CONTEXT, room)
+
+
+def test_without_a_prefix_cache_no_further_slots_are_kept(manifest: Manifest) -> None:
+    assert plan_limits(manifest, ServingOptions(prefix_cache=False), CONTEXT, None).num_slots == 8
+
+
+def test_a_compiled_engine_has_as_many_slots_as_it_was_built_for(manifest: Manifest) -> None:
+    built = dataclasses.replace(manifest, capabilities={**manifest.capabilities, "max_batch": 4, "capacity": 2000})
+    limits = plan_limits(built, ServingOptions(), CONTEXT, None)
+    assert (limits.max_sequences, limits.kept_sequences, limits.max_context) == (4, 0, CONTEXT)
+    assert plan_limits(built, ServingOptions(max_sequences=3), CONTEXT, None).kept_sequences == 1
+    for given in ({"max_sequences": 5}, {"max_sequences": 3, "kept_sequences": 2}):
+        with pytest.raises(UsageError, match="built for 4 sequences") as caught:
+            plan_limits(built, ServingOptions(**given), CONTEXT, None)
+        assert "--max-batch" in (caught.value.remedy or "")
+    one = dataclasses.replace(manifest, capabilities={**manifest.capabilities, "max_batch": 1})
+    assert plan_limits(one, ServingOptions(), CONTEXT, None).num_slots == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_sequences": 0},
+        {"max_sequences": 1.5},
+        {"kept_sequences": -1},
+        {"max_queue": 0},
+        {"max_queue_tokens": "many"},
+        {"max_delay_ms": 0},
+        {"max_delay_ms": float("nan")},
+        {"prefix_cache": "no"},
+        {"vision_cache_bytes": -1},
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_by_name(demo_engine: Path, given: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(given))):
+        Qwen3VLModel.from_engine(demo_engine, **given)
+
+
+def test_more_sequences_than_the_memory_holds_are_refused(demo_engine: Path) -> None:
+    with pytest.raises(CapacityError, match="KV cache"):
+        Qwen3VLModel.from_engine(demo_engine, max_sequences=100_000)
