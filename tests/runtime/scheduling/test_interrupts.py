@@ -27,7 +27,7 @@ TRACED = tuple(
         "concurrent/futures/",
     )
 )
-OPTIONS = {"max_new_tokens": 2, "eos_token_ids": ()}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 2, "eos_token_ids": ()}
 
 CALLS: dict[str, Callable[[Qwen3VLModel], object]] = {
     "generate": lambda model: model.generate("Hi", **OPTIONS),
