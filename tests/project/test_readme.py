@@ -221,6 +221,8 @@ def test_documented_json_of_engine_commands(demo_engine: Path) -> None:
     answer = json.loads(call(["qwen3vl", "run", str(demo_engine), "Read", "--image", str(image), "--json"], ROOT))
     assert list(answer) == documented_fields("`qwen3vl run`")
     assert list(answer["stats"]) == documented_fields("its `stats`")
+    loaded = ["qwen3vl", "bench", str(demo_engine), "--concurrency", "2", "--new-tokens", "2", "--image-size", "none"]
+    assert list(json.loads(call([*loaded, "--json"], ROOT))) == documented_fields("`qwen3vl bench` with many requests")
     inspected = json.loads(call(["qwen3vl", "inspect", str(demo_engine), "--json"], ROOT))
     assert set(inspected) == set(documented_fields("`qwen3vl inspect`"))
     listed = json.loads(call(["qwen3vl", "targets", "--model", "demo", "--json"], ROOT))
