@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.arguments import whole_number
+from runtime.arguments import reading, whole_number
 from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
 from runtime.machine import MAX_THREADS_PER_CORE, available_cores
 from runtime.manifest import Manifest
@@ -15,6 +15,7 @@ from runtime.option_checks import between, true_or_false
 from runtime.session import SessionOptions, is_on_gpu
 
 DEFAULT_MAX_CONTEXT = 4096
+_LARGEST = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class ServingOptions:
         ):
             if name in values:
                 remedy = f"leave {name} out for the default"
-                values[name] = whole_number(name, values[name], minimum, None, f"at least {minimum}", remedy)
+                values[name] = whole_number(name, values[name], minimum, _LARGEST, f"{minimum} to 2^62", remedy)
         if "prefix_cache" in values:
             values["prefix_cache"] = true_or_false("prefix_cache", values["prefix_cache"])
         if "max_delay_ms" in values:
-            values["max_delay_ms"] = between(1, 1e6, "leave {name} out for 200 ms")(
-                "max_delay_ms", values["max_delay_ms"]
-            )
+            remedy = "leave max_delay_ms out for 200 ms"
+            with reading("max_delay_ms", remedy):  # a fraction may be too large for a float
+                values["max_delay_ms"] = between(1, 1e6, remedy)("max_delay_ms", values["max_delay_ms"])
         return cls(**values)
 
 

@@ -163,8 +163,8 @@ class Qwen3VLModel:
                 has no default.
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
-            max_sequences: Most requests that run at once; by default 8, or as many as half of the memory left holds with
-                `max_context` tokens each.
+            max_sequences: Most requests that run at once; by default 8, or as many as half of the memory that is left
+                holds with `max_context` tokens each.
             kept_sequences: So many more sequences keep their rows of the KV cache after they have ended, for prompts
                 that begin as they do; by default 4, or as many as fit.
             prefix_cache: Take rows over from other sequences at all.

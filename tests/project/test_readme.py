@@ -257,7 +257,11 @@ def test_documented_options_of_the_runtime() -> None:
 
     rows = re.findall(r"^\| `(--[\w-]+)`.*? \| `(\w+)`", COMMANDS, re.MULTILINE)
     arguments = set(inspect.signature(Qwen3VLModel.from_engine).parameters) - {"path"}
-    assert {argument for _, argument in rows} == arguments
+    section = (
+        (ROOT / "docs" / "requests.md").read_text(encoding="utf-8").split("## Limits, refusals")[1].split("\n- ")[0]
+    )
+    serving = re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", section, re.MULTILINE)
+    assert len(serving) > 5 and sorted([*(argument for _, argument in rows), *serving]) == sorted(arguments)
     assert {option for option, _ in rows} <= options_of("run") & options_of("chat")
     of_chat = COMMANDS.split("`chat` has ")[1].split(". Defaults")[0]
     assert set(re.findall(r"`(--[\w-]+)`", of_chat)) <= options_of("chat")

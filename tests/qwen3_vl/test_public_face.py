@@ -279,7 +279,7 @@ CALLS: dict[str, Callable[[Any, Qwen3VLModel], list[Callable[[], object]]]] = {
         for name in ("max_context", "max_batch", "prefill_chunk", "max_patches")
     ],
     "export": lambda value, _: [lambda: qwen3_vl.core.export(value)],
-    "Stats": lambda value, _: [lambda: qwen3_vl.Stats(*[value] * 10)],
+    "Stats": lambda value, _: [lambda: qwen3_vl.Stats(*[value] * 11)],
     "Stream": lambda value, _: [lambda: qwen3_vl.Stream(value)],
     "Qwen3VL": lambda value, _: [lambda: qwen3_vl.core.Qwen3VL(value)],
     "open_eager": lambda value, _: [

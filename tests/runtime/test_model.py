@@ -16,7 +16,6 @@ import pytest
 
 import configs
 from qwen3vl_export.demo import IMAGES
-from runtime.answer import Turn, in_turn
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
 from runtime.generation import PREFILL_CHUNK

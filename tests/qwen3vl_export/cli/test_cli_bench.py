@@ -22,6 +22,7 @@ MACHINE = Hardware("Abacus", (), 2, 24 << 30, (Gpu("NVIDIA H200", "9.0", 140 << 
 def stats(ttft_s: float, tpot_s: float) -> Stats:
     return Stats(
         preprocess_s=0.0,
+        queue_s=0.0,
         vision_s=0.0,
         prefill_s=0.0,
         ttft_s=ttft_s,

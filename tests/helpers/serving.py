@@ -1,0 +1,92 @@
+"""Models on the session of one that is open, with limits of their own; and what passes between engine and sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers import PICTURES
+from runtime.contract import FloatArray
+from runtime.generation import chunk_limit
+from runtime.manifest import Manifest
+from runtime.model import Qwen3VLModel
+from runtime.sampling import Logits
+from runtime.scheduling.request import Limits, Request
+from runtime.scheduling.sequence import Sequence
+from runtime.session import Session, TopLogits
+
+
+def serving(
+    opened: Qwen3VLModel,
+    *,
+    session: Session | None = None,
+    manifest: Manifest | None = None,
+    max_context: int | None = None,
+    **limits: Any,
+) -> Qwen3VLModel:
+    """Return another model on an opened one's session, or on one that wraps it; only one of them may work at a time."""
+    context = max_context or opened.max_context
+    chosen = Limits(
+        max_sequences=4,
+        max_context=context,
+        kept_sequences=2,
+        prefix_cache=True,
+        vision_cache_bytes=1 << 24,
+        max_queue=256,
+        max_queue_tokens=64 * context,
+        max_delay_s=0.01,
+        prefill_chunk=chunk_limit(opened.manifest.capabilities),
+        logits_chunk=chunk_limit(opened.manifest.capabilities, all_logits=True),
+    )
+    return Qwen3VLModel(
+        manifest or opened.manifest,
+        session or opened.session,
+        opened.preparation,
+        context,
+        opened.max_memory,
+        limits=replace(chosen, **limits),
+    )
+
+
+def alone(opened: Qwen3VLModel, **limits: Any) -> Qwen3VLModel:
+    """Return a fresh model that runs one sequence at a time and keeps nothing."""
+    nothing = {"max_sequences": 1, "kept_sequences": 0, "prefix_cache": False, "vision_cache_bytes": 0}
+    return serving(opened, **nothing, **limits)
+
+
+def asked(question: str, *pictures: Any) -> list[dict[str, Any]]:
+    """Return messages about held-out pictures, by their numbers, or about any other images."""
+    images = [str(PICTURES / f"held_out_{each}.png") if isinstance(each, int) else each for each in pictures]
+    content = [*({"type": "image", "image": each} for each in images), {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+class WrappedSession:
+    """Hands everything on to a session; subclasses change or watch a call."""
+
+    def __init__(self, session: Session) -> None:
+        self.wrapped = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+
+@contextmanager
+def watched_logits() -> Iterator[dict[Request, list[FloatArray]]]:
+    """Collect, request by request, the logits that each token of its answer was chosen from."""
+    found: dict[Request, list[FloatArray]] = {}
+    take_token = Sequence.take_token
+
+    def watching(sequence: Sequence, logits: Logits | TopLogits) -> str:
+        assert isinstance(logits, np.ndarray)
+        found.setdefault(sequence.request, []).append(logits.copy())
+        return take_token(sequence, logits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sequence, "take_token", watching)
+        yield found
