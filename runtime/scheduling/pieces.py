@@ -76,9 +76,8 @@ class Pieces:
             with self._lock:
                 if self._pieces or self.is_ended:
                     return self._next()
-                event = threading.Event()
-                self._wakers.append(event.set)
-            event.wait()
+                gate = _closed_gate(self._wakers)
+            gate.acquire()
 
     async def take_async(self) -> str | None:
         """As `take`, in an asyncio loop."""
@@ -96,11 +95,9 @@ class Pieces:
             Exception: The error that the answer ended with.
         """
         with self._lock:
-            event = None if self.is_ended else threading.Event()
-            if event is not None:
-                self._end_wakers.append(event.set)
-        if event is not None:
-            event.wait()
+            gate = None if self.is_ended else _closed_gate(self._end_wakers)
+        if gate is not None:
+            gate.acquire()
         return self._outcome()
 
     async def wait_async(self) -> Generation | None:
@@ -135,6 +132,17 @@ class Pieces:
             wakers = self._wakers + self._end_wakers
             self._wakers, self._end_wakers = [], []
         _wake(wakers)
+
+
+def _closed_gate(wakers: list[_Waker]) -> threading.Lock:
+    """Return a lock that is taken until somebody wakes.
+
+    An event would do, but for an interrupt in the middle of its `wait`, after which its `set` may wait for ever.
+    """
+    gate = threading.Lock()
+    gate.acquire()
+    wakers.append(gate.release)
+    return gate
 
 
 def _new_waiter(wakers: list[_Waker]) -> asyncio.Future[None]:

@@ -69,7 +69,10 @@ class Worker:
         self._tokenizer = tokenizer
         self._steps = Steps(session, manifest, limits, self._wake)
         # Reentrant: a place may be given back by the garbage collector, in a thread that is inside.
-        self._changed = threading.Condition(threading.RLock())
+        # Blocks are of the lock, not of the condition: that one is entered by Python code, and an interrupt in there
+        # could leave it closed for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._arrived: deque[Sequence] = deque()
         self._waiting: list[Sequence] = []
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -94,7 +97,7 @@ class Worker:
             UsageError: The model is closed.
             EngineError: The engine has failed before.
         """
-        with self._changed:
+        with self._lock:
             self._check_open()
             while waits and self._num_queued >= self.limits.max_queue:
                 self._changed.wait(_LOOK_AGAIN_S)
@@ -120,7 +123,7 @@ class Worker:
         lookup = self._lookup(request)
         sequence = Sequence(request, next(self._numbers), self._tokenizer, lookup)
         most = self.limits.max_queue_tokens
-        with self._changed:
+        with self._lock:
             self._check_open()
             _check_deadline(request, "before it was queued")
             while waits and self._queued_tokens and self._queued_tokens + request.num_tokens > most:
@@ -144,7 +147,7 @@ class Worker:
             Exception: What it raises, and as `reserve`.
         """
         future: Future[_T] = Future()
-        with self._changed:
+        with self._lock:
             self._check_open()
             self._jobs.append((work, future))
             self._start()
@@ -158,7 +161,7 @@ class Worker:
     def statistics(self) -> dict[str, Any]:
         """Return counters, histograms and what there is now, as plain data."""
         steps, vision = self._steps, self._steps.vision_cache
-        with self._changed:
+        with self._lock:
             return {
                 **steps.counters.to_dict(),
                 "refused": self._refused,
@@ -185,7 +188,7 @@ class Worker:
         Returns:
             Whether the thread has ended.
         """
-        with self._changed:
+        with self._lock:
             self._is_draining = True
             self._is_stopped = self._is_stopped or not drains
             thread = self._thread
@@ -201,7 +204,7 @@ class Worker:
         """End the thread after its step; for what runs when a model is dropped or Python ends."""
         if os.getpid() != self._pid:
             return  # a fork of the process: the thread is not here, and may have left the lock closed
-        with self._changed:
+        with self._lock:
             self._is_draining = self._is_stopped = True
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -212,7 +215,7 @@ class Worker:
         return len(self._places) + len(self._arrived) + len(self._waiting)
 
     def _wake(self) -> None:
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     def _check_open(self) -> None:
@@ -260,7 +263,7 @@ class Worker:
     def _wait(self) -> bool:
         """Wait until there is something to do; return False at the end."""
         steps = self._steps
-        with self._changed:
+        with self._lock:
             while not self._is_stopped and self._failure is None:
                 self._waiting += self._arrived
                 self._arrived.clear()
@@ -282,7 +285,7 @@ class Worker:
         steps.take_vision()
         start = time.perf_counter()
         self._sweep(start)
-        with self._changed:
+        with self._lock:
             step = next_step(
                 State(
                     self._waiting,
@@ -336,7 +339,7 @@ class Worker:
             if not is_cancelled and (deadline is None or now < deadline):
                 continue
             if sequence in self._waiting:
-                with self._changed:
+                with self._lock:
                     self._waiting.remove(sequence)
                     self._queued_tokens -= sequence.request.num_tokens
                     self._changed.notify_all()
@@ -352,7 +355,7 @@ class Worker:
     def _end_all(self, error: Qwen3VLError) -> None:
         """Let all that waits or runs fail."""
         steps = self._steps
-        with self._changed:
+        with self._lock:
             self._is_draining = True
             jobs, self._jobs = self._jobs, deque()
             sequences = [*self._arrived, *self._waiting, *steps.prompts, *steps.decoding]

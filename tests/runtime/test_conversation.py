@@ -25,13 +25,13 @@ from runtime.answer import Generation
 from runtime.chat import ChatTemplate
 from runtime.contract import FloatArray
 from runtime.conversation import Conversation
-from runtime.engine_options import ServingOptions
 from runtime.errors import CapacityError, DeadlineError, ImageError, UsageError
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.positions import PromptPositions, mrope_positions
 from runtime.preparation import Preparation
 from runtime.scheduling.plan import plan_limits
+from runtime.serving_options import ServingOptions
 from runtime.session import SessionOptions, open_session
 
 pytestmark = pytest.mark.portable
