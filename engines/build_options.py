@@ -16,7 +16,7 @@ class BuildOptions:
 
     Attributes:
         max_context: Capacity T of the KV cache, in tokens.
-        max_batch: Most sequences of a decode step.
+        max_batch: Most sequences of a decode step, and slots of a KV cache.
         prefill_chunk: Most new tokens of one call.
         patch_buckets: Most patches of one image, one optimisation profile of the vision tower for each, ascending.
         compute_capabilities: GPUs that the engine runs on, such as "8.6"; empty for all that the library offers, or

@@ -97,7 +97,7 @@ class Target:
         storage: How weights of few bits are stored; None if it has formats for none.
         formats: Which weights are stored in which format.
         prefill_formats: Those of a second lowering of the decoder, for many tokens at once; None if there is none.
-        prefill_min_tokens: Fewest new tokens of a call that is faster in that second graph.
+        prefill_min_tokens: Fewest new tokens of a call that is faster in that second graph; it takes all of a prompt.
         float_dtype: numpy name of the dtype of unquantised weights.
         device: `cpu` or `gpu`: whose memory the engine takes.
         compute_capabilities: GPUs that an engine runs on, such as "8.6"; empty for all.

@@ -33,7 +33,7 @@ class ExportRequest:
         kv_cache: Store keys and values in int8 or int4, with scales from the prompts of --calibration. [default: the
             target's type]
         max_context: For compiled targets: capacity of the KV cache in tokens. [default: 4096]
-        max_batch: For compiled targets: most sequences of one decode step. [default: 4]
+        max_batch: For compiled targets: most sequences that run at once, each in a slot of the KV cache. [default: 4]
         prefill_chunk: For compiled targets: most new tokens of one call. [default: 512]
         max_patches: For compiled targets: most patches of 16 x 16 pixels of one image. Optimisation profiles are built
             for 1024, 4096 and 16384 patches, up to this limit. [default: 16384]

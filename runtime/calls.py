@@ -136,6 +136,7 @@ def _listed(prompts: Any) -> list[Any]:
 
 def _seconds(value: Any) -> float:
     remedy = "leave timeout_s out for no limit"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
-        raise UsageError(f"timeout_s = {shown(value)}, expected seconds", remedy=remedy)
-    return float(value)
+    with reading("timeout_s", remedy):  # a whole number may be too large for a float
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+            raise UsageError(f"timeout_s = {shown(value)}, expected seconds", remedy=remedy)
+        return float(value)

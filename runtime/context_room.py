@@ -66,9 +66,12 @@ class ContextRoom:
         )
 
     def note(self, prepared: Prepared) -> str | None:
-        """Say which `max_pixels` would keep images within `MANY_VISUAL_TOKENS`, if those of a prompt have more."""
+        """Say which `max_pixels` would keep images within `MANY_VISUAL_TOKENS`, if those of a prompt have more.
+
+        Nothing is said of images that were all processed before, as in a later turn of a conversation.
+        """
         visual_tokens, num_images = prepared.num_visual_tokens, len(prepared.images)
-        if visual_tokens <= MANY_VISUAL_TOKENS:
+        if visual_tokens <= MANY_VISUAL_TOKENS or not prepared.num_images_read:
             return None
         limit = self._pixels_for(MANY_VISUAL_TOKENS, num_images)
         images = "the image gives" if num_images == 1 else f"the {num_images} images give"

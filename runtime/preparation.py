@@ -69,12 +69,14 @@ class Prepared:
         images: Its images, in the order of their places in the prompt.
         positions: Its position inputs.
         messages: What it was made of, with processed images in the place of their sources; they may be given again.
+        num_images_read: Images that were read for it; the others had been processed before.
     """
 
     prompt: Prompt
     images: tuple[ProcessedImage, ...]
     positions: PromptPositions
     messages: Messages
+    num_images_read: int
 
     @property
     def num_visual_tokens(self) -> int:
@@ -225,7 +227,8 @@ class Preparation:
         input_ids += self._encode(chat.text[end:], input_ids, max_tokens)
         prompt = Prompt(input_ids, tuple(spans), chat.text)
         shown = Messages(turns, tuple(processed[id(each)] for each in attachments))
-        return Prepared(prompt, tuple(images), mrope_positions(len(input_ids), spans), shown)
+        num_read = sum(type(each.source) is not ProcessedImage for each in attachments)
+        return Prepared(prompt, tuple(images), mrope_positions(len(input_ids), spans), shown, num_read)
 
     def _process(self, attachment: Attachment) -> ProcessedImage:
         """Read and cut what a message holds, unless that was done before."""

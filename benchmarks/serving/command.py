@@ -60,7 +60,7 @@ def serving(
         )  # fmt: skip
         sizes = {key: value for key, value in asdict(work).items() if key not in ("engine", "demo")}
         result: dict[str, Any] = {
-            "model": str(manifest.source.get("name")),
+            "model": Path(str(manifest.source.get("name"))).name,
             "target": manifest.target,
             "demo_target": Manifest.read(demo).target,
             "workload": sizes,

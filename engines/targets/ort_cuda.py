@@ -14,6 +14,7 @@ their softmax and its sums in float32.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -116,9 +117,13 @@ def _passes(dtype: str, formats: WeightFormats) -> Sequence[ir.passes.InPlacePas
 def _check_library() -> str:
     import onnxruntime
 
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        return ""
-    return f"onnxruntime-gpu has to take the place of onnxruntime: uninstall onnxruntime, then {how_to_install('cuda')}"
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        how = f"uninstall onnxruntime, then {how_to_install('cuda')}"
+        return f"onnxruntime-gpu has to take the place of onnxruntime: {how}"
+    # The session moves rows of the KV cache by it.
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return f"cuda-bindings is missing: {how_to_install('cuda')}"
+    return ""
 
 
 TARGETS = tuple(

@@ -49,9 +49,9 @@ def targets(
     released Qwen3-VL checkpoints, whose shapes are shipped with this package.
 
     --json prints one object: machine (cpu, cpu_features, num_cores, memory_bytes, gpus, versions, notes), targets
-    (each: name, description, can_build, can_run, reason) and, with --model, choice: target (what --target auto chooses,
-    null if none fits) and candidates in order of preference (each: target, device, parts in bytes, limit_bytes,
-    refusal, total_bytes).
+    (each: name, description, has_fixed_sizes, can_build, can_run, reason) and, with --model, choice: target (what
+    --target auto chooses, null if none fits) and candidates in order of preference (each: target, device, parts in
+    bytes, limit_bytes, refusal, total_bytes).
 
     \b
     Examples:
@@ -84,6 +84,7 @@ def targets(
         print(line)
         if row["reason"]:
             print(f"  {row['reason']}")
+    print(f"\n{_sizes_of(rows)}")
     if choice is not None:
         print(f"\n{choice.render()}\n--target {AUTO}: {chosen or 'none fits'}")
 
@@ -144,8 +145,18 @@ def _row(target: Target, machine: Hardware) -> dict[str, Any]:
     return {
         "name": target.name,
         "description": target.description,
+        "has_fixed_sizes": target.compile is not None,
         **dataclasses.asdict(target.availability(machine)),
     }
+
+
+def _sizes_of(rows: list[dict[str, Any]]) -> str:
+    """Return how many sequences, and of what length, an engine of each target runs."""
+    families = dict.fromkeys(row["name"].rsplit("-", 1)[0] + "-*" for row in rows if row["has_fixed_sizes"])
+    return (
+        "A decode step takes any number of sequences, and a sequence may have any length that the model was trained "
+        f"for; engines of {', '.join(families)} take those that they were built for (--max-batch, --max-context)."
+    )
 
 
 def _yes(value: bool) -> str:

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.engine_options import ServingOptions
 from runtime.errors import CapacityError, UsageError
 from runtime.generation import chunk_limit
 from runtime.manifest import Manifest
 from runtime.memory import CACHE, EMBEDS, PREFILL, WEIGHTS, cache_bytes, prefill_bytes
 from runtime.scheduling.request import Limits
+from runtime.serving_options import ServingOptions
 from runtime.session import is_on_gpu
 
 DEFAULT_SEQUENCES = 8
 DEFAULT_KEPT = 4
 DEFAULT_EMBEDS_BYTES = 256 << 20
-# Of the memory beside weights and workspace, what kept embeddings take at most where nobody says.
-_SHARE_OF_EMBEDS = 1 / 16
-# The same of the KV cache; a caller may ask for all of it.
-_SHARE_OF_CACHE = 1 / 2
+# Of so many parts of the memory beside weights and workspace, kept embeddings take one at most where nobody says.
+_PARTS_OF_EMBEDS = 16
+# The same of slots of the KV cache that nobody asked for; a caller may ask for all of it.
+_PARTS_OF_CACHE = 2
 
 
 def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, room_bytes: int | None) -> Limits:
@@ -41,14 +41,14 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
     slot_bytes = cache_bytes(manifest.model, capabilities, capacity)
     embeds_bytes = options.vision_cache_bytes
     if embeds_bytes is None:
-        room = DEFAULT_EMBEDS_BYTES if room_bytes is None else int(max(0, room_bytes) * _SHARE_OF_EMBEDS)
+        room = DEFAULT_EMBEDS_BYTES if room_bytes is None else max(0, room_bytes) // _PARTS_OF_EMBEDS
         embeds_bytes = min(DEFAULT_EMBEDS_BYTES, room)
     # Embeddings are kept in the host's memory.
     on_device = is_on_gpu(manifest)
     cache_room = None if room_bytes is None else max(0, room_bytes - (0 if on_device else embeds_bytes))
     fitting = None if cache_room is None else cache_room // slot_bytes
     # What nobody asked for leaves memory to others.
-    modest = None if cache_room is None else max(1, int(cache_room * _SHARE_OF_CACHE) // slot_bytes)
+    modest = None if cache_room is None else max(1, cache_room // _PARTS_OF_CACHE // slot_bytes)
     most = min((int(each) for each in (built_for, modest) if each is not None), default=None)
     _check_built_for(options, built_for)
     sequences = options.max_sequences

@@ -1,8 +1,10 @@
 """The slots of a KV cache: which sequence has which, what the rows of the others can still serve, who makes room.
 
-GroupQueryAttention and compiled graphs want the sequences of a call side by side, so those that decode have the first
-slots: 0 … n - 1. Prompts are run one at a time, in any slot behind them. When a sequence begins to decode it moves to
-slot n, and when one ends, the last one takes its place; a move exchanges rows, so what other slots hold is not lost.
+GroupQueryAttention and compiled graphs want the sequences of a call side by side, so those that decode have slots
+first … first + n - 1. Prompts are run one at a time, in any other slot. A sequence that begins to decode moves beside
+the others, and when one ends, the last one takes its place; a move exchanges rows, so what other slots hold is not
+lost. Where a session decodes in any slots, who decodes first stays where it is; where steps are recorded for the first
+slots, `first` is 0.
 
 A slot whose sequence has ended keeps its rows until another needs it: a later prompt that begins with the same tokens
 takes the slot over, or copies the rows. Of such slots, the one that was used least recently is given away first.
@@ -56,19 +58,23 @@ class Slots:
     Args:
         cache: The cache, whose rows are moved here and nowhere else.
         keeps_rows: Slots keep their rows for later prompts.
+        begins_anywhere: Sequences may decode in any slots side by side, not only from 0 on.
 
     Attributes:
-        num_decoding: Sequences that decode; theirs are the first slots.
+        first: First slot of those that decode.
+        num_decoding: Sequences that decode; theirs are slots first … first + num_decoding - 1.
         moved_rows: Rows that were copied or exchanged so far.
         evicted_rows: Rows that were given up to make room.
     """
 
-    def __init__(self, cache: KVCache, *, keeps_rows: bool = True) -> None:
+    def __init__(self, cache: KVCache, *, keeps_rows: bool = True, begins_anywhere: bool = False) -> None:
         self.cache = cache
+        self.first = 0
         self.num_decoding = 0
         self.moved_rows = 0
         self.evicted_rows = 0
         self._keeps_rows = keeps_rows
+        self._begins_anywhere = begins_anywhere
         self._slots = [Slot() for _ in range(cache.batch)]
         self._place: dict[Hashable, int] = {}
         self._clock = 0
@@ -128,11 +134,22 @@ class Slots:
         """Note that a sequence has so many valid rows now."""
         self._slots[self._place[owner]].num_rows = num_rows
 
-    def join(self, owner: Hashable) -> None:
-        """Move a sequence whose prompt has run to those that decode."""
-        assert self._place[owner] >= self.num_decoding, "it decodes already"
-        self._exchange(self._place[owner], self.num_decoding)
+    def join(self, owner: Hashable) -> int:
+        """Move a sequence whose prompt has run beside those that decode.
+
+        Returns:
+            Its place among them, by slot: 0 or the last.
+        """
+        place, end = self._place[owner], self.first + self.num_decoding
+        assert not self.first <= place < end, "it decodes already"
+        if self._begins_anywhere and not self.num_decoding:
+            self.first = end = place
+        is_before = self._begins_anywhere and self.first > 0 and (place == self.first - 1 or end == len(self._slots))
+        if is_before:
+            self.first -= 1
+        self._exchange(place, self.first if is_before else end)
         self.num_decoding += 1
+        return 0 if is_before else self.num_decoding - 1
 
     def leave(self, owner: Hashable, keys: IntArray | None) -> None:
         """Free the slot of a sequence.
@@ -142,10 +159,11 @@ class Slots:
             keys: What its valid rows are of; None if they are not to be used again.
         """
         place = self._place[owner]
-        if place < self.num_decoding:
+        if self.first <= place < self.first + self.num_decoding:
             self.num_decoding -= 1
-            self._exchange(place, self.num_decoding)
-            place = self.num_decoding
+            last = self.first + self.num_decoding
+            self._exchange(place, last)
+            place = last
         slot = self._slots[place]
         del self._place[owner]
         self._clock += 1

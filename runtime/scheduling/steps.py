@@ -66,7 +66,11 @@ class Steps:
         self._max_segments = getattr(session, "max_segments", None)
         self._encoding: tuple[list[tuple[Sequence, int, ProcessedImage]], Future[FloatArray]] | None = None
         self._num_failures = 0
-        self.slots = Slots(session.new_cache(limits.max_context, limits.num_slots), keeps_rows=limits.prefix_cache)
+        self.slots = Slots(
+            session.new_cache(limits.max_context, limits.num_slots),
+            keeps_rows=limits.prefix_cache,
+            begins_anywhere=getattr(session, "decodes_anywhere", False),
+        )
         self.vision_cache = VisionCache(limits.vision_cache_bytes)
         self.counters = Counters()
         self.prompts: list[Sequence] = []
@@ -163,9 +167,9 @@ class Steps:
             if sequence.is_finished or sequence.request.on_logits is not None:
                 self.finish(sequence)
                 return
-            self.slots.join(sequence)
+            index = self.slots.join(sequence)
             self.prompts.remove(sequence)
-            self.decoding.append(sequence)
+            self.decoding.insert(index, sequence)
 
     def decode(self) -> None:
         """Run one token of all sequences that decode; of one alone, drafted tokens as well."""
@@ -286,15 +290,16 @@ class Steps:
         for b, sequence in enumerate(sequences):
             token_B1[b], past_B[b], delta_B[b] = sequence.last_token, sequence.num_rows, sequence.delta
         for b in range(len(sequences), batch):
-            past_B[b] = self.slots.num_rows(b)  # behind the valid rows, and written again before it is read
+            # Behind the valid rows, and written again before it is read.
+            past_B[b] = self.slots.num_rows(self.slots.first + b)
         return DecoderInputs.text(token_B1, past_B, self._no_embeds, delta=delta_B)
 
     def _run(self, inputs: DecoderInputs) -> list:  # type: ignore[type-arg]
         """Run a step: logits of each sequence and position, the largest of them where that is all its sampler needs."""
-        cache = self.slots.cache
+        cache, first = self.slots.cache, self.slots.first
         if self._num_top and any(each.can_use_top(self._num_top) for each in self.decoding):
-            return cast(TopLogitsSession, self._session).decode_top(inputs, cache)
-        return list(self._session.decode(inputs, cache))
+            return cast(TopLogitsSession, self._session).decode_top(inputs, cache, first)
+        return list(self._session.decode(inputs, cache, first))
 
     def _take_each(self, sequences: list[Sequence], rows: list) -> None:  # type: ignore[type-arg]
         # All rows are noted before any sequence may end: then another one moves into its place, with the rows it has.

@@ -69,4 +69,12 @@ def test_a_library_without_the_provider_is_said(monkeypatch: pytest.MonkeyPatch)
     assert (found.can_build, found.can_run) == (True, False)
     assert found.reason.startswith("onnxruntime-gpu has to take the place of onnxruntime: uninstall onnxruntime, then ")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module, package=None: module)
     assert target.availability(machine) == Availability(True, True)
+    for absent in ("cuda", "cuda.bindings"):
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda module, absent=absent: module if module != absent else None
+        )
+        found = target.availability(machine)
+        assert (found.can_build, found.can_run) == (True, False)
+        assert found.reason.startswith("cuda-bindings is missing: ") and "`cuda`" in found.reason

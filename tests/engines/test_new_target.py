@@ -156,6 +156,7 @@ def test_three_files_make_a_target(tree: Path, tmp_path: Path) -> None:
     assert row == {
         "name": "toy-fp32",
         "description": "the graphs as they are",
+        "has_fixed_sizes": False,
         "can_build": True,
         "can_run": True,
         "reason": "",

@@ -116,7 +116,7 @@ def test_loading_is_seen() -> None:
 
 def test_public_names_are_those_of_the_runtime() -> None:
     import qwen3_vl
-    from runtime import __version__, answer, errors, stream
+    from runtime import __version__, answer, errors
     from runtime.conversation import Conversation
     from runtime.generation_config import GenerationOptions
     from runtime.model import Qwen3VLModel

@@ -100,7 +100,7 @@ def test_a_kernel_without_a_test_is_refused() -> None:
         needs_exact_products(["MatMulNBits.4", "MatMulNBits.3"])
 
 
-BYTE_KERNELS = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits.8"}
+BYTE_KERNELS = {"MatMulIntegerToFloat", "MatMulNBits.8"}
 
 
 @pytest.mark.parametrize(

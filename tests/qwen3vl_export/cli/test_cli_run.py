@@ -435,6 +435,9 @@ def test_targets_lists_the_registry(qwen3vl: Any) -> None:
     code, out, _ = qwen3vl("targets")
     assert code == 0
     assert all(row["name"] in out and row["description"] in out and row["reason"] in out for row in rows)
+    fixed = {row["name"] for row in rows if row["has_fixed_sizes"]}
+    assert fixed == {row["name"] for row in rows if row["name"].startswith("trt-")}
+    assert "trt-*, trt-rtx-* take those that they were built for (--max-batch, --max-context)" in " ".join(out.split())
 
 
 @pytest.mark.portable

@@ -88,13 +88,15 @@ class SlotsMachine(RuleBasedStateMachine):
 
     cache_class: type[NumberedCache] = NumberedCache
     compares_pixels = True
+    begins_anywhere = False
     running = Bundle("running")
 
     def __init__(self) -> None:
         super().__init__()
         self.cache = self.cache_class()
-        self.slots = Slots(self.cache)
+        self.slots = Slots(self.cache, begins_anywhere=self.begins_anywhere)
         self.owners: list[Owner] = []
+        self.in_order: list[Owner] = []
         self.number = 0
 
     def seen(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -128,7 +130,7 @@ class SlotsMachine(RuleBasedStateMachine):
         owner.num_rows += len(new)
         self.slots.write(owner, owner.num_rows)
         if owner.num_rows == owner.num_prompt:
-            self.slots.join(owner)
+            self.in_order.insert(self.slots.join(owner), owner)
             owner.is_decoding = True
 
     @rule(steps=st.integers(1, 8), padding=st.integers(0, NUM_SLOTS))
@@ -137,7 +139,8 @@ class SlotsMachine(RuleBasedStateMachine):
         for _ in range(steps):
             decoding = [owner for owner in self.owners if owner.is_decoding and len(owner.keys) < CAPACITY]
             assume(decoding and len(decoding) == self.slots.num_decoding)
-            for slot in range(self.slots.num_decoding, min(NUM_SLOTS, self.slots.num_decoding + padding)):
+            end = self.slots.first + self.slots.num_decoding
+            for slot in range(end, min(NUM_SLOTS, end + padding)):
                 self.cache.rows[slot, min(CAPACITY - 1, self.slots.num_rows(slot))] = STALE
             for owner in decoding:
                 key = np.array([[5000 + len(owner.keys), 0, 0]])
@@ -151,6 +154,10 @@ class SlotsMachine(RuleBasedStateMachine):
         assume(owner in self.owners)
         self.slots.leave(owner, self.seen(owner.keys) if keeps else None)
         self.owners.remove(owner)
+        if owner.is_decoding:
+            place, last = self.in_order.index(owner), self.in_order.pop()
+            if last is not owner:
+                self.in_order[place] = last
 
     @rule()
     def forget(self) -> None:
@@ -158,9 +165,11 @@ class SlotsMachine(RuleBasedStateMachine):
         assert self.slots.total_rows == sum(owner.num_rows for owner in self.owners)
 
     @invariant()
-    def those_that_decode_are_first(self) -> None:
-        places = {self.slots.place(owner) for owner in self.owners if owner.is_decoding}
-        assert places == set(range(self.slots.num_decoding))
+    def those_that_decode_are_side_by_side(self) -> None:
+        first, num_decoding = self.slots.first, self.slots.num_decoding
+        assert [self.slots.place(owner) for owner in self.in_order] == list(range(first, first + num_decoding))
+        assert first == 0 or self.begins_anywhere
+        assert {id(owner) for owner in self.in_order} == {id(owner) for owner in self.owners if owner.is_decoding}
 
     @invariant()
     def each_has_a_slot_of_its_own(self) -> None:
@@ -172,6 +181,10 @@ class SlotsMachine(RuleBasedStateMachine):
         for owner in self.owners:
             assert self.slots.num_rows(self.slots.place(owner)) == owner.num_rows
             assert self.cache.holds(self.slots.place(owner), owner.keys[: owner.num_rows])
+
+
+class AnywhereMachine(SlotsMachine):
+    begins_anywhere = True
 
 
 class ForgetfulMachine(SlotsMachine):
@@ -201,8 +214,40 @@ def run_machine(machine: type[SlotsMachine]) -> None:
 
 
 @pytest.mark.portable
-def test_rows_stay_with_their_sequence_whatever_happens() -> None:
-    run_machine(SlotsMachine)
+@pytest.mark.parametrize("machine", [SlotsMachine, AnywhereMachine], ids=lambda each: each.__name__)
+def test_rows_stay_with_their_sequence_whatever_happens(machine: type[SlotsMachine]) -> None:
+    run_machine(machine)
+
+
+@pytest.mark.portable
+def test_sequences_that_decode_alone_move_no_rows_where_steps_run_in_any_slot() -> None:
+    moved = {}
+    for begins_anywhere in (False, True):
+        slots = Slots(NumberedCache(), begins_anywhere=begins_anywhere)
+        for number in range(2 * NUM_SLOTS):
+            owner, keys = object(), keys_of(1000 * number)
+            slots.start(owner, keys)
+            slots.cache.write(slots.place(owner), 0, keys)  # type: ignore[attr-defined]
+            slots.write(owner, len(keys))
+            assert slots.join(owner) == 0 and slots.place(owner) == slots.first
+            slots.leave(owner, keys)
+        moved[begins_anywhere] = slots.moved_rows
+    assert moved[True] == 0 < moved[False]
+
+
+@pytest.mark.portable
+def test_those_that_decode_grow_to_either_side() -> None:
+    slots = Slots(NumberedCache(batch=3), begins_anywhere=True)
+    owners = [object() for _ in range(3)]
+    for number, owner in enumerate(owners):
+        slots.start(owner, keys_of(1000 * number))
+        slots.write(owner, 20)
+    assert [slots.place(owner) for owner in owners] == [0, 1, 2]
+    assert (slots.join(owners[2]), slots.first) == (0, 2)
+    assert (slots.join(owners[1]), slots.first) == (0, 1)
+    assert (slots.join(owners[0]), slots.first) == (0, 0)
+    slots.leave(owners[2], None)
+    assert [slots.place(owner) for owner in owners[:2]] == [0, 1] and slots.num_decoding == 2
 
 
 @pytest.mark.portable
