@@ -6,58 +6,15 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.arguments import reading, whole_number
+from runtime.arguments import whole_number
 from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
 from runtime.machine import MAX_THREADS_PER_CORE, available_cores
 from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
-from runtime.option_checks import between, true_or_false
+from runtime.serving_options import ServingOptions
 from runtime.session import SessionOptions, is_on_gpu
 
 DEFAULT_MAX_CONTEXT = 4096
-_LARGEST = 1 << 62
-
-
-@dataclass(frozen=True)
-class ServingOptions:
-    """How many requests run and wait, and what is kept for later ones; `Qwen3VLModel.from_engine` says more.
-
-    None leaves a number to `runtime.scheduling.plan`.
-    """
-
-    max_sequences: int | None = None
-    kept_sequences: int | None = None
-    prefix_cache: bool = True
-    vision_cache_bytes: int | None = None
-    max_queue: int = 256
-    max_queue_tokens: int | None = None
-    max_delay_ms: float = 200.0
-
-    @classmethod
-    def checked(cls, **given: Any) -> ServingOptions:
-        """Check what a caller gave; None stands for the default.
-
-        Raises:
-            UsageError: An option is of the wrong type or out of range.
-        """
-        values = {name: value for name, value in given.items() if value is not None}
-        for name, minimum in (
-            ("max_sequences", 1),
-            ("kept_sequences", 0),
-            ("vision_cache_bytes", 0),
-            ("max_queue", 1),
-            ("max_queue_tokens", 1),
-        ):
-            if name in values:
-                remedy = f"leave {name} out for the default"
-                values[name] = whole_number(name, values[name], minimum, _LARGEST, f"{minimum} to 2^62", remedy)
-        if "prefix_cache" in values:
-            values["prefix_cache"] = true_or_false("prefix_cache", values["prefix_cache"])
-        if "max_delay_ms" in values:
-            remedy = "leave max_delay_ms out for 200 ms"
-            with reading("max_delay_ms", remedy):  # a fraction may be too large for a float
-                values["max_delay_ms"] = between(1, 1e6, remedy)("max_delay_ms", values["max_delay_ms"])
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -70,7 +27,7 @@ class EngineOptions:
     min_pixels: int | None
     max_pixels: int | None
     max_image_pixels: int
-    serving: ServingOptions = ServingOptions()
+    serving: ServingOptions
 
     @classmethod
     def checked(

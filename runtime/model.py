@@ -20,7 +20,7 @@ from runtime.calls import Call, run_batch
 from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray, no_visual_embeds
 from runtime.conversation import Conversation, complete
-from runtime.engine_options import EngineOptions, ServingOptions
+from runtime.engine_options import EngineOptions
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
@@ -36,6 +36,7 @@ from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import held_bytes, plan_limits
 from runtime.scheduling.request import Limits, Request
 from runtime.scheduling.worker import Worker
+from runtime.serving_options import ServingKeywords, ServingOptions
 from runtime.session import Session, is_on_gpu, open_session
 from runtime.shown import shown
 from runtime.stream import Stream
@@ -138,13 +139,7 @@ class Qwen3VLModel:
         max_pixels: int | None = None,
         max_memory: int | None = None,
         max_image_pixels: int | None = None,
-        max_sequences: int | None = None,
-        kept_sequences: int | None = None,
-        prefix_cache: bool = True,
-        vision_cache_bytes: int | None = None,
-        max_queue: int | None = None,
-        max_queue_tokens: int | None = None,
-        max_delay_ms: float | None = None,
+        **serving: Unpack[ServingKeywords],
     ) -> Qwen3VLModel:
         """Open an engine folder.
 
@@ -163,16 +158,7 @@ class Qwen3VLModel:
                 has no default.
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
-            max_sequences: Most requests that run at once; by default 8, or as many as half of the memory that is left
-                holds with `max_context` tokens each.
-            kept_sequences: So many more sequences keep their rows of the KV cache after they have ended, for prompts
-                that begin as they do; by default 4, or as many as fit.
-            prefix_cache: Take rows over from other sequences at all.
-            vision_cache_bytes: Most bytes of images' embeddings that are kept for prompts with the same image; by
-                default 256 MiB, or a sixteenth of the memory that is left.
-            max_queue: Most requests that wait; more are refused. 256 by default.
-            max_queue_tokens: Most tokens of their prompts together; 16 times `max_context` by default.
-            max_delay_ms: While others decode, a prompt runs in chunks that take about this long; 200 by default.
+            **serving: How many requests run and wait, and what is kept for later ones (`ServingKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -195,13 +181,7 @@ class Qwen3VLModel:
             max_pixels=max_pixels,
             max_memory=max_memory,
             max_image_pixels=max_image_pixels,
-            max_sequences=max_sequences,
-            kept_sequences=kept_sequences,
-            prefix_cache=prefix_cache,
-            vision_cache_bytes=vision_cache_bytes,
-            max_queue=max_queue,
-            max_queue_tokens=max_queue_tokens,
-            max_delay_ms=max_delay_ms,
+            **serving,
         )
         return cls.from_manifest(folder, manifest, options, source=source)
 

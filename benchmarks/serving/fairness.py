@@ -13,7 +13,7 @@ from runtime.model import Qwen3VLModel
 
 STREAMS = 4
 _STEPS_BEFORE = 8
-_LONGEST_ANSWER = 1500
+_LONGEST_ANSWER = 3000
 _MAX_DELAY_MS = 200.0
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import json
+import re
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -21,8 +24,8 @@ from runtime.session import KVCache, Session, SessionOptions, open_session
 
 _TOKEN = 65
 _PROFILED_BATCHES = (1, 8)
-_PROFILED_STEPS = 3
-_ATTENTION, _PRODUCTS = ("GroupQueryAttention",), ("MatMul", "MatMulNBits", "Gemm", "QMoE", "MoE")
+_PROFILED_STEPS = 5
+_ATTENTION, _PRODUCTS = re.compile("GroupQueryAttention"), re.compile("MatMul|Gemm|MoE")
 
 
 def measure(work: Workload) -> dict[str, Any]:
@@ -100,13 +103,12 @@ def profile(work: Workload, manifest: Manifest, cache: Any, batch: int, past: in
 
 
 def node_seconds(events: list[Mapping[str, Any]], num_steps: int) -> dict[str, float]:
-    """Return the seconds a step of attention, products and all other nodes, from the last steps of a profile."""
-    runs = sorted(event["ts"] for event in events if event["name"] == "model_run")
-    begin = runs[-num_steps]
-    seconds = {"attention": 0.0, "products": 0.0, "other": 0.0}
+    """Return the seconds a step of attention, products and all other nodes: medians of the last steps of a profile."""
+    runs = sorted(event["ts"] for event in events if event["name"] == "model_run")[-num_steps:]
+    seconds = {kind: [0.0] * num_steps for kind in ("attention", "products", "other")}
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= begin:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= runs[0]:
             operator = event["args"].get("op_name", "")
-            kind = "attention" if operator in _ATTENTION else "products" if operator in _PRODUCTS else "other"
-            seconds[kind] += event["dur"] / 1e6 / num_steps
-    return seconds
+            kind = "attention" if _ATTENTION.match(operator) else "products" if _PRODUCTS.search(operator) else "other"
+            seconds[kind][bisect.bisect_right(runs, event["ts"]) - 1] += event["dur"] / 1e6
+    return {kind: statistics.median(values) for kind, values in seconds.items()}

@@ -126,12 +126,12 @@ class TimedSession:
 
 def opened(folder: str, threads: int, max_context: int = 2048, **serving: Any) -> tuple[Qwen3VLModel, TimedSession]:
     """Open an engine with options of `Qwen3VLModel.from_engine`, and return it with its session."""
-    from runtime.engine_options import ServingOptions
     from runtime.manifest import Manifest
     from runtime.memory import machine_bytes
     from runtime.model import Qwen3VLModel
     from runtime.preparation import Preparation
     from runtime.scheduling.plan import plan_limits
+    from runtime.serving_options import ServingOptions
     from runtime.session import SessionOptions, open_session
 
     path = Path(folder)

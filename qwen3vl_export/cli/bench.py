@@ -7,6 +7,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -83,22 +84,9 @@ def bench(
       qwen3vl bench ENGINE --concurrency 8 --plot load.svg
       qwen3vl bench ENGINE --rate 2 --duration 60 --max-queue 32 --image-size none
     """
-    import time
-
-    from runtime.machine import default_threads
-
     size = parse_size(image_size)
     load.check()
-    start = time.perf_counter()
-    model = opening.open(engine, serving=serving)
-    where = {
-        "device": device(model),
-        "threads": opening.threads or default_threads(),
-        "target": model.manifest.target,
-        "load_s": time.perf_counter() - start,
-        # None if this kind of engine records nothing.
-        "decode_recorded": getattr(model.session, "decode_recorded", None),
-    }
+    model, where = _opened(engine, opening, serving)
     if load.is_given:
         from qwen3vl_export.load.prompts import Prompts
 
@@ -113,6 +101,25 @@ def bench(
         print_json({**where, **asdict(speed)})
     else:
         print_text("\n".join(columns(_rows(speed, where))))
+
+
+def _opened(engine: Path, opening: Opening, serving: Serving) -> tuple[Qwen3VLModel, dict[str, Any]]:
+    """Open an engine and return it with what it runs on."""
+    import time
+
+    from runtime.machine import default_threads
+
+    start = time.perf_counter()
+    model = opening.open(engine, serving=serving)
+    loaded = time.perf_counter() - start
+    return model, {
+        "device": device(model),
+        "threads": opening.threads or default_threads(),
+        "target": model.manifest.target,
+        "load_s": loaded,
+        # None if this kind of engine records nothing.
+        "decode_recorded": getattr(model.session, "decode_recorded", None),
+    }
 
 
 def _rows(speed: Speed, where: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -70,5 +70,7 @@ class Prompts:
 def _text(num_words: int, *seed: int) -> str:
     import numpy as np
 
-    chosen = np.random.default_rng(seed).integers(0, len(_WORDS), num_words)
-    return " ".join(_WORDS[index] for index in chosen)
+    rng = np.random.default_rng(seed)
+    # A number first: of few words, two prompts might begin with the same ones.
+    chosen = rng.integers(0, len(_WORDS), num_words - 1)
+    return " ".join([str(rng.integers(10**5, 10**6)), *(_WORDS[index] for index in chosen)])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.engine_options import ServingOptions
 from runtime.errors import CapacityError, UsageError
 from runtime.generation import chunk_limit
 from runtime.manifest import Manifest
 from runtime.memory import CACHE, EMBEDS, PREFILL, WEIGHTS, cache_bytes, prefill_bytes
 from runtime.scheduling.request import Limits
+from runtime.serving_options import ServingOptions
 from runtime.session import is_on_gpu
 
 DEFAULT_SEQUENCES = 8

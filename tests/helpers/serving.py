@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +20,7 @@ from runtime.model import Qwen3VLModel
 from runtime.sampling import Logits
 from runtime.scheduling.request import Limits, Request
 from runtime.scheduling.sequence import Sequence
+from runtime.scheduling.worker import Worker
 from runtime.session import Session, TopLogits
 
 
@@ -90,3 +93,24 @@ def watched_logits() -> Iterator[dict[Request, list[FloatArray]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sequence, "take_token", watching)
         yield found
+
+
+@contextmanager
+def held_until_submitted(model: Qwen3VLModel, num_requests: int) -> Iterator[None]:
+    """Run no prompt before so many requests have been submitted, so that they run side by side."""
+    ready, submit, prefill = threading.Event(), Worker.submit, model.session.prefill
+    numbers = itertools.count(1)
+
+    def counting(worker: Worker, *arguments: Any, **keywords: Any) -> None:
+        submit(worker, *arguments, **keywords)
+        if next(numbers) >= num_requests:
+            ready.set()
+
+    def held(*arguments: Any) -> FloatArray:
+        assert ready.wait(60)
+        return prefill(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "submit", counting)
+        patch.setattr(model.session, "prefill", held)
+        yield

@@ -221,6 +221,8 @@ def test_documented_json_of_engine_commands(demo_engine: Path) -> None:
     answer = json.loads(call(["qwen3vl", "run", str(demo_engine), "Read", "--image", str(image), "--json"], ROOT))
     assert list(answer) == documented_fields("`qwen3vl run`")
     assert list(answer["stats"]) == documented_fields("its `stats`")
+    loaded = ["qwen3vl", "bench", str(demo_engine), "--concurrency", "2", "--new-tokens", "2", "--image-size", "none"]
+    assert list(json.loads(call([*loaded, "--json"], ROOT))) == documented_fields("`qwen3vl bench` with many requests")
     inspected = json.loads(call(["qwen3vl", "inspect", str(demo_engine), "--json"], ROOT))
     assert set(inspected) == set(documented_fields("`qwen3vl inspect`"))
     listed = json.loads(call(["qwen3vl", "targets", "--model", "demo", "--json"], ROOT))
@@ -254,9 +256,11 @@ def options_of(command: str) -> set[str]:
 
 def test_documented_options_of_the_runtime() -> None:
     from runtime.model import Qwen3VLModel
+    from runtime.serving_options import ServingOptions
 
     rows = re.findall(r"^\| `(--[\w-]+)`.*? \| `(\w+)`", COMMANDS, re.MULTILINE)
-    arguments = set(inspect.signature(Qwen3VLModel.from_engine).parameters) - {"path"}
+    arguments = set(inspect.signature(Qwen3VLModel.from_engine).parameters) - {"path", "serving"}
+    arguments |= set(ServingOptions.__dataclass_fields__)
     section = (
         (ROOT / "docs" / "requests.md").read_text(encoding="utf-8").split("## Limits, refusals")[1].split("\n- ")[0]
     )

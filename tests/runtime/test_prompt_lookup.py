@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import runtime.model
+import runtime.scheduling.worker
 from qwen3vl_export.demo import IMAGES
 from runtime.contract import DecoderInputs
 from runtime.errors import UsageError
@@ -299,7 +298,7 @@ def test_an_answer_ends_inside_an_accepted_draft(
     plain = demo.generate(question(), stop=stop)
     assert plain.finish_reason == ("stop" if stop else "eos")
     drafter = Forced([*whole, 5, 6, 7], 30, lambda i: True)
-    monkeypatch.setattr(runtime.model, "PromptLookup", lambda *_: drafter)
+    monkeypatch.setattr(runtime.scheduling.worker, "PromptLookup", lambda *_: drafter)
     found = demo.generate(question(), stop=stop, prompt_lookup_num_tokens=30)
     assert (found.text, found.token_ids, found.finish_reason) == (plain.text, plain.token_ids, plain.finish_reason)
     assert len(drafter.rooms) == 1  # one call gave the whole answer, and the tokens after its end were dropped
@@ -319,28 +318,27 @@ def test_lookup_counts_reach_the_statistics(tiny: Qwen3VLModel, messages: Any) -
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize("second_decoder", [None, 4, 2])
-def test_no_call_reaches_a_second_decoder(
-    tiny: Qwen3VLModel, messages: Any, monkeypatch: pytest.MonkeyPatch, second_decoder: int | None
+def test_drafts_never_reach_the_decoder_of_prompts(
+    tiny: Qwen3VLModel, messages: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine may run calls of `prefill_min_tokens` or more in other weights."""
-    capabilities = tiny.manifest.capabilities | ({"prefill_min_tokens": second_decoder} if second_decoder else {})
-    monkeypatch.setattr(tiny, "manifest", dataclasses.replace(tiny.manifest, capabilities=capabilities))
+    """An engine may run prompts in other weights: those go through `prefill`, drafts through `decode`."""
     num_prompt_tokens = len(tiny.prepare(messages).prompt.input_ids)
-    sizes: list[int] = []
-    decode = tiny.session.decode
+    sizes: dict[str, list[int]] = {"prefill": [], "decode": []}
 
-    def counted(inputs: DecoderInputs, cache: Any) -> np.ndarray:
-        sizes.append(inputs.input_ids.shape[1])
-        return decode(inputs, cache)
+    def counted(name: str) -> Callable[..., np.ndarray]:
+        whole = getattr(tiny.session, name)
 
-    monkeypatch.setattr(tiny.session, "decode", counted)
-    tiny.generate(messages, max_new_tokens=64, eos_token_id=(), prompt_lookup_num_tokens=10)
-    assert sizes[0] == num_prompt_tokens
-    if second_decoder is None:
-        assert 4 < max(sizes[1:]) <= 11
-    else:
-        assert max(sizes[1:]) == second_decoder - 1
+        def call(inputs: DecoderInputs, *rest: Any) -> np.ndarray:
+            sizes[name].append(inputs.input_ids.shape[1])
+            return whole(inputs, *rest)
+
+        return call
+
+    for name in sizes:
+        monkeypatch.setattr(tiny.session, name, counted(name))
+    stats = tiny.generate(messages, max_new_tokens=64, eos_token_id=(), prompt_lookup_num_tokens=10).stats
+    assert sum(sizes["prefill"]) == num_prompt_tokens - stats.cached_tokens
+    assert 4 < max(sizes["decode"]) <= 11
 
 
 @pytest.mark.portable

@@ -24,7 +24,6 @@ from PIL import Image
 import configs
 import runtime.generation
 import runtime.image_processor
-import runtime.model
 import runtime.vision_inputs
 from helpers.engines import build
 from helpers.moe_checkpoints import write_experts
@@ -36,6 +35,7 @@ from runtime.contract import DecoderInputs
 from runtime.errors import CheckpointError, ParityError
 from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.model import Qwen3VLModel
+from runtime.scheduling.sequence import Sequence
 from runtime.sessions.ort_cpu import OrtCpuSession
 
 STEPS = 4
@@ -69,16 +69,19 @@ class Subject:
         dataclasses.replace(manifest, files={**manifest.files, name: record}).write(self.copy)
         self.engine = self.copy
 
-    def patch_decode(self, change: Callable[[dict[str, Any]], None]) -> None:
-        """Alter the inputs of every call of the decoder."""
-        original = OrtCpuSession.decode
+    def patch_calls(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Alter the inputs of every call of the decoder, of prompts and of steps."""
 
-        def decode(session: OrtCpuSession, inputs: DecoderInputs, cache: Any) -> Any:
-            arrays = inputs.arrays()
-            change(arrays)
-            return original(session, DecoderInputs(**arrays), cache)
+        def changed(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(session: OrtCpuSession, inputs: DecoderInputs, cache: Any, slot: int = 0) -> Any:
+                arrays = inputs.arrays()
+                change(arrays)
+                return original(session, DecoderInputs(**arrays), cache, slot)
 
-        self.patch.setattr(OrtCpuSession, "decode", decode)
+            return call
+
+        for name in ("prefill", "decode"):
+            self.patch.setattr(OrtCpuSession, name, changed(getattr(OrtCpuSession, name)))
 
 
 def bypass(node: onnx.NodeProto, value: str) -> None:
@@ -118,7 +121,7 @@ def chunk_deepstack_from_zero(subject: Subject) -> None:
             embeds[1:] = np.roll(embeds[1:], first, axis=1)
         inputs["visual_embeds"] = embeds
 
-    subject.patch_decode(change)
+    subject.patch_calls(change)
 
 
 def chunk_rows_from_zero(subject: Subject) -> None:
@@ -129,7 +132,7 @@ def chunk_rows_from_zero(subject: Subject) -> None:
         if (rows >= 0).any():
             inputs["visual_rows"] = np.where(rows >= 0, rows - rows[rows >= 0].min(), -1)
 
-    subject.patch_decode(change)
+    subject.patch_calls(change)
 
 
 def align_corners_off(subject: Subject) -> None:
@@ -160,19 +163,19 @@ def mrope_sections_swapped(subject: Subject) -> None:
     subject.edit_graph("decoder.onnx", change)
 
 
-def decode_delta_zero(subject: Subject, module: Any = runtime.generation) -> None:
+def decode_delta_zero(subject: Subject) -> None:
     """Generated tokens are numbered by their index, as if an image took one position for each of its tokens."""
-    original = module.decode_steps
+    original = runtime.generation.decode_steps
 
     def decode_steps(session: Any, cache: Any, logits: Any, num_cached: int, delta: int, *rest: Any) -> Any:
         return original(session, cache, logits, num_cached, 0, *rest)
 
-    subject.patch.setattr(module, "decode_steps", decode_steps)
+    subject.patch.setattr(runtime.generation, "decode_steps", decode_steps)
 
 
 def answer_delta_zero(subject: Subject) -> None:
-    """The same in `generate` alone, which takes the delta from the prompt by itself."""
-    decode_delta_zero(subject, runtime.model)
+    """The same in `generate` alone, whose sequences take the delta from the prompt by themselves."""
+    subject.patch.setattr(Sequence, "delta", 0)
 
 
 def q_norm_dropped(subject: Subject) -> None:
@@ -205,7 +208,7 @@ def cache_off_by_one(subject: Subject) -> None:
     def change(inputs: dict[str, Any]) -> None:
         inputs["past_lengths"] = inputs["past_lengths"] - (inputs["past_lengths"] > 0)
 
-    subject.patch_decode(change)
+    subject.patch_calls(change)
 
 
 def images_swapped(subject: Subject) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from runtime.engine_options import ServingOptions
 from runtime.errors import CapacityError, UsageError
 from runtime.manifest import Manifest
 from runtime.memory import CACHE, EMBEDS, cache_bytes
 from runtime.model import Qwen3VLModel
 from runtime.scheduling.plan import DEFAULT_EMBEDS_BYTES, held_bytes, plan_limits
+from runtime.serving_options import ServingOptions
 
 CONTEXT = 1000
 

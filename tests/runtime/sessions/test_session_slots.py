@@ -22,6 +22,7 @@ from qwen3vl_export.eager import open_eager
 from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
 from runtime.cuda import Pieces
 from runtime.decode_step import padded_batch
+from runtime.errors import EngineError
 from runtime.manifest import Manifest
 from runtime.model_config import ModelConfig
 from runtime.session import KVCache, SessionOptions, open_session
@@ -32,6 +33,7 @@ PROMPTS = [[16, 17, 18], [20], [21, 22, 23, 24, 25, 26, 27], [30, 31]]
 NEW = [[40, 50, 60], [41, 51, 61], [42, 52, 62], [43, 53, 63]]
 KINDS = ["ort_cpu", "eager", "ort_cuda", "tensorrt"]
 ON_GPU = ["ort_cuda", "tensorrt"]
+CUDA = "ort_cuda on a GPU"
 
 
 @dataclass
@@ -105,7 +107,7 @@ def folders(demo_bundle: Bundle, demo_engine: Path, tmp_path_factory: pytest.Tem
     return folder
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, pytest.param(CUDA, marks=pytest.mark.gpu)])
 def bench(
     request: pytest.FixtureRequest, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Bench]:
@@ -114,8 +116,15 @@ def bench(
         model = open_eager("demo")
         yield Bench(model.session, model.config, 1e-3)
         return
-    folder = folders(kind)
+    folder = folders("ort_cuda" if kind == CUDA else kind)
     manifest = Manifest.read(folder)
+    if kind == CUDA:
+        try:
+            session: Any = open_session(folder, manifest, SessionOptions())
+        except EngineError as error:
+            pytest.skip(error.message)
+        yield Bench(session, manifest.model, 0.03)
+        return
     if kind == "ort_cpu":
         yield Bench(open_session(folder, manifest, SessionOptions(threads=1)), manifest.model, 1e-3)
         return
@@ -423,6 +432,7 @@ def test_free_bytes_are_those_of_the_device_and_of_idle_buffers(bench: Bench) ->
     assert before - bench.session.free_bytes < num_bytes
 
 
+@pytest.mark.parametrize("bench", KINDS, indirect=True)
 def test_what_a_session_says_of_itself(bench: Bench) -> None:
     on_gpu = bench.device is not None
     assert (getattr(bench.session, "free_bytes", None) is not None) == on_gpu
