@@ -27,6 +27,7 @@ class Call:
         tools, chat_template_kwargs, priority, timeout_s: As in `Qwen3VLModel.stream`.
 
     Attributes:
+        timeout_s: Seconds that the caller gives, if any.
         deadline: When the answer has to be complete, by `time.perf_counter`, if there is such a time.
 
     Raises:
@@ -40,14 +41,14 @@ class Call:
         limit = _LARGEST_PRIORITY
         expected = "a whole number from -2^31 to 2^31, higher ones first"
         self.priority = whole_number("priority", priority, -limit, limit, expected, "leave priority out for 0")
-        self._timeout_s = None if timeout_s is None else _seconds(timeout_s)
-        self.deadline = None if self._timeout_s is None else time.perf_counter() + self._timeout_s
+        self.timeout_s = None if timeout_s is None else seconds(timeout_s)
+        self.deadline = None if self.timeout_s is None else time.perf_counter() + self.timeout_s
 
     def again(self) -> Call:
         """Return the same call, whose time begins now."""
         call = object.__new__(type(self))
         call.__dict__ = {**vars(self)}
-        call.deadline = None if self._timeout_s is None else time.perf_counter() + self._timeout_s
+        call.deadline = None if self.timeout_s is None else time.perf_counter() + self.timeout_s
         return call
 
 
@@ -139,7 +140,12 @@ def _listed(prompts: Any) -> list[Any]:
         return list(prompts)
 
 
-def _seconds(value: Any) -> float:
+def seconds(value: Any) -> float:
+    """Return a `timeout_s`.
+
+    Raises:
+        UsageError: It is no number.
+    """
     remedy = "leave timeout_s out for no limit"
     with reading("timeout_s", remedy):  # a whole number may be too large for a float
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):

@@ -237,7 +237,8 @@ class Worker:
         self._changed.wake()
         if self._thread is threading.current_thread():
             return False
-        self._thread.join(timeout_s if drains else None)
+        limit_s = timeout_s if drains and timeout_s is not None and timeout_s < threading.TIMEOUT_MAX else None
+        self._thread.join(limit_s)
         if self._thread.is_alive() and drains:
             return self.close(drains=False)
         return True
@@ -425,9 +426,8 @@ def _check_deadline(request: Request, when: str) -> None:
 
 
 def _late(request: Request, when: str) -> DeadlineError:
-    assert request.deadline is not None
     return DeadlineError(
-        f"the time for this answer, {request.deadline - request.started:.3g} s, was over {when}",
+        f"the time for this answer, timeout_s = {request.timeout_s:.3g}, was over {when}",
         remedy="pass a larger timeout_s, or ask for fewer tokens (max_new_tokens)",
     )
 
