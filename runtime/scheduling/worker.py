@@ -166,7 +166,7 @@ class Worker:
         room = Wakeup()
         while True:
             with self._lock:
-                self._check_open()
+                self._check_open(has_place=True)
                 _check_deadline(request, "before it was queued")
                 if not self._queued_tokens or self._queued_tokens + request.num_tokens <= most:
                     self._queued_tokens += request.num_tokens
@@ -261,13 +261,14 @@ class Worker:
         for each in hoping:
             each.wake()
 
-    def _check_open(self) -> None:
+    def _check_open(self, *, has_place: bool = False) -> None:
+        """Raise if no request is taken any more; one that has its place already still is while the others end."""
         if self._failure is not None:
             raise EngineError(
                 f"the engine has failed and takes no more requests: {self._failure.message}",
                 remedy="open the engine again, in a new process if it runs on a GPU",
             )
-        if self._is_draining:
+        if self._is_stopped or (self._is_draining and not has_place):
             raise _closed()
 
     def _overload(self, reason: str) -> OverloadError:
