@@ -439,6 +439,7 @@ class Qwen3VLModel:
 
     def statistics(self) -> dict[str, Any]:
         """Return what the engine has done and holds, as plain data; see `runtime.scheduling.counters`."""
+        self._owner.check()
         return self._worker.statistics()
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:

@@ -188,6 +188,8 @@ class Worker:
         Returns:
             Whether the thread has ended.
         """
+        if self._is_forked:
+            return True
         with self._lock:
             self._is_draining = True
             self._is_stopped = self._is_stopped or not drains
@@ -202,13 +204,18 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after its step; for what runs when a model is dropped or Python ends."""
-        if os.getpid() != self._pid:
-            return  # a fork of the process: the thread is not here, and may have left the lock closed
+        if self._is_forked:
+            return
         with self._lock:
             self._is_draining = self._is_stopped = True
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
+
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is a fork of the process: the thread is not here, and may have left the lock closed."""
+        return os.getpid() != self._pid
 
     @property
     def _num_queued(self) -> int:
