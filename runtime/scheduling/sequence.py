@@ -29,6 +29,7 @@ class Sequence:
     Attributes:
         request: What was asked.
         arrival: Its number.
+        delta: Position of a token of the answer minus its index.
         num_rows: Valid rows of its slot.
         is_started: It has a slot.
         is_encoding: The vision tower is at one of its images.
@@ -39,6 +40,7 @@ class Sequence:
         self.request = request
         self.arrival = arrival
         self.priority = request.priority
+        self.delta = request.prepared.positions.delta
         self.keys: IntArray = prompt_keys(request.prepared)
         self.num_rows = 0
         self.is_started = self.is_encoding = False
@@ -54,11 +56,6 @@ class Sequence:
         self._num_shared = 0
         self._num_cached_images = 0
         self._began = self._encoded = self._first = 0.0
-
-    @property
-    def delta(self) -> int:
-        """Position of a token of the answer minus its index."""
-        return self.request.prepared.positions.delta
 
     @property
     def tokens_left(self) -> int:

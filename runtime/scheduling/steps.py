@@ -164,8 +164,10 @@ class Steps:
             self._chunks.measured(num_tokens, time.perf_counter() - start)
             self.counters.prefill_chunks += 1
             self.counters.chunk_tokens.add(num_tokens)
-            with self._failing([sequence]):
+            try:
                 self._take_chunk(sequence, num_tokens, logits_LV)
+            except Exception as error:
+                self._fail([sequence], error)
 
     def decode(self) -> None:
         """Run one token of all sequences that decode; of one alone, drafted tokens as well."""
@@ -174,14 +176,21 @@ class Steps:
         start = time.perf_counter()
         drafts = self._drafts()
         sequences = self.decoding.copy()
-        with self._failing(sequences, "decode"):
+        try:
             rows = self._run(self._draft_inputs(drafts) if drafts else self._step_inputs())
-            self.counters.decode_steps += 1
-            self.counters.batch_size.add(len(sequences))
+            self._num_failures["decode"] = 0
+        except Exception as error:
+            self._fail(sequences, error, "decode")
+            return
+        self.counters.decode_steps += 1
+        self.counters.batch_size.add(len(sequences))
+        try:
             if drafts:
                 self._take_drafted(sequences[0], rows[0], drafts)
             else:
                 self._take_each(sequences, rows)
+        except Exception as error:
+            self._fail(sequences, error)
         self.counters.step_s.add(time.perf_counter() - start)
 
     def finish(self, sequence: Sequence) -> None:
@@ -281,14 +290,15 @@ class Steps:
         """Return the last token of each sequence, and for the rest of the batch tokens that nobody reads."""
         sequences = self.decoding
         batch = self._session.decode_batch(len(sequences), len(self.slots))
-        token_B1 = np.zeros((batch, 1), np.int64)
-        past_B, delta_B = np.zeros((2, batch), np.int64)
-        for b, sequence in enumerate(sequences):
-            token_B1[b], past_B[b], delta_B[b] = sequence.last_token, sequence.num_rows, sequence.delta
-        for b in range(len(sequences), batch):
-            # Behind the valid rows, and written again before it is read.
-            past_B[b] = self.slots.num_rows(self.slots.first + b)
-        return DecoderInputs.text(token_B1, past_B, self._no_embeds, delta=delta_B)
+        first = self.slots.first
+        # What fills up the batch writes behind the valid rows of its slot: rows that are written again before they are
+        # read.
+        filling = range(first + len(sequences), first + batch)
+        tokens = [each.last_token for each in sequences] + [0] * len(filling)
+        pasts = [each.num_rows for each in sequences] + [self.slots.num_rows(slot) for slot in filling]
+        deltas = [each.delta for each in sequences] + [0] * len(filling)
+        past_B, delta_B = np.array(pasts, np.int64), np.array(deltas, np.int64)
+        return DecoderInputs.text(np.array(tokens, np.int64)[:, None], past_B, self._no_embeds, delta=delta_B)
 
     def _run(self, inputs: DecoderInputs) -> list:  # type: ignore[type-arg]
         """Run a step: logits of each sequence and position, the largest of them where that is all its sampler needs."""
@@ -314,8 +324,10 @@ class Steps:
         for sequence in sequences:
             self._add_row(sequence)
         for sequence, (row,) in zip(sequences, rows, strict=False):  # what filled up the batch comes last
-            with self._failing([sequence]):
+            try:
                 self._take(sequence, row)
+            except Exception as error:
+                self._fail([sequence], error)
 
     def _add_row(self, sequence: Sequence) -> None:
         sequence.num_rows += 1
@@ -337,27 +349,30 @@ class Steps:
             self.finish(sequence)
 
     @contextmanager
-    def _failing(self, sequences: list[Sequence], call: str | None = None) -> Iterator[None]:
-        """Let what fails end these sequences, and no other.
+    def _failing(self, sequences: list[Sequence], call: str) -> Iterator[None]:
+        """Let a call of the session that fails end these sequences, and no other; see `_fail`."""
+        try:
+            yield
+            self._num_failures[call] = 0
+        except Exception as error:
+            self._fail(sequences, error, call)
+
+    def _fail(self, sequences: list[Sequence], error: Exception, call: str | None = None) -> None:
+        """End sequences with an error.
 
         Failures of a call of the session are counted until one of its kind succeeds; too many end the engine. Want of
         memory is not counted: it is of these sequences, and smaller ones may fit.
         """
-        try:
-            yield
-            if call is not None:
-                self._num_failures[call] = 0
-        except Exception as error:
-            known = _as_known(error)
-            if call is not None and not isinstance(known, CapacityError):
-                self._num_failures[call] = self._num_failures.get(call, 0) + 1
-                if self._num_failures[call] >= MAX_FAILURES:
-                    self.failure = known
-            for sequence in sequences:
-                if sequence in self.prompts or sequence in self.decoding:
-                    self._leave(sequence, None)
-                    self.counters.ended("failed")
-                    sequence.request.pieces.fail(_as_known(error))
+        known = _as_known(error)
+        if call is not None and not isinstance(known, CapacityError):
+            self._num_failures[call] = self._num_failures.get(call, 0) + 1
+            if self._num_failures[call] >= MAX_FAILURES:
+                self.failure = known
+        for sequence in sequences:
+            if sequence in self.prompts or sequence in self.decoding:
+                self._leave(sequence, None)
+                self.counters.ended("failed")
+                sequence.request.pieces.fail(_as_known(error))
 
 
 def _as_known(error: Exception) -> Qwen3VLError:

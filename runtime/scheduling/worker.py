@@ -15,7 +15,7 @@ from runtime.errors import DeadlineError, EngineError, OverloadError, Qwen3VLErr
 from runtime.manifest import Manifest
 from runtime.prompt_lookup import PromptLookup
 from runtime.scheduling.request import Limits, Request
-from runtime.scheduling.scheduler import State, next_step
+from runtime.scheduling.scheduler import State, Step, next_step
 from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.steps import Steps
 from runtime.session import Session
@@ -292,6 +292,20 @@ class Worker:
         steps.take_vision()
         start = time.perf_counter()
         self._sweep(start)
+        # The weights of each step drive all else out of the processor's caches, so that each line costs: sequences that
+        # only decode need no decision.
+        step = self._decide() if self._waiting or steps.prompts else None
+        steps.counters.steps += 1
+        steps.counters.scheduler_s += time.perf_counter() - start
+        if step is not None:
+            self._run_prompt(step.encode, step.prefill)
+        steps.decode()
+        if steps.failure is not None:
+            self._failure = steps.failure
+
+    def _decide(self) -> Step[Sequence]:
+        """Return what the next step does, and take those that it admits out of the queue."""
+        steps = self._steps
         with self._lock:
             step = next_step(
                 State(
@@ -310,12 +324,7 @@ class Worker:
             if step.admitted:
                 steps.prompts += step.admitted
                 self._changed.notify_all()
-        steps.counters.steps += 1
-        steps.counters.scheduler_s += time.perf_counter() - start
-        self._run_prompt(step.encode, step.prefill)
-        steps.decode()
-        if steps.failure is not None:
-            self._failure = steps.failure
+        return step
 
     def _run_prompt(self, encode: Sequence | None, prefill: Sequence | None) -> None:
         """Run the piece of a prompt that is next: images, or a chunk."""

@@ -28,6 +28,7 @@ from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
 from runtime.images import load_image
 from runtime.model import Qwen3VLModel
+from runtime.serving_options import ServingKeywords, ServingOptions
 
 PACKAGES = ["runtime", "engines", "configs", "qwen3_vl", "qwen3vl_export"]
 
@@ -114,6 +115,7 @@ def test_typed_keywords_are_the_options() -> None:
         names = ["messages", "options", "tools", "chat_template_kwargs", "priority", "timeout_s"]
         assert list(parameters) == ["self", *names, *more, "keywords"]
         assert str(parameters["keywords"].annotation) == "Unpack[GenerationKeywords]"
+    assert set(get_type_hints(ServingKeywords)) == set(ServingOptions.__dataclass_fields__)
     with pytest.raises(UsageError, match="unknown generation option 'max_new_token'"):
         GenerationOptions().replace(max_new_token=1)
 
@@ -215,8 +217,11 @@ def test_no_value_of_an_option_ends_in_an_exception_of_python(name: str, model: 
     assert refused > len(VALUES) // 2
 
 
+OPENING = {*inspect.signature(Qwen3VLModel.from_engine).parameters, *get_type_hints(ServingKeywords)} - {"serving"}
+
+
 @pytest.mark.portable
-@pytest.mark.parametrize("name", sorted(set(inspect.signature(Qwen3VLModel.from_engine).parameters)))
+@pytest.mark.parametrize("name", sorted(OPENING | {"max_sequence"}))
 def test_no_value_of_an_argument_of_from_engine_does(name: str, demo_engine: Path) -> None:
     if name in ("check", "huge_pages", "cuda_graphs"):
         pytest.skip("a truth value, which any object has")

@@ -25,7 +25,7 @@ from runtime.answer import Generation
 from runtime.chat import ChatTemplate
 from runtime.contract import FloatArray
 from runtime.conversation import Conversation
-from runtime.errors import CapacityError, ImageError, UsageError
+from runtime.errors import CapacityError, DeadlineError, ImageError, UsageError
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.positions import PromptPositions, mrope_positions
@@ -549,6 +549,22 @@ def test_a_turn_that_fails_or_is_stopped_leaves_no_trace(
     assert len(talk.chat.messages) == before
     assert talk.differences(COUNT) == []
     assert len(talk.chat.turns) == 2
+
+
+def test_a_stream_that_failed_is_over_while_somebody_holds_it(new: Callable[..., Checked]) -> None:
+    chat = new().chat
+
+    async def read(stream: Any) -> None:
+        await anext(stream)
+
+    for wait in (next, lambda stream: stream.wait(), lambda stream: asyncio.run(read(stream))):
+        for stream in (chat.stream("long " * 1000), chat.stream(JSON, timeout_s=0)):
+            assert stream.is_open
+            with pytest.raises((CapacityError, DeadlineError)):
+                wait(stream)
+            assert not stream.is_open and list(stream) == []
+            assert chat.fork().turns == chat.turns == ()
+    assert chat.ask(COUNT, max_new_tokens=1) and len(chat.turns) == 1
 
 
 def test_one_turn_at_a_time_and_forks_beside_it(new: Callable[..., Checked], fresh: Watched) -> None:

@@ -37,6 +37,7 @@ from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.messages import normalise_messages, system_message
 from runtime.model_config import ModelConfig, TextConfig, VisionConfig
 from runtime.scheduling.pieces import Pieces
+from runtime.serving_options import ServingOptions
 
 STATS = Stats(0.001, 0.0, 0.25, 0.5, 0.751, 0.02, 50.0, 30, 16, 3, 3 << 20)
 PIECES = ["4 ", "7", "é"]
@@ -578,14 +579,15 @@ def test_messages_spell_options_as_the_command_line_does(text: str, expected: st
 def test_every_option_of_the_api_is_spelled() -> None:
     from runtime.model import Qwen3VLModel
 
-    api = {*inspect.signature(Qwen3VLModel.from_engine).parameters, *GenerationOptions.__dataclass_fields__}
+    arguments = inspect.signature(Qwen3VLModel.from_engine).parameters
+    api = {*arguments, *ServingOptions.__dataclass_fields__, *GenerationOptions.__dataclass_fields__}
     spelled = set()
     for command in typer.main.get_command(app).commands.values():
         for option in command.params:
             if "_" in option.name and option.name in api:
                 spelled.add(option.name)
                 assert spell_options(f"lower {option.name}") == f"lower {option.opts[0]}"
-    assert {"max_pixels", "max_context", "huge_pages", "top_k"} <= spelled
+    assert {"max_pixels", "max_context", "huge_pages", "top_k", "max_queue"} <= spelled
 
 
 @pytest.mark.portable
