@@ -229,8 +229,8 @@ class Worker:
         Returns:
             Whether the thread has ended.
         """
-        if os.getpid() != self._pid:
-            return True  # as in `stop`
+        if self._is_forked:
+            return True
         with self._lock:
             self._is_draining = True
             self._is_stopped = self._is_stopped or not drains
@@ -244,12 +244,17 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after its step; for what runs when a model is dropped or Python ends."""
-        if os.getpid() != self._pid:
-            return  # a fork of the process: the thread is not here, and may have left the lock closed
+        if self._is_forked:
+            return
         self._is_draining = self._is_stopped = True
         self._changed.wake()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
+
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is a fork of the process: the thread is not here, and may have left the lock closed."""
+        return os.getpid() != self._pid
 
     @property
     def _num_queued(self) -> int:
