@@ -27,7 +27,6 @@ class Call:
         tools, chat_template_kwargs, priority, timeout_s: As in `Qwen3VLModel.stream`.
 
     Attributes:
-        timeout_s: Seconds that the caller gives, if any.
         deadline: When the answer has to be complete, by `time.perf_counter`, if there is such a time.
 
     Raises:
@@ -41,14 +40,14 @@ class Call:
         limit = _LARGEST_PRIORITY
         expected = "a whole number from -2^31 to 2^31, higher ones first"
         self.priority = whole_number("priority", priority, -limit, limit, expected, "leave priority out for 0")
-        self.timeout_s = None if timeout_s is None else seconds(timeout_s)
-        self.deadline = None if self.timeout_s is None else time.perf_counter() + self.timeout_s
+        self._timeout_s = None if timeout_s is None else seconds(timeout_s)
+        self.deadline = None if self._timeout_s is None else time.perf_counter() + self._timeout_s
 
     def again(self) -> Call:
         """Return the same call, whose time begins now."""
         call = object.__new__(type(self))
         call.__dict__ = {**vars(self)}
-        call.deadline = None if self.timeout_s is None else time.perf_counter() + self.timeout_s
+        call.deadline = None if self._timeout_s is None else time.perf_counter() + self._timeout_s
         return call
 
 

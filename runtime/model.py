@@ -418,7 +418,6 @@ class Qwen3VLModel:
                 ready,
                 call.priority,
                 call.deadline,
-                call.timeout_s,
                 pieces=pieces,
             )
             self._worker.submit(place, request, waits=waits)

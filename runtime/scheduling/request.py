@@ -23,7 +23,6 @@ class Request:
         prompt_ready: When the prompt was prepared.
         priority: Requests of a higher one leave the queue first.
         deadline: When the answer has to be complete, by `time.perf_counter`; None for no such time.
-        timeout_s: What the caller gave for that, in seconds.
         on_logits: Given the logits of all prompt tokens, chunk by chunk, float32 [L, vocab]; then no answer is wanted.
         pieces: Where the answer goes.
     """
@@ -35,7 +34,6 @@ class Request:
     prompt_ready: float
     priority: int = 0
     deadline: float | None = None
-    timeout_s: float | None = None
     on_logits: Callable[[FloatArray], object] | None = None
     pieces: Pieces = field(default_factory=Pieces)
 

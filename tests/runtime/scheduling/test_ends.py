@@ -30,12 +30,12 @@ def model(opened: Qwen3VLModel) -> Iterator[Qwen3VLModel]:
     model.close(drain=False)
 
 
-def test_the_error_of_a_deadline_names_the_time_that_was_given(model: Qwen3VLModel) -> None:
-    with pytest.raises(DeadlineError, match=r"timeout_s = 0, was over before"):
+def test_the_error_of_a_deadline_says_how_far_the_answer_was(model: Qwen3VLModel) -> None:
+    with pytest.raises(DeadlineError, match="was over before"):
         model.generate("Hi", timeout_s=0)
     stream = model.stream("Hi", timeout_s=0.25, **LONG)
     time.sleep(0.05)  # the time counts from the call on, and not from the first piece
-    with pytest.raises(DeadlineError, match=r"timeout_s = 0\.25, was over after \d+ tokens"):
+    with pytest.raises(DeadlineError, match=r"was over after \d+ tokens"):
         stream.wait()
 
 
