@@ -139,6 +139,16 @@ def _listed(prompts: Any) -> list[Any]:
         return list(prompts)
 
 
+def check_callback(name: str, value: Any) -> None:
+    """Check what is to be called with pieces or outcomes, if there is such a thing.
+
+    Raises:
+        UsageError: It cannot be called.
+    """
+    if value is not None and not callable(value):
+        raise UsageError(f"{name} must be a function, got {shown(value)}", remedy=f"leave {name} out")
+
+
 def seconds(value: Any) -> float:
     """Return a `timeout_s`.
 

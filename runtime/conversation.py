@@ -17,7 +17,7 @@ from typing import Any, Unpack
 
 from runtime.answer import Generation
 from runtime.arguments import whole_number
-from runtime.calls import Begin, Call
+from runtime.calls import Begin, Call, check_callback
 from runtime.errors import UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
@@ -112,6 +112,7 @@ class Conversation:
 
         `on_piece` is called in this thread with each piece of text; if it raises, the turn is dropped.
         """
+        check_callback("on_piece", on_piece)
         with self.stream(prompt, images=images, priority=priority, timeout_s=timeout_s, **keywords) as stream:
             if on_piece is not None:
                 for piece in stream:

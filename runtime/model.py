@@ -16,7 +16,7 @@ import numpy as np
 
 from runtime.answer import Generation
 from runtime.arguments import folder_path, reading
-from runtime.calls import Call, run_batch, seconds
+from runtime.calls import Call, check_callback, run_batch, seconds
 from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray, no_visual_embeds
 from runtime.conversation import Conversation, complete
@@ -236,6 +236,7 @@ class Qwen3VLModel:
 
         `on_piece` is called in this thread with each piece of text; if it raises, the answer is stopped.
         """
+        check_callback("on_piece", on_piece)
         call = Call(tools, chat_template_kwargs, priority, timeout_s)
         with self._stream(messages, self._chosen(options, keywords), call) as stream:
             if on_piece is not None:
@@ -334,6 +335,7 @@ class Qwen3VLModel:
         Raises:
             UsageError: The options are not valid, or not as many as the prompts.
         """
+        check_callback("on_done", on_done)
         call = Call(tools, chat_template_kwargs, priority, timeout_s)
         return run_batch(self._begin, prompts, self._chosen_for_all(options, keywords), call, on_done)
 

@@ -52,7 +52,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     @property
     def result(self) -> Generation | None:
-        """The whole answer, once it is complete; None before, and after an error or `close`."""
+        """The whole answer, once it is complete; None before, after an error, and if `close` came first."""
         return self._pieces.result
 
     def __next__(self) -> str:

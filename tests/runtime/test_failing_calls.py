@@ -63,6 +63,7 @@ def test_a_model_answers_only_in_the_process_that_opened_it(model: Qwen3VLModel)
         lambda: model.stream(MESSAGES),
         lambda: model.logits(MESSAGES),
         lambda: model.encode_images(prepared.images),
+        lambda: model.statistics(),
         lambda: next(stream),
     ):
         kind, words = in_a_fork(call)
@@ -71,6 +72,8 @@ def test_a_model_answers_only_in_the_process_that_opened_it(model: Qwen3VLModel)
         "answered",
         str(len(prepared.prompt.input_ids)),
     )
+    # What a `with` block does at its end, or a program that ends: nothing of the other process is touched.
+    assert in_a_fork(model.close) == in_a_fork(stream.close) == ("answered", "None")
     assert model.generate(MESSAGES, max_new_tokens=4).token_ids == expected
     stream.close()
 

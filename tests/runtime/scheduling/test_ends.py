@@ -75,3 +75,12 @@ def test_close_takes_any_time(model: Qwen3VLModel, timeout_s: float) -> None:
     model.close(timeout_s=timeout_s)
     with pytest.raises(UsageError, match="was closed"):
         model.generate("Hi")
+
+
+@pytest.mark.parametrize("call", ["generate", "generate_batch", "ask"])
+def test_a_callback_that_cannot_be_called_is_refused_before_the_work(model: Qwen3VLModel, call: str) -> None:
+    name = "on_done" if call == "generate_batch" else "on_piece"
+    owner: Any = model.chat() if call == "ask" else model
+    with pytest.raises(UsageError, match=f"{name} must be a function"):
+        getattr(owner, call)("Hi" if name == "on_piece" else ["Hi"], **{name: 3})
+    assert model.statistics()["prompts"] == 0
