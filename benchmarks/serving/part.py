@@ -18,6 +18,7 @@ PARTS: Mapping[str, str] = {
     "alone": "one request against direct calls of the session",
     "scheduler": "what is around a step of 32 sequences",
     "fairness": "a long prompt with an image beside others that decode",
+    "conversation": "the second turn behind a long prompt with an image, and that image in another prompt",
     "overload": "ten times more requests than the engine can answer",
 }
 """What each part measures, in the order in which they run."""

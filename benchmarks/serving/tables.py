@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ _MIN_RATIO = 2.0
 _MAX_STEP_MS, _MAX_TTFT_MS = 0.1, 1.0
 _MAX_SCHEDULER_MS = 0.3
 _MAX_LATENCY_RATIO = 2.0
+_MAX_TTFT_SHARE = 0.15
 
 
 def table(result: Result) -> str:
@@ -113,6 +115,25 @@ def _fairness(part: Result) -> str:
     )
 
 
+def _conversation(part: Result) -> str:
+    rows = [("", "tokens of the prompt", "of them found in the cache", "images found", "vision, ms", "TTFT, ms")]
+    for name, label in (("first", "turn 1"), ("second", "turn 2"), ("again", "the image in another prompt")):
+        counts, times = (
+            [statistics.median(each[name][field] for each in part["rounds"]) for field in fields]
+            for fields in (("prompt_tokens", "cached_tokens", "cached_images"), ("vision_s", "ttft_s"))
+        )
+        rows.append((label, *(f"{value:.0f}" for value in counts), *(f"{1e3 * value:.1f}" for value in times)))
+    share, found = part["ttft_share"], part["images_found"]
+    met = _verdict(share <= _MAX_TTFT_SHARE)
+    goals = [
+        ("figure", "asked", "reached", "met"),
+        ("TTFT of turn 2 over that of turn 1", f"≤ {_MAX_TTFT_SHARE:.0%}", f"{share:.1%}", met),
+        ("embeddings of the image found", "1", f"{found}", _verdict(found == 1)),
+    ]
+    count = len(part["rounds"])
+    return f"## A conversation\n\nMedians of {count} rounds.\n\n{markdown(rows)}\n{markdown(goals)}"
+
+
 def _overload(part: Result) -> str:
     report, rss = part["report"], part["rss"]
     ratio, lost = part["latency_ratio"], part["lost"] + part["left_running"] + report["failed"]
@@ -138,5 +159,6 @@ _SECTIONS: Mapping[str, Callable[[Result], str]] = {
     "alone": _alone,
     "scheduler": _scheduler,
     "fairness": _fairness,
+    "conversation": _conversation,
     "overload": _overload,
 }

@@ -97,6 +97,8 @@ def bench(
         bench_load(model, prompts, new_tokens, load, where, as_json=as_json)
         return
     speed = measure(model, size, prompt_tokens, new_tokens, runs)
+    # Known after the first step; None if this kind of engine records nothing.
+    where["decode_recorded"] = getattr(model.session, "decode_recorded", None)
     if as_json:
         print_json({**where, **asdict(speed)})
     else:
@@ -117,8 +119,6 @@ def _opened(engine: Path, opening: Opening, serving: Serving) -> tuple[Qwen3VLMo
         "threads": opening.threads or default_threads(),
         "target": model.manifest.target,
         "load_s": loaded,
-        # None if this kind of engine records nothing.
-        "decode_recorded": getattr(model.session, "decode_recorded", None),
     }
 
 

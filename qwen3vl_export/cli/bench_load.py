@@ -107,7 +107,9 @@ def bench_load(
     if options.plot is not None:
         plot_load(trace, options.plot)
     if as_json:
-        print_json({**where, "concurrency": options.concurrency, "rate": options.rate, **asdict(report)})
+        recorded = getattr(model.session, "decode_recorded", None)  # known after the first step
+        asked = {"concurrency": options.concurrency, "rate": options.rate}
+        print_json({**where, "decode_recorded": recorded, **asked, **asdict(report)})
         return
     rows = [
         ("device", f"{where['device']}, threads: {where['threads']}"),

@@ -82,6 +82,7 @@ class Trace:
     """What became of the requests; seconds since the load began.
 
     Attributes:
+        num_offered: Requests that were sent, whatever became of them.
         answered: Those with an answer, in the order in which they ended.
         refused_s: When the others were refused by an engine that was full.
         failed: How often each error ended a request, by its message.
@@ -90,6 +91,7 @@ class Trace:
         before, after: `Qwen3VLModel.statistics` at both ends.
     """
 
+    num_offered: int = 0
     answered: list[Answered] = field(default_factory=list)
     refused_s: array[float] = field(default_factory=lambda: array("d"))
     failed: dict[str, int] = field(default_factory=dict)
@@ -159,7 +161,6 @@ class _Run:
         self.is_over = threading.Event()
         self._model, self._prompts, self._load = model, prompts, load
         self._lock = threading.Lock()
-        self._num_offered = 0
         self._start = 0.0
         self._bug: Exception | None = None
 
@@ -211,11 +212,11 @@ class _Run:
         most, duration = self._load.num_requests, self._load.duration_s
         now = self._now() if arrival_s is None else arrival_s
         with self._lock:
-            is_done = most is not None and self._num_offered >= most
+            is_done = most is not None and self.trace.num_offered >= most
             if is_done or self.is_over.is_set() or (duration is not None and now >= duration):
                 return None
-            self._num_offered += 1
-            return self._num_offered
+            self.trace.num_offered += 1
+            return self.trace.num_offered
 
     def _ask(self, index: int, messages: Any, arrival_s: float | None) -> float | None:
         """Send one request and note what becomes of it; return the seconds to wait after a refusal."""

@@ -74,7 +74,7 @@ def summarise(trace: Trace) -> LoadReport:
     batches = {name: _added(trace, "batch_size", name) for name in ("sum", "count")}
     return LoadReport(
         wall_s=trace.wall_s,
-        offered=trace.num_ended,
+        offered=trace.num_offered,
         done=len(stats),
         refused=len(trace.refused_s),
         failed=trace.num_failed,

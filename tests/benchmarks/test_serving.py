@@ -83,6 +83,15 @@ def test_the_long_prompt_runs_beside_the_others(measured: dict[str, Any]) -> Non
     assert {each["kind"] for each in part["phases"]} == {VISION, PREFILL}
 
 
+def test_a_second_turn_finds_the_first_and_another_prompt_its_image(measured: dict[str, Any]) -> None:
+    part = measured["conversation"]
+    for each in part["rounds"]:
+        assert each["second"]["cached_tokens"] > 0.8 * each["first"]["prompt_tokens"]
+        assert [each[name]["cached_images"] for name in ("first", "second", "again")] == [0, 1, 1]
+        assert each["again"]["cached_tokens"] == 0
+    assert part["ttft_share"] > 0 and part["images_found"] == 1
+
+
 def test_nothing_is_lost_in_an_overload(measured: dict[str, Any]) -> None:
     part = measured["overload"]
     assert part["lost"] == part["left_running"] == part["report"]["failed"] == 0
@@ -104,10 +113,12 @@ def test_goals_are_judged(measured: dict[str, Any]) -> None:
     parts["company"]["ratios"] = {"tokens_per_s": 1.99, "decode_tokens_per_s": 2.0}
     parts["scheduler"]["scheduler_ms"] = 0.31
     parts["overload"]["latency_ratio"], parts["overload"]["lost"] = 2.5, 1
+    parts["conversation"] |= {"ttft_share": 0.16, "images_found": 0}
     text = tables.table(result_of(parts))
     rows = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in text.splitlines() if "|" in line}
     assert rows["all, tokens/s"] == "**no**" and rows["decode steps, tokens/s"] == "yes"
     assert rows["decisions"] == rows["p95 over p50"] == rows["failed, lost or left"] == "**no**"
+    assert rows["TTFT of turn 2 over that of turn 1"] == rows["embeddings of the image found"] == "**no**"
 
 
 def test_a_timed_session_gives_what_the_session_gives(tiny_engine: Path) -> None:

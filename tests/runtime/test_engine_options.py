@@ -9,6 +9,7 @@ import pytest
 
 import runtime.engine_options
 from runtime.errors import CapacityError, UsageError
+from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.session import SessionOptions
 from runtime.sessions import ort_cpu
@@ -33,7 +34,13 @@ def test_an_engine_of_the_cpu_records_nothing(tiny_engine: Path) -> None:
 @pytest.mark.parametrize("given", [{}, {"cuda_graphs": False}, {"threads": 2}])
 def test_an_engine_of_a_gpu_is_told(gpu_engine: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> None:
     found: list[SessionOptions] = []
-    monkeypatch.setattr(ort_cpu, "open_session", lambda folder, manifest, options: found.append(options))
+    opened = ort_cpu.open_session
+
+    def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> ort_cpu.OrtCpuSession:
+        found.append(options)
+        return opened(folder, manifest, options)
+
+    monkeypatch.setattr(ort_cpu, "open_session", open_session)
     Qwen3VLModel.from_engine(gpu_engine, **given)
     assert found == [SessionOptions(**given)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -16,6 +17,7 @@ from runtime.answer import Stats
 from runtime.errors import UsageError
 from runtime.sessions import ort_cpu
 
+DECODE = ort_cpu.OrtCpuSession.decode
 MACHINE = Hardware("Abacus", (), 2, 24 << 30, (Gpu("NVIDIA H200", "9.0", 140 << 30, 139 << 30, "570.1"),))
 
 
@@ -76,13 +78,20 @@ def test_bench_names_the_gpu_and_says_whether_steps_were_recorded(
     gpu_engine: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool, said: str
 ) -> None:
     monkeypatch.setattr(engines.hardware, "probe", lambda: MACHINE)
-    monkeypatch.setattr(ort_cpu.OrtCpuSession, "decode_recorded", recorded, raising=False)
+
+    def decode(session: Any, *call: Any) -> Any:
+        session.decode_recorded = recorded  # as sessions on a GPU: nobody knows before the first step
+        return DECODE(session, *call)
+
+    monkeypatch.setattr(ort_cpu.OrtCpuSession, "decode", decode)
     _, out, _ = run_bench(gpu_engine)
     assert "NVIDIA H200" in out.splitlines()[0]
     assert out.splitlines()[-1].endswith(said)
     _, out, _ = run_bench(gpu_engine, "--json")
     found = json.loads(out)
     assert (found["device"], found["decode_recorded"]) == ("NVIDIA H200", recorded)
+    _, out, _ = run_bench(gpu_engine, "--concurrency", "2", "--json")
+    assert json.loads(out)["decode_recorded"] is recorded
 
 
 def test_bench_names_the_processor_of_other_engines(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_lines_for_readers(tiny_engine: Path) -> None:
         (("--plot", "load.svg"), "--plot needs many requests"),
         (("--concurrency", "2", "--plot", "load.pdf"), "a plot is a .png or a .svg file"),
         (("--concurrency", "2", "--vision-cache-bytes", "-1"), "--vision-cache-bytes = -1"),
-        (("--concurrency", "2", "--max-delay-ms", "0"), "--max-delay-ms"),
+        (("--concurrency", "2", "--max-delay-ms", "0"), "--max-delay-ms must be in"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

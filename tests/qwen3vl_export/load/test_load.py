@@ -102,6 +102,13 @@ def test_each_request_is_answered_refused_or_failed() -> None:
     assert "4 of 8 answered, 2 refused, 2 failed" in dict(report_rows(report))["requests"]
 
 
+def test_a_request_that_is_lost_was_offered_all_the_same() -> None:
+    trace = offer(Engine(), Prompts(3), Load(1, num_requests=3))  # type: ignore[arg-type]
+    trace.answered.pop()
+    report = summarise(trace)
+    assert (report.offered, report.done, report.refused, report.failed) == (3, 2, 0, 0)
+
+
 def test_a_bug_ends_the_load() -> None:
     engine = Engine(failing={3: RuntimeError("bug")})
     with pytest.raises(RuntimeError, match="bug"):
