@@ -40,7 +40,7 @@ class Call:
         limit = _LARGEST_PRIORITY
         expected = "a whole number from -2^31 to 2^31, higher ones first"
         self.priority = whole_number("priority", priority, -limit, limit, expected, "leave priority out for 0")
-        self._timeout_s = None if timeout_s is None else _seconds(timeout_s)
+        self._timeout_s = None if timeout_s is None else seconds(timeout_s)
         self.deadline = None if self._timeout_s is None else time.perf_counter() + self._timeout_s
 
     def again(self) -> Call:
@@ -139,7 +139,12 @@ def _listed(prompts: Any) -> list[Any]:
         return list(prompts)
 
 
-def _seconds(value: Any) -> float:
+def seconds(value: Any) -> float:
+    """Return a `timeout_s`.
+
+    Raises:
+        UsageError: It is no number.
+    """
     remedy = "leave timeout_s out for no limit"
     with reading("timeout_s", remedy):  # a whole number may be too large for a float
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):

@@ -16,7 +16,7 @@ import numpy as np
 
 from runtime.answer import Generation
 from runtime.arguments import folder_path, reading
-from runtime.calls import Call, run_batch
+from runtime.calls import Call, run_batch, seconds
 from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray, no_visual_embeds
 from runtime.conversation import Conversation, complete
@@ -31,6 +31,7 @@ from runtime.machine import default_threads
 from runtime.manifest import Manifest
 from runtime.memory import LOGITS, PREFILL, VISION, WEIGHTS, check_fits, logits_bytes, vision_bytes
 from runtime.messages import normalise_messages, system_message
+from runtime.option_checks import true_or_false
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
 from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import held_bytes, plan_limits
@@ -410,7 +411,14 @@ class Qwen3VLModel:
                 on_prepared(prepared)
             ready = time.perf_counter()
             request = Request(
-                prepared, options, max_new_tokens, started, ready, call.priority, call.deadline, pieces=pieces
+                prepared,
+                options,
+                max_new_tokens,
+                started,
+                ready,
+                call.priority,
+                call.deadline,
+                pieces=pieces,
             )
             self._worker.submit(place, request, waits=waits)
 
@@ -451,8 +459,12 @@ class Qwen3VLModel:
         Args:
             drain: Answer what was accepted first; otherwise it fails with an error that says so.
             timeout_s: Answer no longer than that.
+
+        Raises:
+            UsageError: An argument is of the wrong kind.
         """
-        self._worker.close(drains=drain, timeout_s=timeout_s)
+        drains = true_or_false("drain", drain)
+        self._worker.close(drains=drains, timeout_s=None if timeout_s is None else seconds(timeout_s))
 
     def __enter__(self) -> Qwen3VLModel:
         return self

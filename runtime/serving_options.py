@@ -21,7 +21,7 @@ class ServingKeywords(TypedDict, total=False):
         max_sequences: Most requests that run at once; by default 8, or as many as half of the memory that is left holds
             with `max_context` tokens each.
         kept_sequences: So many more sequences keep their rows of the KV cache after they have ended, for prompts that
-            begin as they do; by default 4, or as many as fit.
+            begin as they do; by default 4, or as many as fit, and 0 without `prefix_cache`.
         prefix_cache: Take rows over from other sequences at all; True by default.
         vision_cache_bytes: Most bytes of images' embeddings that are kept for prompts with the same image; by default
             256 MiB, or a sixteenth of the memory that is left.
@@ -77,6 +77,11 @@ class ServingOptions:
                 values[name] = whole_number(name, values[name], minimum, _LARGEST, f"{minimum} to 2^62", remedy)
         if "prefix_cache" in values:
             values["prefix_cache"] = true_or_false("prefix_cache", values["prefix_cache"])
+        if values.get("kept_sequences") and not values.get("prefix_cache", True):
+            raise UsageError(
+                f"kept_sequences = {values['kept_sequences']}: without the prefix cache, nothing uses what they keep",
+                remedy="leave kept_sequences out, or the option that switches the prefix cache off",
+            )
         if "max_delay_ms" in values:
             remedy = "leave max_delay_ms out for 200 ms"
             with reading("max_delay_ms", remedy):  # a fraction may be too large for a float

@@ -39,12 +39,11 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
     built_for = capabilities.get("max_batch")
     capacity = int(capabilities.get("capacity", max_context))
     slot_bytes = cache_bytes(manifest.model, capabilities, capacity)
-    embeds_bytes = options.vision_cache_bytes
-    if embeds_bytes is None:
-        room = DEFAULT_EMBEDS_BYTES if room_bytes is None else max(0, room_bytes) // _PARTS_OF_EMBEDS
-        embeds_bytes = min(DEFAULT_EMBEDS_BYTES, room)
-    # Embeddings are kept in the host's memory.
     on_device = is_on_gpu(manifest)
+    # One sequence comes first: with embeddings that leave it no room, an engine would open and refuse each request.
+    spare = None if room_bytes is None or on_device else max(0, room_bytes - slot_bytes)
+    embeds_bytes = _embeds_bytes(options.vision_cache_bytes, room_bytes, spare)
+    # Embeddings are kept in the host's memory.
     cache_room = None if room_bytes is None else max(0, room_bytes - (0 if on_device else embeds_bytes))
     fitting = None if cache_room is None else cache_room // slot_bytes
     # What nobody asked for leaves memory to others.
@@ -77,6 +76,21 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
         prefill_chunk=chunk_limit(capabilities),
         logits_chunk=chunk_limit(capabilities, all_logits=True),
     )
+
+
+def _embeds_bytes(given: int | None, room_bytes: int | None, spare_bytes: int | None) -> int:
+    """Return the most bytes of kept embeddings; `spare_bytes` are left beside one sequence, None if nobody knows."""
+    spare = DEFAULT_EMBEDS_BYTES if spare_bytes is None else spare_bytes
+    if given is None:
+        room = DEFAULT_EMBEDS_BYTES if room_bytes is None else max(0, room_bytes) // _PARTS_OF_EMBEDS
+        return min(DEFAULT_EMBEDS_BYTES, room, spare)
+    if spare_bytes is not None and given > spare:
+        raise CapacityError(
+            f"vision_cache_bytes = {given}: that is {given / 1e9:.2f} GB, and {spare / 1e9:.2f} GB are left beside one "
+            "sequence",
+            remedy="lower vision_cache_bytes or max_context, or raise max_memory if the machine has more",
+        )
+    return given
 
 
 def held_bytes(manifest: Manifest, limits: Limits) -> dict[str, int]:

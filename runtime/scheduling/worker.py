@@ -237,7 +237,8 @@ class Worker:
         self._changed.wake()
         if self._thread is threading.current_thread():
             return False
-        self._thread.join(timeout_s if drains else None)
+        limit_s = timeout_s if drains and timeout_s is not None and timeout_s < threading.TIMEOUT_MAX else None
+        self._thread.join(limit_s)
         if self._thread.is_alive() and drains:
             return self.close(drains=False)
         return True

@@ -81,6 +81,7 @@ def test_a_compiled_engine_has_as_many_slots_as_it_was_built_for(manifest: Manif
         {"max_delay_ms": float("nan")},
         {"prefix_cache": "no"},
         {"vision_cache_bytes": -1},
+        {"kept_sequences": 4, "prefix_cache": False},
     ],
     ids=str,
 )
@@ -92,3 +93,14 @@ def test_bad_options_are_refused_by_name(demo_engine: Path, given: dict) -> None
 def test_more_sequences_than_the_memory_holds_are_refused(demo_engine: Path) -> None:
     with pytest.raises(CapacityError, match="KV cache"):
         Qwen3VLModel.from_engine(demo_engine, max_sequences=100_000)
+
+
+def test_kept_embeddings_leave_room_for_a_sequence(demo_engine: Path, manifest: Manifest) -> None:
+    with pytest.raises(CapacityError, match="beside one sequence") as caught:
+        Qwen3VLModel.from_engine(demo_engine, vision_cache_bytes=1 << 60)
+    assert "lower vision_cache_bytes" in (caught.value.remedy or "")
+    room = slot_bytes(manifest) + 1000
+    assert plan_limits(manifest, ServingOptions(), CONTEXT, room).vision_cache_bytes == 1000
+    assert plan_limits(manifest, ServingOptions(vision_cache_bytes=1000), CONTEXT, room).num_slots == 1
+    with pytest.raises(CapacityError, match="vision_cache_bytes = 1001"):
+        plan_limits(manifest, ServingOptions(vision_cache_bytes=1001), CONTEXT, room)
