@@ -59,16 +59,18 @@ class Begin(Protocol):
         messages: Any,
         options: GenerationOptions,
         call: Call,
+        pieces: Pieces,
         *,
         waits: bool = False,
         on_prepared: Callable[[Prepared], object] | None = None,
-    ) -> Pieces:
-        """Return where the answer goes.
+    ) -> None:
+        """Return once the request waits.
 
         Args:
             messages: The prompt.
             options: Those of the answer.
             call: What the caller says beside them.
+            pieces: Where the answer goes.
             waits: Wait for room in the queue.
             on_prepared: Called with the prompt before it is submitted.
         """
@@ -102,17 +104,20 @@ def run_batch(
     try:
         for index, each in enumerate(messages):
             own = options if isinstance(options, GenerationOptions) else options[index]
+            # Noted first, so that an interrupt leaves no request that nobody stops.
+            pieces = Pieces()
+            begun.append(pieces)
             try:
-                begun.append(begin(each, own, call.again(), waits=True))
+                begin(each, own, call.again(), pieces, waits=True)
             except Qwen3VLError as error:
-                begun.append(error)
+                begun[-1] = error
             collect(waits=False)
         collect(waits=True)
         return outcomes
     finally:
-        for pieces in begun[len(outcomes) :]:
-            if not isinstance(pieces, Qwen3VLError):
-                pieces.cancel()
+        for left in begun[len(outcomes) :]:
+            if isinstance(left, Pieces):
+                left.cancel()
 
 
 def _outcome(pieces: Pieces | Qwen3VLError) -> Outcome:

@@ -213,7 +213,7 @@ class Conversation:
                 remedy="read its stream to the end, or close it; for an answer beside it, ask a fork() instead",
             )
 
-    def _begin_turn(self, asked: _Asked, options: GenerationOptions, call: Call) -> Pieces:
+    def _begin_turn(self, asked: _Asked, options: GenerationOptions, call: Call, pieces: Pieces) -> None:
         with self._lock:
             self._check_idle()
             self._asked = asked
@@ -224,7 +224,7 @@ class Conversation:
             turns, attachments = prepared.messages
             asked.shown = Messages(turns[len(history.turns) :], attachments[len(history.attachments) :])
 
-        return self._begin(history.then(asked.messages), options, call, on_prepared=show)
+        self._begin(history.then(asked.messages), options, call, pieces, on_prepared=show)
 
     def _end_turn(self, asked: _Asked, answer: Generation) -> None:
         with self._lock:

@@ -35,13 +35,18 @@ class Owner:
         if engine is not None and hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=partial(_keep_for_ever, weakref.ref(engine)))
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that opened the engine."""
+        return os.getpid() == self._pid
+
     def check(self) -> None:
         """Raise in a process that was forked from the owner.
 
         Raises:
             UsageError: This is another process.
         """
-        if os.getpid() != self._pid:
+        if not self.is_here:
             raise UsageError(
                 f"the model was opened in process {self._pid}, and process {os.getpid()} was forked from it, without "
                 "the threads of the engine",

@@ -392,10 +392,11 @@ class Qwen3VLModel:
         messages: Any,
         options: GenerationOptions,
         call: Call,
+        pieces: Pieces,
         *,
         waits: bool = False,
         on_prepared: Callable[[Prepared], object] | None = None,
-    ) -> Pieces:
+    ) -> None:
         """Prepare a prompt in this thread, and put it into the queue."""
         self._owner.check()
         with self._worker.reserve(waits=waits) as place, naming_errors():
@@ -408,24 +409,26 @@ class Qwen3VLModel:
             if on_prepared is not None:
                 on_prepared(prepared)
             ready = time.perf_counter()
-            request = Request(prepared, options, max_new_tokens, started, ready, call.priority, call.deadline)
+            request = Request(
+                prepared, options, max_new_tokens, started, ready, call.priority, call.deadline, pieces=pieces
+            )
             self._worker.submit(place, request, waits=waits)
-        return request.pieces
 
     def logits(self, messages: Any) -> FloatArray:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
         self._owner.check()
         chunks: list[FloatArray] = []
-        with self._worker.reserve() as place, naming_errors():
-            prepared = self.prepare(messages)
-            self._check_memory(prepared, all_logits=True)
-            now = time.perf_counter()
-            request = Request(prepared, self.defaults, 0, now, now, on_logits=chunks.append)
-            self._worker.submit(place, request)
+        pieces = Pieces()
         try:
-            request.pieces.wait()
+            with self._worker.reserve() as place, naming_errors():
+                prepared = self.prepare(messages)
+                self._check_memory(prepared, all_logits=True)
+                now = time.perf_counter()
+                request = Request(prepared, self.defaults, 0, now, now, on_logits=chunks.append, pieces=pieces)
+                self._worker.submit(place, request)
+            pieces.wait()
         finally:
-            request.pieces.cancel()
+            pieces.cancel()
         return np.concatenate(chunks)
 
     def warm_up(self) -> None:
@@ -439,6 +442,7 @@ class Qwen3VLModel:
 
     def statistics(self) -> dict[str, Any]:
         """Return what the engine has done and holds, as plain data; see `runtime.scheduling.counters`."""
+        self._owner.check()
         return self._worker.statistics()
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:

@@ -25,21 +25,25 @@ class Stream(Iterator[str], AsyncIterator[str]):
                 ...
 
     Args:
-        begin: Prepares and submits the request.
+        begin: Prepares and submits the request, whose answer is to go to the pieces that it is given.
         keeps: What must live as long as the stream, such as the model.
         on_end: Called with the whole answer in the thread of a reader that finds its end, before that reader is told.
     """
 
     def __init__(
-        self, begin: Callable[[], Pieces], keeps: object = None, on_end: Callable[[Generation], object] | None = None
+        self,
+        begin: Callable[[Pieces], object],
+        keeps: object = None,
+        on_end: Callable[[Generation], object] | None = None,
     ) -> None:
-        self._begin: Callable[[], Pieces] | None = begin
+        self._begin: Callable[[Pieces], object] | None = begin
         self._keeps = keeps
         self._on_end = on_end
         self._owner = Owner()
         self._lock = threading.Lock()
-        self._pieces: Pieces | None = None
-        self._is_closed = self._is_over = False
+        # Made here, so that an interrupt while the request is submitted leaves none that nobody can stop.
+        self._pieces = Pieces()
+        self._is_begun = self._is_closed = self._is_over = False
 
     @property
     def is_open(self) -> bool:
@@ -49,7 +53,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
     @property
     def result(self) -> Generation | None:
         """The whole answer, once it is complete; None before, and after an error or `close`."""
-        return None if self._pieces is None else self._pieces.result
+        return self._pieces.result
 
     def __next__(self) -> str:
         """Return the next piece, which is never empty.
@@ -99,7 +103,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
     def close(self) -> None:
         """Stop the answer, from any thread. What was not read is dropped; a reader that waits finds the end."""
         self._is_closed = True
-        if self._pieces is not None:
+        if self._owner.is_here:  # in a fork of the process, a lock may stay taken for ever
             self._pieces.cancel()
 
     def __enter__(self) -> Stream:
@@ -121,15 +125,22 @@ class Stream(Iterator[str], AsyncIterator[str]):
             pieces.is_cancelled = True
 
     def _started(self) -> Pieces | None:
-        """Submit the request, unless that was done; None if the stream was closed, or submitting it failed."""
+        """Submit the request, unless that was done; None if the stream was closed."""
         self._owner.check()
-        with self._lock:
-            if self._begin is not None and not self._is_closed:
+        if not (self._is_begun or self._is_closed):
+            with self._lock:
                 begin, self._begin = self._begin, None
-                self._pieces = begin()
-                if self._is_closed:
-                    self.close()  # while the prompt was prepared
+                if begin is not None:
+                    self._submit(begin)
+                self._is_begun = True
         return None if self._is_closed else self._pieces
+
+    def _submit(self, begin: Callable[[Pieces], object]) -> None:
+        try:
+            begin(self._pieces)
+        except BaseException:
+            self._pieces.cancel()  # it may have been submitted before the interrupt
+            raise
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -148,6 +159,6 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self._is_over = True
 
     async def _started_async(self) -> Pieces | None:
-        if self._pieces is not None or self._is_closed:
+        if self._is_begun or self._is_closed:
             return self._started()
         return await asyncio.get_running_loop().run_in_executor(None, self._started)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
+
+from runtime.scheduling.wakeup import Wakeup
 
 if TYPE_CHECKING:
     from runtime.answer import Generation
@@ -54,7 +57,7 @@ class Pieces:
         self._end(result, None)
 
     def fail(self, error: Exception) -> None:
-        """End with an error, which the next reader that finds no piece raises."""
+        """End with an error, which each reader that finds no piece raises."""
         self._end(None, error)
 
     def cancel(self) -> None:
@@ -70,14 +73,15 @@ class Pieces:
         """Wait for the next piece and return it; None at the end.
 
         Raises:
-            Exception: The error that the answer ended with, once.
+            Exception: The error that the answer ended with.
         """
         while True:
             with self._lock:
                 if self._pieces or self.is_ended:
                     return self._next()
-                gate = _closed_gate(self._wakers)
-            gate.acquire()
+                wakeup = Wakeup()
+                self._wakers.append(wakeup.wake)
+            wakeup.wait()
 
     async def take_async(self) -> str | None:
         """As `take`, in an asyncio loop."""
@@ -95,9 +99,11 @@ class Pieces:
             Exception: The error that the answer ended with.
         """
         with self._lock:
-            gate = None if self.is_ended else _closed_gate(self._end_wakers)
-        if gate is not None:
-            gate.acquire()
+            wakeup = None if self.is_ended else Wakeup()
+            if wakeup is not None:
+                self._end_wakers.append(wakeup.wake)
+        if wakeup is not None:
+            wakeup.wait()
         return self._outcome()
 
     async def wait_async(self) -> Generation | None:
@@ -109,19 +115,16 @@ class Pieces:
         return self._outcome()
 
     def _outcome(self) -> Generation | None:
-        with self._lock:
-            error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if self._error is not None:
+            raise _own(self._error)
         return self.result
 
     def _next(self) -> str | None:
         """Return the next piece, or None at the end; under the lock."""
         if self._pieces:
             return self._pieces.popleft()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if self._error is not None:
+            raise _own(self._error)
         return None
 
     def _end(self, result: Generation | None, error: Exception | None) -> None:
@@ -134,15 +137,11 @@ class Pieces:
         _wake(wakers)
 
 
-def _closed_gate(wakers: list[_Waker]) -> threading.Lock:
-    """Return a lock that is taken until somebody wakes.
-
-    An event would do, but for an interrupt in the middle of its `wait`, after which its `set` may wait for ever.
-    """
-    gate = threading.Lock()
-    gate.acquire()
-    wakers.append(gate.release)
-    return gate
+def _own(error: Exception) -> Exception:
+    """Return an error for one reader, whose traceback holds what the reader holds, and no longer than the reader."""
+    own = copy.copy(error).with_traceback(None)
+    own.__cause__ = error.__cause__
+    return own
 
 
 def _new_waiter(wakers: list[_Waker]) -> asyncio.Future[None]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.answer import Generation
 from runtime.contract import DecoderInputs, FloatArray, IntArray, VisionInputs, no_visual_embeds
-from runtime.errors import EngineError, Qwen3VLError
+from runtime.errors import CapacityError, EngineError, Qwen3VLError
 from runtime.guard import as_engine_error
 from runtime.image_processor import ProcessedImage
 from runtime.manifest import Manifest
@@ -31,7 +31,7 @@ from runtime.vision_inputs import VISION_PATCHES, vision_inputs
 
 _RUNS_TO_RECORD = 2  # TensorRT sets up what a new shape needs in the first run, and records the second
 MAX_FAILURES = 3
-"""Calls of the session that may fail one after the other; then it counts as dead."""
+"""Calls of one kind that may fail one after the other; then the session counts as dead."""
 
 
 class Steps:
@@ -65,7 +65,7 @@ class Steps:
         self._encoder = ThreadPoolExecutor(1, "qwen3vl-vision") if runs_beside else None
         self._max_segments = getattr(session, "max_segments", None)
         self._encoding: tuple[list[tuple[Sequence, int, ProcessedImage]], Future[FloatArray]] | None = None
-        self._num_failures = 0
+        self._num_failures: dict[str, int] = {}
         self.slots = Slots(
             session.new_cache(limits.max_context, limits.num_slots),
             keeps_rows=limits.prefix_cache,
@@ -121,14 +121,14 @@ class Steps:
         for each, _, _ in group:
             each.is_encoding = True
         self.counters.vision_calls += 1
-        if self._encoder is None:
-            future: Future[FloatArray] = Future()
-            try:
+        future: Future[FloatArray] = Future()
+        try:
+            if self._encoder is None:
                 future.set_result(self._session.vision(self._vision_inputs(images)))
-            except Exception as error:
-                future.set_exception(error)
-        else:
-            future = self._encoder.submit(lambda: self._session.vision(self._vision_inputs(images)))
+            else:
+                future = self._encoder.submit(lambda: self._session.vision(self._vision_inputs(images)))
+        except Exception as error:  # also where Python ends, and takes no more work for its threads
+            future.set_exception(error)
         self._encoding = group, future
         if self._encoder is not None:
             future.add_done_callback(lambda _: self._on_vision())
@@ -140,13 +140,17 @@ class Steps:
         (group, future), self._encoding = self._encoding, None
         for sequence, _, _ in group:
             sequence.is_encoding = False
-        with self._failing([sequence for sequence, _, _ in group]):
+        with self._failing([sequence for sequence, _, _ in group], "vision"):
             embeds = np.split(future.result(), len(group), axis=1)
             for (sequence, index, image), part in zip(group, embeds, strict=True):
                 part = np.ascontiguousarray(part)
                 self.vision_cache.put(image.digest, part)
                 sequence.take_embeds(index, part)
-                self.find_images(sequence)
+            # Others may have waited for the same image.
+            members, digests = {each for each, _, _ in group}, {image.digest for _, _, image in group}
+            for each in self.prompts:
+                if each in members or any(image.digest in digests for _, image in each.missing_images):
+                    self.find_images(each)
 
     def prefill(self, sequence: Sequence) -> None:
         """Run a chunk of a prompt; after the last one the sequence decodes, or has ended."""
@@ -154,22 +158,14 @@ class Steps:
         if sequence.request.on_logits is not None:
             num_tokens = min(num_tokens, self._logits_chunk)
         start = time.perf_counter()
-        with self._failing([sequence]):
+        with self._failing([sequence], "prefill"):
             inputs = sequence.chunk(num_tokens, self._no_embeds)
             logits_LV = self._session.prefill(inputs, self.slots.cache, self.slots.place(sequence))[0]
             self._chunks.measured(num_tokens, time.perf_counter() - start)
             self.counters.prefill_chunks += 1
             self.counters.chunk_tokens.add(num_tokens)
-            sequence.request.pieces.put(sequence.take_chunk(num_tokens, logits_LV))
-            self.slots.write(sequence, sequence.num_rows)
-            if sequence.tokens_left:
-                return
-            if sequence.is_finished or sequence.request.on_logits is not None:
-                self.finish(sequence)
-                return
-            index = self.slots.join(sequence)
-            self.prompts.remove(sequence)
-            self.decoding.insert(index, sequence)
+            with self._failing([sequence]):
+                self._take_chunk(sequence, num_tokens, logits_LV)
 
     def decode(self) -> None:
         """Run one token of all sequences that decode; of one alone, drafted tokens as well."""
@@ -178,7 +174,7 @@ class Steps:
         start = time.perf_counter()
         drafts = self._drafts()
         sequences = self.decoding.copy()
-        try:
+        with self._failing(sequences, "decode"):
             rows = self._run(self._draft_inputs(drafts) if drafts else self._step_inputs())
             self.counters.decode_steps += 1
             self.counters.batch_size.add(len(sequences))
@@ -186,9 +182,6 @@ class Steps:
                 self._take_drafted(sequences[0], rows[0], drafts)
             else:
                 self._take_each(sequences, rows)
-            self._num_failures = 0
-        except Exception as error:
-            self._fail(sequences, error, is_call=True)
         self.counters.step_s.add(time.perf_counter() - start)
 
     def finish(self, sequence: Sequence) -> None:
@@ -204,8 +197,8 @@ class Steps:
         sequence.request.pieces.finish(generation)
 
     def drop(self, sequence: Sequence) -> None:
-        """Take a sequence out that runs; the rows it has are kept for others."""
-        self._leave(sequence, self._kept_keys(sequence))
+        """Take a sequence out that runs, or was only admitted; the rows it has are kept for others."""
+        self._leave(sequence, self._kept_keys(sequence) if sequence.is_started else None)
 
     def warm_up(self) -> None:
         """Run each kind of call once, on rows behind the valid ones, so that no request waits for what the first needs.
@@ -305,6 +298,18 @@ class Steps:
             return cast(TopLogitsSession, self._session).decode_top(inputs, cache, first)
         return list(self._session.decode(inputs, cache, first))
 
+    def _take_chunk(self, sequence: Sequence, num_tokens: int, logits_LV: FloatArray) -> None:
+        sequence.request.pieces.put(sequence.take_chunk(num_tokens, logits_LV))
+        self.slots.write(sequence, sequence.num_rows)
+        if sequence.tokens_left:
+            return
+        if sequence.is_finished or sequence.request.on_logits is not None:
+            self.finish(sequence)
+            return
+        index = self.slots.join(sequence)
+        self.prompts.remove(sequence)
+        self.decoding.insert(index, sequence)
+
     def _take_each(self, sequences: list[Sequence], rows: list) -> None:  # type: ignore[type-arg]
         # All rows are noted before any sequence may end: then another one moves into its place, with the rows it has.
         for sequence in sequences:
@@ -335,19 +340,26 @@ class Steps:
             self.finish(sequence)
 
     @contextmanager
-    def _failing(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Let a call of the session that fails end these sequences, and no other."""
+    def _failing(self, sequences: list[Sequence], call: str | None = None) -> Iterator[None]:
+        """Let what fails end these sequences, and no other; see `_fail`."""
         try:
             yield
-            self._num_failures = 0
+            if call is not None:
+                self._num_failures[call] = 0
         except Exception as error:
-            self._fail(sequences, error, is_call=True)
+            self._fail(sequences, error, call)
 
-    def _fail(self, sequences: list[Sequence], error: Exception, *, is_call: bool = False) -> None:
-        """End sequences with an error; calls of the session that fail are counted."""
-        self._num_failures += is_call
-        if self._num_failures >= MAX_FAILURES:
-            self.failure = _as_known(error)
+    def _fail(self, sequences: list[Sequence], error: Exception, call: str | None = None) -> None:
+        """End sequences with an error.
+
+        Failures of a call of the session are counted until one of its kind succeeds; too many end the engine. Want of
+        memory is not counted: it is of these sequences, and smaller ones may fit.
+        """
+        known = _as_known(error)
+        if call is not None and not isinstance(known, CapacityError):
+            self._num_failures[call] = self._num_failures.get(call, 0) + 1
+            if self._num_failures[call] >= MAX_FAILURES:
+                self.failure = known
         for sequence in sequences:
             if sequence in self.prompts or sequence in self.decoding:
                 self._leave(sequence, None)

@@ -8,16 +8,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from runtime.errors import DeadlineError, EngineError, OverloadError, Qwen3VLError, UsageError
+from runtime.errors import CapacityError, DeadlineError, EngineError, OverloadError, Qwen3VLError, UsageError
 from runtime.manifest import Manifest
 from runtime.prompt_lookup import PromptLookup
 from runtime.scheduling.request import Limits, Request
 from runtime.scheduling.scheduler import State, Step, next_step
 from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.steps import Steps
+from runtime.scheduling.wakeup import Wakeup
 from runtime.session import Session
 from runtime.tokenizer import Tokenizer
 
@@ -48,13 +48,45 @@ class Place:
         self.leave()
 
     def __del__(self) -> None:
-        self.leave()
+        if hasattr(self, "_places"):  # an interrupt may come before
+            self.leave()
+
+
+class _Job(Generic[_T]):
+    """Something to run on the session between two steps, and how it went."""
+
+    def __init__(self, work: Callable[[], _T]) -> None:
+        self._work = work
+        self._ended = Wakeup()
+        self._outcome: list[_T] = []
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Run it; what it raises is for who waits."""
+        try:
+            self._outcome.append(self._work())
+        except BaseException as error:
+            self._error = error
+        self._ended.wake()
+
+    def fail(self, error: Exception) -> None:
+        """End it without having run it."""
+        self._error = error
+        self._ended.wake()
+
+    def wait(self) -> _T:
+        """Wait for its end and return what it gave, or raise what it raised."""
+        self._ended.wait()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return self._outcome.pop()
 
 
 class Worker:
     """Queue and thread of one session.
 
-    The thread starts with the first request and ends with `close`. All methods may be called from any thread.
+    The thread ends with `close` or `stop`. All methods may be called from any thread.
 
     Args:
         session: The engine.
@@ -67,24 +99,30 @@ class Worker:
         self.limits = limits
         self._config = manifest.model
         self._tokenizer = tokenizer
-        self._steps = Steps(session, manifest, limits, self._wake)
-        # Reentrant: a place may be given back by the garbage collector, in a thread that is inside.
-        # Blocks are of the lock, not of the condition: that one is entered by Python code, and an interrupt in there
-        # could leave it closed for ever.
+        # Reentrant: what the garbage collector drops may call back in a thread that is inside.
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = Wakeup()
+        self._steps = Steps(session, manifest, limits, self._changed.wake)
+        self._hoping: set[Wakeup] = set()
         self._arrived: deque[Sequence] = deque()
         self._waiting: list[Sequence] = []
-        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._jobs: deque[_Job[Any]] = deque()
         self._places: set[int] = set()
         self._numbers = itertools.count()
         self._queued_tokens = 0
-        self._thread: threading.Thread | None = None
         self._is_draining = self._is_stopped = False
         self._failure: Qwen3VLError | None = None
         self._refused = 0
         self._pid = os.getpid()
         self._num_prefills = 0
+        # Started here and not with a request: an interrupt there would leave a thread that is or is not to be started.
+        self._thread = threading.Thread(target=self._run, name="qwen3vl-worker", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise CapacityError(
+                f"no thread for the engine ({error})", remedy="end other threads, or raise the limit (ulimit -u)"
+            ) from error
 
     def reserve(self, *, waits: bool = False) -> Place:
         """Take a place in the queue.
@@ -97,14 +135,16 @@ class Worker:
             UsageError: The model is closed.
             EngineError: The engine has failed before.
         """
-        with self._lock:
-            self._check_open()
-            while waits and self._num_queued >= self.limits.max_queue:
-                self._changed.wait(_LOOK_AGAIN_S)
+        room = Wakeup()
+        while True:
+            with self._lock:
                 self._check_open()
-            if self._num_queued >= self.limits.max_queue:
-                raise self._overload(f"{self._num_queued} requests wait, max_queue is {self.limits.max_queue}")
-            return Place(self._places, next(self._numbers))
+                if self._num_queued < self.limits.max_queue:
+                    return Place(self._places, next(self._numbers))
+                if not waits:
+                    raise self._overload(f"{self._num_queued} requests wait, max_queue is {self.limits.max_queue}")
+                self._hoping.add(room)
+            room.wait(_LOOK_AGAIN_S)
 
     def submit(self, place: Place, request: Request, *, waits: bool = False) -> None:
         """Put a request into its place.
@@ -123,22 +163,24 @@ class Worker:
         lookup = self._lookup(request)
         sequence = Sequence(request, next(self._numbers), self._tokenizer, lookup)
         most = self.limits.max_queue_tokens
-        with self._lock:
-            self._check_open()
-            _check_deadline(request, "before it was queued")
-            while waits and self._queued_tokens and self._queued_tokens + request.num_tokens > most:
-                self._changed.wait(_LOOK_AGAIN_S)
+        room = Wakeup()
+        while True:
+            with self._lock:
                 self._check_open()
-            if self._queued_tokens and self._queued_tokens + request.num_tokens > most:
-                raise self._overload(
-                    f"prompts of {self._queued_tokens} tokens wait, this one has {request.num_tokens}, "
-                    f"max_queue_tokens is {most}"
-                )
-            self._queued_tokens += request.num_tokens
-            self._arrived.append(sequence)
-            place.leave()
-            self._start()
-            self._changed.notify_all()
+                _check_deadline(request, "before it was queued")
+                if not self._queued_tokens or self._queued_tokens + request.num_tokens <= most:
+                    self._queued_tokens += request.num_tokens
+                    self._arrived.append(sequence)
+                    place.leave()
+                    self._changed.wake()
+                    return
+                if not waits:
+                    raise self._overload(
+                        f"prompts of {self._queued_tokens} tokens wait, this one has {request.num_tokens}, "
+                        f"max_queue_tokens is {most}"
+                    )
+                self._hoping.add(room)
+            room.wait(_LOOK_AGAIN_S)
 
     def call(self, work: Callable[[], _T]) -> _T:
         """Run something on the session between two steps, and wait for it.
@@ -146,13 +188,12 @@ class Worker:
         Raises:
             Exception: What it raises, and as `reserve`.
         """
-        future: Future[_T] = Future()
+        job = _Job(work)
         with self._lock:
             self._check_open()
-            self._jobs.append((work, future))
-            self._start()
-            self._changed.notify_all()
-        return future.result()
+            self._jobs.append(job)
+        self._changed.wake()
+        return job.wait()
 
     def warm_up(self) -> None:
         """Run each kind of call once; for `call`."""
@@ -188,15 +229,16 @@ class Worker:
         Returns:
             Whether the thread has ended.
         """
+        if os.getpid() != self._pid:
+            return True  # as in `stop`
         with self._lock:
             self._is_draining = True
             self._is_stopped = self._is_stopped or not drains
-            thread = self._thread
-            self._changed.notify_all()
-        if thread is None or thread is threading.current_thread():
-            return thread is None
-        thread.join(timeout_s if drains else None)
-        if thread.is_alive() and drains:
+        self._changed.wake()
+        if self._thread is threading.current_thread():
+            return False
+        self._thread.join(timeout_s if drains else None)
+        if self._thread.is_alive() and drains:
             return self.close(drains=False)
         return True
 
@@ -204,19 +246,20 @@ class Worker:
         """End the thread after its step; for what runs when a model is dropped or Python ends."""
         if os.getpid() != self._pid:
             return  # a fork of the process: the thread is not here, and may have left the lock closed
-        with self._lock:
-            self._is_draining = self._is_stopped = True
-            self._changed.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        self._is_draining = self._is_stopped = True
+        self._changed.wake()
+        if self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
 
     @property
     def _num_queued(self) -> int:
         return len(self._places) + len(self._arrived) + len(self._waiting)
 
-    def _wake(self) -> None:
-        with self._lock:
-            self._changed.notify_all()
+    def _tell_of_room(self) -> None:
+        """Wake who waits for room in the queue; under the lock."""
+        hoping, self._hoping = self._hoping, set()
+        for each in hoping:
+            each.wake()
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -226,11 +269,6 @@ class Worker:
             )
         if self._is_draining:
             raise _closed()
-
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="qwen3vl-worker", daemon=True)
-            self._thread.start()
 
     def _overload(self, reason: str) -> OverloadError:
         self._refused += 1
@@ -263,8 +301,8 @@ class Worker:
     def _wait(self) -> bool:
         """Wait until there is something to do; return False at the end."""
         steps = self._steps
-        with self._lock:
-            while not self._is_stopped and self._failure is None:
+        while not self._is_stopped and self._failure is None:
+            with self._lock:
                 self._waiting += self._arrived
                 self._arrived.clear()
                 has_room = bool(self._waiting) and steps.num_running < self.limits.max_sequences
@@ -272,16 +310,16 @@ class Worker:
                     return True
                 if self._is_draining and not (self._num_queued or steps.num_running):
                     return False
-                # A place that is given back wakes nobody.
-                may_change = bool(steps.num_running) or self._is_draining
-                if not self._changed.wait(_LOOK_AGAIN_S if may_change else None) and steps.num_running:
-                    return True  # to look for deadlines
+            # A place that is given back wakes nobody.
+            may_change = bool(steps.num_running) or self._is_draining
+            if not self._changed.wait(_LOOK_AGAIN_S if may_change else None) and steps.num_running:
+                return True  # to look for deadlines
         return False
 
     def _step(self) -> None:
         steps = self._steps
         while self._jobs:
-            _do(*self._jobs.popleft())
+            self._jobs.popleft().run()
         steps.take_vision()
         start = time.perf_counter()
         self._sweep(start)
@@ -316,7 +354,7 @@ class Worker:
                 self._queued_tokens -= sequence.request.num_tokens
             if step.admitted:
                 steps.prompts += step.admitted
-                self._changed.notify_all()
+                self._tell_of_room()
         return step
 
     def _run_prompt(self, encode: Sequence | None, prefill: Sequence | None) -> None:
@@ -351,7 +389,7 @@ class Worker:
                 with self._lock:
                     self._waiting.remove(sequence)
                     self._queued_tokens -= sequence.request.num_tokens
-                    self._changed.notify_all()
+                    self._tell_of_room()
             else:
                 steps.drop(sequence)
             if is_cancelled:
@@ -359,7 +397,7 @@ class Worker:
                 sequence.request.pieces.finish(None)
             else:
                 steps.counters.ended("expired")
-                sequence.request.pieces.fail(_late(sequence.request, f"after {len(sequence.answer_ids)} tokens"))
+                sequence.request.pieces.fail(_late(f"after {len(sequence.answer_ids)} tokens"))
 
     def _end_all(self, error: Qwen3VLError) -> None:
         """Let all that waits or runs fail."""
@@ -372,31 +410,24 @@ class Worker:
             self._waiting.clear()
             steps.prompts.clear()
             steps.decoding.clear()
-            self._changed.notify_all()
+            self._tell_of_room()
         for sequence in sequences:
             steps.counters.ended("failed")
             sequence.request.pieces.fail(type(error)(error.message, remedy=error.remedy))
-        for _, future in jobs:
-            future.set_exception(type(error)(error.message, remedy=error.remedy))
+        for job in jobs:
+            job.fail(type(error)(error.message, remedy=error.remedy))
         steps.close()
-
-
-def _do(work: Callable[[], Any], future: Future[Any]) -> None:
-    try:
-        future.set_result(work())
-    except Exception as error:
-        future.set_exception(error)
 
 
 def _check_deadline(request: Request, when: str) -> None:
     if request.deadline is not None and time.perf_counter() >= request.deadline:
-        raise _late(request, when)
+        raise _late(when)
 
 
-def _late(request: Request, when: str) -> DeadlineError:
-    assert request.deadline is not None
+def _late(when: str) -> DeadlineError:
+    # How long it was, the caller knows: it began before the request was made.
     return DeadlineError(
-        f"the time for this answer, {request.deadline - request.started:.3g} s, was over {when}",
+        f"the time for this answer was over {when}",
         remedy="pass a larger timeout_s, or ask for fewer tokens (max_new_tokens)",
     )
 

@@ -72,17 +72,23 @@ class FakeModel:
         return Conversation(self.begin, GenerationOptions().replace(**options), Call(None, None, 0, None), start)
 
     def begin(
-        self, messages: Any, options: GenerationOptions, call: Call, *, waits: bool = False, on_prepared: Any = None
-    ) -> Pieces:
+        self,
+        messages: Any,
+        options: GenerationOptions,
+        call: Call,
+        pieces: Pieces,
+        *,
+        waits: bool = False,
+        on_prepared: Any = None,
+    ) -> None:
         """Answer a turn of a conversation; the first finds nothing in the cache."""
         on_prepared(types.SimpleNamespace(messages=messages))
         is_first = sum(message["role"] == "user" for message in messages.turns) == 1
         stats = STATS if is_first else dataclasses.replace(STATS, cached_tokens=21, cached_images=2)
-        pieces = FakePieces(self)
         for piece in PIECES:
             pieces.put(piece)
         pieces.finish(dataclasses.replace(self.generate(messages.filled()), stats=stats))
-        return pieces
+        watch(self, pieces)
 
 
 class FakeStream(Iterator[str]):
@@ -104,21 +110,22 @@ class FakeStream(Iterator[str]):
         self._model.num_closed += 1
 
 
-class FakePieces(Pieces):
-    def __init__(self, model: FakeModel) -> None:
-        super().__init__()
-        self._model, self._has_begun = model, False
+def watch(model: FakeModel, pieces: Pieces) -> None:
+    """Let pieces raise the model's failure after the first, and count how often they are closed."""
+    take, num_taken = pieces.take, 0
 
-    def take(self) -> str | None:
-        failure = self._model.failure
-        if self._has_begun and failure is not None:
-            self._model.failure = None
+    def failing() -> str | None:
+        nonlocal num_taken
+        num_taken += 1
+        failure, model.failure = (model.failure, None) if num_taken > 1 else (None, model.failure)
+        if failure is not None:
             raise failure
-        self._has_begun = True
-        return super().take()
+        return take()
 
-    def cancel(self) -> None:
-        self._model.num_closed += 1
+    def cancel() -> None:
+        model.num_closed += 1
+
+    pieces.take, pieces.cancel = failing, cancel  # type: ignore[method-assign]
 
 
 @pytest.fixture
