@@ -103,16 +103,10 @@ class Steps:
         self.counters.prompt_tokens += len(keys)
         self.counters.cached_tokens += num_shared
         self.counters.prefix_hits += bool(num_shared)
-        self.find_images(sequence)
-
-    def find_images(self, sequence: Sequence) -> None:
-        """Take what the vision cache has of a sequence's next images."""
-        while sequence.waits_for_vision:
-            index, image = sequence.missing_images[0]
+        for index, image in sequence.missing_images:
             embeds = self.vision_cache.get(image.digest)
-            if embeds is None:
-                return
-            sequence.take_embeds(index, embeds, is_cached=True)
+            if embeds is not None:
+                sequence.take_embeds(index, embeds, is_cached=True)
 
     def encode(self, sequence: Sequence) -> None:
         """Run the vision tower on the next image of a sequence, and on those of its grid that wait as well."""
@@ -142,15 +136,16 @@ class Steps:
             sequence.is_encoding = False
         with self._failing([sequence for sequence, _, _ in group], "vision"):
             embeds = np.split(future.result(), len(group), axis=1)
+            found: dict[bytes, FloatArray] = {}
             for (sequence, index, image), part in zip(group, embeds, strict=True):
-                part = np.ascontiguousarray(part)
-                self.vision_cache.put(image.digest, part)
-                sequence.take_embeds(index, part)
-            # Others may have waited for the same image.
-            members, digests = {each for each, _, _ in group}, {image.digest for _, _, image in group}
-            for each in self.prompts:
-                if each in members or any(image.digest in digests for _, image in each.missing_images):
-                    self.find_images(each)
+                found[image.digest] = np.ascontiguousarray(part)
+                self.vision_cache.put(image.digest, found[image.digest])
+                sequence.take_embeds(index, found[image.digest])
+            # Others may wait for the same image, or one of these for it a second time; the cache need not hold it.
+            for sequence in self.prompts:
+                for index, image in sequence.missing_images:
+                    if image.digest in found:
+                        sequence.take_embeds(index, found[image.digest], is_cached=True)
 
     def prefill(self, sequence: Sequence) -> None:
         """Run a chunk of a prompt; after the last one the sequence decodes, or has ended."""
@@ -303,6 +298,7 @@ class Steps:
         self.slots.write(sequence, sequence.num_rows)
         if sequence.tokens_left:
             return
+        self.counters.generated_tokens += len(sequence.answer_ids)  # the first one; none where logits were asked for
         if sequence.is_finished or sequence.request.on_logits is not None:
             self.finish(sequence)
             return
