@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,13 +20,14 @@ from runtime.guard import as_engine_error
 from runtime.image_processor import ProcessedImage
 from runtime.manifest import Manifest
 from runtime.memory import cache_bytes
+from runtime.sampling import Logits
 from runtime.scheduling.counters import Counters
 from runtime.scheduling.request import Limits
 from runtime.scheduling.scheduler import ChunkSize
 from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.slots import Slots
 from runtime.scheduling.vision_cache import VisionCache
-from runtime.session import Session, TopLogitsSession
+from runtime.session import Session, TopLogits, TopLogitsSession
 from runtime.vision_inputs import VISION_PATCHES, vision_inputs
 
 _RUNS_TO_RECORD = 2  # TensorRT sets up what a new shape needs in the first run, and records the second
@@ -286,7 +287,7 @@ class Steps:
         past_B, delta_B = np.array(pasts, np.int64), np.array(deltas, np.int64)
         return DecoderInputs.text(np.array(tokens, np.int64)[:, None], past_B, self._no_embeds, delta=delta_B)
 
-    def _run(self, inputs: DecoderInputs) -> list:  # type: ignore[type-arg]
+    def _run(self, inputs: DecoderInputs) -> list[Any]:
         """Run a step: logits of each sequence and position, the largest of them where that is all its sampler needs."""
         cache, first = self.slots.cache, self.slots.first
         if self._num_top and any(each.can_use_top(self._num_top) for each in self.decoding):
@@ -306,7 +307,7 @@ class Steps:
         self.prompts.remove(sequence)
         self.decoding.insert(index, sequence)
 
-    def _take_each(self, sequences: list[Sequence], rows: list) -> None:  # type: ignore[type-arg]
+    def _take_each(self, sequences: list[Sequence], rows: list[Any]) -> None:
         # All rows are noted before any sequence may end: then another one moves into its place, with the rows it has.
         for sequence in sequences:
             self._add_row(sequence)
@@ -320,7 +321,7 @@ class Steps:
         sequence.num_rows += 1
         self.slots.write(sequence, sequence.num_rows)
 
-    def _take_drafted(self, sequence: Sequence, rows: list, drafts: list[int]) -> None:  # type: ignore[type-arg]
+    def _take_drafted(self, sequence: Sequence, rows: list[Any], drafts: list[int]) -> None:
         """Keep drafted tokens while they are what the sampler chooses; see `runtime.generation.decode_steps`."""
         for row, draft in zip(rows, [*drafts, None], strict=True):
             self._add_row(sequence)
@@ -328,8 +329,8 @@ class Steps:
             if sequence.last_token != draft or sequence.is_finished:
                 return
 
-    def _take(self, sequence: Sequence, row: object) -> None:
-        piece = sequence.take_token(row)  # type: ignore[arg-type]
+    def _take(self, sequence: Sequence, row: Logits | TopLogits) -> None:
+        piece = sequence.take_token(row)
         self.counters.generated_tokens += 1
         sequence.request.pieces.put(piece)
         if sequence.is_finished:
