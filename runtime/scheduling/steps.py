@@ -160,8 +160,10 @@ class Steps:
             self._chunks.measured(num_tokens, time.perf_counter() - start)
             self.counters.prefill_chunks += 1
             self.counters.chunk_tokens.add(num_tokens)
-            with self._failing([sequence]):
+            try:
                 self._take_chunk(sequence, num_tokens, logits_LV)
+            except Exception as error:
+                self._fail([sequence], error)
 
     def decode(self) -> None:
         """Run one token of all sequences that decode; of one alone, drafted tokens as well."""
@@ -170,14 +172,21 @@ class Steps:
         start = time.perf_counter()
         drafts = self._drafts()
         sequences = self.decoding.copy()
-        with self._failing(sequences, "decode"):
+        try:
             rows = self._run(self._draft_inputs(drafts) if drafts else self._step_inputs())
-            self.counters.decode_steps += 1
-            self.counters.batch_size.add(len(sequences))
+            self._num_failures["decode"] = 0
+        except Exception as error:
+            self._fail(sequences, error, "decode")
+            return
+        self.counters.decode_steps += 1
+        self.counters.batch_size.add(len(sequences))
+        try:
             if drafts:
                 self._take_drafted(sequences[0], rows[0], drafts)
             else:
                 self._take_each(sequences, rows)
+        except Exception as error:
+            self._fail(sequences, error)
         self.counters.step_s.add(time.perf_counter() - start)
 
     def finish(self, sequence: Sequence) -> None:

@@ -166,7 +166,7 @@ class Worker:
         room = Wakeup()
         while True:
             with self._lock:
-                self._check_open()
+                self._check_open(has_place=True)
                 _check_deadline(request, "before it was queued")
                 if not self._queued_tokens or self._queued_tokens + request.num_tokens <= most:
                     self._queued_tokens += request.num_tokens
@@ -229,8 +229,8 @@ class Worker:
         Returns:
             Whether the thread has ended.
         """
-        if os.getpid() != self._pid:
-            return True  # as in `stop`
+        if self._is_forked:
+            return True
         with self._lock:
             self._is_draining = True
             self._is_stopped = self._is_stopped or not drains
@@ -244,12 +244,17 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after its step; for what runs when a model is dropped or Python ends."""
-        if os.getpid() != self._pid:
-            return  # a fork of the process: the thread is not here, and may have left the lock closed
+        if self._is_forked:
+            return
         self._is_draining = self._is_stopped = True
         self._changed.wake()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
+
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is a fork of the process: the thread is not here, and may have left the lock closed."""
+        return os.getpid() != self._pid
 
     @property
     def _num_queued(self) -> int:
@@ -261,13 +266,14 @@ class Worker:
         for each in hoping:
             each.wake()
 
-    def _check_open(self) -> None:
+    def _check_open(self, *, has_place: bool = False) -> None:
+        """Raise if no request is taken any more; one that has its place already still is while the others end."""
         if self._failure is not None:
             raise EngineError(
                 f"the engine has failed and takes no more requests: {self._failure.message}",
                 remedy="open the engine again, in a new process if it runs on a GPU",
             )
-        if self._is_draining:
+        if self._is_stopped or (self._is_draining and not has_place):
             raise _closed()
 
     def _overload(self, reason: str) -> OverloadError:

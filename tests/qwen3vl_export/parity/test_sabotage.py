@@ -175,7 +175,13 @@ def decode_delta_zero(subject: Subject) -> None:
 
 def answer_delta_zero(subject: Subject) -> None:
     """The same in `generate` alone, whose sequences take the delta from the prompt by themselves."""
-    subject.patch.setattr(Sequence, "delta", 0)
+    start = Sequence.start
+
+    def start_at_zero(sequence: Sequence, num_shared: int) -> None:
+        start(sequence, num_shared)
+        sequence.delta = 0
+
+    subject.patch.setattr(Sequence, "start", start_at_zero)
 
 
 def q_norm_dropped(subject: Subject) -> None:

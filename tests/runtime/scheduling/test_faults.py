@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -232,7 +233,9 @@ def test_a_deadline_in_the_middle_of_an_answer(model: Qwen3VLModel, expected: li
             pieces.append(piece)
             if len(pieces) == 5:
                 assert beside.wait() is not None
-    assert list(stream) == [] and stream.result is None
+    with pytest.raises(DeadlineError):  # whoever reads on is told, too
+        next(stream)
+    assert stream.result is None
     check_usable(model, expected)
     assert model.statistics()["requests"]["expired"] == 1
 
@@ -504,3 +507,34 @@ def test_a_process_ends_while_streams_run(tiny_engine: Path) -> None:
     command = [sys.executable, "-c", EXIT, str(tiny_engine)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "running\n", "")
+
+
+FORKS = """
+import os, sys
+from qwen3_vl import Qwen3VLModel, UsageError
+model = Qwen3VLModel.from_engine(sys.argv[1], threads=1)
+stream = model.stream("Count", eos_token_ids=(), max_new_tokens=100000)
+next(stream)
+for number in range(12):
+    if os.fork() == 0:
+        refused = 0
+        for call in (lambda: next(stream), lambda: model.generate("Read"), model.statistics):
+            try:
+                call()
+            except UsageError as error:
+                refused += "was forked from it" in error.message
+        model.close()
+        sys.exit(10 + refused)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+stream.close()
+print(len(model.generate("Read", eos_token_ids=(), max_new_tokens=3).token_ids))
+"""
+
+
+@pytest.mark.portable
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
+def test_forks_while_a_stream_runs_are_refused_and_end(tiny_engine: Path) -> None:
+    """Whatever lock the worker holds at that moment."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKS, str(tiny_engine)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["13"] * 12 + ["3"], "")

@@ -282,11 +282,14 @@ def keys_without_pixels(broken: Broken) -> None:
 def delta_of_the_first_image(broken: Broken) -> None:
     """A turn's tokens are numbered as if only the first image had come before them."""
 
-    def delta(sequence: Sequence) -> int:
-        first = sequence.request.prepared.prompt.spans[:1]
-        return sum(max(span.merged_grid_thw) - span.num_tokens for span in first)
+    start = Sequence.start
 
-    broken.patch.setattr(Sequence, "delta", property(delta))
+    def start_with_less(sequence: Sequence, num_shared: int) -> None:
+        start(sequence, num_shared)
+        first = sequence.request.prepared.prompt.spans[:1]
+        sequence.delta = sum(max(span.merged_grid_thw) - span.num_tokens for span in first)
+
+    broken.patch.setattr(Sequence, "start", start_with_less)
 
 
 def deepstack_shifted(broken: Broken) -> None:
