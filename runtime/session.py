@@ -56,6 +56,7 @@ class Session(Protocol):
     - `free_bytes`, an int: of a session on a GPU, the device memory that is free for new caches; runs will take part of
       it for their activations.
     - `chunk_sizes`, ints: numbers of tokens that a chunk of a prompt is filled up to.
+    - `decodes_anywhere`, a bool: decode steps are as fast from any slot on; else they begin at slot 0.
     - `runs_vision_beside`, a bool: `vision` may be called in another thread while the decoder runs.
     - `max_segments`, an int: most segments of one call of `vision`; any number where it is missing.
     """

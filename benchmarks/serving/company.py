@@ -14,6 +14,8 @@ from qwen3vl_export.load.prompts import Prompts
 from qwen3vl_export.load.report import summarise
 
 _REQUESTS_PER_CLIENT = 2
+_SPEEDS = ("tokens_per_s", "decode_tokens_per_s")
+_NOTHING_BETWEEN_S = 0.02
 
 
 def measure(work: Workload) -> dict[str, Any]:
@@ -47,7 +49,3 @@ def decode_speed(calls: Sequence[TimedCall], batch: int) -> float:
         if before.batch == after.batch == batch and after.start_s - before.end_s < _NOTHING_BETWEEN_S
     ]
     return batch / statistics.median(gaps) if gaps else 0.0
-
-
-_SPEEDS = ("tokens_per_s", "decode_tokens_per_s")
-_NOTHING_BETWEEN_S = 0.02

@@ -44,7 +44,7 @@ class Workload:
     repeats: int = 5
     clients: int = 8
     prompt_tokens: int = 32
-    new_tokens: int = 48
+    new_tokens: int = 64
     image_side: int = 896
     long_tokens: int = 512
     minutes: float = 5.0

@@ -100,8 +100,8 @@ class Serving:
         kept_sequences: Sequences whose KV cache is kept after their end, for prompts that begin as they do.
             [default: 4, or as many as fit]
         no_prefix_cache: Take no part of the KV cache over from other requests.
-        vision_cache: Most memory for embeddings of images that may come again, in units of 10^6 bytes.
-            [default: 268, or a sixteenth of the memory that is left]
+        vision_cache_bytes: Most bytes of embeddings of images that may come again. [default: 256 MiB, or a sixteenth of
+            the memory that is left]
         max_queue: Most requests that wait; more are refused. [default: 256]
         max_queue_tokens: Most tokens of their prompts together. [default: 16 times --max-context]
         max_delay_ms: While others decode, run a prompt in pieces of about this many milliseconds. [default: 200]
@@ -110,27 +110,16 @@ class Serving:
     max_sequences: int | None = None
     kept_sequences: int | None = None
     no_prefix_cache: bool = False
-    vision_cache: Annotated[float | None, typer.Option(metavar="MB")] = None
+    vision_cache_bytes: int | None = None
     max_queue: int | None = None
     max_queue_tokens: int | None = None
     max_delay_ms: Annotated[float | None, typer.Option(metavar="MS")] = None
 
     def arguments(self) -> dict[str, Any]:
-        """Return what was given as arguments of `Qwen3VLModel.from_engine`.
-
-        Raises:
-            UsageError: The memory is no number.
-        """
+        """Return what was given as arguments of `Qwen3VLModel.from_engine`."""
         options = given(self)
         if options.pop("no_prefix_cache", False):
             options["prefix_cache"] = False
-        size = options.pop("vision_cache", None)
-        if size is not None:
-            if not math.isfinite(size):
-                raise UsageError(
-                    f"--vision-cache {size}: expected a number of MB", remedy="leave it out for the default"
-                )
-            options["vision_cache_bytes"] = round(size * 1e6)
         return options
 
 

@@ -114,5 +114,5 @@ def _check_built_for(options: ServingOptions, built_for: Any) -> None:
         given = ", ".join(f"{name} = {value}" for name, value in asked.items() if value)
         raise UsageError(
             f"{given}: the engine was built for {built_for} sequence{'s' if int(built_for) > 1 else ''}",
-            remedy="lower them, or build the engine again with a larger --max-batch: qwen3vl-export ...",
+            remedy="lower them, or build the engine again with a larger --max-batch",
         )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,13 +20,14 @@ from runtime.guard import as_engine_error
 from runtime.image_processor import ProcessedImage
 from runtime.manifest import Manifest
 from runtime.memory import cache_bytes
+from runtime.sampling import Logits
 from runtime.scheduling.counters import Counters
 from runtime.scheduling.request import Limits
 from runtime.scheduling.scheduler import ChunkSize
 from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.slots import Slots
 from runtime.scheduling.vision_cache import VisionCache
-from runtime.session import Session, TopLogitsSession
+from runtime.session import Session, TopLogits, TopLogitsSession
 from runtime.vision_inputs import VISION_PATCHES, vision_inputs
 
 _RUNS_TO_RECORD = 2  # TensorRT sets up what a new shape needs in the first run, and records the second
@@ -103,16 +104,10 @@ class Steps:
         self.counters.prompt_tokens += len(keys)
         self.counters.cached_tokens += num_shared
         self.counters.prefix_hits += bool(num_shared)
-        self.find_images(sequence)
-
-    def find_images(self, sequence: Sequence) -> None:
-        """Take what the vision cache has of a sequence's next images."""
-        while sequence.waits_for_vision:
-            index, image = sequence.missing_images[0]
+        for index, image in sequence.missing_images:
             embeds = self.vision_cache.get(image.digest)
-            if embeds is None:
-                return
-            sequence.take_embeds(index, embeds, is_cached=True)
+            if embeds is not None:
+                sequence.take_embeds(index, embeds, is_cached=True)
 
     def encode(self, sequence: Sequence) -> None:
         """Run the vision tower on the next image of a sequence, and on those of its grid that wait as well."""
@@ -142,15 +137,16 @@ class Steps:
             sequence.is_encoding = False
         with self._failing([sequence for sequence, _, _ in group], "vision"):
             embeds = np.split(future.result(), len(group), axis=1)
+            found: dict[bytes, FloatArray] = {}
             for (sequence, index, image), part in zip(group, embeds, strict=True):
-                part = np.ascontiguousarray(part)
-                self.vision_cache.put(image.digest, part)
-                sequence.take_embeds(index, part)
-            # Others may have waited for the same image.
-            members, digests = {each for each, _, _ in group}, {image.digest for _, _, image in group}
-            for each in self.prompts:
-                if each in members or any(image.digest in digests for _, image in each.missing_images):
-                    self.find_images(each)
+                found[image.digest] = np.ascontiguousarray(part)
+                self.vision_cache.put(image.digest, found[image.digest])
+                sequence.take_embeds(index, found[image.digest])
+            # Others may wait for the same image, or one of these for it a second time; the cache need not hold it.
+            for sequence in self.prompts:
+                for index, image in sequence.missing_images:
+                    if image.digest in found:
+                        sequence.take_embeds(index, found[image.digest], is_cached=True)
 
     def prefill(self, sequence: Sequence) -> None:
         """Run a chunk of a prompt; after the last one the sequence decodes, or has ended."""
@@ -300,7 +296,7 @@ class Steps:
         past_B, delta_B = np.array(pasts, np.int64), np.array(deltas, np.int64)
         return DecoderInputs.text(np.array(tokens, np.int64)[:, None], past_B, self._no_embeds, delta=delta_B)
 
-    def _run(self, inputs: DecoderInputs) -> list:  # type: ignore[type-arg]
+    def _run(self, inputs: DecoderInputs) -> list[Any]:
         """Run a step: logits of each sequence and position, the largest of them where that is all its sampler needs."""
         cache, first = self.slots.cache, self.slots.first
         if self._num_top and any(each.can_use_top(self._num_top) for each in self.decoding):
@@ -312,6 +308,7 @@ class Steps:
         self.slots.write(sequence, sequence.num_rows)
         if sequence.tokens_left:
             return
+        self.counters.generated_tokens += len(sequence.answer_ids)  # the first one; none where logits were asked for
         if sequence.is_finished or sequence.request.on_logits is not None:
             self.finish(sequence)
             return
@@ -319,7 +316,7 @@ class Steps:
         self.prompts.remove(sequence)
         self.decoding.insert(index, sequence)
 
-    def _take_each(self, sequences: list[Sequence], rows: list) -> None:  # type: ignore[type-arg]
+    def _take_each(self, sequences: list[Sequence], rows: list[Any]) -> None:
         # All rows are noted before any sequence may end: then another one moves into its place, with the rows it has.
         for sequence in sequences:
             self._add_row(sequence)
@@ -333,7 +330,7 @@ class Steps:
         sequence.num_rows += 1
         self.slots.write(sequence, sequence.num_rows)
 
-    def _take_drafted(self, sequence: Sequence, rows: list, drafts: list[int]) -> None:  # type: ignore[type-arg]
+    def _take_drafted(self, sequence: Sequence, rows: list[Any], drafts: list[int]) -> None:
         """Keep drafted tokens while they are what the sampler chooses; see `runtime.generation.decode_steps`."""
         for row, draft in zip(rows, [*drafts, None], strict=True):
             self._add_row(sequence)
@@ -341,8 +338,8 @@ class Steps:
             if sequence.last_token != draft or sequence.is_finished:
                 return
 
-    def _take(self, sequence: Sequence, row: object) -> None:
-        piece = sequence.take_token(row)  # type: ignore[arg-type]
+    def _take(self, sequence: Sequence, row: Logits | TopLogits) -> None:
+        piece = sequence.take_token(row)
         self.counters.generated_tokens += 1
         sequence.request.pieces.put(piece)
         if sequence.is_finished:

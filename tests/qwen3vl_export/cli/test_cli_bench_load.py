@@ -73,7 +73,7 @@ def test_lines_for_readers(tiny_engine: Path) -> None:
         (("--requests", "3"), "--requests needs many requests"),
         (("--plot", "load.svg"), "--plot needs many requests"),
         (("--concurrency", "2", "--plot", "load.pdf"), "a plot is a .png or a .svg file"),
-        (("--concurrency", "2", "--vision-cache", "nan"), "--vision-cache nan"),
+        (("--concurrency", "2", "--vision-cache-bytes", "-1"), "--vision-cache-bytes = -1"),
         (("--concurrency", "2", "--max-delay-ms", "0"), "--max-delay-ms must be in"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
