@@ -501,11 +501,14 @@ class Qwen3VLModel:
             processed = list(images) if isinstance(images, (list, tuple)) else [None]
         if any(type(image) is not ProcessedImage for image in processed):
             raise UsageError(f"images must be a list of ProcessedImage, got {shown(images)}", remedy=remedy)
-        return self._worker.call(lambda: self._encode([image for image in processed if image is not None]))
-
-    def _encode(self, images: Sequence[ProcessedImage]) -> FloatArray:
-        embeds = [self.session.vision(self.preparation.vision_inputs(image)) for image in images]
+        # One by one, so that requests that run wait for one image at most.
+        embeds = [
+            self._worker.call(partial(self._encode, image), is_vision=True) for image in processed if image is not None
+        ]
         return np.concatenate(embeds, axis=1) if embeds else no_visual_embeds(self.config)
+
+    def _encode(self, image: ProcessedImage) -> FloatArray:
+        return self.session.vision(self.preparation.vision_inputs(image))
 
     def _check_memory(self, prepared: Prepared, *, all_logits: bool = False) -> None:
         patches = [math.prod(image.grid_thw) for image in prepared.images]

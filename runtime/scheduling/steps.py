@@ -128,6 +128,25 @@ class Steps:
         if self._encoder is not None:
             future.add_done_callback(lambda _: self._on_vision())
 
+    def encode_beside(self, run: Callable[[], object], on_cancel: Callable[[], object]) -> bool:
+        """Run the vision tower beside the steps for something that is no request, behind what it is at.
+
+        Args:
+            run: What runs it.
+            on_cancel: Called in place of it if the session is closed before.
+
+        Returns:
+            Whether the session can, and `run` or `on_cancel` will be called.
+        """
+        if self._encoder is None:
+            return False
+        try:
+            future = self._encoder.submit(run)
+        except RuntimeError:  # Python ends, and its pools take no more work
+            return False
+        future.add_done_callback(lambda ended: on_cancel() if ended.cancelled() else None)
+        return True
+
     def take_vision(self) -> None:
         """Give the sequences the embeddings that are ready."""
         if self._encoding is None or not self._encoding[1].done():

@@ -53,10 +53,15 @@ class Place:
 
 
 class _Job(Generic[_T]):
-    """Something to run on the session between two steps, and how it went."""
+    """Something to run on the session between two steps, and how it went.
 
-    def __init__(self, work: Callable[[], _T]) -> None:
+    Attributes:
+        is_vision: It runs the vision tower alone.
+    """
+
+    def __init__(self, work: Callable[[], _T], *, is_vision: bool) -> None:
         self._work = work
+        self.is_vision = is_vision
         self._ended = Wakeup()
         self._outcome: list[_T] = []
         self._error: BaseException | None = None
@@ -182,13 +187,17 @@ class Worker:
                 self._hoping.add(room)
             room.wait(_LOOK_AGAIN_S)
 
-    def call(self, work: Callable[[], _T]) -> _T:
+    def call(self, work: Callable[[], _T], *, is_vision: bool = False) -> _T:
         """Run something on the session between two steps, and wait for it.
+
+        Args:
+            work: To be run.
+            is_vision: It runs the vision tower alone: then beside the steps, where a session can.
 
         Raises:
             Exception: What it raises, and as `reserve`.
         """
-        job = _Job(work)
+        job = _Job(work, is_vision=is_vision)
         with self._lock:
             self._check_open()
             self._jobs.append(job)
@@ -325,8 +334,8 @@ class Worker:
 
     def _step(self) -> None:
         steps = self._steps
-        while self._jobs:
-            self._jobs.popleft().run()
+        if self._jobs:  # one, so that those that decode wait for no more
+            self._run_job(self._jobs.popleft())
         steps.take_vision()
         start = time.perf_counter()
         self._sweep(start)
@@ -340,6 +349,10 @@ class Worker:
         steps.decode()
         if steps.failure is not None:
             self._failure = steps.failure
+
+    def _run_job(self, job: _Job[Any]) -> None:
+        if not job.is_vision or not self._steps.encode_beside(job.run, lambda: job.fail(_closed())):
+            job.run()
 
     def _decide(self) -> Step[Sequence]:
         """Return what the next step does, and take those that it admits out of the queue."""
