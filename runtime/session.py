@@ -58,7 +58,6 @@ class Session(Protocol):
     - `chunk_sizes`, ints: numbers of tokens that a chunk of a prompt is filled up to.
     - `decodes_anywhere`, a bool: decode steps are as fast from any slot on; else they begin at slot 0.
     - `runs_vision_beside`, a bool: `vision` may be called in another thread while the decoder runs.
-    - `decodes_anywhere`, a bool: steps run in any slots side by side, not only in the first ones.
     - `max_segments`, an int: most segments of one call of `vision`; any number where it is missing.
     """
 
