@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
 
 _PROMPT = "Describe the image. "
+_DEFAULT_RUNS = 5
 _GRAPH = {True: ", as a CUDA graph", False: ", without a CUDA graph", None: ""}
 
 
@@ -60,7 +61,9 @@ def bench(
     ] = "448x448",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Approximate number of tokens of the text.")] = 20,
     new_tokens: Annotated[int, typer.Option(min=2, help="Number of tokens of each answer.")] = 32,
-    runs: Annotated[int, typer.Option(min=1, help="Number of answers to time, after one that warms up.")] = 5,
+    runs: Annotated[
+        int | None, typer.Option(min=1, help="Number of answers to time, after one that warms up. [default: 5]")
+    ] = None,
     load: LoadOptions,
     opening: Annotated[Opening, ("threads", "huge_pages", "no_cuda_graphs", "max_context", "max_memory")],
     serving: Serving,
@@ -86,6 +89,8 @@ def bench(
     """
     size = parse_size(image_size)
     load.check()
+    if load.is_given and runs is not None:
+        raise UsageError("--runs is of one request at a time", remedy="pass --requests with --concurrency or --rate")
     model, where = _opened(engine, opening, serving)
     if load.is_given:
         from qwen3vl_export.load.prompts import Prompts
@@ -96,7 +101,7 @@ def bench(
         where["max_sequences"] = model.statistics()["max_sequences"]
         bench_load(model, prompts, new_tokens, load, where, as_json=as_json)
         return
-    speed = measure(model, size, prompt_tokens, new_tokens, runs)
+    speed = measure(model, size, prompt_tokens, new_tokens, runs or _DEFAULT_RUNS)
     # Known after the first step; None if this kind of engine records nothing.
     where["decode_recorded"] = getattr(model.session, "decode_recorded", None)
     if as_json:

@@ -109,4 +109,5 @@ def test_bench_passes_the_option_on(tiny_engine: Path) -> None:
 def run_bench(folder: Path, *options: str) -> tuple[int, str, str]:
     app = typer.Typer()
     app.command()(bench)
-    return call(app, str(folder), "--image-size", "none", "--new-tokens", "2", "--runs", "1", *options)
+    runs = () if "--concurrency" in options else ("--runs", "1")
+    return call(app, str(folder), "--image-size", "none", "--new-tokens", "2", *runs, *options)
