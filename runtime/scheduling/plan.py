@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from runtime.errors import CapacityError, UsageError
@@ -49,15 +48,12 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
     # What nobody asked for leaves memory to others.
     modest = None if cache_room is None else max(1, cache_room // _PARTS_OF_CACHE // slot_bytes)
     most = min((int(each) for each in (built_for, modest) if each is not None), default=None)
-    _check_built_for(options, built_for)
-    sequences = options.max_sequences
+    sequences, kept = options.max_sequences, options.kept_sequences if options.prefix_cache else 0
+    _check_built_for(sequences, kept, built_for)
     if sequences is None:
-        sequences = DEFAULT_SEQUENCES if most is None else max(1, min(DEFAULT_SEQUENCES, most))
-    kept = options.kept_sequences
+        sequences = DEFAULT_SEQUENCES if most is None else max(1, min(DEFAULT_SEQUENCES, most - (kept or 0)))
     if kept is None:
         kept = DEFAULT_KEPT if most is None else max(0, min(DEFAULT_KEPT, most - sequences))
-    if not options.prefix_cache:
-        kept = 0
     if fitting is not None and sequences + kept > max(1, fitting):
         raise CapacityError(
             f"{sequences + kept} sequences of {capacity} tokens take {(sequences + kept) * slot_bytes / 1e9:.2f} GB of "
@@ -94,25 +90,26 @@ def _embeds_bytes(given: int | None, room_bytes: int | None, spare_bytes: int | 
 
 
 def held_bytes(manifest: Manifest, limits: Limits) -> dict[str, int]:
-    """Return what an opened engine takes at most, part by part, but for the images and logits of a call."""
+    """Return what an opened engine takes at most, part by part, but for the images and logits of a call.
+
+    On a GPU that is device memory, which kept embeddings take none of.
+    """
     capacity = int(manifest.capabilities.get("capacity", limits.max_context))
     return {
         WEIGHTS: manifest.weight_bytes,
         CACHE: limits.num_slots * cache_bytes(manifest.model, manifest.capabilities, capacity),
         PREFILL: prefill_bytes(manifest.model, capacity),
-        EMBEDS: limits.vision_cache_bytes,
+        EMBEDS: 0 if is_on_gpu(manifest) else limits.vision_cache_bytes,
     }
 
 
-def _check_built_for(options: ServingOptions, built_for: Any) -> None:
-    asked: Mapping[str, int | None] = {
-        "max_sequences": options.max_sequences,
-        "kept_sequences": options.kept_sequences,
-    }
-    total = sum(each or 0 for each in asked.values())
+def _check_built_for(max_sequences: int | None, kept_sequences: int | None, built_for: Any) -> None:
+    total = (max_sequences or 1) + (kept_sequences or 0)
     if built_for is not None and total > int(built_for):
+        asked = {"max_sequences": max_sequences, "kept_sequences": kept_sequences}
         given = ", ".join(f"{name} = {value}" for name, value in asked.items() if value)
+        beside = "" if max_sequences else " beside one that runs"
         raise UsageError(
-            f"{given}: the engine was built for {built_for} sequence{'s' if int(built_for) > 1 else ''}",
+            f"{given}{beside}: the engine was built for {built_for} sequence{'s' if int(built_for) > 1 else ''}",
             remedy="lower them, or build the engine again with a larger --max-batch",
         )

@@ -128,7 +128,10 @@ class Checked:
         self.messages.append({"role": "user", "content": parts})
         found = self.watched.answer(lambda: self.chat.ask(prompt, images=images), script)
         expected = self.fresh.fresh(self.messages, script)
-        assert expected.generation.stats.cached_tokens == expected.generation.stats.cached_images == 0
+        parts = [part for each in self.chat.messages for part in each["content"] if isinstance(part, dict)]
+        shown = [part["image"].digest for part in parts if part["type"] == "image"]
+        stats = expected.generation.stats
+        assert (stats.cached_tokens, stats.cached_images) == (0, len(shown) - len(set(shown))), "it knows nothing else"
         assert found.generation.stats.prompt_tokens == expected.generation.stats.prompt_tokens
         self.messages.append({"role": "assistant", "content": found.generation.text})
         self.found = found.generation

@@ -1,4 +1,4 @@
-"""Each image is encoded once, wherever it is asked for again, and each token of an answer is counted."""
+"""Images share calls of the vision tower, each is encoded once, and each token of an answer is counted."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class CountingSession(WrappedSession):
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
-        self.num_images = 0
+        self.num_images = self.num_calls = 0
         self.may_begin: Callable[[], bool] = lambda: True
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
         self.num_images += len(inputs.pixel_values)
+        self.num_calls += 1
         deadline = time.monotonic() + 60
         while not self.may_begin():
             assert time.monotonic() < deadline
@@ -59,6 +60,12 @@ def test_prompts_at_once_share_an_image(model: Qwen3VLModel, session: CountingSe
     assert session.num_images == 1
     found = [answer.stats.cached_images for answer in answers if isinstance(answer, Generation)]
     assert sorted(found) == [0, 1, 1, 1]
+
+
+def test_images_of_one_size_share_a_call(model: Qwen3VLModel, session: CountingSession) -> None:
+    answer = model.generate(asked("Read", FIRST, SECOND), max_new_tokens=8, eos_token_ids=())
+    assert (session.num_images, session.num_calls) == (2, 1)
+    assert answer.stats.cached_images == 0
 
 
 def test_an_image_is_shown_twice(model: Qwen3VLModel, session: CountingSession) -> None:

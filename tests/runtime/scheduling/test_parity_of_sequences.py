@@ -193,7 +193,24 @@ def cancelled_neighbour(model: Qwen3VLModel) -> list[Watched]:
     ]
 
 
-SCENARIOS = [unequal_batch, prefix_hit, second_turn, cancelled_neighbour]
+def rewound_and_forked(model: Qwen3VLModel) -> list[Watched]:
+    """A conversation that goes on otherwise, with a new image, after a rewind; and a fork that kept the turn."""
+    chat = model.chat(max_new_tokens=NUM_TOKENS, **PLAIN_GREEDY)
+    chat.ask("Read the digits.", images=[_PIXELS[0]])
+    chat.ask("How many digits are there?")
+    fork = chat.fork()
+    chat.rewind(1)
+    found = []
+    for each, images in ((chat, [_PIXELS[1]]), (fork, []), (chat, [])):
+        with watched_logits() as watched:
+            answer = each.ask("Answer as JSON.", images=images)
+        assert answer.stats.cached_tokens > each.turns[0].answer.stats.prompt_tokens, "the first turn was not found"
+        messages = each.messages[:-1]
+        found.append(Watched(messages, answer.token_ids, logits_of(model, messages, watched)))
+    return found
+
+
+SCENARIOS = [unequal_batch, prefix_hit, second_turn, cancelled_neighbour, rewound_and_forked]
 
 
 def worst_excess(gate: Gate, found: list[Watched]) -> float:

@@ -41,6 +41,12 @@ def test_defaults_take_half_of_what_is_left(manifest: Manifest, slots: int, expe
     assert (limits.max_sequences, limits.kept_sequences) == expected
 
 
+def test_slots_that_are_kept_on_request_leave_fewer_that_run(manifest: Manifest) -> None:
+    options = ServingOptions(kept_sequences=5, vision_cache_bytes=0)
+    limits = plan_limits(manifest, options, CONTEXT, 12 * slot_bytes(manifest))
+    assert (limits.max_sequences, limits.kept_sequences) == (1, 5)
+
+
 def test_what_is_asked_for_may_take_all_and_is_refused_beyond_it_with_numbers(manifest: Manifest) -> None:
     room = 5 * slot_bytes(manifest)
     limits = plan_limits(manifest, ServingOptions(4, 1, vision_cache_bytes=0), CONTEXT, room)
@@ -52,6 +58,15 @@ def test_what_is_asked_for_may_take_all_and_is_refused_beyond_it_with_numbers(ma
         plan_limits(manifest, ServingOptions(5, 0, vision_cache_bytes=slot_bytes(manifest)), CONTEXT, room)
 
 
+def test_what_fits_on_a_gpu_fits_when_a_request_comes(manifest: Manifest) -> None:
+    on_gpu = dataclasses.replace(manifest, capabilities={**manifest.capabilities, "device": "gpu"})
+    room = 5 * slot_bytes(manifest)
+    limits = plan_limits(on_gpu, ServingOptions(5, 0), CONTEXT, room)
+    held = held_bytes(on_gpu, limits)
+    assert limits.vision_cache_bytes > 0 and held[CACHE] + held[EMBEDS] == room
+    assert held_bytes(manifest, limits)[EMBEDS] == limits.vision_cache_bytes
+
+
 def test_without_a_prefix_cache_no_further_slots_are_kept(manifest: Manifest) -> None:
     assert plan_limits(manifest, ServingOptions(prefix_cache=False), CONTEXT, None).num_slots == 8
 
@@ -61,7 +76,9 @@ def test_a_compiled_engine_has_as_many_slots_as_it_was_built_for(manifest: Manif
     limits = plan_limits(built, ServingOptions(), CONTEXT, None)
     assert (limits.max_sequences, limits.kept_sequences, limits.max_context) == (4, 0, CONTEXT)
     assert plan_limits(built, ServingOptions(max_sequences=3), CONTEXT, None).kept_sequences == 1
-    for given in ({"max_sequences": 5}, {"max_sequences": 3, "kept_sequences": 2}):
+    kept = plan_limits(built, ServingOptions(kept_sequences=3), CONTEXT, None)
+    assert (kept.max_sequences, kept.kept_sequences) == (1, 3)
+    for given in ({"max_sequences": 5}, {"max_sequences": 3, "kept_sequences": 2}, {"kept_sequences": 4}):
         with pytest.raises(UsageError, match="built for 4 sequences") as caught:
             plan_limits(built, ServingOptions(**given), CONTEXT, None)
         assert "--max-batch" in (caught.value.remedy or "")
