@@ -88,7 +88,9 @@ class Qwen3VLModel:
         capacity = manifest.capabilities.get("capacity")
         self._room = ContextRoom(max_context, preparation, sys.maxsize if capacity is None else int(capacity))
         if limits is None:
-            limits = plan_limits(manifest, ServingOptions(max_sequences=1, kept_sequences=0), max_context, None)
+            # Nothing is kept either: the weights of a torch model may be changed between two calls.
+            one = ServingOptions(max_sequences=1, kept_sequences=0, prefix_cache=False, vision_cache_bytes=0)
+            limits = plan_limits(manifest, one, max_context, None)
         self._held_bytes = held_bytes(manifest, limits)
         with naming_errors():
             self._worker = Worker(session, manifest, preparation.tokenizer, limits)

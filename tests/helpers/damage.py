@@ -77,13 +77,14 @@ def rehash(folder: Path, *names: str) -> None:
 
 
 def noisy_scales(engine: Path, folder: Path) -> Path:
-    """Copy an engine and multiply each scale of its decoder by a random factor of 1/4 to 4."""
+    """Copy an engine and multiply each scale of its decoder, or of both, by a random factor of 1/4 to 4."""
     import onnx
 
     shutil.copytree(engine, folder)
     rng = np.random.default_rng(0)
+    graphs = [path for path in (folder / "decoder.onnx", folder / "prefill.onnx") if path.exists()]
     changed = 0
-    for tensor in onnx.load(folder / "decoder.onnx", load_external_data=False).graph.initializer:
+    for tensor in (each for path in graphs for each in onnx.load(path, load_external_data=False).graph.initializer):
         place = {entry.key: entry.value for entry in tensor.external_data}
         if ".scales" in tensor.name and place:
             count = int(np.prod(tensor.dims))
