@@ -96,8 +96,11 @@ def watched_logits() -> Iterator[dict[Request, list[FloatArray]]]:
 
 
 @contextmanager
-def held_until_submitted(model: Qwen3VLModel, num_requests: int) -> Iterator[None]:
-    """Run no prompt before so many requests have been submitted, so that they run side by side."""
+def held_until_submitted(model: Qwen3VLModel, num_requests: int) -> Iterator[threading.Event]:
+    """Run no prompt before so many requests have been submitted, so that they run side by side.
+
+    Gives an event that is set then. The block has to last until it is.
+    """
     ready, submit, prefill = threading.Event(), Worker.submit, model.session.prefill
     numbers = itertools.count(1)
 
@@ -113,4 +116,4 @@ def held_until_submitted(model: Qwen3VLModel, num_requests: int) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "submit", counting)
         patch.setattr(model.session, "prefill", held)
-        yield
+        yield ready

@@ -442,10 +442,9 @@ def test_an_image_that_many_wait_for_is_encoded_once(model: Qwen3VLModel, sessio
 def test_closing_answers_what_was_accepted(opened: Qwen3VLModel) -> None:
     model = serving(opened, max_sequences=1)
     with ThreadPoolExecutor(3) as pool:
-        with held_until_submitted(model, 3):
+        with held_until_submitted(model, 3) as all_submitted:
             answers = [pool.submit(model.generate, "Read", **TEXT) for _ in range(3)]
-            while model.statistics()["waiting"] + model.statistics()["running"] < 3:
-                time.sleep(0.001)
+            assert all_submitted.wait(60)
         model.close()
         assert [len(each.result(60).token_ids) for each in answers] == [8, 8, 8]
     with pytest.raises(UsageError, match="the model was closed"):
