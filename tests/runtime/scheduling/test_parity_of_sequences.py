@@ -31,6 +31,7 @@ from runtime.scheduling.prompt_keys import prompt_keys, text_keys
 from runtime.scheduling.request import Request
 from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.slots import Slots
+from runtime.stream import Stream
 
 LIMITS = configs.load("tolerances")["fp32"]
 MAX_CONTEXT = 512
@@ -174,19 +175,26 @@ def second_turn(model: Qwen3VLModel) -> list[Watched]:
 
 
 def cancelled_neighbour(model: Qwen3VLModel) -> list[Watched]:
-    """Sequences on both sides of one that is cancelled in the middle of its answer; its place is taken by the last."""
+    """Sequences beside one that is cancelled once all three decode; its place is taken by the last."""
     prompts = [asked("Answer as JSON.", 3), asked("Tell me.", _PIXELS[0]), asked(LONG)]
     streams = [
         model.stream(messages, max_new_tokens=count, **PLAIN_GREEDY)
-        for messages, count in zip(prompts, (200, 30, 24), strict=True)
+        for messages, count in zip(prompts, (300, 30, 24), strict=True)
     ]
-    with watched_logits() as watched, held_until_submitted(model, 3), ThreadPoolExecutor(3) as pool:
-        first = pool.submit(next, streams[0])
-        others = [pool.submit(stream.wait) for stream in streams[1:]]
-        assert first.result(60)
-        streams[0].close()
-        ended = [other.result(60) for other in others]
-    assert 0 < len(logits_of(model, prompts[0], watched)) < 100
+    decode, batches = model.session.decode, []
+
+    def cancelling(inputs: DecoderInputs, *arguments: Any) -> FloatArray:
+        logits = decode(inputs, *arguments)
+        batches.append(len(inputs.input_ids))
+        if batches[-1] == 3:
+            streams[0].close()
+        return logits
+
+    with pytest.MonkeyPatch.context() as patch, watched_logits() as watched, ThreadPoolExecutor(2) as pool:
+        patch.setattr(model.session, "decode", cancelling)
+        next(streams[0])  # it decodes, so its place is the first
+        ended = list(pool.map(Stream.wait, streams[1:]))
+    assert batches.count(3) == 1, "it was cancelled beside both"
     return [
         Watched(messages, each.token_ids, logits_of(model, messages, watched))  # type: ignore[union-attr]
         for messages, each in zip(prompts[1:], ended, strict=True)
