@@ -27,6 +27,7 @@ from qwen3vl_export.parity.verify import DEFAULT_NEW_TOKENS, PLAIN_GREEDY
 if TYPE_CHECKING:
     import onnx
 
+    from runtime.contract import DecoderInputs, VisionInputs
     from runtime.manifest import Manifest
     from runtime.session import KVCache
 
@@ -79,10 +80,15 @@ class _TappedSession(LoweredSession):
         self.largest: dict[tuple[str, str], float] = {}
 
     def _run(
-        self, graph: str, inputs: Mapping[str, NDArray[Any]], names: Sequence[str], cache: KVCache | None = None
+        self,
+        graph: str,
+        inputs: VisionInputs | DecoderInputs,
+        names: Sequence[str],
+        cache: KVCache | None = None,
+        slot: int = 0,
     ) -> list[NDArray[Any]]:
         taps = [output.name for output in self._graphs[graph].get_outputs() if output.name.startswith(_TAP)]
-        found = super()._run(graph, inputs, [*names, *taps], cache)
+        found = super()._run(graph, inputs, [*names, *taps], cache, slot)
         for name, value in zip(taps, found[len(names) :], strict=True):
             key, magnitude = (graph, name.removeprefix(_TAP)), float(value)
             # A NaN stays: it comes of an infinity, and nothing is larger.
