@@ -284,7 +284,7 @@ class Qwen3VLModel:
                 come from generation_config.json.
             tools: JSON schemas of functions, for chat templates that know tools.
             chat_template_kwargs: Further variables of the chat template, such as `enable_thinking`.
-            priority: Requests of a higher one leave the queue first.
+            priority: Requests of a higher one leave the queue first, and their prompts go first in every second step.
             timeout_s: Seconds from this call on in which the answer has to be complete.
             **keywords: Single options with Hugging Face's names, laid over that set.
 

@@ -21,7 +21,7 @@ class Request:
         max_new_tokens: Most tokens of it, what the context leaves considered.
         started: When the caller asked, by `time.perf_counter`.
         prompt_ready: When the prompt was prepared.
-        priority: Requests of a higher one leave the queue first.
+        priority: Requests of a higher one leave the queue first, and their prompts go first in every second step.
         deadline: When the answer has to be complete, by `time.perf_counter`; None for no such time.
         on_logits: Given the logits of all prompt tokens, chunk by chunk, float32 [L, vocab]; then no answer is wanted.
         pieces: Where the answer goes.
