@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import platform
+import ctypes
+import mmap
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,15 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked
 
 
 def gives_huge_pages() -> bool:
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    release = tuple(int(part) for part in platform.release().split(".")[:2])
-    return setting.is_file() and "[never]" not in setting.read_text() and release >= (6, 1)
+    """Ask for one mapping of our own: an older kernel, its setting or memory in small pieces may refuse any."""
+    with mmap.mmap(-1, 48 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
+        mapping.write(bytes(48 << 20))
+        start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        first = -(-start // (2 << 20)) * (2 << 20)
+        libc = ctypes.CDLL(None)
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        # 25 is MADV_COLLAPSE of linux/mman.h.
+        return libc.madvise(first, 44 << 20, 25) == 0
 
 
 @linux
