@@ -112,15 +112,20 @@ def _work_folder(
 
 
 def _check_is_ours(place: Path) -> None:
-    try:
-        os.lstat(place)
-    except (FileNotFoundError, NotADirectoryError):  # of the latter, the folder above tells when it is made
-        return
-    if not _is_ours(place):
-        raise UsageError(
-            f"{place}: exists and is neither an engine nor empty, so it is not overwritten",
-            remedy="choose another --output, or remove it yourself",
-        )
+    while True:
+        try:
+            before = os.lstat(place)
+            if _is_ours(place):
+                return
+            if os.path.samestat(before, os.lstat(place)):
+                break
+            # Another run put its output there between the two looks.
+        except (FileNotFoundError, NotADirectoryError):  # of the latter, the folder above tells when it is made
+            return
+    raise UsageError(
+        f"{place}: exists and is neither an engine nor empty, so it is not overwritten",
+        remedy="choose another --output, or remove it yourself",
+    )
 
 
 def _is_ours(folder: Path) -> bool:

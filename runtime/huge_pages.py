@@ -46,6 +46,9 @@ def use_huge_pages(before: set[Region]) -> int:
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for start, end in sorted(anonymous_regions() - before):
         first, last = -(-start // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES, end // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-        if first < last and libc.madvise(first, last - first, _MADV_HUGEPAGE) == 0:
-            exchanged += (last - first) * (libc.madvise(first, last - first, _MADV_COLLAPSE) == 0)
+        if first >= last or libc.madvise(first, last - first, _MADV_HUGEPAGE) != 0:
+            continue
+        # One by one: a call for the whole region fails if a single page cannot be exchanged.
+        for page in range(first, last, _HUGE_PAGE_BYTES):
+            exchanged += _HUGE_PAGE_BYTES * (libc.madvise(page, _HUGE_PAGE_BYTES, _MADV_COLLAPSE) == 0)
     return exchanged

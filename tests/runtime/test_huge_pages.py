@@ -40,8 +40,8 @@ def test_contents_stay_and_what_was_there_before_is_left_alone() -> None:
     assert use_huge_pages(anonymous_regions()) == 0
     if not gives_huge_pages():
         pytest.skip("the kernel gives no huge pages on request")
-    # Whole huge pages of 48 MiB, and of the copy beside it.
-    assert 44 << 20 <= exchanged < 256 << 20
+    # Most of two arrays of 48 MiB; the kernel may leave some pages, and exchange what lies beside them in one region.
+    assert exchanged >= 32 << 20
 
 
 @linux
