@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from runtime.image_config import ImageProcessorConfig
 from runtime.image_processor import ProcessedImage
+
+if TYPE_CHECKING:
+    from runtime.video.config import VideoProcessorConfig
+    from runtime.video.processor import ProcessedVideo
+
+    Processed: TypeAlias = ProcessedImage | ProcessedVideo
+    OnImages: TypeAlias = Callable[[Sequence[ProcessedImage]], object]
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """How inputs are read.
+
+    Attributes:
+        image: How images are resized and cut.
+        video: How frames are chosen, resized and cut.
+        max_image_pixels: Images and frames that have more pixels are refused before they are decoded.
+    """
+
+    image: ImageProcessorConfig
+    video: VideoProcessorConfig
+    max_image_pixels: int
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """One segment in the prompt: text, the segment's visual tokens, text."""
+
+    before: str
+    image: ProcessedImage
+    after: str
 
 
 class InputKind(ABC):
@@ -39,15 +71,28 @@ class InputKind(ABC):
             UsageError: A key is unknown or missing, or a value is of the wrong type.
         """
 
-    def part(self, processed: ProcessedImage) -> dict[str, Any]:
-        """Return a message part that holds what `process` returned; a part of images may be given again."""
+    def part(self, processed: Any) -> dict[str, Any]:
+        """Return a message part that holds what `process` returned; it may be given again."""
         return {"type": self.part_types[0], self.name: processed}
 
     @abstractmethod
-    def process(self, source: Any, config: ImageProcessorConfig, *, max_image_pixels: int) -> ProcessedImage:
-        """Read a source and cut it into patches.
+    def process(self, source: Any, settings: InputSettings, on_images: OnImages | None = None) -> Processed:
+        """Read a source and cut it into patches; what was processed before is returned as it is.
+
+        Args:
+            source: What the method `source` returned.
+            settings: How it is read.
+            on_images: Given segments as soon as they are there, if that is before the end.
 
         Raises:
             ImageError: It cannot be read.
             CapacityError: It is too large.
+        """
+
+    @abstractmethod
+    def expansion(self, processed: Any) -> tuple[Insertion, ...]:
+        """Return what stands in the prompt in place of the token, segment by segment.
+
+        Args:
+            processed: What `process` returned.
         """
