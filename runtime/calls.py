@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from runtime.answer import Generation
 from runtime.arguments import reading, template_variables, tool_schemas, whole_number
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
+from runtime.input_limits import INPUT_KEYWORDS, InputLimits
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
 from runtime.shown import shown
@@ -25,18 +26,29 @@ class Call:
 
     Args:
         tools, chat_template_kwargs, priority, timeout_s: As in `Qwen3VLModel.stream`.
+        keywords: Its other keywords, of which those of `InputLimits` are taken.
 
     Attributes:
+        limits: Limits on images and videos.
         deadline: When the answer has to be complete, by `time.perf_counter`, if there is such a time.
 
     Raises:
         UsageError: One of them is of the wrong kind.
     """
 
-    def __init__(self, tools: Any, chat_template_kwargs: Any, priority: Any, timeout_s: Any) -> None:
+    def __init__(
+        self,
+        tools: Any,
+        chat_template_kwargs: Any,
+        priority: Any = 0,
+        timeout_s: Any = None,
+        keywords: Mapping[str, Any] | None = None,
+    ) -> None:
         # Now, since work begins later, when the caller may have changed them.
         self.tools = tool_schemas(tools)
         self.chat_template_kwargs = template_variables(chat_template_kwargs)
+        given = keywords or {}
+        self.limits = InputLimits.of({name: given[name] for name in INPUT_KEYWORDS & given.keys()})
         limit = _LARGEST_PRIORITY
         expected = "a whole number from -2^31 to 2^31, higher ones first"
         self.priority = whole_number("priority", priority, -limit, limit, expected, "leave priority out for 0")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from runtime.errors import CapacityError, UsageError
 from runtime.generation_config import GenerationOptions
+from runtime.image_processor import ProcessedImage
 from runtime.preparation import Preparation, Prepared
 
 MANY_VISUAL_TOKENS = 2000
@@ -47,8 +48,8 @@ class ContextRoom:
         return min(options.max_new_tokens, room)
 
     def too_long(self, prepared: Prepared) -> CapacityError:
-        """Say how much of a prompt is images, and which options make room for it and an answer."""
-        num_tokens, num_images = len(prepared.prompt.input_ids), len(prepared.images)
+        """Say how much of a prompt is images and videos, and which options make room for it and an answer."""
+        num_tokens = len(prepared.prompt.input_ids)
         visual_tokens = prepared.num_visual_tokens
         free = self.max_context - (num_tokens - visual_tokens)
         answer = min(self.preparation.defaults.max_new_tokens, free // 2)
@@ -56,30 +57,49 @@ class ContextRoom:
         if num_tokens >= self.capacity:
             longer = f"build the engine again with --max-context above {num_tokens}: qwen3vl-export ..."
         remedies = [longer, "shorten the prompt"]
-        if num_images and free - answer >= num_images:
-            limit = self._pixels_for(free - answer, num_images)
-            remedies[:0] = [f"pass max_pixels={limit}, which leaves {answer} tokens for the answer, with less detail"]
+        if prepared.images and free - answer >= len(prepared.images):
+            limit = free - answer
+            less = f"pass max_visual_tokens={limit}, which leaves {answer} tokens for the answer, with less detail"
+            remedies[:0] = [less]
         return CapacityError(
             f"the prompt has {num_tokens} tokens, {visual_tokens} of them visual, which leaves no room for an answer: "
             f"max_context is {self.max_context}",
             remedy=", or ".join(remedies),
         )
 
-    def note(self, prepared: Prepared) -> str | None:
-        """Say which `max_pixels` would keep images within `MANY_VISUAL_TOKENS`, if those of a prompt have more.
+    def notes(self, prepared: Prepared, options: GenerationOptions, max_new_tokens: int) -> list[str]:
+        """Say before any work what a caller may not expect: a late answer, or one that is cut short.
 
         Nothing is said of images that were all processed before, as in a later turn of a conversation.
-        """
-        visual_tokens, num_images = prepared.num_visual_tokens, len(prepared.images)
-        if visual_tokens <= MANY_VISUAL_TOKENS or not prepared.num_images_read:
-            return None
-        limit = self._pixels_for(MANY_VISUAL_TOKENS, num_images)
-        images = "the image gives" if num_images == 1 else f"the {num_images} images give"
-        return (
-            f"note: {images} {visual_tokens} visual tokens, so the answer begins late; max_pixels={limit} would limit "
-            f"them to {MANY_VISUAL_TOKENS}, with less detail"
-        )
 
-    def _pixels_for(self, visual_tokens: int, num_images: int) -> int:
-        """Return the `max_pixels` that limits so many images to so many tokens together."""
-        return max(1, visual_tokens // num_images) * self.preparation.image_config.factor**2
+        Args:
+            prepared: The prompt.
+            options: Those of the answer.
+            max_new_tokens: What `answer_tokens` returned.
+        """
+        visual_tokens = prepared.num_visual_tokens
+        if not prepared.num_read:
+            return []
+        notes = []
+        if visual_tokens > MANY_VISUAL_TOKENS:
+            notes.append(
+                f"note: {_named(prepared)} {visual_tokens} visual tokens, so the answer begins late; "
+                f"max_visual_tokens={MANY_VISUAL_TOKENS} would limit them, with less detail"
+            )
+        wanted = options.max_new_tokens
+        if max_new_tokens < wanted and options.max_length is None and visual_tokens:
+            notes.append(
+                f"note: the prompt has {len(prepared.prompt.input_ids)} tokens, {visual_tokens} of them visual: of the "
+                f"{wanted} tokens of max_new_tokens {max_new_tokens} fit into max_context = {self.max_context}; pass "
+                "max_visual_tokens, or raise max_context"
+            )
+        return notes
+
+
+def _named(prepared: Prepared) -> str:
+    """Return what a prompt shows, and the verb: `the image gives`, `the 2 images and the video give`."""
+    numbers = {"image": 0, "video": 0}
+    for each in prepared.inputs:
+        numbers["image" if isinstance(each, ProcessedImage) else "video"] += 1
+    names = [f"the {name}" if number == 1 else f"the {number} {name}s" for name, number in numbers.items() if number]
+    return f"{' and '.join(names)} {'gives' if len(prepared.inputs) == 1 else 'give'}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict
 
+from runtime.input_limits import InputKeywords
+
 
 class GenerationKeywords(TypedDict, total=False):
     """Hugging Face's names; None means "not given".
@@ -29,3 +31,7 @@ class GenerationKeywords(TypedDict, total=False):
     eos_token_ids: int | Sequence[int] | None
     eos_token_id: int | Sequence[int] | None
     stop_strings: str | Sequence[str] | None
+
+
+class RequestKeywords(GenerationKeywords, InputKeywords, total=False):
+    """Options of the answer, and limits on images and videos of the prompt."""

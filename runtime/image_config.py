@@ -90,6 +90,7 @@ class ImageProcessorConfig:
         do_normalize: Subtract the mean and divide by the standard deviation.
         do_convert_rgb: Always true: the vision tower has three input channels.
         resample: Pillow's number of the filter, 2 or 3: see `FILTERS`.
+        fixed_size: Height and width that every image is brought to, multiples of `factor`; no checkpoint's setting.
     """
 
     patch_size: int = 14
@@ -105,6 +106,7 @@ class ImageProcessorConfig:
     do_normalize: bool = True
     do_convert_rgb: bool = True
     resample: int = 3
+    fixed_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -156,7 +158,7 @@ class ImageProcessorConfig:
             CheckpointError: A key is unknown, or a value is not one this processor can honour.
         """
         try:
-            return cls(**_values_of(settings, frozenset(field.name for field in fields(cls))))
+            return cls(**_values_of(settings, frozenset(field.name for field in fields(cls)) - {"fixed_size"}))
         except UsageError as error:
             raise CheckpointError(f"image processor settings: {error.message}", remedy=error.remedy) from error
 
@@ -172,6 +174,15 @@ class ImageProcessorConfig:
             max_pixels=self.max_pixels if max_pixels is None else max_pixels,
         )
 
+    def both_limits(self, low: int | None, high: int | None) -> tuple[int, int]:
+        """Return both limits on pixels where one may be left out: this one's, the lower no higher than a new upper.
+
+        They are not checked; `with_limits` does that.
+        """
+        if low is None:
+            low = self.min_pixels if high is None else max(1, min(self.min_pixels, high))
+        return low, self.max_pixels if high is None else high
+
     def target_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width in pixels that an image of this size is brought to.
 
@@ -179,16 +190,24 @@ class ImageProcessorConfig:
             ImageError: The sides' ratio is above `MAX_ASPECT_RATIO`; or `do_resize` is off and a side is not a
                 multiple of `factor`.
         """
+        if self.fixed_size is not None:
+            return self.fixed_size
         if self.do_resize:
-            return smart_resize(
-                height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels
-            )
+            return self.smart_size(height, width)
         if height % self.factor or width % self.factor:
             raise ImageError(
                 f"image of {width} x {height}: this checkpoint does not resize; expected multiples of {self.factor}",
                 remedy="resize the image",
             )
         return height, width
+
+    def smart_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return `smart_resize` with these settings.
+
+        Raises:
+            ImageError: As it.
+        """
+        return smart_resize(height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
 
 
 def _is_finite_number(value: object) -> bool:

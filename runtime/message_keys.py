@@ -9,7 +9,7 @@ from typing import Any
 from runtime.errors import UsageError
 from runtime.shown import shown
 
-_RESOLUTION = "set the resolution when the engine is opened: min_pixels, max_pixels"
+_RESOLUTION = "set it in the part of the image or video, or for all of them as an argument of generate or stream"
 REFUSED_PART_KEYS = {
     **dict.fromkeys(("max_pixels", "min_pixels", "resized_height", "resized_width"), _RESOLUTION),
     "file_id": "nothing is fetched: pass the image itself, as a path, bytes or base64",

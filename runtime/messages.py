@@ -38,14 +38,12 @@ _MESSAGE_KEYS = (
 # Other keys change no prompt, in transformers neither (`cache_control`, `annotations`, `id`, `status` …): of a message
 # the template gets them, of a part nobody. But these hold a part of the conversation, and must not be lost in silence.
 _PART_REMEDY = 'put it into content, as a part: {"type": "image", …} or {"type": "text", …}'
-_VIDEO_REMEDY = "pass frames of the video as images, one part each"
 _REFUSED_MESSAGE_KEYS = {
     "audio": "audio is not supported; pass its transcript as text",
     "function_call": "write it as tool_calls: a list of {'type': 'function', 'function': {'name', 'arguments'}}",
     "tools": "pass tools as an argument of generate or stream",
-    "video": _VIDEO_REMEDY,
-    "videos": _VIDEO_REMEDY,
     **dict.fromkeys(("attachments", "files", "image", "images", "image_url", "parts", "text"), _PART_REMEDY),
+    **dict.fromkeys(("video", "videos", "video_url"), _PART_REMEDY),
 }
 _MOST_KEYS = 100  # of a message or a part: each that is not known is compared with those that are
 # Parts of Anthropic's and OpenAI's interfaces, and items of OpenAI's Responses API, that are said otherwise here.
@@ -59,7 +57,6 @@ _REFUSED_PARTS = {
     **dict.fromkeys(("input_audio", "audio"), "audio is not supported; pass its transcript as text"),
     **dict.fromkeys(("document", "file", "input_file"), "pass its text as text and its pages as images"),
 }
-_VIDEO_PARTS = ("video", "video_url")
 _REFUSED_ITEMS = {
     "reasoning": "leave it out, or write its text as reasoning_content of the assistant's message after it",
     "item_reference": "nothing is stored: pass the item itself",
@@ -109,9 +106,14 @@ class Messages(NamedTuple):
         return filled
 
 
-def user_message(prompt: str, images: Sequence[Any] = ()) -> list[dict[str, Any]]:
-    """Return one user turn: the images first, then the prompt."""
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+def _parts_of(images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
+    parts = [{"type": "image", "image": image} for image in images]
+    return [*parts, *({"type": "video", "video": video} for video in videos)]
+
+
+def user_message(prompt: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """Return one user turn: the images first, then the videos, then the prompt."""
+    parts = _parts_of(images, videos)
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
 
@@ -120,31 +122,36 @@ def system_message(text: str | None) -> list[dict[str, Any]]:
     return [] if text is None else [{"role": "system", "content": text}]
 
 
-def asked_messages(prompt: Any, images: Any = ()) -> Messages:
+def asked_messages(prompt: Any, images: Any = (), videos: Any = ()) -> Messages:
     """Return what one turn of a conversation asks.
 
     Args:
         prompt: A string, message parts, or whole messages of any role.
         images: Images before a string or parts, as `user_message` takes them.
+        videos: Videos after those.
 
     Raises:
         UsageError: They are no such thing.
     """
     remedy = "pass a string, a list of parts or messages, or one of them"
     with reading("the prompt", remedy):
-        if not isinstance(images, (list, tuple)):
-            raise UsageError(f"images must be a list, got {type(images).__name__}", remedy="pass images=[image]")
+        for name, shown_ones in (("images", images), ("videos", videos)):
+            if not isinstance(shown_ones, (list, tuple)):
+                raise UsageError(
+                    f"{name} must be a list, got {type(shown_ones).__name__}", remedy=f"pass {name}=[{name[:-1]}]"
+                )
         if isinstance(prompt, str):
-            return normalise_messages(user_message(prompt, images))
+            return normalise_messages(user_message(prompt, images, videos))
         given = dumped(prompt)
         given = [given] if isinstance(given, Mapping) else given
         if not isinstance(given, (list, tuple)):
             raise UsageError(f"a prompt must be text, parts or messages, got {type(prompt).__name__}", remedy=remedy)
         if given and _is_part(given[0]):
-            parts = [*({"type": "image", "image": image} for image in images), *given]
-            return normalise_messages([{"role": "user", "content": parts}])
-        if images:
-            raise UsageError("images were given beside whole messages", remedy="put them into content, as parts")
+            return normalise_messages([{"role": "user", "content": [*_parts_of(images, videos), *given]}])
+        if images or videos:
+            raise UsageError(
+                "images or videos were given beside whole messages", remedy="put them into content, as parts"
+            )
         return normalise_messages(given)
 
 
@@ -298,7 +305,7 @@ def _is_part(value: Any) -> bool:
     if not isinstance(value, Mapping) or value.get("role") is not None:
         return False
     kind = exact(value.get("type"))
-    return kind in (*_TEXT_PARTS, *_REFUSED_PARTS, *_VIDEO_PARTS) or kind_of(kind) is not None
+    return kind in (*_TEXT_PARTS, *_REFUSED_PARTS) or kind_of(kind) is not None
 
 
 def _part(part: Any, place: str, attachments: list[Attachment], count: ValueCount) -> dict[str, Any]:
@@ -320,10 +327,6 @@ def _part(part: Any, place: str, attachments: list[Attachment], count: ValueCoun
     if input_kind is not None:
         attachments.append(Attachment(input_kind, input_kind.source(part, place)))
         return dict(input_kind.placeholder)
-    if kind in _VIDEO_PARTS:
-        raise UsageError(
-            f"{place} is a video, which is not supported yet", remedy="pass frames of it as images, one part each"
-        )
     if kind in _REFUSED_PARTS:
         raise UsageError(
             f"{place} is a part of the type {kind!r}, which is not taken as a part", remedy=_REFUSED_PARTS[kind]

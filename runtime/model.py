@@ -8,9 +8,10 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -23,10 +24,11 @@ from runtime.conversation import Conversation, complete
 from runtime.engine_options import EngineOptions
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
-from runtime.generation_keywords import GenerationKeywords
+from runtime.generation_keywords import RequestKeywords
 from runtime.guard import Owner, naming_errors
 from runtime.image_config import ImageProcessorConfig
 from runtime.image_processor import ProcessedImage
+from runtime.input_limits import INPUT_KEYWORDS, InputKeywords, InputLimits
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
 from runtime.memory import LOGITS, PREFILL, VISION, WEIGHTS, check_fits, logits_bytes, vision_bytes
@@ -43,6 +45,9 @@ from runtime.shown import shown
 from runtime.stream import Stream
 from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
+
+if TYPE_CHECKING:
+    from runtime.input_kinds.kind import OnImages
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
@@ -116,12 +121,12 @@ class Qwen3VLModel:
     @property
     def image_config(self) -> ImageProcessorConfig:
         """How images are resized and cut, with the limits that the engine was opened with."""
-        return self.preparation.image_config
+        return self.preparation.inputs.image
 
     @property
     def max_image_pixels(self) -> int:
         """Images that have more pixels are refused before they are decoded."""
-        return self.preparation.max_image_pixels
+        return self.preparation.inputs.max_image_pixels
 
     @property
     def defaults(self) -> GenerationOptions:
@@ -201,7 +206,8 @@ class Qwen3VLModel:
         needed = held_bytes(manifest, one)
         check_fits(needed, options.max_memory)
         preparation = Preparation.from_folder(folder, manifest.model)
-        preparation = preparation.with_image_limits(options.min_pixels, options.max_pixels, options.max_image_pixels)
+        limits_of_inputs = InputLimits(options.min_pixels, options.max_pixels)
+        preparation = preparation.with_limits(limits_of_inputs, options.max_image_pixels)
         room = options.max_memory - needed[WEIGHTS] - needed[PREFILL]
         on_gpu = is_on_gpu(manifest)
         if not on_gpu:
@@ -232,14 +238,14 @@ class Qwen3VLModel:
         priority: int = 0,
         timeout_s: float | None = None,
         on_piece: Callable[[str], object] | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> Generation:
         """Answer messages in the Hugging Face chat format; see `stream`.
 
         `on_piece` is called in this thread with each piece of text; if it raises, the answer is stopped.
         """
         check_callback("on_piece", on_piece)
-        call = Call(tools, chat_template_kwargs, priority, timeout_s)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
         with self._stream(messages, self._chosen(options, keywords), call) as stream:
             if on_piece is not None:
                 for piece in stream:
@@ -255,10 +261,10 @@ class Qwen3VLModel:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> Generation:
         """As `generate`, in an asyncio loop; a task that is cancelled stops its answer."""
-        call = Call(tools, chat_template_kwargs, priority, timeout_s)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
         async with self._stream(messages, self._chosen(options, keywords), call) as stream:
             return complete(await stream.wait_async())
 
@@ -271,7 +277,7 @@ class Qwen3VLModel:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> Stream:
         """Answer messages piece by piece, cut at UTF-8 boundaries.
 
@@ -286,7 +292,8 @@ class Qwen3VLModel:
             chat_template_kwargs: Further variables of the chat template, such as `enable_thinking`.
             priority: Requests of a higher one leave the queue first, and their prompts go first in every second step.
             timeout_s: Seconds from this call on in which the answer has to be complete.
-            **keywords: Single options with Hugging Face's names, laid over that set.
+            **keywords: Single options with Hugging Face's names, laid over that set; and limits on images and videos
+                (`runtime.input_limits.InputLimits`).
 
         Raises:
             UsageError: A message or an option is not valid, the template does not know a variable, the model was
@@ -297,7 +304,7 @@ class Qwen3VLModel:
             OverloadError: The queue is full.
             DeadlineError: `timeout_s` was over.
         """
-        call = Call(tools, chat_template_kwargs, priority, timeout_s)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
         return self._stream(messages, self._chosen(options, keywords), call)
 
     def astream(self, messages: Any, options: GenerationOptions | None = None, **keywords: Any) -> Stream:
@@ -314,7 +321,7 @@ class Qwen3VLModel:
         priority: int = 0,
         timeout_s: float | None = None,
         on_done: Callable[[int, Generation | Qwen3VLError], object] | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> list[Generation | Qwen3VLError]:
         """Answer many prompts side by side, as many at once as the engine runs.
 
@@ -338,7 +345,7 @@ class Qwen3VLModel:
             UsageError: The options are not valid, or not as many as the prompts.
         """
         check_callback("on_done", on_done)
-        call = Call(tools, chat_template_kwargs, priority, timeout_s)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
         return run_batch(self._begin, prompts, self._chosen_for_all(options, keywords), call, on_done)
 
     def chat(
@@ -348,7 +355,7 @@ class Qwen3VLModel:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> Conversation:
         """Begin a conversation: each turn follows all before it, and runs only what is new.
 
@@ -368,7 +375,7 @@ class Qwen3VLModel:
         if not (system is None or isinstance(system, str)):
             raise UsageError(f"system must be a string, got {type(system).__name__}", remedy="leave system out")
         start = None if system is None else normalise_messages(system_message(system))
-        call = Call(tools, chat_template_kwargs, 0, None)
+        call = Call(tools, chat_template_kwargs, keywords=keywords)
         return Conversation(self._begin, self._chosen(options, keywords), call, start)
 
     def _chosen_for_all(
@@ -378,7 +385,8 @@ class Qwen3VLModel:
             return [self._chosen(each, keywords) for each in options]
         return self._chosen(options, keywords)  # type: ignore[arg-type]
 
-    def _chosen(self, options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:
+    def _chosen(self, options: GenerationOptions | None, given: Mapping[str, Any]) -> GenerationOptions:
+        keywords = {name: value for name, value in given.items() if name not in INPUT_KEYWORDS}
         if options is None:
             return self.defaults.replace(**keywords)
         if not isinstance(options, GenerationOptions):
@@ -406,10 +414,16 @@ class Qwen3VLModel:
         self._owner.check()
         with self._worker.reserve(waits=waits) as place, naming_errors():
             started = time.perf_counter()
-            prepared = self.prepare(messages, tools=call.tools, chat_template_kwargs=call.chat_template_kwargs)
+            ahead: dict[bytes, Future[FloatArray]] = {}
+
+            def on_images(images: Sequence[ProcessedImage]) -> None:
+                self._check_memory(images)
+                self._worker.encode_ahead(images, ahead, lambda: not pieces.is_cancelled)
+
+            prepared = self._prepare(messages, call, on_images)
             max_new_tokens = self._room.answer_tokens(prepared, options)
-            self._check_memory(prepared)
-            if note := self._room.note(prepared):
+            self._check_memory(prepared.images)
+            for note in self._room.notes(prepared, options, max_new_tokens):
                 _LOGGER.warning("%s", note)
             if on_prepared is not None:
                 on_prepared(prepared)
@@ -422,6 +436,7 @@ class Qwen3VLModel:
                 ready,
                 call.priority,
                 call.deadline,
+                ahead,
                 pieces=pieces,
             )
             self._worker.submit(place, request, waits=waits)
@@ -434,7 +449,7 @@ class Qwen3VLModel:
         try:
             with self._worker.reserve() as place, naming_errors():
                 prepared = self.prepare(messages)
-                self._check_memory(prepared, all_logits=True)
+                self._check_memory(prepared.images, logits_of=len(prepared.prompt.input_ids))
                 now = time.perf_counter()
                 request = Request(prepared, self.defaults, 0, now, now, on_logits=chunks.append, pieces=pieces)
                 self._worker.submit(place, request)
@@ -482,10 +497,23 @@ class Qwen3VLModel:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        **keywords: Unpack[InputKeywords],
     ) -> Prepared:
-        """Render, tokenise, process the images and number the positions; the arguments are those of `stream`."""
+        """Render, tokenise, process images and videos and number the positions; the arguments are those of `stream`."""
+        if unknown := keywords.keys() - INPUT_KEYWORDS:
+            raise UsageError(
+                f"prepare takes no {', '.join(sorted(unknown))}", remedy=f"it takes {', '.join(sorted(INPUT_KEYWORDS))}"
+            )
+        return self._prepare(messages, Call(tools, chat_template_kwargs, keywords=keywords))
+
+    def _prepare(self, messages: Any, call: Call, on_images: OnImages | None = None) -> Prepared:
         prepared = self.preparation.prepare(
-            messages, tools=tools, chat_template_kwargs=chat_template_kwargs, max_tokens=self.max_context
+            messages,
+            tools=call.tools,
+            chat_template_kwargs=call.chat_template_kwargs,
+            limits=call.limits,
+            max_tokens=self.max_context,
+            on_images=on_images,
         )
         if len(prepared.prompt.input_ids) > self.max_context:
             raise self._room.too_long(prepared)
@@ -512,9 +540,9 @@ class Qwen3VLModel:
     def _encode(self, image: ProcessedImage) -> FloatArray:
         return self.session.vision(self.preparation.vision_inputs(image))
 
-    def _check_memory(self, prepared: Prepared, *, all_logits: bool = False) -> None:
-        patches = [math.prod(image.grid_thw) for image in prepared.images]
+    def _check_memory(self, images: Sequence[ProcessedImage], *, logits_of: int = 0) -> None:
+        patches = [math.prod(image.grid_thw) for image in images]
         needed = {**self._held_bytes, VISION: vision_bytes(self.config, patches)}
-        if all_logits:
-            needed[LOGITS] = logits_bytes(self.config, len(prepared.prompt.input_ids))
+        if logits_of:
+            needed[LOGITS] = logits_bytes(self.config, logits_of)
         check_fits(needed, self.max_memory)

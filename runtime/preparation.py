@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,16 +28,25 @@ from runtime.generation_config import GenerationOptions
 from runtime.image_bounds import MAX_IMAGE_PIXELS
 from runtime.image_config import NUM_CHANNELS, ImageProcessorConfig
 from runtime.image_processor import ProcessedImage
-from runtime.input_kinds.image import IMAGE_TOKEN
+from runtime.input_kinds.image import IMAGE_TOKEN, Image
+from runtime.input_kinds.kind import InputKind, InputSettings
 from runtime.input_kinds.registry import input_kinds
+from runtime.input_limits import InputLimits, common_limit
+from runtime.machine import default_threads
 from runtime.messages import Attachment, Messages, normalise_messages
 from runtime.model_config import ModelConfig
+from runtime.parallel import ordered_map
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.tokenizer import Tokenizer
-from runtime.vision_inputs import vision_inputs
+from runtime.video.config import VideoProcessorConfig
+from runtime.vision_inputs import VISION_PATCHES, vision_inputs
+
+if TYPE_CHECKING:
+    from runtime.input_kinds.kind import OnImages, Processed
 
 TOKENIZER, TEMPLATE, TOKENIZER_SETTINGS = "tokenizer.json", "chat_template.jinja", "tokenizer_config.json"
 PREPROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
+VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 _BUILD_AGAIN = "build the engine again"
 # Images with this multiple of the context's tokens are not followed by more; until then, the error can say which
 # max_pixels would make all of them fit.
@@ -49,10 +58,10 @@ class Prompt:
     """Hold one prompt.
 
     Attributes:
-        input_ids: Token ids; an image's token stands once for every visual token of the image.
-        spans: Place of every image in `input_ids`. An image token outside these was typed by a user and is text: only
-            spans refer to visual embeddings.
-        text: The rendered chat, one image token for each image.
+        input_ids: Token ids; the token of images or videos stands once for every visual token.
+        spans: Place of every segment in `input_ids`: an image, or a temporal patch of a video. Such a token outside
+            these was typed by a user and is text: only spans refer to visual embeddings.
+        text: The rendered chat, one token for each image or video.
     """
 
     input_ids: list[int]
@@ -66,28 +75,30 @@ class Prepared:
 
     Attributes:
         prompt: The prompt.
-        images: Its images, in the order of their places in the prompt.
+        images: Its segments, in the order of their places in the prompt.
         positions: Its position inputs.
-        messages: What it was made of, with processed images in the place of their sources; they may be given again.
-        num_images_read: Images that were read for it; the others had been processed before.
+        messages: What it was made of, with processed inputs in the place of their sources; they may be given again.
+        inputs: Its images and videos, in the order of their places in the prompt.
+        num_read: Images and videos that were read for it; the others had been processed before.
     """
 
     prompt: Prompt
     images: tuple[ProcessedImage, ...]
     positions: PromptPositions
     messages: Messages
-    num_images_read: int
+    inputs: tuple[Processed, ...]
+    num_read: int
 
     @property
     def num_visual_tokens(self) -> int:
-        """Tokens of all images."""
+        """Tokens of all segments."""
         return sum(span.num_tokens for span in self.prompt.spans)
 
     def decoder_inputs(self, visual_embeds: FloatArray, *, all_logits: bool = False) -> DecoderInputs:
         """Return what the decoder takes; see `DecoderInputs.prompt`.
 
         Args:
-            visual_embeds: Those of all images, in order, [1+D, V, hidden]; `no_visual_embeds` without any.
+            visual_embeds: Those of all segments, in order, [1+D, V, hidden]; `no_visual_embeds` without any.
             all_logits: Every token gets logits, not the last one alone.
         """
         return DecoderInputs.prompt(self.prompt.input_ids, self.positions, visual_embeds, all_logits=all_logits)
@@ -101,17 +112,18 @@ class Preparation:
         config: Shape of the model.
         tokenizer: The tokenizer.
         template: The chat template.
-        image_config: Settings of its image processor.
+        inputs: Settings of its image and video processors.
         defaults: Default options of an answer.
-        max_image_pixels: Images that have more pixels are refused before they are decoded.
+        keeps_markers: A video's segments stand inside of the markers that the template writes, as transformers has it
+            since 5.10; without, in place of them, as before.
     """
 
     config: ModelConfig
     tokenizer: Tokenizer
     template: ChatTemplate
-    image_config: ImageProcessorConfig
+    inputs: InputSettings
     defaults: GenerationOptions
-    max_image_pixels: int = MAX_IMAGE_PIXELS
+    keeps_markers: bool = True
 
     @classmethod
     def from_folder(cls, folder: Path, config: ModelConfig) -> Preparation:
@@ -124,8 +136,9 @@ class Preparation:
         files = {name: read_small_file(folder / name, remedy=_BUILD_AGAIN) for name in (PREPROCESSOR, GENERATION)}
         files[TOKENIZER] = read_small_file(folder / TOKENIZER, max_bytes=MAX_TOKENIZER_BYTES, remedy=_BUILD_AGAIN)
         files[TEMPLATE] = template_source(folder).encode("utf-8", "surrogatepass")
-        if os.path.lexists(folder / TOKENIZER_SETTINGS):
-            files[TOKENIZER_SETTINGS] = read_small_file(folder / TOKENIZER_SETTINGS)
+        for name in (TOKENIZER_SETTINGS, VIDEO_PREPROCESSOR):
+            if os.path.lexists(folder / name):
+                files[name] = read_small_file(folder / name)
         return cls.from_files(files, config, folder)
 
     @classmethod
@@ -160,24 +173,26 @@ class Preparation:
             settings = settings_in(TOKENIZER_SETTINGS) if TOKENIZER_SETTINGS in files else {}
             template = ChatTemplate.from_config(files[TEMPLATE].decode("utf-8", "surrogatepass"), settings)
         with opening(folder / PREPROCESSOR):
-            image_config = ImageProcessorConfig.from_dict(settings_in(PREPROCESSOR))
-            _check_patches(image_config, config, folder / PREPROCESSOR)
+            image = ImageProcessorConfig.from_dict(settings_in(PREPROCESSOR))
+            _check_patches(image, config, folder / PREPROCESSOR)
+        with opening(folder / VIDEO_PREPROCESSOR):
+            is_there = VIDEO_PREPROCESSOR in files  # not in engines of earlier versions
+            video = VideoProcessorConfig.from_dict(settings_in(VIDEO_PREPROCESSOR) if is_there else {}, image)
+            _check_patches(video, config, folder / VIDEO_PREPROCESSOR)
         with opening(folder / GENERATION):
             defaults = GenerationOptions.from_generation_config(settings_in(GENERATION))
-        return cls(config, tokenizer, template, image_config, defaults)
+        return cls(config, tokenizer, template, InputSettings(image, video, MAX_IMAGE_PIXELS), defaults)
 
-    def with_image_limits(
-        self, min_pixels: int | None, max_pixels: int | None, max_image_pixels: int = MAX_IMAGE_PIXELS
-    ) -> Preparation:
+    def with_limits(self, limits: InputLimits, max_image_pixels: int | None = None) -> Preparation:
         """Return a copy with other limits; None keeps the checkpoint's, or what a lower `max_pixels` leaves of it.
 
         Raises:
-            UsageError: The lower limit is above the upper.
+            UsageError: The lower limit of pixels or frames is above the upper.
         """
-        if min_pixels is None and max_pixels is not None:
-            min_pixels = max(1, min(self.image_config.min_pixels, max_pixels))  # of a bad max_pixels, that is named
-        image_config = self.image_config.with_limits(min_pixels, max_pixels)
-        return replace(self, image_config=image_config, max_image_pixels=max_image_pixels)
+        inputs = self.inputs
+        image = inputs.image.with_limits(*inputs.image.both_limits(limits.min_pixels, limits.max_pixels))
+        most = inputs.max_image_pixels if max_image_pixels is None else max_image_pixels
+        return replace(self, inputs=InputSettings(image, inputs.video.with_limits(limits), most))
 
     def prepare(
         self,
@@ -185,9 +200,11 @@ class Preparation:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        limits: InputLimits | None = None,
         max_tokens: int | None = None,
+        on_images: OnImages | None = None,
     ) -> Prepared:
-        """Render, tokenise, process the images and number the positions.
+        """Render, tokenise, process images and videos and number the positions.
 
         The ids equal those of transformers' `Qwen3VLProcessor` on the same messages, which refuses typed image tokens.
 
@@ -195,12 +212,14 @@ class Preparation:
             messages: As `normalise_messages` takes them.
             tools: JSON schemas of functions, for templates that know tools.
             chat_template_kwargs: Further variables of the template.
+            limits: In place of the own ones, for this prompt.
             max_tokens: Give up long texts and many images that have more; a prompt may still come out longer.
+            on_images: Given segments as soon as they are there, if more will follow.
 
         Raises:
             UsageError: The messages are not valid, hold what the tokenizer has no token for, or the template does not
                 write one image token for each image.
-            ImageError: An image cannot be read.
+            ImageError: An image or a video cannot be read.
             CapacityError: A text is too long, or an image too large or one too many.
         """
         turns, attachments = normalise_messages(messages)
@@ -208,49 +227,109 @@ class Preparation:
             if len(self.tokenizer.encode(kind.token)) != 1:
                 raise UsageError(f"this model has no token for {kind.name}s", remedy="leave them out of the messages")
         chat = self.template.render(turns, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        places = list(_placed(attachments, chat.places))
+        processed = self._processed([attachment for _, attachment in places], limits or InputLimits(), on_images)
         input_ids: list[int] = []
         images: list[ProcessedImage] = []
         spans: list[VisualSpan] = []
-        processed: dict[int, Attachment] = {}
-        end = 0
-        # The tokenizer splits at added tokens before all else, so the text between two images can be encoded alone.
-        for offset, attachment in _placed(attachments, chat.places):
-            token = attachment.kind.token
-            input_ids += self._encode(chat.text[end:offset], input_ids, max_tokens)
+        inputs: list[Processed] = []
+        text, end = "", 0
+        # The tokenizer splits at added tokens before all else, so the text between two segments can be encoded alone.
+        for (offset, attachment), found in zip(places, processed, strict=True):
+            kind = attachment.kind
+            start, next_end = self._extent(kind, chat.text, offset)
+            text += chat.text[end:start]
+            for insertion in kind.expansion(found):
+                input_ids += self._encode(text + insertion.before, input_ids, max_tokens)
+                images.append(insertion.image)
+                spans.append(VisualSpan(len(input_ids), insertion.image.merged_grid_thw))
+                input_ids += [self.tokenizer.token_id(kind.token)] * insertion.image.num_visual_tokens
+                text = insertion.after
+            inputs.append(found)
             _check_room(images, max_tokens)
-            image = self._process(attachment)
-            images.append(image)
-            processed[id(attachment)] = Attachment(attachment.kind, image)
-            spans.append(VisualSpan(len(input_ids), image.merged_grid_thw))
-            input_ids += [self.tokenizer.token_id(token)] * image.num_visual_tokens
-            end = offset + len(token)
-        input_ids += self._encode(chat.text[end:], input_ids, max_tokens)
-        prompt = Prompt(input_ids, tuple(spans), chat.text)
-        shown = Messages(turns, tuple(processed[id(each)] for each in attachments))
-        num_read = sum(type(each.source) is not ProcessedImage for each in attachments)
-        return Prepared(prompt, tuple(images), mrope_positions(len(input_ids), spans), shown, num_read)
+            end = next_end
+        input_ids += self._encode(text + chat.text[end:], input_ids, max_tokens)
+        return Prepared(
+            Prompt(input_ids, tuple(spans), chat.text),
+            tuple(images),
+            mrope_positions(len(input_ids), spans),
+            _shown(turns, attachments, [attachment for _, attachment in places], inputs),
+            tuple(inputs),
+            sum(found is not attachment.source for (_, attachment), found in zip(places, inputs, strict=True)),
+        )
 
-    def _process(self, attachment: Attachment) -> ProcessedImage:
-        """Read and cut what a message holds, unless that was done before."""
-        source = attachment.source
-        if type(source) is not ProcessedImage:
-            return attachment.kind.process(source, self.image_config, max_image_pixels=self.max_image_pixels)
-        remedy = "pass an image of model.prepare(messages).images, of a model with the same patches"
-        with reading("the processed image", remedy):
-            shape = (math.prod(source.grid_thw), self.config.vision.patch_elements)
-            fits = (
-                source.merge_size == self.config.vision.spatial_merge_size
-                and isinstance(source.pixel_values, np.ndarray)
-                and source.pixel_values.dtype == np.float32
-                and source.pixel_values.shape == shape
-                and source.grid_thw[0] == 1
-                and all(side > 0 and side % source.merge_size == 0 for side in source.grid_thw[1:])
-                and isinstance(source.digest, bytes)
-                and len(source.digest) == hashlib.sha256().digest_size
+    def _extent(self, kind: InputKind, text: str, offset: int) -> tuple[int, int]:
+        """Return start and end of what an input stands in place of."""
+        end = offset + len(kind.token)
+        if self.keeps_markers or kind.markers is None:
+            return offset, end
+        before, after = kind.markers
+        is_marked = text[:offset].endswith(before) and text.startswith(after, end)
+        return (offset - len(before), end + len(after)) if is_marked else (offset, end)
+
+    def _processed(
+        self, attachments: Sequence[Attachment], limits: InputLimits, on_images: OnImages | None
+    ) -> Iterator[Processed]:
+        """Read and cut what messages hold, unless that was done before, several at once; yield it in order."""
+        inputs = self.with_limits(limits).inputs
+        budget = limits.max_visual_tokens
+        if budget is None:
+            yield from self._read(attachments, inputs, on_images)
+            return
+        # All within the budget alone, then once more those that are too large beside the others.
+        found = list(self._read(attachments, replace(inputs, max_tokens=budget), None))
+        counts = [each.num_visual_tokens for each in found]
+        limit = common_limit(counts, budget)
+        again = [index for index, count in enumerate(counts) if count > limit]
+        if again and limit:
+            settings = replace(inputs, max_tokens=limit)
+            for index, each in zip(again, self._read([attachments[i] for i in again], settings, None), strict=True):
+                found[index] = each
+        num_tokens = sum(each.num_visual_tokens for each in found)
+        if num_tokens > budget:
+            raise CapacityError(
+                f"{len(found)} images and videos are at least {num_tokens} visual tokens: "
+                f"max_visual_tokens is {budget}",
+                remedy="raise max_visual_tokens, send fewer of them, or fewer frames of a video (max_frames, fps)",
             )
+        yield from found
+
+    def _read(
+        self, attachments: Sequence[Attachment], settings: InputSettings, on_images: OnImages | None
+    ) -> Iterator[Processed]:
+        def process(attachment: Attachment) -> Processed:
+            found = attachment.kind.process(attachment.source, settings, on_images)
+            if found is attachment.source:
+                self._check_segments([insertion.image for insertion in attachment.kind.expansion(found)])
+            elif on_images is not None and isinstance(found, ProcessedImage) and _fills_a_call(found):
+                on_images([found])
+            return found
+
+        if len(attachments) == 1 and isinstance(attachments[0].kind, Image):
+            on_images = None  # nothing follows that the vision tower could run beside
+
+        return ordered_map(process, attachments, default_threads())
+
+    def _check_segments(self, images: Sequence[ProcessedImage]) -> None:
+        """Raise if segments that were processed before are not of this model."""
+        remedy = "pass an image or a video of model.prepare(messages).inputs, of a model with the same patches"
+        with reading("the processed input", remedy):
+            fits = all(self._fits(image) for image in images)
         if not fits:
-            raise UsageError("a processed image does not fit this model", remedy=remedy)
-        return source
+            raise UsageError("a processed input does not fit this model", remedy=remedy)
+
+    def _fits(self, image: ProcessedImage) -> bool:
+        shape = (math.prod(image.grid_thw), self.config.vision.patch_elements)
+        return (
+            image.merge_size == self.config.vision.spatial_merge_size
+            and isinstance(image.pixel_values, np.ndarray)
+            and image.pixel_values.dtype == np.float32
+            and image.pixel_values.shape == shape
+            and image.grid_thw[0] == 1
+            and all(side > 0 and side % image.merge_size == 0 for side in image.grid_thw[1:])
+            and isinstance(image.digest, bytes)
+            and len(image.digest) == hashlib.sha256().digest_size
+        )
 
     def _encode(self, text: str, before: Sequence[int], max_tokens: int | None) -> list[int]:
         room = None if max_tokens is None else max(0, max_tokens - len(before))
@@ -279,17 +358,34 @@ def _placed(attachments: Sequence[Attachment], places: Sequence[tuple[int, str]]
         yield offset, waiting[token].pop(0)
 
 
+def _fills_a_call(image: ProcessedImage) -> bool:
+    """Return whether an image goes through the vision tower alone, with no others of its grid."""
+    return 2 * len(image.pixel_values) > VISION_PATCHES
+
+
+def _shown(
+    turns: list[dict[str, Any]],
+    attachments: Sequence[Attachment],
+    placed: Sequence[Attachment],
+    inputs: Sequence[Processed],
+) -> Messages:
+    """Return the messages with processed inputs in the place of their sources."""
+    of = {id(attachment): found for attachment, found in zip(placed, inputs, strict=True)}
+    return Messages(turns, tuple(Attachment(each.kind, of[id(each)]) for each in attachments))
+
+
 def _check_room(images: Sequence[ProcessedImage], max_tokens: int | None) -> None:
     """Raise if no prompt with these images and more can have so few tokens."""
     num_tokens = sum(image.num_visual_tokens for image in images)
     if max_tokens is not None and num_tokens >= _HOPELESS * max_tokens:
         raise CapacityError(
-            f"the first {len(images)} image(s) alone are {num_tokens} visual tokens: max_context is {max_tokens}",
-            remedy="lower max_pixels, send fewer images, or raise max_context",
+            f"the first {len(images)} image(s) or temporal patches alone are {num_tokens} visual tokens: "
+            f"max_context is {max_tokens}",
+            remedy=f"pass max_visual_tokens={max_tokens // 2}, send fewer of them, or raise max_context",
         )
 
 
-def _check_patches(image_config: ImageProcessorConfig, config: ModelConfig, path: Path) -> None:
+def _check_patches(settings: ImageProcessorConfig | VideoProcessorConfig, config: ModelConfig, path: Path) -> None:
     """Raise if images would be cut into other patches than the vision tower takes."""
     vision = config.vision
     if vision.in_channels != NUM_CHANNELS:
@@ -298,9 +394,9 @@ def _check_patches(image_config: ImageProcessorConfig, config: ModelConfig, path
             remedy=_BUILD_AGAIN,
         )
     for name, found, key, expected in (
-        ("patch_size", image_config.patch_size, "patch_size", vision.patch_size),
-        ("temporal_patch_size", image_config.temporal_patch_size, "temporal_patch_size", vision.temporal_patch_size),
-        ("merge_size", image_config.merge_size, "spatial_merge_size", vision.spatial_merge_size),
+        ("patch_size", settings.patch_size, "patch_size", vision.patch_size),
+        ("temporal_patch_size", settings.temporal_patch_size, "temporal_patch_size", vision.temporal_patch_size),
+        ("merge_size", settings.merge_size, "spatial_merge_size", vision.spatial_merge_size),
     ):
         if found != expected:
             raise EngineError(

@@ -26,11 +26,13 @@ class InputSettings:
         image: How images are resized and cut.
         video: How frames are chosen, resized and cut.
         max_image_pixels: Images and frames that have more pixels are refused before they are decoded.
+        max_tokens: Most visual tokens of one input, whatever its own limits say; None for no such bound.
     """
 
     image: ImageProcessorConfig
     video: VideoProcessorConfig
     max_image_pixels: int
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class InputKind(ABC):
         part_types: Values of `type` of its message parts.
         placeholder: The part that a template sees instead, without the data.
         path_keys: Keys of a part that may hold a path.
+        markers: What a template writes around the token and the first releases of transformers took away with it.
     """
 
     name: ClassVar[str]
@@ -58,6 +61,7 @@ class InputKind(ABC):
     part_types: ClassVar[tuple[str, ...]]
     placeholder: ClassVar[Mapping[str, Any]]
     path_keys: ClassVar[tuple[str, ...]]
+    markers: ClassVar[tuple[str, str] | None] = None
 
     @abstractmethod
     def source(self, part: Mapping[Any, Any], place: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from runtime.contract import FloatArray
@@ -23,6 +24,7 @@ class Request:
         prompt_ready: When the prompt was prepared.
         priority: Requests of a higher one leave the queue first, and their prompts go first in every second step.
         deadline: When the answer has to be complete, by `time.perf_counter`; None for no such time.
+        ahead: Embeddings of segments that the vision tower was given while the prompt was prepared, by digest.
         on_logits: Given the logits of all prompt tokens, chunk by chunk, float32 [L, vocab]; then no answer is wanted.
         pieces: Where the answer goes.
     """
@@ -34,6 +36,7 @@ class Request:
     prompt_ready: float
     priority: int = 0
     deadline: float | None = None
+    ahead: Mapping[bytes, Future[FloatArray]] = field(default_factory=dict)
     on_logits: Callable[[FloatArray], object] | None = None
     pieces: Pieces = field(default_factory=Pieces)
 

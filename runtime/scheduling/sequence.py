@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Items
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +33,7 @@ class Sequence:
         delta: Position of a token of the answer minus its index.
         num_rows: Valid rows of its slot.
         is_started: It has a slot.
-        is_encoding: The vision tower is at one of its images.
+        is_in_call: The vision tower is at one of its segments.
         last_token: The newest token of the answer, which has no row yet.
     """
 
@@ -43,7 +44,7 @@ class Sequence:
         self.delta = request.prepared.positions.delta
         self.keys: IntArray = prompt_keys(request.prepared)
         self.num_rows = 0
-        self.is_started = self.is_encoding = False
+        self.is_started = self.is_in_call = False
         self.last_token = -1
         self.lookup = lookup
         options, ids = request.options, request.prepared.prompt.input_ids
@@ -51,6 +52,7 @@ class Sequence:
         self._sampler.start(ids)
         self._answer = Answer(AnswerText(tokenizer, options.stop, ids), options.eos_token_ids, request.max_new_tokens)
         self._embeds: dict[int, FloatArray] = {}
+        self._ahead: dict[int, Future[FloatArray]] = {}
         self._needed: list[int] = []
         self._inputs: DecoderInputs | None = None
         self._num_shared = 0
@@ -61,6 +63,11 @@ class Sequence:
     def tokens_left(self) -> int:
         """Tokens of the prompt that have not run."""
         return self.request.num_tokens - self.num_rows
+
+    @property
+    def is_encoding(self) -> bool:
+        """Whether the vision tower is at one of its segments, or has them before it."""
+        return self.is_in_call or bool(self._ahead)
 
     @property
     def waits_for_vision(self) -> bool:
@@ -101,8 +108,33 @@ class Sequence:
 
     @property
     def missing_images(self) -> list[tuple[int, ProcessedImage]]:
-        """Images that have to be encoded, with their numbers."""
-        return [(index, self.request.prepared.images[index]) for index in self._needed if index not in self._embeds]
+        """Segments that have to be encoded, with their numbers."""
+        images = self.request.prepared.images
+        return [(i, images[i]) for i in self._needed if i not in self._embeds and i not in self._ahead]
+
+    def await_ahead(self, index: int) -> bool:
+        """Wait for a segment that the vision tower was given ahead of the request; return whether it was."""
+        future = self.request.ahead.get(self.request.prepared.images[index].digest)
+        if future is None:
+            return False
+        self._ahead[index] = future
+        return True
+
+    @property
+    def has_ahead(self) -> bool:
+        """Whether the vision tower has ended with a segment that it was given ahead."""
+        return any(future.done() for future in self._ahead.values())
+
+    def take_ahead(self) -> list[tuple[ProcessedImage, FloatArray]]:
+        """Take the embeddings that are ready and return them; a segment that failed has to be encoded again."""
+        ready = [(index, future) for index, future in self._ahead.items() if future.done()]
+        taken = []
+        for index, future in ready:
+            del self._ahead[index]
+            if not future.cancelled() and future.exception() is None:
+                self._embeds[index] = future.result()
+                taken.append((self.request.prepared.images[index], self._embeds[index]))
+        return taken
 
     def take_embeds(self, index: int, embeds: FloatArray, *, is_cached: bool = False) -> None:
         """Take the embeddings of an image, [1+D, V, hidden]."""

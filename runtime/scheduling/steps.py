@@ -91,9 +91,14 @@ class Steps:
     @property
     def can_run(self) -> bool:
         """Whether there is something to do before the vision tower is ready, or it is."""
-        if self._encoding is None or self._encoding[1].done():
-            return bool(self.num_running)
-        return bool(self.decoding) or any(not (each.is_encoding or each.waits_for_vision) for each in self.prompts)
+        if self._encoding is not None and self._encoding[1].done():
+            return True
+        return bool(self.decoding) or any(self._can_go_on(each) for each in self.prompts)
+
+    def _can_go_on(self, sequence: Sequence) -> bool:
+        if sequence.waits_for_vision:
+            return self._encoding is None
+        return not sequence.is_encoding or sequence.has_ahead
 
     def start(self, sequence: Sequence) -> None:
         """Give a sequence that was admitted its slot, with the rows and embeddings that are here already."""
@@ -108,13 +113,21 @@ class Steps:
             embeds = self.vision_cache.get(image.digest)
             if embeds is not None:
                 sequence.take_embeds(index, embeds, is_cached=True)
+            else:
+                sequence.await_ahead(index)
+
+    def encode_ahead(self, images: list[ProcessedImage]) -> list[FloatArray]:
+        """Run the vision tower on segments of one grid and return the embeddings of each, [1+D, V, hidden]."""
+        self.counters.vision_calls += 1
+        embeds = self._session.vision(self._vision_inputs(images))
+        return [np.ascontiguousarray(part) for part in np.split(embeds, len(images), axis=1)]
 
     def encode(self, sequence: Sequence) -> None:
         """Run the vision tower on the next image of a sequence, and on those of its grid that wait as well."""
         group = self._group(sequence)
         images = [image for _, _, image in group]
         for each, _, _ in group:
-            each.is_encoding = True
+            each.is_in_call = True
         self.counters.vision_calls += 1
         future: Future[FloatArray] = Future()
         try:
@@ -149,11 +162,14 @@ class Steps:
 
     def take_vision(self) -> None:
         """Give the sequences the embeddings that are ready."""
+        for sequence in self.prompts:
+            for image, part in sequence.take_ahead():
+                self.vision_cache.put(image.digest, part)
         if self._encoding is None or not self._encoding[1].done():
             return
         (group, future), self._encoding = self._encoding, None
         for sequence, _, _ in group:
-            sequence.is_encoding = False
+            sequence.is_in_call = False
         with self._failing([sequence for sequence, _, _ in group], "vision"):
             embeds = np.split(future.result(), len(group), axis=1)
             found: dict[bytes, FloatArray] = {}
@@ -284,7 +300,7 @@ class Steps:
         pixels = [image.pixel_values for image in images]
         joined = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
         t, h, w = images[0].grid_thw
-        assert t == 1, "a segment is one image"
+        assert t == 1, "a segment is one image or one temporal patch"
         return vision_inputs(joined, (len(images), h, w), self._config.vision)
 
     def _drafts(self) -> list[int]:

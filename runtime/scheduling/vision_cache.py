@@ -30,6 +30,9 @@ class VisionCache:
     def __len__(self) -> int:
         return len(self._embeds)
 
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._embeds
+
     def get(self, digest: bytes) -> FloatArray | None:
         """Return the embeddings of an image, [1+D, V, hidden], not to be written to; None if they are not here."""
         embeds = self._embeds.get(digest)

@@ -8,9 +8,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Items
+from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
+from runtime.contract import FloatArray
 from runtime.errors import CapacityError, DeadlineError, EngineError, OverloadError, Qwen3VLError, UsageError
+from runtime.image_processor import ProcessedImage
 from runtime.manifest import Manifest
 from runtime.prompt_lookup import PromptLookup
 from runtime.scheduling.request import Limits, Request
@@ -59,8 +63,9 @@ class _Job(Generic[_T]):
         is_vision: It runs the vision tower alone.
     """
 
-    def __init__(self, work: Callable[[], _T], *, is_vision: bool) -> None:
+    def __init__(self, work: Callable[[], _T], *, is_vision: bool, on_end: Callable[[], object] = lambda: None) -> None:
         self._work = work
+        self._on_end = on_end
         self.is_vision = is_vision
         self._ended = Wakeup()
         self._outcome: list[_T] = []
@@ -72,12 +77,16 @@ class _Job(Generic[_T]):
             self._outcome.append(self._work())
         except BaseException as error:
             self._error = error
-        self._ended.wake()
+        self._end()
 
     def fail(self, error: Exception) -> None:
         """End it without having run it."""
         self._error = error
+        self._end()
+
+    def _end(self) -> None:
         self._ended.wake()
+        self._on_end()
 
     def wait(self) -> _T:
         """Wait for its end and return what it gave, or raise what it raised."""
@@ -203,6 +212,44 @@ class Worker:
             self._jobs.append(job)
         self._changed.wake()
         return job.wait()
+
+    def encode_ahead(
+        self,
+        images: Items[ProcessedImage],
+        ahead: dict[bytes, Future[FloatArray]],
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Give the vision tower segments of a prompt that is not complete yet, and return at once.
+
+        Args:
+            images: Of one grid, as many as one call takes.
+            ahead: Gets their embeddings by digest, for `Request.ahead`. Segments that it holds, or whose embeddings are
+                kept, are passed over.
+            is_wanted: Asked when their turn has come; if not, they are left out.
+        """
+        wanted = {each.digest: each for each in images if each.digest not in ahead}
+        wanted = {digest: each for digest, each in wanted.items() if digest not in self._steps.vision_cache}
+        if not wanted:
+            return
+        futures: dict[bytes, Future[FloatArray]] = {digest: Future() for digest in wanted}
+
+        def work() -> None:
+            if is_wanted():
+                found = self._steps.encode_ahead(list(wanted.values()))
+                for future, embeds in zip(futures.values(), found, strict=True):
+                    future.set_result(embeds)
+
+        def end() -> None:
+            for future in futures.values():
+                future.cancel()  # those without a result
+            self._changed.wake()
+
+        job = _Job(work, is_vision=True, on_end=end)
+        with self._lock:
+            self._check_open(has_place=True)
+            self._jobs.append(job)
+        ahead.update(futures)
+        self._changed.wake()
 
     def warm_up(self) -> None:
         """Run each kind of call once; for `call`."""

@@ -466,8 +466,11 @@ def test_a_turn_is_text_parts_or_messages(new: Callable[..., Checked]) -> None:
         ({"prompt": []}, "messages is empty"),
         ({"prompt": [5]}, r"messages\[0\] must be a dict, got int"),
         ({"prompt": {"type": "vidoe"}}, "has no 'role'"),
-        ({"prompt": {"type": "video"}}, r"messages\[0\].content\[0\] is a video, which is not supported"),
-        ({"prompt": {"role": "user", "content": "x"}, "images": [PICTURE]}, "images were given beside whole messages"),
+        ({"prompt": {"type": "image"}}, r"messages\[0\].content\[0\] must hold its image under one key, found none"),
+        (
+            {"prompt": {"role": "user", "content": "x"}, "images": [PICTURE]},
+            "images or videos were given beside whole messages",
+        ),
         ({"prompt": "x", "images": PICTURE}, "images must be a list, got str"),
         ({"prompt": "x", "images": [5]}, "expected a path, bytes, a data URL, a PIL image"),
         ({"prompt": "x", "max_new_token": 5}, "unknown generation option 'max_new_token'"),
@@ -651,5 +654,5 @@ def test_a_processed_image_that_does_not_fit_is_refused(image: Any, watched: Wat
         {"pixel_values": pixels.tolist()},
     ):
         broken = dataclasses.replace(image, **wrong)
-        with pytest.raises(UsageError, match="processed image"):
+        with pytest.raises(UsageError, match="processed input"):
             watched.model.chat().ask(READ, images=[broken])

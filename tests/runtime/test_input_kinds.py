@@ -17,7 +17,7 @@ from runtime.input_kinds.registry import input_kinds, kind_of
 PAGE = """
 import numpy as np
 from runtime.image_processor import process_image
-from runtime.input_kinds.kind import InputKind
+from runtime.input_kinds.kind import InputKind, Insertion
 
 
 class Page(InputKind):
@@ -27,8 +27,11 @@ class Page(InputKind):
     def source(self, part, place):
         return int(part["grey"])
 
-    def process(self, source, config, *, max_image_pixels):
-        return process_image(np.full((64, 96, 3), source, np.uint8), config, max_image_pixels=max_image_pixels)
+    def process(self, source, settings, on_images=None):
+        return process_image(np.full((64, 96, 3), source, np.uint8), settings.image)
+
+    def expansion(self, processed):
+        return (Insertion("", processed, ""),)
 
 
 KIND = Page()
@@ -61,7 +64,9 @@ def test_images_are_the_only_kind_so_far() -> None:
 
 
 def copied_with(folder: Path, **kinds: str) -> None:
+    """Copy the runtime with other kinds than videos, whose token they take."""
     shutil.copytree(ROOT / "runtime", folder / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "runtime" / "input_kinds" / "video.py").unlink(missing_ok=True)
     for name, source in kinds.items():
         (folder / "runtime" / "input_kinds" / f"{name}.py").write_text(source)
 

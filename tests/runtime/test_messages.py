@@ -22,7 +22,7 @@ def split(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
     """Return the plain messages and the sources of the images."""
     plain, attachments = normalise_messages(messages)
     assert {attachment.kind.name for attachment in attachments} <= {"image"}
-    return plain, tuple(attachment.source for attachment in attachments)
+    return plain, tuple(attachment.source.image for attachment in attachments)
 
 
 def user(*parts: Any) -> list[dict[str, Any]]:
@@ -126,18 +126,21 @@ def test_a_turn_of_tool_calls_needs_no_content() -> None:
         (user({"type": "image"}), r"messages\[0\]\.content\[0\] must hold its image under one key, found none"),
         (user({"type": "image", "image": "a", "url": "b"}), "under one key, found 2: image, url"),
         (
-            user({"type": "image", "image": "a", "max_pixels": 9}),
-            r"has the key .max_pixels., which is not taken here\n.*when the engine is opened",
+            user({"type": "text", "text": "a", "max_pixels": 9}),
+            r"has the key .max_pixels., which is not taken here\n.*in the part of the image",
         ),
+        (user({"type": "image", "image": "a", "max_pixels": 0}), r"content\[0\]\.max_pixels must be at least 1, got 0"),
+        (user({"type": "image", "image": "a", "min_pixels": "9"}), r"content\[0\]\.min_pixels must be an integer"),
+        (user({"type": "image", "image": "a", "min_pixels": 9, "max_pixels": 8}), "min_pixels 9 is above max_pixels 8"),
+        (user({"type": "image", "image": "a", "resized_height": 64}), r"resized_height and resized_width go together"),
         (user({"type": "image", "path": 3}), r"content\[0\]\.path must be a path, got int"),
         (user({"type": "image", "url": 3}), r"content\[0\]\.url must be a string, got int"),
         (user({"type": "image", "base64": "a*b"}), r"content\[0\]\.base64 is not base64"),
         (user({"type": "image", "base64": 5}), r"content\[0\]\.base64 is not base64"),
         (user({"type": "image_url"}), r"content\[0\]\.image_url must be a string, got NoneType"),
         (user({"type": "image_url", "image_url": {}}), r"image_url\.url must be a string"),
-        (user({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}), r"detail='low'.*\n.*max_pixels"),
-        (user({"type": "video", "video": "a.mp4"}), r"content\[0\] is a video, which is not supported yet"),
-        (user({"type": "video_url", "video_url": {"url": "x"}}), "is a video"),
+        (user({"type": "image_url", "image_url": {"url": "x", "detail": "best"}}), r"detail='best'.*\n.*max_pixels"),
+        (user({"type": "film", "video": "a.mp4"}), r"content\[0\] has the unknown type 'film'"),
         ([{"role": "assistant", "tool_calls": [{"f": {1}}]}], r"messages\[0\]\.tool_calls\[0\]\.f must be JSON"),
         ([{"role": "user", "content": "x", "name": object()}], r"messages\[0\]\.name must be JSON data, got object"),
     ],

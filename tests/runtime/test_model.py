@@ -401,17 +401,17 @@ def test_many_visual_tokens_are_told_with_what_is_faster(
     whole.generate(user_message("Hi", pictures[1:]), max_new_tokens=1)
     assert caplog.messages == []
     for images, expected in (
-        (pictures[:1], "note: the image gives 25 visual tokens, so the answer begins late; max_pixels=20480 would"),
-        (pictures, "note: the 2 images give 45 visual tokens, so the answer begins late; max_pixels=10240 would"),
+        (pictures[:1], "note: the image gives 25 visual tokens, so the answer begins late; max_visual_tokens=20 would"),
+        (pictures, "note: the 2 images give 45 visual tokens, so the answer begins late; max_visual_tokens=20 would"),
     ):
         whole.generate(user_message("Hi", images), max_new_tokens=1)
         (note,) = caplog.messages
         caplog.clear()
         assert note.startswith(expected)
-        limit = int(note.partition("max_pixels=")[2].split()[0])
-        reduced = Qwen3VLModel.from_engine(demo_engine, threads=2, max_pixels=limit)
+        limit = int(note.partition("max_visual_tokens=")[2].split()[0])
         # The advice keeps its promise: no further note.
-        assert reduced.generate(user_message("Hi", images), max_new_tokens=1).stats.visual_tokens <= 20
+        reduced = whole.generate(user_message("Hi", images), max_new_tokens=1, max_visual_tokens=limit)
+        assert 0 < reduced.stats.visual_tokens <= 20
         assert caplog.messages == []
 
 
@@ -429,15 +429,14 @@ def test_a_prompt_that_is_too_long_says_what_fits(demo_engine: Path, shapes: lis
         said = f"the prompt has {num_tokens} tokens, {visual} of them visual, .*max_context is {max_context}$"
         assert re.match(said, caught.value.message)
         limit, room = map(
-            int, re.match(r"pass max_pixels=(\d+), which leaves (\d+) tokens", caught.value.remedy).groups()
+            int, re.match(r"pass max_visual_tokens=(\d+), which leaves (\d+) tokens", caught.value.remedy).groups()
         )
-        fitting = Qwen3VLModel.from_engine(demo_engine, max_context=max_context, max_pixels=limit)
-        prepared = fitting.prepare(messages)
+        prepared = model.prepare(messages, max_visual_tokens=limit)
         assert len(prepared.prompt.input_ids) + room <= max_context
         # The value is no smaller than it must be: half the room that images and answer share.
-        assert room == min(fitting.defaults.max_new_tokens, (max_context - num_tokens + visual) // 2)
+        assert room == min(model.defaults.max_new_tokens, (max_context - num_tokens + visual) // 2)
         assert sum(image.num_visual_tokens for image in prepared.images) > 0
-        assert fitting.generate(messages, max_new_tokens=1).stats.new_tokens == 1
+        assert model.generate(messages, max_new_tokens=1, max_visual_tokens=limit).stats.new_tokens == 1
 
 
 @pytest.mark.portable

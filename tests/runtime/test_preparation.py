@@ -16,22 +16,26 @@ from helpers.tokenizer_fixture import INSTRUCT_TEMPLATE, build_tokenizer_files, 
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
 from runtime.generation_config import GenerationOptions
+from runtime.image_bounds import MAX_IMAGE_PIXELS
 from runtime.image_config import ImageProcessorConfig
 from runtime.image_processor import process_image
 from runtime.input_kinds.image import IMAGE_TOKEN
+from runtime.input_kinds.kind import InputSettings
 from runtime.model_config import ModelConfig
 from runtime.positions import VisualSpan
 from runtime.preparation import Preparation, Prompt
 from runtime.tokenizer import Tokenizer
+from runtime.video.config import VideoProcessorConfig
 
 TOKENIZER = Tokenizer(build_tokenizer_json())
 CONFIG = ModelConfig.from_hf(tiny_values())
 # An image of one visual token stays one.
 IMAGES = ImageProcessorConfig(patch_size=16, min_pixels=1)
+INPUTS = InputSettings(IMAGES, VideoProcessorConfig.from_dict({}, IMAGES), MAX_IMAGE_PIXELS)
 
 
 def preparation(template: str = INSTRUCT_TEMPLATE) -> Preparation:
-    return Preparation(CONFIG, TOKENIZER, ChatTemplate(template), IMAGES, GenerationOptions())
+    return Preparation(CONFIG, TOKENIZER, ChatTemplate(template), INPUTS, GenerationOptions())
 
 
 def text(content: str) -> dict[str, str]:
@@ -82,7 +86,7 @@ def test_ids_equal_the_processor_with_images_of_several_sizes(folder: Path) -> N
     prompt = prepared.prompt
     assert prompt.input_ids == expected["input_ids"][0].tolist()
     for found, i in zip(prepared.images, (0, 1, 2, 0), strict=True):
-        np.testing.assert_array_equal(found.pixel_values, process_image(pictures[i], opened.image_config).pixel_values)
+        np.testing.assert_array_equal(found.pixel_values, process_image(pictures[i], opened.inputs.image).pixel_values)
     assert [span.num_tokens for span in prompt.spans] == sizes
     assert prepared.num_visual_tokens == sum(sizes)
     covered = [index for span in prompt.spans for index in range(span.start, span.end)]
@@ -145,7 +149,7 @@ def test_what_stands_first_in_the_prompt_is_checked_first() -> None:
     def prepare(*parts: dict[str, Any]) -> Any:
         return preparation().prepare([{"role": "user", "content": list(parts)}], max_tokens=40)
 
-    with pytest.raises(CapacityError, match=r"the first 2 image\(s\) alone are 160 visual tokens: max_context is 40"):
+    with pytest.raises(CapacityError, match=r"the first 2 image\(s\) or temporal patches alone are 160 visual tokens: max_context is 40"):
         prepare(picture(80), picture(80), missing)
     with pytest.raises(CapacityError, match=r"the text has \d+ characters"):
         prepare(long, missing)
@@ -182,7 +186,7 @@ def test_files_of_another_model_are_refused(folder: Path) -> None:
 def test_files_and_their_folder_open_alike(folder: Path) -> None:
     opened = Preparation.from_folder(folder, CONFIG)
     found = Preparation.from_files({path.name: path.read_bytes() for path in folder.iterdir()}, CONFIG)
-    assert (found.image_config, found.defaults) == (opened.image_config, opened.defaults)
+    assert (found.inputs, found.defaults) == (opened.inputs, opened.defaults)
     assert found.defaults.eos_token_ids == (1,)
     assert found.prepare("hi").prompt == opened.prepare("hi").prompt
     (folder / "tokenizer.json").unlink()

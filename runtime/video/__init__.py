@@ -1,0 +1,1 @@
+"""Videos: choose frames, decode, resize and cut them into segments."""
