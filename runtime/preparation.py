@@ -235,10 +235,13 @@ class Preparation:
         inputs: list[Processed] = []
         text, end = "", 0
         # The tokenizer splits at added tokens before all else, so the text between two segments can be encoded alone.
-        for (offset, attachment), found in zip(places, processed, strict=True):
+        for offset, attachment in places:
             kind = attachment.kind
             start, next_end = self._extent(kind, chat.text, offset)
             text += chat.text[end:start]
+            if max_tokens is not None and len(text) > max_tokens:
+                self._encode(text, input_ids, max_tokens)  # before anything is read that would be of no use
+            found = next(processed)
             for insertion in kind.expansion(found):
                 input_ids += self._encode(text + insertion.before, input_ids, max_tokens)
                 images.append(insertion.image)

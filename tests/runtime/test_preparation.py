@@ -149,7 +149,8 @@ def test_what_stands_first_in_the_prompt_is_checked_first() -> None:
     def prepare(*parts: dict[str, Any]) -> Any:
         return preparation().prepare([{"role": "user", "content": list(parts)}], max_tokens=40)
 
-    with pytest.raises(CapacityError, match=r"the first 2 image\(s\) or temporal patches alone are 160 visual tokens: max_context is 40"):
+    hopeless = r"the first 2 image\(s\) or temporal patches alone are 160 visual tokens: max_context is 40"
+    with pytest.raises(CapacityError, match=hopeless):
         prepare(picture(80), picture(80), missing)
     with pytest.raises(CapacityError, match=r"the text has \d+ characters"):
         prepare(long, missing)
