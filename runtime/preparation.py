@@ -241,6 +241,7 @@ class Preparation:
             text += chat.text[end:start]
             if max_tokens is not None and len(text) > max_tokens:
                 self._encode(text, input_ids, max_tokens)  # before anything is read that would be of no use
+            _check_room(images, max_tokens)
             found = next(processed)
             for insertion in kind.expansion(found):
                 input_ids += self._encode(text + insertion.before, input_ids, max_tokens)
@@ -249,7 +250,6 @@ class Preparation:
                 input_ids += [self.tokenizer.token_id(kind.token)] * insertion.image.num_visual_tokens
                 text = insertion.after
             inputs.append(found)
-            _check_room(images, max_tokens)
             end = next_end
         input_ids += self._encode(text + chat.text[end:], input_ids, max_tokens)
         return Prepared(
