@@ -35,7 +35,7 @@ _OWN_NAMES = (
     | {f"{PREFILL}.onnx", *(f"{graph}.onnx.data" for graph in (VISION, DECODER, PREFILL)), "cache_scales.npy"}
     | {f"{VISION}.plan", f"{DECODER}.plan"}
     | {*_MANIFESTS}
-    | {"config.json", "generation_config.json", "preprocessor_config.json"}
+    | {"config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json"}
     | {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 )
 _IN_USE = frozenset({errno.ENOTEMPTY, errno.EEXIST})

@@ -21,7 +21,15 @@ from runtime.generation_config import IN_FILE
 from runtime.generation_file import unknown_keys
 from runtime.input_kinds.image import IMAGE_TOKEN
 from runtime.model_config import ModelConfig
-from runtime.preparation import GENERATION, PREPROCESSOR, TEMPLATE, TOKENIZER, TOKENIZER_SETTINGS, Preparation
+from runtime.preparation import (
+    GENERATION,
+    PREPROCESSOR,
+    TEMPLATE,
+    TOKENIZER,
+    TOKENIZER_SETTINGS,
+    VIDEO_PREPROCESSOR,
+    Preparation,
+)
 from runtime.tokenizer import Tokenizer
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
@@ -33,7 +41,7 @@ _OF_ENGINES = re.compile(r"\b(engine|export|do not trust)")
 _GENERATION_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 # Parts of transformers 5's processor_config.json, and the file of the Hub's Qwen3-VL folders that holds the same.
-_PROCESSOR_PARTS = {"image_processor": PREPROCESSOR, "video_processor": "video_preprocessor_config.json"}
+_PROCESSOR_PARTS = {"image_processor": PREPROCESSOR, "video_processor": VIDEO_PREPROCESSOR}
 
 
 def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dict[str, bytes]:
@@ -52,7 +60,11 @@ def read_assets(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dic
         assets[name] = read_small_file(folder / name, error=CheckpointError, remedy=COMPLETE)
     read_json(TOKENIZER_SETTINGS)  # whose special tokens the template takes
     assets[TOKENIZER] = read_tokenizer(folder, read_json)
-    assets[PREPROCESSOR] = _as_json(_preprocessor_config(folder, read_json))
+    parts = _split_processor_config(read_json(_PROCESSOR) if os.path.lexists(folder / _PROCESSOR) else {})
+    # transformers reads both, and takes the newer file for what it holds.
+    assets[PREPROCESSOR] = _as_json(parts.get(PREPROCESSOR) or read_json(PREPROCESSOR))
+    if VIDEO_PREPROCESSOR in parts or os.path.lexists(folder / VIDEO_PREPROCESSOR):
+        assets[VIDEO_PREPROCESSOR] = _as_json(parts.get(VIDEO_PREPROCESSOR) or read_json(VIDEO_PREPROCESSOR))
     generation = read_json(GENERATION) if os.path.lexists(folder / GENERATION) else {}
     if unknown := unknown_keys(generation, IN_FILE):
         listed = ", ".join(map(shown_name, unknown[:_MAX_LISTED])) + (", …" if len(unknown) > _MAX_LISTED else "")
@@ -91,12 +103,6 @@ def _split_processor_config(settings: Mapping[str, Any]) -> dict[str, dict[str, 
     kind = {"processor_class": settings["processor_class"]} if "processor_class" in settings else {}
     parts = {name: settings.get(part) for part, name in _PROCESSOR_PARTS.items()}
     return {name: {**part, **kind} for name, part in parts.items() if isinstance(part, Mapping)}
-
-
-def _preprocessor_config(folder: Path, read_json: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    # transformers reads both, and takes the newer file if it holds this part.
-    settings = read_json(_PROCESSOR) if os.path.lexists(folder / _PROCESSOR) else {}
-    return _split_processor_config(settings).get(PREPROCESSOR) or read_json(PREPROCESSOR)
 
 
 def _with_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

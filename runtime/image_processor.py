@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,14 +36,14 @@ MAX_PIXEL_VALUES_BYTES = 2 * 1024**3
 
 @dataclass(frozen=True, eq=False)
 class ProcessedImage:
-    """One image as the vision tower takes it.
+    """One segment as the vision tower takes it: an image, or a temporal patch of a video.
 
     Attributes:
         pixel_values: float32 [P, E]; patches in merge order: the merge_size² patches of one visual token follow each
             other, tokens row by row. A patch is laid out channel, frame, row, column.
         grid_thw: Patches along time (1), height and width; P is their product.
         merge_size: Patches along a side of one visual token.
-        digest: SHA-256 of the resized pixels and their shape: what caches know the image by.
+        digest: SHA-256 of the resized frames and their shape: what caches know the image by.
     """
 
     pixel_values: npt.NDArray[np.float32] = field(repr=False)
@@ -86,17 +87,31 @@ def process_image(
             f"{num_bytes} bytes; expected at most {MAX_PIXEL_VALUES_BYTES}",
             remedy="lower max_pixels or min_pixels, or make the image smaller",
         )
-    grid_thw = (1, height // config.patch_size, width // config.patch_size)
     try:
         if (height, width) != image_HWC.shape[:2]:
             image_HWC = resize(image_HWC, height, width, FILTERS[config.resample])
-        return ProcessedImage(_patchify(image_HWC, config), grid_thw, config.merge_size, _digest(image_HWC))
+        return segment([image_HWC], config)
     except MemoryError as error:
         size = f"{image_HWC.shape[1]} x {image_HWC.shape[0]}"
         raise CapacityError(
             f"image of {size}: not enough memory to bring it to {width} x {height}",
             remedy="lower max_pixels, or make the image smaller",
         ) from error
+
+
+def segment(frames: Sequence[RgbImage], config: ImageProcessorConfig) -> ProcessedImage:
+    """Normalise and cut the frames of one temporal patch.
+
+    Args:
+        frames: At most `temporal_patch_size`, uint8 [H, W, 3] of one size, multiples of `config.factor`. The last one
+            is repeated: a still image is one frame, and equal to the video that shows it all the time.
+        config: The checkpoint's settings.
+    """
+    while len(frames) > 1 and np.array_equal(frames[-1], frames[-2]):
+        frames = frames[:-1]
+    height, width = frames[0].shape[:2]
+    grid_thw = (1, height // config.patch_size, width // config.patch_size)
+    return ProcessedImage(_patchify(frames, config), grid_thw, config.merge_size, _digest(frames))
 
 
 def normalized_levels(config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
@@ -116,23 +131,28 @@ def normalized_levels(config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
     return (levels - mean) / std
 
 
-def _digest(image_HWC: RgbImage) -> bytes:
-    """Return the SHA-256 of an image: of its bytes, an eighth of its patches', and its shape."""
-    whole = hashlib.sha256(repr(image_HWC.shape).encode())
-    whole.update(np.ascontiguousarray(image_HWC).data)
+def _digest(frames: Sequence[RgbImage]) -> bytes:
+    """Return the SHA-256 of frames: of their bytes, an eighth of their patches', and their shape."""
+    whole = hashlib.sha256(repr(frames[0].shape).encode())
+    for frame_HWC in frames:
+        whole.update(np.ascontiguousarray(frame_HWC).data)
     return whole.digest()
 
 
-def _patchify(image_HWC: RgbImage, config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
-    """Cut a resized uint8 image into normalised patches, float32 [P, E] in merge order."""
-    height, width, channels = image_HWC.shape
-    patch, merge, frames = config.patch_size, config.merge_size, config.temporal_patch_size
+def _patchify(frames: Sequence[RgbImage], config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
+    """Cut resized uint8 frames into normalised patches, float32 [P, E] in merge order."""
+    height, width, channels = frames[0].shape
+    patch, merge, num_frames = config.patch_size, config.merge_size, config.temporal_patch_size
     tokens_high, tokens_wide = height // config.factor, width // config.factor
-    # row of tokens, row in token, row in patch, the same for columns, channel
-    split = image_HWC.reshape(tokens_high, merge, patch, tokens_wide, merge, patch, channels)
-    levels_PCE = np.ascontiguousarray(split.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(-1, channels, 1, patch * patch)
-    values = np.empty((len(levels_PCE), channels, frames, patch * patch), np.float32)
-    # A table of 256 values gives the bits of the float32 arithmetic on every pixel, and is faster.
-    for channel, table in enumerate(normalized_levels(config)):
-        values[:, channel] = table[levels_PCE[:, channel]]
+    tables = normalized_levels(config)
+    values = np.empty((height * width // patch**2, channels, num_frames, patch * patch), np.float32)
+    for index, frame_HWC in enumerate(frames):
+        # row of tokens, row in token, row in patch, the same for columns, channel
+        split = frame_HWC.reshape(tokens_high, merge, patch, tokens_wide, merge, patch, channels)
+        levels_PCE = np.ascontiguousarray(split.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(-1, channels, patch * patch)
+        # The last frame is repeated.
+        last = num_frames if index == len(frames) - 1 else index + 1
+        # A table of 256 values gives the bits of the float32 arithmetic on every pixel, and is faster.
+        for channel, table in enumerate(tables):
+            values[:, channel, index:last] = table[levels_PCE[:, channel]][:, None]
     return values.reshape(len(values), -1)

@@ -109,12 +109,12 @@ def load_image(source: ImageSource, *, max_image_pixels: int = MAX_IMAGE_PIXELS)
         if scheme == "data":
             return _from_data_url(source, limit)
         if scheme == "file":
-            return _from_path(_path_of_file_url(source), limit)
+            return _from_path(file_of_url(source, "image"), limit)
         bare = _from_bare_base64(source)
         if bare is not None:
             return _decode(io.BytesIO(bare), f"image of {len(bare)} bytes in base64", limit)
     if isinstance(source, (str, os.PathLike)):
-        source = _path_text(source)
+        source = path_text(source, "image")
         check_local(source, "image")
         return _from_path(Path(source), limit)
 
@@ -139,26 +139,35 @@ def _from_bare_base64(text: str) -> bytes | None:
         return None
 
 
-def _path_text(source: str | os.PathLike[Any]) -> str:
-    """Return a path as text, also one that is given as bytes or by an object of the caller's own."""
+def path_text(source: str | os.PathLike[Any], what: str) -> str:
+    """Return a path as text, also one that is given as bytes or by an object of the caller's own.
+
+    Raises:
+        UsageError: It is none.
+    """
     try:
         return os.fsdecode(source)
     except Exception as error:  # an own `__fspath__` can fail in any way
         raise UsageError(
-            f"image: {type(source).__name__} is not a path: {type(error).__name__}: {error}", remedy="pass a string"
+            f"{what}: {type(source).__name__} is not a path: {type(error).__name__}: {error}", remedy="pass a string"
         ) from error
 
 
-def _path_of_file_url(url: str) -> Path:
+def file_of_url(url: str, what: str) -> Path:
+    """Return the path of a `file:` URL.
+
+    Raises:
+        UsageError: It is none, or of another machine.
+    """
     try:
         parts = urlsplit(url)
     except ValueError as error:  # of the host: brackets
         raise UsageError(
-            f"image {shown(url)}: no file's URL: {error}", remedy="write file:///folder/name.png, or the plain path"
+            f"{what} {shown(url)}: no file's URL: {error}", remedy="write file:///folder/name.png, or the plain path"
         ) from error
     if parts.netloc not in ("", "localhost"):
         raise UsageError(
-            f"image {shown(url)}: expected a file on this machine, found host {parts.netloc!r}",
+            f"{what} {shown(url)}: expected a file on this machine, found host {parts.netloc!r}",
             remedy="write file:///folder/name.png, or the plain path",
         )
     return Path(url2pathname(parts.path))

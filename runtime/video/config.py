@@ -1,28 +1,278 @@
-"""The settings of a checkpoint's video processor."""
+"""The settings of a checkpoint's video processor: which frames are taken, and the size that they are brought to.
+
+`video_preprocessor_config.json`, and the arithmetic of transformers' `Qwen3VLVideoProcessor` (5.24,
+models/qwen3_vl/video_processing_qwen3_vl.py; that of 4.57 chooses the same).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from runtime.contract import IntArray
+from runtime.errors import CheckpointError, ImageError, UsageError
+from runtime.image_bounds import MAX_ASPECT_RATIO
 from runtime.image_config import ImageProcessorConfig
 from runtime.input_limits import InputLimits
+from runtime.option_checks import between, integer, optional, true_or_false
+
+UNKNOWN_FPS = 24.0
+"""Rate of frames whose rate nobody says, as transformers assumes it."""
+
+# Of transformers' class, where a checkpoint says nothing.
+_MIN_PIXELS, _MAX_PIXELS = 128 * 32 * 32, 32 * 32 * 768
+_SHARED = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "rescale_factor", "resample")
+_SHARED_SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+_CLASSES = ("Qwen3VLVideoProcessor",)
+# Settings that say how transformers runs its processor, not what comes out, and steps that are switched off.
+_IGNORED_KEYS = frozenset(
+    {
+        *("auto_map", "data_format", "default_to_square", "device", "input_data_format", "processor_class"),
+        *("return_metadata", "return_tensors", "transformers_version", "video_metadata", "max_duration"),
+        *("_processor_class", "_valid_processor_keys", "disable_grouping", "image_processor_type", "image_seq_length"),
+        *("feature_extractor_type", "max_image_size", "do_pad", "do_center_crop", "crop_size", "pad_size"),
+    }
+)
 
 
 @dataclass(frozen=True)
 class VideoProcessorConfig:
-    """Settings of `video_preprocessor_config.json`."""
+    """How videos are read; defaults are those of transformers' class.
 
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
+    Attributes:
+        image: How a frame is normalised and cut; its limits on pixels are not used.
+        min_pixels: Smallest number of pixels of all frames together, after resizing (`size.shortest_edge`).
+        max_pixels: Largest number of pixels of all frames together (`size.longest_edge`).
+        min_frame_pixels, max_frame_pixels: The same for one frame; None for no such limit.
+        fps: Frames that are taken for each second.
+        num_frames: Frames that are taken, in place of `fps`.
+        min_frames, max_frames: Least and most frames that `fps` leads to.
+        do_sample_frames: Choose frames; otherwise all are taken.
+        cap_pixels_per_frame: Limit a frame to `max_video_tokens` or an even share of `max_pixels`, as qwen-vl-utils.
+        max_video_tokens: Most visual tokens of a frame then.
+        fixed_size: Height and width that every frame is brought to, multiples of `factor`; no checkpoint's setting.
+    """
+
+    image: ImageProcessorConfig
+    min_pixels: int = _MIN_PIXELS
+    max_pixels: int = _MAX_PIXELS
+    min_frame_pixels: int | None = None
+    max_frame_pixels: int | None = None
+    fps: float = 2.0
+    num_frames: int | None = None
+    min_frames: int = 4
+    max_frames: int = 768
+    do_sample_frames: bool = True
+    cap_pixels_per_frame: bool = False
+    max_video_tokens: int = 768
+    fixed_size: tuple[int, int] | None = None
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.image.patch_size
+
+    @property
+    def temporal_patch_size(self) -> int:
+        """Frames of a segment."""
+        return self.image.temporal_patch_size
+
+    @property
+    def merge_size(self) -> int:
+        """Patches along a side of one visual token."""
+        return self.image.merge_size
+
+    @property
+    def factor(self) -> int:
+        """Side of one visual token in pixels."""
+        return self.image.factor
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], image: ImageProcessorConfig) -> VideoProcessorConfig:
-        """Read the settings of a checkpoint; what they leave out, and belongs to the model, is that of images."""
-        return cls(image.patch_size, image.temporal_patch_size, image.merge_size)
+        """Read the settings of a checkpoint.
+
+        Args:
+            settings: Content of `video_preprocessor_config.json`; empty if there is none.
+            image: Those of its image processor: what both have, and the file leaves out, is theirs.
+
+        Raises:
+            CheckpointError: A key is unknown, or a value is not one that this processor can honour.
+        """
+        nested = settings.get("video_processor", settings)
+        if not isinstance(nested, Mapping):
+            raise CheckpointError(
+                f"video processor settings: expected an object, found {type(nested).__name__}", remedy=_REMEDY
+            )
+        given = {key: value for key, value in nested.items() if value is not None}
+        kind = given.pop("video_processor_type", _CLASSES[0])
+        if kind not in _CLASSES:
+            raise CheckpointError(
+                f"video processor settings: video_processor_type is {kind!r}, expected {_CLASSES[0]}", remedy=_REMEDY
+            )
+        shared = {key: given.pop(key, getattr(image, key)) for key in (*_SHARED, *_SHARED_SWITCHES)}
+        shared = {key: list(value) if isinstance(value, tuple) else value for key, value in shared.items()}
+        frames = ImageProcessorConfig.from_dict({**shared, "size": {"shortest_edge": 1, "longest_edge": 1}})
+        try:
+            return cls(frames, **_own_values(given))
+        except UsageError as error:
+            raise CheckpointError(f"video processor settings: {error.message}", remedy=_REMEDY) from error
 
     def with_limits(self, limits: InputLimits) -> VideoProcessorConfig:
-        """Return a copy with other limits."""
-        return self
+        """Return a copy with a request's limits, of pixels those of a frame.
+
+        Raises:
+            UsageError: The lower limit of frames is above the upper.
+        """
+        changes = {
+            "min_frame_pixels": limits.min_pixels,
+            "max_frame_pixels": limits.max_pixels,
+            "fps": limits.fps,
+            "num_frames": limits.num_frames,
+            "min_frames": limits.min_frames,
+            "max_frames": limits.max_frames,
+        }
+        return self.changed({name: value for name, value in changes.items() if value is not None})
+
+    def changed(self, values: Mapping[str, Any]) -> VideoProcessorConfig:
+        """Return a copy with other values; a limit that stands alone moves the one that would contradict it.
+
+        Raises:
+            UsageError: Both limits of frames, or of pixels of a frame, are given and contradict each other.
+        """
+        changes = dict(values)
+        for low, high in (("min_frames", "max_frames"), ("min_frame_pixels", "max_frame_pixels")):
+            least, most = changes.get(low, getattr(self, low)), changes.get(high, getattr(self, high))
+            if least is None or most is None or least <= most:
+                continue
+            if low in changes and high in changes:
+                raise UsageError(f"{low} {least} is above {high} {most}", remedy="exchange them")
+            changes |= {low: most} if high in changes else {high: least}
+        if "fps" in changes:
+            changes.setdefault("num_frames", None)
+        return replace(self, **changes)
+
+    def sample_indices(self, total_num_frames: int, source_fps: float) -> IntArray:
+        """Return the numbers of the frames that are taken, ascending: `Qwen3VLVideoProcessor.sample_frames`.
+
+        Args:
+            total_num_frames: Frames of the video, at least 1.
+            source_fps: Frames in each of its seconds.
+        """
+        if not self.do_sample_frames:
+            return np.arange(total_num_frames)
+        num_frames = self.num_frames
+        if num_frames is None:
+            wanted = min(total_num_frames / source_fps * self.fps, float(1 << 53))
+            num_frames = min(max(int(wanted), self.min_frames), self.max_frames)
+        num_frames = min(num_frames, total_num_frames)
+        return np.linspace(0, total_num_frames - 1, num_frames).round().astype(np.int64)
+
+    def target_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width in pixels that frames of this size are brought to.
+
+        Args:
+            num_frames: Frames that are taken.
+            height: Of a frame, in pixels.
+            width: Likewise.
+
+        Raises:
+            ImageError: The sides' ratio is above `MAX_ASPECT_RATIO`; or `do_resize` is off and a side is not a multiple
+                of `factor`.
+        """
+        if self.fixed_size is not None:
+            return self.fixed_size
+        if not self.image.do_resize:
+            return self.image.target_size(height, width)
+        least, most = self.limits(num_frames)
+        return _smart_resize(
+            max(num_frames, self.temporal_patch_size),
+            height,
+            width,
+            temporal_factor=self.temporal_patch_size,
+            factor=self.factor,
+            min_pixels=least,
+            max_pixels=most,
+        )
+
+    def limits(self, num_frames: int) -> tuple[int, int]:
+        """Return least and most pixels of all frames together."""
+        least, most = self.min_pixels, self.max_pixels
+        if self.cap_pixels_per_frame:
+            share = min(self.max_video_tokens * self.factor**2, most // num_frames)
+            most = max(share, int(least * 1.05)) * num_frames
+        if self.max_frame_pixels is not None:
+            most = min(most, self.max_frame_pixels * num_frames)
+        if self.min_frame_pixels is not None:
+            least = self.min_frame_pixels * num_frames
+            most = max(most, least)
+        return min(least, most), most
+
+
+_REMEDY = "take the file from the original checkpoint"
+
+
+def _own_values(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that images do not have.
+
+    Raises:
+        UsageError: A key is unknown, or a value is of the wrong kind.
+    """
+    size = given.pop("size", {})
+    if not isinstance(size, Mapping):
+        raise UsageError(f"size: expected shortest_edge and longest_edge in pixels, found {type(size).__name__}")
+    edges = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+    values = {edges[key]: value for key, value in size.items() if key in edges and value is not None}
+    values |= {key: given.pop(key) for key in edges.values() if key in given}
+    count = integer(1)
+    checks = {
+        **dict.fromkeys(("min_pixels", "max_pixels", "min_frames", "max_frames", "max_video_tokens"), count),
+        "num_frames": optional(count),
+        "fps": between(1e-6, 1000, "{name} is in frames per second"),
+        "do_sample_frames": true_or_false,
+        "cap_pixels_per_frame": true_or_false,
+    }
+    unknown = sorted(given.keys() - checks.keys() - _IGNORED_KEYS)
+    if unknown:
+        raise UsageError(f"unknown keys {', '.join(map(repr, unknown[:5]))}")
+    values |= {key: given[key] for key in checks if key in given}
+    values = {key: checks[key](key, value) for key, value in values.items()}
+    if values.get("min_pixels", _MIN_PIXELS) > values.get("max_pixels", _MAX_PIXELS):
+        raise UsageError("size: shortest_edge is above longest_edge")
+    return values
+
+
+def _smart_resize(
+    num_frames: int, height: int, width: int, *, temporal_factor: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Choose the size of frames: transformers' `smart_resize` of Qwen3-VL's videos.
+
+    As that of images (`runtime.image_config.smart_resize`), with limits on all frames together.
+    """
+    if height < 1 or width < 1:
+        raise ImageError(f"frames of {width} x {height}: expected at least one pixel", remedy="leave the video out")
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ImageError(
+            f"frames of {width} x {height}: expected sides of a ratio of at most {MAX_ASPECT_RATIO}, "
+            f"found {max(height, width) / min(height, width):.1f}",
+            remedy="cut or pad the frames",
+        )
+    # Python rounds halves to even, and so does the reference.
+    target_height = round(height / factor) * factor
+    target_width = round(width / factor) * factor
+    frames = round(num_frames / temporal_factor) * temporal_factor
+    if frames * target_height * target_width > max_pixels:
+        shrink = math.sqrt((num_frames * height * width) / max_pixels)
+        target_height = max(factor, math.floor(height / shrink / factor) * factor)
+        target_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif frames * target_height * target_width < min_pixels:
+        grow = math.sqrt(min_pixels / (num_frames * height * width))
+        target_height = math.ceil(height * grow / factor) * factor
+        target_width = math.ceil(width * grow / factor) * factor
+    return target_height, target_width

@@ -1,0 +1,181 @@
+"""Read video files with PyAV: any container and codec of FFmpeg, no network, no file but the one that was given.
+
+The file is decoded from its start, frame after frame: which frames there are before a place is known only then, and
+frames have to be those that transformers chooses by their numbers. What is not taken is neither converted nor kept, so
+memory does not grow with the length of the file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.contract import IntArray
+from runtime.errors import ImageError, Qwen3VLError, UsageError
+from runtime.image_bounds import check_size
+from runtime.machine import default_threads
+from runtime.video.reader import VideoReader, repeats_of
+
+if TYPE_CHECKING:
+    from runtime.images import RgbImage
+
+_LOGGER = logging.getLogger(__name__)
+# Demuxers, by FFmpeg's names, of files that hold their own frames. Others open further files or addresses (hls, concat,
+# dash), run programs' scripts (vapoursynth) or render text.
+_CONTAINERS = (
+    *("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf"),
+    *("ogg", "h264", "hevc", "av1", "obu", "ivf", "m4v", "mjpeg", "gif", "apng", "nut", "mxf", "wtv", "dv", "rm"),
+    *("yuv4mpegpipe", "h263", "vc1", "webp", "webp_pipe"),
+)
+_INSTALL = "pip install 'qwen3vl-export[video]'"
+# Of its frames, those that a header may count and nobody can decode: edits and encoders leave some.
+_MISSING_SHARE, _MISSING_FRAMES = 0.02, 2
+_QUARTER_TURNS = {90: 1, 180: 2, 270: 3}
+
+
+class FileReader(VideoReader):
+    """A video file.
+
+    Args:
+        file: It, open at any place, and able to seek.
+        name: In messages.
+        max_image_pixels: Frames of more pixels are refused before they are decoded.
+
+    Raises:
+        ImageError: It is no video, or holds none.
+        CapacityError: Its frames have too many pixels.
+        UsageError: PyAV is not installed.
+    """
+
+    def __init__(self, file: IO[bytes], name: str, max_image_pixels: int) -> None:
+        self.name = name
+        self._file = file
+        self._max_image_pixels = max_image_pixels
+        container = self._open()
+        try:
+            stream = self._stream(container)
+            rate = stream.average_rate or stream.guessed_rate
+            self.fps = float(rate) if rate else None
+            self.num_frames = int(stream.frames) or _count_packets(container, stream, name)
+        except Qwen3VLError:
+            raise
+        except Exception as error:
+            raise _damaged(name, error) from error
+        finally:
+            container.close()
+        if self.num_frames < 1:
+            raise ImageError(f"{name}: holds no frames", remedy="check the file with ffprobe, or record it again")
+
+    def frames(self, indices: IntArray) -> Iterator[RgbImage]:
+        """Decode frames in order; see `VideoReader.frames`. Of those missing at the very end the last one stands in."""
+        wanted = repeats_of(indices)
+        last, left = int(indices[-1]), len(indices)
+        number, frame_HWC = -1, None
+        container = self._open()
+        try:
+            stream = self._stream(container)
+            for frame in container.decode(stream):
+                number += 1
+                if number in wanted:
+                    frame_HWC = self._rgb(frame)
+                    for _ in range(wanted[number]):
+                        left -= 1
+                        yield frame_HWC
+                    if number == last:
+                        return
+        except (Qwen3VLError, GeneratorExit):
+            raise
+        except Exception as error:
+            raise _damaged(self.name, error, number + 1) from error
+        finally:
+            container.close()
+        num_missing = last - number
+        if frame_HWC is None or num_missing > max(_MISSING_FRAMES, _MISSING_SHARE * self.num_frames):
+            raise ImageError(
+                f"{self.name}: cut short: it says {self.num_frames} frames, and {number + 1} could be decoded",
+                remedy="fetch or record it again, or take a part of it with video_end",
+            )
+        _LOGGER.warning(
+            "note: %s says %d frames, and %d could be decoded: the last one stands in for the rest",
+            *(self.name, self.num_frames, number + 1),
+        )
+        for _ in range(left):
+            yield frame_HWC
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _open(self) -> Any:
+        try:
+            import av
+        except ImportError as error:
+            raise UsageError(
+                f"{self.name}: video files are read with PyAV, which is not installed ({error})",
+                remedy=f"{_INSTALL}, or pass a list of frames",
+            ) from error
+
+        def refuse(url: str, *_: Any) -> Any:
+            raise ImageError(
+                f"{self.name}: refers to another file or address, {url!r}, which is not opened",
+                remedy="pass the file that holds the frames",
+            )
+
+        self._file.seek(0)
+        # The whitelists are FFmpeg's own second lock: nothing but this file is opened.
+        options = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": "none"}
+        try:
+            return av.open(self._file, container_options=options, io_open=refuse, metadata_errors="replace")
+        except Qwen3VLError:
+            raise
+        except Exception as error:  # PyAV's errors, of many classes, and those of the file's own methods
+            raise ImageError(
+                f"{self.name}: not a video that can be read, or its header is damaged: {error}",
+                remedy="convert it to MP4 (ffmpeg -i input output.mp4), or fetch it again",
+            ) from error
+
+    def _stream(self, container: Any) -> Any:
+        streams = [each for each in container.streams.video if not _is_cover(each)]
+        if not streams:
+            kinds = sorted({each.type for each in container.streams})
+            raise ImageError(
+                f"{self.name}: holds no video, only {', '.join(kinds) or 'nothing'}",
+                remedy="pass a file with pictures; sound is not understood by this model",
+            )
+        stream = streams[0]
+        check_size(stream.codec_context.width, stream.codec_context.height, self.name, self._max_image_pixels)
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = default_threads()
+        return stream
+
+    def _rgb(self, frame: Any) -> RgbImage:
+        check_size(frame.width, frame.height, self.name, self._max_image_pixels)
+        frame_HWC: RgbImage = frame.to_ndarray(format="rgb24")
+        # Phones record as the sensor lies, and say by how much to turn it, against the clock.
+        turns = _QUARTER_TURNS.get(int(getattr(frame, "rotation", 0)) % 360, 0)
+        return np.ascontiguousarray(np.rot90(frame_HWC, turns)) if turns else frame_HWC
+
+
+def _is_cover(stream: Any) -> bool:
+    """Return whether a stream is the picture of a piece of music, of one frame."""
+    return "attached_pic" in str(getattr(stream, "disposition", "")).lower()
+
+
+def _count_packets(container: Any, stream: Any, name: str) -> int:
+    """Count the frames of a file whose header does not: nearly every packet of a container holds one."""
+    count = 0
+    for packet in container.demux(stream):
+        # Frames of the codec that are not shown (VP9's references) come in packets of their own, without a time.
+        count += packet.size > 0 and not packet.is_discard
+    return count
+
+
+def _damaged(name: str, error: Exception, num_frames: int = 0) -> ImageError:
+    after = f" after {num_frames} frames" if num_frames else ""
+    return ImageError(
+        f"{name}: damaged or cut short{after}: {type(error).__name__}: {error}",
+        remedy="fetch or record it again, or take a part of it with video_end",
+    )
