@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -28,14 +28,14 @@ from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import RequestKeywords
 from runtime.guard import Owner, naming_errors
 from runtime.image_config import ImageProcessorConfig
-from runtime.image_processor import ProcessedImage
+from runtime.image_processor import OnImages, ProcessedImage
 from runtime.input_limits import INPUT_KEYWORDS, InputKeywords, InputLimits, answer_keywords
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
 from runtime.memory import LOGITS, PREFILL, VISION, WEIGHTS, check_fits, logits_bytes, vision_bytes
 from runtime.messages import normalise_messages, system_message
 from runtime.option_checks import true_or_false
-from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
+from runtime.preparation import Preparation, Prepared
 from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import held_bytes, plan_limits
 from runtime.scheduling.request import Limits, Request
@@ -46,9 +46,6 @@ from runtime.shown import shown
 from runtime.stream import Stream
 from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
-
-if TYPE_CHECKING:
-    from runtime.input_kinds.kind import OnImages
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
@@ -164,12 +161,10 @@ class Qwen3VLModel:
             min_pixels: Smaller images, and frames of videos, are enlarged to this area.
             max_pixels: Larger images, and frames of videos, are reduced to this area.
             max_memory: Most bytes that weights, cache and workspace may take together, by estimate; the machine's
-                memory, or the container's, by default. A GPU refuses by itself what it cannot hold, so an engine on one
-                has no default.
+                memory, or the container's, by default; on a GPU, which refuses what it cannot hold, none.
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
-            legacy_video_prompt: Write prompts with videos as transformers before 5.10 did: without the markers that the
-                chat template writes around a whole video, beside those around each of its temporal patches.
+            legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
             **serving: How many requests run and wait, and what is kept for later ones (`ServingKeywords`).
 
         Raises:
