@@ -12,7 +12,7 @@ from runtime.answer import Generation
 from runtime.arguments import reading, template_variables, tool_schemas, whole_number
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
-from runtime.input_limits import INPUT_KEYWORDS, InputLimits
+from runtime.input_limits import InputLimits
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
 from runtime.shown import shown
@@ -47,20 +47,31 @@ class Call:
         # Now, since work begins later, when the caller may have changed them.
         self.tools = tool_schemas(tools)
         self.chat_template_kwargs = template_variables(chat_template_kwargs)
-        given = keywords or {}
-        self.limits = InputLimits.of({name: given[name] for name in INPUT_KEYWORDS & given.keys()})
+        self.limits = InputLimits().with_keywords(keywords or {})
+        self._take_order(priority, timeout_s)
+
+    def again(self) -> Call:
+        """Return the same call, whose time begins now."""
+        return self.with_order(self.priority, self._timeout_s)
+
+    def with_order(self, priority: Any, timeout_s: Any, keywords: Mapping[str, Any] | None = None) -> Call:
+        """Return a call with the same tools and variables, limits laid over, whose time begins now.
+
+        Raises:
+            UsageError: As the constructor.
+        """
+        call = object.__new__(type(self))
+        call.__dict__ = {**vars(self)}
+        call.limits = self.limits.with_keywords(keywords or {})
+        call._take_order(priority, timeout_s)
+        return call
+
+    def _take_order(self, priority: Any, timeout_s: Any) -> None:
         limit = _LARGEST_PRIORITY
         expected = "a whole number from -2^31 to 2^31, higher ones first"
         self.priority = whole_number("priority", priority, -limit, limit, expected, "leave priority out for 0")
         self._timeout_s = None if timeout_s is None else seconds(timeout_s)
         self.deadline = None if self._timeout_s is None else time.perf_counter() + self._timeout_s
-
-    def again(self) -> Call:
-        """Return the same call, whose time begins now."""
-        call = object.__new__(type(self))
-        call.__dict__ = {**vars(self)}
-        call.deadline = None if self._timeout_s is None else time.perf_counter() + self._timeout_s
-        return call
 
 
 class Begin(Protocol):

@@ -20,7 +20,8 @@ from runtime.arguments import whole_number
 from runtime.calls import Begin, Call, check_callback
 from runtime.errors import UsageError
 from runtime.generation_config import GenerationOptions
-from runtime.generation_keywords import GenerationKeywords
+from runtime.generation_keywords import RequestKeywords
+from runtime.input_limits import answer_keywords
 from runtime.messages import Messages, asked_messages
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
@@ -103,17 +104,20 @@ class Conversation:
         prompt: Any,
         *,
         images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
         priority: int = 0,
         timeout_s: float | None = None,
         on_piece: Callable[[str], object] | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> Generation:
         """Answer the next turn; see `stream`.
 
         `on_piece` is called in this thread with each piece of text; if it raises, the turn is dropped.
         """
         check_callback("on_piece", on_piece)
-        with self.stream(prompt, images=images, priority=priority, timeout_s=timeout_s, **keywords) as stream:
+        with self.stream(
+            prompt, images=images, videos=videos, priority=priority, timeout_s=timeout_s, **keywords
+        ) as stream:
             if on_piece is not None:
                 for piece in stream:
                     on_piece(piece)
@@ -124,12 +128,15 @@ class Conversation:
         prompt: Any,
         *,
         images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
         priority: int = 0,
         timeout_s: float | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> Generation:
         """As `ask`, in an asyncio loop; a task that is cancelled drops its turn."""
-        async with self.stream(prompt, images=images, priority=priority, timeout_s=timeout_s, **keywords) as stream:
+        async with self.stream(
+            prompt, images=images, videos=videos, priority=priority, timeout_s=timeout_s, **keywords
+        ) as stream:
             return complete(await stream.wait_async())
 
     def stream(
@@ -137,9 +144,10 @@ class Conversation:
         prompt: Any,
         *,
         images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
         priority: int = 0,
         timeout_s: float | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        **keywords: Unpack[RequestKeywords],
     ) -> Stream:
         """Answer the next turn piece by piece, for `for` and for `async for`.
 
@@ -150,6 +158,7 @@ class Conversation:
             prompt: What the user says: text, or parts of a message as in `Qwen3VLModel.stream`. Or one whole message or
                 several, such as `{"role": "tool", "content": …}`.
             images: Shown before the text.
+            videos: Shown after the images.
             priority: As in `Qwen3VLModel.stream`.
             timeout_s: As in `Qwen3VLModel.stream`.
             **keywords: Single options of this answer, laid over those of the conversation.
@@ -158,9 +167,9 @@ class Conversation:
             UsageError: Another turn is being answered; and as `Qwen3VLModel.stream`.
             ImageError, CapacityError, OverloadError, DeadlineError: As `Qwen3VLModel.stream`.
         """
-        asked = _Asked(asked_messages(prompt, images))
-        call = Call(self._call.tools, self._call.chat_template_kwargs, priority, timeout_s)
-        begin = partial(self._begin_turn, asked, self._options.replace(**keywords), call)
+        asked = _Asked(asked_messages(prompt, images, videos))
+        call = self._call.with_order(priority, timeout_s, keywords)
+        begin = partial(self._begin_turn, asked, self._options.replace(**answer_keywords(keywords)), call)
         stream = Stream(begin, keeps=self, on_end=partial(self._end_turn, asked))
         asked.stream = weakref.ref(stream)
         return stream

@@ -11,6 +11,7 @@ from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
 from runtime.machine import MAX_THREADS_PER_CORE, available_cores
 from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
+from runtime.option_checks import true_or_false
 from runtime.serving_options import ServingOptions
 from runtime.session import SessionOptions, is_on_gpu
 
@@ -27,6 +28,7 @@ class EngineOptions:
     min_pixels: int | None
     max_pixels: int | None
     max_image_pixels: int
+    legacy_video_prompt: bool
     serving: ServingOptions
 
     @classmethod
@@ -42,6 +44,7 @@ class EngineOptions:
         max_pixels: Any = None,
         max_memory: Any = None,
         max_image_pixels: Any = None,
+        legacy_video_prompt: Any = False,
         **serving: Any,
     ) -> EngineOptions:
         """Check what a caller gave, and fill in the defaults of an engine.
@@ -65,7 +68,7 @@ class EngineOptions:
             max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
         max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
         session = SessionOptions(threads, huge_pages, cuda_graphs)
-        limits = min_pixels, max_pixels, max_image_pixels
+        limits = min_pixels, max_pixels, max_image_pixels, true_or_false("legacy_video_prompt", legacy_video_prompt)
         return cls(max_context, max_memory, session, *limits, ServingOptions.checked(**serving))
 
 

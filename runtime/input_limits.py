@@ -46,6 +46,18 @@ class InputLimits:
     max_frames: int | None = None
     max_visual_tokens: int | None = None
 
+    def with_keywords(self, keywords: Mapping[str, Any]) -> InputLimits:
+        """Return these with others laid over them; other keywords are passed over.
+
+        Raises:
+            UsageError: As `of`.
+        """
+        given = {name: value for name, value in keywords.items() if name in INPUT_KEYWORDS and value is not None}
+        kept = {name: getattr(self, name) for name in INPUT_KEYWORDS}
+        if given.keys() & {"fps", "num_frames"}:
+            kept |= {"fps": None, "num_frames": None}
+        return InputLimits.of({**kept, **given}) if given else self
+
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> InputLimits:
         """Check keywords of `InputKeywords`.
@@ -68,6 +80,11 @@ class InputLimits:
         if limits.fps is not None and limits.num_frames is not None:
             raise UsageError("fps and num_frames both say how many frames to take", remedy="pass one of them")
         return limits
+
+
+def answer_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a request that are no limits on its inputs."""
+    return {name: value for name, value in keywords.items() if name not in INPUT_KEYWORDS}
 
 
 INPUT_KEYWORDS = frozenset(field.name for field in fields(InputLimits))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
@@ -28,7 +29,7 @@ from runtime.generation_keywords import RequestKeywords
 from runtime.guard import Owner, naming_errors
 from runtime.image_config import ImageProcessorConfig
 from runtime.image_processor import ProcessedImage
-from runtime.input_limits import INPUT_KEYWORDS, InputKeywords, InputLimits
+from runtime.input_limits import INPUT_KEYWORDS, InputKeywords, InputLimits, answer_keywords
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
 from runtime.memory import LOGITS, PREFILL, VISION, WEIGHTS, check_fits, logits_bytes, vision_bytes
@@ -147,6 +148,7 @@ class Qwen3VLModel:
         max_pixels: int | None = None,
         max_memory: int | None = None,
         max_image_pixels: int | None = None,
+        legacy_video_prompt: bool = False,
         **serving: Unpack[ServingKeywords],
     ) -> Qwen3VLModel:
         """Open an engine folder.
@@ -159,13 +161,15 @@ class Qwen3VLModel:
             cuda_graphs: On a GPU, record the decode step once and launch it from then on: faster tokens.
             max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for,
                 or the capacity that the engine was built with.
-            min_pixels: Smaller images are enlarged to this area.
-            max_pixels: Larger images are reduced to this area.
+            min_pixels: Smaller images, and frames of videos, are enlarged to this area.
+            max_pixels: Larger images, and frames of videos, are reduced to this area.
             max_memory: Most bytes that weights, cache and workspace may take together, by estimate; the machine's
                 memory, or the container's, by default. A GPU refuses by itself what it cannot hold, so an engine on one
                 has no default.
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
+            legacy_video_prompt: Write prompts with videos as transformers before 5.10 did: without the markers that the
+                chat template writes around a whole video, beside those around each of its temporal patches.
             **serving: How many requests run and wait, and what is kept for later ones (`ServingKeywords`).
 
         Raises:
@@ -189,6 +193,7 @@ class Qwen3VLModel:
             max_pixels=max_pixels,
             max_memory=max_memory,
             max_image_pixels=max_image_pixels,
+            legacy_video_prompt=legacy_video_prompt,
             **serving,
         )
         return cls.from_manifest(folder, manifest, options, source=source)
@@ -208,6 +213,7 @@ class Qwen3VLModel:
         preparation = Preparation.from_folder(folder, manifest.model)
         limits_of_inputs = InputLimits(options.min_pixels, options.max_pixels)
         preparation = preparation.with_limits(limits_of_inputs, options.max_image_pixels)
+        preparation = dataclasses.replace(preparation, keeps_markers=not options.legacy_video_prompt)
         room = options.max_memory - needed[WEIGHTS] - needed[PREFILL]
         on_gpu = is_on_gpu(manifest)
         if not on_gpu:
@@ -386,7 +392,7 @@ class Qwen3VLModel:
         return self._chosen(options, keywords)  # type: ignore[arg-type]
 
     def _chosen(self, options: GenerationOptions | None, given: Mapping[str, Any]) -> GenerationOptions:
-        keywords = {name: value for name, value in given.items() if name not in INPUT_KEYWORDS}
+        keywords = answer_keywords(given)
         if options is None:
             return self.defaults.replace(**keywords)
         if not isinstance(options, GenerationOptions):

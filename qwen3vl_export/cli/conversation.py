@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 
 
 _MOST_DIGITS = 9
-COMMANDS = "/image PATH, /rewind [N], /reset, /quit"
+COMMANDS = "/image PATH, /video PATH, /rewind [N], /reset, /quit"
 
 
 class LineChat:
-    """A conversation that is typed line by line, and the images that wait for its next turn.
+    """A conversation that is typed line by line, and the images and videos that wait for its next turn.
 
     Args:
         chat: The conversation.
         model: Says which images it takes.
         images: Shown with the first turn.
+        videos: Shown with the first turn.
         has_stats: Print the statistics of each answer.
         is_quiet: Print no notes, only errors.
 
@@ -33,15 +34,25 @@ class LineChat:
     """
 
     def __init__(
-        self, chat: Conversation, model: Qwen3VLModel, images: list[str], *, has_stats: bool, is_quiet: bool
+        self,
+        chat: Conversation,
+        model: Qwen3VLModel,
+        images: list[str],
+        videos: list[str],
+        *,
+        has_stats: bool,
+        is_quiet: bool,
     ) -> None:
         self._chat = chat
         self._model = model
         self._has_stats = has_stats
         self._is_quiet = is_quiet
         self._images: list[str] = []
+        self._videos: list[str] = []
         for path in images:
             self._attach(path)
+        for path in videos:
+            self._attach_video(path)
 
     def loop(self) -> None:
         """Read and answer until /quit or the end of the input."""
@@ -66,11 +77,13 @@ class LineChat:
         command, _, argument = line.partition(" ")
         if command == "/image":
             self._attach(argument.strip())
+        elif command == "/video":
+            self._attach_video(argument.strip())
         elif command == "/rewind":
             self._rewind(argument.strip())
         elif line == "/reset":
             self._chat.reset()
-            self._images = []
+            self._images, self._videos = [], []
             self._say("conversation forgotten")
         elif command.startswith("/") and command[1:].isalpha():
             raise UsageError(f"unknown command {command}", remedy=f"the commands are {COMMANDS}")
@@ -88,6 +101,17 @@ class LineChat:
         self._images.append(path)
         self._say(f"{path}: {width} x {height} pixels, shown with the next turn")
 
+    def _attach_video(self, path: str) -> None:
+        from runtime.video.opening import open_video
+
+        if not path:
+            raise UsageError("/video needs a path", remedy="/video clip.mp4")
+        reader = open_video(path, self._model.max_image_pixels)
+        reader.close()
+        self._videos.append(path)
+        rate = "" if reader.fps is None else f", {reader.fps:.4g} a second"
+        self._say(f"{path}: {reader.num_frames} frames{rate}, shown with the next turn")
+
     def _rewind(self, argument: str) -> None:
         """Drop the last turns; their images too, those that wait for the next one stay."""
         num_turns = len(self._chat.turns)
@@ -104,11 +128,11 @@ class LineChat:
     def _answer(self, prompt: str) -> None:
         """Generate one turn; a turn that fails or is stopped leaves no trace, and its images stay attached."""
         try:
-            generation = print_stream(self._chat.stream(prompt, images=self._images))
+            generation = print_stream(self._chat.stream(prompt, images=self._images, videos=self._videos))
         except KeyboardInterrupt:
             self._say("stopped; this turn is dropped")
             return
-        self._images = []
+        self._images, self._videos = [], []
         cached = cached_text(generation.stats)
         if self._has_stats:
             print_stats(generation.stats)

@@ -19,7 +19,7 @@ import typer
 import typer.main
 
 from engines.disk import full_disk_error
-from qwen3vl_export.cli.options import Answering, Opening, Serving
+from qwen3vl_export.cli.options import Answering, Opening, Seeing, Serving
 from runtime.errors import CapacityError, Qwen3VLError, UsageError
 from runtime.installation import EXTRAS, how_to_install
 from runtime.shown import escape_controls
@@ -31,7 +31,7 @@ INTERRUPTED = 130  # 128 + SIGINT, what shells report for Ctrl-C
 BROKEN_PIPE = 141  # 128 + SIGPIPE, what shells report for a tool whose reader has gone
 
 # Keyword arguments of the Python API that messages name, and that the command line spells with dashes.
-_RECORDS = (Answering, Opening, Serving)
+_RECORDS = (Answering, Opening, Serving, Seeing)
 _API_OPTIONS = [each.name for kind in _RECORDS for each in dataclasses.fields(kind) if "_" in each.name]
 _API_OPTION = re.compile(rf"(?<![\w./-])({'|'.join(_API_OPTIONS)})\b(?:=(\w[\w.]*\b))?(?![\w/])")
 

@@ -31,6 +31,14 @@ Images = Annotated[
     list[str] | None,
     typer.Option("--image", metavar="PATH", help="Image file to show before the prompt; may be repeated."),
 ]
+Videos = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--video",
+        metavar="PATH",
+        help="Video file, animated image or folder of frames to show before the prompt; may be repeated.",
+    ),
+]
 System = Annotated[
     str | None, typer.Option(metavar="TEXT", help="System message: how the model is to answer.", show_default=False)
 ]
@@ -43,8 +51,8 @@ class Opening:
     """How an engine is opened.
 
     Attributes:
-        min_pixels: Enlarge images that have fewer pixels than this.
-        max_pixels: Shrink images that have more pixels than this: faster, with less detail.
+        min_pixels: Enlarge images and frames that have fewer pixels than this.
+        max_pixels: Shrink images and frames that have more pixels than this: faster, with less detail.
         max_image_pixels: Refuse images that have more pixels than this before decoding them. [default: 50000000]
         max_context: Capacity of the KV cache in tokens, for prompt, images and answer together.
         max_memory: Most memory that weights, KV cache and workspace may take together, in units of 10^9 bytes.
@@ -52,6 +60,7 @@ class Opening:
         threads: Number of CPU threads. [default: OMP_NUM_THREADS, or the number of cores]
         huge_pages: Move the weights to huge pages: opening takes seconds longer, tokens come faster.
         no_cuda_graphs: On a GPU, do not record the decode step as a CUDA graph.
+        legacy_video_prompt: Write prompts with videos as transformers before 5.10 did.
     """
 
     min_pixels: int | None = None
@@ -62,6 +71,7 @@ class Opening:
     threads: int | None = None
     huge_pages: bool = False
     no_cuda_graphs: bool = False
+    legacy_video_prompt: bool = False
 
     def open(self, engine: Path, *, check: bool = False, serving: Serving | None = None) -> Qwen3VLModel:
         """Open it.
@@ -159,6 +169,25 @@ class Answering:
     prompt_lookup_num_tokens: Annotated[
         int | None, typer.Option("--prompt-lookup-num-tokens", "--prompt-lookup", metavar="N")
     ] = None
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """How much of images and videos is seen.
+
+    Attributes:
+        fps: Take so many frames of a video for each of its seconds. [default: the checkpoint's, 2]
+        num_frames: Take so many frames of a video, spread evenly, instead.
+        min_frames: Take at least so many of a short one. [default: the checkpoint's, 4]
+        max_frames: Take at most so many of a long one. [default: the checkpoint's, 768]
+        max_visual_tokens: Shrink the largest images and videos until all of them together are at most so many tokens.
+    """
+
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    max_visual_tokens: int | None = None
 
 
 def given(options: Any) -> dict[str, Any]:

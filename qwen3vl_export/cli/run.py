@@ -24,8 +24,10 @@ from qwen3vl_export.cli.options import (
     Images,
     Opening,
     Quiet,
+    Seeing,
     ShowStats,
     System,
+    Videos,
     given,
     grouped,
 )
@@ -66,8 +68,10 @@ def run(
         ),
     ] = None,
     image: Images = None,
+    video: Videos = None,
     system: System = None,
     answering: Answering,
+    seeing: Seeing,
     opening: Opening,
     as_json: AsJson = False,
     stats: ShowStats = False,
@@ -85,6 +89,7 @@ def run(
     Examples:
       qwen3vl run demo-engine "Which digits are there?" --image note.png
       qwen3vl run ENGINE "What changed?" --image before.jpg --image after.jpg
+      qwen3vl run ENGINE "What happens, and when?" --video clip.mp4 --fps 1 --max-visual-tokens 4000
       qwen3vl run ENGINE "Write a haiku" --do-sample --temperature 0.8 --seed 1
       qwen3vl run ENGINE "Describe it" --image photo.jpg --max-pixels 500000 --stats
       qwen3vl run ENGINE "Describe it" --image photo.jpg --system "Answer in one sentence." --quiet
@@ -99,14 +104,15 @@ def run(
             "PROMPT is missing", remedy='give one, such as "Describe the image.", or - to read it from stdin'
         )
     model = opening.open(engine, check=check)
-    messages = [*system_message(system), *user_message(question, image or [])]
+    messages = [*system_message(system), *user_message(question, image or [], video or [])]
+    options = {**given(answering), **given(seeing)}
     if as_json:
-        generation = model.generate(messages, **given(answering))
+        generation = model.generate(messages, **options)
         shown = ("text", "token_ids", "finish_reason")
         values = {name: getattr(generation, name) for name in shown}
         print_json({**values, "stats": dataclasses.asdict(generation.stats)})
     else:
-        generation = print_stream(model.stream(messages, **given(answering)))
+        generation = print_stream(model.stream(messages, **options))
     if stats:
         print_stats(generation.stats)
 
@@ -117,8 +123,10 @@ def chat(
     engine: Engine,
     *,
     image: Images = None,
+    video: Videos = None,
     system: System = None,
     answering: Annotated[Answering, ("max_new_tokens", "do_sample", "temperature", "seed", "prompt_lookup_num_tokens")],
+    seeing: Seeing,
     opening: Opening,
     stats: ShowStats = False,
     quiet: Quiet = False,
@@ -129,6 +137,7 @@ def chat(
     \b
     At the prompt:
       /image PATH   show this image with the next turn
+      /video PATH   show this video with the next turn
       /rewind [N]   drop the last turn, or the last N
       /reset        forget the conversation
       /quit         end the chat, as the end of the input (Ctrl-D) does
@@ -139,8 +148,8 @@ def chat(
       qwen3vl chat demo-engine --image note.png
     """
     model = opening.open(engine, check=check)
-    conversation = model.chat(system, **given(answering))
-    LineChat(conversation, model, image or [], has_stats=stats, is_quiet=quiet).loop()
+    conversation = model.chat(system, **given(answering), **given(seeing))
+    LineChat(conversation, model, image or [], video or [], has_stats=stats, is_quiet=quiet).loop()
 
 
 @app.command()
