@@ -110,10 +110,9 @@ def _chosen(reader: VideoReader, options: VideoOptions, config: VideoProcessorCo
                 *(name, fps),
             )
     first, last = _range(options, total, fps, name)
-    if is_timed or (options.source_fps and options.settings.get("do_sample_frames") is False):
-        indices = np.arange(first, last + 1)
-    else:
-        indices = first + config.sample_indices(last - first + 1, fps)
+    if is_timed:
+        config = replace(config, do_sample_frames=False)
+    indices = config.sample_indices(last - first + 1, fps, first)
     if options.timestamps is not None:
         return indices, [options.timestamps[index] for index in indices]
     numbers = np.array(options.indices)[indices] if options.indices is not None else indices
