@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from runtime.answer import Generation
-from runtime.arguments import reading, template_variables, tool_schemas, whole_number
+from runtime.arguments import (
+    AUTO,
+    NO_CALLS,
+    checked_tool_choice,
+    reading,
+    template_variables,
+    tool_schemas,
+    whole_number,
+)
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.preparation import Prepared
@@ -24,18 +32,24 @@ class Call:
     """Arguments of a call that are no options of the answer, checked when the caller gives them.
 
     Args:
-        tools, chat_template_kwargs, priority, timeout_s: As in `Qwen3VLModel.stream`.
+        tools, chat_template_kwargs, priority, timeout_s, tool_choice: As in `Qwen3VLModel.stream`.
 
     Attributes:
+        tools: Those that the prompt shows.
         deadline: When the answer has to be complete, by `time.perf_counter`, if there is such a time.
 
     Raises:
         UsageError: One of them is of the wrong kind.
     """
 
-    def __init__(self, tools: Any, chat_template_kwargs: Any, priority: Any, timeout_s: Any) -> None:
+    def __init__(
+        self, tools: Any, chat_template_kwargs: Any, priority: Any, timeout_s: Any, *, tool_choice: Any = AUTO
+    ) -> None:
         # Now, since work begins later, when the caller may have changed them.
         self.tools = tool_schemas(tools)
+        self.tool_choice = checked_tool_choice(tool_choice)
+        if self.tool_choice == NO_CALLS:
+            self.tools = None
         self.chat_template_kwargs = template_variables(chat_template_kwargs)
         limit = _LARGEST_PRIORITY
         expected = "a whole number from -2^31 to 2^31, higher ones first"

@@ -22,6 +22,7 @@ from runtime.errors import UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import GenerationKeywords
 from runtime.messages import Messages, asked_messages
+from runtime.piece import Piece
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
 from runtime.stream import Stream
@@ -105,7 +106,7 @@ class Conversation:
         images: Sequence[Any] = (),
         priority: int = 0,
         timeout_s: float | None = None,
-        on_piece: Callable[[str], object] | None = None,
+        on_piece: Callable[[Piece], object] | None = None,
         **keywords: Unpack[GenerationKeywords],
     ) -> Generation:
         """Answer the next turn; see `stream`.
@@ -159,7 +160,9 @@ class Conversation:
             ImageError, CapacityError, OverloadError, DeadlineError: As `Qwen3VLModel.stream`.
         """
         asked = _Asked(asked_messages(prompt, images))
-        call = Call(self._call.tools, self._call.chat_template_kwargs, priority, timeout_s)
+        call = Call(
+            self._call.tools, self._call.chat_template_kwargs, priority, timeout_s, tool_choice=self._call.tool_choice
+        )
         begin = partial(self._begin_turn, asked, self._options.replace(**keywords), call)
         stream = Stream(begin, keeps=self, on_end=partial(self._end_turn, asked))
         asked.stream = weakref.ref(stream)
@@ -202,7 +205,7 @@ class Conversation:
         """Return all messages; under the lock."""
         messages, attachments = list(self._start.turns), list(self._start.attachments)
         for asked, answer in self._turns:
-            messages += [*asked.turns, {"role": "assistant", "content": answer.text}]
+            messages += [*asked.turns, answer.to_message()]
             attachments += asked.attachments
         return Messages(messages, tuple(attachments))
 

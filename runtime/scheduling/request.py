@@ -9,6 +9,7 @@ from runtime.contract import FloatArray
 from runtime.generation_config import GenerationOptions
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
+from runtime.tools.reader import ExpectedCalls
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,7 @@ class Request:
         priority: Requests of a higher one leave the queue first, and their prompts go first in every second step.
         deadline: When the answer has to be complete, by `time.perf_counter`; None for no such time.
         on_logits: Given the logits of all prompt tokens, chunk by chunk, float32 [L, vocab]; then no answer is wanted.
+        expected_calls: What calls of functions the answer may hold; None if none are to be looked for.
         pieces: Where the answer goes.
     """
 
@@ -35,6 +37,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     on_logits: Callable[[FloatArray], object] | None = None
+    expected_calls: ExpectedCalls | None = None
     pieces: Pieces = field(default_factory=Pieces)
 
     @property
