@@ -57,8 +57,10 @@ FORMS: dict[str, Callable[[Path], Any]] = {
     "array": lambda _: FRAMES,
     "arrays": lambda _: list(FRAMES),
     "PIL images": lambda _: tuple(Image.fromarray(frame) for frame in FRAMES),
-    "paths": lambda folder: [str(path) for path in sorted(folder_of(FRAMES, folder / "f").glob("frame_?.png"))]
-    + [folder / "f" / f"frame_{number}.png" for number in (10, 11, 12)],
+    "paths": lambda folder: (
+        [str(path) for path in sorted(folder_of(FRAMES, folder / "f").glob("frame_?.png"))]
+        + [folder / "f" / f"frame_{number}.png" for number in (10, 11, 12)]
+    ),
     "folder": lambda folder: folder_of(FRAMES, folder / "f"),
     "folder's URL": lambda folder: folder_of(FRAMES, folder / "f").as_uri(),
     "generator": lambda _: (frame for frame in FRAMES),
@@ -235,9 +237,7 @@ def test_segments_are_told_of_in_groups_before_the_end() -> None:
     config = config.changed({"do_sample_frames": False})
     source = source_of({"video": clips.moving(20, 64, 64), "raw_fps": 2})
     wide = VideoProcessorConfig(config.image, 1, 1 << 30, 512 * 512, 512 * 512, do_sample_frames=False)
-    found = process_video(
-        source, wide, max_image_pixels=MOST_PIXELS, on_images=lambda images: told.append(len(images))
-    )
+    found = process_video(source, wide, max_image_pixels=MOST_PIXELS, on_images=lambda images: told.append(len(images)))
     # 1024 patches each, so four fill a call; the rest is told of by the result.
     assert len(found.segments) == 10 and told == [4, 4]
 
