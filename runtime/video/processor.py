@@ -16,7 +16,7 @@ import numpy as np
 from runtime.contract import IntArray
 from runtime.errors import CapacityError, UsageError
 from runtime.image_config import FILTERS, NUM_CHANNELS
-from runtime.image_processor import MAX_PIXEL_VALUES_BYTES, ProcessedImage, segment
+from runtime.image_processor import MAX_PIXEL_VALUES_BYTES, OnImages, ProcessedImage, segment
 from runtime.resize import resize
 from runtime.video.config import UNKNOWN_FPS, VideoProcessorConfig
 from runtime.video.opening import open_video
@@ -26,7 +26,6 @@ from runtime.vision_inputs import VISION_PATCHES
 
 if TYPE_CHECKING:
     from runtime.images import RgbImage
-    from runtime.input_kinds.kind import OnImages
 
 _LOGGER = logging.getLogger(__name__)
 
