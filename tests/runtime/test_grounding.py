@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -106,15 +105,9 @@ def test_a_label_that_is_no_text_is_empty() -> None:
 @pytest.mark.parametrize(
     "piece", ['{\\"', '{"', "{", '{"a":', '"{', "<ref>", "<box>(1,", '{""', '{"\\', "<ref>a</ref>"]
 )
-def test_no_text_takes_time_that_grows_with_its_square(piece: str) -> None:
-    def steps(num_pieces: int) -> float:
-        started = time.process_time()
-        find_boxes(piece * num_pieces, SIZE)
-        return time.process_time() - started
-
-    # Sixteen times the text: a square would be 256 times the work, seconds of it.
-    short, long = min(steps(2_000) for _ in range(3)), steps(32_000)
-    assert long < 0.05 + 64 * short
+def test_a_long_text_of_beginnings_is_read(piece: str) -> None:
+    # A search that reads on to the end from each of them takes an hour.
+    assert find_boxes(CAT_JSON + piece * 30_000, SIZE) == (CAT,)
 
 
 sides = st.integers(1, 20_000)
@@ -136,25 +129,9 @@ def test_boxes_in_pixels_come_back_within_half_a_unit(width: int, height: int, d
 
 pieces = st.sampled_from(
     [
-        CAT_JSON,
-        "{",
-        "}",
-        "[",
-        "]",
-        '"',
-        "\\",
-        ",",
-        "bbox_2d",
-        ":",
-        "1e999",
-        "-",
-        "0",
-        "<ref>",
-        "</ref>",
-        "<box>",
-        "(1,2)",
+        *(CAT_JSON, '{"point_2d": [1, 2]}', "{", "}", "[", "]", '"', "\\", ",", "bbox_2d", ":", "1e999", "-", "0"),
+        *("<ref>", "</ref>", "<box>", "(1,2)", "</box>", "<|box_start|>", "<|box_end|>", "null", "\ud800", "\x00"),
     ]
-    + ["</box>", "<|box_start|>", "<|box_end|>", "null", "\ud800", "\x00", '{"point_2d": [1, 2]}']
 )
 
 
