@@ -28,6 +28,7 @@ from runtime.option_checks import (
     stop_strings,
     token_ids,
     true_or_false,
+    zero_or_more_than_one,
 )
 from runtime.shown import shown
 
@@ -89,6 +90,10 @@ class GenerationOptions:
         seed: Seed of the random generator; None takes fresh entropy.
         prompt_lookup_num_tokens: Most tokens that are drafted for one call of the decoder by looking up the last tokens
             in prompt and answer; 0 is off. It changes the speed alone, up to rounding (`runtime.generation`).
+        max_thinking_tokens: Most tokens of the thoughts before an answer, which then come to an end
+            (`runtime.thinking`); 0 is none at all, None no limit.
+        max_repetitions: An answer that has gone round so many times, saying the same over and over, ends
+            (`runtime.repetition`); 0 is off, else at least 2.
         eos_token_ids: Token ids that end the answer.
         missing_filters: Filters of sampling that generation_config.json asks for and this runtime does not do: with
             any, `do_sample` is refused. No option of a request.
@@ -119,6 +124,8 @@ class GenerationOptions:
         integer(0, most=_MOST_DRAFTED, remedy="10 suits most texts; 0 switches it off"),
         in_file="prompt_lookup_num_tokens",
     )
+    max_thinking_tokens: int | None = _option(None, optional(integer(0)))
+    max_repetitions: int = _option(0, zero_or_more_than_one)
     eos_token_ids: tuple[int, ...] = _option((), token_ids, in_file="eos_token_id")
     missing_filters: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 

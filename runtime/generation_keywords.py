@@ -28,6 +28,8 @@ class GenerationKeywords(TypedDict, total=False):
     stop: str | Sequence[str] | None
     seed: int | None
     prompt_lookup_num_tokens: int | None
+    max_thinking_tokens: int | None
+    max_repetitions: int | None
     eos_token_ids: int | Sequence[int] | None
     eos_token_id: int | Sequence[int] | None
     stop_strings: str | Sequence[str] | None

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -65,6 +65,10 @@ class ProcessedImage:
     def num_visual_tokens(self) -> int:
         """Tokens that the image takes in the prompt."""
         return math.prod(self.merged_grid_thw)
+
+
+OnImages: TypeAlias = Callable[[Sequence[ProcessedImage]], object]
+"""Given segments before the input that they are of is complete."""
 
 
 def process_image(

@@ -19,12 +19,15 @@ from runtime.errors import EngineError
 DISTRIBUTION = "qwen3vl-export"
 
 EXTRAS = {
+    "av": "video",
     "huggingface_hub": "export",
+    "llguidance": "structured",
     "matplotlib": "plot",
     "onnx": "export",
     "onnx_ir": "export",
     "onnxruntime": "cpu",
     "onnxscript": "export",
+    "pillow_heif": "heif",
     "safetensors": "export",
     "sklearn": "test",
     "torch": "export",

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
 from runtime.answer import Generation
-from runtime.arguments import folder_path, reading
+from runtime.arguments import AUTO, folder_path, reading
 from runtime.calls import Call, check_callback, run_batch, seconds
 from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray, no_visual_embeds
@@ -28,13 +28,14 @@ from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import RequestKeywords
 from runtime.guard import Owner, naming_errors
 from runtime.image_config import ImageProcessorConfig
-from runtime.image_processor import ProcessedImage
+from runtime.image_processor import OnImages, ProcessedImage
 from runtime.input_limits import INPUT_KEYWORDS, InputKeywords, InputLimits, answer_keywords
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
 from runtime.memory import LOGITS, PREFILL, VISION, WEIGHTS, check_fits, logits_bytes, vision_bytes
 from runtime.messages import normalise_messages, system_message
 from runtime.option_checks import true_or_false
+from runtime.piece import Piece
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
 from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import held_bytes, plan_limits
@@ -44,11 +45,9 @@ from runtime.serving_options import ServingKeywords, ServingOptions
 from runtime.session import Session, is_on_gpu, open_session
 from runtime.shown import shown
 from runtime.stream import Stream
+from runtime.thinking import checked_marks
 from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
-
-if TYPE_CHECKING:
-    from runtime.input_kinds.kind import OnImages
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
@@ -164,12 +163,10 @@ class Qwen3VLModel:
             min_pixels: Smaller images, and frames of videos, are enlarged to this area.
             max_pixels: Larger images, and frames of videos, are reduced to this area.
             max_memory: Most bytes that weights, cache and workspace may take together, by estimate; the machine's
-                memory, or the container's, by default. A GPU refuses by itself what it cannot hold, so an engine on one
-                has no default.
+                memory, or the container's, by default; on a GPU, which refuses what it cannot hold, none.
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
-            legacy_video_prompt: Write prompts with videos as transformers before 5.10 did: without the markers that the
-                chat template writes around a whole video, beside those around each of its temporal patches.
+            legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
             **serving: How many requests run and wait, and what is kept for later ones (`ServingKeywords`).
 
         Raises:
@@ -240,10 +237,11 @@ class Qwen3VLModel:
         options: GenerationOptions | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = AUTO,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
-        on_piece: Callable[[str], object] | None = None,
+        on_piece: Callable[[Piece], object] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Generation:
         """Answer messages in the Hugging Face chat format; see `stream`.
@@ -251,7 +249,7 @@ class Qwen3VLModel:
         `on_piece` is called in this thread with each piece of text; if it raises, the answer is stopped.
         """
         check_callback("on_piece", on_piece)
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
         with self._stream(messages, self._chosen(options, keywords), call) as stream:
             if on_piece is not None:
                 for piece in stream:
@@ -264,13 +262,14 @@ class Qwen3VLModel:
         options: GenerationOptions | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = AUTO,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Generation:
         """As `generate`, in an asyncio loop; a task that is cancelled stops its answer."""
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
         async with self._stream(messages, self._chosen(options, keywords), call) as stream:
             return complete(await stream.wait_async())
 
@@ -280,6 +279,7 @@ class Qwen3VLModel:
         options: GenerationOptions | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = AUTO,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
@@ -294,7 +294,9 @@ class Qwen3VLModel:
             options: All options of the answer, in place of the defaults, but that its `eos_token_ids`, if it has none,
                 are the model's; `model.defaults.replace(…)` makes such a set. The defaults are `model.defaults`, which
                 come from generation_config.json.
-            tools: JSON schemas of functions, for chat templates that know tools.
+            tools: JSON schemas of functions, for chat templates that know tools. Calls of them are told from the text
+                of the answer (`Generation.tool_calls`) if the template asks for a known format.
+            tool_choice: "auto" lets the model call them, "none" leaves them out of the prompt.
             chat_template_kwargs: Further variables of the chat template, such as `enable_thinking`.
             priority: Requests of a higher one leave the queue first, and their prompts go first in every second step.
             timeout_s: Seconds from this call on in which the answer has to be complete.
@@ -310,7 +312,7 @@ class Qwen3VLModel:
             OverloadError: The queue is full.
             DeadlineError: `timeout_s` was over.
         """
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
         return self._stream(messages, self._chosen(options, keywords), call)
 
     def astream(self, messages: Any, options: GenerationOptions | None = None, **keywords: Any) -> Stream:
@@ -323,6 +325,7 @@ class Qwen3VLModel:
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = AUTO,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
@@ -337,6 +340,7 @@ class Qwen3VLModel:
             prompts: The messages of each; see `stream`.
             options: Those of all answers, or of each.
             tools: As in `stream`, for all.
+            tool_choice: As in `stream`, for all.
             chat_template_kwargs: As in `stream`, for all.
             priority: As in `stream`.
             timeout_s: As in `stream`, from when a prompt's turn to be prepared has come.
@@ -351,7 +355,7 @@ class Qwen3VLModel:
             UsageError: The options are not valid, or not as many as the prompts.
         """
         check_callback("on_done", on_done)
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
         return run_batch(self._begin, prompts, self._chosen_for_all(options, keywords), call, on_done)
 
     def chat(
@@ -360,6 +364,7 @@ class Qwen3VLModel:
         options: GenerationOptions | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = AUTO,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Conversation:
@@ -371,6 +376,7 @@ class Qwen3VLModel:
             system: How the model is to answer.
             options: As in `stream`, for all answers.
             tools: As in `stream`, for all turns.
+            tool_choice: As in `stream`, for all turns.
             chat_template_kwargs: As in `stream`, for all turns.
             **keywords: As in `stream`, for all answers.
 
@@ -381,7 +387,7 @@ class Qwen3VLModel:
         if not (system is None or isinstance(system, str)):
             raise UsageError(f"system must be a string, got {type(system).__name__}", remedy="leave system out")
         start = None if system is None else normalise_messages(system_message(system))
-        call = Call(tools, chat_template_kwargs, keywords=keywords)
+        call = Call(tools, chat_template_kwargs, tool_choice=tool_choice, keywords=keywords)
         return Conversation(self._begin, self._chosen(options, keywords), call, start)
 
     def _chosen_for_all(
@@ -433,6 +439,8 @@ class Qwen3VLModel:
                 _LOGGER.warning("%s", note)
             if on_prepared is not None:
                 on_prepared(prepared)
+            if options.max_thinking_tokens is not None:
+                checked_marks(self.tokenizer)
             ready = time.perf_counter()
             request = Request(
                 prepared,

@@ -27,7 +27,7 @@ from runtime.files import MAX_TOKENIZER_BYTES, parse_json_object, read_small_fil
 from runtime.generation_config import GenerationOptions
 from runtime.image_bounds import MAX_IMAGE_PIXELS
 from runtime.image_config import NUM_CHANNELS, ImageProcessorConfig
-from runtime.image_processor import ProcessedImage
+from runtime.image_processor import OnImages, ProcessedImage
 from runtime.input_kinds.image import IMAGE_TOKEN, Image
 from runtime.input_kinds.kind import InputKind, InputSettings
 from runtime.input_kinds.registry import input_kinds
@@ -37,20 +37,18 @@ from runtime.messages import Attachment, Messages, normalise_messages
 from runtime.model_config import ModelConfig
 from runtime.parallel import ordered_map
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
+from runtime.prompt_builder import PromptBuilder
 from runtime.tokenizer import Tokenizer
 from runtime.video.config import VideoProcessorConfig
 from runtime.vision_inputs import VISION_PATCHES, vision_inputs
 
 if TYPE_CHECKING:
-    from runtime.input_kinds.kind import OnImages, Processed
+    from runtime.input_kinds.kind import Processed
 
 TOKENIZER, TEMPLATE, TOKENIZER_SETTINGS = "tokenizer.json", "chat_template.jinja", "tokenizer_config.json"
 PREPROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
 VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 _BUILD_AGAIN = "build the engine again"
-# Images with this multiple of the context's tokens are not followed by more; until then, the error can say which
-# max_pixels would make all of them fit.
-_HOPELESS = 4
 
 
 @dataclass(frozen=True)
@@ -228,37 +226,24 @@ class Preparation:
                 raise UsageError(f"this model has no token for {kind.name}s", remedy="leave them out of the messages")
         chat = self.template.render(turns, tools=tools, chat_template_kwargs=chat_template_kwargs)
         places = list(_placed(attachments, chat.places))
-        processed = self._processed([attachment for _, attachment in places], limits or InputLimits(), on_images)
-        input_ids: list[int] = []
-        images: list[ProcessedImage] = []
-        spans: list[VisualSpan] = []
-        inputs: list[Processed] = []
-        text, end = "", 0
-        # The tokenizer splits at added tokens before all else, so the text between two segments can be encoded alone.
+        placed = [attachment for _, attachment in places]
+        processed = self._processed(placed, limits or InputLimits(), on_images)
+        builder = PromptBuilder(self.tokenizer, max_tokens)
+        end = 0
         for offset, attachment in places:
-            kind = attachment.kind
-            start, next_end = self._extent(kind, chat.text, offset)
-            text += chat.text[end:start]
-            if max_tokens is not None and len(text) > max_tokens:
-                self._encode(text, input_ids, max_tokens)  # before anything is read that would be of no use
-            _check_room(images, max_tokens)
-            found = next(processed)
-            for insertion in kind.expansion(found):
-                input_ids += self._encode(text + insertion.before, input_ids, max_tokens)
-                images.append(insertion.image)
-                spans.append(VisualSpan(len(input_ids), insertion.image.merged_grid_thw))
-                input_ids += [self.tokenizer.token_id(kind.token)] * insertion.image.num_visual_tokens
-                text = insertion.after
-            inputs.append(found)
+            start, next_end = self._extent(attachment.kind, chat.text, offset)
+            builder.add_text(chat.text[end:start])
+            builder.add_input(attachment.kind, lambda: next(processed))
             end = next_end
-        input_ids += self._encode(text + chat.text[end:], input_ids, max_tokens)
+        builder.add_text(chat.text[end:])
+        builder.finish()
         return Prepared(
-            Prompt(input_ids, tuple(spans), chat.text),
-            tuple(images),
-            mrope_positions(len(input_ids), spans),
-            _shown(turns, attachments, [attachment for _, attachment in places], inputs),
-            tuple(inputs),
-            sum(found is not attachment.source for (_, attachment), found in zip(places, inputs, strict=True)),
+            Prompt(builder.input_ids, tuple(builder.spans), chat.text),
+            tuple(builder.images),
+            mrope_positions(len(builder.input_ids), builder.spans),
+            _shown(turns, attachments, placed, builder.inputs),
+            tuple(builder.inputs),
+            sum(found is not attachment.source for attachment, found in zip(placed, builder.inputs, strict=True)),
         )
 
     def _extent(self, kind: InputKind, text: str, offset: int) -> tuple[int, int]:
@@ -334,10 +319,6 @@ class Preparation:
             and len(image.digest) == hashlib.sha256().digest_size
         )
 
-    def _encode(self, text: str, before: Sequence[int], max_tokens: int | None) -> list[int]:
-        room = None if max_tokens is None else max(0, max_tokens - len(before))
-        return self.tokenizer.encode(text, max_tokens=room)
-
     def vision_inputs(self, image: ProcessedImage) -> VisionInputs:
         """Return what the vision tower takes of an image."""
         return vision_inputs(image.pixel_values, image.grid_thw, self.config.vision)
@@ -375,17 +356,6 @@ def _shown(
     """Return the messages with processed inputs in the place of their sources."""
     of = {id(attachment): found for attachment, found in zip(placed, inputs, strict=True)}
     return Messages(turns, tuple(Attachment(each.kind, of[id(each)]) for each in attachments))
-
-
-def _check_room(images: Sequence[ProcessedImage], max_tokens: int | None) -> None:
-    """Raise if no prompt with these images and more can have so few tokens."""
-    num_tokens = sum(image.num_visual_tokens for image in images)
-    if max_tokens is not None and num_tokens >= _HOPELESS * max_tokens:
-        raise CapacityError(
-            f"the first {len(images)} image(s) or temporal patches alone are {num_tokens} visual tokens: "
-            f"max_context is {max_tokens}",
-            remedy=f"pass max_visual_tokens={max_tokens // 2}, send fewer of them, or raise max_context",
-        )
 
 
 def _check_patches(settings: ImageProcessorConfig | VideoProcessorConfig, config: ModelConfig, path: Path) -> None:

@@ -354,6 +354,11 @@ class Sampler:
         self._history.append(token_id)
         return token_id
 
+    def take(self, token_id: int) -> int:
+        """Remember a token that was not chosen here but has to come next, and return it."""
+        self._history.append(token_id)
+        return token_id
+
     @property
     def _num_kept(self) -> int:
         return self.options.top_k if self.options.do_sample else 1

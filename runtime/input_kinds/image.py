@@ -6,19 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runtime.base64_text import decode_base64
 from runtime.errors import UsageError
 from runtime.image_config import ImageProcessorConfig
-from runtime.image_processor import ProcessedImage, process_image
+from runtime.image_processor import OnImages, ProcessedImage, process_image
 from runtime.input_kinds.kind import InputKind, InputSettings, Insertion
 from runtime.message_keys import REFUSED_PART_KEYS, check_keys, exact
 from runtime.option_checks import integer
 from runtime.shown import shown
-
-if TYPE_CHECKING:
-    from runtime.input_kinds.kind import OnImages
 
 IMAGE_TOKEN = "<|image_pad|>"
 # The names under which transformers' `apply_chat_template` takes an image, and "data", bytes or base64.

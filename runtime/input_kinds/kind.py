@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from runtime.image_config import ImageProcessorConfig
-from runtime.image_processor import ProcessedImage
+from runtime.image_processor import OnImages, ProcessedImage
 
 if TYPE_CHECKING:
     from runtime.video.config import VideoProcessorConfig
     from runtime.video.processor import ProcessedVideo
 
     Processed: TypeAlias = ProcessedImage | ProcessedVideo
-    OnImages: TypeAlias = Callable[[Sequence[ProcessedImage]], object]
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from runtime.input_kinds.kind import InputKind, InputSettings, Insertion
 from runtime.message_keys import REFUSED_PART_KEYS, check_keys, exact
 from runtime.option_checks import any_number, between, integer, true_or_false
 from runtime.shown import shown
+from runtime.video.opening import Replayed, is_one_time
 from runtime.video.processor import ProcessedVideo, process_video
 from runtime.video.source import VideoOptions, VideoSource
 
 if TYPE_CHECKING:
-    from runtime.input_kinds.kind import OnImages
+    from runtime.image_processor import OnImages
 
 VIDEO_TOKEN = "<|video_pad|>"
 _START, _END = "<|vision_start|>", "<|vision_end|>"
@@ -71,7 +72,8 @@ class Video(InputKind):
         if isinstance(video, ProcessedVideo):
             return video
         with reading(place, "pass plain numbers and lists"):
-            return VideoSource(video, _options(part, place))
+            options = _options(part, place)
+            return VideoSource(Replayed(video) if is_one_time(video) else video, options)
 
     def process(self, source: Any, settings: InputSettings, on_images: OnImages | None = None) -> ProcessedVideo:
         """Decode, choose, resize and cut frames; see `runtime.video.processor.process_video`."""

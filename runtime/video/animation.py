@@ -54,10 +54,14 @@ class AnimationReader(VideoReader):
 
     def frames(self, indices: IntArray) -> Iterator[RgbImage]:
         """Compose frames; see `VideoReader.frames`."""
-        for number, count in repeats_of(indices).items():
-            frame_HWC = self._guarded(lambda number=number: self._frame(number))
-            for _ in range(count):
-                yield frame_HWC
+        place = self._image.tell()  # whoever opened an image may look at it afterwards
+        try:
+            for number, count in repeats_of(indices).items():
+                frame_HWC = self._guarded(lambda number=number: self._frame(number))
+                for _ in range(count):
+                    yield frame_HWC
+        finally:
+            self._guarded(lambda: self._image.seek(place))
 
     def _frame(self, number: int) -> RgbImage:
         self._image.seek(number)

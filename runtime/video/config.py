@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.contract import IntArray
-from runtime.errors import CheckpointError, ImageError, UsageError
+from runtime.errors import CapacityError, CheckpointError, ImageError, UsageError
 from runtime.image_bounds import MAX_ASPECT_RATIO
 from runtime.image_config import ImageProcessorConfig
 from runtime.input_limits import InputLimits
@@ -22,6 +22,9 @@ from runtime.option_checks import between, integer, optional, true_or_false
 
 UNKNOWN_FPS = 24.0
 """Rate of frames whose rate nobody says, as transformers assumes it."""
+
+MAX_TAKEN_FRAMES = 1 << 16
+"""Most frames that are taken of one video, whatever its header and its options say."""
 
 # Of transformers' class, where a checkpoint says nothing.
 _MIN_PIXELS, _MAX_PIXELS = 128 * 32 * 32, 32 * 32 * 768
@@ -155,21 +158,31 @@ class VideoProcessorConfig:
             changes.setdefault("num_frames", None)
         return replace(self, **changes)
 
-    def sample_indices(self, total_num_frames: int, source_fps: float) -> IntArray:
+    def sample_indices(self, total_num_frames: int, source_fps: float, first: int = 0) -> IntArray:
         """Return the numbers of the frames that are taken, ascending: `Qwen3VLVideoProcessor.sample_frames`.
 
+        Where `num_frames` asks for more frames than there are, some come several times, as in transformers.
+
         Args:
-            total_num_frames: Frames of the video, at least 1.
+            total_num_frames: Frames of the video, or of the part of it that is taken, at least 1.
             source_fps: Frames in each of its seconds.
+            first: Number of the first of them.
+
+        Raises:
+            CapacityError: More than `MAX_TAKEN_FRAMES` would be taken.
         """
-        if not self.do_sample_frames:
-            return np.arange(total_num_frames)
         num_frames = self.num_frames
-        if num_frames is None:
+        if not self.do_sample_frames:
+            num_frames = total_num_frames
+        elif num_frames is None:
             wanted = min(total_num_frames / source_fps * self.fps, float(1 << 53))
-            num_frames = min(max(int(wanted), self.min_frames), self.max_frames)
-        num_frames = min(num_frames, total_num_frames)
-        return np.linspace(0, total_num_frames - 1, num_frames).round().astype(np.int64)
+            num_frames = min(max(int(wanted), self.min_frames), self.max_frames, total_num_frames)
+        if num_frames > MAX_TAKEN_FRAMES:
+            raise CapacityError(
+                f"{num_frames} frames of a video would be taken, expected at most {MAX_TAKEN_FRAMES}",
+                remedy="lower num_frames, max_frames or fps, or let frames be chosen (do_sample_frames)",
+            )
+        return np.linspace(first, first + total_num_frames - 1, num_frames).round().astype(np.int64)
 
     def target_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """Return the height and width in pixels that frames of this size are brought to.

@@ -3,6 +3,9 @@
 The file is decoded from its start, frame after frame: which frames there are before a place is known only then, and
 frames have to be those that transformers chooses by their numbers. What is not taken is neither converted nor kept, so
 memory does not grow with the length of the file.
+
+A frame's time is its number divided by the mean rate, also where the rate varies, because that is what transformers
+writes into the prompt.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ _CONTAINERS = (
 _INSTALL = "pip install 'qwen3vl-export[video]'"
 # Of its frames, those that a header may count and nobody can decode: edits and encoders leave some.
 _MISSING_SHARE, _MISSING_FRAMES = 0.02, 2
-_QUARTER_TURNS = {90: 1, 180: 2, 270: 3}
+# Of the time that a header says, what a whole file may lack: encoders round, and leave out the last frame's.
+_MISSING_TIME_SHARE, _MISSING_TIME_S = 0.1, 1.0
+_DECODER_PIXELS = 1 << 16
+_TICKS_PER_S = 1_000_000  # AV_TIME_BASE
 
 
 class FileReader(VideoReader):
@@ -105,10 +111,6 @@ class FileReader(VideoReader):
         for _ in range(left):
             yield frame_HWC
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     def _open(self) -> Any:
         try:
             import av
@@ -132,8 +134,9 @@ class FileReader(VideoReader):
         except Qwen3VLError:
             raise
         except Exception as error:  # PyAV's errors, of many classes, and those of the file's own methods
+            reason = getattr(error, "strerror", None) or error
             raise ImageError(
-                f"{self.name}: not a video that can be read, or its header is damaged: {error}",
+                f"{self.name}: not a video that can be read, or its header is damaged: {reason}",
                 remedy="convert it to MP4 (ffmpeg -i input output.mp4), or fetch it again",
             ) from error
 
@@ -149,13 +152,15 @@ class FileReader(VideoReader):
         check_size(stream.codec_context.width, stream.codec_context.height, self.name, self._max_image_pixels)
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = default_threads()
+        # Frames may become larger on the way. Twice, since a decoder rounds both sides up.
+        stream.codec_context.options = {"max_pixels": str(2 * self._max_image_pixels + _DECODER_PIXELS)}
         return stream
 
     def _rgb(self, frame: Any) -> RgbImage:
         check_size(frame.width, frame.height, self.name, self._max_image_pixels)
         frame_HWC: RgbImage = frame.to_ndarray(format="rgb24")
         # Phones record as the sensor lies, and say by how much to turn it, against the clock.
-        turns = _QUARTER_TURNS.get(int(getattr(frame, "rotation", 0)) % 360, 0)
+        turns = round(frame.rotation / 90) % 4
         return np.ascontiguousarray(np.rot90(frame_HWC, turns)) if turns else frame_HWC
 
 
@@ -165,11 +170,23 @@ def _is_cover(stream: Any) -> bool:
 
 
 def _count_packets(container: Any, stream: Any, name: str) -> int:
-    """Count the frames of a file whose header does not: nearly every packet of a container holds one."""
-    count = 0
-    for packet in container.demux(stream):
-        # Frames of the codec that are not shown (VP9's references) come in packets of their own, without a time.
-        count += packet.size > 0 and not packet.is_discard
+    """Count the frames of a file whose header does not: nearly every packet of a container holds one.
+
+    Raises:
+        ImageError: It ends long before the time that its header says.
+    """
+    count, end_s = 0, 0.0
+    for packet in container.demux():  # sound may be longer than the pictures
+        if packet.pts is not None:
+            end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        # Packets of 0 bytes end a stream; those to discard come before the time at which it begins.
+        count += packet.stream.index == stream.index and packet.size > 0 and not packet.is_discard
+    said_s = (container.duration or 0) / _TICKS_PER_S
+    if said_s - end_s > max(_MISSING_TIME_S, _MISSING_TIME_SHARE * said_s):
+        raise ImageError(
+            f"{name}: cut short: it says {said_s:.1f} s, and ends after {end_s:.1f} s",
+            remedy="fetch or record it again",
+        )
     return count
 
 

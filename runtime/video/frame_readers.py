@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.contract import IntArray
-from runtime.errors import CapacityError, ImageError
+from runtime.errors import CapacityError, ImageError, Qwen3VLError
 from runtime.images import load_image
 from runtime.video.reader import VideoReader, repeats_of
 
@@ -64,12 +64,13 @@ class FramesReader(VideoReader):
                 yield frame_HWC
 
 
-def stream_reader(frames: Iterator[Any], name: str, max_image_pixels: int) -> FramesReader:
-    """Read an iterator of frames to its end.
+def taken_frames(frames: Iterator[Any], name: str, max_image_pixels: int) -> list[RgbImage]:
+    """Read an iterator of frames to its end, uint8 [H, W, 3] each.
 
     Raises:
         CapacityError: It has more frames or bytes than are held.
-        ImageError: It raises an error, gives no frames, or what is none.
+        ImageError: It raises an error, or gives what is no image.
+        UsageError: It gives what cannot be an image.
     """
     taken: list[RgbImage] = []
     num_bytes = 0
@@ -81,15 +82,15 @@ def stream_reader(frames: Iterator[Any], name: str, max_image_pixels: int) -> Fr
             num_bytes += taken[-1].nbytes
             if len(taken) > MAX_STREAM_FRAMES or num_bytes > MAX_STREAM_BYTES:
                 raise CapacityError(
-                    f"{name}: {len(taken)} frames of {num_bytes / 1e9:.2f} GB without an end; at most "
+                    f"{num_bytes / 1e9:.2f} GB of frames without an end; at most "
                     f"{MAX_STREAM_FRAMES} frames and {MAX_STREAM_BYTES / 1e9:.2f} GB are held",
                     remedy="pass a file, or a part of the stream: itertools.islice(frames, 600)",
                 )
-    except (ImageError, CapacityError):
-        raise
+    except Qwen3VLError as error:
+        raise type(error)(f"{name}, frame {len(taken)}: {error.message}", remedy=error.remedy) from error
     except Exception as error:
         raise ImageError(
             f"{name}: ended with an error after {len(taken)} frames: {type(error).__name__}: {error}",
             remedy="pass an iterator of frames that ends by itself",
         ) from error
-    return FramesReader(taken, name, max_image_pixels, is_sampled=False)
+    return taken

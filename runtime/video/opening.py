@@ -22,7 +22,7 @@ from runtime.shown import shown
 from runtime.urls import check_local, scheme_of
 from runtime.video.animation import AnimationReader, is_animation
 from runtime.video.file_reader import FileReader
-from runtime.video.frame_readers import FramesReader, stream_reader
+from runtime.video.frame_readers import FramesReader, taken_frames
 from runtime.video.reader import VideoReader
 
 MAX_PIPE_BYTES = 4 << 30
@@ -60,10 +60,10 @@ def open_video(source: Any, max_image_pixels: int) -> VideoReader:
         return _of_file(io.BytesIO(contents), f"video of {len(contents)} bytes", max_image_pixels)
     if isinstance(source, (str, os.PathLike)):
         return _of_text(source, max_image_pixels)
-    if hasattr(source, "read"):
-        return _of_file(_seekable(source), "video of a file object", max_image_pixels)
-    if hasattr(source, "__next__"):
-        return stream_reader(cast(Iterator[Any], source), "video of an iterator", max_image_pixels)
+    if is_one_time(source):
+        source = Replayed(source)
+    if isinstance(source, Replayed):
+        return source.open(max_image_pixels)
 
     from PIL import Image
 
@@ -74,6 +74,36 @@ def open_video(source: Any, max_image_pixels: int) -> VideoReader:
         f"{type(source).__name__}",
         remedy="pass a torch tensor as a uint8 array [frames, height, width, 3]: tensor.permute(0, 2, 3, 1).numpy()",
     )
+
+
+def is_one_time(source: Any) -> bool:
+    """Return whether a source can be read only once: a file object or an iterator."""
+    return hasattr(source, "read") or hasattr(source, "__next__")
+
+
+class Replayed:
+    """A file object or an iterator of frames, read when it is first opened, and kept for later.
+
+    A prompt whose inputs have to share a budget of tokens reads some of them twice.
+
+    Args:
+        source: What `is_one_time` says is one.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._copy: Any = None
+
+    def open(self, max_image_pixels: int) -> VideoReader:
+        """Open the video; errors are those of `open_video`."""
+        if hasattr(self._source, "read"):
+            self._copy = self._copy or _seekable(self._source)
+            self._copy.seek(0)
+            return _of_file(self._copy, "video of a file object", max_image_pixels, is_kept=True)
+        name = "video of an iterator"
+        if self._copy is None:
+            self._copy = taken_frames(cast(Iterator[Any], self._source), name, max_image_pixels)
+        return FramesReader(self._copy, name, max_image_pixels, is_sampled=False)
 
 
 def _of_array(array: np.ndarray[Any, Any], limit: int) -> VideoReader:
@@ -164,24 +194,27 @@ def _parts(name: str) -> list[str]:
     return [part for part in re.split(r"([0-9]+)", name) if part]
 
 
-def _of_file(file: IO[bytes], where: str, limit: int) -> VideoReader:
+def _of_file(file: IO[bytes], where: str, limit: int, *, is_kept: bool = False) -> VideoReader:
+    """Open a file, which the reader closes unless it `is_kept`."""
+    reader: VideoReader
     try:
         start = file.read(16)
         if not start:
             raise ImageError(f"{where}: an empty file", remedy="fetch or record it again")
         file.seek(0)
-        if is_animation(start):
-            return AnimationReader(file, where, limit)
-        return FileReader(file, where, limit)
+        reader = AnimationReader(file, where, limit) if is_animation(start) else FileReader(file, where, limit)
+        reader.owned_file = None if is_kept else file
+        return reader
     except BaseException:
-        file.close()
+        if not is_kept:
+            file.close()
         raise
 
 
 def _seekable(source: Any) -> IO[bytes]:
     """Return a file object that can seek and belongs to us: what was given is read once, from where it stands."""
     with reading("the video", "pass a file that was opened for reading bytes"):
-        copy = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=64 << 20))  # noqa: SIM115 (the reader closes it)
+        copy = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=64 << 20))  # noqa: SIM115 (kept as long as the source)
         num_bytes = 0
         while block := source.read(_BLOCK_BYTES):
             num_bytes += len(block)

@@ -16,7 +16,7 @@ import numpy as np
 from runtime.contract import IntArray
 from runtime.errors import CapacityError, UsageError
 from runtime.image_config import FILTERS, NUM_CHANNELS
-from runtime.image_processor import MAX_PIXEL_VALUES_BYTES, ProcessedImage, segment
+from runtime.image_processor import MAX_PIXEL_VALUES_BYTES, OnImages, ProcessedImage, segment
 from runtime.resize import resize
 from runtime.video.config import UNKNOWN_FPS, VideoProcessorConfig
 from runtime.video.opening import open_video
@@ -26,7 +26,6 @@ from runtime.vision_inputs import VISION_PATCHES
 
 if TYPE_CHECKING:
     from runtime.images import RgbImage
-    from runtime.input_kinds.kind import OnImages
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -111,10 +110,9 @@ def _chosen(reader: VideoReader, options: VideoOptions, config: VideoProcessorCo
                 *(name, fps),
             )
     first, last = _range(options, total, fps, name)
-    if is_timed or (options.source_fps and options.settings.get("do_sample_frames") is False):
-        indices = np.arange(first, last + 1)
-    else:
-        indices = first + config.sample_indices(last - first + 1, fps)
+    if is_timed:
+        config = replace(config, do_sample_frames=False)
+    indices = config.sample_indices(last - first + 1, fps, first)
     if options.timestamps is not None:
         return indices, [options.timestamps[index] for index in indices]
     numbers = np.array(options.indices)[indices] if options.indices is not None else indices

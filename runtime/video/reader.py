@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import IO, TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -22,12 +22,14 @@ class VideoReader(ABC):
         num_frames: How many there are.
         fps: How many of them in a second; None if nobody says.
         is_sampled: They were chosen already: all are taken where nobody asks for others.
+        owned_file: What `close` closes.
     """
 
     name: str
     num_frames: int
     fps: float | None
     is_sampled: ClassVar[bool] = False
+    owned_file: IO[bytes] | None = None
 
     @abstractmethod
     def frames(self, indices: IntArray) -> Iterator[RgbImage]:
@@ -41,8 +43,10 @@ class VideoReader(ABC):
             CapacityError: One has too many pixels.
         """
 
-    def close(self) -> None:  # noqa: B027 (lists of frames have nothing to close)
-        """Close what was opened."""
+    def close(self) -> None:
+        """Close what was opened for this reader."""
+        if self.owned_file is not None:
+            self.owned_file.close()
 
 
 def repeats_of(indices: IntArray) -> dict[int, int]:

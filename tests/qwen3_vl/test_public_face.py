@@ -114,7 +114,7 @@ def test_typed_keywords_are_the_options() -> None:
         more = ["on_piece"] if method is Qwen3VLModel.generate else []
         names = ["messages", "options", "tools", "chat_template_kwargs", "priority", "timeout_s"]
         assert list(parameters) == ["self", *names, *more, "keywords"]
-        assert str(parameters["keywords"].annotation) == "Unpack[GenerationKeywords]"
+        assert str(parameters["keywords"].annotation) == "Unpack[RequestKeywords]"
     assert set(get_type_hints(ServingKeywords)) == set(ServingOptions.__dataclass_fields__)
     with pytest.raises(UsageError, match="unknown generation option 'max_new_token'"):
         GenerationOptions().replace(max_new_token=1)

@@ -189,5 +189,7 @@ def test_no_more_images_are_read_once_they_exceed_the_context(tiny_engine: Path)
     model = Qwen3VLModel.from_engine(tiny_engine, max_context=10)
     image = {"type": "image", "image": PICTURE}
     broken = {"type": "image", "image": b"not an image"}
-    with pytest.raises(CapacityError, match=r"image\(s\) alone are .* visual tokens: max_context is 10"):
+    with pytest.raises(
+        CapacityError, match=r"image\(s\) or temporal patches alone are .* visual tokens: max_context is 10"
+    ):
         model.generate([{"role": "user", "content": [image] * 40 + [broken]}])

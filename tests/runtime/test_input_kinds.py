@@ -57,10 +57,12 @@ print(len(model.generate([{"role": "user", "content": parts}], max_new_tokens=2)
 
 
 @pytest.mark.portable
-def test_images_are_the_only_kind_so_far() -> None:
-    assert [kind.name for kind in input_kinds()] == ["image"]
-    assert [kind_of(name) for name in ("image", "image_url", "input_image")] == 3 * list(input_kinds())
-    assert kind_of("video") is None
+def test_images_and_videos_are_the_kinds() -> None:
+    image, video = input_kinds()
+    assert (image.name, video.name) == ("image", "video")
+    assert [kind_of(name) for name in ("image", "image_url", "input_image")] == 3 * [image]
+    assert [kind_of(name) for name in ("video", "video_url", "input_video")] == 3 * [video]
+    assert kind_of("audio") is None
 
 
 def copied_with(folder: Path, **kinds: str) -> None:

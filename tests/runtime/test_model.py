@@ -296,7 +296,7 @@ def test_tools_and_variables_reach_the_template(model: Qwen3VLModel, monkeypatch
         (user_message("Hi", ["https://example.org/cat.png"]), {}, UsageError),
         (user_message("Hi", ["missing.png"]), {}, ImageError),
         (user_message("Hi", [np.zeros((0, 4, 3), np.uint8)]), {}, ImageError),
-        ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], {}, UsageError),
+        ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], {}, ImageError),
         (user_message("Hi"), {"max_tokens": 3}, UsageError),
         (user_message("Hi " * 5000), {}, CapacityError),
     ],
