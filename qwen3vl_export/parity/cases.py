@@ -1,8 +1,9 @@
-"""The prompts that engines are compared on: text, one image, several images of different sizes, a prefill in chunks."""
+"""The prompts that engines are compared on: text, images of different sizes, videos of different lengths, chunks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,49 @@ _SIZES = ((170, 100), (90, 120), (250, 72))
 # Fewer than the visual tokens of each picture (15, 12 and 16, or more where a checkpoint enlarges small pictures), so
 # that every picture straddles a border of two chunks.
 _SMALL_CHUNK = 8
+# Frames, their rate, and width and height of a video. At the 2 frames a second of every checkpoint, an odd number of
+# frames is taken of the first, every second one of the other.
+_CLIPS = ((5, 2.0, 100, 60), (12, 4.0, 70, 110))
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A video: uint8 [frames, height, width, 3], and its frames in a second."""
+
+    frames: np.ndarray
+    fps: float
+
+    @property
+    def part(self) -> dict[str, Any]:
+        """The video as a part of a message."""
+        return {"type": "video", "video": self.frames, "raw_fps": self.fps}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt; images are files, in the order of the prompt; `chunk` is the most tokens of one prefill call."""
+    """One prompt.
+
+    Attributes:
+        name: In reports.
+        prompt: Its text, after all else.
+        images: Files; in the prompt, they and the videos take turns, a video first.
+        videos: Videos.
+        chunk: Most tokens of one prefill call.
+    """
 
     name: str
     prompt: str
     images: tuple[Path, ...] = ()
+    videos: tuple[Clip, ...] = ()
     chunk: int = PREFILL_CHUNK
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The prompt in the Hugging Face chat format."""
-        parts: list[dict[str, Any]] = [{"type": "image", "image": str(path)} for path in self.images]
+        parts: list[dict[str, Any]] = []
+        for video, image in zip_longest(self.videos, self.images):
+            parts += [video.part] if video is not None else []
+            parts += [{"type": "image", "image": str(image)}] if image is not None else []
         return [{"role": "user", "content": [*parts, {"type": "text", "text": self.prompt}]}]
 
 
@@ -41,12 +70,21 @@ def make_cases(folder: Path) -> list[Case]:
     for seed, (width, height) in enumerate(_SIZES):
         paths.append(folder / f"picture_{seed}.png")
         Image.fromarray(picture(width, height, seed)).save(paths[-1])
+    clips = tuple(clip(*each) for each in _CLIPS)
     return [
         Case("text", "Count the digits and say where each of them is."),
         Case("one image", "Read the digits in order.", (paths[0],)),
         Case("three images", "Read the digits of all pictures.", tuple(paths)),
-        Case("small chunks", "Count the digits of both pictures.", tuple(paths[:2]), _SMALL_CHUNK),
+        Case("small chunks", "Count the digits of both pictures.", tuple(paths[:2]), chunk=_SMALL_CHUNK),
+        Case("video", "What happens, and when?", videos=(clips[0],)),
+        Case("videos and image", "Compare the videos with the picture.", (paths[1],), clips, _SMALL_CHUNK),
     ]
+
+
+def clip(num_frames: int, fps: float, width: int, height: int) -> Clip:
+    """Draw a video whose every frame is another picture; the same for the same arguments."""
+    frames = [picture(width, height, 100 * num_frames + number) for number in range(num_frames)]
+    return Clip(np.stack(frames), fps)
 
 
 def picture(width: int, height: int, seed: int) -> np.ndarray:

@@ -32,6 +32,7 @@ class OwnReference:
         self._session = EagerSession(model)
         self.name = f"own definition, torch {torch.__version__}"
         self.notes = [_OWN_NOTE]
+        self.keeps_markers = True
 
     def inputs(self, messages: list[dict[str, Any]]) -> None:
         """Return None: its processor is the runtime's, which would be compared with itself."""

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qwen3vl_export.routing import Assignment, RouterStatistics
 from runtime.contract import FloatArray
+from runtime.image_processor import ProcessedImage
 from runtime.preparation import Prepared
+from runtime.video.processor import ProcessedVideo
 
 TRANSFORMERS, OWN = "transformers", "own"
 
@@ -45,16 +48,29 @@ class ReferenceOutput:
     gaps: dict[Assignment, float]
 
 
+def segments_by_kind(prepared: Prepared) -> dict[str, FloatArray]:
+    """Return the pixels of all images and of all videos, under transformers' names for them, [patches, E]."""
+    found: dict[str, FloatArray] = {}
+    for name, kind in (("pixel_values", ProcessedImage), ("pixel_values_videos", ProcessedVideo)):
+        inputs = [each for each in prepared.inputs if isinstance(each, kind)]
+        segments = [image for each in inputs for image in (getattr(each, "segments", None) or (each,))]
+        if segments:
+            found[name] = np.concatenate([image.pixel_values for image in segments])
+    return found
+
+
 class Reference(Protocol):
     """Runs prompts in float32.
 
     Attributes:
         name: What it is, with its version.
         notes: What the comparison with it does not show; a run may add to them.
+        keeps_markers: How it writes prompts with videos; see `Preparation`.
     """
 
     name: str
     notes: list[str]
+    keeps_markers: bool
 
     def inputs(self, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]] | None:
         """Return what its processor makes of messages, or None if it has none."""

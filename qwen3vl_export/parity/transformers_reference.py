@@ -32,12 +32,14 @@ from qwen3vl_export.modeling import Qwen3VL
 from qwen3vl_export.parity.metrics import difference
 from qwen3vl_export.parity.own_reference import OwnReference
 from qwen3vl_export.parity.quiet import quiet_libraries
-from qwen3vl_export.parity.reference import ReferenceOutput
+from qwen3vl_export.parity.reference import ReferenceOutput, segments_by_kind
 from qwen3vl_export.routing import Assignment, RouterStatistics
 from runtime.contract import FloatArray
 from runtime.errors import CheckpointError, Qwen3VLError, UsageError
+from runtime.image_processor import ProcessedImage
 from runtime.installation import how_to_install
 from runtime.preparation import Prepared
+from runtime.video.processor import ProcessedVideo
 
 _COMPARE_WITH_OWN = "compare with this package's own PyTorch definition of the model: --reference own"
 FOLLOWED_NOTE = (
@@ -53,6 +55,11 @@ _OUR_READING = (
 # A checkpoint may name code of its own (`auto_map` in its JSON files). Left out, transformers asks at the terminal
 # whether to run it; False refuses, without a question.
 _LOCAL_DATA = {"local_files_only": True, "trust_remote_code": False}
+
+_KINDS = ("image", "video")
+
+_KEEPS_MARKERS = (5, 10)
+"""The first release that leaves the template's markers around a video."""
 
 _OLDEST = (4, 57)
 """The first release with Qwen3-VL."""
@@ -71,11 +78,20 @@ def check_installed() -> None:
                 remedy=f"{how_to_install('verify')}; or {_COMPARE_WITH_OWN}",
             )
     installed = metadata.version("transformers")
-    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < _OLDEST:
+    if _release(installed) < _OLDEST:
         raise UsageError(
             f"transformers {installed} is installed, which does not know Qwen3-VL; expected 4.57 or later",
             remedy=f"{how_to_install('verify')}; or {_COMPARE_WITH_OWN}",
         )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _metadata(part: Mapping[str, Any]) -> dict[str, Any]:
+    total = len(part["video"])
+    return {"total_num_frames": total, "fps": part["raw_fps"], "frames_indices": list(range(total))}
 
 
 class TransformersReference:
@@ -92,6 +108,7 @@ class TransformersReference:
             import transformers
 
             self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
+            self.keeps_markers = _release(transformers.__version__) >= _KEEPS_MARKERS
             with _refusing(checkpoint):
                 self._processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint.folder, **_LOCAL_DATA)
                 model = _as_transformers_reads_it(checkpoint)
@@ -107,12 +124,23 @@ class TransformersReference:
         self._own = OwnReference(_with_weights_of(model, checkpoint)) if has_experts else None
 
     def inputs(self, messages: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
-        """Return what the processor makes of messages."""
+        """Return what the processor makes of messages; a video is an array of frames with `raw_fps`."""
+        parts = [part for message in messages for part in message["content"] if isinstance(part, dict)]
+        videos = [part for part in parts if part["type"] == "video"]
         with quiet_libraries():
-            output = self._processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
-        return {name: value.numpy() for name, value in output.items()}
+            if not videos:
+                output = self._processor.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                )
+            else:
+                output = self._processor(
+                    text=[self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)],
+                    images=[part["image"] for part in parts if part["type"] == "image"] or None,
+                    videos=[part["video"] for part in videos],
+                    video_metadata=[_metadata(part) for part in videos],
+                    return_tensors="pt",
+                )
+        return {name: value.numpy() for name, value in output.items() if isinstance(value, torch.Tensor)}
 
     def run(
         self,
@@ -145,12 +173,10 @@ class TransformersReference:
         images: dict[str, Any] = {}
         with torch.no_grad():
             if prepared.images:
-                pixels = torch.from_numpy(np.concatenate([image.pixel_values for image in prepared.images]))
-                grids = torch.tensor([image.grid_thw for image in prepared.images])
-                images = {"pixel_values": pixels, "image_grid_thw": grids}
-                visual = _levels(self._model.get_image_features(pixels, grids))
+                images, visual = self._visual(prepared)
             # An image token that was generated stands for no image, which a call with images does not know.
-            if likely_tokens and self._model.config.image_token_id not in likely_tokens:
+            config = self._model.config
+            if likely_tokens and not {config.image_token_id, config.video_token_id} & {*likely_tokens}:
                 logits, layers = self._forward([*input_ids, *likely_tokens[:-1]], images)
                 steps = logits[len(input_ids) - 1 :]
                 if steps.argmax(-1).tolist() == list(likely_tokens):
@@ -166,6 +192,25 @@ class TransformersReference:
         assert len(steps) == num_steps, f"generate ended after {len(steps)} of {num_steps} tokens"
         return _output(visual, logits, _layers(made.past_key_values), steps)
 
+    def _visual(self, prepared: Prepared) -> tuple[dict[str, Any], FloatArray]:
+        """Return what a call takes of images and videos, and the levels of their segments in the prompt's order."""
+        pixels = {name: torch.from_numpy(values) for name, values in segments_by_kind(prepared).items()}
+        images: dict[str, Any] = dict(pixels)
+        levels: dict[type, list[FloatArray]] = {}
+        for kind, name, grid_name in (
+            (ProcessedImage, "pixel_values", "image_grid_thw"),
+            (ProcessedVideo, "pixel_values_videos", "video_grid_thw"),
+        ):
+            inputs = [each for each in prepared.inputs if isinstance(each, kind)]
+            if not inputs:
+                continue
+            images[grid_name] = torch.tensor([each.grid_thw for each in inputs])
+            of_kind = self._model.get_image_features if kind is ProcessedImage else self._model.get_video_features
+            ends = np.cumsum([each.num_visual_tokens for each in inputs])[:-1]
+            levels[kind] = np.split(_levels(of_kind(pixels[name], images[grid_name])), ends, axis=1)
+        ordered = [levels[type(each)].pop(0) for each in prepared.inputs]
+        return images, np.concatenate(ordered, axis=1)
+
     def _forward(
         self, ids: Sequence[int], images: Mapping[str, Any]
     ) -> tuple[FloatArray, list[tuple[FloatArray, FloatArray]]]:
@@ -179,7 +224,8 @@ class TransformersReference:
         tokens = torch.tensor([list(ids)])
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **images}
         if images and "mm_token_type_ids" in inspect.signature(self._model.forward).parameters:  # not in 4.57
-            inputs["mm_token_type_ids"] = (tokens == self._model.config.image_token_id).int()
+            is_image, is_video = (tokens == getattr(self._model.config, f"{kind}_token_id") for kind in _KINDS)
+            inputs["mm_token_type_ids"] = is_image.int() + 2 * is_video.int()
         return inputs
 
 

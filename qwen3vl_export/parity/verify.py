@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,14 +34,16 @@ from qwen3vl_export.parity.cases import Case, make_cases
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model_of
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
 from qwen3vl_export.parity.own_reference import OwnReference
-from qwen3vl_export.parity.reference import OWN, TRANSFORMERS, Reference, ReferenceOutput
+from qwen3vl_export.parity.reference import OWN, TRANSFORMERS, Reference, ReferenceOutput, segments_by_kind
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.routes import Followed, follow
 from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE, TransformersReference, check_installed
 from qwen3vl_export.routing import Assignment, RouterStatistics
 from runtime.contract import FloatArray
 from runtime.errors import EngineError, ParityError, UsageError
+from runtime.image_processor import ProcessedImage
 from runtime.manifest import Manifest
+from runtime.video.processor import ProcessedVideo
 
 if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
@@ -92,6 +94,7 @@ def verify(
     model = open_model_of(source, engine)
     precision, limits = _limits_of(model.manifest)
     torch_model, routers = _open_reference(reference, source), RouterStatistics()
+    model.preparation = replace(model.preparation, keeps_markers=torch_model.keeps_markers)
     checks: list[Check] = []
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -212,13 +215,17 @@ class _Comparison:
         self._add("token ids differ from processor", not same_ids, 0)
         if not prepared.images:
             return same_ids
-        same_grids = expected["image_grid_thw"].tolist() == [list(image.grid_thw) for image in prepared.images]
+        grids = {
+            "image_grid_thw": [list(each.grid_thw) for each in prepared.inputs if isinstance(each, ProcessedImage)],
+            "video_grid_thw": [list(each.grid_thw) for each in prepared.inputs if isinstance(each, ProcessedVideo)],
+        }
+        same_grids = all(expected[name].tolist() == found for name, found in grids.items() if found)
         self._add("grid_thw differs from processor", not same_grids, 0)
         if same_grids:
-            pixels = np.concatenate([image.pixel_values for image in prepared.images])
+            pixels = segments_by_kind(prepared)
             # A grey level is 1 / 255 before it is divided by the channel's standard deviation.
             scale = 255 * max(self._model.image_config.image_std)
-            levels = float(np.abs(pixels - expected["pixel_values"]).max()) * scale
+            levels = max(float(np.abs(found - expected[name]).max()) for name, found in pixels.items()) * scale
             self._add("pixels, grey levels", levels, self._limits["pixel_levels"])
         return same_ids and same_grids
 

@@ -199,7 +199,10 @@ def _timestamps(value: Any, place: str) -> tuple[float, ...]:
 def _listed(value: Any, place: str) -> Sequence[Any]:
     values = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(values, (list, tuple)) or len(values) > _MOST_FRAMES:
-        raise UsageError(f"{place} must be a list of numbers, one for each frame, got {shown(value)}")
+        raise UsageError(
+            f"{place} must be a list of numbers, one for each frame, got {shown(value)}",
+            remedy=f"pass a list of at most {_MOST_FRAMES} numbers",
+        )
     return values
 
 
@@ -208,5 +211,8 @@ def _seconds(value: Any, place: str) -> float | None:
         return None
     seconds = float(any_number(place, value))
     if not math.isfinite(seconds) or seconds < 0:
-        raise UsageError(f"{place} must be a number of seconds from 0 on, got {shown(value)}")
+        raise UsageError(
+            f"{place} must be a number of seconds from 0 on, got {shown(value)}",
+            remedy="count from the start of the video",
+        )
     return seconds

@@ -44,6 +44,7 @@ class AnimationReader(VideoReader):
     def __init__(self, source: IO[bytes] | Image.Image, name: str, max_image_pixels: int) -> None:
         self.name = name
         self._image = self._opened(source, max_image_pixels)
+        self._place: int = self._guarded(self._image.tell)
         self.num_frames = self._guarded(lambda: int(getattr(self._image, "n_frames", 1)))
         if self.num_frames > MAX_ANIMATION_FRAMES:
             raise CapacityError(
@@ -54,14 +55,16 @@ class AnimationReader(VideoReader):
 
     def frames(self, indices: IntArray) -> Iterator[RgbImage]:
         """Compose frames; see `VideoReader.frames`."""
-        place = self._image.tell()  # whoever opened an image may look at it afterwards
-        try:
-            for number, count in repeats_of(indices).items():
-                frame_HWC = self._guarded(lambda number=number: self._frame(number))
-                for _ in range(count):
-                    yield frame_HWC
-        finally:
-            self._guarded(lambda: self._image.seek(place))
+        for number, count in repeats_of(indices).items():
+            frame_HWC = self._guarded(lambda number=number: self._frame(number))
+            for _ in range(count):
+                yield frame_HWC
+
+    def close(self) -> None:
+        """Close what was opened for this reader; an image of the caller's shows the frame again that it showed."""
+        if self.owned_file is None:
+            self._guarded(lambda: self._image.seek(self._place))
+        super().close()
 
     def _frame(self, number: int) -> RgbImage:
         self._image.seek(number)

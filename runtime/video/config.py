@@ -19,6 +19,7 @@ from runtime.image_bounds import MAX_ASPECT_RATIO
 from runtime.image_config import ImageProcessorConfig
 from runtime.input_limits import InputLimits
 from runtime.option_checks import between, integer, optional, true_or_false
+from runtime.shown import shown
 
 UNKNOWN_FPS = 24.0
 """Rate of frames whose rate nobody says, as transformers assumes it."""
@@ -28,8 +29,11 @@ MAX_TAKEN_FRAMES = 1 << 16
 
 # Of transformers' class, where a checkpoint says nothing.
 _MIN_PIXELS, _MAX_PIXELS = 128 * 32 * 32, 32 * 32 * 768
-_SHARED = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "rescale_factor", "resample")
-_SHARED_SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+_FRAMES = ImageProcessorConfig(patch_size=16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+_SHARED = (
+    *("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "rescale_factor", "resample"),
+    *("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"),
+)
 _CLASSES = ("Qwen3VLVideoProcessor",)
 # Settings that say how transformers runs its processor, not what comes out, and steps that are switched off.
 _IGNORED_KEYS = frozenset(
@@ -37,9 +41,13 @@ _IGNORED_KEYS = frozenset(
         *("auto_map", "data_format", "default_to_square", "device", "input_data_format", "processor_class"),
         *("return_metadata", "return_tensors", "transformers_version", "video_metadata", "max_duration"),
         *("_processor_class", "_valid_processor_keys", "disable_grouping", "image_processor_type", "image_seq_length"),
-        *("feature_extractor_type", "max_image_size", "do_pad", "do_center_crop", "crop_size", "pad_size"),
+        # The limits have no effect on transformers' class at this place, in 4.57 and in 5.24.
+        *("feature_extractor_type", "max_image_size", "min_pixels", "max_pixels"),
     }
 )
+# Steps that Qwen3-VL checkpoints do not use; accepted while switched off.
+_UNSUPPORTED_KEYS = frozenset({"do_pad", "do_center_crop", "crop_size", "pad_size"})
+_REMEDY = "take the file from the original checkpoint"
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,8 @@ class VideoProcessorConfig:
 
         Args:
             settings: Content of `video_preprocessor_config.json`; empty if there is none.
-            image: Those of its image processor: what both have, and the file leaves out, is theirs.
+            image: Those of its image processor. If there is no file, what both have is theirs; what a file leaves out
+                is as in transformers' class.
 
         Raises:
             CheckpointError: A key is unknown, or a value is not one that this processor can honour.
@@ -114,15 +123,15 @@ class VideoProcessorConfig:
         kind = given.pop("video_processor_type", _CLASSES[0])
         if kind not in _CLASSES:
             raise CheckpointError(
-                f"video processor settings: video_processor_type is {kind!r}, expected {_CLASSES[0]}", remedy=_REMEDY
+                f"video processor settings: video_processor_type is {shown(kind)}, expected {_CLASSES[0]}",
+                remedy=_REMEDY,
             )
-        shared = {key: given.pop(key, getattr(image, key)) for key in (*_SHARED, *_SHARED_SWITCHES)}
-        shared = {key: list(value) if isinstance(value, tuple) else value for key, value in shared.items()}
-        frames = ImageProcessorConfig.from_dict({**shared, "size": {"shortest_edge": 1, "longest_edge": 1}})
         try:
-            return cls(frames, **_own_values(given))
-        except UsageError as error:
-            raise CheckpointError(f"video processor settings: {error.message}", remedy=_REMEDY) from error
+            frames = _of_frames(nested, image if not nested else _FRAMES)
+            return cls(frames, **_own_values({key: value for key, value in given.items() if key not in _SHARED}))
+        except (CheckpointError, UsageError) as error:
+            message = error.message.removeprefix("image processor settings: ")
+            raise CheckpointError(f"video processor settings: {message}", remedy=error.remedy or _REMEDY) from error
 
     def with_limits(self, limits: InputLimits) -> VideoProcessorConfig:
         """Return a copy with a request's limits, of pixels those of a frame.
@@ -225,7 +234,14 @@ class VideoProcessorConfig:
         return min(least, most), most
 
 
-_REMEDY = "take the file from the original checkpoint"
+def _of_frames(given: Mapping[str, Any], defaults: ImageProcessorConfig) -> ImageProcessorConfig:
+    """Return how a frame is normalised and cut.
+
+    Raises:
+        CheckpointError: A value is not one that this processor can honour.
+    """
+    values = {key: given.get(key, getattr(defaults, key)) for key in _SHARED}
+    return ImageProcessorConfig.from_dict({**values, "size": {"shortest_edge": 1, "longest_edge": 1}})
 
 
 def _own_values(given: dict[str, Any]) -> dict[str, Any]:
@@ -234,12 +250,7 @@ def _own_values(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: A key is unknown, or a value is of the wrong kind.
     """
-    size = given.pop("size", {})
-    if not isinstance(size, Mapping):
-        raise UsageError(f"size: expected shortest_edge and longest_edge in pixels, found {type(size).__name__}")
-    edges = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
-    values = {edges[key]: value for key, value in size.items() if key in edges and value is not None}
-    values |= {key: given.pop(key) for key in edges.values() if key in given}
+    values = _limits(given.pop("size", {}))
     count = integer(1)
     checks = {
         **dict.fromkeys(("min_pixels", "max_pixels", "min_frames", "max_frames", "max_video_tokens"), count),
@@ -248,14 +259,40 @@ def _own_values(given: dict[str, Any]) -> dict[str, Any]:
         "do_sample_frames": true_or_false,
         "cap_pixels_per_frame": true_or_false,
     }
-    unknown = sorted(given.keys() - checks.keys() - _IGNORED_KEYS)
-    if unknown:
-        raise UsageError(f"unknown keys {', '.join(map(repr, unknown[:5]))}")
-    values |= {key: given[key] for key in checks if key in given}
+    for key in sorted(_UNSUPPORTED_KEYS & given.keys()):
+        if given.pop(key) and key.startswith("do_"):
+            raise UsageError(
+                f"{key}: expected false, found true", remedy=f"set {key} to false; this runtime cannot do it"
+            )
+    if unknown := sorted(given.keys() - checks.keys() - _IGNORED_KEYS):
+        known = ", ".join(sorted(checks))
+        raise UsageError(
+            f"unknown keys {', '.join(map(shown, unknown[:5]))}; known are {known}",
+            remedy="remove the keys if they do not change the frames",
+        )
+    values |= {key: given[key] for key in checks if key in given and key not in ("min_pixels", "max_pixels")}
     values = {key: checks[key](key, value) for key, value in values.items()}
-    if values.get("min_pixels", _MIN_PIXELS) > values.get("max_pixels", _MAX_PIXELS):
-        raise UsageError("size: shortest_edge is above longest_edge")
+    for low, high, least, most in (
+        ("min_pixels", "max_pixels", _MIN_PIXELS, _MAX_PIXELS),
+        ("min_frames", "max_frames", VideoProcessorConfig.min_frames, VideoProcessorConfig.max_frames),
+    ):
+        if values.get(low, least) > values.get(high, most):
+            raise UsageError(f"{low} {values.get(low, least)} is above {high} {values.get(high, most)}", remedy=_REMEDY)
     return values
+
+
+def _limits(size: Any) -> dict[str, Any]:
+    """Return limits on the pixels of all frames together.
+
+    Raises:
+        UsageError: They are of another form, or one is missing.
+    """
+    edges = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+    if not isinstance(size, Mapping) or (size and size.keys() != edges.keys()) or None in size.values():
+        raise UsageError(
+            f"size: expected shortest_edge and longest_edge in pixels, found {shown(size)}", remedy=_REMEDY
+        )
+    return {edges[key]: value for key, value in size.items()}
 
 
 def _smart_resize(

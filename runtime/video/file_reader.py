@@ -11,6 +11,7 @@ writes into the prompt.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ class FileReader(VideoReader):
             for frame in container.decode(stream):
                 number += 1
                 if number in wanted:
-                    frame_HWC = self._rgb(frame)
+                    frame_HWC = self.to_rgb(frame)
                     for _ in range(wanted[number]):
                         left -= 1
                         yield frame_HWC
@@ -130,7 +131,7 @@ class FileReader(VideoReader):
         # The whitelists are FFmpeg's own second lock: nothing but this file is opened.
         options = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": "none"}
         try:
-            return av.open(self._file, container_options=options, io_open=refuse, metadata_errors="replace")
+            return av.open(self._file, "r", container_options=options, io_open=refuse, metadata_errors="replace")
         except Qwen3VLError:
             raise
         except Exception as error:  # PyAV's errors, of many classes, and those of the file's own methods
@@ -156,12 +157,25 @@ class FileReader(VideoReader):
         stream.codec_context.options = {"max_pixels": str(2 * self._max_image_pixels + _DECODER_PIXELS)}
         return stream
 
-    def _rgb(self, frame: Any) -> RgbImage:
+    def to_rgb(self, frame: Any) -> RgbImage:
+        """Convert and turn a decoded frame."""
         check_size(frame.width, frame.height, self.name, self._max_image_pixels)
         frame_HWC: RgbImage = frame.to_ndarray(format="rgb24")
-        # Phones record as the sensor lies, and say by how much to turn it, against the clock.
-        turns = round(frame.rotation / 90) % 4
+        # Phones record as the sensor lies, and say how it is to be turned.
+        turns = _quarter_turns(frame)
         return np.ascontiguousarray(np.rot90(frame_HWC, turns)) if turns else frame_HWC
+
+
+def _quarter_turns(frame: Any) -> int:
+    """Return by how many right angles a frame is to be turned against the clock: `av_display_rotation_get` of FFmpeg.
+
+    PyAV 14.0 does not have `VideoFrame.rotation` yet.
+    """
+    matrix = next((each for each in frame.side_data if each.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return 0
+    across, down = np.frombuffer(bytes(matrix), np.int32)[:2].tolist()
+    return -round(math.atan2(down, across) / (math.pi / 2)) % 4
 
 
 def _is_cover(stream: Any) -> bool:

@@ -103,3 +103,12 @@ def write(folder: Path, name: str, contents: bytes) -> Path:
     path = folder / name
     path.write_bytes(contents)
     return path
+
+
+def turned(contents: bytes, quarters: int) -> bytes:
+    """Return an MP4 file that says it is to be shown turned clockwise by so many right angles, as phones write it."""
+    cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarters % 4]
+    matrix = np.array([cos, sin, 0, -sin, cos, 0, 0, 0, 1 << 14])
+    # The matrix of the track's header (ISO 14496-12): 40 bytes after the name of the box, in 16.16 and 2.30.
+    start = contents.index(b"tkhd") + 4 + 40
+    return contents[:start] + (matrix << 16).astype(">i4").tobytes() + contents[start + 36 :]
