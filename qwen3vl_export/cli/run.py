@@ -111,11 +111,7 @@ def run(
     """
     from runtime.messages import system_message, user_message
 
-    question = read_stdin() if prompt == "-" or (prompt is None and not is_terminal(sys.stdin)) else prompt
-    if question is None:
-        raise UsageError(
-            "PROMPT is missing", remedy='give one, such as "Describe the image.", or - to read it from stdin'
-        )
+    question = _question(prompt)
     model = opening.open(engine, check=check)
     messages = [*system_message(system), *user_message(question, image or [], video or [])]
     options = {**given(answering), **given(seeing)}
@@ -128,6 +124,15 @@ def run(
         generation = print_stream(model.stream(messages, **options), hides_thinking=hide_thinking)
     if stats:
         print_stats(generation.stats)
+
+
+def _question(prompt: str | None) -> str:
+    question = read_stdin() if prompt == "-" or (prompt is None and not is_terminal(sys.stdin)) else prompt
+    if question is None:
+        raise UsageError(
+            "PROMPT is missing", remedy='give one, such as "Describe the image.", or - to read it from stdin'
+        )
+    return question
 
 
 @app.command()
