@@ -45,6 +45,19 @@ System = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only errors on stderr, no progress and no notes.")]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print times, speed and cache size on stderr.")]
 
+Tools = Annotated[
+    Path | None,
+    typer.Option(
+        "--tools",
+        metavar="FILE.json",
+        help="Functions that the model may call, as a JSON list of their definitions; calls are printed as JSON.",
+        show_default=False,
+    ),
+]
+HideThinking = Annotated[
+    bool, typer.Option("--hide-thinking", help="Do not print on stderr what the model thinks before its answer.")
+]
+
 
 @dataclass(frozen=True)
 class Opening:
@@ -152,6 +165,8 @@ class Answering:
         stop: End the answer before this text; may be repeated.
         prompt_lookup_num_tokens: Draft up to N tokens by finding the latest ones earlier in prompt or answer: faster
             where the answer copies.
+        max_thinking_tokens: Most tokens of the thoughts before the answer; 0 is none. Needs a model that thinks.
+        max_repetitions: End an answer that has said the same so many times in a row; 0 is off.
     """
 
     max_new_tokens: int | None = None
@@ -169,6 +184,8 @@ class Answering:
     prompt_lookup_num_tokens: Annotated[
         int | None, typer.Option("--prompt-lookup-num-tokens", "--prompt-lookup", metavar="N")
     ] = None
+    max_thinking_tokens: int | None = None
+    max_repetitions: int | None = None
 
 
 @dataclass(frozen=True)
