@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from runtime.logprobs import TokenLogprob
 from runtime.stop_text import AnswerText
 
 
@@ -62,12 +63,25 @@ class Stats:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. `token_ids` are the new tokens, the end token included; `finish_reason` is eos, stop or length."""
+    """One answer.
+
+    Attributes:
+        text: The answer.
+        token_ids: The new tokens, the end token included.
+        finish_reason: Why it ended: eos; stop, which is a stop string, or a `response_format` that the answer has come
+            to the end of; or length.
+        stats: Its timings.
+        logprobs: How likely each of `token_ids` was, with the option `logprobs`.
+        choices: The `n` answers to one prompt, this one first; with `best_of`, the likeliest first. Empty if one was
+            asked for.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     stats: Stats
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    choices: tuple[Generation, ...] = ()
 
 
 class Answer:
@@ -91,13 +105,13 @@ class Answer:
         self.token_ids: list[int] = []
         self.finish_reason = ""
 
-    def push(self, token_id: int) -> str:
-        """Take the next token and return the text that can be shown now."""
+    def push(self, token_id: int, *, is_complete: bool = False) -> str:
+        """Take the next token and return the text that can be shown now; the last one if the format is complete."""
         self.token_ids.append(token_id)
         piece = self._text.push(token_id)
         if token_id in self._eos_token_ids:
             self.finish_reason = "eos"
-        elif self._text.is_stopped:
+        elif self._text.is_stopped or is_complete:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self._max_new_tokens:
             self.finish_reason = "length"
@@ -106,6 +120,6 @@ class Answer:
         self._pieces.append(piece)
         return piece
 
-    def finished(self, stats: Stats) -> Generation:
+    def finished(self, stats: Stats, logprobs: tuple[TokenLogprob, ...] | None = None) -> Generation:
         """Return the whole answer."""
-        return Generation("".join(self._pieces), self.token_ids, self.finish_reason, stats)
+        return Generation("".join(self._pieces), self.token_ids, self.finish_reason, stats, logprobs)

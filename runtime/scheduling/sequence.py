@@ -15,6 +15,7 @@ import numpy as np
 from runtime.answer import Answer, Generation, Stats
 from runtime.contract import DecoderInputs, FloatArray, IntArray
 from runtime.image_processor import ProcessedImage
+from runtime.logprobs import TokenLogprob, token_logprob
 from runtime.prompt_lookup import PromptLookup
 from runtime.sampling import Logits, Sampler
 from runtime.scheduling.prompt_keys import prompt_keys, text_keys
@@ -48,7 +49,10 @@ class Sequence:
         self.last_token = -1
         self.lookup = lookup
         options, ids = request.options, request.prepared.prompt.input_ids
-        self._sampler = Sampler(options)
+        self._tokenizer = tokenizer
+        self._constraint = None if request.make_constraint is None else request.make_constraint()
+        self._logprobs: list[TokenLogprob] = []
+        self._sampler = Sampler(options, self._constraint)
         self._sampler.start(ids)
         self._answer = Answer(AnswerText(tokenizer, options.stop, ids), options.eos_token_ids, request.max_new_tokens)
         self._embeds: dict[int, FloatArray] = {}
@@ -96,7 +100,11 @@ class Sequence:
 
     def can_use_top(self, num_top: int) -> bool:
         """Return whether its sampler looks at no more logits than the largest `num_top`."""
-        return self._sampler.can_use_top(num_top)
+        return not self.request.options.logprobs and self._sampler.can_use_top(num_top)
+
+    def num_allowed(self, token_ids: list[int]) -> int:
+        """Return how many of these tokens the answer's format allows next, one after the other."""
+        return len(token_ids) if self._constraint is None else self._constraint.num_allowed(token_ids)
 
     def start(self, num_shared: int) -> None:
         """Begin, with so many rows that are valid already; images before them are not needed."""
@@ -174,7 +182,7 @@ class Sequence:
 
     def take_token(self, logits: Logits | TopLogits) -> str:
         """Choose the next token of the answer and return the text that can be shown now."""
-        if isinstance(logits, TopLogits) and not self._sampler.can_use_top(len(logits.ids)):
+        if isinstance(logits, TopLogits) and not self.can_use_top(len(logits.ids)):
             logits = logits.fetch()
         token = self._sampler.next(logits)
         if not self._first:
@@ -182,7 +190,12 @@ class Sequence:
         if self.lookup is not None:
             self.lookup.append(token)
         self.last_token = token
-        return self._answer.push(token)
+        options = self.request.options
+        if options.logprobs:
+            assert not isinstance(logits, TopLogits), "can_use_top said so"
+            self._logprobs.append(token_logprob(logits, token, options.top_logprobs, self._tokenizer))
+        is_complete = self._constraint is not None and self._constraint.is_complete
+        return self._answer.push(token, is_complete=is_complete)
 
     def finished(self, row_bytes: int) -> Generation:
         """Return the whole answer.
@@ -203,7 +216,7 @@ class Sequence:
             cached_tokens=self._num_shared,
             cached_images=self._num_cached_images,
         )
-        return self._answer.finished(stats)
+        return self._answer.finished(stats, tuple(self._logprobs) if request.options.logprobs else None)
 
     def _prompt_inputs(self, no_embeds: FloatArray) -> DecoderInputs:
         """Return the prompt as one call, with the embeddings of those images that are needed."""

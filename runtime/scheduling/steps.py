@@ -309,7 +309,7 @@ class Steps:
             return []
         sequence = self.decoding[0]
         assert sequence.lookup is not None
-        return sequence.lookup.draft(max(0, sequence.draft_room))
+        return sequence.lookup.draft(max(0, sequence.draft_room), sequence.num_allowed)
 
     def _draft_inputs(self, drafts: list[int]) -> DecoderInputs:
         sequence = self.decoding[0]
