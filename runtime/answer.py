@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from runtime.logprobs import TokenLogprob
-from runtime.stop_text import AnswerText
+from runtime.piece import REASONING, TEXT, Piece
+from runtime.repetition import LoopGuard
+from runtime.stop_text import AnswerText, Run
+from runtime.thinking import ThoughtReader
+from runtime.tools.call import ToolCall
+from runtime.tools.reader import CallReader
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,16 @@ class Generation:
     """One answer.
 
     Attributes:
-        text: The answer.
+        text: The answer, without thoughts and without the calls in `tool_calls`.
         token_ids: The new tokens, the end token included.
-        finish_reason: Why it ended: eos; stop, which is a stop string, or a `response_format` that the answer has come
-            to the end of; or length.
+        finish_reason: Why it ended: eos; stop, which is a stop string, or the end of a `response_format` that allows
+            nothing more; length; or repetition (`max_repetitions`). Calls of functions are no
+            reason of their own: an answer that calls something ends with eos.
         stats: Its timings.
+        reasoning: The thoughts before the answer; "" without. They are all there is of an answer that ended in them.
+        tool_calls: The calls that it holds; none unless `tools` were given.
+        malformed_tool_calls: What stands between the marks of a call and is none, marks included. It is in `text` too.
+        raw_text: All text as the model wrote it, with the marks of thoughts and calls, without special tokens.
         logprobs: How likely each of `token_ids` was, with the option `logprobs`.
         choices: The `n` answers to one prompt, this one first; with `best_of`, the likeliest first. Empty if one was
             asked for.
@@ -80,8 +91,24 @@ class Generation:
     token_ids: list[int]
     finish_reason: str
     stats: Stats
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    malformed_tool_calls: tuple[str, ...] = ()
+    raw_text: str = ""
     logprobs: tuple[TokenLogprob, ...] | None = None
     choices: tuple[Generation, ...] = ()
+
+    def to_message(self) -> dict[str, Any]:
+        """Return the assistant's message that the answer is, for the next prompt.
+
+        The template decides which thoughts it shows: Qwen's drop those before the last question of the user.
+        """
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.to_message() for call in self.tool_calls]
+        return message
 
 
 class Answer:
@@ -89,37 +116,83 @@ class Answer:
 
     Args:
         text: Turns its tokens into text.
+        thoughts: Tells its thoughts from the rest.
+        calls: Tells its calls from the rest.
         eos_token_ids: Each of them ends it.
         max_new_tokens: As many end it.
+        guard: Ends it when it loops, if given.
 
     Attributes:
         token_ids: The tokens, the end token included.
-        finish_reason: Why it has ended: eos, stop or length; "" while it has not.
+        finish_reason: Why it has ended: eos, stop, repetition or length; "" while it has not.
     """
 
-    def __init__(self, text: AnswerText, eos_token_ids: Sequence[int], max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        text: AnswerText,
+        thoughts: ThoughtReader,
+        calls: CallReader,
+        eos_token_ids: Sequence[int],
+        max_new_tokens: int,
+        guard: LoopGuard | None = None,
+    ) -> None:
         self._text = text
+        self._thoughts = thoughts
+        self._calls = calls
         self._eos_token_ids = eos_token_ids
         self._max_new_tokens = max_new_tokens
-        self._pieces: list[str] = []
+        self._guard = guard
+        self._raw: list[str] = []
+        self._pieces: list[Piece] = []
         self.token_ids: list[int] = []
         self.finish_reason = ""
 
-    def push(self, token_id: int, *, is_complete: bool = False) -> str:
-        """Take the next token and return the text that can be shown now; the last one if the format is complete."""
+    def push(self, token_id: int, *, is_complete: bool = False) -> list[Piece]:
+        """Take the next token and return what can be shown now; no piece is empty.
+
+        Args:
+            token_id: The token.
+            is_complete: With it, the answer has come to the end of its format.
+        """
         self.token_ids.append(token_id)
-        piece = self._text.push(token_id)
+        pieces = self._read(self._text.push(token_id))
+        is_loop = self._guard is not None and self._guard.push(token_id)
         if token_id in self._eos_token_ids:
             self.finish_reason = "eos"
         elif self._text.is_stopped or is_complete:
             self.finish_reason = "stop"
+        elif is_loop:
+            self.finish_reason = "repetition"
         elif len(self.token_ids) >= self._max_new_tokens:
             self.finish_reason = "length"
         if self.finish_reason:
-            piece += self._text.flush()
-        self._pieces.append(piece)
-        return piece
+            pieces += self._read(self._text.flush(), is_last=True)
+        self._pieces += pieces
+        return pieces
 
     def finished(self, stats: Stats, logprobs: tuple[TokenLogprob, ...] | None = None) -> Generation:
         """Return the whole answer."""
-        return Generation("".join(self._pieces), self.token_ids, self.finish_reason, stats, logprobs)
+        return Generation(
+            self._joined(TEXT),
+            self.token_ids,
+            self.finish_reason,
+            stats,
+            reasoning=self._joined(REASONING),
+            tool_calls=tuple(self._calls.calls),
+            malformed_tool_calls=tuple(self._calls.malformed),
+            raw_text="".join(self._raw),
+            logprobs=logprobs,
+        )
+
+    def _read(self, runs: Sequence[Run], *, is_last: bool = False) -> list[Piece]:
+        self._raw += [run.text for run in runs]
+        found = self._thoughts.feed(runs)
+        if is_last:
+            found += self._thoughts.flush()
+        pieces: list[Piece] = []
+        for piece in found:
+            pieces += self._calls.feed(piece) if piece.kind == TEXT else [piece]
+        return pieces + self._calls.flush() if is_last else pieces
+
+    def _joined(self, kind: str) -> str:
+        return "".join(piece for piece in self._pieces if piece.kind == kind)

@@ -13,6 +13,11 @@ from runtime.errors import Qwen3VLError, UsageError
 from runtime.plain_data import plain_data, text_data
 from runtime.shown import shown
 
+AUTO, NO_CALLS = "auto", "none"
+"""What `tool_choice` may be: the model decides, or is shown no tools."""
+
+_NOT_IN_NAMES = '<>\n"'  # the formats of calls have them around names
+
 
 @contextmanager
 def reading(what: str, remedy: str) -> Iterator[None]:
@@ -104,10 +109,73 @@ def tool_schemas(values: Any) -> list[dict[str, Any]] | None:
         raise UsageError(f"tools must be a list of JSON schemas (dicts), got {type(values).__name__}", remedy=remedy)
     with reading("tools", remedy):
         plain = [plain_data(tool, f"tools[{i}]") for i, tool in enumerate(values)]
+    names: set[str] = set()
     for i, tool in enumerate(plain):
-        if not isinstance(tool, dict):
-            raise UsageError(f"tools[{i}] must be a dict, got {type(tool).__name__}", remedy=remedy)
+        name = _function_name(tool, f"tools[{i}]", remedy)
+        if name in names:
+            raise UsageError(f"tools[{i}] has the name {shown(name)}, as one before it", remedy="rename one of them")
+        names.add(name)
     return plain or None
+
+
+def _function_name(tool: Any, place: str, remedy: str) -> str:
+    """Check the definition of a function, also one that stands there without `{"type": "function"}`."""
+    if not isinstance(tool, dict):
+        raise UsageError(f"{place} must be a dict, got {type(tool).__name__}", remedy=remedy)
+    if tool.get("type", "function") != "function":
+        raise UsageError(f"{place}.type must be 'function', got {shown(tool['type'])}", remedy=remedy)
+    if "function" in tool:
+        tool, place = tool["function"], f"{place}.function"
+        if not isinstance(tool, dict):
+            raise UsageError(f"{place} must be a dict, got {type(tool).__name__}", remedy=remedy)
+    name = tool.get("name")
+    if not isinstance(name, str) or not name.strip() or any(mark in name for mark in _NOT_IN_NAMES):
+        raise UsageError(f"{place}.name must be the name of a function, got {shown(name)}", remedy=remedy)
+    if not isinstance(tool.get("description") or "", str):
+        raise UsageError(f"{place}.description must be a string, got {shown(tool['description'])}", remedy=remedy)
+    _check_parameters(tool.get("parameters"), f"{place}.parameters")
+    return name
+
+
+def _check_parameters(schema: Any, place: str) -> None:
+    """Check as much of the JSON schema of a function's arguments as has to be so for every function."""
+    remedy = 'pass {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}'
+    if schema is None:
+        return
+    if not isinstance(schema, dict):
+        raise UsageError(f"{place} must be a JSON schema (a dict), got {shown(schema)}", remedy=remedy)
+    if schema.get("type", "object") != "object":
+        raise UsageError(f"{place}.type must be 'object', got {shown(schema['type'])}", remedy=remedy)
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict):
+        raise UsageError(f"{place}.properties must be a dict, got {shown(properties)}", remedy=remedy)
+    for key, value in properties.items():
+        if not isinstance(value, (dict, bool)):
+            raise UsageError(
+                f"{place}.properties[{shown(key)}] must be a JSON schema, got {shown(value)}", remedy=remedy
+            )
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise UsageError(f"{place}.required must be a list of names, got {shown(required)}", remedy=remedy)
+
+
+def checked_tool_choice(value: Any) -> str:
+    """Return a `tool_choice`.
+
+    Raises:
+        UsageError: It is another one than "auto" and "none".
+    """
+    remedy = f"pass {AUTO!r} or {NO_CALLS!r}"
+    with reading("tool_choice", remedy):
+        if isinstance(value, str) and value in (AUTO, NO_CALLS):
+            return str(value)
+        is_forced = (isinstance(value, str) and value == "required") or isinstance(value, Mapping)
+    if is_forced:
+        raise UsageError(
+            f"tool_choice = {shown(value)}: a model cannot be made to call a function yet",
+            remedy=f"{remedy}, and say in the prompt what is to be called",
+        )
+    raise UsageError(f"tool_choice = {shown(value)}, expected {AUTO!r} or {NO_CALLS!r}", remedy=remedy)
 
 
 def _text_of(error: Exception) -> str:

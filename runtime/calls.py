@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from runtime.answer import Generation
-from runtime.arguments import reading, template_variables, tool_schemas, whole_number
+from runtime.arguments import (
+    AUTO,
+    NO_CALLS,
+    checked_tool_choice,
+    reading,
+    template_variables,
+    tool_schemas,
+    whole_number,
+)
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.input_limits import InputLimits
@@ -25,11 +33,12 @@ class Call:
     """Arguments of a call that are no options of the answer, checked when the caller gives them.
 
     Args:
-        tools, chat_template_kwargs, priority, timeout_s: As in `Qwen3VLModel.stream`.
+        tools, chat_template_kwargs, priority, timeout_s, tool_choice: As in `Qwen3VLModel.stream`.
         keywords: Its other keywords, of which those of `InputLimits` are taken.
 
     Attributes:
         limits: Limits on images and videos.
+        tools: Those that the prompt shows.
         deadline: When the answer has to be complete, by `time.perf_counter`, if there is such a time.
 
     Raises:
@@ -42,10 +51,15 @@ class Call:
         chat_template_kwargs: Any,
         priority: Any = 0,
         timeout_s: Any = None,
+        *,
+        tool_choice: Any = AUTO,
         keywords: Mapping[str, Any] | None = None,
     ) -> None:
         # Now, since work begins later, when the caller may have changed them.
         self.tools = tool_schemas(tools)
+        self.tool_choice = checked_tool_choice(tool_choice)
+        if self.tool_choice == NO_CALLS:
+            self.tools = None
         self.chat_template_kwargs = template_variables(chat_template_kwargs)
         self.limits = InputLimits().with_keywords(keywords or {})
         self._take_order(priority, timeout_s)

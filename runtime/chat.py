@@ -31,6 +31,7 @@ from runtime.template_engine import (
     TemplateFailure,
 )
 from runtime.template_process import MAX_RENDER_MEMORY_BYTES, TemplateProcess
+from runtime.tools.registry import format_of
 
 MAX_CHAT_CHARACTERS = 1 << 24
 """Longest chat, as messages and as text: 16 million characters, beyond the context of every model."""
@@ -72,6 +73,7 @@ class ChatTemplate:
 
     Attributes:
         variables: Names of what the template takes from outside.
+        call_format: How it asks the model to write calls of functions; None if it asks for no known format.
 
     Raises:
         EngineError: The source is no valid template, or compiling it exceeds the limits.
@@ -86,6 +88,7 @@ class ChatTemplate:
                 f"the chat template has {len(source)} characters, expected at most {MAX_TEMPLATE_CHARACTERS}",
                 remedy=_REPAIR,
             )
+        self.call_format = format_of(source)
         request = (source, [kind.token for kind in input_kinds()], MAX_CHAT_CHARACTERS)
         if hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest() in KNOWN_TEMPLATES:
             self._compiled = CompiledTemplate(*request)

@@ -1,7 +1,7 @@
 """Several answers to one prompt (`n`, `best_of`).
 
-The prompt's images are read once. The first answer goes ahead: as soon as it shows something, the rows of the prompt are
-in the KV cache, and the other requests take them from there.
+The prompt's images are read once. The first answer goes ahead: as soon as it shows something, the rows of the prompt
+are in the KV cache, and the other requests take them from there.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import RequestKeywords
 from runtime.input_limits import answer_keywords
 from runtime.messages import Messages, asked_messages
+from runtime.piece import Piece
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
 from runtime.stream import Stream
@@ -107,7 +108,7 @@ class Conversation:
         videos: Sequence[Any] = (),
         priority: int = 0,
         timeout_s: float | None = None,
-        on_piece: Callable[[str], object] | None = None,
+        on_piece: Callable[[Piece], object] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Generation:
         """Answer the next turn; see `stream`.
@@ -211,7 +212,7 @@ class Conversation:
         """Return all messages; under the lock."""
         messages, attachments = list(self._start.turns), list(self._start.attachments)
         for asked, answer in self._turns:
-            messages += [*asked.turns, {"role": "assistant", "content": answer.text}]
+            messages += [*asked.turns, answer.to_message()]
             attachments += asked.attachments
         return Messages(messages, tuple(attachments))
 

@@ -30,6 +30,7 @@ from runtime.option_checks import (
     stop_strings,
     token_ids,
     true_or_false,
+    zero_or_more_than_one,
 )
 from runtime.shown import shown
 from runtime.structured.response_format import ResponseFormat, response_format
@@ -93,6 +94,10 @@ class GenerationOptions:
         seed: Seed of the random generator; None takes fresh entropy.
         prompt_lookup_num_tokens: Most tokens that are drafted for one call of the decoder by looking up the last tokens
             in prompt and answer; 0 is off. It changes the speed alone, up to rounding (`runtime.generation`).
+        max_thinking_tokens: Most tokens of the thoughts before an answer, which then come to an end
+            (`runtime.thinking`); 0 is none at all, None no limit.
+        max_repetitions: An answer that has gone round so many times, saying the same over and over, ends
+            (`runtime.repetition`); 0 is off, else at least 2.
         response_format: What the answer has to look like: a JSON schema, a regex, choices or a grammar
             (`runtime.structured.response_format`); None, or `{"type": "text"}`, allows any answer.
         logprobs: Note how likely each token of the answer was (`Generation.logprobs`).
@@ -132,7 +137,9 @@ class GenerationOptions:
         integer(0, most=_MOST_DRAFTED, remedy="10 suits most texts; 0 switches it off"),
         in_file="prompt_lookup_num_tokens",
     )
-    response_format: ResponseFormat | None = _option(None, response_format)
+    max_thinking_tokens: int | None = _option(None, optional(integer(0)))
+    max_repetitions: int = _option(0, zero_or_more_than_one)
+    response_format: ResponseFormat | None = _option(None, response_format)  # noqa: RUF009 (a field, as the others)
     logprobs: bool = _option(False, true_or_false)
     top_logprobs: int = _option(0, integer(0, most=MAX_TOP_LOGPROBS, remedy=f"at most {MAX_TOP_LOGPROBS} are given"))
     logit_bias: tuple[tuple[int, float], ...] = _option((), logit_bias)

@@ -28,6 +28,8 @@ class GenerationKeywords(TypedDict, total=False):
     stop: str | Sequence[str] | None
     seed: int | None
     prompt_lookup_num_tokens: int | None
+    max_thinking_tokens: int | None
+    max_repetitions: int | None
     response_format: Any
     logprobs: bool | None
     top_logprobs: int | None

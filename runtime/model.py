@@ -17,7 +17,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from runtime.answer import Generation
-from runtime.arguments import folder_path, reading
+from runtime.arguments import AUTO, folder_path, reading
 from runtime.calls import Call, check_callback, run_batch, seconds
 from runtime.choices import refuse_several, run_choices, run_choices_async
 from runtime.context_room import ContextRoom
@@ -36,7 +36,8 @@ from runtime.manifest import Manifest
 from runtime.memory import LOGITS, PREFILL, VISION, WEIGHTS, check_fits, logits_bytes, vision_bytes
 from runtime.messages import normalise_messages, system_message
 from runtime.option_checks import true_or_false
-from runtime.preparation import Preparation, Prepared
+from runtime.piece import Piece
+from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
 from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import held_bytes, plan_limits
 from runtime.scheduling.request import Limits, Request
@@ -47,6 +48,7 @@ from runtime.shown import shown
 from runtime.stream import Stream
 from runtime.structured.compiler import Compiler
 from runtime.structured.constraint import MakeConstraint
+from runtime.thinking import checked_marks
 from runtime.tokenizer import Tokenizer
 from runtime.urls import check_local
 
@@ -239,10 +241,11 @@ class Qwen3VLModel:
         options: GenerationOptions | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = AUTO,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
-        on_piece: Callable[[str], object] | None = None,
+        on_piece: Callable[[Piece], object] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Generation:
         """Answer messages in the Hugging Face chat format; see `stream`.
@@ -251,7 +254,7 @@ class Qwen3VLModel:
         `best_of`, `choices` of what is returned are all answers.
         """
         check_callback("on_piece", on_piece)
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
         chosen = self._chosen(options, keywords)
         if chosen.num_answers > 1 and on_piece is None:
             return run_choices(self._begin, messages, chosen, call)
@@ -267,13 +270,14 @@ class Qwen3VLModel:
         options: GenerationOptions | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = AUTO,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Generation:
         """As `generate`, in an asyncio loop; a task that is cancelled stops its answer."""
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
         chosen = self._chosen(options, keywords)
         if chosen.num_answers > 1:
             return await run_choices_async(self._begin, messages, chosen, call)
@@ -286,6 +290,7 @@ class Qwen3VLModel:
         options: GenerationOptions | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = AUTO,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
@@ -300,7 +305,9 @@ class Qwen3VLModel:
             options: All options of the answer, in place of the defaults, but that its `eos_token_ids`, if it has none,
                 are the model's; `model.defaults.replace(…)` makes such a set. The defaults are `model.defaults`, which
                 come from generation_config.json.
-            tools: JSON schemas of functions, for chat templates that know tools.
+            tools: JSON schemas of functions, for chat templates that know tools. Calls of them are told from the text
+                of the answer (`Generation.tool_calls`) if the template asks for a known format.
+            tool_choice: "auto" lets the model call them, "none" leaves them out of the prompt.
             chat_template_kwargs: Further variables of the chat template, such as `enable_thinking`.
             priority: Requests of a higher one leave the queue first, and their prompts go first in every second step.
             timeout_s: Seconds from this call on in which the answer has to be complete.
@@ -316,7 +323,7 @@ class Qwen3VLModel:
             OverloadError: The queue is full.
             DeadlineError: `timeout_s` was over.
         """
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
         return self._stream(messages, self._chosen(options, keywords), call)
 
     def astream(self, messages: Any, options: GenerationOptions | None = None, **keywords: Any) -> Stream:
@@ -329,6 +336,7 @@ class Qwen3VLModel:
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = AUTO,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
@@ -343,6 +351,7 @@ class Qwen3VLModel:
             prompts: The messages of each; see `stream`.
             options: Those of all answers, or of each.
             tools: As in `stream`, for all.
+            tool_choice: As in `stream`, for all.
             chat_template_kwargs: As in `stream`, for all.
             priority: As in `stream`.
             timeout_s: As in `stream`, from when a prompt's turn to be prepared has come.
@@ -357,7 +366,7 @@ class Qwen3VLModel:
             UsageError: The options are not valid, or not as many as the prompts.
         """
         check_callback("on_done", on_done)
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, keywords)
+        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
         return run_batch(self._begin, prompts, self._chosen_for_all(options, keywords), call, on_done)
 
     def chat(
@@ -366,6 +375,7 @@ class Qwen3VLModel:
         options: GenerationOptions | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = AUTO,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Conversation:
@@ -377,6 +387,7 @@ class Qwen3VLModel:
             system: How the model is to answer.
             options: As in `stream`, for all answers.
             tools: As in `stream`, for all turns.
+            tool_choice: As in `stream`, for all turns.
             chat_template_kwargs: As in `stream`, for all turns.
             **keywords: As in `stream`, for all answers.
 
@@ -387,7 +398,7 @@ class Qwen3VLModel:
         if not (system is None or isinstance(system, str)):
             raise UsageError(f"system must be a string, got {type(system).__name__}", remedy="leave system out")
         start = None if system is None else normalise_messages(system_message(system))
-        call = Call(tools, chat_template_kwargs, keywords=keywords)
+        call = Call(tools, chat_template_kwargs, tool_choice=tool_choice, keywords=keywords)
         return Conversation(self._begin, self._chosen(options, keywords), call, start)
 
     def _chosen_for_all(
@@ -442,6 +453,8 @@ class Qwen3VLModel:
                 _LOGGER.warning("%s", note)
             if on_prepared is not None:
                 on_prepared(prepared)
+            if options.max_thinking_tokens is not None:
+                checked_marks(self.tokenizer)
             ready = time.perf_counter()
             request = Request(
                 prepared,

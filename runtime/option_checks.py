@@ -54,6 +54,14 @@ def integer(minimum: int, *, bits: int = 63, most: int | None = None, remedy: st
     return check
 
 
+def zero_or_more_than_one(name: str, value: Any) -> int:
+    """Return a number of times that something happens again: 0, or 2 and more."""
+    number: int = integer(0)(name, value)
+    if number == 1:
+        raise UsageError(f"{name} must be 0 or at least 2, got 1", remedy=f"{name}=0 switches it off")
+    return number
+
+
 def optional(check: Check) -> Check:
     """Let a check take None, too."""
     return lambda name, value: None if value is None else check(name, value)

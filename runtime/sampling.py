@@ -343,7 +343,7 @@ class Sampler:
             UsageError: The constraint allows no token.
         """
         if not (self.options.do_sample or self._processors or self._changes_all):
-            return self.take(_largest(logits))
+            return self._remember(_largest(logits))
         if isinstance(logits, TopLogits):
             row, ids = self._candidates(logits)
         else:
@@ -354,13 +354,19 @@ class Sampler:
         for processor in self._processors:
             processed = processor(processed, (self._history,))
         index = sample(processed[0], self._rng) if self.options.do_sample else greedy(processed[0])
-        return self.take(index if ids is None else int(ids[index]))
+        return self._remember(index if ids is None else int(ids[index]))
 
-    def take(self, token_id: int) -> int:
-        """Remember the next token of the answer, chosen here or not, and return it."""
+    def _remember(self, token_id: int) -> int:
         self._history.append(token_id)
         if self._constraint is not None:
             self._constraint.accept(token_id)
+        return token_id
+
+    def take(self, token_id: int) -> int:
+        """Remember a token that was not chosen here but has to come next, and return it."""
+        self._history.append(token_id)
+        if self._constraint is not None:
+            self._constraint.skip(token_id)
         return token_id
 
     @property

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 
 from runtime.answer import Generation
 from runtime.guard import Owner
+from runtime.piece import Piece
 from runtime.scheduling.pieces import Pieces
 
 
-class Stream(Iterator[str], AsyncIterator[str]):
+class Stream(Iterator[Piece], AsyncIterator[Piece]):
     """Pieces of an answer as they come, cut at UTF-8 boundaries; for `for` and for `async for`.
+
+    A piece is a string whose `kind` says whether it is of the answer, of thoughts before it, or a call of a function.
 
     The prompt is prepared, and the request put into the queue, when the first piece is asked for, in that thread. Then
     the answer goes on by itself: a reader that is slow, or never comes back, holds up nobody. Any thread may read or
@@ -55,7 +58,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         """The whole answer, once it is complete; None before, after an error, and if `close` came first."""
         return self._pieces.result
 
-    def __next__(self) -> str:
+    def __next__(self) -> Piece:
         """Return the next piece, which is never empty.
 
         Raises:
@@ -70,7 +73,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
             raise StopIteration
         return piece
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> Piece:
         """Return the next piece, as `__next__`; the prompt is prepared in a thread of the loop's executor."""
         with self._failing():
             pieces = await self._started_async()

@@ -64,6 +64,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added_ids = {token.content: token_id for token_id, token in added.items()}
         self._bytes_of_ids: dict[int, bytes] = {}
         self._cuts = places_to_cut(settings, list(added.values()))
 
@@ -173,6 +174,10 @@ class Tokenizer:
         if token_id is None:
             raise EngineError(f"the tokenizer has no token {token!r}", remedy="use a Qwen3-VL checkpoint's tokenizer")
         return token_id
+
+    def added_id(self, token: str) -> int | None:
+        """Return the id of a token that was added to those of the text, special or not; None if there is none."""
+        return self._added_ids.get(token)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that one token adds to the text; b"" for an id without a token."""

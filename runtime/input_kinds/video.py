@@ -20,7 +20,7 @@ from runtime.video.processor import ProcessedVideo, process_video
 from runtime.video.source import VideoOptions, VideoSource
 
 if TYPE_CHECKING:
-    from runtime.input_kinds.kind import OnImages
+    from runtime.image_processor import OnImages
 
 VIDEO_TOKEN = "<|video_pad|>"
 _START, _END = "<|vision_start|>", "<|vision_end|>"

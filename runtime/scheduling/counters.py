@@ -13,7 +13,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
-ENDS = ("eos", "stop", "length", "logits", "cancelled", "expired", "failed")
+ENDS = ("eos", "stop", "length", "repetition", "logits", "cancelled", "expired", "failed")
 """How a request may end: an answer's finish reason, the logits that were asked for, or without either."""
 
 

@@ -15,6 +15,7 @@ from runtime.scheduling.wakeup import Wakeup
 
 if TYPE_CHECKING:
     from runtime.answer import Generation
+    from runtime.piece import Piece
 
 _Waker = Callable[[], object]
 
@@ -34,21 +35,22 @@ class Pieces:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pieces: deque[str] = deque()
+        self._pieces: deque[Piece] = deque()
         self._wakers: list[_Waker] = []
         self._end_wakers: list[_Waker] = []
         self._error: Exception | None = None
         self.is_ended = self.is_cancelled = False
         self.result: Generation | None = None
 
-    def put(self, piece: str) -> None:
-        """Add a piece; an empty one, or one after the end, is dropped."""
-        if not piece:
+    def put(self, *pieces: Piece) -> None:
+        """Add pieces; empty ones, and all after the end, are dropped."""
+        kept = [piece for piece in pieces if piece]
+        if not kept:
             return
         with self._lock:
             if self.is_ended:
                 return
-            self._pieces.append(piece)
+            self._pieces += kept
             wakers, self._wakers = self._wakers, []
         _wake(wakers)
 
@@ -69,7 +71,7 @@ class Pieces:
             self._pieces.clear()
         self._end(None, None)
 
-    def take(self) -> str | None:
+    def take(self) -> Piece | None:
         """Wait for the next piece and return it; None at the end.
 
         Raises:
@@ -83,7 +85,7 @@ class Pieces:
                 self._wakers.append(wakeup.wake)
             wakeup.wait()
 
-    async def take_async(self) -> str | None:
+    async def take_async(self) -> Piece | None:
         """As `take`, in an asyncio loop."""
         while True:
             with self._lock:
@@ -119,7 +121,7 @@ class Pieces:
             raise _own(self._error)
         return self.result
 
-    def _next(self) -> str | None:
+    def _next(self) -> Piece | None:
         """Return the next piece, or None at the end; under the lock."""
         if self._pieces:
             return self._pieces.popleft()

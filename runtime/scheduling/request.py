@@ -11,6 +11,7 @@ from runtime.generation_config import GenerationOptions
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
 from runtime.structured.constraint import MakeConstraint
+from runtime.tools.reader import ExpectedCalls
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class Request:
         deadline: When the answer has to be complete, by `time.perf_counter`; None for no such time.
         ahead: Embeddings of segments that the vision tower was given while the prompt was prepared, by digest.
         on_logits: Given the logits of all prompt tokens, chunk by chunk, float32 [L, vocab]; then no answer is wanted.
+        expected_calls: What calls of functions the answer may hold; None if none are to be looked for.
         make_constraint: Makes what holds the answer to `options.response_format`; None without.
         pieces: Where the answer goes.
     """
@@ -40,6 +42,7 @@ class Request:
     deadline: float | None = None
     ahead: Mapping[bytes, Future[FloatArray]] = field(default_factory=dict)
     on_logits: Callable[[FloatArray], object] | None = None
+    expected_calls: ExpectedCalls | None = None
     make_constraint: MakeConstraint | None = None
     pieces: Pieces = field(default_factory=Pieces)
 

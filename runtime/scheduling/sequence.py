@@ -16,13 +16,18 @@ from runtime.answer import Answer, Generation, Stats
 from runtime.contract import DecoderInputs, FloatArray, IntArray
 from runtime.image_processor import ProcessedImage
 from runtime.logprobs import TokenLogprob, token_logprob
+from runtime.piece import Piece
 from runtime.prompt_lookup import PromptLookup
+from runtime.repetition import LoopGuard
 from runtime.sampling import Logits, Sampler
 from runtime.scheduling.prompt_keys import prompt_keys, text_keys
 from runtime.scheduling.request import Request
 from runtime.session import TopLogits
 from runtime.stop_text import AnswerText
+from runtime.structured.constraint import Constraint
+from runtime.thinking import ThinkingBudget, ThoughtReader, opens_thought, thinking_marks
 from runtime.tokenizer import Tokenizer
+from runtime.tools.reader import CallReader
 
 
 class Sequence:
@@ -50,11 +55,13 @@ class Sequence:
         self.lookup = lookup
         options, ids = request.options, request.prepared.prompt.input_ids
         self._tokenizer = tokenizer
-        self._constraint = None if request.make_constraint is None else request.make_constraint()
+        self._constraint = _constraint(request, tokenizer)
         self._logprobs: list[TokenLogprob] = []
         self._sampler = Sampler(options, self._constraint)
         self._sampler.start(ids)
-        self._answer = Answer(AnswerText(tokenizer, options.stop, ids), options.eos_token_ids, request.max_new_tokens)
+        self._answer = _answer(request, tokenizer)
+        limit = options.max_thinking_tokens
+        self._budget = None if limit is None else ThinkingBudget(tokenizer, ids, limit)
         self._embeds: dict[int, FloatArray] = {}
         self._ahead: dict[int, Future[FloatArray]] = {}
         self._needed: list[int] = []
@@ -161,8 +168,8 @@ class Sequence:
             self._encoded = time.perf_counter()
         return self._inputs.chunk(self.num_rows, self.num_rows + num_tokens)
 
-    def take_chunk(self, num_tokens: int, logits_LV: FloatArray) -> str:
-        """Note that a chunk has run; after the last one, choose the first token and return its text.
+    def take_chunk(self, num_tokens: int, logits_LV: FloatArray) -> list[Piece]:
+        """Note that a chunk has run; after the last one, choose the first token and return what can be shown.
 
         Args:
             num_tokens: Its tokens.
@@ -172,19 +179,20 @@ class Sequence:
         if self.request.on_logits is not None:
             self.request.on_logits(logits_LV)
         if self.tokens_left:
-            return ""
+            return []
         self._inputs = None
         self._embeds.clear()
         self._needed.clear()
         if self.request.on_logits is not None:
-            return ""
+            return []
         return self.take_token(logits_LV[-1])
 
-    def take_token(self, logits: Logits | TopLogits) -> str:
-        """Choose the next token of the answer and return the text that can be shown now."""
+    def take_token(self, logits: Logits | TopLogits) -> list[Piece]:
+        """Choose the next token of the answer and return what can be shown now."""
         if isinstance(logits, TopLogits) and not self.can_use_top(len(logits.ids)):
             logits = logits.fetch()
-        token = self._sampler.next(logits)
+        forced = None if self._budget is None else self._budget.forced(self._answer.token_ids)
+        token = self._sampler.next(logits) if forced is None else self._sampler.take(forced)
         if not self._first:
             self._first = time.perf_counter()
         if self.lookup is not None:
@@ -230,6 +238,29 @@ class Sequence:
         # Rows count through all images; those that are skipped come first.
         rows = np.where(inputs.visual_rows < num_skipped, -1, inputs.visual_rows - num_skipped)
         return replace(inputs, visual_rows=rows)
+
+
+def _answer(request: Request, tokenizer: Tokenizer) -> Answer:
+    """Return the empty answer to a request."""
+    options, ids = request.options, request.prepared.prompt.input_ids
+    marks = thinking_marks(tokenizer)
+    return Answer(
+        AnswerText(tokenizer, options.stop, ids, marks or ()),
+        ThoughtReader(marks, is_open=opens_thought(tokenizer, ids)),
+        CallReader(request.expected_calls, ids),
+        options.eos_token_ids,
+        request.max_new_tokens,
+        LoopGuard(options.max_repetitions) if options.max_repetitions else None,
+    )
+
+
+def _constraint(request: Request, tokenizer: Tokenizer) -> Constraint | None:
+    """Return what holds the answer to its format, behind the thought if the prompt has opened one."""
+    if request.make_constraint is None:
+        return None
+    marks = thinking_marks(tokenizer)
+    is_thinking = marks is not None and opens_thought(tokenizer, request.prepared.prompt.input_ids)
+    return request.make_constraint((marks.closing,) if marks is not None and is_thinking else None)
 
 
 def _joined(embeds: Items[FloatArray]) -> FloatArray:

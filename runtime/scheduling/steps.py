@@ -339,7 +339,7 @@ class Steps:
         return list(self._session.decode(inputs, cache, first))
 
     def _take_chunk(self, sequence: Sequence, num_tokens: int, logits_LV: FloatArray) -> None:
-        sequence.request.pieces.put(sequence.take_chunk(num_tokens, logits_LV))
+        sequence.request.pieces.put(*sequence.take_chunk(num_tokens, logits_LV))
         self.slots.write(sequence, sequence.num_rows)
         if sequence.tokens_left:
             return
@@ -374,9 +374,9 @@ class Steps:
                 return
 
     def _take(self, sequence: Sequence, row: Logits | TopLogits) -> None:
-        piece = sequence.take_token(row)
+        pieces = sequence.take_token(row)
         self.counters.generated_tokens += 1
-        sequence.request.pieces.put(piece)
+        sequence.request.pieces.put(*pieces)
         if sequence.is_finished:
             self.finish(sequence)
 

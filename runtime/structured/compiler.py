@@ -25,9 +25,9 @@ from runtime.tokenizer import Tokenizer
 
 _MOST_KEPT = 32
 _LONGEST_REASON = 260
-# The library's own allows spaces without end between the parts of a value, and then a model that is unsure can write
-# nothing else until its room is used up. This is enough for lines that are indented by four levels of eight.
-_WHITESPACE = r"[ \n\t\r]{0,32}"
+# Between the parts of a value. The library's own allows spaces without end, and a model that is unsure then writes
+# nothing else until its room is used up. This is enough for values on one line and for lines that are indented.
+_WHITESPACE = r"( |\n[ \t]{0,16})?"
 # Bytes that no UTF-8 text holds.
 _NO_TEXT = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
@@ -48,15 +48,12 @@ class Compiler:
         self._text_tokens_V: npt.NDArray[np.bool_] | None = None
         self._kept: OrderedDict[ResponseFormat, Matcher] = OrderedDict()
 
-    def compile(
-        self, wanted: ResponseFormat, eos_token_ids: Sequence[int], starts_after: Sequence[int] | None = None
-    ) -> MakeConstraint:
+    def compile(self, wanted: ResponseFormat, eos_token_ids: Sequence[int]) -> MakeConstraint:
         """Return what makes the constraint of an answer.
 
         Args:
             wanted: The format.
             eos_token_ids: Tokens that end the answer.
-            starts_after: As in `Constraint`.
 
         Raises:
             UsageError: llguidance is not installed, the format does not compile, no text follows it, or the tokenizer
@@ -67,8 +64,11 @@ class Compiler:
         assert self._text_tokens_V is not None
         text_tokens_V = self._text_tokens_V.copy()
         text_tokens_V[[i for i in eos_token_ids if i < self._num_logits]] = False
-        make = partial(self._make, matcher, text_tokens_V, tuple(eos_token_ids), starts_after)
-        Constraint(matcher.deep_copy(), text_tokens_V, eos_token_ids).allowed()
+        make = partial(self._make, matcher, text_tokens_V, tuple(eos_token_ids))
+        try:
+            make().allowed()
+        except UsageError as error:
+            raise _refused(wanted, "no text follows it") from error
         return make
 
     @staticmethod
@@ -76,7 +76,7 @@ class Compiler:
         matcher: Matcher,
         text_tokens_V: npt.NDArray[np.bool_],
         eos_token_ids: Sequence[int],
-        starts_after: Sequence[int] | None,
+        starts_after: Sequence[int] | None = None,
     ) -> Constraint:
         return Constraint(matcher.deep_copy(), text_tokens_V, eos_token_ids, starts_after)
 

@@ -118,19 +118,23 @@ class Constraint:
             UsageError: It may not follow.
         """
         if not self.is_active:
-            length = len(self._starts_after)
-            self._newest = [*self._newest, token_id][-length:]
-            self.is_active = self._newest == self._starts_after
+            self.skip(token_id)
         elif token_id not in self._eos_ids and not self._matcher.consume_token(token_id):
             raise _stuck(self._matcher)
+
+    def skip(self, token_id: int) -> None:
+        """Take a token that is no part of the format, such as the line feeds that are written behind a thought."""
+        if not self.is_active:
+            self._newest = [*self._newest, token_id][-len(self._starts_after) :]
+            self.is_active = self._newest == self._starts_after
 
     def num_allowed(self, token_ids: list[int]) -> int:
         """Return how many of these tokens may follow, one after the other."""
         return self._matcher.validate_tokens(token_ids) if self.is_active else len(token_ids)
 
 
-MakeConstraint = Callable[[], Constraint]
-"""Makes the constraint of one answer."""
+MakeConstraint = Callable[[Sequence[int] | None], Constraint]
+"""Makes the constraint of one answer, given its `starts_after`."""
 
 
 def _stuck(matcher: Any) -> UsageError:

@@ -44,7 +44,7 @@ def _check_size(name: str, schema: Any) -> None:
         num_nodes += 1
         if depth > MAX_SCHEMA_DEPTH or num_nodes > MAX_SCHEMA_NODES:
             raise UsageError(
-                f"{name} is nested deeper than {MAX_SCHEMA_DEPTH} levels, or holds more than {MAX_SCHEMA_NODES} of them",
+                f"{name} has more than {MAX_SCHEMA_DEPTH} levels, or more than {MAX_SCHEMA_NODES} lists and dicts",
                 remedy="make the schema smaller; parts that repeat go into $defs",
             )
         for child in node.values() if isinstance(node, Mapping) else node:

@@ -17,6 +17,7 @@ from runtime.contract import FloatArray
 from runtime.generation import chunk_limit
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
+from runtime.piece import Piece
 from runtime.sampling import Logits
 from runtime.scheduling.request import Limits, Request
 from runtime.scheduling.sequence import Sequence
@@ -85,7 +86,7 @@ def watched_logits() -> Iterator[dict[Request, list[FloatArray]]]:
     found: dict[Request, list[FloatArray]] = {}
     take_token = Sequence.take_token
 
-    def watching(sequence: Sequence, logits: Logits | TopLogits) -> str:
+    def watching(sequence: Sequence, logits: Logits | TopLogits) -> list[Piece]:
         assert isinstance(logits, np.ndarray)
         found.setdefault(sequence.request, []).append(logits.copy())
         return take_token(sequence, logits)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from helpers import judge
 from qwen3vl_export.demo import CHECKPOINT
 from runtime.model import Qwen3VLModel
-from runtime.stop_text import AnswerText
+from runtime.stop_text import AnswerText, Run
 from runtime.tokenizer import Tokenizer
 
 NUM_TOKENS = 399
@@ -29,10 +29,14 @@ def end_of(tokenizer: Tokenizer, stops: list[str], prompt: list[int], answer: li
     """Return after how many tokens the answer is stopped, and its text."""
     text, shown = AnswerText(tokenizer, stops, prompt), ""
     for number, token in enumerate(answer, 1):
-        shown += text.push(token)
+        shown += joined(text.push(token))
         if text.is_stopped:
-            return number, shown + text.flush()
-    return None, shown + text.flush()
+            return number, shown + joined(text.flush())
+    return None, shown + joined(text.flush())
+
+
+def joined(runs: list[Run]) -> str:
+    return "".join(run.text for run in runs)
 
 
 @pytest.mark.judge

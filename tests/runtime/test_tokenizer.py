@@ -58,7 +58,7 @@ def test_special_tokens_are_skipped_and_other_added_tokens_are_kept() -> None:
 
 def stream(ids: list[int]) -> list[str]:
     text = AnswerText(TOKENIZER, [], [])
-    return [*(text.push(token_id) for token_id in ids), text.flush()]
+    return ["".join(run.text for run in runs) for runs in (*map(text.push, ids), text.flush())]
 
 
 # Any ids, also 20 beyond the last token: models pad their vocabulary. Most such sequences are no valid UTF-8.

@@ -179,9 +179,7 @@ def test_files_are_read_as_transformers_reads_them(name: str, fps: int, tmp_path
     numbers = np.array(metadata.frames_indices).tolist()
     assert found.num_frames == len(frames) == len(numbers)
     assert found.timestamps == pytest.approx(expected_times(numbers, metadata.fps))
-    output = processor(
-        videos=[frames], do_sample_frames=False, input_data_format="channels_last", return_tensors="pt"
-    )
+    output = processor(videos=[frames], do_sample_frames=False, input_data_format="channels_last", return_tensors="pt")
     assert found.grid_thw == tuple(output["video_grid_thw"][0].tolist())
     np.testing.assert_array_equal(pixels(found), output["pixel_values_videos"].numpy())
 
