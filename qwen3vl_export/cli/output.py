@@ -12,6 +12,7 @@ from runtime.shown import CONTROL, columns, escape_controls
 
 if TYPE_CHECKING:
     from runtime.answer import Generation, Stats
+    from runtime.logprobs import Likelihood
     from runtime.manifest import Manifest
     from runtime.stream import Stream
 
@@ -141,6 +142,30 @@ def print_json(value: Any) -> None:
 def print_text(text: str) -> None:
     """Print a table or a report on stdout. Control characters, which a manifest may quote, are escaped."""
     print(escape_controls(text, keeps_layout=True), flush=True)
+
+
+def answer_details(generation: Generation) -> dict[str, Any]:
+    """Return what an answer has only if it was asked for, as plain data: log probabilities and several answers."""
+    details: dict[str, Any] = {}
+    if generation.logprobs is not None:
+        details["logprobs"] = [
+            _likelihood(each) | {"top": [_likelihood(other) for other in each.top]} for each in generation.logprobs
+        ]
+    if generation.choices:
+        details["choices"] = [
+            {"text": each.text, "token_ids": each.token_ids, "finish_reason": each.finish_reason}
+            for each in generation.choices
+        ]
+    return details
+
+
+def _likelihood(noted: Likelihood) -> dict[str, Any]:
+    return {
+        "token_id": noted.token_id,
+        "text": noted.text,
+        "bytes": list(noted.token_bytes),
+        "logprob": noted.logprob,
+    }
 
 
 def note(text: str) -> None:

@@ -32,6 +32,7 @@ from qwen3vl_export.cli.options import (
     grouped,
 )
 from qwen3vl_export.cli.output import (
+    answer_details,
     is_terminal,
     manifest_text,
     print_json,
@@ -83,7 +84,8 @@ def run(
     --json prints one object at the end: text, token_ids (of the answer), finish_reason (eos, stop or length), and
     stats with preprocess_s, queue_s, vision_s, prefill_s, ttft_s (time to first token), tpot_s (time per later token),
     tokens_per_s, prompt_tokens, visual_tokens, new_tokens, peak_cache_bytes, drafted_tokens and accepted_tokens (of
-    prompt lookup), cached_tokens and cached_images (found in the cache).
+    prompt lookup), cached_tokens and cached_images (found in the cache); also logprobs and choices, if
+    --logprobs and --n ask for them.
 
     \b
     Examples:
@@ -92,6 +94,7 @@ def run(
       qwen3vl run ENGINE "What happens, and when?" --video clip.mp4 --fps 1 --max-visual-tokens 4000
       qwen3vl run ENGINE "Write a haiku" --do-sample --temperature 0.8 --seed 1
       qwen3vl run ENGINE "Describe it" --image photo.jpg --max-pixels 500000 --stats
+      qwen3vl run ENGINE "Is it a cat?" --image photo.jpg --choice yes --choice no
       qwen3vl run ENGINE "Describe it" --image photo.jpg --system "Answer in one sentence." --quiet
       qwen3vl run ENGINE --json -- "--a prompt that begins with dashes"
       qwen3vl run ENGINE < question.txt
@@ -105,12 +108,17 @@ def run(
         )
     model = opening.open(engine, check=check)
     messages = [*system_message(system), *user_message(question, image or [], video or [])]
-    options = {**given(answering), **given(seeing)}
+    options = {**answering.arguments(), **given(seeing)}
     if as_json:
         generation = model.generate(messages, **options)
         shown = ("text", "token_ids", "finish_reason")
         values = {name: getattr(generation, name) for name in shown}
+        values |= answer_details(generation)
         print_json({**values, "stats": dataclasses.asdict(generation.stats)})
+    elif options.get("n", 1) > 1:
+        generation = model.generate(messages, **options)
+        for each in generation.choices:
+            print_text(each.text)
     else:
         generation = print_stream(model.stream(messages, **options))
     if stats:
