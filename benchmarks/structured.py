@@ -1,4 +1,4 @@
-"""`python -m benchmarks structured`: what a `response_format` costs for each token, and whether all answers follow it."""
+"""`python -m benchmarks structured`: what a format costs for each token, and whether all answers follow it."""
 
 from __future__ import annotations
 

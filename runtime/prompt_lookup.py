@@ -7,7 +7,7 @@ the decoder. A draft changes no token: `runtime.generation.decode_steps` keeps w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 # The values of n, the preferred one first: a long match is right more often, a single token such as the quote after
 # a key's colon finds more. Against (3, 2), by cost: JSON +5, HTML +3, page read back +4, prose -1 %
@@ -128,16 +128,10 @@ class PromptLookup:
             if not is_accepted:
                 self._awaited.clear()
 
-    def draft(self, room: int, num_allowed: Callable[[list[int]], int] = len) -> list[int]:
-        """Return the tokens that may come next, at most `room`; often none.
-
-        Args:
-            room: Most tokens.
-            num_allowed: Says how many of the tokens that it is given may follow, one after the other.
-        """
+    def draft(self, room: int) -> list[int]:
+        """Return the tokens that may come next, at most `room`; often none."""
         found = self._index.following(self.length.next(min(room, self._max_tokens)))
         end = next((i for i, token_id in enumerate(found) if token_id in self._never), len(found))
-        end = num_allowed(found[:end]) if end else 0
         self._awaited = deque(found[:end])
         self.num_drafted += end
         return found[:end]
