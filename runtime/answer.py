@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from runtime.logprobs import TokenLogprob
 from runtime.piece import REASONING, TEXT, Piece
 from runtime.repetition import LoopGuard
 from runtime.stop_text import AnswerText, Run
@@ -73,13 +74,17 @@ class Generation:
     Attributes:
         text: The answer, without thoughts and without the calls in `tool_calls`.
         token_ids: The new tokens, the end token included.
-        finish_reason: Why it ended: eos, stop, length, or repetition (`max_repetitions`). Calls of functions are no
+        finish_reason: Why it ended: eos; stop, which is a stop string, or the end of a `response_format` that allows
+            nothing more; length; or repetition (`max_repetitions`). Calls of functions are no
             reason of their own: an answer that calls something ends with eos.
         stats: Its timings.
         reasoning: The thoughts before the answer; "" without. They are all there is of an answer that ended in them.
         tool_calls: The calls that it holds; none unless `tools` were given.
         malformed_tool_calls: What stands between the marks of a call and is none, marks included. It is in `text` too.
         raw_text: All text as the model wrote it, with the marks of thoughts and calls, without special tokens.
+        logprobs: How likely each of `token_ids` was, with the option `logprobs`.
+        choices: The `n` answers to one prompt, this one first; with `best_of`, the likeliest first. Empty if one was
+            asked for.
     """
 
     text: str
@@ -90,6 +95,8 @@ class Generation:
     tool_calls: tuple[ToolCall, ...] = ()
     malformed_tool_calls: tuple[str, ...] = ()
     raw_text: str = ""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    choices: tuple[Generation, ...] = ()
 
     def to_message(self) -> dict[str, Any]:
         """Return the assistant's message that the answer is, for the next prompt.
@@ -140,14 +147,19 @@ class Answer:
         self.token_ids: list[int] = []
         self.finish_reason = ""
 
-    def push(self, token_id: int) -> list[Piece]:
-        """Take the next token and return what can be shown now; no piece is empty."""
+    def push(self, token_id: int, *, is_complete: bool = False) -> list[Piece]:
+        """Take the next token and return what can be shown now; no piece is empty.
+
+        Args:
+            token_id: The token.
+            is_complete: With it, the answer has come to the end of its format.
+        """
         self.token_ids.append(token_id)
         pieces = self._read(self._text.push(token_id))
         is_loop = self._guard is not None and self._guard.push(token_id)
         if token_id in self._eos_token_ids:
             self.finish_reason = "eos"
-        elif self._text.is_stopped:
+        elif self._text.is_stopped or is_complete:
             self.finish_reason = "stop"
         elif is_loop:
             self.finish_reason = "repetition"
@@ -158,7 +170,7 @@ class Answer:
         self._pieces += pieces
         return pieces
 
-    def finished(self, stats: Stats) -> Generation:
+    def finished(self, stats: Stats, logprobs: tuple[TokenLogprob, ...] | None = None) -> Generation:
         """Return the whole answer."""
         return Generation(
             self._joined(TEXT),
@@ -169,6 +181,7 @@ class Answer:
             tool_calls=tuple(self._calls.calls),
             malformed_tool_calls=tuple(self._calls.malformed),
             raw_text="".join(self._raw),
+            logprobs=logprobs,
         )
 
     def _read(self, runs: Sequence[Run], *, is_last: bool = False) -> list[Piece]:

@@ -16,6 +16,7 @@ _DIM, _UNDIM = "\x1b[2m", "\x1b[22m"
 
 if TYPE_CHECKING:
     from runtime.answer import Generation, Stats
+    from runtime.logprobs import Likelihood
     from runtime.manifest import Manifest
     from runtime.piece import Piece
     from runtime.stream import Stream
@@ -203,6 +204,30 @@ def print_json(value: Any) -> None:
 def print_text(text: str) -> None:
     """Print a table or a report on stdout. Control characters, which a manifest may quote, are escaped."""
     print(escape_controls(text, keeps_layout=True), flush=True)
+
+
+def answer_details(generation: Generation) -> dict[str, Any]:
+    """Return what an answer has only if it was asked for, as plain data: log probabilities and several answers."""
+    details: dict[str, Any] = {}
+    if generation.logprobs is not None:
+        details["logprobs"] = [
+            _likelihood(each) | {"top": [_likelihood(other) for other in each.top]} for each in generation.logprobs
+        ]
+    if generation.choices:
+        details["choices"] = [
+            {"text": each.text, "token_ids": each.token_ids, "finish_reason": each.finish_reason}
+            for each in generation.choices
+        ]
+    return details
+
+
+def _likelihood(noted: Likelihood) -> dict[str, Any]:
+    return {
+        "token_id": noted.token_id,
+        "text": noted.text,
+        "bytes": list(noted.token_bytes),
+        "logprob": noted.logprob,
+    }
 
 
 def note(text: str) -> None:

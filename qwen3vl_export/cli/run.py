@@ -34,6 +34,7 @@ from qwen3vl_export.cli.options import (
     grouped,
 )
 from qwen3vl_export.cli.output import (
+    answer_details,
     answer_json,
     is_terminal,
     manifest_text,
@@ -95,7 +96,7 @@ def run(
     arguments), malformed_tool_calls (those that are text), and stats with preprocess_s, queue_s, vision_s, prefill_s,
     ttft_s (time to first token), tpot_s (time per later token), tokens_per_s, prompt_tokens, visual_tokens, new_tokens,
     peak_cache_bytes, drafted_tokens and accepted_tokens (of prompt lookup), cached_tokens and cached_images (found in
-    the cache).
+    the cache); also logprobs and choices, if --logprobs and --n ask for them.
 
     \b
     Examples:
@@ -104,6 +105,7 @@ def run(
       qwen3vl run ENGINE "What happens, and when?" --video clip.mp4 --fps 1 --max-visual-tokens 4000
       qwen3vl run ENGINE "Write a haiku" --do-sample --temperature 0.8 --seed 1
       qwen3vl run ENGINE "Describe it" --image photo.jpg --max-pixels 500000 --stats
+      qwen3vl run ENGINE "Is it a cat?" --image photo.jpg --choice yes --choice no
       qwen3vl run ENGINE "Describe it" --image photo.jpg --system "Answer in one sentence." --quiet
       qwen3vl run ENGINE "Is it raining?" --image window.jpg --tools tools.json --max-thinking-tokens 500
       qwen3vl run ENGINE --json -- "--a prompt that begins with dashes"
@@ -114,12 +116,16 @@ def run(
     question = _question(prompt)
     model = opening.open(engine, check=check)
     messages = [*system_message(system), *user_message(question, image or [], video or [])]
-    options = {**given(answering), **given(seeing)}
+    options = {**answering.arguments(), **given(seeing)}
     if tools is not None:
         options["tools"] = read_tools(tools)
     if as_json:
         generation = model.generate(messages, **options)
-        print_json(answer_json(generation))
+        print_json({**answer_json(generation), **answer_details(generation)})
+    elif options.get("n", 1) > 1:
+        generation = model.generate(messages, **options)
+        for each in generation.choices:
+            print_text(each.text)
     else:
         generation = print_stream(model.stream(messages, **options), hides_thinking=hide_thinking)
     if stats:

@@ -63,7 +63,7 @@ class Image(InputKind):
     path_keys = ("image", "path", "url")
 
     def source(self, part: Mapping[Any, Any], place: str) -> Any:
-        """Return the image as given, but `path` as `Path` and `base64` as bytes, as `ImageSource` if the part limits it."""
+        """Return the image as given, but `path` as `Path`, `base64` as bytes, and one with limits as `ImageSource`."""
         is_openai = exact(part["type"]) != "image"
         keys = ("image_url",) if is_openai else (*_SOURCE_KEYS, "image_url", "source")
         check_keys(part, ("type", *keys, *_LIMIT_KEYS, "detail"), REFUSED_PART_KEYS, place)
