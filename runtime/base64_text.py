@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from urllib.parse import unquote_to_bytes
 
 from runtime.shown import shown
 
@@ -16,8 +17,8 @@ def decode_base64(text: str | bytes | bytearray) -> bytes:
     """Decode base64 text (RFC 4648, both alphabets).
 
     Blanks and line breaks are passed over, also those of MIME and of `base64` of coreutils; padding may be missing; a
-    `data:…;base64,` prefix is taken off. Nothing else is passed over: text with foreign characters is not an image
-    that arrived whole.
+    `data:…;base64,` prefix is taken off, and what follows one may be percent-encoded. Nothing else is passed over: text
+    with foreign characters is not an image that arrived whole.
 
     Args:
         text: The text, or its ASCII bytes.
@@ -31,6 +32,8 @@ def decode_base64(text: str | bytes | bytearray) -> bytes:
         header, comma, text = text.partition(",")
         if not comma or "base64" not in [word.strip().lower() for word in header.split(";")[1:]]:
             raise ValueError(f"its prefix {shown(header, 60)} does not end in ';base64,'")
+        if "%" in text:  # a URL's way to write + / and =
+            text = unquote_to_bytes(text).decode("latin-1")
     body = _BLANK.sub("", text)
     digits = body.rstrip("=").translate(_TO_STANDARD)
     if not digits:

@@ -27,7 +27,8 @@ _BYTES_PER_PIXEL = 8
 # Decoders of Pillow that read pixel by pixel in Python, 1.7 us each: PPM as text, or of other values than 0 to 255.
 _SLOW_DECODERS, _MOST_SLOW_PIXELS = ("ppm", "ppm_plain"), 1 << 20
 # Measured with Pillow 13, the largest of several kinds of files, rounded up: whole frames in the decoder's own format.
-_DECODER_BYTES = {"AVIF": 20, "JPEG2000": 24, "WEBP": 20}
+# HEIC of 10 bits takes the most of its kind, with pillow-heif 1.8.
+_DECODER_BYTES = {"AVIF": 20, "HEIF": 24, "JPEG2000": 24, "WEBP": 20}
 # A PNG file of 8 kB a chunk, as encoders write them, takes less than one read for 2 kB.
 _MOST_READS, _BYTES_PER_READ = 200_000, 256
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # of TIFF

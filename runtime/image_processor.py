@@ -22,6 +22,7 @@ from runtime.errors import CapacityError
 from runtime.image_bounds import MAX_IMAGE_PIXELS
 from runtime.image_config import FILTERS, NUM_CHANNELS, ImageProcessorConfig
 from runtime.images import load_image
+from runtime.patches import patchify
 from runtime.resize import resize
 
 if TYPE_CHECKING:
@@ -44,12 +45,15 @@ class ProcessedImage:
         grid_thw: Patches along time (1), height and width; P is their product.
         merge_size: Patches along a side of one visual token.
         digest: SHA-256 of the resized frames and their shape: what caches know the image by.
+        source_size: Width and height in pixels of the upright image before it was resized, which boxes in an answer
+            are drawn on. Images of one digest may have different ones.
     """
 
     pixel_values: npt.NDArray[np.float32] = field(repr=False)
     grid_thw: tuple[int, int, int]
     merge_size: int
     digest: bytes = field(repr=False)
+    source_size: tuple[int, int]
 
     @property
     def merged_grid_thw(self) -> tuple[int, int, int]:
@@ -91,10 +95,11 @@ def process_image(
             f"{num_bytes} bytes; expected at most {MAX_PIXEL_VALUES_BYTES}",
             remedy="lower max_pixels or min_pixels, or make the image smaller",
         )
+    source_size = image_HWC.shape[1], image_HWC.shape[0]
     try:
         if (height, width) != image_HWC.shape[:2]:
             image_HWC = resize(image_HWC, height, width, FILTERS[config.resample])
-        return segment([image_HWC], config)
+        return segment([image_HWC], config, source_size=source_size)
     except MemoryError as error:
         size = f"{image_HWC.shape[1]} x {image_HWC.shape[0]}"
         raise CapacityError(
@@ -103,36 +108,23 @@ def process_image(
         ) from error
 
 
-def segment(frames: Sequence[RgbImage], config: ImageProcessorConfig) -> ProcessedImage:
+def segment(
+    frames: Sequence[RgbImage], config: ImageProcessorConfig, *, source_size: tuple[int, int] | None = None
+) -> ProcessedImage:
     """Normalise and cut the frames of one temporal patch.
 
     Args:
         frames: At most `temporal_patch_size`, uint8 [H, W, 3] of one size, multiples of `config.factor`. The last one
             is repeated: a still image is one frame, and equal to the video that shows it all the time.
         config: The checkpoint's settings.
+        source_size: Width and height that the frames had before they were resized; None if they were not.
     """
     while len(frames) > 1 and np.array_equal(frames[-1], frames[-2]):
         frames = frames[:-1]
     height, width = frames[0].shape[:2]
     grid_thw = (1, height // config.patch_size, width // config.patch_size)
-    return ProcessedImage(_patchify(frames, config), grid_thw, config.merge_size, _digest(frames))
-
-
-def normalized_levels(config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
-    """Return the value of every grey level of every channel, float32 [C, 256].
-
-    The arithmetic is that of `TorchvisionBackend.rescale_and_normalize`: mean and standard deviation are divided by
-    the rescale factor in float32, so that a pixel meets one subtraction and one division.
-    """
-    levels = np.tile(np.arange(256, dtype=np.float32), (NUM_CHANNELS, 1))
-    if not config.do_normalize:
-        return levels * np.float32(config.rescale_factor) if config.do_rescale else levels
-    mean = np.array(config.image_mean, dtype=np.float32)[:, None]
-    std = np.array(config.image_std, dtype=np.float32)[:, None]
-    if config.do_rescale:
-        mean *= np.float32(1.0 / config.rescale_factor)
-        std *= np.float32(1.0 / config.rescale_factor)
-    return (levels - mean) / std
+    values = patchify(frames, config)
+    return ProcessedImage(values, grid_thw, config.merge_size, _digest(frames), source_size or (width, height))
 
 
 def _digest(frames: Sequence[RgbImage]) -> bytes:
@@ -141,22 +133,3 @@ def _digest(frames: Sequence[RgbImage]) -> bytes:
     for frame_HWC in frames:
         whole.update(np.ascontiguousarray(frame_HWC).data)
     return whole.digest()
-
-
-def _patchify(frames: Sequence[RgbImage], config: ImageProcessorConfig) -> npt.NDArray[np.float32]:
-    """Cut resized uint8 frames into normalised patches, float32 [P, E] in merge order."""
-    height, width, channels = frames[0].shape
-    patch, merge, num_frames = config.patch_size, config.merge_size, config.temporal_patch_size
-    tokens_high, tokens_wide = height // config.factor, width // config.factor
-    tables = normalized_levels(config)
-    values = np.empty((height * width // patch**2, channels, num_frames, patch * patch), np.float32)
-    for index, frame_HWC in enumerate(frames):
-        # row of tokens, row in token, row in patch, the same for columns, channel
-        split = frame_HWC.reshape(tokens_high, merge, patch, tokens_wide, merge, patch, channels)
-        levels_PCE = np.ascontiguousarray(split.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(-1, channels, patch * patch)
-        # The last frame is repeated.
-        last = num_frames if index == len(frames) - 1 else index + 1
-        # A table of 256 values gives the bits of the float32 arithmetic on every pixel, and is faster.
-        for channel, table in enumerate(tables):
-            values[:, channel, index:last] = table[levels_PCE[:, channel]][:, None]
-    return values.reshape(len(values), -1)

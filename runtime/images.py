@@ -14,7 +14,7 @@ Deviations, each on purpose:
 - 16-bit greyscale keeps its high byte, as viewers and Pillow's own 16-bit colour do; transformers clips at 255 (PIL) or
   hands on uint16 values (files).
 - Of an animation the first frame is taken; the torchvision backend returns all frames of a GIF.
-- BMP, TIFF, PPM, ICO and JPEG 2000 files are read too.
+- BMP, TIFF, PPM, ICO and JPEG 2000 files are read too, and HEIC with pillow-heif (`runtime/heif.py`).
 - Arrays are [H, W] or [H, W, C]; transformers guesses between channels first and last.
 
 Images may come from anywhere. An image of too many pixels is refused from its header. For others, the decoded image and
@@ -40,6 +40,7 @@ from runtime.arguments import reading
 from runtime.base64_text import decode_base64
 from runtime.errors import CapacityError, ImageError, Qwen3VLError, UsageError
 from runtime.files import NotRegularError, open_regular
+from runtime.heif import is_heif, is_isobmff_image, open_heif
 from runtime.image_bounds import (
     MAX_IMAGE_PIXELS,
     MOST_IMAGE_PIXELS,
@@ -67,7 +68,11 @@ IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", 
 
 _STRIP_PIXELS = 1 << 18
 _SHORTEST_BASE64, _LONGEST_PATH = 60, 4096
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+_MAGIC = (
+    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\1\0"),
+    *(b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),  # JPEG 2000, in a file of boxes or bare
+    *(b"P%d%c" % (kind, blank) for kind in range(1, 7) for blank in b" \t\r\n"),  # PPM
+)
 _ORIENTATION = 0x0112  # of EXIF
 # Steps through rows and columns, and whether both are exchanged then; the names of Pillow's `ImageOps.exif_transpose`.
 _TURNS: Mapping[object, tuple[int, int, bool]] = {
@@ -134,7 +139,8 @@ def _from_bare_base64(text: str) -> bytes | None:
         return None
     try:
         start = decode_base64(text[:_SHORTEST_BASE64])
-        return decode_base64(text) if start.startswith(_MAGIC) else None
+        is_image = start.startswith(_MAGIC) or is_isobmff_image(start)
+        return decode_base64(text) if is_image else None
     except ValueError:
         return None
 
@@ -179,10 +185,13 @@ def _from_data_url(url: str, limit: int) -> RgbImage:
     remedy = "write data:image/png;base64, followed by the base64 text of the file"
     if not comma:
         raise ImageError(f"{where}: expected a comma before the data, found none", remedy=remedy)
-    media_type, *parameters = header[len("data:") :].lower().split(";")
-    if not media_type.startswith("image/"):
+    media_type, *parameters = (word.strip() for word in header[len("data:") :].lower().split(";"))
+    # Clients that do not know what a file is say nothing, or that it is bytes.
+    if media_type not in ("", "application/octet-stream") and not media_type.startswith("image/"):
         raise ImageError(f"{where}: expected an image/… media type, found {media_type!r}", remedy=remedy)
-    if "base64" not in (parameter.strip() for parameter in parameters):
+    if "base64" not in parameters:
+        if "%" in body:  # RFC 2397: the bytes themselves
+            return _decode(io.BytesIO(unquote_to_bytes(body)), where, limit)
         raise ImageError(f"{where}: expected base64 data, found none declared", remedy=remedy)
     try:
         data = decode_base64(unquote_to_bytes(body))
@@ -226,7 +235,11 @@ def _decode(file: IO[bytes], where: str, limit: int) -> RgbImage:
             for width, height in sizes_in_ico(file, where):  # Pillow decodes it while it opens it
                 check_size(width, height, where, limit)
             check_webp(file, where, limit)
-            image = Image.open(cast(IO[bytes], reader), formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+            if is_heif(file):
+                image: Image.Image = open_heif(file, where, limit)
+            else:
+                names = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+                image = Image.open(cast(IO[bytes], reader), formats=names)
             with image:
                 check_size(image.width, image.height, where, limit)
                 _check_mode(image, where)

@@ -47,6 +47,7 @@ from runtime.shown import shown
 from runtime.stream import Stream
 from runtime.thinking import checked_marks
 from runtime.tokenizer import Tokenizer
+from runtime.tools.reader import ExpectedCalls
 from runtime.urls import check_local
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
@@ -424,6 +425,8 @@ class Qwen3VLModel:
     ) -> None:
         """Prepare a prompt in this thread, and put it into the queue."""
         self._owner.check()
+        if options.max_thinking_tokens is not None:
+            checked_marks(self.tokenizer)
         with self._worker.reserve(waits=waits) as place, naming_errors():
             started = time.perf_counter()
             ahead: dict[bytes, Future[FloatArray]] = {}
@@ -439,8 +442,6 @@ class Qwen3VLModel:
                 _LOGGER.warning("%s", note)
             if on_prepared is not None:
                 on_prepared(prepared)
-            if options.max_thinking_tokens is not None:
-                checked_marks(self.tokenizer)
             ready = time.perf_counter()
             request = Request(
                 prepared,
@@ -451,6 +452,7 @@ class Qwen3VLModel:
                 call.priority,
                 call.deadline,
                 ahead,
+                expected_calls=ExpectedCalls.of(self.preparation.template.call_format, call.tools),
                 pieces=pieces,
             )
             self._worker.submit(place, request, waits=waits)

@@ -118,7 +118,7 @@ class ThoughtReader:
 class ThinkingBudget:
     r"""End the thought of one answer when it has taken too many tokens.
 
-    The thought then ends as Qwen3's documentation (docs/source/getting_started/thinking_budget.md, Qwen3 repository)
+    The thought then ends as Qwen3's documentation ("Thinking budget", among its pages for getting started)
     ends it: with a sentence that says so and the closing mark. With no tokens at all, it is the empty thought that
     Qwen3's templates write for `enable_thinking=False`. The tokens of that are the answer's own, as if they had been
     chosen; they count in `max_new_tokens`, and not in the budget.

@@ -18,7 +18,7 @@ _SIZES = ((170, 100), (90, 120), (250, 72))
 _SMALL_CHUNK = 8
 # Frames, their rate, and width and height of a video. At the 2 frames a second of every checkpoint, an odd number of
 # frames is taken of the first, every second one of the other.
-_CLIPS = ((5, 2.0, 100, 60), (12, 4.0, 70, 80))
+_CLIPS = ((5, 2.0, 100, 60), (12, 4.0, 70, 110))
 
 
 @dataclass(frozen=True, eq=False)

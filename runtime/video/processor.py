@@ -144,19 +144,21 @@ def _segments(
     """Resize frames as they come and cut them, a temporal patch at a time."""
     waiting: list[RgbImage] = []
     size: tuple[int, int] | None = None
+    source_size: tuple[int, int] | None = None
     for frame_HWC in frames:
         if size is None:
             config = _limited(config, options, num_frames, max_tokens)
             size = config.target_size(num_frames, *frame_HWC.shape[:2])
             _check_size(size, num_frames, config, max_tokens, name)
+        source_size = frame_HWC.shape[1], frame_HWC.shape[0]
         if size != frame_HWC.shape[:2]:
             frame_HWC = resize(frame_HWC, *size, FILTERS[config.image.resample])
         waiting.append(frame_HWC)
         if len(waiting) == config.temporal_patch_size:
-            yield segment(waiting, config.image)
+            yield segment(waiting, config.image, source_size=source_size)
             waiting = []
     if waiting:
-        yield segment(waiting, config.image)
+        yield segment(waiting, config.image, source_size=source_size)
 
 
 def _limited(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+from urllib.parse import quote
 
 import pytest
 
@@ -31,6 +32,8 @@ TEXT = base64.b64encode(DATA).decode()
         f"data:image/png;base64,{TEXT}",
         f"DATA:image/png;charset=utf-8;BASE64,\n{base64.encodebytes(DATA).decode()}",
         f"data:;base64,{TEXT}",
+        f"data:application/octet-stream;base64,{TEXT}",
+        f"data:image/png;base64,{quote(TEXT, safe='')}",
     ],
 )
 def test_every_form_is_the_same_bytes(text: str | bytes) -> None:

@@ -24,6 +24,9 @@ from PIL import Image
 import configs
 import runtime.generation
 import runtime.image_processor
+import runtime.input_kinds.video
+import runtime.preparation
+import runtime.video.processor
 import runtime.vision_inputs
 from helpers.engines import build
 from helpers.moe_checkpoints import write_experts
@@ -37,6 +40,8 @@ from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.model import Qwen3VLModel
 from runtime.scheduling.sequence import Sequence
 from runtime.sessions.ort_cpu import OrtCpuSession
+from runtime.video.frame_readers import FramesReader
+from runtime.video.processor import ProcessedVideo
 
 STEPS = 4
 
@@ -229,6 +234,54 @@ def resize_bilinear(subject: Subject) -> None:
     subject.patch.setattr(runtime.image_processor, "resize", bilinear)
 
 
+def timestamps_of_the_next_patch(subject: Subject) -> None:
+    def shifted(*arguments: Any, **keywords: Any) -> ProcessedVideo:
+        video = process_video(*arguments, **keywords)
+        return dataclasses.replace(video, timestamps=(*video.timestamps[1:], video.timestamps[-1] + 1))
+
+    process_video = runtime.video.processor.process_video
+    subject.patch.setattr(runtime.input_kinds.video, "process_video", shifted)
+
+
+def frames_of_the_wrong_parity(subject: Subject) -> None:
+    """Temporal patches begin at every odd frame; their times stay right."""
+    frames = FramesReader.frames
+
+    def odd(reader: FramesReader, indices: np.ndarray) -> Any:
+        return frames(reader, np.minimum(indices + 1, reader.num_frames - 1))
+
+    subject.patch.setattr(FramesReader, "frames", odd)
+
+
+def temporal_patches_swapped(subject: Subject) -> None:
+    """The segments are placed from the last to the first; every other input stays right."""
+    original = Qwen3VLModel.encode_images
+
+    def swapped(model: Qwen3VLModel, images: Any) -> Any:
+        is_video = len({image.grid_thw for image in images}) == 1 and len(images) > 1
+        return original(model, images[::-1] if is_video else images)
+
+    subject.patch.setattr(Qwen3VLModel, "encode_images", swapped)
+
+
+def grid_of_another_video(subject: Subject) -> None:
+    """Positions of the last video are those of one as wide as it is high, and the other way round."""
+    original = runtime.preparation.mrope_positions
+
+    def positions(num_tokens: int, spans: Any) -> Any:
+        if len(spans) > 4:  # of two videos
+            last = spans[-1].merged_grid_thw
+            assert last[1] != last[2]
+            turned = (last[0], last[2], last[1])
+            spans = [
+                dataclasses.replace(span, merged_grid_thw=turned) if span.merged_grid_thw == last else span
+                for span in spans
+            ]
+        return original(num_tokens, spans)
+
+    subject.patch.setattr(runtime.preparation, "mrope_positions", positions)
+
+
 # What breaks, and the case, the check and the layer that notice first.
 BREAKS: list[tuple[Callable[[Subject], None], tuple[str, str, int | None]]] = [
     (deepstack_off, ("one image", "keys", 1)),
@@ -244,6 +297,10 @@ BREAKS: list[tuple[Callable[[Subject], None], tuple[str, str, int | None]]] = [
     (cache_off_by_one, ("text", "greedy logits", None)),
     (images_swapped, ("three images", "visual_embeds level 0", None)),
     (resize_bilinear, ("one image", "pixels, grey levels", None)),
+    (timestamps_of_the_next_patch, ("video", "token ids differ from processor", None)),
+    (frames_of_the_wrong_parity, ("video", "pixels, grey levels", None)),
+    (temporal_patches_swapped, ("video", "visual_embeds level 0", None)),
+    (grid_of_another_video, ("videos and image", "keys", 0)),
 ]
 
 
