@@ -11,7 +11,7 @@ What a part may say beside its video, and how that differs from qwen-vl-utils 0.
 | `resized_height`, `resized_width` | size of a frame before rounding, as there, within the limits above |
 | `video_start`, `video_end` | seconds; frames are counted inwards from both, as there |
 | `raw_fps` | rate of the frames that are given, to choose from |
-| `sample_fps` | rate of frames that were chosen already: all are taken; their times are by `raw_fps` if that is there too |
+| `sample_fps` | rate of frames that were chosen already: all are taken; `raw_fps` beside it gives their times |
 | `video_metadata` | transformers': `fps`, and with `frames_indices` all frames are taken, and timed by these numbers |
 | `timestamps` | seconds, one for each frame: all frames are taken |
 | `do_sample_frames` | false: all frames are taken |
