@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,6 +40,7 @@ from qwen3vl_export.cli.output import (
     print_text,
     read_stdin,
 )
+from qwen3vl_export.cli.pictures import Pictures
 from qwen3vl_export.cli.targets import targets
 from qwen3vl_export.cli.verify import verify
 from runtime.errors import UsageError
@@ -72,6 +73,7 @@ def run(
     system: System = None,
     answering: Answering,
     seeing: Seeing,
+    pictures: Pictures,
     opening: Opening,
     as_json: AsJson = False,
     stats: ShowStats = False,
@@ -93,6 +95,7 @@ def run(
       qwen3vl run ENGINE "Write a haiku" --do-sample --temperature 0.8 --seed 1
       qwen3vl run ENGINE "Describe it" --image photo.jpg --max-pixels 500000 --stats
       qwen3vl run ENGINE "Describe it" --image photo.jpg --system "Answer in one sentence." --quiet
+      qwen3vl run ENGINE "Locate every cup, in JSON with bbox_2d and label" --image desk.jpg --draw found.png
       qwen3vl run ENGINE --json -- "--a prompt that begins with dashes"
       qwen3vl run ENGINE < question.txt
     """
@@ -103,8 +106,10 @@ def run(
         raise UsageError(
             "PROMPT is missing", remedy='give one, such as "Describe the image.", or - to read it from stdin'
         )
+    pictures.check(image or [])
     model = opening.open(engine, check=check)
-    messages = [*system_message(system), *user_message(question, image or [], video or [])]
+    messages: Any = [*system_message(system), *user_message(question, image or [], video or [])]
+    messages = pictures.before(model, messages, given(seeing), is_quiet=quiet)
     options = {**given(answering), **given(seeing)}
     if as_json:
         generation = model.generate(messages, **options)
@@ -113,6 +118,7 @@ def run(
         print_json({**values, "stats": dataclasses.asdict(generation.stats)})
     else:
         generation = print_stream(model.stream(messages, **options))
+    pictures.after(model, generation.text, image or [], is_quiet=quiet)
     if stats:
         print_stats(generation.stats)
 
