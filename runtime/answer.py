@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from runtime.arguments import whole_number
+from runtime.grounding import Box, Point, find_boxes, find_points
 from runtime.logprobs import TokenLogprob
 from runtime.piece import REASONING, TEXT, Piece
 from runtime.repetition import LoopGuard
@@ -85,6 +87,8 @@ class Generation:
         logprobs: How likely each of `token_ids` was, with the option `logprobs`.
         choices: The `n` answers to one prompt, this one first; with `best_of`, the likeliest first. Empty if one was
             asked for.
+        image_sizes: Width and height in pixels of each image, and of the frames of each video, of the prompt, in order
+            and before they were resized.
     """
 
     text: str
@@ -97,6 +101,38 @@ class Generation:
     raw_text: str = ""
     logprobs: tuple[TokenLogprob, ...] | None = None
     choices: tuple[Generation, ...] = ()
+    image_sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """Boxes in the answer, in pixels of the last image of the prompt; none without an image."""
+        return self.boxes_on(-1) if self.image_sizes else ()
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Points in the answer, in pixels of the last image of the prompt; none without an image."""
+        return self.points_on(-1) if self.image_sizes else ()
+
+    def boxes_on(self, image: int) -> tuple[Box, ...]:
+        """Return the boxes in the answer in pixels of one image or video.
+
+        Args:
+            image: Its number in the prompt, videos counted as well; -1 is the last.
+
+        Raises:
+            UsageError: There is no such image.
+        """
+        return find_boxes(self.text, self._size_of(image))
+
+    def points_on(self, image: int) -> tuple[Point, ...]:
+        """Return the points in the answer in pixels of one image or video; see `boxes_on`."""
+        return find_points(self.text, self._size_of(image))
+
+    def _size_of(self, image: int) -> tuple[int, int]:
+        number = len(self.image_sizes)
+        remedy = "pass a number from 0 on, or -1 for the last"
+        expected = f"the number of one of the {number} images and videos of the prompt"
+        return self.image_sizes[whole_number("image", image, -number, number - 1, expected, remedy)]
 
     def to_message(self) -> dict[str, Any]:
         """Return the assistant's message that the answer is, for the next prompt.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,6 +45,7 @@ from qwen3vl_export.cli.output import (
     read_stdin,
     read_tools,
 )
+from qwen3vl_export.cli.pictures import Pictures
 from qwen3vl_export.cli.targets import targets
 from qwen3vl_export.cli.verify import verify
 from runtime.errors import UsageError
@@ -81,6 +82,7 @@ def run(
     system: System = None,
     answering: Answering,
     seeing: Seeing,
+    pictures: Pictures,
     opening: Opening,
     tools: Tools = None,
     hide_thinking: HideThinking = False,
@@ -106,19 +108,29 @@ def run(
       qwen3vl run ENGINE "Write a haiku" --do-sample --temperature 0.8 --seed 1
       qwen3vl run ENGINE "Describe it" --image photo.jpg --max-pixels 500000 --stats
       qwen3vl run ENGINE "Is it a cat?" --image photo.jpg --choice yes --choice no
-      qwen3vl run ENGINE "Describe it" --image photo.jpg --system "Answer in one sentence." --quiet
       qwen3vl run ENGINE "Is it raining?" --image window.jpg --tools tools.json --max-thinking-tokens 500
+      qwen3vl run ENGINE "Locate every cup, in JSON with bbox_2d and label" --image desk.jpg --draw found.png
       qwen3vl run ENGINE --json -- "--a prompt that begins with dashes"
       qwen3vl run ENGINE < question.txt
     """
     from runtime.messages import system_message, user_message
 
     question = _question(prompt)
+    pictures.check(image or [])
     model = opening.open(engine, check=check)
-    messages = [*system_message(system), *user_message(question, image or [], video or [])]
+    messages: Any = [*system_message(system), *user_message(question, image or [], video or [])]
+    messages = pictures.before(model, messages, given(seeing), is_quiet=quiet)
     options = {**answering.arguments(), **given(seeing)}
     if tools is not None:
         options["tools"] = read_tools(tools)
+    generation = _answer(model, messages, options, as_json=as_json, hides_thinking=hide_thinking)
+    pictures.after(model, generation.text, image or [], is_quiet=quiet)
+    if stats:
+        print_stats(generation.stats)
+
+
+def _answer(model: Any, messages: Any, options: dict[str, Any], *, as_json: bool, hides_thinking: bool) -> Any:
+    """Generate and print an answer, or several."""
     if as_json:
         generation = model.generate(messages, **options)
         print_json({**answer_json(generation), **answer_details(generation)})
@@ -127,9 +139,8 @@ def run(
         for each in generation.choices:
             print_text(each.text)
     else:
-        generation = print_stream(model.stream(messages, **options), hides_thinking=hide_thinking)
-    if stats:
-        print_stats(generation.stats)
+        generation = print_stream(model.stream(messages, **options), hides_thinking=hides_thinking)
+    return generation
 
 
 def _question(prompt: str | None) -> str:
