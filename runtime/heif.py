@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import IO, TYPE_CHECKING
 
 from runtime.errors import ImageError
+from runtime.installation import how_to_install
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,7 +54,7 @@ def open_heif(file: IO[bytes], where: str, max_file_bytes: int) -> Image.Image:
     except ImportError as error:
         raise ImageError(
             f"{where}: a HEIC image, which needs the package pillow-heif: {error}",
-            remedy="pip install 'qwen3vl-export[heif]', or convert the image to JPEG",
+            remedy=f"{how_to_install('heif')}; or convert the image to JPEG",
         ) from error
     file.seek(0, 2)
     num_bytes = file.tell()

@@ -7,8 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from runtime.errors import CapacityError
+
 _A = TypeVar("_A")
 _B = TypeVar("_B")
+
+
+def no_thread(error: RuntimeError) -> CapacityError:
+    """Return what to raise where the system gives no thread, as it does when it has no memory for one."""
+    return CapacityError(
+        f"not enough memory, or too many threads ({error})", remedy="end other threads, or raise the limit (ulimit -u)"
+    )
 
 
 def ordered_map(function: Callable[[_A], _B], items: Sequence[_A], num_threads: int) -> Iterator[_B]:
@@ -26,7 +35,10 @@ def ordered_map(function: Callable[[_A], _B], items: Sequence[_A], num_threads: 
         for item in items:
             if len(running) >= num_threads:
                 yield running.popleft().result()
-            running.append(pool.submit(function, item))
+            try:
+                running.append(pool.submit(function, item))
+            except RuntimeError as error:
+                raise no_thread(error) from error
         while running:
             yield running.popleft().result()
     finally:

@@ -20,6 +20,7 @@ from runtime.guard import as_engine_error
 from runtime.image_processor import ProcessedImage
 from runtime.manifest import Manifest
 from runtime.memory import cache_bytes
+from runtime.parallel import no_thread
 from runtime.sampling import Logits
 from runtime.scheduling.counters import Counters
 from runtime.scheduling.request import Limits
@@ -63,7 +64,7 @@ class Steps:
         self._max_sequences = limits.max_sequences
         self._on_vision = on_vision
         runs_beside = getattr(session, "runs_vision_beside", False)
-        self._encoder = ThreadPoolExecutor(1, "qwen3vl-vision") if runs_beside else None
+        self._encoder = _started(ThreadPoolExecutor(1, "qwen3vl-vision")) if runs_beside else None
         self._max_segments = getattr(session, "max_segments", None)
         self._encoding: tuple[list[tuple[Sequence, int, ProcessedImage]], Future[FloatArray]] | None = None
         self._num_failures: dict[str, int] = {}
@@ -408,6 +409,19 @@ class Steps:
                 self._leave(sequence, None)
                 self.counters.ended("failed")
                 sequence.request.pieces.fail(_as_known(error))
+
+
+def _started(pool: ThreadPoolExecutor) -> ThreadPoolExecutor:
+    """Start the thread of a pool, so that no request fails for want of it.
+
+    Raises:
+        CapacityError: The system gives no thread.
+    """
+    try:
+        pool.submit(lambda: None)
+    except RuntimeError as error:
+        raise no_thread(error) from error
+    return pool
 
 
 def _as_known(error: Exception) -> Qwen3VLError:

@@ -13,9 +13,10 @@ from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 from runtime.contract import FloatArray
-from runtime.errors import CapacityError, DeadlineError, EngineError, OverloadError, Qwen3VLError, UsageError
+from runtime.errors import DeadlineError, EngineError, OverloadError, Qwen3VLError, UsageError
 from runtime.image_processor import ProcessedImage
 from runtime.manifest import Manifest
+from runtime.parallel import no_thread
 from runtime.prompt_lookup import PromptLookup
 from runtime.scheduling.request import Limits, Request
 from runtime.scheduling.scheduler import State, Step, next_step
@@ -134,9 +135,7 @@ class Worker:
         try:
             self._thread.start()
         except RuntimeError as error:
-            raise CapacityError(
-                f"no thread for the engine ({error})", remedy="end other threads, or raise the limit (ulimit -u)"
-            ) from error
+            raise no_thread(error) from error
 
     def reserve(self, *, waits: bool = False) -> Place:
         """Take a place in the queue.

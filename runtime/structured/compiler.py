@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import UsageError
+from runtime.installation import how_to_install
 from runtime.panics import is_panic
 from runtime.shown import one_line
 from runtime.structured.constraint import Constraint, MakeConstraint, Matcher
@@ -134,7 +135,7 @@ def _library() -> Any:
     except ImportError as error:
         raise UsageError(
             "response_format needs the library llguidance, which is not installed",
-            remedy="pip install 'qwen3vl-export[structured]'",
+            remedy=how_to_install("structured"),
         ) from error
     return llguidance
 

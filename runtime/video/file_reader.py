@@ -20,6 +20,7 @@ import numpy as np
 from runtime.contract import IntArray
 from runtime.errors import ImageError, Qwen3VLError, UsageError
 from runtime.image_bounds import check_size
+from runtime.installation import how_to_install
 from runtime.machine import default_threads
 from runtime.video.reader import VideoReader, repeats_of
 
@@ -34,7 +35,6 @@ _CONTAINERS = (
     *("ogg", "h264", "hevc", "av1", "obu", "ivf", "m4v", "mjpeg", "gif", "apng", "nut", "mxf", "wtv", "dv", "rm"),
     *("yuv4mpegpipe", "h263", "vc1", "webp", "webp_pipe"),
 )
-_INSTALL = "pip install 'qwen3vl-export[video]'"
 # Of its frames, those that a header may count and nobody can decode: edits and encoders leave some.
 _MISSING_SHARE, _MISSING_FRAMES = 0.02, 2
 # Of the time that a header says, what a whole file may lack: encoders round, and leave out the last frame's.
@@ -118,7 +118,7 @@ class FileReader(VideoReader):
         except ImportError as error:
             raise UsageError(
                 f"{self.name}: video files are read with PyAV, which is not installed ({error})",
-                remedy=f"{_INSTALL}, or pass a list of frames",
+                remedy=f"{how_to_install('video')}; or pass a list of frames",
             ) from error
 
         def refuse(url: str, *_: Any) -> Any:

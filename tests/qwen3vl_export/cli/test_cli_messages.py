@@ -155,11 +155,12 @@ MAIN = "from qwen3vl_export.cli.run import main; main()"
 # A model that answers what a picture of text could make it say.
 ANSWERING = f"""
 import sys, types
+from runtime.piece import Piece
 class Model:
-    result = True
+    result = types.SimpleNamespace(text="", tool_calls=(), malformed_tool_calls=())
     def from_engine(*_, **__): return Model()
     def stream(self, *_, **__): return self
-    def __iter__(self): return iter(["a\\tb\\n", {ESCAPES!r}, "é 👩‍💻"])
+    def __iter__(self): return iter(map(Piece, ["a\\tb\\n", {ESCAPES!r}, "é 👩‍💻"]))
     def close(self): pass
 sys.modules["runtime.model"] = types.SimpleNamespace(Qwen3VLModel=Model)
 from qwen3vl_export.cli.run import main
@@ -269,16 +270,16 @@ def test_without_a_prompt_a_terminal_is_not_read(demo_engine: Path) -> None:
 
 
 def test_a_system_message_comes_first(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.model import Qwen3VLModel
+    from runtime.preparation import Preparation
 
     asked: list[Any] = []
-    prepare = Qwen3VLModel.prepare
+    prepare = Preparation.prepare
 
-    def noted(self: Qwen3VLModel, messages: Any, **options: Any) -> Any:
+    def noted(self: Preparation, messages: Any, **options: Any) -> Any:
         asked.append(messages)
         return prepare(self, messages, **options)
 
-    monkeypatch.setattr(Qwen3VLModel, "prepare", noted)
+    monkeypatch.setattr(Preparation, "prepare", noted)
     assert call(run.app, "run", str(demo_engine), "x", "--system", "Be brief.", "--max-new-tokens", "1")[0] == 0
     assert [turn["role"] for turn in asked[0]] == ["system", "user"]
     assert asked[0][0]["content"] == "Be brief."
