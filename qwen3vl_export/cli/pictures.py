@@ -128,7 +128,7 @@ def write_inputs(inputs: Sequence[ProcessedImage | ProcessedVideo], settings: In
         for name, picture in _pictures(inputs, settings):
             _save(picture, path / f"{name}.png")
             count += 1
-        return f"{count} pictures of the input: {shown(path)}"
+        return f"{count} picture{'' if count == 1 else 's'} of the input: {shown(path)}"
     kept, num_pixels = [], 0
     for _, picture in _pictures(inputs, settings):
         num_pixels += picture.width * picture.height
