@@ -17,12 +17,14 @@ from benchmarks.report import report
 from benchmarks.routes import routes
 from benchmarks.run import run
 from benchmarks.serving.command import serving
+from benchmarks.structured import structured
 from benchmarks.synthetic import write
 from benchmarks.video import video
 from runtime.errors import Qwen3VLError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (build, compare, compare_setup, export, gpu_check, lowered, report, routes, run, serving, video):
+_COMMANDS = (build, compare, compare_setup, export, gpu_check, lowered, report, routes, run, serving, structured, video)
+for command in _COMMANDS:
     app.command()(command)
 app.command("import")(time_imports)
 app.command("synthetic")(write)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from runtime.arguments import whole_number
+from runtime.grounding import Box, Point, find_boxes, find_points
+from runtime.logprobs import TokenLogprob
 from runtime.piece import REASONING, TEXT, Piece
 from runtime.repetition import LoopGuard
 from runtime.stop_text import AnswerText, Run
@@ -73,13 +76,19 @@ class Generation:
     Attributes:
         text: The answer, without thoughts and without the calls in `tool_calls`.
         token_ids: The new tokens, the end token included.
-        finish_reason: Why it ended: eos, stop, length, or repetition (`max_repetitions`). Calls of functions are no
+        finish_reason: Why it ended: eos; stop, which is a stop string, or the end of a `response_format` that allows
+            nothing more; length; or repetition (`max_repetitions`). Calls of functions are no
             reason of their own: an answer that calls something ends with eos.
         stats: Its timings.
         reasoning: The thoughts before the answer; "" without. They are all there is of an answer that ended in them.
         tool_calls: The calls that it holds; none unless `tools` were given.
         malformed_tool_calls: What stands between the marks of a call and is none, marks included. It is in `text` too.
         raw_text: All text as the model wrote it, with the marks of thoughts and calls, without special tokens.
+        logprobs: How likely each of `token_ids` was, with the option `logprobs`.
+        choices: The `n` answers to one prompt, this one first; with `best_of`, the likeliest first. Empty if one was
+            asked for.
+        image_sizes: Width and height in pixels of each image, and of the frames of each video, of the prompt, in order
+            and before they were resized.
     """
 
     text: str
@@ -90,6 +99,40 @@ class Generation:
     tool_calls: tuple[ToolCall, ...] = ()
     malformed_tool_calls: tuple[str, ...] = ()
     raw_text: str = ""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    choices: tuple[Generation, ...] = ()
+    image_sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """Boxes in the answer, in pixels of the last image of the prompt; none without an image."""
+        return self.boxes_on(-1) if self.image_sizes else ()
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Points in the answer, in pixels of the last image of the prompt; none without an image."""
+        return self.points_on(-1) if self.image_sizes else ()
+
+    def boxes_on(self, image: int) -> tuple[Box, ...]:
+        """Return the boxes in the answer in pixels of one image or video.
+
+        Args:
+            image: Its number in the prompt, videos counted as well; -1 is the last.
+
+        Raises:
+            UsageError: There is no such image.
+        """
+        return find_boxes(self.text, self._size_of(image))
+
+    def points_on(self, image: int) -> tuple[Point, ...]:
+        """Return the points in the answer in pixels of one image or video; see `boxes_on`."""
+        return find_points(self.text, self._size_of(image))
+
+    def _size_of(self, image: int) -> tuple[int, int]:
+        number = len(self.image_sizes)
+        remedy = "pass a number from 0 on, or -1 for the last"
+        expected = f"the number of one of the {number} images and videos of the prompt"
+        return self.image_sizes[whole_number("image", image, -number, number - 1, expected, remedy)]
 
     def to_message(self) -> dict[str, Any]:
         """Return the assistant's message that the answer is, for the next prompt.
@@ -140,14 +183,19 @@ class Answer:
         self.token_ids: list[int] = []
         self.finish_reason = ""
 
-    def push(self, token_id: int) -> list[Piece]:
-        """Take the next token and return what can be shown now; no piece is empty."""
+    def push(self, token_id: int, *, is_complete: bool = False) -> list[Piece]:
+        """Take the next token and return what can be shown now; no piece is empty.
+
+        Args:
+            token_id: The token.
+            is_complete: With it, the answer has come to the end of its format.
+        """
         self.token_ids.append(token_id)
         pieces = self._read(self._text.push(token_id))
         is_loop = self._guard is not None and self._guard.push(token_id)
         if token_id in self._eos_token_ids:
             self.finish_reason = "eos"
-        elif self._text.is_stopped:
+        elif self._text.is_stopped or is_complete:
             self.finish_reason = "stop"
         elif is_loop:
             self.finish_reason = "repetition"
@@ -158,7 +206,7 @@ class Answer:
         self._pieces += pieces
         return pieces
 
-    def finished(self, stats: Stats) -> Generation:
+    def finished(self, stats: Stats, logprobs: tuple[TokenLogprob, ...] | None = None) -> Generation:
         """Return the whole answer."""
         return Generation(
             self._joined(TEXT),
@@ -169,6 +217,7 @@ class Answer:
             tool_calls=tuple(self._calls.calls),
             malformed_tool_calls=tuple(self._calls.malformed),
             raw_text="".join(self._raw),
+            logprobs=logprobs,
         )
 
     def _read(self, runs: Sequence[Run], *, is_last: bool = False) -> list[Piece]:

@@ -19,11 +19,13 @@ from typing import Any
 from runtime.arguments import reading
 from runtime.errors import UsageError
 from runtime.generation_file import MISSING_FILTERS, taken_values
+from runtime.logprobs import MAX_TOP_LOGPROBS
 from runtime.option_checks import (
     Check,
     any_number,
     between,
     integer,
+    logit_bias,
     optional,
     stop_strings,
     token_ids,
@@ -31,6 +33,7 @@ from runtime.option_checks import (
     zero_or_more_than_one,
 )
 from runtime.shown import shown
+from runtime.structured.response_format import ResponseFormat, response_format
 
 _LOGGER = logging.getLogger(__name__)
 # Temperature and repetition penalty scale float32 logits, whose largest is 3.4e38: beyond these, both together could
@@ -39,6 +42,7 @@ _FACTORS = (1e-15, 1e15)
 # Each drafted token takes a row of logits: 64 of them 40 MB with Qwen's vocabulary.
 _MOST_DRAFTED = 64
 _MAX_LENGTH = optional(integer(1))
+_MOST_ANSWERS = 64
 
 # Names that other libraries have for an option, and that are not quite the same: named in the error.
 _NAMES_ELSEWHERE: Mapping[str, str] = {
@@ -94,6 +98,15 @@ class GenerationOptions:
             (`runtime.thinking`); 0 is none at all, None no limit.
         max_repetitions: An answer that has gone round so many times, saying the same over and over, ends
             (`runtime.repetition`); 0 is off, else at least 2.
+        response_format: What the answer has to look like: a JSON schema, a regex, choices or a grammar
+            (`runtime.structured.response_format`); None, or `{"type": "text"}`, allows any answer.
+        logprobs: Note how likely each token of the answer was (`Generation.logprobs`).
+        top_logprobs: With `logprobs`, how many of the likeliest tokens are noted beside it, at most 20.
+        logit_bias: Added to the logits of these tokens, by id, in [-100, 100], before all else; greedy decoding heeds
+            it, too.
+        n: How many answers to give to one prompt (`Generation.choices`). With a seed, answer i is drawn with seed + i.
+        best_of: Make so many answers and give the `n` whose tokens are the most likely, by the mean of their log
+            probabilities. None makes `n`, in the order of their seeds.
         eos_token_ids: Token ids that end the answer.
         missing_filters: Filters of sampling that generation_config.json asks for and this runtime does not do: with
             any, `do_sample` is refused. No option of a request.
@@ -126,6 +139,12 @@ class GenerationOptions:
     )
     max_thinking_tokens: int | None = _option(None, optional(integer(0)))
     max_repetitions: int = _option(0, zero_or_more_than_one)
+    response_format: ResponseFormat | None = _option(None, response_format)  # noqa: RUF009 (a field, as the others)
+    logprobs: bool = _option(False, true_or_false)
+    top_logprobs: int = _option(0, integer(0, most=MAX_TOP_LOGPROBS, remedy=f"at most {MAX_TOP_LOGPROBS} are given"))
+    logit_bias: tuple[tuple[int, float], ...] = _option((), logit_bias)
+    n: int = _option(1, integer(1, most=_MOST_ANSWERS, remedy="ask again for more"))
+    best_of: int | None = _option(None, optional(integer(1, most=_MOST_ANSWERS, remedy="make fewer")))
     eos_token_ids: tuple[int, ...] = _option((), token_ids, in_file="eos_token_id")
     missing_filters: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
@@ -141,12 +160,32 @@ class GenerationOptions:
                 is_idle = field.metadata["is_of_sampling"] and not self.do_sample
                 check = any_number if is_idle else field.metadata["check"]
                 object.__setattr__(self, name, check(name, getattr(self, name)))
+        self._check_together()
         if self.do_sample and self.missing_filters:
             raise UsageError(
                 f"generation_config.json asks for {', '.join(self.missing_filters)}, which this runtime does not do "
                 "when it samples",
                 remedy="leave do_sample out for greedy decoding, or remove the key from the file and build the engine "
                 "again",
+            )
+
+    @property
+    def num_answers(self) -> int:
+        """How many answers are made to one prompt."""
+        return self.n if self.best_of is None else self.best_of
+
+    def _check_together(self) -> None:
+        if self.top_logprobs and not self.logprobs:
+            raise UsageError("top_logprobs needs logprobs", remedy="pass logprobs=True as well")
+        if self.best_of is not None and self.best_of < self.n:
+            raise UsageError(
+                f"best_of = {self.best_of} is less than n = {self.n}",
+                remedy="best_of is how many are made, n how many kept",
+            )
+        if self.num_answers > 1 and not self.do_sample:
+            raise UsageError(
+                f"{self.num_answers} greedy answers to one prompt would be the same",
+                remedy="pass do_sample=True, or leave n and best_of out",
             )
 
     @classmethod

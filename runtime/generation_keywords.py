@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 from runtime.input_limits import InputKeywords
 
@@ -30,6 +30,12 @@ class GenerationKeywords(TypedDict, total=False):
     prompt_lookup_num_tokens: int | None
     max_thinking_tokens: int | None
     max_repetitions: int | None
+    response_format: Any
+    logprobs: bool | None
+    top_logprobs: int | None
+    logit_bias: Mapping[int, float] | None
+    n: int | None
+    best_of: int | None
     eos_token_ids: int | Sequence[int] | None
     eos_token_id: int | Sequence[int] | None
     stop_strings: str | Sequence[str] | None

@@ -19,6 +19,7 @@ import numpy as np
 from runtime.answer import Generation
 from runtime.arguments import AUTO, folder_path, reading
 from runtime.calls import Call, check_callback, run_batch, seconds
+from runtime.choices import refuse_several, run_choices, run_choices_async
 from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray, no_visual_embeds
 from runtime.conversation import Conversation, complete
@@ -45,6 +46,8 @@ from runtime.serving_options import ServingKeywords, ServingOptions
 from runtime.session import Session, is_on_gpu, open_session
 from runtime.shown import shown
 from runtime.stream import Stream
+from runtime.structured.compiler import Compiler
+from runtime.structured.constraint import MakeConstraint
 from runtime.thinking import checked_marks
 from runtime.tokenizer import Tokenizer
 from runtime.tools.reader import ExpectedCalls
@@ -89,6 +92,7 @@ class Qwen3VLModel:
         self.max_context = max_context
         self.max_memory = max_memory
         self._owner = Owner(session)
+        self._compiler = Compiler(preparation.tokenizer, manifest.model.text.vocab_size)
         self._source = source
         self._threads = threads
         capacity = manifest.capabilities.get("capacity")
@@ -247,11 +251,15 @@ class Qwen3VLModel:
     ) -> Generation:
         """Answer messages in the Hugging Face chat format; see `stream`.
 
-        `on_piece` is called in this thread with each piece of text; if it raises, the answer is stopped.
+        `on_piece` is called in this thread with each piece of text; if it raises, the answer is stopped. With `n` or
+        `best_of`, `choices` of what is returned are all answers.
         """
         check_callback("on_piece", on_piece)
         call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
-        with self._stream(messages, self._chosen(options, keywords), call) as stream:
+        chosen = self._chosen(options, keywords)
+        if chosen.num_answers > 1 and on_piece is None:
+            return run_choices(self._begin, messages, chosen, call)
+        with self._stream(messages, chosen, call) as stream:
             if on_piece is not None:
                 for piece in stream:
                     on_piece(piece)
@@ -271,7 +279,10 @@ class Qwen3VLModel:
     ) -> Generation:
         """As `generate`, in an asyncio loop; a task that is cancelled stops its answer."""
         call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
-        async with self._stream(messages, self._chosen(options, keywords), call) as stream:
+        chosen = self._chosen(options, keywords)
+        if chosen.num_answers > 1:
+            return await run_choices_async(self._begin, messages, chosen, call)
+        async with self._stream(messages, chosen, call) as stream:
             return complete(await stream.wait_async())
 
     def stream(
@@ -411,6 +422,7 @@ class Qwen3VLModel:
 
     def _stream(self, messages: Any, options: GenerationOptions, call: Call) -> Stream:
         self._owner.check()
+        refuse_several(options, "a stream")
         return Stream(partial(self._begin, messages, options, call), keeps=self)
 
     def _begin(
@@ -427,8 +439,10 @@ class Qwen3VLModel:
         self._owner.check()
         if options.max_thinking_tokens is not None:
             checked_marks(self.tokenizer)
+        refuse_several(options, "this call")
         with self._worker.reserve(waits=waits) as place, naming_errors():
             started = time.perf_counter()
+            make_constraint = self._compiled(options)
             ahead: dict[bytes, Future[FloatArray]] = {}
 
             def on_images(images: Sequence[ProcessedImage]) -> None:
@@ -453,9 +467,22 @@ class Qwen3VLModel:
                 call.deadline,
                 ahead,
                 expected_calls=ExpectedCalls.of(self.preparation.template.call_format, call.tools),
+                make_constraint=make_constraint,
                 pieces=pieces,
             )
             self._worker.submit(place, request, waits=waits)
+
+    def _compiled(self, options: GenerationOptions) -> MakeConstraint | None:
+        """Return what holds an answer to its format, before the prompt is read, and check the ids of its biases."""
+        num_logits = self.config.text.vocab_size
+        beyond = [token_id for token_id, _ in options.logit_bias if token_id >= num_logits]
+        if beyond:
+            raise UsageError(
+                f"logit_bias names the token {beyond[0]}, the model has {num_logits}", remedy="leave that id out"
+            )
+        if options.response_format is None:
+            return None
+        return self._compiler.compile(options.response_format, options.eos_token_ids)
 
     def logits(self, messages: Any) -> FloatArray:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from runtime.errors import UsageError
@@ -16,7 +16,8 @@ from runtime.stopping import check_stops
 
 Check = Callable[[str, Any], Any]
 
-_MOST_IDS, _MOST_STOPS = 1024, 1024
+_MOST_IDS, _MOST_STOPS, _MOST_BIASES = 1024, 1024, 1024
+_LARGEST_BIAS = 100.0  # OpenAI's: beyond all differences of logits that models give
 
 
 def any_number(name: str, value: Any) -> float:
@@ -97,3 +98,23 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
         raise UsageError(f"{name} must hold at most {_MOST_IDS} token ids, got {shown(value)}")
     check = integer(0)
     return tuple(check(f"{name}[{i}]", token_id) for i, token_id in enumerate(ids))
+
+
+def logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """Return biases by token id, as pairs in the order of the ids; an id may be spelled as text, as JSON has to."""
+    if not isinstance(value, (Mapping, tuple)):
+        raise UsageError(f"{name} must be a dict from token ids to biases, got {shown(value)}")
+    pairs = list(value.items()) if isinstance(value, Mapping) else list(value)
+    if len(pairs) > _MOST_BIASES:
+        raise UsageError(f"{name} must hold at most {_MOST_BIASES} token ids, got {len(pairs)}")
+    check_id, advice = integer(0), "token ids are whole numbers; model.tokenizer.encode(text) gives those of a text"
+    check_bias = between(-_LARGEST_BIAS, _LARGEST_BIAS, "-100 bans a token, 100 makes it the only choice")
+    found: dict[int, float] = {}
+    for key, bias in pairs:
+        if isinstance(key, str) and not (key.isascii() and key.isdecimal() and len(key) < 19):
+            raise UsageError(f"{name} has the key {shown(key)}, expected a token id", remedy=advice)
+        token_id = check_id(f"{name}'s key", int(key) if isinstance(key, str) else key)
+        if token_id in found:
+            raise UsageError(f"{name} names the token {token_id} twice", remedy="give it one bias")
+        found[token_id] = check_bias(f"{name}[{token_id}]", bias)
+    return tuple(sorted(found.items()))

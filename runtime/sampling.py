@@ -24,6 +24,7 @@ import numpy.typing as npt
 from runtime.errors import EngineError
 from runtime.generation_config import GenerationOptions
 from runtime.session import TopLogits
+from runtime.structured.constraint import Constraint
 
 Logits = npt.NDArray[np.float32]
 
@@ -306,11 +307,15 @@ class Sampler:
 
     Args:
         options: The checked options. The same seed, prompt and logits give the same tokens.
+        constraint: Says which tokens may come next, if given; it belongs to this answer.
     """
 
-    def __init__(self, options: GenerationOptions) -> None:
+    def __init__(self, options: GenerationOptions, constraint: Constraint | None = None) -> None:
         self.options = options
         self._processors = build_processors(options)
+        self._constraint = constraint
+        self._bias_ids = np.array([token_id for token_id, _ in options.logit_bias], np.int64)
+        self._biases = np.array([bias for _, bias in options.logit_bias], np.float32)
         self.start(())
 
     def start(self, prompt_ids: Sequence[int] | npt.NDArray[np.int64]) -> None:
@@ -323,7 +328,7 @@ class Sampler:
 
         Greedy decoding needs one, sampling the `top_k` of the options.
         """
-        needs_all = any(processor.needs_all_logits for processor in self._processors)
+        needs_all = any(processor.needs_all_logits for processor in self._processors) or self._changes_all
         return 0 < self._num_kept < num_top and not needs_all
 
     def next(self, logits: Logits | TopLogits) -> int:
@@ -335,29 +340,45 @@ class Sampler:
 
         Raises:
             EngineError: A logit is not finite.
+            UsageError: The constraint allows no token.
         """
-        if not (self.options.do_sample or self._processors):
-            token_id = _largest(logits)
-            self._history.append(token_id)
-            return token_id
+        if not (self.options.do_sample or self._processors or self._changes_all):
+            return self._remember(_largest(logits))
         if isinstance(logits, TopLogits):
             row, ids = self._candidates(logits)
         else:
             row, ids = logits, None
         if not np.isfinite(row).all():
             raise _bad_logits(row)
-        processed: Logits = np.asarray(row, dtype=np.float32)[None]
+        processed: Logits = self._changed(np.asarray(row, dtype=np.float32))[None]
         for processor in self._processors:
             processed = processor(processed, (self._history,))
         index = sample(processed[0], self._rng) if self.options.do_sample else greedy(processed[0])
-        token_id = index if ids is None else int(ids[index])
+        return self._remember(index if ids is None else int(ids[index]))
+
+    def _remember(self, token_id: int) -> int:
         self._history.append(token_id)
+        if self._constraint is not None:
+            self._constraint.accept(token_id)
         return token_id
 
     def take(self, token_id: int) -> int:
         """Remember a token that was not chosen here but has to come next, and return it."""
         self._history.append(token_id)
+        if self._constraint is not None:
+            self._constraint.skip(token_id)
         return token_id
+
+    @property
+    def _changes_all(self) -> bool:
+        return self._constraint is not None or len(self._bias_ids) > 0
+
+    def _changed(self, row_V: Logits) -> Logits:
+        """Return a whole row with the biases added, and -inf for what the constraint does not allow."""
+        if len(self._bias_ids):
+            row_V = row_V.copy()
+            row_V[self._bias_ids] += self._biases
+        return row_V if self._constraint is None else self._constraint.mask(row_V)
 
     @property
     def _num_kept(self) -> int:

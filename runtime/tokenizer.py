@@ -160,6 +160,10 @@ class Tokenizer:
         """Return the text of token ids; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def to_json(self) -> str:
+        """Return the content of a `tokenizer.json` with the same vocabulary."""
+        return self._tokenizer.to_str()
+
     def token_id(self, token: str) -> int:
         """Return the id of a token by its exact spelling.
 

@@ -28,6 +28,7 @@ class LineChat:
         videos: Shown with the first turn.
         has_stats: Print the statistics of each answer.
         is_quiet: Print no notes, only errors.
+        hides_thinking: Print no thoughts.
 
     Raises:
         ImageError, UsageError: One of the first images cannot be shown.
@@ -42,11 +43,13 @@ class LineChat:
         *,
         has_stats: bool,
         is_quiet: bool,
+        hides_thinking: bool = False,
     ) -> None:
         self._chat = chat
         self._model = model
         self._has_stats = has_stats
         self._is_quiet = is_quiet
+        self._hides_thinking = hides_thinking
         self._images: list[str] = []
         self._videos: list[str] = []
         for path in images:
@@ -128,7 +131,8 @@ class LineChat:
     def _answer(self, prompt: str) -> None:
         """Generate one turn; a turn that fails or is stopped leaves no trace, and its images stay attached."""
         try:
-            generation = print_stream(self._chat.stream(prompt, images=self._images, videos=self._videos))
+            stream = self._chat.stream(prompt, images=self._images, videos=self._videos)
+            generation = print_stream(stream, hides_thinking=self._hides_thinking)
         except KeyboardInterrupt:
             self._say("stopped; this turn is dropped")
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import re
 import textwrap
@@ -44,6 +45,19 @@ System = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only errors on stderr, no progress and no notes.")]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print times, speed and cache size on stderr.")]
+
+Tools = Annotated[
+    Path | None,
+    typer.Option(
+        "--tools",
+        metavar="FILE.json",
+        help="Functions that the model may call, as a JSON list of their definitions; calls are printed as JSON.",
+        show_default=False,
+    ),
+]
+HideThinking = Annotated[
+    bool, typer.Option("--hide-thinking", help="Do not print on stderr what the model thinks before its answer.")
+]
 
 
 @dataclass(frozen=True)
@@ -152,6 +166,14 @@ class Answering:
         stop: End the answer before this text; may be repeated.
         prompt_lookup_num_tokens: Draft up to N tokens by finding the latest ones earlier in prompt or answer: faster
             where the answer copies.
+        max_thinking_tokens: Most tokens of the thoughts before the answer; 0 is none. Needs a model that thinks.
+        max_repetitions: End an answer that has said the same so many times in a row; 0 is off.
+        response_format: What the answer has to look like: JSON in the form of OpenAI's option of that name, or a JSON
+            schema; or the file that holds it.
+        choice: The answer is one of these texts; may be repeated.
+        regex: The answer matches this regular expression.
+        logprobs: With --json, print how likely each token was, and the K likeliest in its place.
+        n: Make so many answers; --json lists them in choices, otherwise each is printed. Needs sampling.
     """
 
     max_new_tokens: int | None = None
@@ -169,6 +191,51 @@ class Answering:
     prompt_lookup_num_tokens: Annotated[
         int | None, typer.Option("--prompt-lookup-num-tokens", "--prompt-lookup", metavar="N")
     ] = None
+    max_thinking_tokens: int | None = None
+    max_repetitions: int | None = None
+    response_format: Annotated[str | None, typer.Option(metavar="FILE|JSON")] = None
+    choice: Annotated[list[str] | None, typer.Option(metavar="TEXT")] = None
+    regex: str | None = None
+    logprobs: Annotated[int | None, typer.Option(metavar="K")] = None
+    n: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what was given as options of `Qwen3VLModel.generate`.
+
+        Raises:
+            UsageError: Two options ask for different formats, or a file or JSON cannot be read.
+        """
+        options = given(self)
+        formats = [name for name in ("response_format", "choice", "regex") if name in options]
+        if len(formats) > 1:
+            names = " and ".join(f"--{name.replace('_', '-')}" for name in formats)
+            raise UsageError(f"{names} are given together", remedy="give one of them")
+        if "response_format" in options:
+            options["response_format"] = _read_format(options["response_format"])
+        if choices := options.pop("choice", None):
+            options["response_format"] = {"type": "choice", "choices": list(choices)}
+        if regex := options.pop("regex", None):
+            options["response_format"] = {"type": "regex", "regex": regex}
+        if "logprobs" in options:
+            options["top_logprobs"] = options["logprobs"]
+            options["logprobs"] = True
+        return options
+
+
+def _read_format(text: str) -> Any:
+    """Return the JSON of an option's text, or of the file that it names."""
+    source = text
+    if not text.lstrip().startswith("{"):
+        try:
+            source = Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"--response-format: {text} cannot be read: {error}", remedy="give a file of JSON, or JSON itself"
+            ) from error
+    try:
+        return json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--response-format is no JSON: {error}", remedy="give a JSON schema") from error
 
 
 @dataclass(frozen=True)

@@ -5,37 +5,100 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from runtime.errors import UsageError
+from runtime.piece import REASONING
 from runtime.shown import CONTROL, columns, escape_controls
+
+_DIM, _UNDIM = "\x1b[2m", "\x1b[22m"
 
 if TYPE_CHECKING:
     from runtime.answer import Generation, Stats
+    from runtime.logprobs import Likelihood
     from runtime.manifest import Manifest
+    from runtime.piece import Piece
     from runtime.stream import Stream
 
 
-def print_stream(stream: Stream) -> Generation:
+def print_stream(stream: Stream, *, hides_thinking: bool = False) -> Generation:
     """Print an answer as it comes and end its line, also when it is interrupted.
 
     To a pipe or a file goes the answer as it is. On a terminal control characters, which a model can be made to write
-    by the picture that it reads, are escaped, except for line feeds and tabs.
+    by the picture that it reads, are escaped, except for line feeds and tabs. Thoughts go to stderr, dimmed on a
+    terminal; a call of a function is a line of JSON on stdout.
     """
-    is_shown = is_terminal(sys.stdout)
-    has_text = False
+    printed = _Printed(hides_thinking)
     try:
         for piece in stream:
-            has_text = has_text or bool(piece)
-            print(escape_controls(piece, keeps_layout=True) if is_shown else piece, end="", flush=True)
+            printed.add(piece)
     except BaseException:
         stream.close()
-        if has_text:
-            print(flush=True)
+        printed.end(is_whole=False)
         raise
-    print(flush=True)
+    printed.end()
     assert stream.result is not None
     return stream.result
+
+
+class _Printed:
+    """What was printed of an answer."""
+
+    def __init__(self, hides_thinking: bool) -> None:
+        self._hides_thinking = hides_thinking
+        self._is_thinking = False
+        self._has_text = self._is_mid_line = False
+
+    def add(self, piece: Piece) -> None:
+        """Print a piece."""
+        if piece.kind == REASONING:
+            if not self._hides_thinking:
+                text = escape_controls(piece, keeps_layout=True)
+                print(f"{_DIM}{text}{_UNDIM}" if is_terminal(sys.stderr) else text, end="", file=sys.stderr, flush=True)
+                self._is_thinking = True
+            return
+        self._end_thought()
+        text = (
+            str(piece)
+            if piece.call is None
+            else ("\n" if self._is_mid_line else "") + json.dumps(piece.call.to_message(), ensure_ascii=False) + "\n"
+        )
+        print(escape_controls(text, keeps_layout=True) if is_terminal(sys.stdout) else text, end="", flush=True)
+        self._has_text, self._is_mid_line = True, piece.call is None
+
+    def end(self, *, is_whole: bool = True) -> None:
+        """End the line, if there is one; that of a whole answer always."""
+        self._end_thought()
+        if (is_whole and not self._has_text) or self._is_mid_line:
+            print(flush=True)
+
+    def _end_thought(self) -> None:
+        if self._is_thinking:
+            print(file=sys.stderr, flush=True)
+        self._is_thinking = False
+
+
+def answer_json(generation: Generation) -> dict[str, Any]:
+    """Return what `--json` shows of an answer."""
+    shown = ("text", "token_ids", "finish_reason", "reasoning", "malformed_tool_calls")
+    values = {name: getattr(generation, name) for name in shown}
+    calls = [call.to_message() for call in generation.tool_calls]
+    return {**values, "tool_calls": calls, "stats": generation.stats.to_dict()}
+
+
+def read_tools(path: Path | None) -> Any:
+    """Return what a file with definitions of functions holds; None without a file.
+
+    Raises:
+        UsageError: It cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--tools {path}: {error}", remedy="pass a file with a JSON list of functions") from error
 
 
 def cached_text(stats: Stats) -> str:
@@ -141,6 +204,30 @@ def print_json(value: Any) -> None:
 def print_text(text: str) -> None:
     """Print a table or a report on stdout. Control characters, which a manifest may quote, are escaped."""
     print(escape_controls(text, keeps_layout=True), flush=True)
+
+
+def answer_details(generation: Generation) -> dict[str, Any]:
+    """Return what an answer has only if it was asked for, as plain data: log probabilities and several answers."""
+    details: dict[str, Any] = {}
+    if generation.logprobs is not None:
+        details["logprobs"] = [
+            _likelihood(each) | {"top": [_likelihood(other) for other in each.top]} for each in generation.logprobs
+        ]
+    if generation.choices:
+        details["choices"] = [
+            {"text": each.text, "token_ids": each.token_ids, "finish_reason": each.finish_reason}
+            for each in generation.choices
+        ]
+    return details
+
+
+def _likelihood(noted: Likelihood) -> dict[str, Any]:
+    return {
+        "token_id": noted.token_id,
+        "text": noted.text,
+        "bytes": list(noted.token_bytes),
+        "logprob": noted.logprob,
+    }
 
 
 def note(text: str) -> None:

@@ -21,17 +21,21 @@ from qwen3vl_export.cli.options import (
     AsJson,
     CheckAll,
     Engine,
+    HideThinking,
     Images,
     Opening,
     Quiet,
     Seeing,
     ShowStats,
     System,
+    Tools,
     Videos,
     given,
     grouped,
 )
 from qwen3vl_export.cli.output import (
+    answer_details,
+    answer_json,
     is_terminal,
     manifest_text,
     print_json,
@@ -39,12 +43,17 @@ from qwen3vl_export.cli.output import (
     print_stream,
     print_text,
     read_stdin,
+    read_tools,
 )
 from qwen3vl_export.cli.pictures import Pictures
 from qwen3vl_export.cli.targets import targets
 from qwen3vl_export.cli.verify import verify
 from runtime.errors import UsageError
 
+OF_CHAT = (
+    *("max_new_tokens", "do_sample", "temperature", "seed", "prompt_lookup_num_tokens"),
+    *("max_thinking_tokens", "max_repetitions"),
+)
 HASH_NOTE = "hashes catch damage and mix-ups, not malice"
 
 app = typer.Typer(
@@ -75,6 +84,8 @@ def run(
     seeing: Seeing,
     pictures: Pictures,
     opening: Opening,
+    tools: Tools = None,
+    hide_thinking: HideThinking = False,
     as_json: AsJson = False,
     stats: ShowStats = False,
     quiet: Quiet = False,
@@ -82,10 +93,12 @@ def run(
 ) -> None:
     """Answer one prompt. Its answer, and nothing else, appears on stdout while it is generated.
 
-    --json prints one object at the end: text, token_ids (of the answer), finish_reason (eos, stop or length), and
-    stats with preprocess_s, queue_s, vision_s, prefill_s, ttft_s (time to first token), tpot_s (time per later token),
-    tokens_per_s, prompt_tokens, visual_tokens, new_tokens, peak_cache_bytes, drafted_tokens and accepted_tokens (of
-    prompt lookup), cached_tokens and cached_images (found in the cache).
+    --json prints one object at the end: text, token_ids (of the answer), finish_reason (eos, stop, length or
+    repetition), reasoning (thoughts before the answer), tool_calls (of --tools; id, type, and function with name and
+    arguments), malformed_tool_calls (those that are text), and stats with preprocess_s, queue_s, vision_s, prefill_s,
+    ttft_s (time to first token), tpot_s (time per later token), tokens_per_s, prompt_tokens, visual_tokens, new_tokens,
+    peak_cache_bytes, drafted_tokens and accepted_tokens (of prompt lookup), cached_tokens and cached_images (found in
+    the cache); also logprobs and choices, if --logprobs and --n ask for them.
 
     \b
     Examples:
@@ -94,33 +107,49 @@ def run(
       qwen3vl run ENGINE "What happens, and when?" --video clip.mp4 --fps 1 --max-visual-tokens 4000
       qwen3vl run ENGINE "Write a haiku" --do-sample --temperature 0.8 --seed 1
       qwen3vl run ENGINE "Describe it" --image photo.jpg --max-pixels 500000 --stats
-      qwen3vl run ENGINE "Describe it" --image photo.jpg --system "Answer in one sentence." --quiet
+      qwen3vl run ENGINE "Is it a cat?" --image photo.jpg --choice yes --choice no
+      qwen3vl run ENGINE "Is it raining?" --image window.jpg --tools tools.json --max-thinking-tokens 500
       qwen3vl run ENGINE "Locate every cup, in JSON with bbox_2d and label" --image desk.jpg --draw found.png
       qwen3vl run ENGINE --json -- "--a prompt that begins with dashes"
       qwen3vl run ENGINE < question.txt
     """
     from runtime.messages import system_message, user_message
 
+    question = _question(prompt)
+    pictures.check(image or [])
+    model = opening.open(engine, check=check)
+    messages: Any = [*system_message(system), *user_message(question, image or [], video or [])]
+    messages = pictures.before(model, messages, given(seeing), is_quiet=quiet)
+    options = {**answering.arguments(), **given(seeing)}
+    if tools is not None:
+        options["tools"] = read_tools(tools)
+    generation = _answer(model, messages, options, as_json=as_json, hides_thinking=hide_thinking)
+    pictures.after(model, generation.text, image or [], is_quiet=quiet)
+    if stats:
+        print_stats(generation.stats)
+
+
+def _answer(model: Any, messages: Any, options: dict[str, Any], *, as_json: bool, hides_thinking: bool) -> Any:
+    """Generate and print an answer, or several."""
+    if as_json:
+        generation = model.generate(messages, **options)
+        print_json({**answer_json(generation), **answer_details(generation)})
+    elif options.get("n", 1) > 1:
+        generation = model.generate(messages, **options)
+        for each in generation.choices:
+            print_text(each.text)
+    else:
+        generation = print_stream(model.stream(messages, **options), hides_thinking=hides_thinking)
+    return generation
+
+
+def _question(prompt: str | None) -> str:
     question = read_stdin() if prompt == "-" or (prompt is None and not is_terminal(sys.stdin)) else prompt
     if question is None:
         raise UsageError(
             "PROMPT is missing", remedy='give one, such as "Describe the image.", or - to read it from stdin'
         )
-    pictures.check(image or [])
-    model = opening.open(engine, check=check)
-    messages: Any = [*system_message(system), *user_message(question, image or [], video or [])]
-    messages = pictures.before(model, messages, given(seeing), is_quiet=quiet)
-    options = {**given(answering), **given(seeing)}
-    if as_json:
-        generation = model.generate(messages, **options)
-        shown = ("text", "token_ids", "finish_reason")
-        values = {name: getattr(generation, name) for name in shown}
-        print_json({**values, "stats": dataclasses.asdict(generation.stats)})
-    else:
-        generation = print_stream(model.stream(messages, **options))
-    pictures.after(model, generation.text, image or [], is_quiet=quiet)
-    if stats:
-        print_stats(generation.stats)
+    return question
 
 
 @app.command()
@@ -131,9 +160,10 @@ def chat(
     image: Images = None,
     video: Videos = None,
     system: System = None,
-    answering: Annotated[Answering, ("max_new_tokens", "do_sample", "temperature", "seed", "prompt_lookup_num_tokens")],
+    answering: Annotated[Answering, OF_CHAT],
     seeing: Seeing,
     opening: Opening,
+    hide_thinking: HideThinking = False,
     stats: ShowStats = False,
     quiet: Quiet = False,
     check: CheckAll = False,
@@ -155,7 +185,8 @@ def chat(
     """
     model = opening.open(engine, check=check)
     conversation = model.chat(system, **given(answering), **given(seeing))
-    LineChat(conversation, model, image or [], video or [], has_stats=stats, is_quiet=quiet).loop()
+    shows = {"has_stats": stats, "is_quiet": quiet, "hides_thinking": hide_thinking}
+    LineChat(conversation, model, image or [], video or [], **shows).loop()
 
 
 @app.command()

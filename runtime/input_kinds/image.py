@@ -62,8 +62,8 @@ class Image(InputKind):
     placeholder = {"type": "image", "image": "<image>"}  # noqa: RUF012 (a template only asks whether the key is there)
     path_keys = ("image", "path", "url")
 
-    def source(self, part: Mapping[Any, Any], place: str) -> ImageSource | ProcessedImage:
-        """Return the image as given, but `path` as `Path` and `base64` as bytes, with the part's limits."""
+    def source(self, part: Mapping[Any, Any], place: str) -> Any:
+        """Return the image as given, but `path` as `Path`, `base64` as bytes, and one with limits as `ImageSource`."""
         is_openai = exact(part["type"]) != "image"
         keys = ("image_url",) if is_openai else (*_SOURCE_KEYS, "image_url", "source")
         check_keys(part, ("type", *keys, *_LIMIT_KEYS, "detail"), REFUSED_PART_KEYS, place)
@@ -74,12 +74,15 @@ class Image(InputKind):
             image, detail = _image_source(part, place), part.get("detail")
         if _is_low(detail, f"{place}.detail") and "max_pixels" not in limits:
             limits["max_pixels"] = _LOW_DETAIL_PIXELS
-        return image if isinstance(image, ProcessedImage) else ImageSource(image, **limits)
+        return ImageSource(image, **limits) if limits else image
 
     def process(self, source: Any, settings: InputSettings, on_images: OnImages | None = None) -> ProcessedImage:
         """Decode, resize and cut an image; see `runtime.image_processor.process_image`."""
-        if isinstance(source, ProcessedImage):
-            return source
+        if not isinstance(source, ImageSource):
+            source = ImageSource(source)
+        if isinstance(source.image, ProcessedImage):
+            found: ProcessedImage = source.image
+            return found
         return process_image(source.image, source.config(settings), max_image_pixels=settings.max_image_pixels)
 
     def expansion(self, processed: ProcessedImage) -> tuple[Insertion, ...]:

@@ -1,4 +1,24 @@
-"""Videos: parts of Hugging Face, of qwen-vl-utils and of vLLM's OpenAI interface, and the segments of their frames."""
+"""Videos: parts of Hugging Face, of qwen-vl-utils and of vLLM's OpenAI interface, and the segments of their frames.
+
+What a part may say beside its video, and how that differs from qwen-vl-utils 0.0.14, which has the same keys:
+
+| key | meaning |
+|---|---|
+| `fps`, `num_frames`, `min_frames`, `max_frames` | as transformers counts; qwen-vl-utils rounds to even ones |
+| `nframes` | `num_frames`, rounded to an even number, as there |
+| `min_pixels`, `max_pixels` | of one frame, as there; the checkpoint's limit on all frames holds, too |
+| `total_pixels` | most pixels of all segments, as there, but without its least 1.05 · `min_pixels` for a frame |
+| `resized_height`, `resized_width` | size of a frame before rounding, as there, within the limits above |
+| `video_start`, `video_end` | seconds; frames are counted inwards from both, as there |
+| `raw_fps` | rate of the frames that are given, to choose from |
+| `sample_fps` | rate of frames that were chosen already: all are taken; `raw_fps` beside it gives their times |
+| `video_metadata` | transformers': `fps`, and with `frames_indices` all frames are taken, and timed by these numbers |
+| `timestamps` | seconds, one for each frame: all frames are taken |
+| `do_sample_frames` | false: all frames are taken |
+
+Frames are chosen as transformers chooses them: frames without any of these have 24 in a second, except for lists and
+folders of files, which transformers never samples.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from runtime.contract import FloatArray
 from runtime.generation_config import GenerationOptions
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
+from runtime.structured.constraint import MakeConstraint
 from runtime.tools.reader import ExpectedCalls
 
 
@@ -28,6 +29,7 @@ class Request:
         ahead: Embeddings of segments that the vision tower was given while the prompt was prepared, by digest.
         on_logits: Given the logits of all prompt tokens, chunk by chunk, float32 [L, vocab]; then no answer is wanted.
         expected_calls: What calls of functions the answer may hold; None if none are to be looked for.
+        make_constraint: Makes what holds the answer to `options.response_format`; None without.
         pieces: Where the answer goes.
     """
 
@@ -41,6 +43,7 @@ class Request:
     ahead: Mapping[bytes, Future[FloatArray]] = field(default_factory=dict)
     on_logits: Callable[[FloatArray], object] | None = None
     expected_calls: ExpectedCalls | None = None
+    make_constraint: MakeConstraint | None = None
     pieces: Pieces = field(default_factory=Pieces)
 
     @property

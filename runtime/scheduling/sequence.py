@@ -15,6 +15,7 @@ import numpy as np
 from runtime.answer import Answer, Generation, Stats
 from runtime.contract import DecoderInputs, FloatArray, IntArray
 from runtime.image_processor import ProcessedImage
+from runtime.logprobs import TokenLogprob, token_logprob
 from runtime.piece import Piece
 from runtime.prompt_lookup import PromptLookup
 from runtime.repetition import LoopGuard
@@ -23,6 +24,7 @@ from runtime.scheduling.prompt_keys import prompt_keys, text_keys
 from runtime.scheduling.request import Request
 from runtime.session import TopLogits
 from runtime.stop_text import AnswerText
+from runtime.structured.constraint import Constraint
 from runtime.thinking import ThinkingBudget, ThoughtReader, opens_thought, thinking_marks
 from runtime.tokenizer import Tokenizer
 from runtime.tools.reader import CallReader
@@ -52,7 +54,10 @@ class Sequence:
         self.last_token = -1
         self.lookup = lookup
         options, ids = request.options, request.prepared.prompt.input_ids
-        self._sampler = Sampler(options)
+        self._tokenizer = tokenizer
+        self._constraint = _constraint(request, tokenizer)
+        self._logprobs: list[TokenLogprob] = []
+        self._sampler = Sampler(options, self._constraint)
         self._sampler.start(ids)
         self._answer = _answer(request, tokenizer)
         limit = options.max_thinking_tokens
@@ -102,7 +107,11 @@ class Sequence:
 
     def can_use_top(self, num_top: int) -> bool:
         """Return whether its sampler looks at no more logits than the largest `num_top`."""
-        return self._sampler.can_use_top(num_top)
+        return not self.request.options.logprobs and self._sampler.can_use_top(num_top)
+
+    def num_allowed(self, token_ids: list[int]) -> int:
+        """Return how many of these tokens the answer's format allows next, one after the other."""
+        return len(token_ids) if self._constraint is None else self._constraint.num_allowed(token_ids)
 
     def start(self, num_shared: int) -> None:
         """Begin, with so many rows that are valid already; images before them are not needed."""
@@ -180,7 +189,7 @@ class Sequence:
 
     def take_token(self, logits: Logits | TopLogits) -> list[Piece]:
         """Choose the next token of the answer and return what can be shown now."""
-        if isinstance(logits, TopLogits) and not self._sampler.can_use_top(len(logits.ids)):
+        if isinstance(logits, TopLogits) and not self.can_use_top(len(logits.ids)):
             logits = logits.fetch()
         forced = None if self._budget is None else self._budget.forced(self._answer.token_ids)
         token = self._sampler.next(logits) if forced is None else self._sampler.take(forced)
@@ -189,7 +198,12 @@ class Sequence:
         if self.lookup is not None:
             self.lookup.append(token)
         self.last_token = token
-        return self._answer.push(token)
+        options = self.request.options
+        if options.logprobs:
+            assert not isinstance(logits, TopLogits), "can_use_top said so"
+            self._logprobs.append(token_logprob(logits, token, options.top_logprobs, self._tokenizer))
+        is_complete = self._constraint is not None and self._constraint.is_complete
+        return self._answer.push(token, is_complete=is_complete)
 
     def finished(self, row_bytes: int) -> Generation:
         """Return the whole answer.
@@ -210,7 +224,8 @@ class Sequence:
             cached_tokens=self._num_shared,
             cached_images=self._num_cached_images,
         )
-        return self._answer.finished(stats)
+        answer = self._answer.finished(stats, tuple(self._logprobs) if request.options.logprobs else None)
+        return replace(answer, image_sizes=tuple(each.source_size for each in request.prepared.inputs))
 
     def _prompt_inputs(self, no_embeds: FloatArray) -> DecoderInputs:
         """Return the prompt as one call, with the embeddings of those images that are needed."""
@@ -238,6 +253,15 @@ def _answer(request: Request, tokenizer: Tokenizer) -> Answer:
         request.max_new_tokens,
         LoopGuard(options.max_repetitions) if options.max_repetitions else None,
     )
+
+
+def _constraint(request: Request, tokenizer: Tokenizer) -> Constraint | None:
+    """Return what holds the answer to its format, behind the thought if the prompt has opened one."""
+    if request.make_constraint is None:
+        return None
+    marks = thinking_marks(tokenizer)
+    is_thinking = marks is not None and opens_thought(tokenizer, request.prepared.prompt.input_ids)
+    return request.make_constraint((marks.closing,) if marks is not None and is_thinking else None)
 
 
 def _joined(embeds: Items[FloatArray]) -> FloatArray:

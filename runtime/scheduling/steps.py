@@ -309,7 +309,9 @@ class Steps:
             return []
         sequence = self.decoding[0]
         assert sequence.lookup is not None
-        return sequence.lookup.draft(max(0, sequence.draft_room))
+        drafts = sequence.lookup.draft(max(0, sequence.draft_room))
+        # What the answer's format does not allow would not be chosen either.
+        return drafts[: sequence.num_allowed(drafts)]
 
     def _draft_inputs(self, drafts: list[int]) -> DecoderInputs:
         sequence = self.decoding[0]

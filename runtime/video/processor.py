@@ -50,6 +50,11 @@ class ProcessedVideo:
         return (len(self.segments), *self.segments[0].grid_thw[1:])
 
     @property
+    def source_size(self) -> tuple[int, int]:
+        """Width and height of its frames before they were resized, which boxes in an answer are mapped to."""
+        return self.segments[0].source_size
+
+    @property
     def num_visual_tokens(self) -> int:
         """Tokens that the video takes in the prompt, its times not counted."""
         return sum(each.num_visual_tokens for each in self.segments)

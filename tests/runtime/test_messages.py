@@ -22,7 +22,7 @@ def split(messages: Any) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:
     """Return the plain messages and the sources of the images."""
     plain, attachments = normalise_messages(messages)
     assert {attachment.kind.name for attachment in attachments} <= {"image"}
-    return plain, tuple(attachment.source.image for attachment in attachments)
+    return plain, tuple(attachment.source for attachment in attachments)
 
 
 def user(*parts: Any) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from helpers.answers import TOKENIZER, TOOLS, check_pieces
 from helpers.scripted import Scripted
 from helpers.tokenizer_fixture import INSTRUCT_TEMPLATE, THINKING_TEMPLATE, build_tokenizer_files
 from runtime.answer import Generation
+from runtime.contract import DecoderInputs, FloatArray
 from runtime.errors import UsageError
 from runtime.generation import prefill
 from runtime.model import Qwen3VLModel
@@ -48,16 +49,15 @@ def opened(tiny: Qwen3VLModel) -> Iterator[Callable[..., Scripted]]:
         each.model.close(drain=False)
 
 
-def chosen_after(scripted: Scripted, messages: Any, token_ids: list[int]) -> list[int]:
-    """Return the likeliest token after the prompt and after each token of an answer, by one fresh run of all."""
+def logits_after(scripted: Scripted, messages: Any, token_ids: list[int]) -> FloatArray:
+    """Return the logits after the prompt and after each token of an answer, by one fresh run of all, [L, vocab]."""
     prepared = scripted.model.prepare(messages)
     ids = [*prepared.prompt.input_ids, *token_ids]
     session = scripted.session.wrapped
-    inputs = prepared.decoder_inputs(scripted.model.encode_images([]), all_logits=True)
-    whole = type(inputs).text(np.array([ids]), np.array([0]), inputs.visual_embeds, delta=0)
-    whole = whole.__class__(**{**vars(whole), "logits_positions": np.arange(len(ids))[None]})
-    logits_LV = prefill(session, session.new_cache(len(ids)), whole)
-    return [int(token) for token in logits_LV[len(prepared.prompt.input_ids) - 1 :].argmax(axis=-1)]
+    embeds = scripted.model.encode_images([])
+    places = np.arange(len(ids))[None]
+    whole = DecoderInputs.text(np.array([ids]), np.array([0]), embeds, delta=0, logits_positions=places)
+    return prefill(session, session.new_cache(len(ids)), whole)[len(prepared.prompt.input_ids) - 1 :]
 
 
 @pytest.mark.parametrize("lookup", [0, 10])
@@ -74,7 +74,7 @@ def test_forced_tokens_go_through_the_engine(opened: Callable[..., Scripted], lo
     assert ending in text
     assert answer.reasoning.endswith("directly now.")
     num_forced = len(TOKENIZER.encode(text[text.index("\n\nConsidering") : text.index(ending) + len(ending)]))
-    likeliest = chosen_after(scripted, QUESTION, answer.token_ids)[:-1]
+    likeliest = logits_after(scripted, QUESTION, answer.token_ids)[:-1].argmax(axis=-1).tolist()
     chosen = [*range(start), *range(start + num_forced, len(answer.token_ids))]
     assert [likeliest[place] for place in chosen] == [answer.token_ids[place] for place in chosen]
     assert likeliest[start : start + num_forced] != answer.token_ids[start : start + num_forced]
@@ -92,10 +92,14 @@ def test_a_budget_beside_an_answer_without_one(opened: Callable[..., Scripted]) 
 
 def test_penalties_know_forced_tokens(opened: Callable[..., Scripted]) -> None:
     scripted = opened()
-    options = {"max_new_tokens": 90, "max_thinking_tokens": 3}
-    plain = scripted.model.generate(QUESTION, **options)
-    found = scripted.model.generate(QUESTION, presence_penalty=2.0, frequency_penalty=2.0, **options)
-    assert found.reasoning.endswith("directly now.") and found.token_ids != plain.token_ids
+    options = {"max_new_tokens": 110, "max_thinking_tokens": 3, "eos_token_ids": [479], "frequency_penalty": 2.0}
+    ids = scripted.model.generate(QUESTION, **options).token_ids
+    start = TOKENIZER.decode(ids).index("</think>")
+    place = next(n for n in range(len(ids)) if len(TOKENIZER.decode(ids[:n])) > start + len("</think>\n\n"))
+    logits_LV = logits_after(scripted, QUESTION, ids)
+    vocabulary = logits_LV.shape[-1]
+    penalised = [logits_LV[n] - 2.0 * np.bincount(ids[:n], minlength=vocabulary) for n in range(place, len(ids))]
+    assert [int(row.argmax()) for row in penalised] == ids[place:]
 
 
 def test_a_budget_needs_marks(tiny: Qwen3VLModel) -> None:

@@ -36,11 +36,13 @@ from runtime.image_config import ImageProcessorConfig
 from runtime.manifest import FileRecord, Manifest, sha256_of
 from runtime.messages import normalise_messages, system_message
 from runtime.model_config import ModelConfig, TextConfig, VisionConfig
+from runtime.piece import Piece
 from runtime.scheduling.pieces import Pieces
 from runtime.serving_options import ServingOptions
+from runtime.tools.call import ToolCall
 
 STATS = Stats(0.001, 0.0, 0.25, 0.5, 0.751, 0.02, 50.0, 30, 16, 3, 3 << 20)
-PIECES = ["4 ", "7", "é"]
+PIECES = [Piece("4 "), Piece("7"), Piece("é")]
 
 
 @dataclass
@@ -91,12 +93,12 @@ class FakeModel:
         watch(self, pieces)
 
 
-class FakeStream(Iterator[str]):
+class FakeStream(Iterator[Piece]):
     def __init__(self, model: FakeModel, generation: Generation) -> None:
         self._model, self._generation, self._pieces = model, generation, iter(PIECES)
         self.result: Generation | None = None
 
-    def __next__(self) -> str:
+    def __next__(self) -> Piece:
         piece = next(self._pieces, None)
         if piece is None:
             self.result = self._generation
@@ -266,7 +268,28 @@ def test_json_is_one_object(model: FakeModel, qwen3vl: Any) -> None:
     assert values["stats"].pop("peak_cache_bytes") == 3 << 20
     assert set(values["stats"]) == set(STATS.to_dict()) - {"peak_cache_bytes"}
     del values["stats"]
-    assert values == {"text": "4 7é", "token_ids": [4, 5, 6], "finish_reason": "eos"}
+    nothing = {"reasoning": "", "tool_calls": [], "malformed_tool_calls": []}
+    assert values == {"text": "4 7é", "token_ids": [4, 5, 6], "finish_reason": "eos", **nothing}
+
+
+CALL = ToolCall("call_1", "weather", {"city": "Köln"}, '{"city": "Köln"}', "<tool_call>…</tool_call>")
+
+
+@pytest.mark.portable
+def test_thoughts_go_to_stderr_and_calls_are_lines_of_json(
+    model: FakeModel, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pieces = [Piece("so \x1b", "reasoning"), Piece("what", "reasoning"), Piece("I ask.")]
+    monkeypatch.setattr(sys.modules[__name__], "PIECES", [*pieces, Piece(CALL.text, "tool_call", CALL, 0)])
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "weather"}]', encoding="utf-8")
+    line = json.dumps(CALL.to_message(), ensure_ascii=False)
+    assert qwen3vl("run", "folder", "Well?", "--tools", str(tools)) == (0, f"I ask.\n{line}\n", "so \\x1bwhat\n")
+    assert model.calls[-1][1] == {"tools": [{"name": "weather"}]}
+    assert qwen3vl("run", "folder", "Well?", "--hide-thinking") == (0, f"I ask.\n{line}\n", "")
+    for wrong in (tmp_path / "missing.json", tmp_path):
+        code, _, err = qwen3vl("run", "folder", "Well?", "--tools", str(wrong))
+        assert code == 2 and "pass a file with a JSON list of functions" in err
 
 
 @pytest.mark.portable

@@ -91,7 +91,7 @@ def test_a_file_whose_frames_grow_is_checked_frame_by_frame() -> None:
         list(reader.frames(np.arange(reader.num_frames)))
 
 
-def test_memory_does_not_grow_with_the_length_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_length_of_a_file() -> None:
     """Of a long file, few decoded frames are alive at any time, and none is converted that is not taken."""
     import av
 
