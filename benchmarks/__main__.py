@@ -13,6 +13,7 @@ from benchmarks.export import export
 from benchmarks.gpu_check import gpu_check
 from benchmarks.imports import time_imports
 from benchmarks.lowered import lowered
+from benchmarks.preprocess import preprocess
 from benchmarks.report import report
 from benchmarks.routes import routes
 from benchmarks.run import run
@@ -23,7 +24,21 @@ from benchmarks.video import video
 from runtime.errors import Qwen3VLError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-_COMMANDS = (build, compare, compare_setup, export, gpu_check, lowered, report, routes, run, serving, structured, video)
+_COMMANDS = (
+    build,
+    compare,
+    compare_setup,
+    export,
+    gpu_check,
+    lowered,
+    preprocess,
+    report,
+    routes,
+    run,
+    serving,
+    structured,
+    video,
+)
 for command in _COMMANDS:
     app.command()(command)
 app.command("import")(time_imports)

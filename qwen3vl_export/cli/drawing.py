@@ -23,6 +23,7 @@ _COLORS: tuple[Color, ...] = (
 )
 _DARK: Color = (16, 16, 16)
 _LIGHT: Color = (240, 240, 240)
+_LONGEST_LABEL = 200
 _SMALLEST_FONT, _LARGEST_FONT = 10, 200
 
 
@@ -45,7 +46,7 @@ def draw_shapes(image: Image.Image, boxes: Sequence[Box], points: Sequence[Point
 
     picture = image.convert("RGB").copy()
     side = min(picture.size)
-    pen = _Pen(ImageDraw.Draw(picture), font_of(max(side, 320) / 26), max(2, round(side / 260)), picture.size)
+    pen = _Pen(ImageDraw.Draw(picture), font_of(max(side, 320) / 26), max(2, round(side / 200)), picture.size)
     colors: dict[str, Color] = {}
     shapes: list[Box | Point] = [*boxes, *points]
     for shape in shapes:
@@ -148,8 +149,7 @@ def _draw_label(pen: _Pen, label: str, x: float, y: float, color: Color, *, belo
 
 def _shortened(pen: _Pen, label: str, width: int) -> str:
     """Cut a label to a width, with three dots at its end."""
-    if pen.draw.textlength(label, font=pen.font) <= width:
-        return label
-    while label and pen.draw.textlength(label + "...", font=pen.font) > width:
-        label = label[:-1] if len(label) < 200 else label[:200]
-    return label + "..."
+    cut = label[:_LONGEST_LABEL]
+    while cut and pen.draw.textlength(cut if cut == label else cut + "...", font=pen.font) > width:
+        cut = cut[:-1]
+    return cut if cut == label else cut + "..."

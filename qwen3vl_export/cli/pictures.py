@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from qwen3vl_export.cli.drawing import draw_shapes, sheet_of, with_caption
+from qwen3vl_export.cli.picture_options import PICTURE_SUFFIXES
 from runtime.errors import CapacityError, UsageError
 from runtime.grounding import find_boxes, find_points
 from runtime.image_processor import ProcessedImage
@@ -25,71 +21,9 @@ if TYPE_CHECKING:
     from runtime.image_config import ImageProcessorConfig
     from runtime.images import RgbImage
     from runtime.input_kinds.kind import InputSettings
-    from runtime.model import Qwen3VLModel
     from runtime.video.processor import ProcessedVideo
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _MOST_SHEET_PIXELS = 60_000_000
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures to write beside an answer.
-
-    Attributes:
-        draw: Write the first image with the boxes and points of the answer on it to this file.
-        show_input: Write images and frames as the model sees them: all in this file, or each in this folder.
-    """
-
-    draw: Annotated[Path | None, typer.Option(metavar="FILE.png")] = None
-    show_input: Annotated[Path | None, typer.Option(metavar="FILE.png|FOLDER")] = None
-
-    def check(self, images: Sequence[str]) -> None:
-        """Raise before any work if they cannot be written.
-
-        Raises:
-            UsageError: A name is not one of a picture, or there is no image to draw on.
-        """
-        if self.draw is not None:
-            if not images:
-                raise UsageError("--draw draws on an image, and there is none", remedy="add --image PATH")
-            check_picture("--draw", self.draw, images)
-        if self.show_input is not None and self.show_input.suffix.lower() in _SUFFIXES:
-            check_picture("--show-input", self.show_input, images)
-
-    def before(self, model: Qwen3VLModel, messages: Any, limits: dict[str, Any], *, is_quiet: bool) -> Any:
-        """Show the input, and return the messages to answer: what was read is not read again."""
-        if self.show_input is None:
-            return messages
-        prepared = model.prepare(messages, **limits)
-        _note(write_inputs(prepared.inputs, model.preparation.inputs, self.show_input), is_quiet=is_quiet)
-        return prepared.messages
-
-    def after(self, model: Qwen3VLModel, answer: str, images: Sequence[str], *, is_quiet: bool) -> None:
-        """Draw what the answer found on the first image."""
-        if self.draw is not None:
-            _note(write_shapes(answer, images[0], self.draw, model.max_image_pixels), is_quiet=is_quiet)
-
-
-def check_picture(option: str, path: Path, sources: Sequence[str] = ()) -> None:
-    """Raise before any work if a picture cannot be written.
-
-    Args:
-        option: In messages.
-        path: Where it is to be written.
-        sources: Files that it must not replace.
-
-    Raises:
-        UsageError: The name has no ending of a picture, its folder does not exist, or it is one of `sources`.
-    """
-    if path.suffix.lower() not in _SUFFIXES:
-        raise UsageError(
-            f"{option} {shown(path)}: expected a name that ends in {', '.join(_SUFFIXES)}", remedy="write out.png"
-        )
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"{option} {shown(path)}: not a file in a folder that exists", remedy="make the folder first")
-    if any(os.path.exists(source) and path.exists() and path.samefile(source) for source in sources):
-        raise UsageError(f"{option} {shown(path)}: that is an image of the prompt", remedy="give another name")
 
 
 def write_shapes(text: str, source: str, path: Path, max_image_pixels: int) -> str:
@@ -119,7 +53,7 @@ def write_inputs(inputs: Sequence[ProcessedImage | ProcessedVideo], settings: In
         CapacityError: One picture of all would be very large.
         UsageError: It cannot be written.
     """
-    if path.suffix.lower() not in _SUFFIXES:
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -128,7 +62,7 @@ def write_inputs(inputs: Sequence[ProcessedImage | ProcessedVideo], settings: In
         for name, picture in _pictures(inputs, settings):
             _save(picture, path / f"{name}.png")
             count += 1
-        return f"{count} pictures of the input: {shown(path)}"
+        return f"{count} picture{'' if count == 1 else 's'} of the input: {shown(path)}"
     kept, num_pixels = [], 0
     for _, picture in _pictures(inputs, settings):
         num_pixels += picture.width * picture.height
@@ -186,8 +120,3 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 def _unwritable(path: Path, error: Exception) -> UsageError:
     return UsageError(f"{shown(path)}: cannot be written: {error}", remedy="check the folder, or write a PNG file")
-
-
-def _note(text: str, *, is_quiet: bool) -> None:
-    if not is_quiet:
-        print(text, file=sys.stderr)

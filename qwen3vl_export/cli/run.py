@@ -45,7 +45,7 @@ from qwen3vl_export.cli.output import (
     read_stdin,
     read_tools,
 )
-from qwen3vl_export.cli.pictures import Pictures
+from qwen3vl_export.cli.picture_options import Pictures
 from qwen3vl_export.cli.targets import targets
 from qwen3vl_export.cli.verify import verify
 from runtime.errors import UsageError
