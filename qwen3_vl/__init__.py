@@ -30,10 +30,14 @@ if TYPE_CHECKING:
         UsageError,
     )
     from runtime.generation_config import GenerationOptions
+    from runtime.grounding import Box, Point
     from runtime.model import Qwen3VLModel
+    from runtime.piece import Piece
     from runtime.stream import Stream
+    from runtime.tools.call import ToolCall
 
 __all__ = [
+    "Box",
     "BundleError",
     "CapacityError",
     "CheckpointError",
@@ -45,11 +49,14 @@ __all__ = [
     "ImageError",
     "OverloadError",
     "ParityError",
+    "Piece",
+    "Point",
     "Qwen3VLError",
     "Qwen3VLModel",
     "Stats",
     "Stream",
     "TargetError",
+    "ToolCall",
     "UsageError",
     "__version__",
     "errors",
@@ -65,8 +72,11 @@ _SOURCES = {
     "runtime.conversation": ["Conversation"],
     "runtime.errors": [name for name in __all__ if name.endswith("Error")],
     "runtime.generation_config": ["GenerationOptions"],
+    "runtime.grounding": ["Box", "Point"],
     "runtime.model": ["Qwen3VLModel"],
+    "runtime.piece": ["Piece"],
     "runtime.stream": ["Stream"],
+    "runtime.tools.call": ["ToolCall"],
 }
 
 __getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

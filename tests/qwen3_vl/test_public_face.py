@@ -285,6 +285,10 @@ CALLS: dict[str, Callable[[Any, Qwen3VLModel], list[Callable[[], object]]]] = {
     ],
     "export": lambda value, _: [lambda: qwen3_vl.core.export(value)],
     "Stats": lambda value, _: [lambda: qwen3_vl.Stats(*[value] * 11)],
+    "Box": lambda value, _: [lambda: qwen3_vl.Box(*[value] * 5)],
+    "Point": lambda value, _: [lambda: qwen3_vl.Point(*[value] * 3)],
+    "Piece": lambda value, _: [lambda: qwen3_vl.Piece("text", value)],
+    "ToolCall": lambda value, _: [lambda: qwen3_vl.ToolCall(*[value] * 5)],
     "Stream": lambda value, _: [lambda: qwen3_vl.Stream(value)],
     "Qwen3VL": lambda value, _: [lambda: qwen3_vl.core.Qwen3VL(value)],
     "open_eager": lambda value, _: [
@@ -296,6 +300,7 @@ CALLS: dict[str, Callable[[Any, Qwen3VLModel], list[Callable[[], object]]]] = {
     ],
 }
 NEVER_REFUSE = {name for name in CALLS if name.endswith("Error")} | {"Exported", "Generation", "Stats", "Stream"}
+NEVER_REFUSE |= {"Box", "Piece", "Point", "ToolCall"}
 
 
 def test_every_public_name_that_can_be_called_is_called() -> None:
