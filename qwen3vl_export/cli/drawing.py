@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     Color = tuple[int, int, int]
     Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of files that pictures are written to."""
+
 _COLORS: tuple[Color, ...] = (
     *((255, 221, 51), (64, 224, 255), (255, 105, 180), (130, 255, 90)),
     *((255, 150, 40), (190, 150, 255), (255, 95, 85), (240, 240, 240)),

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen3vl_export.cli.drawing import PICTURE_SUFFIXES
 from runtime.errors import UsageError
 from runtime.shown import shown
 
 if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)

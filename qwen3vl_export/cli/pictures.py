@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3vl_export.cli.drawing import draw_shapes, sheet_of, with_caption
-from qwen3vl_export.cli.picture_options import PICTURE_SUFFIXES
+from qwen3vl_export.cli.drawing import PICTURE_SUFFIXES, draw_shapes, sheet_of, with_caption
 from runtime.errors import CapacityError, UsageError
 from runtime.grounding import find_boxes, find_points
 from runtime.image_processor import ProcessedImage

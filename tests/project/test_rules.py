@@ -119,23 +119,30 @@ def test_public_names_are_those_of_the_runtime() -> None:
     from runtime import __version__, answer, errors
     from runtime.conversation import Conversation
     from runtime.generation_config import GenerationOptions
+    from runtime.grounding import Box, Point
     from runtime.model import Qwen3VLModel
+    from runtime.piece import Piece
     from runtime.stream import Stream
+    from runtime.tools.call import ToolCall
 
     found = {name: getattr(qwen3_vl, name) for name in qwen3_vl.__all__}
     assert found.pop("errors").__all__ == sorted(name for name, value in found.items() if is_error(value))
     assert found.pop("__version__") == __version__
     assert {name: value for name, value in found.items() if not is_error(value)} == {
+        "Box": Box,
         "Conversation": Conversation,
         "Generation": answer.Generation,
         "GenerationOptions": GenerationOptions,
+        "Piece": Piece,
+        "Point": Point,
         "Qwen3VLModel": Qwen3VLModel,
         "Stats": answer.Stats,
         "Stream": Stream,
+        "ToolCall": ToolCall,
     }
     every_error = {errors.Qwen3VLError, *errors.Qwen3VLError.__subclasses__()}
     assert {value for value in found.values() if is_error(value)} == every_error
-    with pytest.raises(AttributeError, match="it has BundleError, CapacityError, "):
+    with pytest.raises(AttributeError, match="it has Box, BundleError, CapacityError, "):
         qwen3_vl.missing  # noqa: B018
     assert dir(qwen3_vl) == qwen3_vl.__all__
 
