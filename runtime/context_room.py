@@ -57,6 +57,8 @@ class ContextRoom:
         if num_tokens >= self.capacity:
             longer = f"build the engine again with --max-context above {num_tokens}: qwen3vl-export ..."
         remedies = [longer, "shorten the prompt"]
+        if any(not isinstance(each, ProcessedImage) for each in prepared.inputs):
+            remedies.append("take fewer frames (fps, max_frames)")
         if prepared.images and free - answer >= len(prepared.images):
             limit = free - answer
             less = f"pass max_visual_tokens={limit}, which leaves {answer} tokens for the answer, with less detail"

@@ -5,9 +5,9 @@ read, wherever they stand in the text, in Markdown fences or not:
 
 - JSON objects with `bbox_2d` (x1, y1, x2, y2) or `point_2d` (x, y) and a `label`, as Qwen's cookbooks ask for, alone or
   in lists, without objects inside. They are read one by one, so of a list that was cut off the whole ones are found.
-- `<|object_ref_start|>label<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>`, as Qwen2-VL writes; one pair of
-  numbers is a point.
-- the same with `<ref>`, `<box>` and `<point>` in the place of these tokens.
+- `<ref>label</ref><box>(x1,y1),(x2,y2)</box>`; one pair of numbers is a point, also in `<point>`.
+- the same with Qwen2-VL's tokens, `<|object_ref_start|>` and `<|box_start|>`, in text that keeps special tokens, unlike
+  that of an answer.
 
 Numbers outside 0 to 1000 are brought to the edge. Corners in the wrong order are exchanged. What is no box is passed
 over: an answer is text that a model made up, and nothing in it is an error.

@@ -124,12 +124,13 @@ def segment(
     height, width = frames[0].shape[:2]
     grid_thw = (1, height // config.patch_size, width // config.patch_size)
     values = patchify(frames, config)
-    return ProcessedImage(values, grid_thw, config.merge_size, _digest(frames), source_size or (width, height))
+    return ProcessedImage(values, grid_thw, config.merge_size, _digest(frames, config), source_size or (width, height))
 
 
-def _digest(frames: Sequence[RgbImage]) -> bytes:
-    """Return the SHA-256 of frames: of their bytes, an eighth of their patches', and their shape."""
-    whole = hashlib.sha256(repr(frames[0].shape).encode())
+def _digest(frames: Sequence[RgbImage], config: ImageProcessorConfig) -> bytes:
+    """Return the SHA-256 of frames: of their bytes, an eighth of their patches', their shape and their scale."""
+    scale = config.image_mean, config.image_std, config.rescale_factor, config.do_rescale, config.do_normalize
+    whole = hashlib.sha256(repr((frames[0].shape, scale)).encode())
     for frame_HWC in frames:
         whole.update(np.ascontiguousarray(frame_HWC).data)
     return whole.digest()

@@ -9,7 +9,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -38,6 +37,7 @@ from runtime.messages import normalise_messages, system_message
 from runtime.option_checks import true_or_false
 from runtime.piece import Piece
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
+from runtime.scheduling.ahead import Ahead
 from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import held_bytes, plan_limits
 from runtime.scheduling.request import Limits, Request
@@ -440,14 +440,13 @@ class Qwen3VLModel:
         if options.max_thinking_tokens is not None:
             checked_marks(self.tokenizer)
         refuse_several(options, "this call")
-        with self._worker.reserve(waits=waits) as place, naming_errors():
+        with self._worker.reserve(waits=waits) as place, naming_errors(), Ahead() as ahead:
             started = time.perf_counter()
             make_constraint = self._compiled(options)
-            ahead: dict[bytes, Future[FloatArray]] = {}
 
             def on_images(images: Sequence[ProcessedImage]) -> None:
                 self._check_memory(images)
-                self._worker.encode_ahead(images, ahead, lambda: not pieces.is_cancelled)
+                self._worker.encode_ahead(images, ahead.embeds, lambda: not (pieces.is_cancelled or ahead.is_refused))
 
             prepared = self._prepare(messages, call, on_images)
             max_new_tokens = self._room.answer_tokens(prepared, options)
@@ -465,7 +464,7 @@ class Qwen3VLModel:
                 ready,
                 call.priority,
                 call.deadline,
-                ahead,
+                ahead.embeds,
                 expected_calls=ExpectedCalls.of(self.preparation.template.call_format, call.tools),
                 make_constraint=make_constraint,
                 pieces=pieces,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.prompt_builder import PromptBuilder
 from runtime.tokenizer import Tokenizer
 from runtime.video.config import VideoProcessorConfig
+from runtime.video.processor import ProcessedVideo
 from runtime.vision_inputs import VISION_PATCHES, vision_inputs
 
 if TYPE_CHECKING:
@@ -227,7 +229,7 @@ class Preparation:
         chat = self.template.render(turns, tools=tools, chat_template_kwargs=chat_template_kwargs)
         places = list(_placed(attachments, chat.places))
         placed = [attachment for _, attachment in places]
-        processed = self._processed(placed, limits or InputLimits(), on_images)
+        processed = self._processed(placed, limits or InputLimits(), max_tokens, on_images)
         builder = PromptBuilder(self.tokenizer, max_tokens)
         end = 0
         for offset, attachment in places:
@@ -256,18 +258,28 @@ class Preparation:
         return (offset - len(before), end + len(after)) if is_marked else (offset, end)
 
     def _processed(
-        self, attachments: Sequence[Attachment], limits: InputLimits, on_images: OnImages | None
+        self,
+        attachments: Sequence[Attachment],
+        limits: InputLimits,
+        context: int | None,
+        on_images: OnImages | None,
     ) -> Iterator[Processed]:
         """Read and cut what messages hold, unless that was done before, several at once; yield it in order."""
-        inputs = self.with_limits(limits).inputs
+        inputs = replace(self.with_limits(limits).inputs, context=context)
         budget = limits.max_visual_tokens
+        attachments = _sharing(attachments)
         if budget is None:
             yield from self._read(attachments, inputs, on_images)
             return
-        # All within the budget alone, then once more those that are too large beside the others.
-        found = list(self._read(attachments, replace(inputs, max_tokens=budget), None))
-        counts = [each.num_visual_tokens for each in found]
-        limit = common_limit(counts, budget)
+        # What was processed before stays as it is. The others within what that leaves, then once more those that are
+        # too large beside each other.
+        is_fixed = [_is_processed(each) for each in attachments]
+        left = budget - sum(
+            each.source.num_visual_tokens for each, fixed in zip(attachments, is_fixed, strict=True) if fixed
+        )
+        found = list(self._read(attachments, replace(inputs, max_tokens=max(1, left)), None))
+        counts = [0 if fixed else each.num_visual_tokens for each, fixed in zip(found, is_fixed, strict=True)]
+        limit = common_limit([count for count in counts if count], max(0, left))
         again = [index for index, count in enumerate(counts) if count > limit]
         if again and limit:
             settings = replace(inputs, max_tokens=limit)
@@ -285,8 +297,12 @@ class Preparation:
     def _read(
         self, attachments: Sequence[Attachment], settings: InputSettings, on_images: OnImages | None
     ) -> Iterator[Processed]:
+        # Of one object in several parts, one is read at a time: files of Pillow's and iterators know no threads.
+        locks = {id(each.kind.content(each.source)): threading.Lock() for each in attachments}
+
         def process(attachment: Attachment) -> Processed:
-            found = attachment.kind.process(attachment.source, settings, on_images)
+            with locks[id(attachment.kind.content(attachment.source))]:
+                found = attachment.kind.process(attachment.source, settings, on_images)
             if found is attachment.source:
                 self._check_segments([insertion.image for insertion in attachment.kind.expansion(found)])
             elif on_images is not None and isinstance(found, ProcessedImage) and _fills_a_call(found):
@@ -340,6 +356,20 @@ def _placed(attachments: Sequence[Attachment], places: Sequence[tuple[int, str]]
             )
     for offset, token in places:
         yield offset, waiting[token].pop(0)
+
+
+def _is_processed(attachment: Attachment) -> bool:
+    return isinstance(attachment.source, (ProcessedImage, ProcessedVideo))
+
+
+def _sharing(attachments: Sequence[Attachment]) -> list[Attachment]:
+    """Let parts with one object read it through the first of them; see `InputKind.sharing`."""
+    firsts: dict[int, Any] = {}
+    shared = []
+    for each in attachments:
+        first = firsts.setdefault(id(each.kind.content(each.source)), each.source)
+        shared.append(each if first is each.source else Attachment(each.kind, each.kind.sharing(each.source, first)))
+    return shared
 
 
 def _fills_a_call(image: ProcessedImage) -> bool:

@@ -24,7 +24,7 @@ class Pictures:
     """Pictures to write beside an answer.
 
     Attributes:
-        draw: Write the first image with the boxes and points of the answer on it to this file.
+        draw: Write the last image with the boxes and points of the answer on it to this file.
         show_input: Write images and frames as the model sees them: all in this file, or each in this folder.
     """
 
@@ -55,11 +55,11 @@ class Pictures:
         return prepared.messages
 
     def after(self, model: Qwen3VLModel, answer: str, images: Sequence[str], *, is_quiet: bool) -> None:
-        """Draw what the answer found on the first image."""
+        """Draw what the answer found on the last image."""
         if self.draw is not None:
             from qwen3vl_export.cli.pictures import write_shapes
 
-            _note(write_shapes(answer, images[0], self.draw, model.max_image_pixels), is_quiet=is_quiet)
+            _note(write_shapes(answer, images[-1], self.draw, model.max_image_pixels), is_quiet=is_quiet)
 
 
 def check_picture(option: str, path: Path, sources: Sequence[str] = ()) -> None:

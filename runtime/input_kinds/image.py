@@ -76,6 +76,10 @@ class Image(InputKind):
             limits["max_pixels"] = _LOW_DETAIL_PIXELS
         return ImageSource(image, **limits) if limits else image
 
+    def content(self, source: Any) -> object:
+        """Return the image as it was given."""
+        return source.image if isinstance(source, ImageSource) else source
+
     def process(self, source: Any, settings: InputSettings, on_images: OnImages | None = None) -> ProcessedImage:
         """Decode, resize and cut an image; see `runtime.image_processor.process_image`."""
         if not isinstance(source, ImageSource):

@@ -26,12 +26,14 @@ class InputSettings:
         video: How frames are chosen, resized and cut.
         max_image_pixels: Images and frames that have more pixels are refused before they are decoded.
         max_tokens: Most visual tokens of one input, whatever its own limits say; None for no such bound.
+        context: Tokens of a whole prompt: an input that has more is refused before it is read to its end.
     """
 
     image: ImageProcessorConfig
     video: VideoProcessorConfig
     max_image_pixels: int
     max_tokens: int | None = None
+    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,14 @@ class InputKind(ABC):
         Raises:
             UsageError: A key is unknown or missing, or a value is of the wrong type.
         """
+
+    def content(self, source: Any) -> object:
+        """Return what the caller gave, by which two parts are known to hold the same object."""
+        return source
+
+    def sharing(self, source: Any, first: Any) -> Any:
+        """Return a source that reads its object through the first one of that object, where reading uses it up."""
+        return source
 
     def part(self, processed: Any) -> dict[str, Any]:
         """Return a message part that holds what `process` returned; it may be given again."""

@@ -22,9 +22,11 @@ folders of files, which transformers never samples.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +97,15 @@ class Video(InputKind):
             options = _options(part, place)
             return VideoSource(Replayed(video) if is_one_time(video) else video, options)
 
+    def content(self, source: Any) -> object:
+        """Return the video as it was given."""
+        video = source.video if isinstance(source, VideoSource) else source
+        return video.source if isinstance(video, Replayed) else video
+
+    def sharing(self, source: Any, first: Any) -> Any:
+        """Return a source that reads a file object or an iterator as the first one of it does: once."""
+        return replace(source, video=first.video) if isinstance(source, VideoSource) else source
+
     def process(self, source: Any, settings: InputSettings, on_images: OnImages | None = None) -> ProcessedVideo:
         """Decode, choose, resize and cut frames; see `runtime.video.processor.process_video`."""
         if isinstance(source, ProcessedVideo):
@@ -104,6 +115,7 @@ class Video(InputKind):
             settings.video,
             max_image_pixels=settings.max_image_pixels,
             max_tokens=settings.max_tokens,
+            context=settings.context,
             on_images=on_images,
         )
 
@@ -147,6 +159,8 @@ def _video(value: Any, key: str, place: str) -> Any:
 def _options(part: Mapping[Any, Any], place: str) -> VideoOptions:
     given = {key: part[key] for key in _OPTION_KEYS if part.get(key) is not None}
     settings = {name: check(f"{place}.{key}", given[key]) for key, (name, check) in _SETTINGS.items() if key in given}
+    if "nframes" in given and "num_frames" in given:
+        raise UsageError(f"{place}: nframes and num_frames both say how many frames to take", remedy="pass one of them")
     if "nframes" in given:
         # `round_by_factor(…, 2)` of qwen-vl-utils.
         settings.setdefault("num_frames", max(2, round(_COUNT(f"{place}.nframes", given["nframes"]) / 2) * 2))
@@ -200,6 +214,8 @@ def _metadata(value: Any, place: str) -> dict[str, Any]:
         found["fps"] = _FPS(f"{place}.fps", given["fps"])
     if "frames_indices" in given:
         values = _listed(given["frames_indices"], f"{place}.frames_indices")
+        if any(later < earlier for earlier, later in itertools.pairwise(values)):
+            raise UsageError(f"{place}.frames_indices are not in order", remedy="pass the frames in their order")
         check = integer(0)
         found["indices"] = tuple(check(f"{place}.frames_indices[{i}]", each) for i, each in enumerate(values))
     return found

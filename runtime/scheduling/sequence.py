@@ -146,7 +146,7 @@ class Sequence:
         taken = []
         for index, future in ready:
             del self._ahead[index]
-            if not future.cancelled() and future.exception() is None:
+            if not future.cancelled():
                 self._embeds[index] = future.result()
                 taken.append((self.request.prepared.images[index], self._embeds[index]))
         return taken

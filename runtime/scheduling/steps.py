@@ -118,8 +118,10 @@ class Steps:
                 sequence.await_ahead(index)
 
     def encode_ahead(self, images: list[ProcessedImage]) -> list[FloatArray]:
-        """Run the vision tower on segments of one grid and return the embeddings of each, [1+D, V, hidden]."""
-        self.counters.vision_calls += 1
+        """Run the vision tower on segments of one grid and return the embeddings of each, [1+D, V, hidden].
+
+        Where the tower works beside the steps, this runs in its thread.
+        """
         embeds = self._session.vision(self._vision_inputs(images))
         return [np.ascontiguousarray(part) for part in np.split(embeds, len(images), axis=1)]
 

@@ -397,6 +397,7 @@ class Worker:
             self._failure = steps.failure
 
     def _run_job(self, job: _Job[Any]) -> None:
+        self._steps.counters.vision_calls += job.is_vision
         if not job.is_vision or not self._steps.encode_beside(job.run, lambda: job.fail(_closed())):
             job.run()
 

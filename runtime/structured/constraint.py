@@ -5,13 +5,15 @@ Shape suffixes: V vocabulary, W words of 32 tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import UsageError
+from runtime.errors import EngineError, UsageError
+from runtime.panics import is_panic
 from runtime.shown import one_line
 
 _LONGEST_REASON = 200
@@ -86,7 +88,8 @@ class Constraint:
             UsageError: None may, or the format has become too costly to follow.
         """
         words_W = self._words_W
-        self._matcher.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
+        with _no_panic():
+            self._matcher.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
         if self._matcher.is_error():
             raise _stuck(self._matcher)
         bits = np.unpackbits(words_W.view(np.uint8), count=len(self._text_tokens_V), bitorder="little")
@@ -105,7 +108,10 @@ class Constraint:
             UsageError: As `allowed`.
         """
         if not self.is_active:
-            return logits_V
+            # A thought may hold any text, but the answer behind it has yet to come.
+            np.copyto(self._masked_V, logits_V)
+            self._masked_V[self._eos_ids] = -np.inf
+            return self._masked_V
         allowed_V = self.allowed()
         self._masked_V.fill(-np.inf)
         np.copyto(self._masked_V, logits_V, where=allowed_V)
@@ -119,8 +125,11 @@ class Constraint:
         """
         if not self.is_active:
             self.skip(token_id)
-        elif token_id not in self._eos_ids and not self._matcher.consume_token(token_id):
-            raise _stuck(self._matcher)
+        elif token_id not in self._eos_ids:
+            with _no_panic():
+                is_taken = self._matcher.consume_token(token_id)
+            if not is_taken:
+                raise _stuck(self._matcher)
 
     def skip(self, token_id: int) -> None:
         """Take a token that is no part of the format, such as the line feeds that are written behind a thought."""
@@ -144,3 +153,18 @@ def _stuck(matcher: Any) -> UsageError:
         f"response_format: no token can follow what the answer holds so far{why}",
         remedy="allow more in the schema, regex or grammar, or make it simpler",
     )
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """Turn a panic of the library, which is no `Exception`, into an error that ends this answer alone.
+
+    Raises:
+        EngineError: It panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise EngineError(f"response_format: llguidance failed: {error}", remedy="simplify the format") from error

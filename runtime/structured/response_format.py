@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime.errors import UsageError
 from runtime.shown import shown
-from runtime.structured.schema_checks import check_schema
+from runtime.structured.schema_checks import check_schema, check_size
 
 MAX_FORMAT_CHARACTERS = 1 << 18
 """Most characters of a schema, a regex or a grammar, and of all choices together."""
@@ -75,12 +75,14 @@ def _of_named_schema(name: str, value: Any) -> ResponseFormat:
 
 
 def _of_schema(name: str, schema: Any) -> ResponseFormat:
-    check_schema(name, schema)
+    check_size(name, schema)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} is no JSON: {error}", remedy="pass what json.loads of a schema gives") from error
-    return ResponseFormat("json_schema", _bounded(name, text))
+    bounded = _bounded(name, text)
+    check_schema(name, schema)
+    return ResponseFormat("json_schema", bounded)
 
 
 def _of_text(kind: str) -> Callable[[str, Any], ResponseFormat]:

@@ -20,16 +20,15 @@ MAX_SCHEMA_NODES = 50_000
 
 
 def check_schema(name: str, schema: Any) -> None:
-    """Check a JSON schema.
+    """Check a JSON schema, whose size was checked.
 
     Raises:
-        UsageError: It is no schema, too large or too deep, or no value of it can end.
+        UsageError: It is no schema, or no value of it can end.
     """
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     if not isinstance(schema, Mapping):
         raise UsageError(f"{name} must be a JSON schema, got {shown(schema)}", remedy='such as {"type": "object"}')
-    _check_size(name, schema)
     if not _can_end(schema):
         raise UsageError(
             f"{name} has no value that ends: it requires a value of itself inside each of its values",
@@ -37,7 +36,12 @@ def check_schema(name: str, schema: Any) -> None:
         )
 
 
-def _check_size(name: str, schema: Any) -> None:
+def check_size(name: str, schema: Any) -> None:
+    """Check how large and how deep a schema is, before anything else looks at all of it.
+
+    Raises:
+        UsageError: It is too large or too deep.
+    """
     num_nodes, waiting = 0, [(schema, 1)]
     while waiting:
         node, depth = waiting.pop()
@@ -47,7 +51,7 @@ def _check_size(name: str, schema: Any) -> None:
                 f"{name} has more than {MAX_SCHEMA_DEPTH} levels, or more than {MAX_SCHEMA_NODES} lists and dicts",
                 remedy="make the schema smaller; parts that repeat go into $defs",
             )
-        for child in node.values() if isinstance(node, Mapping) else node:
+        for child in node.values() if isinstance(node, Mapping) else node if isinstance(node, (list, tuple)) else ():
             if isinstance(child, (Mapping, list, tuple)):
                 waiting.append((child, depth + 1))
 
@@ -59,12 +63,17 @@ def _can_end(root: Mapping[str, Any]) -> bool:
     changes: the least fixed point, as for the productive symbols of a context-free grammar.
     """
     targets = {reference: _target(root, reference) for reference in set(_references(root))}
+    users: dict[str, list[str]] = {}
+    for reference, target in targets.items():
+        for used in set(_references(target)):
+            users.setdefault(used, []).append(reference)
     ends: set[str] = set()
-    is_changed = True
-    while is_changed:
-        found = {reference for reference in targets.keys() - ends if _ends(targets[reference], ends)}
-        ends |= found
-        is_changed = bool(found)
+    waiting = list(targets)
+    while waiting:
+        reference = waiting.pop()
+        if reference not in ends and _ends(targets[reference], ends):
+            ends.add(reference)
+            waiting += users.get(reference, ())  # nothing else can have changed
     return _ends(root, ends)
 
 

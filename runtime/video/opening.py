@@ -26,7 +26,7 @@ from runtime.video.frame_readers import FramesReader, taken_frames
 from runtime.video.reader import VideoReader
 
 MAX_PIPE_BYTES = 4 << 30
-"""Most bytes of a file object that cannot seek: it is copied to a temporary file first."""
+"""Most bytes of a file object: it is copied to a temporary file first, since its owner may go on reading."""
 
 _IMAGE_ENDINGS = frozenset(
     {".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -86,23 +86,23 @@ class Replayed:
 
     A prompt whose inputs have to share a budget of tokens reads some of them twice.
 
-    Args:
+    Attributes:
         source: What `is_one_time` says is one.
     """
 
     def __init__(self, source: Any) -> None:
-        self._source = source
+        self.source = source
         self._copy: Any = None
 
     def open(self, max_image_pixels: int) -> VideoReader:
         """Open the video; errors are those of `open_video`."""
-        if hasattr(self._source, "read"):
-            self._copy = self._copy or _seekable(self._source)
+        if hasattr(self.source, "read"):
+            self._copy = self._copy or _seekable(self.source)
             self._copy.seek(0)
             return _of_file(self._copy, "video of a file object", max_image_pixels, is_kept=True)
         name = "video of an iterator"
         if self._copy is None:
-            self._copy = taken_frames(cast(Iterator[Any], self._source), name, max_image_pixels)
+            self._copy = taken_frames(cast(Iterator[Any], self.source), name, max_image_pixels)
         return FramesReader(self._copy, name, max_image_pixels, is_sampled=False)
 
 
@@ -216,7 +216,12 @@ def _seekable(source: Any) -> IO[bytes]:
     with reading("the video", "pass a file that was opened for reading bytes"):
         copy = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=64 << 20))  # noqa: SIM115 (kept as long as the source)
         num_bytes = 0
-        while block := source.read(_BLOCK_BYTES):
+        while (block := source.read(_BLOCK_BYTES)) or block is None:
+            if block is None:
+                raise ImageError(
+                    "video of a file object: it has nothing to read yet, and does not wait",
+                    remedy="pass one that waits for its data (blocking), or the bytes",
+                )
             num_bytes += len(block)
             if num_bytes > MAX_PIPE_BYTES:
                 raise CapacityError(

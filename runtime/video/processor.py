@@ -60,12 +60,21 @@ class ProcessedVideo:
         return sum(each.num_visual_tokens for each in self.segments)
 
 
+@dataclass(frozen=True)
+class _Room:
+    """Most visual tokens of a video, and those of a whole prompt."""
+
+    max_tokens: int | None
+    context: int | None
+
+
 def process_video(
     source: VideoSource,
     config: VideoProcessorConfig,
     *,
     max_image_pixels: int,
     max_tokens: int | None = None,
+    context: int | None = None,
     on_images: OnImages | None = None,
 ) -> ProcessedVideo:
     """Open a video, choose frames, resize, normalise and cut them.
@@ -75,6 +84,7 @@ def process_video(
         config: The settings of the checkpoint and of the request.
         max_image_pixels: Frames of more pixels are refused before they are decoded.
         max_tokens: Most visual tokens of it, whatever `source` says.
+        context: Tokens of a whole prompt: a video that alone has more is refused at its first frame.
         on_images: Given segments in groups that fill a call of the vision tower, as soon as they are there.
 
     Raises:
@@ -87,7 +97,8 @@ def process_video(
     reader = open_video(source.video, max_image_pixels)
     try:
         indices, times = _chosen(reader, options, config)
-        segments = _segments(reader.frames(indices), len(indices), options, config, max_tokens, reader.name)
+        room = _Room(max_tokens, context)
+        segments = _segments(reader.frames(indices), len(indices), options, config, room, reader.name)
         taken = list(_told(segments, on_images))
     finally:
         reader.close()
@@ -143,7 +154,7 @@ def _segments(
     num_frames: int,
     options: VideoOptions,
     config: VideoProcessorConfig,
-    max_tokens: int | None,
+    room: _Room,
     name: str,
 ) -> Iterator[ProcessedImage]:
     """Resize frames as they come and cut them, a temporal patch at a time."""
@@ -152,9 +163,9 @@ def _segments(
     source_size: tuple[int, int] | None = None
     for frame_HWC in frames:
         if size is None:
-            config = _limited(config, options, num_frames, max_tokens)
+            config = _limited(config, options, num_frames, room.max_tokens)
             size = config.target_size(num_frames, *frame_HWC.shape[:2])
-            _check_size(size, num_frames, config, max_tokens, name)
+            _check_size(size, num_frames, config, room, name)
         source_size = frame_HWC.shape[1], frame_HWC.shape[0]
         if size != frame_HWC.shape[:2]:
             frame_HWC = resize(frame_HWC, *size, FILTERS[config.image.resample])
@@ -190,17 +201,21 @@ def _limited(
     return replace(config, fixed_size=exact.smart_size(*options.size))
 
 
-def _check_size(
-    size: tuple[int, int], num_frames: int, config: VideoProcessorConfig, max_tokens: int | None, name: str
-) -> None:
+def _check_size(size: tuple[int, int], num_frames: int, config: VideoProcessorConfig, room: _Room, name: str) -> None:
     height, width = size
     num_segments = -(-num_frames // config.temporal_patch_size)
     num_tokens = num_segments * height * width // config.factor**2
     fewer = "take fewer frames (fps, max_frames), or a part of the video (video_start, video_end)"
-    if max_tokens is not None and num_tokens > max_tokens:
+    if room.max_tokens is not None and num_tokens > room.max_tokens:
         raise CapacityError(
-            f"{name}: {num_frames} frames are at least {num_tokens} visual tokens, {max_tokens} are left for them",
+            f"{name}: {num_frames} frames are at least {num_tokens} visual tokens, {room.max_tokens} are left for them",
             remedy=f"{fewer}, or raise max_visual_tokens",
+        )
+    if room.context is not None and num_tokens >= room.context:
+        raise CapacityError(
+            f"{name}: {num_frames} frames are {num_tokens} visual tokens, which leaves no room for an answer: "
+            f"max_context is {room.context}",
+            remedy=f"pass max_visual_tokens={max(1, room.context // 2)}, {fewer}, or raise max_context",
         )
     elements = num_segments * height * width * NUM_CHANNELS * config.temporal_patch_size
     num_bytes = elements * np.dtype(np.float32).itemsize

@@ -173,3 +173,56 @@ def test_keywords_and_fields_are_the_same() -> None:
     from runtime.input_limits import InputKeywords
 
     assert set(InputKeywords.__annotations__) == {field.name for field in fields(InputLimits)}
+
+
+@pytest.mark.portable
+def test_what_was_shown_before_counts_and_what_is_new_is_shrunk_into_the_rest(model: Qwen3VLModel) -> None:
+    chat = model.chat(max_visual_tokens=64, max_new_tokens=1)
+    assert chat.ask("Read.", images=[picture(160, 160)]).stats.visual_tokens == 25
+    assert 25 < chat.ask("And this?", images=[picture(256, 320)]).stats.visual_tokens <= 64
+    with pytest.raises(CapacityError, match="max_visual_tokens is 26"):
+        chat.ask("And this?", images=[picture(256, 320), picture(256, 320, 1)], max_visual_tokens=26)
+
+
+@pytest.mark.portable
+def test_a_video_that_cannot_fit_is_refused_at_its_first_frame(demo_engine: Path) -> None:
+    model = Qwen3VLModel.from_engine(demo_engine, max_context=80)
+    num_read = 0
+
+    class Counted(list):  # type: ignore[type-arg]
+        def __getitem__(self, index: Any) -> Any:
+            nonlocal num_read
+            num_read += 1
+            return super().__getitem__(index)
+
+    frames = Counted(clip(20, 96, 96))
+    part = video(frames)  # type: ignore[arg-type]
+    with pytest.raises(CapacityError, match=r"90 visual tokens.*max_context is 80\n.*max_visual_tokens=40.*max_frames"):
+        model.generate([{"role": "user", "content": [part]}])
+    assert num_read <= 2
+    assert model.statistics()["vision_calls"] == 0
+
+
+@pytest.mark.portable
+def test_one_object_in_several_parts_is_read_in_one_thread_at_a_time(
+    model: Qwen3VLModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Pillow's lazy images, animations, file objects and iterators know no threads."""
+    import io
+
+    from PIL import Image
+
+    monkeypatch.setattr("runtime.preparation.default_threads", lambda: 4)
+    frames = [Image.fromarray(each) for each in clip(6, 64, 64)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    frames[0].resize((640, 640)).save(tmp_path / "a.png")
+    for _ in range(8):
+        lazy = Image.open(tmp_path / "a.png")
+        found = tokens(model, image(lazy), image(lazy, max_pixels=4096), image(lazy))
+        assert found[0] == found[2] > found[1] == 4
+        for whole in (Image.open(tmp_path / "a.gif"), io.BytesIO((tmp_path / "a.gif").read_bytes())):
+            part = {"type": "video", "video": whole}
+            assert len(set(tokens(model, part, part, part))) == 1
+        stream = iter(clip(6, 64, 64))
+        part = {"type": "video", "video": stream, "sample_fps": 2}
+        assert len(set(tokens(model, part, part, max_visual_tokens=500))) == 1

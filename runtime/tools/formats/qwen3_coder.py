@@ -24,6 +24,7 @@ from runtime.tools.json_text import read_json
 
 _FUNCTION = re.compile(r"\s*<function=([^<>\n]+)>(.*)</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_MOST_LEVELS = 8  # of choices in choices
 _WORDS = {"True": True, "False": False, "None": None}
 
 
@@ -63,12 +64,28 @@ def _value(text: str, schema: Any) -> Any:
     Raises:
         MalformedCall: The schema asks for something else, and the text is no JSON.
     """
-    kinds = schema.get("type") if isinstance(schema, Mapping) else None
-    if kinds is None or "string" in (kinds if isinstance(kinds, list) else [kinds]):
+    kinds = _kinds(schema)
+    if not kinds or "string" in kinds:
         return text
     if text.strip() in _WORDS:
         return _WORDS[text.strip()]
     return read_json(text.strip())
+
+
+def _kinds(schema: Any, depth: int = 0) -> set[str]:
+    """Return the types that a schema allows, of its choices and listed values as well; none if it says nothing."""
+    if not isinstance(schema, Mapping) or depth > _MOST_LEVELS:
+        return set()
+    kinds = schema.get("type")
+    found = {kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(kind, str)}
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    if not found and isinstance(values, list):
+        found |= {"string" if isinstance(value, str) else "other" for value in values}
+    for key in ("anyOf", "oneOf"):
+        options = schema.get(key)
+        for option in options if isinstance(options, list) else []:
+            found |= _kinds(option, depth + 1)
+    return found
 
 
 FORMAT = Qwen3CoderFormat()
