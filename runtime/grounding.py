@@ -29,12 +29,12 @@ COORDINATE_RANGE = 1000
 
 _COUNTS = {"bbox_2d": 4, "point_2d": 2}  # numbers under a key
 _LABEL_KEYS = ("label", "text_content")  # the second where text is to be read and located
-_NUMBER = r"\s*(-?\d{1,9}(?:\.\d{1,9})?)\s*"
+_NUMBER = r"\s*+(-?\d{1,9}(?:\.\d{1,9})?)\s*+"
 _PAIR = rf"[(\[]{_NUMBER},{_NUMBER}[)\]]"
 _LONGEST_LABEL = 1000
 _TAGS = re.compile(
     rf"(?:(?:<\|object_ref_start\|>|<ref>)(?P<label>[^<]{{0,{_LONGEST_LABEL}}})(?:<\|object_ref_end\|>|</ref>)\s*)?"
-    rf"(?:<\|box_start\|>|<box>|<point>)\s*{_PAIR}(?:\s*,?\s*{_PAIR})?\s*(?:<\|box_end\|>|</box>|</point>)"
+    rf"(?:<\|box_start\|>|<box>|<point>)\s*+{_PAIR}(?:\s*+,?+\s*+{_PAIR})?\s*+(?:<\|box_end\|>|</box>|</point>)"
 )
 # An object without objects inside; a string in it may hold braces. Nothing is tried twice and strings are bounded, so
 # that no text takes time that grows with the square of its length.

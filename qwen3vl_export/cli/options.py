@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type
 import typer
 
 from runtime.errors import UsageError
+from runtime.files import read_small_file
 
 if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
@@ -226,12 +227,9 @@ def _read_format(text: str) -> Any:
     """Return the JSON of an option's text, or of the file that it names."""
     source = text
     if not text.lstrip().startswith("{"):
-        try:
-            source = Path(text).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"--response-format: {text} cannot be read: {error}", remedy="give a file of JSON, or JSON itself"
-            ) from error
+        source = read_small_file(Path(text), error=UsageError, remedy="give a file of JSON, or JSON itself").decode(
+            "utf-8", "replace"
+        )
     try:
         return json.loads(source)
     except (ValueError, RecursionError) as error:

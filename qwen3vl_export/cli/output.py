@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from runtime.errors import UsageError
+from runtime.files import read_small_file
 from runtime.piece import REASONING
 from runtime.shown import CONTROL, columns, escape_controls
 
@@ -96,8 +97,8 @@ def read_tools(path: Path | None) -> Any:
     if path is None:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(read_small_file(path, error=UsageError))
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--tools {path}: {error}", remedy="pass a file with a JSON list of functions") from error
 
 

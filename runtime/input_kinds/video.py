@@ -23,7 +23,6 @@ folders of files, which transformers never samples.
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -68,6 +67,7 @@ _OPTION_KEYS = (
 )
 _METADATA_KEYS = ("fps", "frames_indices", "total_num_frames", "duration", "width", "height", "video_backend")
 _MOST_FRAMES = 1 << 20
+_MOST_SECONDS = 1e7  # four months
 
 
 class Video(InputKind):
@@ -222,7 +222,10 @@ def _metadata(value: Any, place: str) -> dict[str, Any]:
 
 
 def _timestamps(value: Any, place: str) -> tuple[float, ...]:
-    times = tuple(_seconds(each, f"{place}[{i}]") or 0.0 for i, each in enumerate(_listed(value, place)))
+    given = _listed(value, place)
+    if any(each is None for each in given):
+        raise UsageError(f"{place} must be numbers of seconds, got null", remedy="leave timestamps out, or give all")
+    times = tuple(_seconds(each, f"{place}[{i}]") or 0.0 for i, each in enumerate(given))
     for index in range(1, len(times)):
         if times[index] < times[index - 1]:
             raise UsageError(
@@ -246,9 +249,9 @@ def _seconds(value: Any, place: str) -> float | None:
     if value is None:
         return None
     seconds = float(any_number(place, value))
-    if not math.isfinite(seconds) or seconds < 0:
+    if not 0 <= seconds <= _MOST_SECONDS:
         raise UsageError(
-            f"{place} must be a number of seconds from 0 on, got {shown(value)}",
+            f"{place} must be a number of seconds from 0 to {_MOST_SECONDS:g}, got {shown(value)}",
             remedy="count from the start of the video",
         )
     return seconds

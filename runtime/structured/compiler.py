@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -24,7 +23,6 @@ from runtime.structured.constraint import Constraint, MakeConstraint, Matcher
 from runtime.structured.response_format import ResponseFormat
 from runtime.tokenizer import Tokenizer
 
-_MOST_KEPT = 32
 _LONGEST_REASON = 260
 # Between the parts of a value. The library's own allows spaces without end, and a model that is unsure then writes
 # nothing else until its room is used up. This is enough for values on one line and for lines that are indented.
@@ -47,10 +45,9 @@ class Compiler:
         self._lock = threading.Lock()
         self._vocabulary: Any = None
         self._text_tokens_V: npt.NDArray[np.bool_] | None = None
-        self._kept: OrderedDict[ResponseFormat, Matcher] = OrderedDict()
 
     def compile(self, wanted: ResponseFormat, eos_token_ids: Sequence[int]) -> MakeConstraint:
-        """Return what makes the constraint of an answer.
+        """Return what makes the constraint of one answer; to be called once.
 
         Args:
             wanted: The format.
@@ -60,33 +57,19 @@ class Compiler:
             UsageError: llguidance is not installed, the format does not compile, no text follows it, or the tokenizer
                 cannot write it.
         """
-        with self._lock:
-            matcher = self._compiled(wanted)
-        assert self._text_tokens_V is not None
-        text_tokens_V = self._text_tokens_V.copy()
-        text_tokens_V[[i for i in eos_token_ids if i < self._num_logits]] = False
-        make = partial(self._make, matcher, text_tokens_V, tuple(eos_token_ids))
-        try:
-            make().allowed()
-        except UsageError as error:
-            raise _refused(wanted, "no text follows it") from error
-        return make
-
-    @staticmethod
-    def _make(
-        matcher: Matcher,
-        text_tokens_V: npt.NDArray[np.bool_],
-        eos_token_ids: Sequence[int],
-        starts_after: Sequence[int] | None = None,
-    ) -> Constraint:
-        return Constraint(matcher.deep_copy(), text_tokens_V, eos_token_ids, starts_after)
-
-    def _compiled(self, wanted: ResponseFormat) -> Matcher:
-        """Return a matcher at its start, from those that are kept if it is among them; under the lock."""
-        if wanted in self._kept:
-            self._kept.move_to_end(wanted)
-            return self._kept[wanted]
         library = _library()
+        with self._lock:
+            text_tokens_V = self._prepared(library).copy()
+        text_tokens_V[[i for i in eos_token_ids if i < self._num_logits]] = False
+        matcher = self._compiled(library, wanted)
+        try:
+            Constraint(matcher, text_tokens_V, eos_token_ids).allowed()
+        except UsageError as error:
+            raise _refused(wanted, error.message) from error
+        return partial(Constraint, matcher, text_tokens_V, tuple(eos_token_ids))
+
+    def _prepared(self, library: Any) -> npt.NDArray[np.bool_]:
+        """Make the library's vocabulary, if it is not there yet, and return which tokens are text; under the lock."""
         if self._vocabulary is None:
             self._text_tokens_V = self._text_tokens()
             special = min(self._tokenizer.special_ids, default=self._num_logits - 1)
@@ -94,6 +77,14 @@ class Compiler:
             self._vocabulary = library.LLTokenizer(
                 self._tokenizer.to_json(), n_vocab=self._num_logits, eos_token=special
             )
+        assert self._text_tokens_V is not None
+        return self._text_tokens_V
+
+    def _compiled(self, library: Any, wanted: ResponseFormat) -> Matcher:
+        """Return a matcher at its start, of one answer alone.
+
+        Copies of one share its lexer, which may fail for all of them when it fails for one, and grows with each.
+        """
         try:
             matcher = library.LLMatcher(self._vocabulary, _grammar(library, wanted), log_level=0)
         except BaseException as error:  # it raises ValueError, and may panic
@@ -102,10 +93,7 @@ class Compiler:
             raise _refused(wanted, str(error)) from error
         if matcher.is_error():
             raise _refused(wanted, matcher.get_error())
-        self._kept[wanted] = cast(Matcher, matcher)
-        if len(self._kept) > _MOST_KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[wanted]
+        return cast(Matcher, matcher)
 
     def _text_tokens(self) -> npt.NDArray[np.bool_]:
         """Return which tokens are text, bool [V].

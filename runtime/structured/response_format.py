@@ -19,6 +19,7 @@ from runtime.structured.schema_checks import check_schema, check_size
 MAX_FORMAT_CHARACTERS = 1 << 18
 """Most characters of a schema, a regex or a grammar, and of all choices together."""
 
+_MOST_CHOICES = 1500  # llguidance follows at most 2000 possibilities at once
 _FORMS = "text, json_object, json_schema, regex, choice or grammar"
 _SEE = 'pass {"type": "json_schema", "json_schema": {"name": "answer", "schema": {…}}}, or another type'
 
@@ -89,6 +90,11 @@ def _of_text(kind: str) -> Callable[[str, Any], ResponseFormat]:
     def read(name: str, value: Any) -> ResponseFormat:
         if not isinstance(value, str) or not value.strip():
             raise UsageError(f"{name} must be a text that is not empty, got {shown(value)}", remedy=f"pass a {kind}")
+        if kind == "grammar" and ("%json" in value or "%llguidance" in value):
+            raise UsageError(
+                f"{name} holds %json or %llguidance, which are not checked here",
+                remedy='write the rules themselves, or pass a schema as {"type": "json_schema", …}',
+            )
         return ResponseFormat(kind, _bounded(name, value))
 
     return read
@@ -98,6 +104,10 @@ def _of_choices(name: str, value: Any) -> ResponseFormat:
     remedy = "pass a list of different strings, none of them empty"
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise UsageError(f"{name} must be a list of strings that is not empty, got {shown(value)}", remedy=remedy)
+    if len(value) > _MOST_CHOICES:
+        raise UsageError(
+            f"{name} has {len(value)} choices, expected at most {_MOST_CHOICES}", remedy="ask in two steps"
+        )
     seen: set[str] = set()
     for i, choice in enumerate(value):
         if not isinstance(choice, str) or not choice:

@@ -6,14 +6,18 @@ follows it would write until its room is used up. The compiler takes such a sche
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from runtime.errors import UsageError
 from runtime.shown import shown
 
 MAX_SCHEMA_DEPTH = 64
 """Most levels of lists and dicts in a schema."""
+
+_LARGEST = 1 << 53
 
 MAX_SCHEMA_NODES = 50_000
 """Most dicts and lists of a schema; one that is referred to from several places counts each time."""
@@ -52,6 +56,11 @@ def check_size(name: str, schema: Any) -> None:
                 remedy="make the schema smaller; parts that repeat go into $defs",
             )
         for child in node.values() if isinstance(node, Mapping) else node if isinstance(node, (list, tuple)) else ():
+            if isinstance(child, int) and abs(child) > _LARGEST:
+                raise UsageError(
+                    f"{name} holds the number {shown(child)}; larger ones than 2^53 are not followed exactly",
+                    remedy="write such numbers as strings",
+                )
             if isinstance(child, (Mapping, list, tuple)):
                 waiting.append((child, depth + 1))
 
@@ -104,7 +113,24 @@ def _ends(schema: Any, ends: set[str]) -> bool:
 def _object_ends(schema: Mapping[str, Any], ends: set[str]) -> bool:
     properties, others = schema.get("properties"), schema.get("additionalProperties", True)
     known = properties if isinstance(properties, Mapping) else {}
-    return all(_ends(known.get(key, others), ends) for key in _listed(schema, "required"))
+    patterns = schema.get("patternProperties")
+    patterns = patterns if isinstance(patterns, Mapping) else {}
+
+    def value_of(key: Any) -> Any:
+        matching = [value for pattern, value in patterns.items() if _matches(pattern, key)]
+        return known.get(key, matching[0] if matching else others)
+
+    required = _listed(schema, "required")
+    least = schema.get("minProperties", 0)
+    if isinstance(least, (int, float)) and least > len(known) + len(patterns) and not _ends(others, ends):
+        return False
+    return all(_ends(value_of(key), ends) for key in required)
+
+
+def _matches(pattern: Any, key: Any) -> bool:
+    """Return whether a property's name matches a pattern that is simple enough to be sure."""
+    is_plain = isinstance(pattern, str) and re.fullmatch(r"\^?[\w-]*\$?", pattern) is not None
+    return is_plain and isinstance(key, str) and re.search(pattern, key) is not None
 
 
 def _array_ends(schema: Mapping[str, Any], ends: set[str]) -> bool:
@@ -145,7 +171,7 @@ def _target(root: Mapping[str, Any], reference: str) -> Any:
         return True
     node: Any = root
     for part in reference[1:].split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
+        key = unquote(part).replace("~1", "/").replace("~0", "~")
         if isinstance(node, Mapping) and key in node:
             node = node[key]
         elif isinstance(node, (list, tuple)) and key.isdecimal() and int(key) < len(node):

@@ -22,7 +22,10 @@ def read_json(text: str) -> Any:
         MalformedCall: It is not valid, holds a key twice or a number that JSON does not have, or is nested too deeply.
     """
     try:
-        return _DECODER.decode(text)
+        value = _DECODER.decode(text)
+        if "\\u" in text:  # an escape may be half a character, which no later prompt could hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise MalformedCall(str(error)) from error
 

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
     from runtime.images import RgbImage
 
-_FORMATS = ("GIF", "PNG", "WEBP")
+_FORMATS = ("AVIF", "GIF", "PNG", "WEBP")
 _DEFAULT_MS = 100  # of a frame that says nothing, or 0, as browsers show it
 MAX_ANIMATION_FRAMES = 1 << 16
 
 
 def is_animation(start: bytes) -> bool:
     """Return whether a file that begins so is of a format that animations have."""
-    return start.startswith((b"GIF8", b"\x89PNG")) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+    is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    return is_webp or start.startswith((b"GIF8", b"\x89PNG")) or start[4:12] in (b"ftypavif", b"ftypavis")
 
 
 class AnimationReader(VideoReader):
@@ -101,7 +102,8 @@ class AnimationReader(VideoReader):
 
         def open_image() -> Image.Image:
             check_webp(source, self.name, limit)
-            image = Image.open(cast(IO[bytes], reader), formats=_FORMATS)
+            Image.init()
+            image = Image.open(cast(IO[bytes], reader), formats=[name for name in _FORMATS if name in Image.OPEN])
             check_size(image.width, image.height, self.name, limit)
             check_decoding(image, reader, self.name, limit)
             return image

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtime.contract import IntArray
-from runtime.errors import CapacityError, UsageError
+from runtime.errors import CapacityError, ImageError, UsageError
 from runtime.image_config import FILTERS, NUM_CHANNELS
 from runtime.image_processor import MAX_PIXEL_VALUES_BYTES, OnImages, ProcessedImage, segment
 from runtime.resize import resize
@@ -27,6 +27,7 @@ from runtime.vision_inputs import VISION_PATCHES
 if TYPE_CHECKING:
     from runtime.images import RgbImage
 
+_TEXT_TOKENS = 3  # beside each segment: two markers and at least one of its time
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -166,6 +167,12 @@ def _segments(
             config = _limited(config, options, num_frames, room.max_tokens)
             size = config.target_size(num_frames, *frame_HWC.shape[:2])
             _check_size(size, num_frames, config, room, name)
+        if source_size not in (None, (frame_HWC.shape[1], frame_HWC.shape[0])):
+            raise ImageError(
+                f"{name}: a frame of {frame_HWC.shape[1]} x {frame_HWC.shape[0]} pixels, where the first has "
+                f"{source_size[0]} x {source_size[1]}",
+                remedy="bring all frames to one size: ffmpeg -i input -vf scale=1280:720 output.mp4",
+            )
         source_size = frame_HWC.shape[1], frame_HWC.shape[0]
         if size != frame_HWC.shape[:2]:
             frame_HWC = resize(frame_HWC, *size, FILTERS[config.image.resample])
@@ -211,10 +218,10 @@ def _check_size(size: tuple[int, int], num_frames: int, config: VideoProcessorCo
             f"{name}: {num_frames} frames are at least {num_tokens} visual tokens, {room.max_tokens} are left for them",
             remedy=f"{fewer}, or raise max_visual_tokens",
         )
-    if room.context is not None and num_tokens >= room.context:
+    if room.context is not None and num_tokens + _TEXT_TOKENS * num_segments >= room.context:
         raise CapacityError(
-            f"{name}: {num_frames} frames are {num_tokens} visual tokens, which leaves no room for an answer: "
-            f"max_context is {room.context}",
+            f"{name}: {num_frames} frames are {num_tokens} visual tokens, which with their times leave no room for an "
+            f"answer: max_context is {room.context}",
             remedy=f"pass max_visual_tokens={max(1, room.context // 2)}, {fewer}, or raise max_context",
         )
     elements = num_segments * height * width * NUM_CHANNELS * config.temporal_patch_size

@@ -254,7 +254,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], type[Qwen3VLError], str]] = {
     "limits of frames": ({"min_frames": 9, "max_frames": 2}, UsageError, "min_frames 9 is above max_frames 2"),
     "limits of pixels": ({"min_pixels": 9, "max_pixels": 2}, UsageError, "min_pixels 9 is above max_pixels 2"),
     "one side": ({"resized_height": 64}, UsageError, "resized_height and resized_width go together"),
-    "negative time": ({"timestamps": [-1, 0, 1, 2, 3, 4]}, UsageError, r"timestamps\[0\] must be .* from 0 on"),
+    "negative time": ({"timestamps": [-1, 0, 1, 2, 3, 4]}, UsageError, r"timestamps\[0\] must be .* from 0 to"),
     "times out of order": ({"timestamps": [0, 2, 1, 3, 4, 5]}, UsageError, r"timestamps\[2\] is 1 s, after 2 s"),
     "time is no number": ({"timestamps": [0, float("nan"), 1, 2, 3, 4]}, UsageError, r"timestamps\[1\] must be"),
     "endless time": ({"timestamps": [0, 1, 2, 3, 4, float("inf")]}, UsageError, r"timestamps\[5\] must be"),
