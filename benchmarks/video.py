@@ -18,11 +18,13 @@ from benchmarks import measure, options
 from benchmarks.result_files import RESULTS, markdown, write
 from runtime.image_config import FILTERS, ImageProcessorConfig
 from runtime.image_processor import segment
+from runtime.model import Qwen3VLModel
 from runtime.resize import resize
 from runtime.video.config import VideoProcessorConfig
 from runtime.video.opening import open_video
 from runtime.video.processor import process_video
 from runtime.video.source import VideoSource
+from runtime.vision_inputs import VISION_PATCHES, vision_inputs
 
 STAGES = ("decode", "resize", "patchify")
 # As published with Qwen3-VL.
@@ -37,11 +39,17 @@ def video(
     height: Annotated[int, typer.Option(min=32, help="Of a frame, in pixels.")] = 720,
     source_fps: Annotated[int, typer.Option(min=1, help="Frames in a second of the clip.")] = 30,
     fps: Annotated[float, typer.Option(help="Frames that are taken of a second.")] = 2.0,
+    engine: Annotated[
+        Path | None,
+        typer.Option(help="Compare with this engine's vision tower, on all cores.", show_default=False),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs that are timed, after one of warm-up.")] = 3,
     results: options.Results = RESULTS,
 ) -> None:
     """Measure what reading a video takes: decoding H.264, resizing and cutting its frames, on one core."""
     environment = measure.environment()
+    model = None if engine is None else Qwen3VLModel.from_engine(engine)
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
     if hasattr(os, "sched_setaffinity"):  # then decoders and kernels take one thread as well
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +57,10 @@ def video(
         write_clip(path, seconds, width, height, source_fps)
         config = replace(_CONFIG, fps=fps)
         result = times(path, config, repeats) | {"file_bytes": path.stat().st_size}
+        if model is not None:
+            if cores is not None:
+                os.sched_setaffinity(0, cores)
+            result["vision"] = vision_time(model, path, config, repeats)
     shape = {"seconds": seconds, "width": width, "height": height, "source_fps": source_fps, "fps": fps}
     result |= {"clip": shape, "environment": environment}
     write("video", result, table(result), results)
@@ -91,6 +103,25 @@ def times(path: Path, config: VideoProcessorConfig, repeats: int) -> dict[str, A
     }
 
 
+def vision_time(model: Qwen3VLModel, path: Path, config: VideoProcessorConfig, repeats: int) -> dict[str, Any]:
+    """Return the seconds that an engine's vision tower takes for the whole video, from those of a full call."""
+    found = process_video(VideoSource(path), config, max_image_pixels=_MOST_PIXELS)
+    num_patches = len(found.segments[0].pixel_values)
+    group = found.segments[: max(1, VISION_PATCHES // num_patches)]
+    _, height, width = group[0].grid_thw
+    pixels = np.stack([each.pixel_values for each in group])
+    inputs = vision_inputs(pixels, (len(group), height, width), model.config.vision)
+    model.session.vision(inputs)
+    values = [measure.seconds(lambda: model.session.vision(inputs)) for _ in range(repeats)]
+    num_calls = len(found.segments) / len(group)
+    return {
+        "target": model.manifest.target,
+        "segments_of_a_call": len(group),
+        "call": measure.summarise(values),
+        "all_s": num_calls * statistics.median(values),
+    }
+
+
 def _once(path: Path, config: VideoProcessorConfig) -> dict[str, float]:
     reader = open_video(path, _MOST_PIXELS)
     indices = config.sample_indices(reader.num_frames, reader.fps or 1.0)
@@ -119,10 +150,17 @@ def table(result: dict[str, Any]) -> str:
     rows = [("stage", "median, s", "ms for each frame taken")]
     for name, values in stages.items():
         rows.append((name, f"{values['median_s']:.3f}", f"{1000 * values['median_s'] / result['num_frames']:.2f}"))
+    compared = ""
+    if vision := result.get("vision"):
+        share = stages["together"]["median_s"] / vision["all_s"]
+        compared = (
+            f" The vision tower of {vision['target']} takes {vision['all_s']:.1f} s for it on all cores, from calls of "
+            f"{vision['segments_of_a_call']} segments: reading the video is {share:.1%} of that."
+        )
     total = statistics.fsum(stages[name]["median_s"] for name in STAGES)
     return (
         f"{clip['seconds']} s of H.264, {clip['width']} x {clip['height']}, {clip['source_fps']} frames a second, "
         f"{result['file_bytes'] / 1e6:.1f} MB; {clip['fps']:g} frames of a second are taken, {result['num_frames']} in "
         f"all, {result['num_visual_tokens']} visual tokens. One core, median of "
-        f"{len(stages['together']['all_s'])}; the stages add up to {total:.3f} s.\n\n{markdown(rows)}"
+        f"{len(stages['together']['all_s'])}; the stages add up to {total:.3f} s.{compared}\n\n{markdown(rows)}"
     )
