@@ -62,6 +62,7 @@ def measure_ranges(checkpoint: str, *, max_new_tokens: int = DEFAULT_NEW_TOKENS)
         ranges = [each for graph in (VISION, DECODER) for each in tap(folder / f"{graph}.onnx")]
         session = _TappedSession(folder, manifest)
         model = model_of(folder, manifest, session)
+        # Frames of a video are pictures to every layer, as images are: they would take time and add nothing.
         for case in [each for each in make_cases(Path(work)) if not each.videos]:
             model.logits(case.messages)  # of every position, where an answer asks for the last one's
             model.generate(case.messages, max_new_tokens=max_new_tokens, **PLAIN_GREEDY)

@@ -44,7 +44,7 @@ def test_lowered_graphs_pass_and_the_report_says_what_they_prove(lowered: Path) 
     assert code == 0, err
     report = json.loads(out)
     assert (report["passed"], report["target"], report["notes"]) == (True, "elsewhere-fp16", [CPU_NOTE])
-    cases = ("text", "one image", "three images", "small chunks")
+    cases = ("text", "one image", "three images", "small chunks", "video", "videos and image")
     cosines = {(c["case"], c["name"]): c for c in report["checks"] if c["name"].endswith("cosine")}
     assert {*cosines} == {(case, f"{part} logits cosine") for case in cases for part in ("prompt", "greedy")}
     assert all(check["limit"] == 0.9995 and check["is_minimum"] for check in cosines.values())

@@ -33,7 +33,7 @@ def test_magnitudes_are_those_of_transformers(tiny_checkpoint: Path, tiny_engine
         TransformersReference(Checkpoint.open(str(tiny_checkpoint))),
     )
     levels, logits, values = [], [], []
-    for case in make_cases(tmp_path):
+    for case in [each for each in make_cases(tmp_path) if not each.videos]:
         prepared = model.prepare(case.messages)
         output = reference.run(prepared, STEPS)
         logits += [np.abs(output.logits).max(), np.abs(output.step_logits).max()]

@@ -119,7 +119,7 @@ def test_without_pyav_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UsageError, match="PyAV, which is not installed") as caught:
         open_video(contents, MOST_PIXELS)
-    assert "pip install 'qwen3vl-export[video]'" in str(caught.value.remedy)
+    assert "install the extra `video`" in str(caught.value.remedy)
 
 
 def test_a_path_and_bytes_and_a_file_object_are_one_video(tmp_path: Path) -> None:
