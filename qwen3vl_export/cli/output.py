@@ -98,10 +98,9 @@ def read_tools(path: Path | None) -> Any:
         return None
     try:
         return json.loads(read_small_file(path, error=UsageError))
-    except UsageError:
-        raise
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--tools {path}: {error}", remedy="pass a file with a JSON list of functions") from error
+        reason = error.message if isinstance(error, UsageError) else error
+        raise UsageError(f"--tools {reason}", remedy="pass a file with a JSON list of functions") from error
 
 
 def cached_text(stats: Stats) -> str:
