@@ -99,7 +99,7 @@ def read_tools(path: Path | None) -> Any:
     try:
         return json.loads(read_small_file(path, error=UsageError))
     except (ValueError, RecursionError) as error:
-        reason = error.message if isinstance(error, UsageError) else error
+        reason = error.message if isinstance(error, UsageError) else f"{path}: {error}"
         raise UsageError(f"--tools {reason}", remedy="pass a file with a JSON list of functions") from error
 
 
