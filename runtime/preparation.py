@@ -254,7 +254,7 @@ class Preparation:
         if self.keeps_markers or kind.markers is None:
             return offset, end
         before, after = kind.markers
-        is_marked = text[:offset].endswith(before) and text.startswith(after, end)
+        is_marked = text.endswith(before, 0, offset) and text.startswith(after, end)
         return (offset - len(before), end + len(after)) if is_marked else (offset, end)
 
     def _processed(
