@@ -184,6 +184,7 @@ def results_of(answer: Generation) -> list[dict[str, Any]]:
 def test_the_history_is_rendered_as_transformers_renders_it(
     opened: Callable[..., Scripted], thinking: bool, tmp_path: Path
 ) -> None:
+    pytest.importorskip("transformers")
     """Turns with thoughts, calls and results; thoughts before the last question are gone, those after it stay."""
     processor = judge.processor(build_tokenizer_files(tmp_path / "processor", thinking=thinking))
     scripted = opened(THINKING_TEMPLATE if thinking else INSTRUCT_TEMPLATE)
