@@ -31,7 +31,9 @@ def test_each_key_is_taken(guarded: Client, key: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/tokenize", "/v1/chat/completions"])
-@pytest.mark.parametrize("header", [None, "Bearer", "Bearer ", "Bearer first", "Basic first-key", "first-key", "Bearer ä"])
+@pytest.mark.parametrize(
+    "header", [None, "Bearer", "Bearer ", "Bearer first", "Basic first-key", "first-key", "Bearer ä"]
+)
 def test_without_a_key(guarded: Client, path: str, header: str | None) -> None:
     answered = guarded.ask(path, headers={} if header is None else {"authorization": header})
     assert answered.status == 401 and answered.error["code"] == "invalid_api_key"
@@ -60,7 +62,9 @@ def test_names_of_the_host(guarded: Client, host: str) -> None:
     assert guarded.ask("/v1/models", headers={**_KEY, "host": host}).status == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "a@localhost", "", "[::1", "127.0.0.1.nip.io"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "a@localhost", "", "[::1", "127.0.0.1.nip.io"]
+)
 def test_a_page_that_rebinds_its_name_is_refused(guarded: Client, host: str) -> None:
     assert guarded.ask("/v1/models", headers={**_KEY, "host": host}).error["code"] == "wrong_host"
 

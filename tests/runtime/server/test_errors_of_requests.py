@@ -96,7 +96,13 @@ def test_other_types_of_content(client: Client, kind: str) -> None:
 
 
 def test_images_that_are_none(client: Client) -> None:
-    for url in ("data:image/png;base64,AAAA", "data:image/png;base64,!", "data:text/plain,a", "data:", data_url()[:200]):
+    for url in (
+        "data:image/png;base64,AAAA",
+        "data:image/png;base64,!",
+        "data:text/plain,a",
+        "data:",
+        data_url()[:200],
+    ):
         answered = client.chat(shown("x", url))
         assert (answered.status, answered.error["code"]) == (400, "invalid_image"), url
 
