@@ -8,13 +8,14 @@ const SMALL = 200; // pixels of the longer side below which a picture is shown l
 /**
  * Return a picture or clip as an element.
  * @param {import("./attachments.js").Attachment} attachment
- * @param {boolean} hasControls Whether a clip can be played.
+ * @param {{hasControls?: boolean, alt?: string}} options Whether a clip can be played; what a picture is called where
+ *     its name does not stand beside it.
  */
-export function shown(attachment, hasControls = false) {
+export function shown(attachment, { hasControls = false, alt = "" } = {}) {
   const name = attachment.name;
   const made = attachment.isClip
     ? element("video", { src: attachment.objectUrl, preload: "metadata", controls: hasControls, "aria-label": name })
-    : element("img", { src: attachment.objectUrl, alt: name });
+    : element("img", { src: attachment.objectUrl, alt });
   made.muted = true;
   made.addEventListener("error", () => {
     // HEIC, say: the server may read it all the same.
@@ -30,7 +31,7 @@ export function shown(attachment, hasControls = false) {
  * @param {{label: string, point: number[]}[]} points In pixels of the picture.
  */
 export function figureOf(attachment, boxes, points) {
-  const medium = shown(attachment, true);
+  const medium = shown(attachment, { hasControls: true, alt: attachment.name });
   const frame = element("div", { class: "frame" }, medium);
   const places = [
     ...boxes.map(({ label, box }) => ({ label, numbers: box })),

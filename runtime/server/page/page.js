@@ -97,12 +97,15 @@ function report(error, afterwards, again) {
     afterKey = afterwards;
     byId("key-form").hidden = false;
     byId("key").focus();
+    // The server's own words speak of headers.
+    warn(apiKey ? "The server does not take this API key. Compare it, and enter it again." : "The server wants an API key.");
+    return;
   }
   const retry = button("Try again", () => {
     clearWarnings();
     again();
   });
-  warn(error.message, ...(error.status === 401 ? [] : [" ", retry]));
+  warn(error.message, " ", retry);
 }
 
 // Asking

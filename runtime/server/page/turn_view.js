@@ -11,7 +11,7 @@ export class TurnView {
    */
   constructor(turn, number) {
     const pictures = turn.attachments.map((each) =>
-      element("li", {}, shown(each, true), element("span", { class: "name" }, each.name)),
+      element("li", {}, shown(each, { hasControls: true }), element("span", { class: "name" }, each.name)),
     );
     this.#text = document.createTextNode("");
     this.#thoughts = document.createTextNode("");

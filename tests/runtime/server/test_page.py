@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,8 @@ def test_a_number_out_of_range_is_shown_and_not_sent(page: Any, server: StandIn)
 def test_attachments_are_shown_and_can_be_removed(page: Any, server: StandIn, kind: str) -> None:
     drop(page, PICTURE, OTHER, kind=kind)
     tray = page.get_by_role("list", name="Attached pictures and clips")
-    assert tray.get_by_role("img").evaluate_all("(all) => all.map((each) => each.alt)") == [PICTURE.name, OTHER.name]
-    page.wait_for_function("document.querySelector('#attachments img').naturalWidth === 173")
+    assert tray.locator("li .name").all_text_contents() == [PICTURE.name, OTHER.name]
+    page.wait_for_function("() => document.querySelector('#attachments img').naturalWidth === 173")
     page.get_by_role("button", name=f"Remove {PICTURE.name}").click()
     assert page.evaluate("document.activeElement.ariaLabel") == f"Remove {OTHER.name}"
     assert page.locator("#drop-hint").is_hidden()
@@ -188,20 +188,18 @@ def test_files_by_their_endings(page: Any, server: StandIn, tmp_path: Path) -> N
     assert clip == {"type": "video_url", "video_url": {"url": "data:video/x-matroska;base64,Y29udGVudHM="}}
 
 
-@pytest.mark.parametrize(
-    ("name", "contents", "message"),
-    [
-        ("notes.txt", b"text", "notes.txt is neither a picture nor a clip. Choose a file such as a PNG, JPEG, WebP or MP4."),
-        ("none.png", b"", "none.png is empty. Choose another file."),
-        ("a.svg", b"<svg/>", "a.svg is a drawing in SVG, which models do not take. Save it as PNG first."),
-    ],
-)
-def test_files_that_are_no_pictures_are_refused(
-    page: Any, tmp_path: Path, name: str, contents: bytes, message: str
-) -> None:
-    (tmp_path / name).write_bytes(contents)
-    drop(page, tmp_path / name, svg="image/svg+xml", txt="text/plain")
-    page.get_by_role("alert").get_by_text(message).wait_for()
+REFUSED = {
+    "notes.txt": (b"text", "is neither a picture nor a clip. Choose a file such as a PNG, JPEG, WebP or MP4."),
+    "none.png": (b"", "is empty. Choose another file."),
+    "a.svg": (b"<svg/>", "is a drawing in SVG, which models do not take. Save it as PNG first."),
+}
+
+
+def test_files_that_are_no_pictures_are_refused(page: Any, tmp_path: Path) -> None:
+    for name, (contents, message) in REFUSED.items():
+        (tmp_path / name).write_bytes(contents)
+        drop(page, tmp_path / name, svg="image/svg+xml", txt="text/plain")
+        page.get_by_role("alert").get_by_text(f"{name} {message}").wait_for()
     assert page.locator("#attachments li").count() == 0
 
 
@@ -397,32 +395,35 @@ def nonsense(exchange: Exchange) -> None:
     exchange.send(b"data: {nonsense\n\n")
 
 
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (refused, "The picture is broken. Remedy: send another."),
-        (overloaded, "Too many requests. Try again in 7 s."),
-        (proxy, "The server answers with status 502 and does not say why."),
-        (failed_at_once, "The engine failed."),
-        (silent, "The connection ended before the answer did. Ask again; if that repeats, look at the server’s log."),
-        (nonsense, "The server sent something that is no chunk of an answer. Look at its log."),
-    ],
-)
-def test_an_error_is_said_and_the_question_comes_back(
-    page: Any, server: StandIn, answer: Callable[[Exchange], None], message: str
-) -> None:
-    server.answer = answer
+SAID = {
+    refused: "The picture is broken. Remedy: send another.",
+    overloaded: "Too many requests. Try again in 7 s.",
+    proxy: "The server answers with status 502 and does not say why.",
+    failed_at_once: "The engine failed.",
+    silent: "The connection ended before the answer did. Ask again; if that repeats, look at the server’s log.",
+    nonsense: "The server sent something that is no chunk of an answer. Look at its log.",
+}
+
+
+def test_an_error_is_said_and_the_question_comes_back(page: Any, server: StandIn) -> None:
     drop(page, PICTURE)
-    ask(page, "What?")
+    page.get_by_label("Question", exact=True).fill("What?")
+    again = page.get_by_role("button", name="Ask", exact=True)
     alert = page.get_by_role("alert")
-    alert.get_by_role("button", name="Try again").wait_for()
-    assert alert.locator("p").evaluate("(each) => each.firstChild.textContent") == message
-    assert page.locator(".turn").count() == 0
+    for answer, message in SAID.items():
+        server.answer = answer
+        again.click()
+        alert.get_by_text(message).wait_for()
+        assert alert.locator("p").evaluate("(each) => each.firstChild.textContent") == message
+        assert page.locator(".turn").count() == 0
+        again = alert.get_by_role("button", name="Try again")
     server.reset()
-    alert.get_by_role("button", name="Try again").click()
+    again.click()
     assert text_of(ended(page)) == "Hello, you."
     assert alert.text_content() == ""
-    assert server.exchanges[0].body["messages"][0]["content"][0]["image_url"]["url"] == data_url(PICTURE)
+    part = {"type": "image_url", "image_url": {"url": data_url(PICTURE)}}
+    content = [part, {"type": "text", "text": "What?"}]
+    assert server.exchanges[0].body["messages"] == [{"role": "user", "content": content}]
 
 
 def test_an_answer_that_breaks_off_stays(page: Any, server: StandIn) -> None:
@@ -455,8 +456,12 @@ def test_the_api_key_is_asked_for_and_kept_in_the_tab(page: Any, server: StandIn
     server.key = "secret-1"
     ask(page, "What?")
     field = page.get_by_label("API key", exact=True)
-    for key in ("wrong", "secret-1"):
-        field.wait_for()
+    for key, said in (
+        ("wrong", "The server wants an API key."),
+        ("secret-1", "The server does not take this API key."),
+    ):
+        page.get_by_role("alert").get_by_text(said).wait_for()
+        assert page.evaluate("document.activeElement.id") == "key"
         field.fill(key)
         field.press("Enter")
     assert text_of(ended(page)) == "Hello, you."  # what was asked is asked again
@@ -533,7 +538,7 @@ def code_for(browser: Any, server: StandIn, name: str, question: str) -> str:
     return copied
 
 
-HOSTILE = "What's $HOME? `id` \\n \"$(id)\"\nEND_OF_REQUEST\n€ 犬"
+HOSTILE = 'What\'s $HOME? `id` \\n "$(id)"\nEND_OF_REQUEST\n€ 犬'
 
 
 def test_the_command_asks_the_same(browser: Any, server: StandIn) -> None:
@@ -587,9 +592,9 @@ _READ = """async ([bytes, size]) => {
 }"""
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 1000])
-def test_events_are_found_wherever_bytes_are_cut(page: Any, size: int) -> None:
-    assert page.evaluate(_READ, [list(_STREAM.encode()), size]) == _EVENTS
+def test_events_are_found_wherever_bytes_are_cut(page: Any) -> None:
+    for size in (1, 2, 3, 5, 7, 1000):
+        assert page.evaluate(_READ, [list(_STREAM.encode()), size]) == _EVENTS, size
 
 
 def test_a_stream_in_bytes_of_one(page: Any, server: StandIn) -> None:
