@@ -36,6 +36,31 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+# The files that take longest. `make test` gives a file to whichever process is free: with one of these at the end, the
+# other process would wait.
+LONG = (
+    "tests/project/test_wheel.py",
+    "tests/project/test_readme.py",
+    "tests/qwen3vl_export/parity/test_parity.py",
+    "tests/qwen3vl_export/parity/test_tasks.py",
+    "tests/qwen3vl_export/parity/test_moe_parity.py",
+    "tests/qwen3vl_export/parity/test_moe_few_bits.py",
+    "tests/qwen3vl_export/parity/test_sabotage.py",
+    "tests/qwen3vl_export/tracing/test_tracing.py",
+    "tests/engines/tensorrt/test_tensorrt_build.py",
+    "tests/qwen3vl_export/test_moe_other_shapes.py",
+    "tests/engines/test_new_target.py",
+    "tests/engines/test_kills.py",
+    "tests/engines/tensorrt/test_moe_tensorrt.py",
+    "tests/demo_training/test_demo_training.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
 def pytest_collection_finish() -> None:
     """Search no module of the tests for garbage, nor what they import."""
     set_aside()
