@@ -40,6 +40,7 @@ from runtime.parallel import ordered_map
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.prompt_builder import PromptBuilder
 from runtime.raw_prompt import RawPrompt
+from runtime.still_wanted import Check, always
 from runtime.tokenizer import Tokenizer
 from runtime.video.config import VideoProcessorConfig
 from runtime.video.processor import ProcessedVideo
@@ -205,6 +206,7 @@ class Preparation:
         limits: InputLimits | None = None,
         max_tokens: int | None = None,
         on_images: OnImages | None = None,
+        check: Check = always,
     ) -> Prepared:
         """Render, tokenise, process images and videos and number the positions.
 
@@ -217,6 +219,7 @@ class Preparation:
             limits: In place of the own ones, for this prompt.
             max_tokens: Give up long texts and many images that have more; a prompt may still come out longer.
             on_images: Given segments as soon as they are there, if more will follow.
+            check: Asked between two steps; what it raises, when the prompt is not wanted any more, ends the work.
 
         Raises:
             UsageError: The messages are not valid, hold what the tokenizer has no token for, or the template does not
@@ -225,16 +228,19 @@ class Preparation:
             CapacityError: A text is too long, or an image too large or one too many.
         """
         if isinstance(messages, RawPrompt):
-            return self._raw(messages, tools, chat_template_kwargs, max_tokens)
+            return self._raw(messages, tools, chat_template_kwargs, max_tokens, check)
+        check()
         turns, attachments = normalise_messages(messages)
+        check()
         for kind in dict.fromkeys(each.kind for each in attachments):
             if len(self.tokenizer.encode(kind.token)) != 1:
                 raise UsageError(f"this model has no token for {kind.name}s", remedy="leave them out of the messages")
         chat = self.template.render(turns, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        check()
         places = list(_placed(attachments, chat.places))
         placed = [attachment for _, attachment in places]
-        processed = self._processed(placed, limits or InputLimits(), max_tokens, on_images)
-        builder = PromptBuilder(self.tokenizer, max_tokens)
+        processed = self._processed(placed, limits or InputLimits(), max_tokens, on_images, check)
+        builder = PromptBuilder(self.tokenizer, max_tokens, check)
         end = 0
         for offset, attachment in places:
             start, next_end = self._extent(attachment.kind, chat.text, offset)
@@ -252,7 +258,9 @@ class Preparation:
             sum(found is not attachment.source for attachment, found in zip(placed, builder.inputs, strict=True)),
         )
 
-    def _raw(self, prompt: RawPrompt, tools: Any, chat_template_kwargs: Any, max_tokens: int | None) -> Prepared:
+    def _raw(
+        self, prompt: RawPrompt, tools: Any, chat_template_kwargs: Any, max_tokens: int | None, check: Check
+    ) -> Prepared:
         """Prepare a prompt that is no chat."""
         for name, value in (("tools", tools), ("chat_template_kwargs", chat_template_kwargs)):
             if value:
@@ -260,7 +268,7 @@ class Preparation:
                     f"a raw prompt was given with {name}, which only a chat template writes into a prompt",
                     remedy=f"leave {name} out, or pass messages in place of the RawPrompt",
                 )
-        ids, text = prompt.encoded(self.tokenizer, self.config.text.vocab_size, max_tokens)
+        ids, text = prompt.encoded(self.tokenizer, self.config.text.vocab_size, max_tokens, check)
         return Prepared(Prompt(ids, (), text), (), mrope_positions(len(ids), []), prompt, (), 0)
 
     def _extent(self, kind: InputKind, text: str, offset: int) -> tuple[int, int]:
@@ -278,9 +286,10 @@ class Preparation:
         limits: InputLimits,
         context: int | None,
         on_images: OnImages | None,
+        check: Check,
     ) -> Iterator[Processed]:
         """Read and cut what messages hold, unless that was done before, several at once; yield it in order."""
-        inputs = replace(self.with_limits(limits).inputs, context=context)
+        inputs = replace(self.with_limits(limits).inputs, context=context, check=check)
         budget = limits.max_visual_tokens
         attachments = _sharing(attachments)
         if budget is None:
