@@ -46,6 +46,7 @@ from qwen3vl_export.cli.output import (
     read_tools,
 )
 from qwen3vl_export.cli.picture_options import Pictures
+from qwen3vl_export.cli.serve import serve
 from qwen3vl_export.cli.targets import targets
 from qwen3vl_export.cli.verify import verify
 from runtime.errors import UsageError
@@ -224,7 +225,7 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
             print("note       a plan is code that the library runs: open only engines that you trust")
 
 
-for command in (verify, bench, targets):
+for command in (serve, verify, bench, targets):
     app.command()(command)
 
 
