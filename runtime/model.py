@@ -307,7 +307,8 @@ class Qwen3VLModel:
         Work begins with the first piece. Requests of all threads run beside each other, as many as `max_sequences`.
 
         Args:
-            messages: Hugging Face chat format; an image is a path, bytes, a data URL, a PIL image or an array.
+            messages: Hugging Face chat format; an image is a path, bytes, a data URL, a PIL image or an array. Or a
+                `RawPrompt`, text or token ids to continue without a chat template.
             options: All options of the answer, in place of the defaults, but that its `eos_token_ids`, if it has none,
                 are the model's; `model.defaults.replace(…)` makes such a set. The defaults are `model.defaults`, which
                 come from generation_config.json.

@@ -39,6 +39,7 @@ from runtime.model_config import ModelConfig
 from runtime.parallel import ordered_map
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.prompt_builder import PromptBuilder
+from runtime.raw_prompt import RawPrompt
 from runtime.tokenizer import Tokenizer
 from runtime.video.config import VideoProcessorConfig
 from runtime.video.processor import ProcessedVideo
@@ -77,7 +78,8 @@ class Prepared:
         prompt: The prompt.
         images: Its segments, in the order of their places in the prompt.
         positions: Its position inputs.
-        messages: What it was made of, with processed inputs in the place of their sources; they may be given again.
+        messages: What it was made of, with processed inputs in the place of their sources, or the raw prompt; it may be
+            given again.
         inputs: Its images and videos, in the order of their places in the prompt.
         num_read: Images and videos that were read for it; the others had been processed before.
     """
@@ -85,7 +87,7 @@ class Prepared:
     prompt: Prompt
     images: tuple[ProcessedImage, ...]
     positions: PromptPositions
-    messages: Messages
+    messages: Messages | RawPrompt
     inputs: tuple[Processed, ...]
     num_read: int
 
@@ -209,7 +211,7 @@ class Preparation:
         The ids equal those of transformers' `Qwen3VLProcessor` on the same messages, which refuses typed image tokens.
 
         Args:
-            messages: As `normalise_messages` takes them.
+            messages: As `normalise_messages` takes them, or a `RawPrompt`.
             tools: JSON schemas of functions, for templates that know tools.
             chat_template_kwargs: Further variables of the template.
             limits: In place of the own ones, for this prompt.
@@ -222,6 +224,8 @@ class Preparation:
             ImageError: An image or a video cannot be read.
             CapacityError: A text is too long, or an image too large or one too many.
         """
+        if isinstance(messages, RawPrompt):
+            return self._raw(messages, tools, chat_template_kwargs, max_tokens)
         turns, attachments = normalise_messages(messages)
         for kind in dict.fromkeys(each.kind for each in attachments):
             if len(self.tokenizer.encode(kind.token)) != 1:
@@ -247,6 +251,17 @@ class Preparation:
             tuple(builder.inputs),
             sum(found is not attachment.source for attachment, found in zip(placed, builder.inputs, strict=True)),
         )
+
+    def _raw(self, prompt: RawPrompt, tools: Any, chat_template_kwargs: Any, max_tokens: int | None) -> Prepared:
+        """Prepare a prompt that is no chat."""
+        for name, value in (("tools", tools), ("chat_template_kwargs", chat_template_kwargs)):
+            if value:
+                raise UsageError(
+                    f"a raw prompt was given with {name}, which only a chat template writes into a prompt",
+                    remedy=f"leave {name} out, or pass messages in place of the RawPrompt",
+                )
+        ids, text = prompt.encoded(self.tokenizer, self.config.text.vocab_size, max_tokens)
+        return Prepared(Prompt(ids, (), text), (), mrope_positions(len(ids), []), prompt, (), 0)
 
     def _extent(self, kind: InputKind, text: str, offset: int) -> tuple[int, int]:
         """Return start and end of what an input stands in place of."""
