@@ -23,7 +23,7 @@ ifneq ($(or $(OWNER),$(CURDIR)),$(CURDIR))
 $(error $(VENV) runs the code of $(OWNER), not of this checkout; choose another folder with VENV=... or remove it)
 endif
 
-.PHONY: setup demo lock test fuzz fuzz-replay test-newest test-oldest test-transformers lint bench compare-setup gpu-check
+.PHONY: setup demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers lint bench compare-setup gpu-check
 
 setup: $(DEV_STAMP)
 
@@ -50,9 +50,14 @@ demo: $(STAMP)
 lock: setup
 	$(BIN)/python scripts/lock.py
 
-# Two processes: engines are built once in each, so a file's tests stay together.
+# Two processes: engines are built once in each, so a file's tests stay together. Files run in the order of tests/conftest.py,
+# which begins with those that take longest.
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu'
+
+# Matrices in full, more canvases and seeds, models of full size. Each behaviour has a test in `make test`, too.
+test-slow: setup
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'slow and not gpu'
 
 # The next three run tests in environments that share the PyTorch of $(VENV), which takes gigabytes. Of the test files only
 # those with a test that is asked for are read: others import what an environment may lack.

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from runtime.grounding import Box, Point
     from runtime.model import Qwen3VLModel
     from runtime.piece import Piece
+    from runtime.raw_prompt import RawPrompt
     from runtime.stream import Stream
     from runtime.tools.call import ToolCall
 
@@ -53,6 +54,7 @@ __all__ = [
     "Point",
     "Qwen3VLError",
     "Qwen3VLModel",
+    "RawPrompt",
     "Stats",
     "Stream",
     "TargetError",
@@ -75,6 +77,7 @@ _SOURCES = {
     "runtime.grounding": ["Box", "Point"],
     "runtime.model": ["Qwen3VLModel"],
     "runtime.piece": ["Piece"],
+    "runtime.raw_prompt": ["RawPrompt"],
     "runtime.stream": ["Stream"],
     "runtime.tools.call": ["ToolCall"],
 }

@@ -25,6 +25,7 @@ from runtime.input_limits import answer_keywords
 from runtime.messages import Messages, asked_messages
 from runtime.piece import Piece
 from runtime.preparation import Prepared
+from runtime.raw_prompt import RawPrompt
 from runtime.scheduling.pieces import Pieces
 from runtime.stream import Stream
 
@@ -168,6 +169,10 @@ class Conversation:
             UsageError: Another turn is being answered; and as `Qwen3VLModel.stream`.
             ImageError, CapacityError, OverloadError, DeadlineError: As `Qwen3VLModel.stream`.
         """
+        if isinstance(prompt, RawPrompt):
+            raise UsageError(
+                "a raw prompt is no turn of a conversation", remedy="pass it to generate or stream of the model"
+            )
         asked = _Asked(asked_messages(prompt, images, videos))
         call = self._call.with_order(priority, timeout_s, keywords)
         begin = partial(self._begin_turn, asked, self._options.replace(**answer_keywords(keywords)), call)
@@ -232,6 +237,7 @@ class Conversation:
 
         def show(prepared: Prepared) -> None:
             # From now on the images are those that were shown.
+            assert isinstance(prepared.messages, Messages), "a conversation holds no raw prompt"
             turns, attachments = prepared.messages
             asked.shown = Messages(turns[len(history.turns) :], attachments[len(history.attachments) :])
 

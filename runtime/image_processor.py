@@ -24,6 +24,7 @@ from runtime.image_config import FILTERS, NUM_CHANNELS, ImageProcessorConfig
 from runtime.images import load_image
 from runtime.patches import patchify
 from runtime.resize import resize
+from runtime.still_wanted import Check, always
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -72,7 +73,11 @@ OnImages: TypeAlias = Callable[[Sequence[ProcessedImage]], object]
 
 
 def process_image(
-    source: ImageSource, config: ImageProcessorConfig, *, max_image_pixels: int = MAX_IMAGE_PIXELS
+    source: ImageSource,
+    config: ImageProcessorConfig,
+    *,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    check: Check = always,
 ) -> ProcessedImage:
     """Load, resize, normalise and cut one image.
 
@@ -80,12 +85,14 @@ def process_image(
         source: What `runtime.images.load_image` takes.
         config: The checkpoint's settings.
         max_image_pixels: Images of more pixels are refused before they are decoded.
+        check: Asked before each step; raises where the image is not wanted any more.
 
     Raises:
         ImageError: The image cannot be read, or its aspect ratio is too large.
         CapacityError: The image, or its patches, would take too much memory.
         UsageError: `source` is not an image, or a URL that would have to be fetched.
     """
+    check()
     image_HWC = load_image(source, max_image_pixels=max_image_pixels)
     height, width = config.target_size(*image_HWC.shape[:2])
     num_bytes = height * width * NUM_CHANNELS * config.temporal_patch_size * np.dtype(np.float32).itemsize
@@ -97,8 +104,10 @@ def process_image(
         )
     source_size = image_HWC.shape[1], image_HWC.shape[0]
     try:
+        check()
         if (height, width) != image_HWC.shape[:2]:
             image_HWC = resize(image_HWC, height, width, FILTERS[config.resample])
+            check()
         return segment([image_HWC], config, source_size=source_size)
     except MemoryError as error:
         size = f"{image_HWC.shape[1]} x {image_HWC.shape[0]}"

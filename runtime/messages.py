@@ -218,7 +218,10 @@ def _role(message: Mapping[str, Any], place: str) -> str:
 
 def _message(message: Any, place: str, attachments: list[Attachment], count: ValueCount) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise UsageError(f"{place} must be a dict, got {type(message).__name__}")
+        raise UsageError(
+            f"{place} must be a dict, got {type(message).__name__}",
+            remedy='write a message as {"role": "user", "content": "…"}',
+        )
     _check_num_keys(message, place, count)
     # A client that sends every field of its class sends null for those that are not set.
     message = {key: value for key, value in message.items() if value is not None or key == "content"}

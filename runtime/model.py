@@ -45,6 +45,7 @@ from runtime.scheduling.worker import Worker
 from runtime.serving_options import ServingKeywords, ServingOptions
 from runtime.session import Session, is_on_gpu, open_session
 from runtime.shown import shown
+from runtime.still_wanted import Check, NotWanted, StillWanted, always
 from runtime.stream import Stream
 from runtime.structured.compiler import Compiler
 from runtime.structured.constraint import MakeConstraint
@@ -307,7 +308,8 @@ class Qwen3VLModel:
         Work begins with the first piece. Requests of all threads run beside each other, as many as `max_sequences`.
 
         Args:
-            messages: Hugging Face chat format; an image is a path, bytes, a data URL, a PIL image or an array.
+            messages: Hugging Face chat format; an image is a path, bytes, a data URL, a PIL image or an array. Or a
+                `RawPrompt`, text or token ids to continue without a chat template.
             options: All options of the answer, in place of the defaults, but that its `eos_token_ids`, if it has none,
                 are the model's; `model.defaults.replace(…)` makes such a set. The defaults are `model.defaults`, which
                 come from generation_config.json.
@@ -440,12 +442,29 @@ class Qwen3VLModel:
         waits: bool = False,
         on_prepared: Callable[[Prepared], object] | None = None,
     ) -> None:
-        """Prepare a prompt in this thread, and put it into the queue."""
+        """Prepare a prompt in this thread, and put it into the queue, unless its pieces are cancelled before."""
         self._owner.check()
         if options.max_thinking_tokens is not None:
             checked_marks(self.tokenizer)
         refuse_several(options, "this call")
-        with self._worker.reserve(waits=waits) as place, naming_errors(), Ahead() as ahead:
+        check = StillWanted(lambda: pieces.is_cancelled, call.deadline, also=self._worker.check_open)
+        try:
+            self._queue(messages, options, call, pieces, check, waits=waits, on_prepared=on_prepared)
+        except NotWanted:
+            pieces.cancel()  # of a stream that was dropped they are only marked
+
+    def _queue(
+        self,
+        messages: Any,
+        options: GenerationOptions,
+        call: Call,
+        pieces: Pieces,
+        check: Check,
+        *,
+        waits: bool,
+        on_prepared: Callable[[Prepared], object] | None,
+    ) -> None:
+        with self._worker.reserve(waits=waits, check=check) as place, naming_errors(), Ahead() as ahead:
             started = time.perf_counter()
             make_constraint = self._compiled(options)
 
@@ -453,7 +472,7 @@ class Qwen3VLModel:
                 self._check_memory(images)
                 self._worker.encode_ahead(images, ahead.embeds, lambda: not (pieces.is_cancelled or ahead.is_refused))
 
-            prepared = self._prepare(messages, call, on_images)
+            prepared = self._prepare(messages, call, on_images, check)
             max_new_tokens = self._room.answer_tokens(prepared, options)
             self._check_memory(prepared.images)
             for note in self._room.notes(prepared, options, max_new_tokens):
@@ -474,7 +493,7 @@ class Qwen3VLModel:
                 make_constraint=make_constraint,
                 pieces=pieces,
             )
-            self._worker.submit(place, request, waits=waits)
+            self._worker.submit(place, request, waits=waits, check=check)
 
     def _compiled(self, options: GenerationOptions) -> MakeConstraint | None:
         """Return what holds an answer to its format, before the prompt is read, and check the ids of its biases."""
@@ -563,7 +582,7 @@ class Qwen3VLModel:
             )
         return self._prepare(messages, Call(tools, chat_template_kwargs, keywords=keywords))
 
-    def _prepare(self, messages: Any, call: Call, on_images: OnImages | None = None) -> Prepared:
+    def _prepare(self, messages: Any, call: Call, on_images: OnImages | None = None, check: Check = always) -> Prepared:
         prepared = self.preparation.prepare(
             messages,
             tools=call.tools,
@@ -571,6 +590,7 @@ class Qwen3VLModel:
             limits=call.limits,
             max_tokens=self.max_context,
             on_images=on_images,
+            check=check,
         )
         if len(prepared.prompt.input_ids) > self.max_context:
             raise self._room.too_long(prepared)

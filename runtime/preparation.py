@@ -39,6 +39,8 @@ from runtime.model_config import ModelConfig
 from runtime.parallel import ordered_map
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.prompt_builder import PromptBuilder
+from runtime.raw_prompt import RawPrompt
+from runtime.still_wanted import Check, always
 from runtime.tokenizer import Tokenizer
 from runtime.video.config import VideoProcessorConfig
 from runtime.video.processor import ProcessedVideo
@@ -77,7 +79,8 @@ class Prepared:
         prompt: The prompt.
         images: Its segments, in the order of their places in the prompt.
         positions: Its position inputs.
-        messages: What it was made of, with processed inputs in the place of their sources; they may be given again.
+        messages: What it was made of, with processed inputs in the place of their sources, or the raw prompt; it may be
+            given again.
         inputs: Its images and videos, in the order of their places in the prompt.
         num_read: Images and videos that were read for it; the others had been processed before.
     """
@@ -85,7 +88,7 @@ class Prepared:
     prompt: Prompt
     images: tuple[ProcessedImage, ...]
     positions: PromptPositions
-    messages: Messages
+    messages: Messages | RawPrompt
     inputs: tuple[Processed, ...]
     num_read: int
 
@@ -203,18 +206,20 @@ class Preparation:
         limits: InputLimits | None = None,
         max_tokens: int | None = None,
         on_images: OnImages | None = None,
+        check: Check = always,
     ) -> Prepared:
         """Render, tokenise, process images and videos and number the positions.
 
         The ids equal those of transformers' `Qwen3VLProcessor` on the same messages, which refuses typed image tokens.
 
         Args:
-            messages: As `normalise_messages` takes them.
+            messages: As `normalise_messages` takes them, or a `RawPrompt`.
             tools: JSON schemas of functions, for templates that know tools.
             chat_template_kwargs: Further variables of the template.
             limits: In place of the own ones, for this prompt.
             max_tokens: Give up long texts and many images that have more; a prompt may still come out longer.
             on_images: Given segments as soon as they are there, if more will follow.
+            check: Asked between two steps; what it raises, when the prompt is not wanted any more, ends the work.
 
         Raises:
             UsageError: The messages are not valid, hold what the tokenizer has no token for, or the template does not
@@ -222,15 +227,20 @@ class Preparation:
             ImageError: An image or a video cannot be read.
             CapacityError: A text is too long, or an image too large or one too many.
         """
+        if isinstance(messages, RawPrompt):
+            return self._raw(messages, tools, chat_template_kwargs, max_tokens, check)
+        check()
         turns, attachments = normalise_messages(messages)
+        check()
         for kind in dict.fromkeys(each.kind for each in attachments):
             if len(self.tokenizer.encode(kind.token)) != 1:
                 raise UsageError(f"this model has no token for {kind.name}s", remedy="leave them out of the messages")
         chat = self.template.render(turns, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        check()
         places = list(_placed(attachments, chat.places))
         placed = [attachment for _, attachment in places]
-        processed = self._processed(placed, limits or InputLimits(), max_tokens, on_images)
-        builder = PromptBuilder(self.tokenizer, max_tokens)
+        processed = self._processed(placed, limits or InputLimits(), max_tokens, on_images, check)
+        builder = PromptBuilder(self.tokenizer, max_tokens, check)
         end = 0
         for offset, attachment in places:
             start, next_end = self._extent(attachment.kind, chat.text, offset)
@@ -248,6 +258,19 @@ class Preparation:
             sum(found is not attachment.source for attachment, found in zip(placed, builder.inputs, strict=True)),
         )
 
+    def _raw(
+        self, prompt: RawPrompt, tools: Any, chat_template_kwargs: Any, max_tokens: int | None, check: Check
+    ) -> Prepared:
+        """Prepare a prompt that is no chat."""
+        for name, value in (("tools", tools), ("chat_template_kwargs", chat_template_kwargs)):
+            if value:
+                raise UsageError(
+                    f"a raw prompt was given with {name}, which only a chat template writes into a prompt",
+                    remedy=f"leave {name} out, or pass messages in place of the RawPrompt",
+                )
+        ids, text = prompt.encoded(self.tokenizer, self.config.text.vocab_size, max_tokens, check)
+        return Prepared(Prompt(ids, (), text), (), mrope_positions(len(ids), []), prompt, (), 0)
+
     def _extent(self, kind: InputKind, text: str, offset: int) -> tuple[int, int]:
         """Return start and end of what an input stands in place of."""
         end = offset + len(kind.token)
@@ -263,9 +286,10 @@ class Preparation:
         limits: InputLimits,
         context: int | None,
         on_images: OnImages | None,
+        check: Check,
     ) -> Iterator[Processed]:
         """Read and cut what messages hold, unless that was done before, several at once; yield it in order."""
-        inputs = replace(self.with_limits(limits).inputs, context=context)
+        inputs = replace(self.with_limits(limits).inputs, context=context, check=check)
         budget = limits.max_visual_tokens
         attachments = _sharing(attachments)
         if budget is None:

@@ -9,6 +9,7 @@ from runtime.errors import CapacityError
 from runtime.image_processor import ProcessedImage
 from runtime.input_kinds.kind import InputKind
 from runtime.positions import VisualSpan
+from runtime.still_wanted import Check, always
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class PromptBuilder:
     Args:
         tokenizer: Encodes the text.
         max_tokens: Give up long texts and many segments that have more; None for any number.
+        check: Asked before each piece of text; raises where the prompt is not wanted any more.
 
     Attributes:
         input_ids: Token ids so far, but of text that no segment has followed yet.
@@ -35,9 +37,10 @@ class PromptBuilder:
         inputs: The images and videos.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int | None, check: Check = always) -> None:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
+        self._check = check
         self._text = ""
         self.input_ids: list[int] = []
         self.spans: list[VisualSpan] = []
@@ -77,7 +80,7 @@ class PromptBuilder:
 
     def _encode(self, more: str) -> list[int]:
         room = None if self._max_tokens is None else max(0, self._max_tokens - len(self.input_ids))
-        return self._tokenizer.encode(self._text + more, max_tokens=room)
+        return self._tokenizer.encode(self._text + more, max_tokens=room, check=self._check)
 
     def _check_room(self) -> None:
         """Raise if no prompt with these segments and more can have so few tokens."""

@@ -9,6 +9,7 @@ from typing import Any
 from runtime.arguments import reading, whole_number
 from runtime.errors import UsageError
 from runtime.shown import shown
+from runtime.still_wanted import Check, always
 from runtime.tokenizer import Tokenizer
 
 _REMEDY = 'pass text, such as RawPrompt("Once upon a time"), or the token ids of a text'
@@ -43,20 +44,23 @@ class RawPrompt:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({shown(self.content)})"
 
-    def encoded(self, tokenizer: Tokenizer, num_ids: int, max_tokens: int | None) -> tuple[list[int], str]:
+    def encoded(
+        self, tokenizer: Tokenizer, num_ids: int, max_tokens: int | None, check: Check = always
+    ) -> tuple[list[int], str]:
         """Return the token ids and the text of the prompt.
 
         Args:
             tokenizer: The model's.
             num_ids: Ids that the model knows; they may be more than the tokenizer's.
             max_tokens: Give up a long text that has more; a prompt may still come out longer.
+            check: Asked before each piece of a text; raises where the prompt is not wanted any more.
 
         Raises:
             UsageError: An id is beyond the model's, or the text holds a lone surrogate.
             CapacityError: The text is too long.
         """
         if isinstance(self.content, str):
-            return tokenizer.encode(self.content, max_tokens=max_tokens), self.content
+            return tokenizer.encode(self.content, max_tokens=max_tokens, check=check), self.content
         for place, token_id in enumerate(self.content):
             if token_id >= num_ids:
                 raise UsageError(

@@ -17,6 +17,7 @@ from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import parse_json_object
 from runtime.panics import is_panic
 from runtime.shown import one_line, shown
+from runtime.still_wanted import Check, always
 from runtime.text_cuts import GPT2_PATTERN, QWEN_PATTERN, places_to_cut
 
 KNOWN_PATTERNS: Mapping[str, str] = {QWEN_PATTERN: "Qwen", GPT2_PATTERN: "GPT-2"}
@@ -83,7 +84,7 @@ class Tokenizer:
         """Ids of the tokens that `skip_special_tokens` leaves out."""
         return self._special_ids
 
-    def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
+    def encode(self, text: str, *, max_tokens: int | None = None, check: Check = always) -> list[int]:
         """Return the token ids of a text.
 
         Special tokens spelled out in the text become their ids; none is added around it. A long text is encoded piece
@@ -92,6 +93,7 @@ class Tokenizer:
         Args:
             text: Any text.
             max_tokens: Give up a long text once it has more than so many.
+            check: Asked before each piece; raises where the ids are not wanted any more.
 
         Raises:
             UsageError: The text holds a lone surrogate, which no UTF-8 can express, or the tokenizer fails on it.
@@ -100,6 +102,7 @@ class Tokenizer:
         token_ids: list[int] = []
         num_characters = 0
         for piece in self._pieces(text):
+            check()
             num_characters += len(piece)
             token_ids += self._encode(piece, num_characters - len(piece))
             if max_tokens is not None and len(token_ids) > max_tokens and num_characters < len(text):

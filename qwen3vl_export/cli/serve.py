@@ -133,8 +133,7 @@ def serve(
     """
     _check_installed()
     settings = listening.settings()
-    from runtime.server.run import listen
-    from runtime.server.run import serve as run
+    from runtime.server.run import HttpServer, listen
 
     socket = listen(settings)  # before work that takes long
     with _logging(quiet):
@@ -142,7 +141,8 @@ def serve(
             engines = _opened(models, opening, serving, settings, check=check, quiet=quiet)
             _warm_up(engines, listening.warm_up)
             _warn(settings)
-            run(engines, settings, socket, lambda: _announce(engines, settings, socket.getsockname()))
+            server = HttpServer(engines, settings, socket)
+            server.run(lambda: _announce(engines, settings, server.port))
         finally:
             socket.close()
 
@@ -219,10 +219,10 @@ def _warn(settings: ServerSettings) -> None:
         )
 
 
-def _announce(engines: Engines, settings: ServerSettings, address: Any) -> None:
+def _announce(engines: Engines, settings: ServerSettings, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     logging.getLogger("runtime.server").info(
-        "serving %s at http://%s:%d (page: /, base URL for OpenAI's clients: /v1)", ", ".join(engines), host, address[1]
+        "serving %s at http://%s:%d (page: /, base URL for OpenAI's clients: /v1)", ", ".join(engines), host, port
     )
 
 

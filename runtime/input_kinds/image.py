@@ -87,7 +87,12 @@ class Image(InputKind):
         if isinstance(source.image, ProcessedImage):
             found: ProcessedImage = source.image
             return found
-        return process_image(source.image, source.config(settings), max_image_pixels=settings.max_image_pixels)
+        return process_image(
+            source.image,
+            source.config(settings),
+            max_image_pixels=settings.max_image_pixels,
+            check=settings.check,
+        )
 
     def expansion(self, processed: ProcessedImage) -> tuple[Insertion, ...]:
         """Return the image alone: the template has written the markers around it."""

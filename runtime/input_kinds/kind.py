@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from runtime.image_config import ImageProcessorConfig
 from runtime.image_processor import OnImages, ProcessedImage
+from runtime.still_wanted import Check, always
 
 if TYPE_CHECKING:
     from runtime.video.config import VideoProcessorConfig
@@ -27,6 +28,7 @@ class InputSettings:
         max_image_pixels: Images and frames that have more pixels are refused before they are decoded.
         max_tokens: Most visual tokens of one input, whatever its own limits say; None for no such bound.
         context: Tokens of a whole prompt: an input that has more is refused before it is read to its end.
+        check: Asked between two steps of reading; raises where the prompt is not wanted any more.
     """
 
     image: ImageProcessorConfig
@@ -34,6 +36,7 @@ class InputSettings:
     max_image_pixels: int
     max_tokens: int | None = None
     context: int | None = None
+    check: Check = always
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class InputKind(ABC):
         Raises:
             ImageError: It cannot be read.
             CapacityError: It is too large.
+            Exception: What `settings.check` raises.
         """
 
     @abstractmethod

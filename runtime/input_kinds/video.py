@@ -117,6 +117,7 @@ class Video(InputKind):
             max_tokens=settings.max_tokens,
             context=settings.context,
             on_images=on_images,
+            check=settings.check,
         )
 
     def expansion(self, processed: ProcessedVideo) -> tuple[Insertion, ...]:

@@ -24,6 +24,7 @@ from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.steps import Steps
 from runtime.scheduling.wakeup import Wakeup
 from runtime.session import Session
+from runtime.still_wanted import Check, always
 from runtime.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
@@ -137,11 +138,12 @@ class Worker:
         except RuntimeError as error:
             raise no_thread(error) from error
 
-    def reserve(self, *, waits: bool = False) -> Place:
+    def reserve(self, *, waits: bool = False, check: Check = always) -> Place:
         """Take a place in the queue.
 
         Args:
             waits: Wait for one where there is none.
+            check: Asked while it waits; raises where the place is not wanted any more.
 
         Raises:
             OverloadError: The queue is full.
@@ -158,14 +160,16 @@ class Worker:
                     raise self._overload(f"{self._num_queued} requests wait, max_queue is {self.limits.max_queue}")
                 self._hoping.add(room)
             room.wait(_LOOK_AGAIN_S)
+            check()
 
-    def submit(self, place: Place, request: Request, *, waits: bool = False) -> None:
+    def submit(self, place: Place, request: Request, *, waits: bool = False, check: Check = always) -> None:
         """Put a request into its place.
 
         Args:
             place: Taken for it.
             request: The request.
             waits: Wait for room where its tokens are too many beside those that wait.
+            check: As in `reserve`.
 
         Raises:
             OverloadError: The prompts that wait have too many tokens.
@@ -194,6 +198,16 @@ class Worker:
                     )
                 self._hoping.add(room)
             room.wait(_LOOK_AGAIN_S)
+            check()
+
+    def check_open(self) -> None:
+        """Raise if a request that has its place would not be taken any more.
+
+        Raises:
+            UsageError: The model was closed, and does not answer what it had accepted.
+            EngineError: The engine has failed.
+        """
+        self._check_open(has_place=True)
 
     def call(self, work: Callable[[], _T], *, is_vision: bool = False) -> _T:
         """Run something on the session between two steps, and wait for it.

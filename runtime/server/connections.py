@@ -44,7 +44,9 @@ class Connections:
     def opened(self, protocol: GuardedProtocol) -> None:
         """Count a connection; if there are too many, the longest idle one is closed."""
         if len(self._open) >= self._most and self._idle:
-            next(iter(self._idle)).abort()
+            oldest = next(iter(self._idle))
+            self.closed(oldest)  # which the event loop would tell later
+            oldest.abort()
         self._open[protocol.client] = protocol
         self._rest(protocol)
 

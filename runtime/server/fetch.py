@@ -60,12 +60,15 @@ class Fetcher:
             with _connected(scheme, host, port, address, deadline) as connection:
                 connection.request("GET", target, headers={"accept": "image/*, video/*", "accept-encoding": "identity"})
                 response = connection.getresponse()
+                body = self._read(url, response) if response.status == 200 else b""
+                if time.monotonic() >= deadline:  # then what was read ends where the connection was closed
+                    raise TimeoutError
                 location = response.getheader("location")
                 if response.status in _REDIRECTS and location:
                     return location
                 if response.status != 200:
                     raise _refusal(url, f"the host answers with status {response.status}")
-                return self._read(url, response)
+                return body
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             if time.monotonic() >= deadline:

@@ -44,56 +44,71 @@ def listen(settings: ServerSettings) -> socket.socket:
     return opened
 
 
-def serve(
-    engines: Engines,
-    settings: ServerSettings,
-    listening: socket.socket,
-    on_ready: Callable[[], object] = lambda: None,
-) -> None:
-    """Answer requests until SIGINT or SIGTERM comes; those in progress are answered first, a second signal ends them.
+class HttpServer:
+    """A server of engines.
 
     Args:
-        engines: Who answers. They are closed at the end.
+        engines: Who answers. They are closed when it ends.
         settings: What is taken, and from whom.
         listening: What `listen` returned.
-        on_ready: Called once connections are taken.
     """
-    connections = Connections(settings)
-    config = uvicorn.Config(
-        create_app(engines, settings, connections),
-        http=connections.protocol(),
-        ws="none",
-        lifespan="off",
-        loop="asyncio",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        backlog=_BACKLOG,
-        timeout_keep_alive=round(settings.idle_timeout_s) + 60,  # `Connections` closes them
-        timeout_graceful_shutdown=round(settings.drain_timeout_s),
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-    )
-    _raise_file_limit(settings.max_connections + _OTHER_FILES)
-    server = _Server(config, on_ready)
-    try:
-        with _ending_quietly():
-            server.run(sockets=[listening])
-    finally:
-        engines.close(drain=False)
+
+    def __init__(self, engines: Engines, settings: ServerSettings, listening: socket.socket) -> None:
+        self._engines = engines
+        self._listening = listening
+        connections = Connections(settings)
+        config = uvicorn.Config(
+            create_app(engines, settings, connections),
+            http=connections.protocol(),
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=round(settings.idle_timeout_s) + 60,  # `Connections` closes them
+            timeout_graceful_shutdown=round(settings.drain_timeout_s),
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        )
+        _raise_file_limit(settings.max_connections + _OTHER_FILES)
+        self._server = _Server(config)
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return int(self._listening.getsockname()[1])
+
+    def run(self, on_ready: Callable[[], object] = lambda: None) -> None:
+        """Answer requests until `stop` is called or SIGINT or SIGTERM comes.
+
+        Those in progress are answered first; a second signal ends them.
+
+        Args:
+            on_ready: Called once connections are taken.
+        """
+        self._server.on_ready = on_ready
+        try:
+            with _ending_quietly():
+                self._server.run(sockets=[self._listening])
+        finally:
+            self._engines.close(drain=False)
+
+    def stop(self) -> None:
+        """Take no more requests, and end when those in progress have been answered; from any thread."""
+        self._server.should_exit = True
 
 
 class _Server(uvicorn.Server):
-    """A server that tells when it is ready."""
+    """uvicorn's server, which tells when it is ready."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], object]) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
+    on_ready: Callable[[], object]
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start."""
         await super().startup(sockets)
         if self.started:
-            self._on_ready()
+            self.on_ready()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 from runtime.contract import IntArray
 from runtime.errors import CapacityError, ImageError, Qwen3VLError
 from runtime.image_bounds import CountedReader, check_decoding, check_size, check_webp
+from runtime.still_wanted import Check, always
 from runtime.video.reader import VideoReader, repeats_of
 
 if TYPE_CHECKING:
@@ -36,14 +37,18 @@ class AnimationReader(VideoReader):
         source: A file, or an image that Pillow has opened.
         name: In messages.
         max_image_pixels: Images of more pixels are refused before they are decoded.
+        check: Asked before each frame whose time is read; raises where the video is not wanted any more.
 
     Raises:
         ImageError: It cannot be read.
         CapacityError: It has too many pixels or frames.
     """
 
-    def __init__(self, source: IO[bytes] | Image.Image, name: str, max_image_pixels: int) -> None:
+    def __init__(
+        self, source: IO[bytes] | Image.Image, name: str, max_image_pixels: int, check: Check = always
+    ) -> None:
         self.name = name
+        self._check = check
         self._image = self._opened(source, max_image_pixels)
         self._place: int = self._guarded(self._image.tell)
         self.num_frames = self._guarded(lambda: int(getattr(self._image, "n_frames", 1)))
@@ -85,10 +90,14 @@ class AnimationReader(VideoReader):
         if self.num_frames < 2:
             return None
         total_ms = 0.0
-        for number in range(self.num_frames):
-            self._image.seek(number)
-            self._image.load()  # of WebP, the duration is known only then
-            total_ms += float(self._image.info.get("duration", 0)) or _DEFAULT_MS
+        try:
+            for number in range(self.num_frames):
+                self._check()
+                self._image.seek(number)
+                self._image.load()  # of WebP, the duration is known only then
+                total_ms += float(self._image.info.get("duration", 0)) or _DEFAULT_MS
+        finally:
+            self._image.seek(self._place)  # an image of the caller's shows what it showed, also if this is stopped
         return 1000 * self.num_frames / total_ms
 
     def _opened(self, source: IO[bytes] | Image.Image, limit: int) -> Image.Image:

@@ -22,6 +22,7 @@ from runtime.errors import ImageError, Qwen3VLError, UsageError
 from runtime.image_bounds import check_size
 from runtime.installation import how_to_install
 from runtime.machine import default_threads
+from runtime.still_wanted import Check, always
 from runtime.video.reader import VideoReader, repeats_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class FileReader(VideoReader):
         file: It, open at any place, and able to seek.
         name: In messages.
         max_image_pixels: Frames of more pixels are refused before they are decoded.
+        check: Asked before each frame, whether it is wanted or not; raises where the video is not wanted any more.
 
     Raises:
         ImageError: It is no video, or holds none.
@@ -57,16 +59,17 @@ class FileReader(VideoReader):
         UsageError: PyAV is not installed.
     """
 
-    def __init__(self, file: IO[bytes], name: str, max_image_pixels: int) -> None:
+    def __init__(self, file: IO[bytes], name: str, max_image_pixels: int, check: Check = always) -> None:
         self.name = name
         self._file = file
         self._max_image_pixels = max_image_pixels
+        self._check = check
         container = self._open()
         try:
             stream = self._stream(container)
             rate = stream.average_rate or stream.guessed_rate
             self.fps = float(rate) if rate else None
-            self.num_frames = int(stream.frames) or _count_packets(container, stream, name)
+            self.num_frames = int(stream.frames) or _count_packets(container, stream, name, check)
         except Qwen3VLError:
             raise
         except Exception as error:
@@ -85,6 +88,7 @@ class FileReader(VideoReader):
         try:
             stream = self._stream(container)
             for frame in container.decode(stream):
+                self._check()
                 number += 1
                 if number in wanted:
                     frame_HWC = self.to_rgb(frame)
@@ -183,7 +187,7 @@ def _is_cover(stream: Any) -> bool:
     return "attached_pic" in str(getattr(stream, "disposition", "")).lower()
 
 
-def _count_packets(container: Any, stream: Any, name: str) -> int:
+def _count_packets(container: Any, stream: Any, name: str, check: Check) -> int:
     """Count the frames of a file whose header does not: nearly every packet of a container holds one.
 
     Raises:
@@ -191,6 +195,7 @@ def _count_packets(container: Any, stream: Any, name: str) -> int:
     """
     count, end_s = 0, 0.0
     for packet in container.demux():  # sound may be longer than the pictures
+        check()
         if packet.pts is not None:
             end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         # Packets of 0 bytes end a stream; those to discard come before the time at which it begins.

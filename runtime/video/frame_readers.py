@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.contract import IntArray
-from runtime.errors import CapacityError, ImageError, Qwen3VLError
+from runtime.errors import CapacityError, DeadlineError, ImageError, Qwen3VLError
 from runtime.images import load_image
+from runtime.still_wanted import Check, NotWanted, always
 from runtime.video.reader import VideoReader, repeats_of
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ class FramesReader(VideoReader):
                 yield frame_HWC
 
 
-def taken_frames(frames: Iterator[Any], name: str, max_image_pixels: int) -> list[RgbImage]:
-    """Read an iterator of frames to its end, uint8 [H, W, 3] each.
+def taken_frames(frames: Iterator[Any], name: str, max_image_pixels: int, check: Check = always) -> list[RgbImage]:
+    """Read an iterator of frames to its end, uint8 [H, W, 3] each, and ask `check` before each of them.
 
     Raises:
         CapacityError: It has more frames or bytes than are held.
@@ -75,7 +76,9 @@ def taken_frames(frames: Iterator[Any], name: str, max_image_pixels: int) -> lis
     taken: list[RgbImage] = []
     num_bytes = 0
     try:
+        check()
         for frame in frames:
+            check()
             taken.append(load_image(frame, max_image_pixels=max_image_pixels))
             if np.shares_memory(taken[-1], frame) if isinstance(frame, np.ndarray) else False:
                 taken[-1] = taken[-1].copy()  # whoever gives frames may use one array for all
@@ -86,6 +89,8 @@ def taken_frames(frames: Iterator[Any], name: str, max_image_pixels: int) -> lis
                     f"{MAX_STREAM_FRAMES} frames and {MAX_STREAM_BYTES / 1e9:.2f} GB are held",
                     remedy="pass a file, or a part of the stream: itertools.islice(frames, 600)",
                 )
+    except (DeadlineError, NotWanted):
+        raise
     except Qwen3VLError as error:
         raise type(error)(f"{name}, frame {len(taken)}: {error.message}", remedy=error.remedy) from error
     except Exception as error:

@@ -19,6 +19,7 @@ from runtime.errors import CapacityError, ImageError, Qwen3VLError, UsageError
 from runtime.files import NotRegularError, open_regular
 from runtime.images import file_of_url, path_text
 from runtime.shown import shown
+from runtime.still_wanted import Check, always
 from runtime.urls import check_local, scheme_of
 from runtime.video.animation import AnimationReader, is_animation
 from runtime.video.file_reader import FileReader
@@ -35,7 +36,7 @@ _IMAGE_ENDINGS = frozenset(
 _SHORTEST_BASE64, _LONGEST_PATH, _BLOCK_BYTES = 400, 4096, 1 << 20
 
 
-def open_video(source: Any, max_image_pixels: int) -> VideoReader:
+def open_video(source: Any, max_image_pixels: int, check: Check = always) -> VideoReader:
     """Open a video.
 
     Args:
@@ -43,6 +44,7 @@ def open_video(source: Any, max_image_pixels: int) -> VideoReader:
             data URL, base64 text, or a file object; a list of frames, each of any form that an image may have; a uint8
             array [T, H, W] or [T, H, W, C]; an iterator of frames; an animated PIL image.
         max_image_pixels: Frames of more pixels are refused before they are decoded.
+        check: Asked before each frame and each block of a file that is read; raises where they are not wanted any more.
 
     Raises:
         ImageError: It is missing, broken, empty, or of a format that is not taken.
@@ -57,18 +59,18 @@ def open_video(source: Any, max_image_pixels: int) -> VideoReader:
     if isinstance(source, (bytes, bytearray, memoryview)):
         with reading("the video", "pass bytes"):
             contents = bytes(source)
-        return _of_file(io.BytesIO(contents), f"video of {len(contents)} bytes", max_image_pixels)
+        return _of_file(io.BytesIO(contents), f"video of {len(contents)} bytes", max_image_pixels, check)
     if isinstance(source, (str, os.PathLike)):
-        return _of_text(source, max_image_pixels)
+        return _of_text(source, max_image_pixels, check)
     if is_one_time(source):
         source = Replayed(source)
     if isinstance(source, Replayed):
-        return source.open(max_image_pixels)
+        return source.open(max_image_pixels, check)
 
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return AnimationReader(source, "animated PIL image", max_image_pixels)
+        return AnimationReader(source, "animated PIL image", max_image_pixels, check)
     raise UsageError(
         f"video: expected a path, bytes, a file object, a list of frames, an array or an iterator, found "
         f"{type(source).__name__}",
@@ -84,7 +86,8 @@ def is_one_time(source: Any) -> bool:
 class Replayed:
     """A file object or an iterator of frames, read when it is first opened, and kept for later.
 
-    A prompt whose inputs have to share a budget of tokens reads some of them twice.
+    A prompt whose inputs have to share a budget of tokens reads some of them twice. What is stopped before its end is
+    lost as far as it was read.
 
     Attributes:
         source: What `is_one_time` says is one.
@@ -94,15 +97,15 @@ class Replayed:
         self.source = source
         self._copy: Any = None
 
-    def open(self, max_image_pixels: int) -> VideoReader:
+    def open(self, max_image_pixels: int, check: Check = always) -> VideoReader:
         """Open the video; errors are those of `open_video`."""
         if hasattr(self.source, "read"):
-            self._copy = self._copy or _seekable(self.source)
+            self._copy = self._copy or _seekable(self.source, check)
             self._copy.seek(0)
-            return _of_file(self._copy, "video of a file object", max_image_pixels, is_kept=True)
+            return _of_file(self._copy, "video of a file object", max_image_pixels, check, is_kept=True)
         name = "video of an iterator"
         if self._copy is None:
-            self._copy = taken_frames(cast(Iterator[Any], self.source), name, max_image_pixels)
+            self._copy = taken_frames(cast(Iterator[Any], self.source), name, max_image_pixels, check)
         return FramesReader(self._copy, name, max_image_pixels, is_sampled=False)
 
 
@@ -123,22 +126,22 @@ def _of_array(array: np.ndarray[Any, Any], limit: int) -> VideoReader:
     return FramesReader(array, name, limit, is_sampled=False)  # type: ignore[arg-type]
 
 
-def _of_text(source: str | os.PathLike[Any], limit: int) -> VideoReader:
+def _of_text(source: str | os.PathLike[Any], limit: int, check: Check) -> VideoReader:
     if isinstance(source, str):
         scheme = scheme_of(source)
         if scheme == "data":
-            return _of_data_url(source, limit)
+            return _of_data_url(source, limit, check)
         if scheme == "file":
-            return _of_path(file_of_url(source, "video"), limit)
+            return _of_path(file_of_url(source, "video"), limit, check)
         bare = _of_bare_base64(source)
         if bare is not None:
-            return _of_file(io.BytesIO(bare), f"video of {len(bare)} bytes in base64", limit)
+            return _of_file(io.BytesIO(bare), f"video of {len(bare)} bytes in base64", limit, check)
     text = path_text(source, "video")
     check_local(text, "video")
-    return _of_path(Path(text), limit)
+    return _of_path(Path(text), limit, check)
 
 
-def _of_data_url(url: str, limit: int) -> VideoReader:
+def _of_data_url(url: str, limit: int, check: Check) -> VideoReader:
     where = f"video data URL {shown(url[:40])}"
     remedy = "write data:video/mp4;base64, followed by the base64 text of the file"
     header, comma, body = url.partition(",")
@@ -148,7 +151,7 @@ def _of_data_url(url: str, limit: int) -> VideoReader:
         data = decode_base64(unquote_to_bytes(body))
     except ValueError as error:
         raise ImageError(f"{where}: expected base64 data, found text that is not: {error}", remedy=remedy) from error
-    return _of_file(io.BytesIO(data), where, limit)
+    return _of_file(io.BytesIO(data), where, limit, check)
 
 
 def _of_bare_base64(text: str) -> bytes | None:
@@ -161,12 +164,12 @@ def _of_bare_base64(text: str) -> bytes | None:
         return None
 
 
-def _of_path(path: Path, limit: int) -> VideoReader:
+def _of_path(path: Path, limit: int, check: Check) -> VideoReader:
     where = f"video {shown(path)}"
     try:
         if path.is_dir():
             return FramesReader(_frames_in(path, where), where, limit, is_sampled=True)
-        return _of_file(open(open_regular(path), "rb"), where, limit)
+        return _of_file(open(open_regular(path), "rb"), where, limit, check)
     except FileNotFoundError as error:
         raise ImageError(
             f"{where}: no such file (working directory {shown(Path.cwd())})", remedy="check the path"
@@ -194,7 +197,7 @@ def _parts(name: str) -> list[str]:
     return [part for part in re.split(r"([0-9]+)", name) if part]
 
 
-def _of_file(file: IO[bytes], where: str, limit: int, *, is_kept: bool = False) -> VideoReader:
+def _of_file(file: IO[bytes], where: str, limit: int, check: Check, *, is_kept: bool = False) -> VideoReader:
     """Open a file, which the reader closes unless it `is_kept`."""
     reader: VideoReader
     try:
@@ -202,7 +205,8 @@ def _of_file(file: IO[bytes], where: str, limit: int, *, is_kept: bool = False) 
         if not start:
             raise ImageError(f"{where}: an empty file", remedy="fetch or record it again")
         file.seek(0)
-        reader = AnimationReader(file, where, limit) if is_animation(start) else FileReader(file, where, limit)
+        make = AnimationReader if is_animation(start) else FileReader
+        reader = make(file, where, limit, check)
         reader.owned_file = None if is_kept else file
         return reader
     except BaseException:
@@ -211,7 +215,7 @@ def _of_file(file: IO[bytes], where: str, limit: int, *, is_kept: bool = False) 
         raise
 
 
-def _seekable(source: Any) -> IO[bytes]:
+def _seekable(source: Any, check: Check) -> IO[bytes]:
     """Return a file object that can seek and belongs to us: what was given is read once, from where it stands."""
     with reading("the video", "pass a file that was opened for reading bytes"):
         copy = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=64 << 20))  # noqa: SIM115 (kept as long as the source)
@@ -229,5 +233,6 @@ def _seekable(source: Any) -> IO[bytes]:
                     remedy="save it to a file, and pass its path",
                 )
             copy.write(block)
+            check()
         copy.seek(0)
         return copy

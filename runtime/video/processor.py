@@ -18,6 +18,7 @@ from runtime.errors import CapacityError, ImageError, UsageError
 from runtime.image_config import FILTERS, NUM_CHANNELS
 from runtime.image_processor import MAX_PIXEL_VALUES_BYTES, OnImages, ProcessedImage, segment
 from runtime.resize import resize
+from runtime.still_wanted import Check, always
 from runtime.video.config import UNKNOWN_FPS, VideoProcessorConfig
 from runtime.video.opening import open_video
 from runtime.video.reader import VideoReader
@@ -77,6 +78,7 @@ def process_video(
     max_tokens: int | None = None,
     context: int | None = None,
     on_images: OnImages | None = None,
+    check: Check = always,
 ) -> ProcessedVideo:
     """Open a video, choose frames, resize, normalise and cut them.
 
@@ -87,6 +89,7 @@ def process_video(
         max_tokens: Most visual tokens of it, whatever `source` says.
         context: Tokens of a whole prompt: a video that alone has more is refused at its first frame.
         on_images: Given segments in groups that fill a call of the vision tower, as soon as they are there.
+        check: Asked before each frame, also of those that are not taken; raises where the video is not wanted any more.
 
     Raises:
         ImageError: The video cannot be read, or holds no frames.
@@ -95,11 +98,13 @@ def process_video(
     """
     options = source.options
     config = config.changed(options.settings)
-    reader = open_video(source.video, max_image_pixels)
+    check()
+    reader = open_video(source.video, max_image_pixels, check)
     try:
         indices, times = _chosen(reader, options, config)
         room = _Room(max_tokens, context)
-        segments = _segments(reader.frames(indices), len(indices), options, config, room, reader.name)
+        frames = _checked(reader.frames(indices), check)
+        segments = _segments(frames, len(indices), options, config, room, reader.name)
         taken = list(_told(segments, on_images))
     finally:
         reader.close()
@@ -148,6 +153,12 @@ def _range(options: VideoOptions, total: int, fps: float, name: str) -> tuple[in
             remedy="pass video_start below video_end, both within the video",
         )
     return first, last
+
+
+def _checked(frames: Iterator[RgbImage], check: Check) -> Iterator[RgbImage]:
+    for frame_HWC in frames:
+        check()
+        yield frame_HWC
 
 
 def _segments(
