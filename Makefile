@@ -67,7 +67,7 @@ SHARED := -c build/shared-torch/constraints.txt
 # The newest release of all else that the ranges in pyproject.toml allow today, whatever the locks say.
 test-newest: setup
 	$(BIN)/python scripts/share_torch.py build/newest
-	build/newest/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,video,structured,heif,test]'
+	build/newest/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,video,structured,heif,serve,test]'
 	build/newest/bin/python -m pytest -q -m '(judge or portable) and not gpu' $(call files-with,judge|portable)
 
 # The lowest releases: without transformers and torchvision, with a PyTorch of its own; then with the lowest transformers.
@@ -91,7 +91,7 @@ build/oldest-transformers/.installed: pyproject.toml locks/oldest-transformers.t
 test-transformers: setup
 	@test -n '$(TRANSFORMERS)' || { echo 'error: which release? make test-transformers TRANSFORMERS=5.0.0' >&2; exit 2; }
 	$(BIN)/python scripts/share_torch.py build/transformers-$(TRANSFORMERS)
-	build/transformers-$(TRANSFORMERS)/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,video,structured,heif,test]' 'transformers==$(TRANSFORMERS)'
+	build/transformers-$(TRANSFORMERS)/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,video,structured,heif,serve,test]' 'transformers==$(TRANSFORMERS)'
 	build/transformers-$(TRANSFORMERS)/bin/python -m pytest -q -m 'judge and not gpu' $(call files-with,judge)
 
 # Hostile inputs of every kind; findings are files under build/fuzz/.

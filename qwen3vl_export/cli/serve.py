@@ -131,7 +131,7 @@ def serve(
       curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """
-    _check_installed()
+    check_installed()
     settings = listening.settings()
     from runtime.server.run import HttpServer, listen
 
@@ -195,7 +195,12 @@ def _warm_up(engines: Engines, wanted: bool | None) -> None:
             served.model.warm_up()
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Check that the libraries of the extra are there.
+
+    Raises:
+        UsageError: One is not.
+    """
     import importlib.util
 
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
