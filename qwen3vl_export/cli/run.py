@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from qwen3vl_export.cli.bench import bench
+from qwen3vl_export.cli.cache import app as cache
 from qwen3vl_export.cli.conversation import LineChat
 from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
 from qwen3vl_export.cli.options import (
@@ -227,6 +228,7 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
 
 for command in (serve, verify, bench, targets):
     app.command()(command)
+app.add_typer(cache)
 
 
 def main() -> None:
