@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from helpers.http_server import Client
+from helpers.http_server import Client, shown
 
 _COMMAND = [sys.executable, "-m", "qwen3vl_export.cli.run", "serve"]
 _LONG = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -63,6 +63,15 @@ def served(*arguments: str) -> Iterator[Process]:
     finally:
         found.process.kill()
         found.process.wait()
+
+
+def test_from_a_checkpoint_to_an_endpoint(tmp_path: Path) -> None:
+    for said in ("built", "found in the cache"):
+        with served("digits=demo", "--target", "ort-cpu-fp32", "--cache", str(tmp_path)) as server:
+            assert server.client.chat(shown(), model="digits").status == 200
+            assert any(line.startswith("engine: ") and said in line for line in server.said)
+            assert server.end() == 0
+    assert len([each for each in tmp_path.iterdir() if each.name.startswith("demo-")]) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
