@@ -10,10 +10,11 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen3vl_export.cli.cache import Building
 from qwen3vl_export.cli.options import CheckAll, Opening, Quiet, Serving, grouped
 from runtime.errors import UsageError
 from runtime.files import read_small_file
@@ -114,6 +115,7 @@ def serve(
     listening: Listening,
     opening: Opening,
     serving: Serving,
+    building: Building,
     quiet: Quiet = False,
     check: CheckAll = False,
 ) -> None:
@@ -131,14 +133,15 @@ def serve(
       curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """
-    _check_installed()
+    check_installed()
     settings = listening.settings()
     from runtime.server.run import HttpServer, listen
 
     socket = listen(settings)  # before work that takes long
     with _logging(quiet):
         try:
-            engines = _opened(models, opening, serving, settings, check=check, quiet=quiet)
+            folders = [_named(each, building, opening, serving, is_quiet=quiet) for each in models]
+            engines = _opened(folders, opening, serving, settings, check=check)
             _warm_up(engines, listening.warm_up)
             _warn(settings)
             server = HttpServer(engines, settings, socket)
@@ -147,44 +150,44 @@ def serve(
             socket.close()
 
 
+def _named(
+    argument: str, building: Building, opening: Opening, serving: Serving, *, is_quiet: bool
+) -> tuple[str | None, Path]:
+    """Return the name that an argument gives, if it does, and its engine, which is built of a checkpoint."""
+    name, mark, model = argument.partition("=")
+    if not mark or Path(argument).exists():
+        name, model = "", argument
+    elif not name or not model:
+        raise UsageError(f"{shown(argument)} is not NAME=ENGINE", remedy="write small=engines/2b, or the folder alone")
+    sizes = {"max_context": opening.max_context, "max_batch": serving.max_sequences}
+    folder = building.engine(model, **sizes, is_quiet=is_quiet)
+    if not name and not Path(model).exists():
+        name = model.partition("@")[0]  # of the Hub: clients ask for it by that name
+    return name or None, folder
+
+
 def _opened(
-    models: list[str], opening: Opening, serving: Serving, settings: ServerSettings, *, check: bool, quiet: bool
+    folders: list[tuple[str | None, Path]], opening: Opening, serving: Serving, settings: ServerSettings, *, check: bool
 ) -> Engines:
-    """Open all engines; checkpoints are built first."""
+    """Open all engines."""
     from runtime.server.engines import Engines, Served
 
     found: list[Served] = []
-    for argument in models:
-        name, folder = _named(argument, quiet=quiet)
+    for name, folder in folders:
         started = time.perf_counter()
         model = opening.open(folder, check=check, serving=serving)
-        name = name or _name_of(model, folder)
-        found.append(Served(name, model, settings))
+        # Unless another name is given, an engine has that of its checkpoint.
+        served = Served(name or str(model.manifest.source.get("name") or folder.resolve().name), model, settings)
+        found.append(served)
         logging.getLogger("runtime.server").info(
             "opened %s: %s, %d sequences of %d tokens, %.1f s",
-            name,
+            served.name,
             model.manifest.target,
             model.limits.max_sequences,
             model.max_context,
             time.perf_counter() - started,
         )
     return Engines(found)
-
-
-def _named(argument: str, *, quiet: bool) -> tuple[str | None, Path]:
-    """Return the name that an argument gives, if it does, and the folder of its engine."""
-    name, is_named, source = argument.partition("=")
-    if not is_named or Path(argument).exists():
-        name, source = "", argument
-    elif not name or not source:
-        raise UsageError(f"{shown(argument)} is not NAME=ENGINE", remedy="write small=engines/2b, or the folder alone")
-    return name or None, Path(source)
-
-
-def _name_of(model: Any, folder: Path) -> str:
-    """Return the name under which an engine is served unless another is given: that of its checkpoint."""
-    name = model.manifest.source.get("name")
-    return str(name) if name else folder.resolve().name
 
 
 def _warm_up(engines: Engines, wanted: bool | None) -> None:
@@ -195,7 +198,12 @@ def _warm_up(engines: Engines, wanted: bool | None) -> None:
             served.model.warm_up()
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Check that the libraries of the extra are there.
+
+    Raises:
+        UsageError: One is not.
+    """
     import importlib.util
 
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
