@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen3vl_export.cli.cache import Building
+from qwen3vl_export.cli.engines import open_engines
 from qwen3vl_export.cli.options import AsJson, CheckAll, Opening, Quiet, Serving, grouped
 from qwen3vl_export.cli.output import is_terminal, note, print_json
 from qwen3vl_export.cli.progress import counting
 from runtime.errors import UsageError
 from runtime.installation import how_to_install
-from runtime.shown import shown
 
 if TYPE_CHECKING:
     from runtime.server.batch.run import Batch, Tally
@@ -90,8 +90,8 @@ def batch(
         list[str],
         typer.Option(
             metavar="[NAME=]ENGINE",
-            help="Engine folder, or a checkpoint, which is built first and kept; may be repeated. Requests ask for it by "
-            "its name, which is the checkpoint's unless another is given.",
+            help="Engine folder, or a checkpoint, which is built first and kept; may be repeated. Requests ask for it "
+            "by its name, which is the checkpoint's unless another is given.",
         ),
     ],
     errors: Annotated[
@@ -107,9 +107,9 @@ def batch(
 ) -> None:
     """Answer a file of requests in OpenAI's batch format.
 
-    Each line of IN is {"custom_id": …, "method": "POST", "url": "/v1/chat/completions" or "/v1/completions", "body": …}.
-    Each line of OUT is {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"}, in the order in
-    which requests are answered. A request that cannot be answered has a result, too, and the batch goes on.
+    Each line of IN is an object with custom_id, method ("POST"), url ("/v1/chat/completions" or "/v1/completions") and
+    body. Each line of OUT is one with id, custom_id, response (status_code, request_id, body) and error, in the order
+    in which requests are answered. A request that cannot be answered has a result, too, and the batch goes on.
 
     The same command again goes on where an earlier one ended, however that was: each request has one result. Ctrl-C
     begins no further requests and answers those in progress; a second one drops them.
@@ -128,20 +128,23 @@ def batch(
     from runtime.server.batch.run import Batch
 
     settings = asking.settings(source)
+    is_quiet = quiet or as_json
     with Batch(source, output, errors, max_bytes=settings.max_body_bytes) as opened:
-        if opened.tally.num_done < opened.tally.num_lines:
-            engines = _opened(engine, building, opening, serving, settings, check=check, is_quiet=quiet or as_json)
+        tally = opened.tally
+        if tally.num_done < tally.num_lines:
+            engines = open_engines(engine, building, opening, serving, settings, check=check, is_quiet=is_quiet)
             try:
                 places = asking.concurrency or _places(engines)
-                with _shown(opened.tally, is_quiet=quiet or as_json) as show:
-                    asyncio.run(_run(opened, answer_with(engines), places, show, is_quiet=quiet or as_json))
+                with _shown(tally, is_quiet=is_quiet) as show:
+                    asyncio.run(_run(opened, answer_with(engines), places, show, is_quiet=is_quiet))
             finally:
                 engines.close(drain=False)
-        tally = opened.tally
+                if not is_quiet:
+                    note(_summary(tally, output, errors))
+        elif not is_quiet:
+            note(_summary(tally, output, errors))
     if as_json:
         print_json({**_values(tally), "output": str(output), "errors": None if errors is None else str(errors)})
-    elif not quiet:
-        note(_summary(tally, output, errors))
     if tally.num_done < tally.num_lines:
         raise KeyboardInterrupt
 
@@ -167,46 +170,9 @@ async def _run(opened: Batch, answer: Any, places: int, show: Callable[[Tally], 
         await opened.run(answer, places, show, stop)
 
 
-def _opened(
-    models: list[str],
-    building: Building,
-    opening: Opening,
-    serving: Serving,
-    settings: ServerSettings,
-    *,
-    check: bool,
-    is_quiet: bool,
-) -> Engines:
-    """Open all engines; those of checkpoints are built first, unless the cache has them."""
-    from runtime.server.engines import Engines, Served
-
-    found: list[Served] = []
-    try:
-        for argument in models:
-            name, model = _named(argument)
-            sizes = {"max_context": opening.max_context, "max_batch": serving.max_sequences}
-            folder = building.engine(model, is_quiet=is_quiet, **sizes)
-            opened = opening.open(folder, check=check, serving=serving)
-            found.append(Served(name or str(opened.manifest.source.get("name") or folder.name), opened, settings))
-        return Engines(found)
-    except BaseException:
-        for served in found:
-            served.model.close(drain=False)
-        raise
-
-
-def _named(argument: str) -> tuple[str | None, str]:
-    """Return the name that an argument gives, if it does, and the engine or checkpoint."""
-    name, is_named, model = argument.partition("=")
-    if not is_named or Path(argument).exists():
-        return None, argument
-    if not name or not model:
-        raise UsageError(f"{shown(argument)} is not NAME=ENGINE", remedy="write small=engines/2b, or the folder alone")
-    return name, model
-
-
 def _places(engines: Engines) -> int:
-    return sum(min(each.model.limits.max_sequences + _AHEAD, each.model.limits.max_queue) for each in engines.values())
+    limits = [each.model.limits for each in engines.values()]
+    return sum(each.max_sequences + min(_AHEAD, each.max_queue) for each in limits)
 
 
 @contextlib.contextmanager
@@ -239,13 +205,15 @@ def _progress(tally: Tally) -> str:
 
 
 def _summary(tally: Tally, output: Path, errors: Path | None) -> str:
-    failed = f" {tally.num_failed} of them failed" + (f", see {errors}." if errors is not None else ".")
-    text = (
-        f"{output}: {tally.num_succeeded + tally.num_failed} requests in {_time(tally.seconds)}, "
-        f"{tally.tokens_per_s:.1f} tokens/s; {tally.num_done} of {tally.num_lines} have a result."
-    )
-    text += failed if tally.num_failed else ""
-    return text if tally.num_done == tally.num_lines else f"{text} The same command again answers the rest."
+    here = tally.num_done - tally.num_before
+    said = [f"{output}: {tally.num_done} of {tally.num_lines} requests have a result"]
+    if here:
+        said.append(f"{here} of this run, in {_time(tally.seconds)}, {tally.tokens_per_s:.1f} tokens/s")
+    if tally.num_failed:
+        said.append(f"{tally.num_failed} failed" + (f", see {errors}" if errors is not None else ""))
+    if tally.num_done < tally.num_lines:
+        said.append("the same command again answers the rest")
+    return "; ".join(said)
 
 
 def _time(seconds: float) -> str:

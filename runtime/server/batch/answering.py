@@ -24,6 +24,13 @@ from runtime.server.validation import validation_error
 from runtime.shown import shown
 
 _LOGGER = logging.getLogger(__name__)
+# What the server's errors say of a server.
+_OTHER_WORDS = (
+    ("see /openapi.json", "compare it with OpenAI's API reference"),
+    ("no file of the server is read", "a file is read with --allow-local-files alone"),
+    ("start the server with", "run the batch with"),
+    ("this server", "this batch"),
+)
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
@@ -126,6 +133,8 @@ def _success(line: Line, body: dict[str, Any]) -> Outcome:
 
 
 def _failure(line: Line, error: ApiError) -> Outcome:
+    for server, batch in _OTHER_WORDS:
+        error.message = error.message.replace(server, batch)
     return Outcome(_result(line, _response_of(error.status, error.body()), None), is_failure=True)
 
 

@@ -164,13 +164,12 @@ def _check_twice(path: Path, max_bytes: int, contents: Contents) -> None:
 def _read_line(file: BinaryIO, max_bytes: int) -> tuple[bytes, str]:
     """Return a line, and for one that is too long a part of it and the digest of the whole."""
     raw = file.readline(max_bytes + 2)  # its end, which may be two characters, counts nothing
-    if len(raw) <= max_bytes + 1 or raw.endswith(b"\n"):
+    if len(raw.rstrip(b"\r\n")) <= max_bytes:
         return raw, ""
-    digest = hashlib.sha256(raw)
-    while block := file.readline(_BLOCK_BYTES):
+    digest, block = hashlib.sha256(raw), raw
+    while block and not block.endswith(b"\n"):
+        block = file.readline(_BLOCK_BYTES)
         digest.update(block)
-        if block.endswith(b"\n"):
-            break
     return raw, digest.hexdigest()
 
 
@@ -182,7 +181,7 @@ def _parse(raw: bytes, number: int, max_bytes: int, digest: str) -> Line:
     try:
         values = parse_json(raw)
     except ApiError as error:
-        problem = error.message.replace("the body", "the line")
+        problem = error.message.replace("the body is", "it is")
     if not problem and not isinstance(values, dict):
         problem = f"it is {type(values).__name__} and no object. Remedy: write a request in OpenAI's batch format"
     if isinstance(values, dict):

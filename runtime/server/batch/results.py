@@ -40,7 +40,7 @@ class Results:
         try:
             self._check_regular()
             self._lock()
-            self._cut()
+            self._end = self._checked_end()
         except BaseException:
             self._file.close()
             raise
@@ -59,8 +59,12 @@ class Results:
             UsageError: A line is no result.
         """
         keys, ids = array("Q"), array("Q")
+        left = self._end
         with open(self.path, "rb") as file:
             for number, raw in enumerate(file, 1):
+                left -= len(raw)
+                if left < 0:
+                    break
                 try:
                     values = json.loads(raw)
                     line_id, custom_id = values["id"], values["custom_id"]
@@ -69,6 +73,17 @@ class Results:
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     raise _foreign(self.path, number) from error
         return keys, ids
+
+    def cut(self) -> None:
+        """Take off the part of a line that a dead process left at the end.
+
+        Raises:
+            UsageError: It cannot be written.
+        """
+        try:
+            os.ftruncate(self._file.fileno(), self._end)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def append(self, result: dict[str, Any]) -> None:
         """Append a result; it is safe from the end of this process now, from that of the machine after `sync`.
@@ -120,18 +135,18 @@ class Results:
         except OSError:  # a file system without locks, such as some of NFS
             return
 
-    def _cut(self) -> None:
-        """Take off the part of a line that a dead process left at the end."""
+    def _checked_end(self) -> int:
+        """Return the offset behind the last whole line; what follows is the beginning of a result, or zeros.
+
+        Raises:
+            UsageError: It is something else.
+        """
         end = _end_of_lines(self._file)
-        size = os.fstat(self._file.fileno()).st_size
-        if end == size:
-            return
-        self._file.seek(end)
-        rest = self._file.read(len(_START)) or b""
         # After the end of the machine, zeros may stand where data were not written.
-        if rest.strip(b"\0") and not _START.startswith(rest.strip(b"\0")[: len(_START)]):
+        rest = os.pread(self._file.fileno(), len(_START), end).strip(b"\0")
+        if not _START.startswith(rest):
             raise _foreign(self.path, None)
-        os.ftruncate(self._file.fileno(), end)
+        return end
 
 
 def _end_of_lines(file: BinaryIO | Any) -> int:

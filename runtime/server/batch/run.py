@@ -88,6 +88,8 @@ class Batch:
             self._output = stack.enter_context(Results(output))
             self._errors = self._output if errors is None else stack.enter_context(Results(errors))
             self._is_done = _done(contents, self._files(), source)
+            for each in self._files():
+                each.cut()
             self._files_open = stack.pop_all()
         self.tally = Tally(len(contents), int(self._is_done.sum()))
 
