@@ -447,7 +447,8 @@ class Qwen3VLModel:
         if options.max_thinking_tokens is not None:
             checked_marks(self.tokenizer)
         refuse_several(options, "this call")
-        check = StillWanted(lambda: pieces.is_cancelled, call.deadline, also=self._worker.check_open)
+        is_open = partial(self._worker.check_open, has_place=True)
+        check = StillWanted(lambda: pieces.is_cancelled, call.deadline, also=is_open)
         try:
             self._queue(messages, options, call, pieces, check, waits=waits, on_prepared=on_prepared)
         except NotWanted:
