@@ -38,6 +38,7 @@ class Load:
         duration_s: Seconds in which they are offered; all that were accepted are then answered. None for no bound.
         new_tokens: Tokens of each answer, which no end token ends.
         seed: Seed of the arrivals.
+        warms_up: Send prompt number 0 before, and wait for its answer.
     """
 
     clients: int
@@ -46,6 +47,7 @@ class Load:
     duration_s: float | None = None
     new_tokens: int = 32
     seed: int = 0
+    warms_up: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,11 @@ class Trace:
 def offer(
     client: Client, prompts: Prompts, load: Load, on_tick: Callable[[Trace], object] = lambda trace: None
 ) -> Trace:
-    """Offer a load, after one request that warms it up, and return when all of it is answered or refused.
+    """Offer a load, and return when all of it is answered or refused.
 
     Args:
         client: Whom to ask.
-        prompts: What is asked; number 0 warms up.
+        prompts: What is asked.
         load: How requests arrive.
         on_tick: Called with what there is so far, some times a second, in another thread.
 
@@ -124,7 +126,8 @@ def offer(
         Exception: What ended a request and is no error that a user can act on.
     """
     run = _Run(client, prompts, load)
-    run.warm_up()
+    if load.warms_up:
+        run.warm_up()
     run.trace.before = client.statistics()
     run.begin()
     ticker = threading.Thread(target=run.tick, args=(on_tick,), daemon=True)

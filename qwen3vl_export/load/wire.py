@@ -35,8 +35,13 @@ def data_url(pixels: np.ndarray) -> str:
     Args:
         pixels: uint8, (height, width, 3).
     """
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode("ascii")
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Return an image as a PNG file."""
     from PIL import Image
 
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png", compress_level=_COMPRESSION)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return file.getvalue()

@@ -103,7 +103,7 @@ def shifted(merger: Any, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("change", "letters"),
-    [(reshaped, "I · P"), (with_patches, "I · P"), (shifted, "P")],
+    [(reshaped, "I · P"), pytest.param(with_patches, "I · P", marks=pytest.mark.slow), (shifted, "P")],
     ids=lambda value: str(value)[:20],
 )
 def test_a_size_that_got_into_a_function_is_caught(

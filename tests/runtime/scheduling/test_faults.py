@@ -507,16 +507,21 @@ def test_a_model_lives_as_long_as_its_streams(opened: Qwen3VLModel) -> None:
 
 
 EXIT = """
-import sys, threading
+import contextlib, sys, threading, time
 import numpy as np
-from qwen3_vl import Qwen3VLModel
+from qwen3_vl import Qwen3VLModel, UsageError
 model = Qwen3VLModel.from_engine(sys.argv[1], threads=1)
 image = {"type": "image", "image": np.random.default_rng(0).integers(0, 256, (640, 640, 3), np.uint8)}
 stream = model.stream("Count", eos_token_ids=(), max_new_tokens=100000)
 next(stream)
 others = [model.stream([{"role": "user", "content": [image]}], eos_token_ids=()) for _ in range(3)]
-threads = [threading.Thread(target=lambda each=each: list(each), daemon=True) for each in others]
+def read(stream):
+    with contextlib.suppress(UsageError):  # the model was closed: Python may end before the reader is told, or after
+        list(stream)
+threads = [threading.Thread(target=read, args=(each,), daemon=True) for each in others]
 for thread in threads: thread.start()
+# A thread that is still at its image when Python ends could not start another one, and would say so.
+while model.statistics()["running"] < 4: time.sleep(0.001)
 print("running", flush=True)
 """
 
