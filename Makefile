@@ -23,7 +23,7 @@ ifneq ($(or $(OWNER),$(CURDIR)),$(CURDIR))
 $(error $(VENV) runs the code of $(OWNER), not of this checkout; choose another folder with VENV=... or remove it)
 endif
 
-.PHONY: setup demo lock test fuzz fuzz-replay test-newest test-oldest test-transformers lint bench compare-setup gpu-check
+.PHONY: setup demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients lint bench compare-setup gpu-check
 
 setup: $(DEV_STAMP)
 
@@ -50,9 +50,14 @@ demo: $(STAMP)
 lock: setup
 	$(BIN)/python scripts/lock.py
 
-# Two processes: engines are built once in each, so a file's tests stay together.
+# Two processes: engines are built once in each, so a file's tests stay together. Files run in the order of tests/conftest.py,
+# which begins with those that take longest.
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu'
+
+# Matrices in full, more canvases and seeds, models of full size. Each behaviour has a test in `make test`, too.
+test-slow: setup
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'slow and not gpu'
 
 # The next three run tests in environments that share the PyTorch of $(VENV), which takes gigabytes. Of the test files only
 # those with a test that is asked for are read: others import what an environment may lack.
@@ -62,7 +67,7 @@ SHARED := -c build/shared-torch/constraints.txt
 # The newest release of all else that the ranges in pyproject.toml allow today, whatever the locks say.
 test-newest: setup
 	$(BIN)/python scripts/share_torch.py build/newest
-	build/newest/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,video,structured,heif,test]'
+	build/newest/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,video,structured,heif,serve,test]'
 	build/newest/bin/python -m pytest -q -m '(judge or portable) and not gpu' $(call files-with,judge|portable)
 
 # The lowest releases: without transformers and torchvision, with a PyTorch of its own; then with the lowest transformers.
@@ -86,8 +91,14 @@ build/oldest-transformers/.installed: pyproject.toml locks/oldest-transformers.t
 test-transformers: setup
 	@test -n '$(TRANSFORMERS)' || { echo 'error: which release? make test-transformers TRANSFORMERS=5.0.0' >&2; exit 2; }
 	$(BIN)/python scripts/share_torch.py build/transformers-$(TRANSFORMERS)
-	build/transformers-$(TRANSFORMERS)/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,video,structured,heif,test]' 'transformers==$(TRANSFORMERS)'
+	build/transformers-$(TRANSFORMERS)/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,verify,video,structured,heif,serve,test]' 'transformers==$(TRANSFORMERS)'
 	build/transformers-$(TRANSFORMERS)/bin/python -m pytest -q -m 'judge and not gpu' $(call files-with,judge)
+
+# The server with the clients that users have: OpenAI's, langchain's, llama-index's; and schemathesis.
+test-clients: setup
+	$(BIN)/python scripts/share_torch.py build/clients
+	build/clients/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,video,structured,serve,test]' openai langchain-openai llama-index-llms-openai-like schemathesis
+	build/clients/bin/python -m pytest -q tests/runtime/server/test_clients.py
 
 # Hostile inputs of every kind; findings are files under build/fuzz/.
 fuzz: setup

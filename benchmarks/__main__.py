@@ -17,6 +17,8 @@ from benchmarks.preprocess import preprocess
 from benchmarks.report import report
 from benchmarks.routes import routes
 from benchmarks.run import run
+from benchmarks.serve import serve
+from benchmarks.serve_peers import serve_peers
 from benchmarks.serving.command import serving
 from benchmarks.structured import structured
 from benchmarks.synthetic import write
@@ -35,6 +37,8 @@ _COMMANDS = (
     report,
     routes,
     run,
+    serve,
+    serve_peers,
     serving,
     structured,
     video,

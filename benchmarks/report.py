@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from benchmarks import build, export, goals, imports, lowered, mixture, plot, routes, run, status
+from benchmarks import build, export, goals, imports, lowered, mixture, plot, routes, run, serve, serve_peers, status
 from benchmarks.compare import chart, tables
 from benchmarks.result_files import RESULTS, kind, of_kind, page
 from benchmarks.serving import chart as serving_chart
@@ -27,8 +27,10 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "export": export.table,
     "import": imports.table,
     "lowered": lowered.table,
+    "peers": serve_peers.table,
     "routes": routes.table,
     "run": run.table,
+    "serve": serve.table,
     "serving": serving_tables.table,
 }
 """What makes the table of a result, by its kind."""

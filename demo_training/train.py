@@ -22,8 +22,9 @@ import torch
 from demo_training.model import save_checkpoint
 from demo_training.training import CURRICULUM, EXPERTS, SMOKE, SMOKE_EXPERTS, Trainer
 from demo_training.upcycle import upcycled
-from qwen3vl_export.checkpoint import DEMO, Checkpoint
+from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import load
+from qwen3vl_export.sources import DEMO
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,11 +21,12 @@ from torch.nn import functional as F
 
 from demo_training.batches import IGNORE, NO_DIGIT, Batch, Prompter, collate, training_batch
 from demo_training.tokenizer import build_tokenizer
-from qwen3vl_export.checkpoint import DEMO, Checkpoint
+from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.data import Digits, canvas_at, load_half
 from qwen3vl_export.demo.tasks import TASKS
 from qwen3vl_export.eager import load
 from qwen3vl_export.modeling import MixtureOfExperts, Qwen3VL
+from qwen3vl_export.sources import DEMO
 from runtime.vision_inputs import position_tables
 
 VALIDATION_SEED = 7

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,16 @@ from qwen3vl_export.names import shown_name
 from qwen3vl_export.quantized import join_parts
 from qwen3vl_export.quantized.parts import QuantizedEntry
 from qwen3vl_export.safetensors_reader import FileHeader, TensorEntry, read_header
+from qwen3vl_export.sources import HUB_ID, SHIPPED, local_path, shipped_folder
 from runtime.errors import CapacityError, CheckpointError
 from runtime.files import MAX_INDEX_BYTES, MAX_SMALL_FILE_BYTES, MAX_TOKENIZER_BYTES, is_folder, read_json_object
 from runtime.model_config import ModelConfig
 
-DEMO, DEMO_MOE = "demo", "demo-moe"
-_SHIPPED = {DEMO: "checkpoint", DEMO_MOE: "checkpoint_moe"}
 HEAD_KEY = "lm_head.weight"
 
 # Keys that some checkpoints hold and no graph needs: buffers that are recomputed from config.json.
 IGNORED_KEYS = (re.compile(r".*rotary_(pos_)?emb\.(original_)?inv_freq"),)
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt")
 _MOST_BYTES = {INDEX: MAX_INDEX_BYTES, "tokenizer.json": MAX_TOKENIZER_BYTES}
 _MAX_LISTED = 5
@@ -71,11 +68,11 @@ class Checkpoint:
         if folder is not None and is_folder(folder, error=CheckpointError):
             check_folder(folder)
             return cls(folder, source)
-        if source in _SHIPPED:
-            return cls(Path(str(resources.files("qwen3vl_export") / "demo" / _SHIPPED[source])), source)
+        if source in SHIPPED:
+            return cls(shipped_folder(source), source)
         if folder is not None and os.path.lexists(folder):
             refuse_file(folder)
-        match = _HUB_ID.fullmatch(source)
+        match = HUB_ID.fullmatch(source)
         if match is None:
             raise CheckpointError(
                 f"{shown_name(source)}: no such folder",
@@ -307,11 +304,3 @@ class Checkpoint:
         """Return what an engine's manifest says of its source."""
         files = {name: {"num_bytes": h.num_bytes, "header_sha256": h.sha256} for name, h in self.headers.items()}
         return {"name": self.name, "revision": self.revision, "weight_files": files}
-
-
-def local_path(source: str) -> Path | None:
-    """Return the path that a source may be, or None for text that is no path."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:  # an unknown user's home
-        return None

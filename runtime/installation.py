@@ -20,6 +20,7 @@ DISTRIBUTION = "qwen3vl-export"
 
 EXTRAS = {
     "av": "video",
+    "fastapi": "serve",
     "huggingface_hub": "export",
     "llguidance": "structured",
     "matplotlib": "plot",
@@ -28,11 +29,13 @@ EXTRAS = {
     "onnxruntime": "cpu",
     "onnxscript": "export",
     "pillow_heif": "heif",
+    "prometheus_client": "serve",
     "safetensors": "export",
     "sklearn": "test",
     "torch": "export",
     "torchvision": "verify",
     "transformers": "verify",
+    "uvicorn": "serve",
 }
 """Extra of pyproject.toml that installs a module."""
 

@@ -136,6 +136,11 @@ class Qwen3VLModel:
         return self.preparation.inputs.max_image_pixels
 
     @property
+    def limits(self) -> Limits:
+        """How many requests run and wait at most, and what is kept for later ones."""
+        return self._worker.limits
+
+    @property
     def defaults(self) -> GenerationOptions:
         """Options of an answer that a caller does not give."""
         return self.preparation.defaults
@@ -584,6 +589,16 @@ class Qwen3VLModel:
         """
         self._owner.check()
         self._worker.call(self._worker.warm_up)
+
+    def check_open(self) -> None:
+        """Raise if requests are not taken any more.
+
+        Raises:
+            UsageError: The model was closed, or this process was forked from the one that opened it.
+            EngineError: The engine has failed.
+        """
+        self._owner.check()
+        self._worker.check_open()
 
     def statistics(self) -> dict[str, Any]:
         """Return what the engine has done and holds, as plain data; see `runtime.scheduling.counters`."""

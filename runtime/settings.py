@@ -34,3 +34,18 @@ def omp_num_threads() -> int | None:
     """Return what OMP_NUM_THREADS asks for, of a list for nested regions the first, or None if it asks for nothing."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if first.isascii() and first.isdecimal() and int(first) > 0 else None
+
+
+def user_cache_folder() -> Path | None:
+    """Return the folder in which programs keep what they can make again; None for a user without a home.
+
+    It is XDG_CACHE_HOME, or ~/.cache where that is not set or no absolute path, which the XDG Base Directory
+    Specification says to ignore.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return None

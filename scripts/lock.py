@@ -54,15 +54,15 @@ class Lock:
 ALL = (
     Lock(
         "dev.txt",
-        ("export", "cpu", "verify", "tensorrt-rtx", "plot", "video", "structured", "heif", "dev"),
+        ("export", "cpu", "verify", "tensorrt-rtx", "plot", "video", "structured", "heif", "serve", "dev"),
         TORCH_PAIR,
         keeps=("cuda-bindings", "cuda-pathfinder"),  # asked for by the extra tensorrt-rtx
     ),
     Lock("demo.txt", ("export", "cpu"), like="dev.txt"),
-    Lock("oldest.txt", ("export", "cpu", "video", "structured", "heif", "test"), ("torch==2.13.0",), is_lowest=True),
+    Lock("oldest.txt", ("export", "cpu", "video", "structured", "heif", "serve", "test"), ("torch==2.13.0",), is_lowest=True),
     Lock(
         "oldest-transformers.txt",
-        ("export", "cpu", "verify", "video", "structured", "heif", "test"),
+        ("export", "cpu", "verify", "video", "structured", "heif", "serve", "test"),
         # 4.57.0 was withdrawn for its packaging and installs all the same, but only by its exact version.
         ("transformers==4.57.0", *TORCH_PAIR),
         is_lowest=True,

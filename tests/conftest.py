@@ -9,9 +9,11 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from helpers.engines import build
+from helpers.garbage import set_aside
 
 # Before PyTorch is imported: models this small gain nothing from a second thread, and where other processes want the
 # cores, two threads that wait for each other were measured to take fifty times as long as one.
@@ -24,6 +26,44 @@ if TYPE_CHECKING:
 
 # A shell starts what it runs in the background with SIGINT ignored, and Python then leaves it so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# So does nohup with SIGHUP.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# The same examples in each run, and no judgement by the clock: neither depends on the machine or on what else it does.
+hypothesis.settings.register_profile(
+    "suite", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
+
+
+# The files that take longest. `make test` gives a file to whichever process is free: with one of these at the end, the
+# other process would wait.
+LONG = (
+    "tests/project/test_wheel.py",
+    "tests/project/test_readme.py",
+    "tests/qwen3vl_export/parity/test_parity.py",
+    "tests/qwen3vl_export/parity/test_tasks.py",
+    "tests/qwen3vl_export/parity/test_moe_parity.py",
+    "tests/qwen3vl_export/parity/test_moe_few_bits.py",
+    "tests/qwen3vl_export/parity/test_sabotage.py",
+    "tests/qwen3vl_export/tracing/test_tracing.py",
+    "tests/engines/tensorrt/test_tensorrt_build.py",
+    "tests/qwen3vl_export/test_moe_other_shapes.py",
+    "tests/engines/test_new_target.py",
+    "tests/engines/test_kills.py",
+    "tests/engines/tensorrt/test_moe_tensorrt.py",
+    "tests/demo_training/test_demo_training.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
+def pytest_collection_finish() -> None:
+    """Search no module of the tests for garbage, nor what they import."""
+    set_aside()
 
 
 @pytest.fixture(scope="session")
@@ -42,13 +82,18 @@ def demo_engine(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def demo_moe_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Engine of the demo with a mixture of experts for ort-cpu-fp32."""
+def demo_moe_bundle() -> Bundle:
+    """Bundle of the demo with a mixture of experts."""
     from qwen3vl_export.checkpoint import Checkpoint
     from qwen3vl_export.export import make_bundle
 
-    bundle = make_bundle(Checkpoint.open("demo-moe"))
-    return build(bundle, "ort-cpu-fp32", tmp_path_factory.mktemp("demo-moe") / "engine")
+    return make_bundle(Checkpoint.open("demo-moe"))
+
+
+@pytest.fixture(scope="session")
+def demo_moe_engine(demo_moe_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engine of the demo with a mixture of experts for ort-cpu-fp32."""
+    return build(demo_moe_bundle, "ort-cpu-fp32", tmp_path_factory.mktemp("demo-moe") / "engine")
 
 
 @pytest.fixture(scope="session")

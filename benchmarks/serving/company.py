@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks.serving.workload import DECODE, TimedCall, Workload, opened
+from qwen3vl_export.load.client import InProcess
 from qwen3vl_export.load.generator import Load, offer
 from qwen3vl_export.load.prompts import Prompts
 from qwen3vl_export.load.report import summarise
@@ -27,7 +28,7 @@ def measure(work: Workload) -> dict[str, Any]:
             prompts = Prompts.of_tokens(model.tokenizer, work.prompt_tokens, seed=2 * round_ + (clients > 1))
             session.calls.clear()
             load = Load(clients, num_requests=_REQUESTS_PER_CLIENT * clients, new_tokens=work.new_tokens)
-            report = summarise(offer(model, prompts, load))
+            report = summarise(offer(InProcess(model), prompts, load))
             sides[side].append(asdict(report) | {"decode_tokens_per_s": decode_speed(session.of(DECODE), clients)})
     model.close()
     speeds = {

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks.serving.workload import DECODE, PREFILL, Workload, opened
+from qwen3vl_export.load.client import InProcess
 from qwen3vl_export.load.generator import Load, offer
 from qwen3vl_export.load.prompts import Prompts
 from qwen3vl_export.load.report import summarise
@@ -21,7 +22,7 @@ def measure(work: Workload) -> dict[str, Any]:
     prompts = Prompts.of_tokens(model.tokenizer, work.prompt_tokens)
     num_requests = _REQUESTS_PER_CLIENT * SEQUENCES
     report = summarise(
-        offer(model, prompts, Load(SEQUENCES, num_requests=num_requests, new_tokens=4 * work.new_tokens))
+        offer(InProcess(model), prompts, Load(SEQUENCES, num_requests=num_requests, new_tokens=4 * work.new_tokens))
     )
     model.close()
     gaps, taken = [], []

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.serving.workload import Workload, opened
+from qwen3vl_export.load.client import InProcess
 from qwen3vl_export.load.generator import MAX_IN_FLIGHT, Load, Trace, offer
 from qwen3vl_export.load.prompts import Prompts
 from qwen3vl_export.load.report import summarise
@@ -20,14 +21,17 @@ def measure(work: Workload) -> dict[str, Any]:
     model, session = opened(work.demo, work.threads, max_context=512, max_sequences=work.clients)
     prompts = Prompts.of_tokens(model.tokenizer, work.prompt_tokens)
     load = Load(2 * work.clients, duration_s=work.capacity_s, new_tokens=work.new_tokens)
-    capacity = summarise(offer(model, prompts, load)).requests_per_s
+    capacity = summarise(offer(InProcess(model), prompts, load)).requests_per_s
     rate, seconds = work.overload * capacity, 60 * work.minutes
 
     def forget_calls(trace: Trace) -> None:
         session.calls.clear()  # else the notes would grow, and the memory with them
 
     trace = offer(
-        model, prompts, Load(MAX_IN_FLIGHT, rate, duration_s=seconds, new_tokens=work.new_tokens), forget_calls
+        InProcess(model),
+        prompts,
+        Load(MAX_IN_FLIGHT, rate, duration_s=seconds, new_tokens=work.new_tokens),
+        forget_calls,
     )
     statistics = model.statistics()
     model.close()

@@ -1,4 +1,4 @@
-"""`qwen3vl bench`: how fast an engine answers on this machine, in a few lines."""
+"""`qwen3vl bench`: how fast an engine answers on this machine, or a server, in a few lines."""
 
 # ruff: noqa: D301 (typer keeps the line breaks of a paragraph that begins with a backspace character)
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen3vl_export.cli.bench_load import LoadOptions, bench_load
-from qwen3vl_export.cli.options import AsJson, Engine, Opening, Serving, grouped
+from qwen3vl_export.cli.bench_url import ServerOptions, bench_url
+from qwen3vl_export.cli.options import AsJson, Opening, Serving, grouped
 from qwen3vl_export.cli.output import print_json, print_text
 from runtime.errors import UsageError
 from runtime.shown import columns
@@ -54,8 +55,11 @@ class Speed:
 
 @grouped
 def bench(
-    engine: Engine,
+    engine: Annotated[
+        Path | None, typer.Argument(metavar="ENGINE", help="Engine folder that qwen3vl-export wrote; or give --url.")
+    ] = None,
     *,
+    server: ServerOptions,
     image_size: Annotated[
         str, typer.Option(metavar="WxH", help="Size of the image, which holds random pixels; none leaves it out.")
     ] = "448x448",
@@ -78,6 +82,9 @@ def bench(
     were answered, refused because the queue was full, and failed; the percentiles 50 to 99 of TTFT, TPOT, latency and
     time in the queue; cache hits and memory. To see what a server can take, raise --rate until requests are refused.
 
+    --url offers the same to a server that speaks OpenAI's API, whatever it runs: streamed chat completions over HTTP,
+    images as PNG files. Its own counters are not seen: no queue, batch, cache and memory.
+
     --json prints one object; docs/commands.md lists its fields.
 
     \b
@@ -86,11 +93,16 @@ def bench(
       qwen3vl bench ENGINE --image-size 1024x768 --runs 9 --json
       qwen3vl bench ENGINE --concurrency 8 --plot load.svg
       qwen3vl bench ENGINE --rate 2 --duration 60 --max-queue 32 --image-size none
+      qwen3vl bench --url http://127.0.0.1:8000 --concurrency 8 --requests 64 --image-size 512x512
     """
     size = parse_size(image_size)
     load.check()
+    server.check(engine, load, opening, serving)
     if load.is_given and runs is not None:
         raise UsageError("--runs is of one request at a time", remedy="pass --requests with --concurrency or --rate")
+    if engine is None:
+        bench_url(server, size, prompt_tokens, new_tokens, load, as_json=as_json)
+        return
     model, where = _opened(engine, opening, serving)
     if load.is_given:
         from qwen3vl_export.load.prompts import Prompts

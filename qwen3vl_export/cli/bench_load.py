@@ -16,7 +16,9 @@ from runtime.errors import UsageError
 from runtime.shown import columns
 
 if TYPE_CHECKING:
+    from qwen3vl_export.load.client import Client
     from qwen3vl_export.load.prompts import Prompts
+    from qwen3vl_export.load.report import LoadReport
     from runtime.model import Qwen3VLModel
 
 _REQUESTS_PER_CLIENT = 4
@@ -51,6 +53,10 @@ class LoadOptions:
         """Whether many requests are asked for."""
         return self.concurrency is not None or self.rate is not None
 
+    def asked(self) -> dict[str, Any]:
+        """Return how requests arrive, for the JSON."""
+        return {"concurrency": self.concurrency, "rate": self.rate}
+
     def check(self) -> None:
         """Check what can be checked before the engine is opened.
 
@@ -80,7 +86,7 @@ def bench_load(
     *,
     as_json: bool,
 ) -> None:
-    """Send many requests, and print and plot what became of them.
+    """Send many requests to an engine, and print and plot what became of them.
 
     Args:
         model: An opened engine.
@@ -90,9 +96,27 @@ def bench_load(
         where: What the engine runs on, which comes first in the JSON.
         as_json: Print JSON.
     """
+    from qwen3vl_export.load.client import InProcess
+    from qwen3vl_export.load.report import report_rows
+
+    report = offered(InProcess(model), prompts, new_tokens, options)
+    if as_json:
+        recorded = getattr(model.session, "decode_recorded", None)  # known after the first step
+        print_json({**where, "decode_recorded": recorded, **options.asked(), **asdict(report)})
+        return
+    rows = [
+        ("device", f"{where['device']}, threads: {where['threads']}"),
+        ("engine", f"{where['target']}, loaded in {where['load_s']:.2f} s, {where['max_sequences']} sequences at once"),
+        *report_rows(report),
+    ]
+    print_text("\n".join(columns(rows)))
+
+
+def offered(client: Client, prompts: Prompts, new_tokens: int, options: LoadOptions) -> LoadReport:
+    """Offer the load that options ask for, plot it if they do, and return its figures."""
     from qwen3vl_export.load.generator import MAX_IN_FLIGHT, Load, offer
     from qwen3vl_export.load.plot import plot_load
-    from qwen3vl_export.load.report import report_rows, summarise
+    from qwen3vl_export.load.report import summarise
 
     requests, duration = options.requests, options.duration
     if requests is None and duration is None:
@@ -102,18 +126,7 @@ def bench_load(
             duration = _DEFAULT_DURATION_S
     load = Load(options.concurrency or MAX_IN_FLIGHT, options.rate, requests, duration, new_tokens, options.seed)
     with counting("sending requests") as show:
-        trace = offer(model, prompts, load, lambda now: show(now.num_ended, requests, f"{len(now.answered)} answered"))
-    report = summarise(trace)
+        trace = offer(client, prompts, load, lambda now: show(now.num_ended, requests, f"{len(now.answered)} answered"))
     if options.plot is not None:
         plot_load(trace, options.plot)
-    if as_json:
-        recorded = getattr(model.session, "decode_recorded", None)  # known after the first step
-        asked = {"concurrency": options.concurrency, "rate": options.rate}
-        print_json({**where, "decode_recorded": recorded, **asked, **asdict(report)})
-        return
-    rows = [
-        ("device", f"{where['device']}, threads: {where['threads']}"),
-        ("engine", f"{where['target']}, loaded in {where['load_s']:.2f} s, {where['max_sequences']} sequences at once"),
-        *report_rows(report),
-    ]
-    print_text("\n".join(columns(rows)))
+    return summarise(trace)

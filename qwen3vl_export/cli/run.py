@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from qwen3vl_export.cli.bench import bench
+from qwen3vl_export.cli.cache import app as cache
 from qwen3vl_export.cli.conversation import LineChat
 from qwen3vl_export.cli.errors import DEBUG_HELP, run_app
 from qwen3vl_export.cli.options import (
@@ -46,6 +47,7 @@ from qwen3vl_export.cli.output import (
     read_tools,
 )
 from qwen3vl_export.cli.picture_options import Pictures
+from qwen3vl_export.cli.serve import serve
 from qwen3vl_export.cli.targets import targets
 from qwen3vl_export.cli.verify import verify
 from runtime.errors import UsageError
@@ -224,8 +226,9 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
             print("note       a plan is code that the library runs: open only engines that you trust")
 
 
-for command in (verify, bench, targets):
+for command in (serve, verify, bench, targets):
     app.command()(command)
+app.add_typer(cache)
 
 
 def main() -> None:

@@ -106,7 +106,8 @@ def model_shape(model: str) -> ModelConfig:
     is_size = size in configs.names("models")
     if is_size and not is_folder(model, error=CheckpointError):
         return ModelConfig.from_hf({"model_type": SUPPORTED_MODEL_TYPE, **configs.load(f"models/{size}")})
-    from qwen3vl_export.checkpoint import DEMO, DEMO_MOE, Checkpoint, local_path
+    from qwen3vl_export.checkpoint import Checkpoint
+    from qwen3vl_export.sources import DEMO, DEMO_MOE, local_path
 
     path = local_path(model)
     if model in (DEMO, DEMO_MOE) or (path is not None and os.path.lexists(path)):

@@ -1,13 +1,12 @@
-"""Offer an engine requests as clients do, and note what becomes of each.
+"""Offer an engine or a server requests as clients do, and note what becomes of each.
 
 Closed loop: so many clients, each of which asks again when it has its answer. Open loop: requests arrive at random,
-whether or not earlier ones are answered, as they do at a server (Poisson arrivals); what the engine cannot take then
+whether or not earlier ones are answered, as they do at a server (Poisson arrivals); what the server cannot take then
 shows as refusals and as waiting, which clients that wait for each other would hide.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from array import array
@@ -19,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 from runtime.errors import OverloadError, Qwen3VLError
 
 if TYPE_CHECKING:
+    from qwen3vl_export.load.client import Client, Reply
     from qwen3vl_export.load.prompts import Prompts
-    from runtime.answer import Stats
-    from runtime.model import Qwen3VLModel
 
 MAX_IN_FLIGHT = 2048
 """Threads of an open loop without a bound, each of which waits for one answer."""
@@ -40,6 +38,7 @@ class Load:
         duration_s: Seconds in which they are offered; all that were accepted are then answered. None for no bound.
         new_tokens: Tokens of each answer, which no end token ends.
         seed: Seed of the arrivals.
+        warms_up: Send prompt number 0 before, and wait for its answer.
     """
 
     clients: int
@@ -48,6 +47,7 @@ class Load:
     duration_s: float | None = None
     new_tokens: int = 32
     seed: int = 0
+    warms_up: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Answered:
 
     Attributes:
         arrived_s: When it arrived.
-        asked_s: When it was sent to the engine.
+        asked_s: When it was sent.
         ended_s: When its answer was complete.
-        stats: What the engine says of it.
+        reply: What the client says of it.
     """
 
     arrived_s: float
     asked_s: float
     ended_s: float
-    stats: Stats
+    reply: Reply
 
     @property
     def latency_s(self) -> float:
@@ -74,7 +74,7 @@ class Answered:
     @property
     def ttft_s(self) -> float:
         """Seconds from the arrival to the first token."""
-        return self.asked_s - self.arrived_s + self.stats.ttft_s
+        return self.asked_s - self.arrived_s + self.reply.ttft_s
 
 
 @dataclass
@@ -84,11 +84,11 @@ class Trace:
     Attributes:
         num_offered: Requests that were sent, whatever became of them.
         answered: Those with an answer, in the order in which they ended.
-        refused_s: When the others were refused by an engine that was full.
+        refused_s: When the others were refused because too many waited.
         failed: How often each error ended a request, by its message.
-        rss: Resident bytes of the process, and when.
+        rss: Resident bytes of the process that answers, and when; empty if they cannot be seen.
         wall_s: From the beginning to the last answer.
-        before, after: `Qwen3VLModel.statistics` at both ends.
+        before, after: `Client.statistics` at both ends.
     """
 
     num_offered: int = 0
@@ -112,22 +112,23 @@ class Trace:
 
 
 def offer(
-    model: Qwen3VLModel, prompts: Prompts, load: Load, on_tick: Callable[[Trace], object] = lambda trace: None
+    client: Client, prompts: Prompts, load: Load, on_tick: Callable[[Trace], object] = lambda trace: None
 ) -> Trace:
-    """Offer an engine a load, after one request that warms it up, and return when all of it is answered or refused.
+    """Offer a load, and return when all of it is answered or refused.
 
     Args:
-        model: An opened engine.
-        prompts: What is asked; number 0 warms up.
+        client: Whom to ask.
+        prompts: What is asked.
         load: How requests arrive.
         on_tick: Called with what there is so far, some times a second, in another thread.
 
     Raises:
         Exception: What ended a request and is no error that a user can act on.
     """
-    run = _Run(model, prompts, load)
-    run.warm_up()
-    run.trace.before = model.statistics()
+    run = _Run(client, prompts, load)
+    if load.warms_up:
+        run.warm_up()
+    run.trace.before = client.statistics()
     run.begin()
     ticker = threading.Thread(target=run.tick, args=(on_tick,), daemon=True)
     ticker.start()
@@ -143,7 +144,7 @@ def offer(
         clients.shutdown(wait=True)
     except BaseException:
         run.is_over.set()
-        model.close(drain=False)  # else the clients would wait for their answers
+        client.stop()  # else the clients would wait for their answers
         raise
     finally:
         run.is_over.set()
@@ -156,16 +157,16 @@ def offer(
 class _Run:
     """One load as it runs; all threads of it write here."""
 
-    def __init__(self, model: Qwen3VLModel, prompts: Prompts, load: Load) -> None:
+    def __init__(self, client: Client, prompts: Prompts, load: Load) -> None:
         self.trace = Trace()
         self.is_over = threading.Event()
-        self._model, self._prompts, self._load = model, prompts, load
+        self._client, self._prompts, self._load = client, prompts, load
         self._lock = threading.Lock()
         self._start = 0.0
         self._bug: Exception | None = None
 
     def warm_up(self) -> None:
-        self._generate(0)
+        self._client.ask(self._prepared(0))
 
     def begin(self) -> None:
         self._start = time.perf_counter()
@@ -177,7 +178,7 @@ class _Run:
             raise self._bug
         trace = self.trace
         trace.wall_s = max((each.ended_s for each in trace.answered), default=self._now())
-        trace.after = self._model.statistics()
+        trace.after = self._client.statistics()
         self._sample()
 
     def tick(self, on_tick: Callable[[Trace], object]) -> None:
@@ -189,7 +190,7 @@ class _Run:
     def ask_again_and_again(self) -> None:
         """Be one client of a closed loop; one that is refused waits as long as it is told to."""
         while (index := self._next()) is not None:
-            pause = self._ask(index, self._prompts.messages(index), None)
+            pause = self._ask(self._prepared(index), None)
             if pause:
                 self.is_over.wait(min(pause, _LONGEST_PAUSE_S))
 
@@ -200,11 +201,11 @@ class _Run:
         gaps = np.random.default_rng(self._load.seed)
         arrival_s = 0.0
         while (index := self._next(arrival_s)) is not None:
-            messages = self._prompts.messages(index)
+            request = self._prepared(index)
             pause = arrival_s - self._now()
             if pause > 0:
                 self.is_over.wait(pause)
-            submit(self._ask, index, messages, arrival_s)
+            submit(self._ask, request, arrival_s)
             arrival_s += float(gaps.exponential(1 / rate))
 
     def _next(self, arrival_s: float | None = None) -> int | None:
@@ -218,12 +219,12 @@ class _Run:
             self.trace.num_offered += 1
             return self.trace.num_offered
 
-    def _ask(self, index: int, messages: Any, arrival_s: float | None) -> float | None:
+    def _ask(self, request: Any, arrival_s: float | None) -> float | None:
         """Send one request and note what becomes of it; return the seconds to wait after a refusal."""
         asked = self._now()
         arrived = asked if arrival_s is None else arrival_s
         try:
-            stats = self._generate(index, messages)
+            reply = self._client.ask(request)
         except OverloadError as error:
             self.trace.refused_s.append(asked)
             return error.retry_after_s
@@ -234,25 +235,16 @@ class _Run:
             self._bug = error
             self.is_over.set()
         else:
-            self.trace.answered.append(Answered(arrived, asked, self._now(), stats))
+            self.trace.answered.append(Answered(arrived, asked, self._now(), reply))
         return None
 
-    def _generate(self, index: int, messages: Any = None) -> Stats:
-        messages = self._prompts.messages(index) if messages is None else messages
-        new_tokens = self._load.new_tokens
-        return self._model.generate(messages, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[]).stats
+    def _prepared(self, index: int) -> Any:
+        return self._client.prepare(self._prompts.messages(index), self._load.new_tokens)
 
     def _now(self) -> float:
         return time.perf_counter() - self._start
 
     def _sample(self) -> None:
-        self.trace.rss.append((self._now(), rss_bytes()))
-
-
-def rss_bytes() -> int:
-    """Return the resident bytes of this process; 0 where the system has no /proc."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+        num_bytes = self._client.memory_bytes()
+        if num_bytes is not None:
+            self.trace.rss.append((self._now(), num_bytes))

@@ -48,8 +48,21 @@ class Prompts:
             seed: As the attribute.
         """
         per_word = len(tokenizer.encode(_text(_SAMPLE, seed))) / _SAMPLE
-        shared_words = max(1, round(shared_tokens / per_word)) if shared_tokens else 0
-        return cls(max(1, round(num_tokens / per_word)), image_size, shared_words, seed)
+        return cls.of_length(per_word, num_tokens, image_size, shared_tokens=shared_tokens, seed=seed)
+
+    @classmethod
+    def of_length(
+        cls,
+        tokens_per_word: float,
+        num_tokens: int,
+        image_size: tuple[int, int] | None = None,
+        *,
+        shared_tokens: int = 0,
+        seed: int = 0,
+    ) -> Prompts:
+        """Return the same, where it is known how many tokens a word has."""
+        shared_words = max(1, round(shared_tokens / tokens_per_word)) if shared_tokens else 0
+        return cls(max(1, round(num_tokens / tokens_per_word)), image_size, shared_words, seed)
 
     def messages(self, index: int) -> list[dict[str, Any]]:
         """Return the prompt with this number, at least 0, the same on every call."""

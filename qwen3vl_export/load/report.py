@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 PERCENTILES = (50, 90, 95, 99)
-_TIMES: Mapping[str, Callable[[Answered], float]] = {
+_TIMES: Mapping[str, Callable[[Answered], float | None]] = {
     "ttft_s": lambda each: each.ttft_s,
-    "tpot_s": lambda each: each.stats.tpot_s,
+    "tpot_s": lambda each: each.reply.tpot_s,
     "latency_s": lambda each: each.latency_s,
-    "queue_s": lambda each: each.stats.queue_s,
+    "queue_s": lambda each: each.reply.queue_s,
 }
 _LABELS = {"ttft_s": "TTFT", "tpot_s": "TPOT", "latency_s": "latency", "queue_s": "queue"}
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """A load in figures.
+    """A load in figures; None, and no percentiles, where the client cannot know.
 
     Attributes:
         wall_s: From the beginning to the last answer.
@@ -50,49 +50,67 @@ class LoadReport:
     errors: dict[str, int]
     requests_per_s: float
     tokens_per_s: float
-    prompt_tokens: int
+    prompt_tokens: int | None
     new_tokens: int
     ttft_s: dict[str, float]
     tpot_s: dict[str, float]
     latency_s: dict[str, float]
     queue_s: dict[str, float]
-    batch_size: float
-    scheduler_ms_per_step: float
-    prefix_hits: int
-    cached_tokens: int
-    cached_images: int
-    rss_start_bytes: int
-    rss_end_bytes: int
-    rss_peak_bytes: int
+    batch_size: float | None
+    scheduler_ms_per_step: float | None
+    prefix_hits: int | None
+    cached_tokens: int | None
+    cached_images: int | None
+    rss_start_bytes: int | None
+    rss_end_bytes: int | None
+    rss_peak_bytes: int | None
 
 
 def summarise(trace: Trace) -> LoadReport:
     """Return the figures of a load."""
-    stats = [each.stats for each in trace.answered]
-    new_tokens = sum(each.new_tokens for each in stats)
+    replies = [each.reply for each in trace.answered]
+    new_tokens = sum(each.new_tokens for each in replies)
     wall_s = trace.wall_s or 1.0
-    batches = {name: _added(trace, "batch_size", name) for name in ("sum", "count")}
+    rss = [num_bytes for _, num_bytes in trace.rss]
+    times = {name: [value(each) for each in trace.answered] for name, value in _TIMES.items()}
     return LoadReport(
         wall_s=trace.wall_s,
         offered=trace.num_offered,
-        done=len(stats),
+        done=len(replies),
         refused=len(trace.refused_s),
         failed=trace.num_failed,
         errors=dict(trace.failed),
-        requests_per_s=len(stats) / wall_s,
+        requests_per_s=len(replies) / wall_s,
         tokens_per_s=new_tokens / wall_s,
-        prompt_tokens=sum(each.prompt_tokens for each in stats),
+        prompt_tokens=_total([each.prompt_tokens for each in replies]),
         new_tokens=new_tokens,
-        **{name: percentiles([value(each) for each in trace.answered]) for name, value in _TIMES.items()},
-        batch_size=batches["sum"] / batches["count"] if batches["count"] else 0.0,
-        scheduler_ms_per_step=1e3 * _added(trace, "scheduler_s") / max(1, _added(trace, "steps")),
-        prefix_hits=int(_added(trace, "prefix_hits")),
-        cached_tokens=int(_added(trace, "cached_tokens")),
-        cached_images=sum(each.cached_images for each in stats),
-        rss_start_bytes=trace.rss[0][1],
-        rss_end_bytes=trace.rss[-1][1],
-        rss_peak_bytes=max(num_bytes for _, num_bytes in trace.rss),
+        **{name: percentiles([each for each in values if each is not None]) for name, values in times.items()},
+        cached_images=_total([each.cached_images for each in replies]),
+        **_counters(trace),
+        rss_start_bytes=rss[0] if rss else None,
+        rss_end_bytes=rss[-1] if rss else None,
+        rss_peak_bytes=max(rss) if rss else None,
     )
+
+
+def _counters(trace: Trace) -> dict[str, Any]:
+    """Return what the counters of an engine grew by; without them, what the answers tell."""
+    if not trace.after:
+        told = _total([each.reply.cached_tokens for each in trace.answered])
+        return dict.fromkeys(("batch_size", "scheduler_ms_per_step", "prefix_hits")) | {"cached_tokens": told}
+    batches = {name: _added(trace, "batch_size", name) for name in ("sum", "count")}
+    return {
+        "batch_size": batches["sum"] / batches["count"] if batches["count"] else 0.0,
+        "scheduler_ms_per_step": 1e3 * _added(trace, "scheduler_s") / max(1, _added(trace, "steps")),
+        "prefix_hits": int(_added(trace, "prefix_hits")),
+        "cached_tokens": int(_added(trace, "cached_tokens")),
+    }
+
+
+def _total(values: Sequence[int | None]) -> int | None:
+    """Return the sum, or None if one is missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -114,14 +132,19 @@ def report_rows(report: LoadReport) -> list[tuple[str, str]]:
     ]
     for name, label in _LABELS.items():
         values = getattr(report, name)
-        rows.append(
-            (label, ", ".join(f"{q} {1e3 * value:.1f}" for q, value in values.items()) + " ms" if values else "-")
-        )
-    rows.append(("batch", f"{report.batch_size:.2f} sequences a step, scheduler {report.scheduler_ms_per_step:.3f} ms"))
-    hits = f"{report.prefix_hits} prompts, {report.cached_tokens} tokens, {report.cached_images} images"
-    rows.append(("cache hits", hits))
-    rss = " → ".join(f"{each / 1e9:.3f}" for each in (report.rss_start_bytes, report.rss_end_bytes))
-    rows.append(("memory", f"{rss} GB resident, peak {report.rss_peak_bytes / 1e9:.3f} GB"))
+        if values or name != "queue_s":  # a server does not tell it
+            rows.append(
+                (label, ", ".join(f"{q} {1e3 * each:.1f}" for q, each in values.items()) + " ms" if values else "-")
+            )
+    if report.batch_size is not None:
+        steps = f"{report.batch_size:.2f} sequences a step, scheduler {report.scheduler_ms_per_step:.3f} ms"
+        rows.append(("batch", steps))
+    counts = {"prompts": report.prefix_hits, "tokens": report.cached_tokens, "images": report.cached_images}
+    if hits := [f"{count} {name}" for name, count in counts.items() if count is not None]:
+        rows.append(("cache hits", ", ".join(hits)))
+    if report.rss_start_bytes is not None and report.rss_end_bytes is not None and report.rss_peak_bytes is not None:
+        rss = " → ".join(f"{each / 1e9:.3f}" for each in (report.rss_start_bytes, report.rss_end_bytes))
+        rows.append(("memory", f"{rss} GB resident, peak {report.rss_peak_bytes / 1e9:.3f} GB"))
     return rows
 
 
@@ -140,7 +163,7 @@ def tokens_over_time(trace: Trace, num_bins: int = 60) -> tuple[np.ndarray, np.n
     counts = np.zeros(num_bins)
     for each in trace.answered:
         first = each.arrived_s + each.ttft_s
-        counts += np.histogram(np.linspace(first, max(first, each.ended_s), each.stats.new_tokens), edges)[0]
+        counts += np.histogram(np.linspace(first, max(first, each.ended_s), each.reply.new_tokens), edges)[0]
     return (edges[:-1] + edges[1:]) / 2, counts / np.diff(edges)
 
 

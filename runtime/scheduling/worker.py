@@ -264,6 +264,11 @@ class Worker:
         ahead.update(futures)
         self._changed.wake()
 
+    def check_open(self) -> None:
+        """Raise if requests are not taken any more: the errors of `reserve`, but that the queue is full."""
+        with self._lock:
+            self._check_open()
+
     def warm_up(self) -> None:
         """Run each kind of call once; for `call`."""
         self._steps.warm_up()

@@ -13,11 +13,12 @@ import torch
 from demo_training.evaluate import as_markdown, evaluate, summarise, torch_predictor
 from demo_training.model import save_checkpoint
 from demo_training.tokenizer import SPECIAL_TOKENS, build_tokenizer
-from qwen3vl_export.checkpoint import DEMO, DEMO_MOE, Checkpoint
+from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo import CHECKPOINT, IMAGES
 from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.demo.tasks import TASKS
 from qwen3vl_export.eager import EagerSession, load, open_eager
+from qwen3vl_export.sources import DEMO, DEMO_MOE
 from runtime.messages import user_message
 
 NUM_CANVASES = 40

@@ -69,14 +69,6 @@ def test_experts_are_estimated_to_the_byte(name: str, demo_moe_bundle: Bundle, t
     assert stored <= estimated <= (stored if get(name).device == "cpu" else 1.01 * stored)
 
 
-@pytest.fixture(scope="module")
-def demo_moe_bundle() -> Bundle:
-    from qwen3vl_export.checkpoint import Checkpoint
-    from qwen3vl_export.export import make_bundle
-
-    return make_bundle(Checkpoint.open("demo-moe"))
-
-
 def test_experts_that_tensorrt_gathers_are_counted() -> None:
     config = shape("qwen3-vl-30b-a3b")
     gathered = {

@@ -247,7 +247,7 @@ def test_of_two_at_once_both_end_and_one_whole_engine_stays(
             with output_folder(output, 0) as folder:
                 for name in ("engine.json", "decoder.onnx"):
                     (folder / name).write_text(mark)
-                barrier.wait(30)
+                barrier.wait(300)
 
         both = [context.Process(target=write, args=(mark,)) for mark in "ab"]
         for each in both:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from fuzz import driver
 from fuzz.family import ROOT, SHARES
+from fuzz.outcome import USUAL
 
 FINDINGS = ROOT / "build" / "fuzz"
 
@@ -21,6 +23,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=20_000, help="in all, divided among the families")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same inputs")
     parser.add_argument("--findings", type=Path, default=FINDINGS, help="folder for the files of findings")
+    parser.add_argument("--max-cpu-s", type=float, default=USUAL.max_cpu_s, help="an input that takes more is slow")
     parser.add_argument("--engine", type=Path, help="an engine of the demo for ort-cpu-fp32; built if not given")
     parser.add_argument("--replay", type=Path, help="run this finding again and nothing else")
     options = parser.parse_args()
@@ -34,7 +37,10 @@ def main() -> int:
             )
             return int(outcome.is_finding)
         names = driver.shares(options.inputs, driver.chosen(options.families))
-        tallies = driver.fuzz(names, engine, options.seed, options.findings, lambda line: print(line, flush=True))
+        bounds = dataclasses.replace(USUAL, max_cpu_s=options.max_cpu_s)
+        tallies = driver.fuzz(
+            names, engine, options.seed, options.findings, lambda line: print(line, flush=True), bounds=bounds
+        )
     print(driver.table(tallies))
     return int(any(tally.num_findings for tally in tallies.values()))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 from fuzz.family import SHARES, Family, Recipe, load
-from fuzz.outcome import REFUSED, TAKEN, Outcome
+from fuzz.outcome import REFUSED, TAKEN, USUAL, Bounds, Outcome
 from fuzz.worker import Worker
 
 _SAVED_OF_A_CAUSE = 3
@@ -60,6 +60,7 @@ def fuzz(
     report: Callable[[str], None] = lambda _: None,
     family_of: Callable[[str], Family] = load,
     max_findings: int | None = None,
+    bounds: Bounds = USUAL,
 ) -> dict[str, Tally]:
     """Run so many inputs of each family; the same seed gives the same inputs.
 
@@ -71,10 +72,12 @@ def fuzz(
         report: Takes lines that say how far it is.
         family_of: Finds a family.
         max_findings: Of a family, after which its other inputs are left out.
+        bounds: Beyond which an input is slow or hangs.
     """
     tallies = {name: Tally() for name in names}
     for name, count in names.items():
-        _fuzz_family(name, family_of(name), count, engine, seed, folder, report, tallies[name], max_findings)
+        with Worker(family_of(name), engine, bounds) as worker:
+            _fuzz_family(name, family_of(name), count, worker, seed, folder, report, tallies[name], max_findings)
     return tallies
 
 
@@ -82,7 +85,7 @@ def _fuzz_family(
     name: str,
     family: Family,
     count: int,
-    engine: Path,
+    worker: Worker,
     seed: int,
     folder: Path | None,
     report: Callable[[str], None],
@@ -90,26 +93,25 @@ def _fuzz_family(
     max_findings: int | None,
 ) -> None:
     told = time.monotonic()
-    with Worker(family, engine) as worker:
-        for number in range(count):
-            if max_findings is not None and tally.num_findings >= max_findings:
-                break
-            recipe = recipe_of(name, family, seed, number)
-            outcome = worker.run(recipe)
-            tally.kinds[outcome.kind] += 1
-            tally.max_cpu_s = max(tally.max_cpu_s, outcome.cpu_s)
-            tally.max_grown_bytes = max(tally.max_grown_bytes, outcome.grown_bytes)
-            if outcome.is_finding:
-                tally.causes[outcome.key] += 1
-                if folder is not None and tally.causes[outcome.key] <= _SAVED_OF_A_CAUSE:
-                    recipe, outcome = smaller(recipe, outcome, worker.run)
-                finding = Finding(name, number, recipe, outcome)
-                if folder is not None and tally.causes[outcome.key] <= _SAVED_OF_A_CAUSE:
-                    finding = save(finding, folder)
-                tally.examples.setdefault(outcome.key, finding)
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                report(f"{name}: {number + 1} of {count}, {tally.num_findings} findings")
+    for number in range(count):
+        if max_findings is not None and tally.num_findings >= max_findings:
+            break
+        recipe = recipe_of(name, family, seed, number)
+        outcome = worker.run(recipe)
+        tally.kinds[outcome.kind] += 1
+        tally.max_cpu_s = max(tally.max_cpu_s, outcome.cpu_s)
+        tally.max_grown_bytes = max(tally.max_grown_bytes, outcome.grown_bytes)
+        if outcome.is_finding:
+            tally.causes[outcome.key] += 1
+            if folder is not None and tally.causes[outcome.key] <= _SAVED_OF_A_CAUSE:
+                recipe, outcome = smaller(recipe, outcome, worker.run)
+            finding = Finding(name, number, recipe, outcome)
+            if folder is not None and tally.causes[outcome.key] <= _SAVED_OF_A_CAUSE:
+                finding = save(finding, folder)
+            tally.examples.setdefault(outcome.key, finding)
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            report(f"{name}: {number + 1} of {count}, {tally.num_findings} findings")
     report(f"{name}: {tally.kinds.total()} of {count}, {tally.num_findings} findings")
 
 

@@ -17,13 +17,28 @@ _CODE = Path(runtime.__file__).resolve().parent.parent
 TAKEN, REFUSED = "taken", "refused"
 RAW, MESSAGE, SLOW, MEMORY, HANG, CRASH = "raw exception", "message", "slow", "memory", "hang", "crash"
 
-MAX_SECONDS = 2.0
-"""Of CPU time: the wall clock also shows what else the machine is doing."""
 MAX_BYTES = 300_000_000
 MAX_MESSAGE = 500
 # What a wrong value has to be is remedy enough.
 _SAYS_WHAT_IS_WANTED = re.compile(r"\b(must be|expected|at most|at least|is missing|without|known are)\b")
 _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How long an input may take.
+
+    Attributes:
+        max_cpu_s: Of CPU time: the wall clock also shows what else the machine is doing.
+        max_wall_s: After which an input hangs: fifteen times its CPU time, for a machine that is busy.
+    """
+
+    max_cpu_s: float = 2.0
+    max_wall_s: float = 30.0
+
+
+USUAL = Bounds()
+"""Of a long run."""
 
 
 @dataclass(frozen=True)

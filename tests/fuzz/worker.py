@@ -17,11 +17,9 @@ from typing import Any
 
 from fuzz.children import ChildrenWatch, status_bytes
 from fuzz.family import Family, Recipe
-from fuzz.outcome import CRASH, HANG, MAX_BYTES, MAX_SECONDS, MEMORY, SLOW, TAKEN, Outcome, of_error
+from fuzz.outcome import CRASH, HANG, MAX_BYTES, MEMORY, SLOW, TAKEN, USUAL, Bounds, Outcome, of_error
 
-MAX_WALL_S = 30.0
-"""After which an input hangs: fifteen times its CPU time, for a machine that is busy with other things."""
-SETUP_S = 120.0
+SETUP_S = 600.0
 _OWN_FAULT = 70
 """Exit code of a child in which not the project but a family failed (EX_SOFTWARE of sysexits.h)."""
 _ADDRESS_SPACE_BYTES = 3 << 30
@@ -29,11 +27,18 @@ _ADDRESS_SPACE_BYTES = 3 << 30
 
 
 class Worker:
-    """Runs inputs of one family; close it, or use it as a context."""
+    """Runs inputs of one family; close it, or use it as a context.
 
-    def __init__(self, family: Family, engine: Path) -> None:
+    Args:
+        family: Makes and runs the inputs.
+        engine: Of the demo.
+        bounds: Beyond which an input is slow or hangs.
+    """
+
+    def __init__(self, family: Family, engine: Path, bounds: Bounds = USUAL) -> None:
         self._family = family
         self._engine = engine
+        self._bounds = bounds
         self._pid = 0
 
     def __enter__(self) -> Worker:
@@ -47,10 +52,10 @@ class Worker:
         if not self._pid:
             self._start()
         os.write(self._to, (json.dumps(recipe) + "\n").encode())
-        line = self._line(MAX_WALL_S)
+        line = self._line(self._bounds.max_wall_s)
         if line is None:
             self._kill()
-            return Outcome(HANG, "", f"no answer after {MAX_WALL_S:.0f} s")
+            return Outcome(HANG, "", f"no answer after {self._bounds.max_wall_s:.0f} s")
         if not line:
             status = os.waitstatus_to_exitcode(self._reap())
             if status == _OWN_FAULT:
@@ -76,7 +81,7 @@ class Worker:
                 os.close(self._to)
                 os.close(self._from)
                 os.setpgid(0, 0)
-                _serve(self._family, self._engine, Path(self._folder.name), take, give)
+                _serve(self._family, self._engine, self._bounds, Path(self._folder.name), take, give)
                 status = 0
             except BaseException:
                 import traceback
@@ -122,7 +127,7 @@ class Worker:
         return status
 
 
-def _serve(family: Family, engine: Path, folder: Path, take: int, give: int) -> None:
+def _serve(family: Family, engine: Path, bounds: Bounds, folder: Path, take: int, give: int) -> None:
     """Run the inputs that come, until there are no more."""
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -137,11 +142,11 @@ def _serve(family: Family, engine: Path, folder: Path, take: int, give: int) -> 
     os.write(give, b"ready\n")
     with os.fdopen(take) as lines:
         for line in lines:
-            outcome = measured(family, json.loads(line), context)
+            outcome = measured(family, json.loads(line), context, bounds)
             os.write(give, (json.dumps(outcome.to_dict()) + "\n").encode())
 
 
-def measured(family: Family, recipe: Recipe, context: Any) -> Outcome:
+def measured(family: Family, recipe: Recipe, context: Any, bounds: Bounds = USUAL) -> Outcome:
     """Run one input in this process, and compare time and memory with the bounds."""
     gc.collect()
     input_bytes, taken_bytes = family.size(recipe)
@@ -157,11 +162,12 @@ def measured(family: Family, recipe: Recipe, context: Any) -> Outcome:
     cpu_s, grown = _cpu_s() - started - children.cpu_s, max(0, own_bytes, children.grown_bytes)
     values = outcome.to_dict() | {"cpu_s": round(cpu_s, 3), "grown_bytes": grown}
     allowed = MAX_BYTES + input_bytes + (taken_bytes if outcome.kind == TAKEN else 0)
-    if not outcome.is_finding and cpu_s > MAX_SECONDS:
-        values |= {"kind": SLOW, "place": outcome.kind, "text": f"{cpu_s:.1f} s of CPU time; {outcome.text[:300]}"}
-    elif not outcome.is_finding and grown > allowed:
+    # Memory first: to fill it takes time as well, and how much depends on the machine.
+    if not outcome.is_finding and grown > allowed:
         text = f"{grown / 1e6:.0f} MB, allowed {allowed / 1e6:.0f} MB; {outcome.text[:300]}"
         values |= {"kind": MEMORY, "place": outcome.kind, "text": text}
+    elif not outcome.is_finding and cpu_s > bounds.max_cpu_s:
+        values |= {"kind": SLOW, "place": outcome.kind, "text": f"{cpu_s:.1f} s of CPU time; {outcome.text[:300]}"}
     return Outcome(**values)
 
 

@@ -160,7 +160,7 @@ def test_entry_points_and_extras() -> None:
         "qwen3vl": "qwen3vl_export.cli.run:main",
     }
     extras = {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "verify", "plot", "test", "dev"}
-    extras |= {"video", "structured", "heif"}
+    extras |= {"video", "structured", "heif", "serve"}
     assert set(project["optional-dependencies"]) == extras
     assert HEAVY.isdisjoint(project["dependencies"])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT
+from scripts import share_torch
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -48,12 +49,10 @@ def test_the_wheel_is_small_and_trains_nothing(wheel: Path) -> None:
     assert wheel.stat().st_size <= 13_000_000
 
 
-def environment(folder: Path, wheel: Path, extras: str) -> Path:
-    """An environment of the wheel and its extras, in the versions of the lock: they do not depend on the day."""
-    run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
-    locked = ROOT / "locks" / "demo.txt"
-    run(folder / "bin" / "pip", "install", "-q", "-c", locked, f"{wheel}[{extras}]", cwd=folder.parent)
-    return folder / "bin"
+def install(binaries: Path, wheel: Path, extras: str) -> None:
+    """Install the wheel and its extras, in the versions of the lock: they do not depend on the day."""
+    options = ("-q", "--no-compile", "-c", ROOT / "locks" / "demo.txt")
+    run(binaries / "pip", "install", *options, f"{wheel}[{extras}]", cwd=binaries)
 
 
 def installed(binaries: Path, cwd: Path) -> set[str]:
@@ -72,9 +71,19 @@ def ask(binaries: Path, engine: Path, cwd: Path) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def exported(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Commands of an environment with the wheel and its extras [export,cpu], and the engine that they exported."""
+    """Commands of an environment with the wheel and its extras [export,cpu], and the engine that they exported.
+
+    PyTorch is a link to that of this environment: its gigabytes take minutes to install.
+    """
     folder = tmp_path_factory.mktemp("export")
-    binaries = environment(folder / "env", wheel, "export,cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(share_torch, "SHARED", folder / "shared")
+        patch.setattr(share_torch, "CONSTRAINTS", folder / "shared" / "constraints.txt")
+        share_torch.make_environment(folder / "env")
+    for link in (folder / "shared").glob("torchvision*"):
+        link.unlink()
+    binaries = folder / "env" / "bin"
+    install(binaries, wheel, "export,cpu")
     run(binaries / "qwen3vl-export", "demo", "--target", "ort-cpu-fp32", "--output", folder / "engine", cwd=folder)
     return binaries, folder / "engine"
 
@@ -86,7 +95,9 @@ def test_export_extra_exports_the_demo(exported: tuple[Path, Path], tmp_path: Pa
 
 
 def test_cpu_extra_alone_runs_that_engine(wheel: Path, exported: tuple[Path, Path], tmp_path: Path) -> None:
-    binaries = environment(tmp_path / "env", wheel, "cpu")
+    run(sys.executable, "-m", "venv", tmp_path / "env", cwd=tmp_path)
+    binaries = tmp_path / "env" / "bin"
+    install(binaries, wheel, "cpu")
     assert not installed(binaries, tmp_path) & {"torch", "torchvision", "transformers", "onnx", "onnx-ir"}
     answer, truth = ask(binaries, exported[1], tmp_path)
     assert answer == truth

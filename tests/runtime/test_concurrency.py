@@ -53,7 +53,7 @@ def in_threads(work: Callable[[int], None]) -> list[BaseException]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(600)
     assert not any(thread.is_alive() for thread in threads), "a thread waits for ever"
     return raised
 
@@ -147,10 +147,10 @@ def test_calls_leave_no_memory_behind(model: Qwen3VLModel) -> None:
             leave_early(model)
             be_refused(model)
             with pytest.raises(ValueError):
-                model.generate([{"role": "user", "content": [{"type": "image", "image": b"x" * 100_000}]}])
+                model.generate([{"role": "user", "content": [{"type": "image", "image": b"x" * 1_000_000}]}])
         gc.collect()
 
     calls(20)
     before = resident_bytes()
     calls(60)
-    assert resident_bytes() - before < 4 << 20  # the images that were refused alone are 6 MB
+    assert resident_bytes() - before < 30 << 20  # the images that were refused alone are 60 MB

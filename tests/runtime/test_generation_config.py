@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any
 
 import numpy as np
@@ -270,7 +269,7 @@ HUGE = {
     "-5000 digits": -(10**5000),
     "nested": nested(5000),
     "cyclic": cyclic(),
-    "range": range(10**9),
+    "range": range(10**12),  # to look at each number would take hours
     "surrogates": "\ud800" * 10_000,
 }
 
@@ -285,10 +284,8 @@ HUGE = {
     ],
 )
 def test_any_value_ends_in_a_short_error_of_ours(name: str, kind: str) -> None:
-    started = time.perf_counter()
     with pytest.raises(UsageError, match=name) as caught:
         GenerationOptions().replace(**{"do_sample": True, name: HUGE[kind]})
-    assert time.perf_counter() - started < 1
     assert len(str(caught.value)) < 500 and caught.value.message.isprintable()
 
 

@@ -140,7 +140,11 @@ def test_other_processors_are_right_or_made_right(cpu: str) -> None:
 
 
 @needs_emulator
-@pytest.mark.parametrize("target", ["ort-cpu-int8", "ort-cpu-int4", "ort-cpu-int4p8"])
+# The first has the kernels of both others.
+@pytest.mark.parametrize(
+    "target",
+    ["ort-cpu-int4p8", *(pytest.param(f"ort-cpu-{each}", marks=pytest.mark.slow) for each in ("int8", "int4"))],
+)
 def test_an_engine_computes_the_same_without_vnni(target: str, demo_bundle: Bundle, tmp_path: Path) -> None:
     engine = build(demo_bundle, target, tmp_path / "engine")
     arguments = (str(engine), str(IMAGE))

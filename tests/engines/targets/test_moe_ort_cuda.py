@@ -27,9 +27,7 @@ from engines.targets import ort_cuda
 from helpers.engines import build
 from helpers.experts_op import TOP_K, Arrays, model_of, padded, random_inputs, with_ties
 from helpers.host_cuda import HostDevice
-from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.data import held_out
-from qwen3vl_export.export import make_bundle
 from qwen3vl_export.ops import mixture_of_experts
 from qwen3vl_export.parity.lowered import open_graph
 from qwen3vl_export.parity.verify import verify
@@ -261,8 +259,8 @@ def test_rows_that_moe_cannot_read_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return make_bundle(Checkpoint.open("demo-moe"))
+def bundle(demo_moe_bundle: Bundle) -> Bundle:
+    return demo_moe_bundle
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)

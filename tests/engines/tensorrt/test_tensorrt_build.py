@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,12 @@ def built(bundle: Bundle, target: str, output: Path, options: BuildOptions = SMA
 
 
 @pytest.fixture(scope="module")
+def half(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine in float16; tests that change it take a copy."""
+    return built(demo_bundle, "trt-rtx-fp16", tmp_path_factory.mktemp("half") / "engine")
+
+
+@pytest.fixture(scope="module")
 def lowered(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(demo_bundle, "trt-rtx-int4", tmp_path_factory.mktemp("lowered") / "folder", runnable=False)
 
@@ -57,11 +64,11 @@ def parsed(lowered: Path) -> Iterator[tuple[Any, GraphFacts]]:
 @pytest.mark.parametrize(
     ("precision", "first"), [("fp16", "7.5"), ("bf16", "8.0"), ("int4", "8.0"), ("fp8", "8.9"), ("nvfp4", "12.0")]
 )
-def test_the_demo_becomes_plans(precision: str, first: str, demo_bundle: Bundle, tmp_path: Path) -> None:
+def test_the_demo_becomes_plans(precision: str, first: str, half: Path, demo_bundle: Bundle, tmp_path: Path) -> None:
     bundle = demo_bundle
     if precision == "fp8":
         bundle = calibrate(bundle, get("trt-rtx-fp8"), training_prompts(2), tmp_path).applied_to(bundle)
-    engine = built(bundle, f"trt-rtx-{precision}", tmp_path / "engine")
+    engine = half if precision == "fp16" else built(bundle, f"trt-rtx-{precision}", tmp_path / "engine")
     manifest = Manifest.read(engine)
     manifest.check(engine, full=True)
     assert {"vision.plan", "decoder.plan"} <= {path.name for path in engine.iterdir()}
@@ -126,9 +133,9 @@ def test_a_plan_that_is_too_large_or_too_small_is_refused() -> None:
 
 
 def test_an_older_engine_stays_when_a_build_fails_and_goes_when_one_succeeds(
-    demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    half: Path, demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = built(demo_bundle, "trt-rtx-fp16", tmp_path / "engine")
+    engine = shutil.copytree(half, tmp_path / "engine")
     before = {path.name: path.read_bytes() for path in engine.iterdir()}
 
     class Full:
@@ -262,19 +269,18 @@ def test_without_a_gpu_the_enterprise_library_is_refused_before_any_work(tmp_pat
     assert "trt-fp16 cannot be built on this machine" in err and "--target trt-fp16 --no-compile" in err
 
 
-def test_inspect_shows_the_profiles_and_says_that_a_plan_is_code(demo_bundle: Bundle, tmp_path: Path) -> None:
-    engine = built(demo_bundle, "trt-rtx-fp16", tmp_path / "engine")
-    code, out, err = call(run.app, "inspect", str(engine), "--check")
+def test_inspect_shows_the_profiles_and_says_that_a_plan_is_code(half: Path) -> None:
+    code, out, err = call(run.app, "inspect", str(half), "--check")
     assert code == 0, err
     assert "profile decoder decode" in out and "[2, 1]" in out and "a plan is code" in out
     assert max(map(len, out.splitlines())) < 400
-    code, _, err = call(run.app, "run", str(engine), "Read the digits.")
+    code, _, err = call(run.app, "run", str(half), "Read the digits.")
     if not get("trt-rtx-fp16").availability().can_run:
         assert code != 0 and "NVIDIA" in err and "remedy" in err
 
 
-def test_a_damaged_or_exchanged_plan_is_found(demo_bundle: Bundle, tmp_path: Path) -> None:
-    engine = built(demo_bundle, "trt-rtx-fp16", tmp_path / "engine")
+def test_a_damaged_or_exchanged_plan_is_found(half: Path, tmp_path: Path) -> None:
+    engine = shutil.copytree(half, tmp_path / "engine")
     plan = (engine / "decoder.plan").read_bytes()
     (engine / "decoder.plan").write_bytes(plan[:-100])
     with pytest.raises(EngineError, match=r"decoder\.plan: .* bytes, expected"):

@@ -33,9 +33,10 @@ def full(descriptor, data):
     return write(descriptor, data)
 
 def slow(descriptor, data):
+    num_bytes = write(descriptor, data)
     if descriptor > 2:
-        time.sleep(0.2)
-    return write(descriptor, data)
+        time.sleep(0.5)
+    return num_bytes
 
 os.write = {"full": full, "slow": slow}[sys.argv.pop(1)]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
@@ -66,7 +67,7 @@ def test_ctrl_c_leaves_the_older_engine(older_engine: Path) -> None:
     before = {path.name: path.stat().st_ino for path in older_engine.iterdir()}
     process = start("slow", older_engine)
     try:
-        # The first weights are on the disk; at 0.2 s a block the rest takes seconds.
+        # The first weights are on the disk; at 0.5 s a block the rest takes seconds.
         given_up = time.monotonic() + 300
         while not any(path.stat().st_size for path in older_engine.parent.glob(".qwen3vl-*/new/*.data")):
             assert process.poll() is None, process.communicate()

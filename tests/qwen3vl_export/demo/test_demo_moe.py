@@ -8,23 +8,15 @@ from pathlib import Path
 import pytest
 
 from helpers import DOCS
-from helpers.engines import build
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo import CHECKPOINT, CHECKPOINT_MOE
 from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.demo.tasks import TASKS
-from qwen3vl_export.export import make_bundle
 from qwen3vl_export.parity.verify import verify
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 
-CANVASES = 100
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bundle = make_bundle(Checkpoint.open("demo-moe"))
-    return build(bundle, "ort-cpu-fp32", tmp_path_factory.mktemp("moe") / "engine")
+CANVASES = 50
 
 
 @pytest.mark.portable
@@ -58,11 +50,11 @@ def test_every_task_is_within_a_point_of_the_dense_one() -> None:
         assert sparse["all"][task] >= dense["all"][task] - 0.01, task
 
 
-def test_float32_answers_as_was_measured(engine: Path) -> None:
+def test_float32_answers_as_was_measured(demo_moe_engine: Path) -> None:
     """Few bits beside float32: tests/qwen3vl_export/parity/test_moe_few_bits.py."""
     known = json.loads((DOCS / "demo_moe_accuracy_ort-cpu-fp32.json").read_text())["wrong"]
     known_wrong = {(entry["index"], entry["task"]) for entry in known if entry["index"] < CANVASES}
-    model = Qwen3VLModel.from_engine(engine)
+    model = Qwen3VLModel.from_engine(demo_moe_engine)
     wrong = set()
     for example in map(held_out, range(CANVASES)):
         for task, (question, truth) in example.tasks.items():
@@ -72,6 +64,6 @@ def test_float32_answers_as_was_measured(engine: Path) -> None:
 
 
 @pytest.mark.judge
-def test_verify_passes(engine: Path) -> None:
-    report = verify(engine, "demo-moe", max_new_tokens=16)
+def test_verify_passes(demo_moe_engine: Path) -> None:
+    report = verify(demo_moe_engine, "demo-moe", max_new_tokens=8)
     assert report.passed, [check for check in report.checks if not check.passed]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen3vl_export.load.client import InProcess, Reply
 from qwen3vl_export.load.generator import Answered, Load, Trace, offer
 from qwen3vl_export.load.prompts import Prompts
 from qwen3vl_export.load.report import percentiles, report_rows, summarise, tokens_over_time
@@ -83,7 +84,7 @@ def test_prompts_have_about_the_tokens_that_are_asked_for() -> None:
 
 def test_clients_ask_until_all_is_asked() -> None:
     engine = Engine()
-    trace = offer(engine, Prompts(3), Load(4, num_requests=20, new_tokens=7))  # type: ignore[arg-type]
+    trace = offer(InProcess(engine), Prompts(3), Load(4, num_requests=20, new_tokens=7))  # type: ignore[arg-type]
     assert len(trace.answered) == 20 and len(engine.asked) == 21, "one warms up"
     assert 1 < engine.most_at_once <= 4
     assert len({str(messages) for messages, _ in engine.asked}) == 21
@@ -93,7 +94,7 @@ def test_clients_ask_until_all_is_asked() -> None:
 
 def test_each_request_is_answered_refused_or_failed() -> None:
     engine = Engine(refused=(2, 5), failing={3: EngineError("broken"), 4: EngineError("broken")})
-    trace = offer(engine, Prompts(3), Load(1, num_requests=8))  # type: ignore[arg-type]
+    trace = offer(InProcess(engine), Prompts(3), Load(1, num_requests=8))  # type: ignore[arg-type]
     assert (len(trace.answered), len(trace.refused_s), trace.failed) == (4, 2, {"broken": 2})
     report = summarise(trace)
     assert (report.offered, report.done, report.refused, report.failed) == (8, 4, 2, 2)
@@ -103,7 +104,7 @@ def test_each_request_is_answered_refused_or_failed() -> None:
 
 
 def test_a_request_that_is_lost_was_offered_all_the_same() -> None:
-    trace = offer(Engine(), Prompts(3), Load(1, num_requests=3))  # type: ignore[arg-type]
+    trace = offer(InProcess(Engine()), Prompts(3), Load(1, num_requests=3))  # type: ignore[arg-type]
     trace.answered.pop()
     report = summarise(trace)
     assert (report.offered, report.done, report.refused, report.failed) == (3, 2, 0, 0)
@@ -112,13 +113,13 @@ def test_a_request_that_is_lost_was_offered_all_the_same() -> None:
 def test_a_bug_ends_the_load() -> None:
     engine = Engine(failing={3: RuntimeError("bug")})
     with pytest.raises(RuntimeError, match="bug"):
-        offer(engine, Prompts(3), Load(2, num_requests=1000))  # type: ignore[arg-type]
+        offer(InProcess(engine), Prompts(3), Load(2, num_requests=1000))  # type: ignore[arg-type]
     assert len(engine.asked) < 1000
 
 
 def test_requests_arrive_at_random_times_that_a_seed_fixes() -> None:
     load = Load(64, rate=2000.0, num_requests=30, seed=5)
-    trace = offer(Engine(), Prompts(3), load)  # type: ignore[arg-type]
+    trace = offer(InProcess(Engine()), Prompts(3), load)  # type: ignore[arg-type]
     gaps = np.random.default_rng(5)
     expected = np.concatenate([[0.0], np.cumsum([gaps.exponential(1 / 2000.0) for _ in range(29)])])
     np.testing.assert_allclose(sorted(each.arrived_s for each in trace.answered), expected)
@@ -126,17 +127,17 @@ def test_requests_arrive_at_random_times_that_a_seed_fixes() -> None:
 
 
 def test_arrivals_end_with_their_time() -> None:
-    trace = offer(Engine(), Prompts(3), Load(64, rate=1000.0, duration_s=0.05))  # type: ignore[arg-type]
+    trace = offer(InProcess(Engine()), Prompts(3), Load(64, rate=1000.0, duration_s=0.05))  # type: ignore[arg-type]
     assert 0 < len(trace.answered) < 200
     assert max(each.arrived_s for each in trace.answered) < 0.05
 
 
 def test_a_bound_on_those_in_flight_makes_arrivals_wait() -> None:
     engine = Engine()
-    trace = offer(engine, Prompts(3), Load(2, rate=1e5, num_requests=12))  # type: ignore[arg-type]
+    trace = offer(InProcess(engine), Prompts(3), Load(2, rate=1e5, num_requests=12))  # type: ignore[arg-type]
     assert engine.most_at_once <= 2 and len(trace.answered) == 12
     last = max(trace.answered, key=lambda each: each.arrived_s)
-    assert last.ttft_s > last.stats.ttft_s and last.latency_s == pytest.approx(last.ended_s - last.arrived_s)
+    assert last.ttft_s > last.reply.ttft_s and last.latency_s == pytest.approx(last.ended_s - last.arrived_s)
 
 
 def test_percentiles_have_names() -> None:
@@ -146,7 +147,7 @@ def test_percentiles_have_names() -> None:
 
 def test_tokens_over_time_are_all_tokens() -> None:
     trace = Trace(
-        answered=[Answered(0.0, 0.5, 1.0, stats(0.2, 0.05, 8)), Answered(1.0, 1.0, 2.0, stats(0.4, 0.05, 12))]
+        answered=[Answered(0.0, 0.5, 1.0, Reply(0.2, 0.05, 8)), Answered(1.0, 1.0, 2.0, Reply(0.4, 0.05, 12))]
     )
     trace.wall_s = 2.0
     seconds, rates = tokens_over_time(trace, num_bins=10)

@@ -21,10 +21,8 @@ from helpers import DOCS
 from helpers.command_line import call
 from helpers.damage import noisy_scales
 from helpers.engines import build, requantized
-from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.cli.run import app
 from qwen3vl_export.demo.data import held_out
-from qwen3vl_export.export import make_bundle
 from qwen3vl_export.parity import tasks
 from qwen3vl_export.parity.metrics import difference
 from qwen3vl_export.parity.ranges import measure_ranges
@@ -35,13 +33,13 @@ from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 
 PRECISIONS = ("int8", "int4", "int4p8")
-CANVASES = 60
+CANVASES = 30
 Arrays = list[np.ndarray[Any, Any]]
 
 
 @pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return make_bundle(Checkpoint.open("demo-moe"))
+def bundle(demo_moe_bundle: Bundle) -> Bundle:
+    return demo_moe_bundle
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +132,14 @@ def test_what_few_bits_change_beyond_the_dense_limits_is_the_choice_of_experts(e
         assert difference(forced[-1], expected[-1]).scaled < 0.5 * limits["logits_scaled"]
 
 
-def test_cache_in_few_bits(engines: dict[str, Path], tmp_path: Path) -> None:
-    prompts = training_prompts(12)
-    for name, bits in (("fp32", 8), ("fp32", 4), ("int4", 8)):
-        engine = requantized(engines[name], tmp_path / f"{name}-{bits}", bits, prompts)
-        report = verify(engine, "demo-moe", max_new_tokens=8)
-        assert report.precision == f"{name} with cache_int{bits}"
-        assert report.passed, report.render()
+@pytest.mark.parametrize(
+    ("name", "bits"), [("int4", 8), *(pytest.param("fp32", bits, marks=pytest.mark.slow) for bits in (8, 4))]
+)
+def test_cache_in_few_bits(name: str, bits: int, engines: dict[str, Path], tmp_path: Path) -> None:
+    engine = requantized(engines[name], tmp_path / "engine", bits, training_prompts(12))
+    report = verify(engine, "demo-moe", max_new_tokens=8)
+    assert report.precision == f"{name} with cache_int{bits}"
+    assert report.passed, report.render()
 
 
 def test_calibration_changes_all_weights_but_the_experts(

@@ -199,7 +199,7 @@ def first_failure(engine: Path, folder: Path) -> tuple[str, str, int | None, flo
     return check.case, check.name, check.layer, check.value / check.limit
 
 
-@pytest.mark.parametrize("sabotage", [gate_and_up_swapped, experts_permuted])
+@pytest.mark.parametrize("sabotage", [gate_and_up_swapped, pytest.param(experts_permuted, marks=pytest.mark.slow)])
 def test_verify_notices_wrong_weights(
     sabotage: Callable[[Arrays], Arrays], folder: Path, pieces: Pieces, bundle: Bundle, tmp_path: Path
 ) -> None:
@@ -212,7 +212,10 @@ def test_verify_notices_wrong_weights(
 
 
 # Half of the router's bits are lost a little at a time: the first layer after it is still within the limit.
-@pytest.mark.parametrize(("sabotage", "layer", "least"), [(renormalisation_off, 1, 5), (router_in_half, 2, 1)])
+@pytest.mark.parametrize(
+    ("sabotage", "layer", "least"),
+    [(renormalisation_off, 1, 5), pytest.param(router_in_half, 2, 1, marks=pytest.mark.slow)],
+)
 def test_verify_notices_a_wrong_router(
     sabotage: Callable[[onnx.GraphProto], int], layer: int, least: float, engine: Path, folder: Path, tmp_path: Path
 ) -> None:

@@ -118,7 +118,7 @@ def test_table_shows_failed_layers_and_the_worst_of_the_others() -> None:
 
 
 @pytest.mark.judge
-@pytest.mark.parametrize("name", ["tiny", "demo"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("demo", marks=pytest.mark.slow)])
 def test_engine_agrees_with_transformers(name: str, request: pytest.FixtureRequest) -> None:
     engine = request.getfixturevalue(f"{name}_engine")
     checkpoint = "demo" if name == "demo" else str(request.getfixturevalue("tiny_checkpoint"))
@@ -209,7 +209,7 @@ def test_an_engine_of_other_settings_agrees_with_transformers(tmp_path: Path) ->
     """Levels whose mergers are listed in another order, another theta and other sections, through the whole product."""
     vision = {"deepstack_visual_indexes": [2, 0]} | (AXIAL if judge.vision_rope_is_read() else {})
     engine, source = random_engine(tmp_path, vision_config=vision, text_config={"rope_parameters": ROPE})
-    report = verify(engine, source, max_new_tokens=8)
+    report = verify(engine, source, max_new_tokens=2)
     assert report.passed, report.render()
     assert report.to_dict()["reference"].startswith("transformers ")
 
@@ -223,13 +223,15 @@ def test_an_engine_of_other_settings_agrees_with_transformers(tmp_path: Path) ->
     ],
     ids=["levels", "theta of the vision tower", "rotary settings of the decoder"],
 )
-def test_settings_that_the_engine_has_otherwise_are_noticed(changes: dict[str, Any], tmp_path: Path) -> None:
-    engine, _ = random_engine(tmp_path)
+def test_settings_that_the_engine_has_otherwise_are_noticed(
+    changes: dict[str, Any], tiny_engine: Path, tmp_path: Path
+) -> None:
+    engine = shutil.copytree(tiny_engine, tmp_path / "engine")
     manifest = Manifest.read(engine)
     other = write_random(tmp_path / "other", **changes)
     # The engine says of itself what is not so.
     dataclasses.replace(manifest, model=Checkpoint.open(str(other)).config).write(engine)
-    report = verify(engine, str(other), max_new_tokens=2, reference="own")
+    report = verify(engine, str(other), max_new_tokens=1, reference="own")
     if "vision_config" in changes and "rope_parameters" in changes["vision_config"]:
         assert report.passed  # the runtime makes these tables, by the manifest
     else:

@@ -304,7 +304,7 @@ BREAKS: list[tuple[Callable[[Subject], None], tuple[str, str, int | None]]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["dense", "experts"])
+@pytest.fixture(scope="module", params=["dense", pytest.param("experts", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An engine and its checkpoint."""
     if request.param == "dense":

@@ -18,7 +18,7 @@ import configs
 from helpers import ROOT
 from qwen3vl_export import modeling
 from qwen3vl_export.tracing import pieces
-from qwen3vl_export.tracing.pieces import Piece, trace_pieces
+from qwen3vl_export.tracing.pieces import Piece, Pieces, trace_pieces
 from runtime.model_config import ModelConfig
 
 pytestmark = pytest.mark.portable
@@ -58,9 +58,17 @@ def with_symbols(export: Callable[..., Any]) -> Callable[..., Any]:
     return lambda module, args, **options: export(module, args, dynamic_shapes=dims(args), **options)
 
 
-@pytest.mark.parametrize("config", [DENSE, EXPERTS], ids=["dense", "experts"])
-def test_symbolic_sizes_give_the_same_functions(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed = trace_pieces(config)
+@pytest.fixture(scope="module")
+def with_experts() -> Pieces:
+    """All that a model may have: the layers with experts beside those of a dense model."""
+    return trace_pieces(EXPERTS)
+
+
+@pytest.mark.parametrize("config", [pytest.param(DENSE, marks=pytest.mark.slow), EXPERTS], ids=["dense", "experts"])
+def test_symbolic_sizes_give_the_same_functions(
+    config: ModelConfig, with_experts: Pieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = with_experts if config is EXPERTS else trace_pieces(config)
     monkeypatch.setattr(torch.export, "export", with_symbols(torch.export.export))
     symbolic = trace_pieces(config)
     names = [field.name for field in dataclasses.fields(fixed)]
@@ -72,8 +80,8 @@ def test_symbolic_sizes_give_the_same_functions(config: ModelConfig, monkeypatch
         assert listing(ours.function) == listing(theirs.function), name
 
 
-def test_the_same_model_gives_the_same_text() -> None:
-    first, second = (trace_pieces(DENSE) for _ in range(2))
+def test_the_same_model_gives_the_same_text(with_experts: Pieces) -> None:
+    first, second = with_experts, trace_pieces(EXPERTS)
     for field in dataclasses.fields(first):
         piece = getattr(first, field.name)
         if isinstance(piece, Piece):
@@ -95,7 +103,7 @@ def shifted(merger: Any, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("change", "letters"),
-    [(reshaped, "I · P"), (with_patches, "I · P"), (shifted, "P")],
+    [(reshaped, "I · P"), pytest.param(with_patches, "I · P", marks=pytest.mark.slow), (shifted, "P")],
     ids=lambda value: str(value)[:20],
 )
 def test_a_size_that_got_into_a_function_is_caught(
@@ -116,16 +124,17 @@ for name in {hidden}:
 from pathlib import Path
 from qwen3vl_export.export import export
 from qwen3vl_export.request import ExportRequest
-export(ExportRequest("demo-moe", "ort-cpu-int8", Path({folder!r})))
+export(ExportRequest({model!r}, "ort-cpu-int8", Path({folder!r})))
 print(sorted(name for name in ("transformers", "torchvision") if sys.modules.get(name)))
 """
 
 
-def test_an_engine_is_the_same_bytes_in_every_process_and_with_no_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["demo", pytest.param("demo-moe", marks=pytest.mark.slow)])
+def test_an_engine_is_the_same_bytes_in_every_process_and_with_no_transformers(model: str, tmp_path: Path) -> None:
     files = []
     for seed, hidden in (("0", ()), ("1", ("transformers", "torchvision"))):
         folder = tmp_path / seed
-        code = EXPORT.format(hidden=hidden, folder=str(folder))
+        code = EXPORT.format(hidden=hidden, model=model, folder=str(folder))
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

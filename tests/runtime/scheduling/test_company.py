@@ -171,7 +171,7 @@ def run_schedule(model: Qwen3VLModel, asks: list[Ask]) -> None:
     threads.append(guarded(lambda: asyncio.run(in_loop(parts[0]))))
     threads.append(guarded(lambda: in_a_batch(model, batch)))
     for thread in threads:
-        thread.join(120)
+        thread.join(600)
     assert not any(thread.is_alive() for thread in threads), "somebody waits for ever"
     assert raised == []
 
@@ -275,13 +275,13 @@ def compare_in_few_bits(few_bits: tuple[Qwen3VLModel, float], seed: int) -> None
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_answers_in_few_bits_differ_at_near_ties_only(few_bits: tuple[Qwen3VLModel, float], seed: int) -> None:
     compare_in_few_bits(few_bits, seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 14))
+@pytest.mark.parametrize("seed", range(1, 14))
 def test_answers_in_few_bits_differ_at_near_ties_only_in_more_schedules(
     few_bits: tuple[Qwen3VLModel, float], seed: int
 ) -> None:

@@ -76,7 +76,7 @@ def test_requests_go_on_while_a_caller_encodes_images(
     encoding, embeds = in_thread(model.encode_images, images)
     assert held.entered.wait(60)
     answering, answers = in_thread(lambda: model.generate("Hi", max_new_tokens=4, eos_token_ids=()))
-    answering.join(30)
+    answering.join(300)
     assert len(answers[0].token_ids) == 4 and encoding.is_alive()
     looking, seen = in_thread(lambda: model.generate(asked("Hi", PICTURE), max_new_tokens=4, eos_token_ids=()))
     held.leave.set()

@@ -15,6 +15,7 @@ import runtime.sessions.tensorrt as tensorrt_session
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from helpers.engines import build
+from helpers.garbage import set_aside
 from helpers.host_cuda import HostDevice
 from helpers.host_engine import build_host_engine
 from helpers.host_graphs import HostGraphs
@@ -102,6 +103,7 @@ def folders(demo_bundle: Bundle, demo_engine: Path, tmp_path_factory: pytest.Tem
             else:
                 options = BuildOptions(max_context=CAPACITY, max_batch=SLOTS, prefill_chunk=8, patch_buckets=(64,))
                 made[kind] = build_host_engine(demo_bundle, output, options)
+            set_aside()  # tests here search for garbage
         return made[kind]
 
     return folder

@@ -18,6 +18,7 @@ import runtime.sessions.tensorrt as tensorrt_session
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from helpers import PICTURES, host_tensorrt
+from helpers.garbage import set_aside
 from helpers.host_cuda import HostDevice
 from helpers.host_engine import build_host_engine, with_capabilities
 from runtime.contract import DecoderInputs, no_visual_embeds
@@ -49,7 +50,9 @@ READ = MESSAGES["picture"]
 @pytest.fixture(scope="module")
 def folder(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = BuildOptions(max_context=CAPACITY, max_batch=MAX_BATCH, prefill_chunk=CHUNK, patch_buckets=BUCKETS)
-    return build_host_engine(demo_bundle, tmp_path_factory.mktemp("host") / "engine", options)
+    engine = build_host_engine(demo_bundle, tmp_path_factory.mktemp("host") / "engine", options)
+    set_aside()  # each test here searches for garbage
+    return engine
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Bodies of requests, and what they ask of an engine."""
