@@ -135,6 +135,29 @@ def test_one_of_several_models_is_chosen(browser: Any, server: StandIn) -> None:
     assert server.exchanges[0].body["model"] == "large/one"
 
 
+def test_a_question_waits_for_the_models(page: Any, server: StandIn) -> None:
+    held: list[Any] = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    ask(page, "Hello?")
+    assert page.get_by_label("Question", exact=True).input_value() == "Hello?" and server.exchanges == []
+    held[0].continue_()
+    ended(page)
+    assert server.exchanges[0].body["model"] == "small"
+
+
+@pytest.mark.parametrize("models", [b"<html>", b'{"data": []}'])
+def test_a_server_without_models(page: Any, server: StandIn, models: bytes) -> None:
+    page.route("**/v1/models", lambda route: route.fulfill(body=models))
+    page.reload()
+    ask(page, "Hello?")
+    page.get_by_role("alert").get_by_text("The server names no models. See whether it is").wait_for()
+    page.unroute("**/v1/models")
+    page.get_by_role("button", name="Try again").click()
+    ended(page)
+    assert server.exchanges[0].body["model"] == "small"
+
+
 def test_a_number_out_of_range_is_shown_and_not_sent(page: Any, server: StandIn) -> None:
     page.get_by_label("Question", exact=True).fill("Hello?")
     page.locator("#max-tokens").evaluate("(each) => { each.value = '-3' }")
@@ -487,10 +510,10 @@ def test_all_of_it_by_keyboard(page: Any, server: StandIn) -> None:
                 return
         raise AssertionError(f"{name} is not reached")
 
+    # Early: the browser may open a dialog of its own if it is told late that nobody would see one.
+    page.on("filechooser", lambda chooser: chooser.set_files([str(PICTURE), str(OTHER)]))
     tab_to("Add pictures or clips")
-    with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
-    chooser.value.set_files([str(PICTURE), str(OTHER)])
+    page.keyboard.press("Enter")
     page.get_by_role("button", name=f"Remove {OTHER.name}").wait_for()
     page.keyboard.press("Shift+Tab")  # the question
     page.keyboard.press("Shift+Tab")  # the last attachment
