@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
-from runtime.errors import DeadlineError, Qwen3VLError
+from runtime.errors import DeadlineError
 
 Check: TypeAlias = Callable[[], object]
 """Raises where the work that is about to be done is not wanted any more."""
 
 
-class NotWanted(Qwen3VLError):
-    """Nobody waits for the answer any more; never leaves the call that reads the prompt."""
+class NotWanted(DeadlineError):
+    """Its time is over early: nobody waits for the answer any more; never leaves the call that reads the prompt."""
 
 
 def always() -> None:

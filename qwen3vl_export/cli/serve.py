@@ -88,6 +88,9 @@ class Listening:
         """
         from runtime.server.settings import ServerSettings
 
+        if not 0 < self.max_body <= 1e6:
+            raise UsageError(f"--max-body {self.max_body} MB is out of range", remedy="leave it out for 64 MB")
+        max_body_bytes = max(1, round(self.max_body * _MB))
         return ServerSettings(
             host=self.host,
             port=self.port,
@@ -95,8 +98,8 @@ class Listening:
             allowed_hosts=tuple(self.allow_host or ()),
             allowed_origins=tuple(self.allow_origin or ()),
             allowed_url_hosts=tuple(self.allow_url_host or ()),
-            max_body_bytes=round(min(self.max_body, 1e6) * _MB),
-            max_bodies_bytes=max(ServerSettings.max_bodies_bytes, round(min(self.max_body, 1e6) * _MB)),
+            max_body_bytes=max_body_bytes,
+            max_bodies_bytes=max(ServerSettings.max_bodies_bytes, max_body_bytes),
             max_requests=self.max_requests,
             max_connections=self.max_connections,
             max_answer_tokens=self.max_answer_tokens,
@@ -251,7 +254,9 @@ def _logging(quiet: bool) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("runtime.server", "uvicorn.error")]
     for logger in loggers:
         logger.addHandler(handler)
-        logger.setLevel(logging.WARNING if quiet or logger.name == "uvicorn.error" else logging.INFO)
+        # What uvicorn warns of, any client can do: requests that are no HTTP, and upgrades.
+        is_uvicorn = logger.name == "uvicorn.error"
+        logger.setLevel(logging.ERROR if is_uvicorn else logging.WARNING if quiet else logging.INFO)
         logger.propagate = False
     try:
         yield

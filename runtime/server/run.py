@@ -25,7 +25,7 @@ _OTHER_FILES = 128  # beside connections: weights, libraries, the log
 
 
 def listen(settings: ServerSettings) -> socket.socket:
-    """Return a socket at the server's address that nobody can connect to yet.
+    """Return a socket at the server's address; who connects waits until the server runs.
 
     Raises:
         UsageError: The address is taken, not allowed, or not of this machine.
@@ -37,6 +37,7 @@ def listen(settings: ServerSettings) -> socket.socket:
         opened = socket.socket(family, kind, number)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
+        opened.listen(_BACKLOG)  # now, since two may be bound to one address as long as neither listens
     except (OSError, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.EADDRINUSE, errno.EACCES):
             remedy = "pass --host 127.0.0.1 for this machine alone, or 0.0.0.0 for all that can reach it"
@@ -66,6 +67,7 @@ class HttpServer:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # they would take the place of a connection's own address
             backlog=_BACKLOG,
             timeout_keep_alive=round(settings.idle_timeout_s) + 60,  # `Connections` closes them
             timeout_graceful_shutdown=round(settings.drain_timeout_s),

@@ -171,3 +171,34 @@ def test_a_limit_on_answers(opened: Qwen3VLModel) -> None:
     with running(serving(opened), max_answer_tokens=5) as client:
         assert client.chat("Hi", max_tokens=6).status == 400
         assert client.chat("Hi", ignore_eos=True).json["usage"]["completion_tokens"] == 5
+
+
+def test_what_a_proxy_says_of_addresses_changes_no_connection(opened: Qwen3VLModel) -> None:
+    with running(serving(opened), idle_timeout_s=0.3) as client:
+        headers = {"x-forwarded-for": "203.0.113.9", "forwarded": "for=203.0.113.9"}
+        body = {**_LONG, "max_tokens": 1500}
+        answered = client.ask("/v1/chat/completions", body, headers=headers)
+        assert answered.status == 200, "an answer that takes longer than a connection may be idle"
+
+
+def test_figures_do_not_grow_with_what_is_asked(client: Client) -> None:
+    def series() -> int:
+        return client.ask("/metrics").content.count(b"http_responses_total{")
+
+    client.ask("/first")
+    before = series()
+    for number in range(30):
+        client.ask(f"/x{number}")
+        client.ask(f"/y{number}", method="OPTIONS", headers={"access-control-request-method": "POST"})
+        client.ask(f"/z{number}", headers={"host": "evil.example"})
+    assert series() <= before + 3
+
+
+def test_probes_and_the_form_for_proxies(client: Client) -> None:
+    for path in ("/health", "/ready", "/"):
+        answered = client.ask(path, method="HEAD")
+        assert (answered.status, answered.content) == (200, b"")
+    with client.connect() as connection:
+        connection.sendall(b"GET http://localhost/health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        assert received(connection).startswith(b"HTTP/1.1 200")
+    assert client.ask("/health", method="A" * 1000).status == 405
