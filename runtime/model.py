@@ -496,7 +496,7 @@ class Qwen3VLModel:
         if options.max_thinking_tokens is not None:
             checked_marks(self.tokenizer)
         refuse_several(options, "this call")
-        check = StillWanted(lambda: pieces.is_cancelled, call.deadline, also=self._worker.check_open)
+        check = StillWanted(lambda: pieces.is_cancelled, call.deadline, also=self._worker.check_accepted)
         try:
             self._queue(messages, options, call, pieces, check, waits=waits, on_prepared=on_prepared)
         except NotWanted:

@@ -200,7 +200,7 @@ class Worker:
             room.wait(_LOOK_AGAIN_S)
             check()
 
-    def check_open(self) -> None:
+    def check_accepted(self) -> None:
         """Raise if a request that has its place would not be taken any more.
 
         Raises:
