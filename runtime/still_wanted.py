@@ -19,7 +19,7 @@ Check: TypeAlias = Callable[[], object]
 
 
 class NotWanted(DeadlineError):
-    """Its time is over early: nobody waits for the answer any more; never leaves the call that reads the prompt."""
+    """The time for an answer is over because nobody waits for it; never leaves the call that reads the prompt."""
 
 
 def always() -> None:
@@ -53,8 +53,7 @@ class StillWanted:
         """Return if the prompt is wanted.
 
         Raises:
-            NotWanted: Its stream was closed.
-            DeadlineError: Its time is over.
+            DeadlineError: Its time is over; a `NotWanted` if its stream was closed.
         """
         if self._is_cancelled():
             raise NotWanted("nobody waits for this answer any more")
