@@ -76,9 +76,9 @@ class Generation:
     Attributes:
         text: The answer, without thoughts and without the calls in `tool_calls`.
         token_ids: The new tokens, the end token included.
-        finish_reason: Why it ended: eos; stop, which is a stop string, or the end of a `response_format` that allows
-            nothing more; length; or repetition (`max_repetitions`). Calls of functions are no
-            reason of their own: an answer that calls something ends with eos.
+        finish_reason: Why it ended: eos; stop, which is a stop string, the end of a `response_format` that allows
+            nothing more, or the only call that there may be; length; or repetition (`max_repetitions`). Calls of
+            functions are no reason of their own: an answer that may go on behind its calls ends with eos.
         stats: Its timings.
         reasoning: The thoughts before the answer; "" without. They are all there is of an answer that ended in them.
         tool_calls: The calls that it holds; none unless `tools` were given.
@@ -195,7 +195,7 @@ class Answer:
         is_loop = self._guard is not None and self._guard.push(token_id)
         if token_id in self._eos_token_ids:
             self.finish_reason = "eos"
-        elif self._text.is_stopped or is_complete:
+        elif self._text.is_stopped or is_complete or self._calls.is_complete:
             self.finish_reason = "stop"
         elif is_loop:
             self.finish_reason = "repetition"

@@ -159,25 +159,6 @@ def _check_parameters(schema: Any, place: str) -> None:
         raise UsageError(f"{place}.required must be a list of names, got {shown(required)}", remedy=remedy)
 
 
-def checked_tool_choice(value: Any) -> str:
-    """Return a `tool_choice`.
-
-    Raises:
-        UsageError: It is another one than "auto" and "none".
-    """
-    remedy = f"pass {AUTO!r} or {NO_CALLS!r}"
-    with reading("tool_choice", remedy):
-        if isinstance(value, str) and value in (AUTO, NO_CALLS):
-            return str(value)
-        is_forced = (isinstance(value, str) and value == "required") or isinstance(value, Mapping)
-    if is_forced:
-        raise UsageError(
-            f"tool_choice = {shown(value)}: a model cannot be made to call a function yet",
-            remedy=f"{remedy}, and say in the prompt what is to be called",
-        )
-    raise UsageError(f"tool_choice = {shown(value)}, expected {AUTO!r} or {NO_CALLS!r}", remedy=remedy)
-
-
 def _text_of(error: Exception) -> str:
     try:
         return str(error)

@@ -12,7 +12,6 @@ from runtime.answer import Generation
 from runtime.arguments import (
     AUTO,
     NO_CALLS,
-    checked_tool_choice,
     reading,
     template_variables,
     tool_schemas,
@@ -24,6 +23,7 @@ from runtime.input_limits import InputLimits
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
 from runtime.shown import shown
+from runtime.tools.choice import tool_choice as checked_tool_choice
 
 _LARGEST_PRIORITY = 1 << 31
 Outcome = Generation | Qwen3VLError
@@ -33,12 +33,14 @@ class Call:
     """Arguments of a call that are no options of the answer, checked when the caller gives them.
 
     Args:
-        tools, chat_template_kwargs, priority, timeout_s, tool_choice: As in `Qwen3VLModel.stream`.
+        tools, chat_template_kwargs, priority, timeout_s, tool_choice, parallel_tool_calls: As in
+            `Qwen3VLModel.stream`.
         keywords: Its other keywords, of which those of `InputLimits` are taken.
 
     Attributes:
         limits: Limits on images and videos.
         tools: Those that the prompt shows.
+        tool_choice: What the answer may call.
         deadline: When the answer has to be complete, by `time.perf_counter`, if there is such a time.
 
     Raises:
@@ -53,12 +55,13 @@ class Call:
         timeout_s: Any = None,
         *,
         tool_choice: Any = AUTO,
+        parallel_tool_calls: Any = None,
         keywords: Mapping[str, Any] | None = None,
     ) -> None:
         # Now, since work begins later, when the caller may have changed them.
         self.tools = tool_schemas(tools)
-        self.tool_choice = checked_tool_choice(tool_choice)
-        if self.tool_choice == NO_CALLS:
+        self.tool_choice = checked_tool_choice(tool_choice, parallel_tool_calls, self.tools)
+        if self.tool_choice.mode == NO_CALLS:
             self.tools = None
         self.chat_template_kwargs = template_variables(chat_template_kwargs)
         self.limits = InputLimits().with_keywords(keywords or {})

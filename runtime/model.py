@@ -51,6 +51,7 @@ from runtime.structured.compiler import Compiler
 from runtime.structured.constraint import MakeConstraint
 from runtime.thinking import checked_marks
 from runtime.tokenizer import Tokenizer
+from runtime.tools.grammar import calls_format
 from runtime.tools.reader import ExpectedCalls
 from runtime.urls import check_local
 
@@ -249,6 +250,7 @@ class Qwen3VLModel:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Any = AUTO,
+        parallel_tool_calls: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
@@ -261,7 +263,15 @@ class Qwen3VLModel:
         `best_of`, `choices` of what is returned are all answers.
         """
         check_callback("on_piece", on_piece)
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
+        call = Call(
+            tools,
+            chat_template_kwargs,
+            priority,
+            timeout_s,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            keywords=keywords,
+        )
         chosen = self._chosen(options, keywords)
         if chosen.num_answers > 1 and on_piece is None:
             return run_choices(self._begin, messages, chosen, call)
@@ -278,13 +288,22 @@ class Qwen3VLModel:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Any = AUTO,
+        parallel_tool_calls: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Generation:
         """As `generate`, in an asyncio loop; a task that is cancelled stops its answer."""
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
+        call = Call(
+            tools,
+            chat_template_kwargs,
+            priority,
+            timeout_s,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            keywords=keywords,
+        )
         chosen = self._chosen(options, keywords)
         if chosen.num_answers > 1:
             return await run_choices_async(self._begin, messages, chosen, call)
@@ -298,6 +317,7 @@ class Qwen3VLModel:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Any = AUTO,
+        parallel_tool_calls: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
@@ -315,7 +335,10 @@ class Qwen3VLModel:
                 come from generation_config.json.
             tools: JSON schemas of functions, for chat templates that know tools. Calls of them are told from the text
                 of the answer (`Generation.tool_calls`) if the template asks for a known format.
-            tool_choice: "auto" lets the model call them, "none" leaves them out of the prompt.
+            tool_choice: "auto" lets the model call them, "none" leaves them out of the prompt. "required", or the name
+                of one in a dict as OpenAI's interfaces have it (`runtime.tools.choice`), holds the answer to calls,
+                whose arguments follow the schemas; that needs the extra `structured`.
+            parallel_tool_calls: False: at most one call, with which the answer ends.
             chat_template_kwargs: Further variables of the chat template, such as `enable_thinking`.
             priority: Requests of a higher one leave the queue first, and their prompts go first in every second step.
             timeout_s: Seconds from this call on in which the answer has to be complete.
@@ -331,7 +354,15 @@ class Qwen3VLModel:
             OverloadError: The queue is full.
             DeadlineError: `timeout_s` was over.
         """
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
+        call = Call(
+            tools,
+            chat_template_kwargs,
+            priority,
+            timeout_s,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            keywords=keywords,
+        )
         return self._stream(messages, self._chosen(options, keywords), call)
 
     def astream(self, messages: Any, options: GenerationOptions | None = None, **keywords: Any) -> Stream:
@@ -345,6 +376,7 @@ class Qwen3VLModel:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Any = AUTO,
+        parallel_tool_calls: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
@@ -360,6 +392,7 @@ class Qwen3VLModel:
             options: Those of all answers, or of each.
             tools: As in `stream`, for all.
             tool_choice: As in `stream`, for all.
+            parallel_tool_calls: As in `stream`, for all.
             chat_template_kwargs: As in `stream`, for all.
             priority: As in `stream`.
             timeout_s: As in `stream`, from when a prompt's turn to be prepared has come.
@@ -374,7 +407,15 @@ class Qwen3VLModel:
             UsageError: The options are not valid, or not as many as the prompts.
         """
         check_callback("on_done", on_done)
-        call = Call(tools, chat_template_kwargs, priority, timeout_s, tool_choice=tool_choice, keywords=keywords)
+        call = Call(
+            tools,
+            chat_template_kwargs,
+            priority,
+            timeout_s,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            keywords=keywords,
+        )
         return run_batch(self._begin, prompts, self._chosen_for_all(options, keywords), call, on_done)
 
     def chat(
@@ -384,6 +425,7 @@ class Qwen3VLModel:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Any = AUTO,
+        parallel_tool_calls: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> Conversation:
@@ -396,6 +438,7 @@ class Qwen3VLModel:
             options: As in `stream`, for all answers.
             tools: As in `stream`, for all turns.
             tool_choice: As in `stream`, for all turns.
+            parallel_tool_calls: As in `stream`, for all turns.
             chat_template_kwargs: As in `stream`, for all turns.
             **keywords: As in `stream`, for all answers.
 
@@ -406,7 +449,13 @@ class Qwen3VLModel:
         if not (system is None or isinstance(system, str)):
             raise UsageError(f"system must be a string, got {type(system).__name__}", remedy="leave system out")
         start = None if system is None else normalise_messages(system_message(system))
-        call = Call(tools, chat_template_kwargs, tool_choice=tool_choice, keywords=keywords)
+        call = Call(
+            tools,
+            chat_template_kwargs,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            keywords=keywords,
+        )
         return Conversation(self._begin, self._chosen(options, keywords), call, start)
 
     def _chosen_for_all(
@@ -447,7 +496,8 @@ class Qwen3VLModel:
         if options.max_thinking_tokens is not None:
             checked_marks(self.tokenizer)
         refuse_several(options, "this call")
-        check = StillWanted(lambda: pieces.is_cancelled, call.deadline, also=self._worker.check_open)
+        is_open = partial(self._worker.check_open, has_place=True)
+        check = StillWanted(lambda: pieces.is_cancelled, call.deadline, also=is_open)
         try:
             self._queue(messages, options, call, pieces, check, waits=waits, on_prepared=on_prepared)
         except NotWanted:
@@ -466,7 +516,7 @@ class Qwen3VLModel:
     ) -> None:
         with self._worker.reserve(waits=waits, check=check) as place, naming_errors(), Ahead() as ahead:
             started = time.perf_counter()
-            make_constraint = self._compiled(options)
+            make_constraint = self._compiled(options, call)
 
             def on_images(images: Sequence[ProcessedImage]) -> None:
                 self._check_memory(images)
@@ -489,13 +539,13 @@ class Qwen3VLModel:
                 call.priority,
                 call.deadline,
                 ahead.embeds,
-                expected_calls=ExpectedCalls.of(self.preparation.template.call_format, call.tools),
+                expected_calls=ExpectedCalls.of(self.preparation.template.call_format, call.tools, call.tool_choice),
                 make_constraint=make_constraint,
                 pieces=pieces,
             )
             self._worker.submit(place, request, waits=waits, check=check)
 
-    def _compiled(self, options: GenerationOptions) -> MakeConstraint | None:
+    def _compiled(self, options: GenerationOptions, call: Call) -> MakeConstraint | None:
         """Return what holds an answer to its format, before the prompt is read, and check the ids of its biases."""
         num_logits = self.config.text.vocab_size
         beyond = [token_id for token_id, _ in options.logit_bias if token_id >= num_logits]
@@ -503,9 +553,17 @@ class Qwen3VLModel:
             raise UsageError(
                 f"logit_bias names the token {beyond[0]}, the model has {num_logits}", remedy="leave that id out"
             )
-        if options.response_format is None:
-            return None
-        return self._compiler.compile(options.response_format, options.eos_token_ids)
+        wanted = options.response_format
+        if call.tool_choice.is_forced:
+            if wanted is not None:
+                raise UsageError(
+                    "tool_choice asks for a call, and response_format for an answer of another form",
+                    remedy="leave one of them out: a call follows the schema of its function",
+                )
+            wanted = calls_format(
+                call.tool_choice, call.tools or (), self.preparation.template.call_format, self.tokenizer.mark_id
+            )
+        return None if wanted is None else self._compiler.compile(wanted, options.eos_token_ids)
 
     def logits(self, messages: Any) -> FloatArray:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""

@@ -182,6 +182,11 @@ class Tokenizer:
         """Return the id of a token that was added to those of the text, special or not; None if there is none."""
         return self._added_ids.get(token)
 
+    def mark_id(self, mark: str) -> int | None:
+        """Return the id of an added token whose text an answer shows; None if a mark has to be spelled otherwise."""
+        token_id = self.added_id(mark)
+        return None if token_id in self._special_ids else token_id
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that one token adds to the text; b"" for an id without a token."""
         known = self._bytes_of_ids.get(token_id)

@@ -20,13 +20,10 @@ from runtime.installation import how_to_install
 from runtime.panics import is_panic
 from runtime.shown import one_line
 from runtime.structured.constraint import Constraint, MakeConstraint, Matcher
-from runtime.structured.response_format import ResponseFormat
+from runtime.structured.response_format import WHITESPACE, ResponseFormat
 from runtime.tokenizer import Tokenizer
 
 _LONGEST_REASON = 260
-# Between the parts of a value. The library's own allows spaces without end, and a model that is unsure then writes
-# nothing else until its room is used up. This is enough for values on one line and for lines that are indented.
-_WHITESPACE = r"( |\n[ \t]{0,16})?"
 # Bytes that no UTF-8 text holds.
 _NO_TEXT = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
@@ -57,21 +54,21 @@ class Compiler:
             UsageError: llguidance is not installed, the format does not compile, no text follows it, or the tokenizer
                 cannot write it.
         """
-        library = _library()
+        library = _library(wanted.option)
         with self._lock:
-            text_tokens_V = self._prepared(library).copy()
+            text_tokens_V = self._prepared(library, wanted.option).copy()
         text_tokens_V[[i for i in eos_token_ids if i < self._num_logits]] = False
         matcher = self._compiled(library, wanted)
         try:
-            Constraint(matcher, text_tokens_V, eos_token_ids).allowed()
+            Constraint(matcher, text_tokens_V, eos_token_ids, option=wanted.option).allowed()
         except UsageError as error:
             raise _refused(wanted, error.message) from error
-        return partial(Constraint, matcher, text_tokens_V, tuple(eos_token_ids))
+        return partial(Constraint, matcher, text_tokens_V, tuple(eos_token_ids), option=wanted.option)
 
-    def _prepared(self, library: Any) -> npt.NDArray[np.bool_]:
+    def _prepared(self, library: Any, option: str) -> npt.NDArray[np.bool_]:
         """Make the library's vocabulary, if it is not there yet, and return which tokens are text; under the lock."""
         if self._vocabulary is None:
-            self._text_tokens_V = self._text_tokens()
+            self._text_tokens_V = self._text_tokens(option)
             special = min(self._tokenizer.special_ids, default=self._num_logits - 1)
             # Which tokens end an answer differs by request, so the constraint adds them; one has to be named here.
             self._vocabulary = library.LLTokenizer(
@@ -95,7 +92,7 @@ class Compiler:
             raise _refused(wanted, matcher.get_error())
         return cast(Matcher, matcher)
 
-    def _text_tokens(self) -> npt.NDArray[np.bool_]:
+    def _text_tokens(self, option: str) -> npt.NDArray[np.bool_]:
         """Return which tokens are text, bool [V].
 
         Raises:
@@ -111,18 +108,18 @@ class Compiler:
         missing = sorted(set(range(256)) - single - _NO_TEXT)
         if missing:
             raise UsageError(
-                f"response_format: the tokenizer has no token for the byte {missing[0]:#04x}",
+                f"{option}: the tokenizer has no token for the byte {missing[0]:#04x}",
                 remedy="use a checkpoint whose tokenizer can write every byte, as Qwen's can",
             )
         return is_text_V
 
 
-def _library() -> Any:
+def _library(option: str) -> Any:
     try:
         import llguidance
     except ImportError as error:
         raise UsageError(
-            "response_format needs the library llguidance, which is not installed",
+            f"{option} needs the library llguidance, which is not installed",
             remedy=how_to_install("structured"),
         ) from error
     return llguidance
@@ -132,7 +129,7 @@ def _grammar(library: Any, wanted: ResponseFormat) -> str:
     """Return a format as the library's grammar."""
     make = library.LLMatcher
     if wanted.kind == "json_schema":
-        text = make.grammar_from_json_schema(wanted.text, defaults={"whitespace_pattern": _WHITESPACE})
+        text = make.grammar_from_json_schema(wanted.text, defaults={"whitespace_pattern": WHITESPACE})
     elif wanted.kind == "regex":
         text = make.grammar_from_regex(wanted.text)
     elif wanted.kind == "choice":
@@ -146,6 +143,6 @@ def _grammar(library: Any, wanted: ResponseFormat) -> str:
 def _refused(wanted: ResponseFormat, reason: str) -> UsageError:
     first = reason.partition("<state>")[0]
     return UsageError(
-        f"response_format: the {wanted.kind} is not valid: {one_line(' '.join(first.split()), _LONGEST_REASON)}",
+        f"{wanted.option}: the {wanted.kind} is not valid: {one_line(' '.join(first.split()), _LONGEST_REASON)}",
         remedy="change that part; llguidance's documentation lists the keywords and the syntax that it knows",
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,7 @@ class Constraint:
         eos_token_ids: Tokens that end the answer.
         starts_after: Token ids after which the format begins, such as those of `</think>`; anything may stand before
             them. None begins at once.
+        option: What asked for the format, for messages.
     """
 
     def __init__(
@@ -66,7 +67,10 @@ class Constraint:
         text_tokens_V: npt.NDArray[np.bool_],
         eos_token_ids: Sequence[int],
         starts_after: Sequence[int] | None = None,
+        *,
+        option: str = "response_format",
     ) -> None:
+        self._option = option
         self._matcher = matcher
         self._text_tokens_V = text_tokens_V
         self._eos_ids = np.array([i for i in eos_token_ids if i < len(text_tokens_V)], np.int64)
@@ -91,14 +95,14 @@ class Constraint:
         with _no_panic():
             self._matcher.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
         if self._matcher.is_error():
-            raise _stuck(self._matcher)
+            raise self._stuck()
         bits = np.unpackbits(words_W.view(np.uint8), count=len(self._text_tokens_V), bitorder="little")
         allowed_V = bits.view(np.bool_)
         allowed_V &= self._text_tokens_V
         if len(self._eos_ids) and self._matcher.is_accepting():
             allowed_V[self._eos_ids] = True
         elif not allowed_V.any():
-            raise _stuck(self._matcher)
+            raise self._stuck()
         return allowed_V
 
     def mask(self, logits_V: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -129,7 +133,7 @@ class Constraint:
             with _no_panic():
                 is_taken = self._matcher.consume_token(token_id)
             if not is_taken:
-                raise _stuck(self._matcher)
+                raise self._stuck()
 
     def skip(self, token_id: int) -> None:
         """Take a token that is no part of the format, such as the line feeds that are written behind a thought."""
@@ -141,18 +145,17 @@ class Constraint:
         """Return how many of these tokens may follow, one after the other."""
         return self._matcher.validate_tokens(token_ids) if self.is_active else len(token_ids)
 
+    def _stuck(self) -> UsageError:
+        reason = self._matcher.get_error().partition("<state>")[0]
+        why = f": {one_line(reason, _LONGEST_REASON)}" if reason else ""
+        return UsageError(
+            f"{self._option}: no token can follow what the answer holds so far{why}",
+            remedy="allow more in the schema, regex or grammar, or make it simpler",
+        )
+
 
 MakeConstraint = Callable[[Sequence[int] | None], Constraint]
 """Makes the constraint of one answer, given its `starts_after`."""
-
-
-def _stuck(matcher: Any) -> UsageError:
-    reason = matcher.get_error().partition("<state>")[0]
-    why = f": {one_line(reason, _LONGEST_REASON)}" if reason else ""
-    return UsageError(
-        f"response_format: no token can follow what the answer holds so far{why}",
-        remedy="allow more in the schema, regex or grammar, or make it simpler",
-    )
 
 
 @contextmanager
@@ -167,4 +170,4 @@ def _no_panic() -> Iterator[None]:
     except BaseException as error:
         if not is_panic(error):
             raise
-        raise EngineError(f"response_format: llguidance failed: {error}", remedy="simplify the format") from error
+        raise EngineError(f"llguidance failed: {error}", remedy="simplify the format") from error

@@ -71,7 +71,7 @@ def _can_end(root: Mapping[str, Any]) -> bool:
     A reference can end if what it refers to can. That is asked again and again, from "none can", until nothing
     changes: the least fixed point, as for the productive symbols of a context-free grammar.
     """
-    targets = {reference: _target(root, reference) for reference in set(_references(root))}
+    targets = {reference: referred(root, reference) for reference in set(_references(root))}
     users: dict[str, list[str]] = {}
     for reference, target in targets.items():
         for used in set(_references(target)):
@@ -165,7 +165,7 @@ def _references(schema: Any) -> Iterator[str]:
             waiting += node
 
 
-def _target(root: Mapping[str, Any], reference: str) -> Any:
+def referred(root: Mapping[str, Any], reference: str) -> Any:
     """Return what a reference refers to; True, which any value follows, for what the compiler has to judge."""
     if not reference.startswith("#"):
         return True

@@ -64,6 +64,18 @@ class CallFormat(ABC):
         """Return whether a chat template asks the model for this format."""
 
     @abstractmethod
+    def rules(self, function: Mapping[str, Any], name: str) -> list[str]:
+        """Return rules of a grammar (`runtime.tools.grammar`) for what stands between the marks of a call.
+
+        Args:
+            function: The function; its `parameters` are a JSON schema of an object.
+            name: Of the first rule, which is the whole of it; names of the others begin so.
+
+        Raises:
+            UsageError: The format cannot hold arguments to the schema.
+        """
+
+    @abstractmethod
     def read(self, body: str, functions: Functions) -> WrittenCall:
         """Read what stands between the marks.
 

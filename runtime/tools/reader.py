@@ -11,6 +11,7 @@ import numpy as np
 
 from runtime.piece import TEXT, TOOL_CALL, Piece
 from runtime.tools.call import CallFormat, Functions, MalformedCall, ToolCall
+from runtime.tools.choice import ToolChoice
 
 _ID_DIGITS = 24
 
@@ -22,18 +23,25 @@ class ExpectedCalls:
     Attributes:
         format: How they are written.
         functions: What may be called.
+        is_single: The answer ends with the first call.
     """
 
     format: CallFormat
     functions: Functions
+    is_single: bool = False
 
     @classmethod
-    def of(cls, call_format: CallFormat | None, tools: Sequence[Mapping[str, Any]] | None) -> ExpectedCalls | None:
+    def of(
+        cls,
+        call_format: CallFormat | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        choice: ToolChoice | None = None,
+    ) -> ExpectedCalls | None:
         """Return what tools, as `runtime.arguments.tool_schemas` returns them, allow; None if nothing is to be read."""
         if call_format is None or not tools:
             return None
-        definitions = [tool.get("function", tool) for tool in tools]
-        return cls(call_format, {definition["name"]: definition for definition in definitions})
+        choice = choice or ToolChoice()
+        return cls(call_format, {each["name"]: each for each in choice.chosen(tools)}, choice.is_single)
 
 
 class CallReader:
@@ -62,6 +70,11 @@ class CallReader:
         self._has_text = self._is_behind_call = False
         self.calls: list[ToolCall] = []
         self.malformed: list[str] = []
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer is to end with the calls that it holds."""
+        return self._expected is not None and self._expected.is_single and bool(self.calls)
 
     def feed(self, text: str) -> list[Piece]:
         """Take the next text and return what is decided; no piece is empty."""

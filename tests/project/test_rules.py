@@ -122,6 +122,7 @@ def test_public_names_are_those_of_the_runtime() -> None:
     from runtime.grounding import Box, Point
     from runtime.model import Qwen3VLModel
     from runtime.piece import Piece
+    from runtime.raw_prompt import RawPrompt
     from runtime.stream import Stream
     from runtime.tools.call import ToolCall
 
@@ -136,6 +137,7 @@ def test_public_names_are_those_of_the_runtime() -> None:
         "Piece": Piece,
         "Point": Point,
         "Qwen3VLModel": Qwen3VLModel,
+        "RawPrompt": RawPrompt,
         "Stats": answer.Stats,
         "Stream": Stream,
         "ToolCall": ToolCall,

@@ -112,7 +112,8 @@ def test_typed_keywords_are_the_options() -> None:
     for method in (Qwen3VLModel.generate, Qwen3VLModel.stream):
         parameters = inspect.signature(method).parameters
         more = ["on_piece"] if method is Qwen3VLModel.generate else []
-        names = ["messages", "options", "tools", "tool_choice", "chat_template_kwargs", "priority", "timeout_s"]
+        names = ["messages", "options", "tools", "tool_choice", "parallel_tool_calls"]
+        names += ["chat_template_kwargs", "priority", "timeout_s"]
         assert list(parameters) == ["self", *names, *more, "keywords"]
         assert str(parameters["keywords"].annotation) == "Unpack[RequestKeywords]"
     assert set(get_type_hints(ServingKeywords)) == set(ServingOptions.__dataclass_fields__)
@@ -199,7 +200,7 @@ VALUES: list[Any] = [
     HostileList([1]), fractions.Fraction(10**400), np.float64("nan"), np.zeros(3), np.array("a"), slice(1), Ellipsis,
     collections.UserList(["x"]), "x" * 10**6,
 ]  # fmt: skip
-ARGUMENTS = ["options", "tools", "tool_choice", "chat_template_kwargs", "priority", "timeout_s"]
+ARGUMENTS = ["options", "tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "priority", "timeout_s"]
 OPTIONS = [*get_type_hints(GenerationKeywords), *ARGUMENTS, "unknown", "tok_k"]
 
 

@@ -2,8 +2,14 @@ r"""Calls as JSON, which Qwen2.5 to Qwen3-VL write: `<tool_call>\n{"name": …, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from runtime.tools.call import CallFormat, Functions, MalformedCall, WrittenCall
+from runtime.tools.grammar import json_rule, literal
 from runtime.tools.json_text import read_members
+
+_END = literal("}\n")
 
 
 class HermesFormat(CallFormat):
@@ -12,6 +18,15 @@ class HermesFormat(CallFormat):
     def is_asked_by(self, template: str) -> bool:
         """Return whether the template writes the marks, and no function in tags between them."""
         return self.opening in template and self.closing in template and "<function=" not in template
+
+    def rules(self, function: Mapping[str, Any], name: str) -> list[str]:
+        """Return rules for the object as templates write it; its arguments may have other blanks."""
+        before = f'\n{{"name": {literal(function["name"])}, "arguments": '
+        arguments = f"{name}_arguments"
+        return [
+            f"{name}: {literal(before)} {arguments} {_END}",
+            json_rule(arguments, function["parameters"]),
+        ]
 
     def read(self, body: str, functions: Functions) -> WrittenCall:
         """Read the object; other members of it are passed over."""
