@@ -176,9 +176,9 @@ def test_a_new_conversation_stops_the_answer(page: Any, server: StandIn) -> None
 
 _STREAM = (
     "\ufeffdata: eins\r\n\r\n: a comment\ndata: zwei 犬🐕\ndata:zwei\r\rid: 4\nevent: x\n\ndata\n\n"
-    "data:  drei\r\n\r\ndata: cut off\n"
+    "data:  drei\r\ndata: vier\r\n\r\ndata: cut off\n"
 )
-_EVENTS = ["eins", "zwei 犬🐕\nzwei", "", " drei"]
+_EVENTS = ["eins", "zwei 犬🐕\nzwei", "", " drei\nvier"]
 _READ = """async ([bytes, size]) => {
   const { eventsOf } = await import("/page/events.js");
   const all = Uint8Array.from(bytes);
