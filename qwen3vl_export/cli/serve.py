@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwen3vl_export.cli.cache import Building
+from qwen3vl_export.cli.engines import open_engines
 from qwen3vl_export.cli.options import CheckAll, Opening, Quiet, Serving, grouped
 from runtime.errors import UsageError
 from runtime.files import read_small_file
@@ -143,54 +143,13 @@ def serve(
     socket = listen(settings)  # before work that takes long
     with _logging(quiet):
         try:
-            folders = [_named(each, building, opening, serving, is_quiet=quiet) for each in models]
-            engines = _opened(folders, opening, serving, settings, check=check)
+            engines = open_engines(models, building, opening, serving, settings, check=check, is_quiet=quiet)
             _warm_up(engines, listening.warm_up)
             _warn(settings)
             server = HttpServer(engines, settings, socket)
             server.run(lambda: _announce(engines, settings, server.port))
         finally:
             socket.close()
-
-
-def _named(
-    argument: str, building: Building, opening: Opening, serving: Serving, *, is_quiet: bool
-) -> tuple[str | None, Path]:
-    """Return the name that an argument gives, if it does, and its engine, which is built of a checkpoint."""
-    name, mark, model = argument.partition("=")
-    if not mark or Path(argument).exists():
-        name, model = "", argument
-    elif not name or not model:
-        raise UsageError(f"{shown(argument)} is not NAME=ENGINE", remedy="write small=engines/2b, or the folder alone")
-    sizes = {"max_context": opening.max_context, "max_batch": serving.max_sequences}
-    folder = building.engine(model, **sizes, is_quiet=is_quiet)
-    if not name and not Path(model).exists():
-        name = model.partition("@")[0]  # of the Hub: clients ask for it by that name
-    return name or None, folder
-
-
-def _opened(
-    folders: list[tuple[str | None, Path]], opening: Opening, serving: Serving, settings: ServerSettings, *, check: bool
-) -> Engines:
-    """Open all engines."""
-    from runtime.server.engines import Engines, Served
-
-    found: list[Served] = []
-    for name, folder in folders:
-        started = time.perf_counter()
-        model = opening.open(folder, check=check, serving=serving)
-        # Unless another name is given, an engine has that of its checkpoint.
-        served = Served(name or str(model.manifest.source.get("name") or folder.resolve().name), model, settings)
-        found.append(served)
-        logging.getLogger("runtime.server").info(
-            "opened %s: %s, %d sequences of %d tokens, %.1f s",
-            served.name,
-            model.manifest.target,
-            model.limits.max_sequences,
-            model.max_context,
-            time.perf_counter() - started,
-        )
-    return Engines(found)
 
 
 def _warm_up(engines: Engines, wanted: bool | None) -> None:
