@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -10,6 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
 
@@ -18,6 +20,7 @@ from runtime.server.app import create_app
 from runtime.server.connections import MAX_HEADER_BYTES, Connections
 from runtime.server.engines import Engines
 from runtime.server.settings import ServerSettings
+from runtime.server.turns import THREADS
 
 _LOGGER = logging.getLogger(__name__)
 _BACKLOG = 1024
@@ -108,6 +111,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start."""
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "qwen3vl-server"))
         await super().startup(sockets)
         if self.started:
             self.on_ready()
