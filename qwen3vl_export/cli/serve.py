@@ -138,14 +138,15 @@ def serve(
     """
     check_installed()
     settings = listening.settings()
-    from runtime.server.run import HttpServer, listen
+    from runtime.server.run import HttpServer, is_local, listen
 
     socket = listen(settings)  # before work that takes long
     with _logging(quiet):
         try:
             engines = open_engines(models, building, opening, serving, settings, check=check, is_quiet=quiet)
             _warm_up(engines, listening.warm_up)
-            _warn(settings)
+            if not (is_local(socket) or settings.api_keys):
+                _warn(settings.host)
             server = HttpServer(engines, settings, socket)
             server.run(lambda: _announce(engines, settings, server.port))
         finally:
@@ -182,11 +183,10 @@ def _read_keys(path: Path) -> tuple[str, ...]:
     return keys
 
 
-def _warn(settings: ServerSettings) -> None:
-    if not (settings.is_loopback or settings.api_keys):
-        logging.getLogger("runtime.server").warning(
-            "note: whoever can reach %s may use the engine; --api-key-file asks for a key", settings.host
-        )
+def _warn(host: str) -> None:
+    logging.getLogger("runtime.server").warning(
+        "note: whoever can reach %s may use the engine; --api-key-file asks for a key", host
+    )
 
 
 def _announce(engines: Engines, settings: ServerSettings, port: int) -> None:

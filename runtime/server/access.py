@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.server.bodies import BodyBudget
 from runtime.server.connections import Connections
-from runtime.server.errors import ApiError
+from runtime.server.errors import ApiError, stopped
 from runtime.server.responses import ErrorResponse
 from runtime.server.settings import ServerSettings
 from runtime.shown import one_line, shown
@@ -38,6 +39,7 @@ class Gate:
         connections: Its connections, which are told of requests; None without uvicorn.
         max_requests: Most requests in progress.
         bodies: Gets back what the body of a request took.
+        is_local: Only this machine can reach the server: then it answers to its own names alone.
         paths: Those that are counted by name.
     """
 
@@ -49,6 +51,7 @@ class Gate:
         connections: Connections | None,
         max_requests: int,
         bodies: BodyBudget,
+        is_local: bool,
         paths: frozenset[str],
     ) -> None:
         self._app = app
@@ -56,6 +59,7 @@ class Gate:
         self._connections = connections
         self._most = max_requests
         self._bodies = bodies
+        self._is_local = is_local
         self._paths = paths
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
         self._hosts = {"localhost", "127.0.0.1", "::1", settings.host.lower(), *map(str.lower, settings.allowed_hosts)}
@@ -93,6 +97,10 @@ class Gate:
         except ApiError as error:
             if not started:
                 await ErrorResponse(error)(scope, receive, answer)
+        except asyncio.CancelledError:
+            # The time to answer what was in progress is over; uvicorn would log this as an error.
+            if not started:
+                await ErrorResponse(stopped())(scope, receive, answer)
         except Exception:
             LOGGER.exception("internal error, %s", state["request_id"])
             if not finished:
@@ -134,7 +142,7 @@ class Gate:
         """Refuse pages of other sites: a browser sends their requests to a server on its own machine, too."""
         asked = headers.get("host", "")
         host = (urlsplit(f"//{asked}").hostname or "") if _is_host(asked) else ""
-        if self._settings.is_loopback and host not in self._hosts:
+        if self._is_local and host not in self._hosts:
             raise ApiError(
                 403,
                 f"the server was asked for as {shown(asked, 60)}. Remedy: ask for it as {self._settings.host}, or "

@@ -27,8 +27,11 @@ async def whole_answers(served: Served, asked: Asked) -> list[Generation]:
         Qwen3VLError: What ended one of them; the others are stopped.
     """
     if "best_of" in asked.options:
-        each = await served.model.agenerate(asked.prompts[0], **asked.options, n=asked.num_answers)
-        return list(each.choices or (each,))
+        ranked: list[Generation] = []
+        for prompt in asked.prompts:
+            best = await served.model.agenerate(prompt, **asked.options, n=asked.num_answers)
+            ranked += best.choices or [best]
+        return ranked
     if len(asked.prompts) * asked.num_answers == 1:
         return [await _whole(served, asked.prompts[0], asked.options)] * asked.num_copies
     found: dict[int, Generation] = {}
@@ -62,15 +65,13 @@ async def answer_parts(served: Served, asked: Asked) -> AsyncGenerator[tuple[int
 
 async def _whole(served: Served, prompt: Any, options: Mapping[str, Any]) -> Generation:
     async with served.model.stream(prompt, **options) as stream:
-        async with served.turns.reading(prompt):
-            await stream.begin()
+        await served.turns.begin(stream, prompt)
         return complete(await stream.wait_async())
 
 
 async def _parts(served: Served, prompt: Any, options: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
     async with served.model.stream(prompt, **options) as stream:
-        async with served.turns.reading(prompt):
-            await stream.begin()
+        await served.turns.begin(stream, prompt)
         async for piece in stream:
             yield piece
         yield complete(stream.result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import resource
 import signal
@@ -12,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 
 import uvicorn
 
@@ -48,6 +50,13 @@ def listen(settings: ServerSettings) -> socket.socket:
     return opened
 
 
+def is_local(listening: socket.socket) -> bool:
+    """Return whether only this machine can reach a socket, by the address that it is bound to."""
+    address = ipaddress.ip_address(listening.getsockname()[0].partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
+
+
 class HttpServer:
     """A server of engines.
 
@@ -62,7 +71,7 @@ class HttpServer:
         self._listening = listening
         connections = Connections(settings)
         config = uvicorn.Config(
-            create_app(engines, settings, connections),
+            create_app(engines, settings, connections, is_local=is_local(listening)),
             http=connections.protocol(),
             ws="none",
             lifespan="off",
@@ -108,6 +117,11 @@ class _Server(uvicorn.Server):
     """uvicorn's server, which tells when it is ready."""
 
     on_ready: Callable[[], object]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End: after the first signal when all is answered, after a second one at once, whichever they are."""
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start."""

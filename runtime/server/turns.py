@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtime.machine import default_threads
 from runtime.messages import Messages
@@ -20,7 +20,9 @@ from runtime.still_wanted import StillWanted
 if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
     from runtime.preparation import Prepared
+    from runtime.stream import Stream
 
+_T = TypeVar("_T")
 THREADS = 32
 """Threads of the event loop's executor: texts are read, bodies decoded and URLs fetched there."""
 _FETCHES = 8
@@ -33,14 +35,13 @@ class Turns:
         self._pictures = asyncio.Semaphore(default_threads())
         self._fetches = asyncio.Semaphore(_FETCHES)
 
-    @asynccontextmanager
-    async def reading(self, prompt: Any) -> AsyncIterator[None]:
-        """Wait until a prompt may be read; one without pictures may at once."""
-        if not (isinstance(prompt, Messages) and prompt.attachments):
-            yield
-            return
-        async with self._pictures:
-            yield
+    async def begin(self, stream: Stream, prompt: Any) -> None:
+        """Let a stream read its prompt and submit its request, when its turn has come.
+
+        Raises:
+            Qwen3VLError: What is wrong with the request.
+        """
+        await self._turn(prompt, stream.begin())
 
     @asynccontextmanager
     async def fetching(self, *, may_fetch: bool) -> AsyncIterator[None]:
@@ -64,8 +65,28 @@ class Turns:
         deadline = None if timeout_s is None else time.perf_counter() + timeout_s
         check = StillWanted(is_cancelled.is_set, deadline)
         try:
-            async with self.reading(prompt):
-                return await asyncio.to_thread(model.prepare, prompt, check=check, **keywords)
+            return await self._turn(prompt, asyncio.to_thread(model.prepare, prompt, check=check, **keywords))
         except asyncio.CancelledError:
             is_cancelled.set()
             raise
+
+    async def _turn(self, prompt: Any, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run what reads a prompt; one without pictures waits for nobody.
+
+        A thread goes on for a while after its task was cancelled, and keeps its turn until it ends.
+        """
+        if not (isinstance(prompt, Messages) and prompt.attachments):
+            return await work
+        try:
+            await self._pictures.acquire()
+        except BaseException:
+            work.close()
+            raise
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(self._end_turn)
+        return await asyncio.shield(task)
+
+    def _end_turn(self, task: asyncio.Future[Any]) -> None:
+        self._pictures.release()
+        if not task.cancelled():
+            task.exception()  # nobody else asks for it where the task that waited was cancelled

@@ -37,12 +37,11 @@ class CompletionRequest(AnswerBody):
         options = self.options(served)
         if self.logprobs is not None:
             options |= {"logprobs": True, "top_logprobs": self.logprobs}
-        asked = Asked.checked(served, [RawPrompt(each) for each in self.prompts()], options, self.n or 1)
-        if self.best_of is not None and asked.num_copies == 1:
+        if self.best_of is not None:
             if self.stream:
                 raise UsageError("best_of ranks whole answers, which a stream cannot wait for", remedy="leave one out")
             options["best_of"] = self.best_of
-        return asked
+        return Asked.checked(served, [RawPrompt(each) for each in self.prompts()], options, self.n or 1)
 
     def prompts(self) -> list[Any]:
         """Return the prompts, texts or lists of token ids.

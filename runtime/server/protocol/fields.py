@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from runtime.errors import UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.server.engines import Served
+from runtime.shown import one_line
 
 WITHOUT_EFFECT = "Accepted from OpenAI's clients; changes no answer."
 
@@ -19,6 +20,7 @@ _T = TypeVar("_T")
 # pydantic notes each wrong entry of a list, copies and all: a long list of them took seconds and half a gigabyte.
 ListOf = Annotated[list[_T], Field(fail_fast=True)]
 _MOST_BIASES = 1024
+_LONGEST_NAME = 100
 
 
 class Body(BaseModel):
@@ -32,7 +34,7 @@ class Body(BaseModel):
         """Stop at the first field that is not known, for the same reason."""
         for name in values if isinstance(values, dict) else ():
             if name not in cls.model_fields:
-                raise PydanticCustomError(UNKNOWN_FIELD, "{name} is not known", {"name": name})
+                raise PydanticCustomError(UNKNOWN_FIELD, "{name} is not known", {"name": one_line(name, _LONGEST_NAME)})
         return values
 
 

@@ -75,7 +75,7 @@ def test_a_text_is_continued(opened: Qwen3VLModel, tmp_path: Path) -> None:
         (chat({"messages": "text"}), 400, "compare it with OpenAI's API reference"),
         (chat({**ASKED, "stream": True}), 400, "leave stream out"),
         (chat({**ASKED, "model": "other"}), 404, "the model 'other' does not exist. Remedy: pass one of: demo"),
-        (chat({**ASKED, "n": 17}), 400, "at most 16 are given"),
+        (chat({**ASKED, "n": 17}), 400, "at most 16 are made"),
         (chat({"messages": messages("Read", "https://example.org/a.png")}), 400, "run the batch with --allow-url-host"),
         (chat({"messages": messages("Read", "/etc/hostname")}), 400, "is read with --allow-local-files alone"),
         (chat({"messages": messages("Read", str(HELD_OUT))}), 400, "is read with --allow-local-files alone"),
