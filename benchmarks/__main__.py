@@ -18,6 +18,7 @@ from benchmarks.report import report
 from benchmarks.routes import routes
 from benchmarks.run import run
 from benchmarks.serve import serve
+from benchmarks.serve_hostile import serve_hostile
 from benchmarks.serve_peers import serve_peers
 from benchmarks.serving.command import serving
 from benchmarks.structured import structured
@@ -38,6 +39,7 @@ _COMMANDS = (
     routes,
     run,
     serve,
+    serve_hostile,
     serve_peers,
     serving,
     structured,

@@ -13,7 +13,21 @@ from typing import Any
 
 import typer
 
-from benchmarks import build, export, goals, imports, lowered, mixture, plot, routes, run, serve, serve_peers, status
+from benchmarks import (
+    build,
+    export,
+    goals,
+    imports,
+    lowered,
+    mixture,
+    plot,
+    routes,
+    run,
+    serve,
+    serve_hostile,
+    serve_peers,
+    status,
+)
 from benchmarks.compare import chart, tables
 from benchmarks.result_files import RESULTS, kind, of_kind, page
 from benchmarks.serving import chart as serving_chart
@@ -25,6 +39,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "build": build.table,
     "compare": tables.render,
     "export": export.table,
+    "hostile": serve_hostile.table,
     "import": imports.table,
     "lowered": lowered.table,
     "peers": serve_peers.table,

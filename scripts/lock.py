@@ -59,7 +59,12 @@ ALL = (
         keeps=("cuda-bindings", "cuda-pathfinder"),  # asked for by the extra tensorrt-rtx
     ),
     Lock("demo.txt", ("export", "cpu"), like="dev.txt"),
-    Lock("oldest.txt", ("export", "cpu", "video", "structured", "heif", "serve", "test"), ("torch==2.13.0",), is_lowest=True),
+    Lock(
+        "oldest.txt",
+        ("export", "cpu", "video", "structured", "heif", "serve", "test"),
+        ("torch==2.13.0",),
+        is_lowest=True,
+    ),
     Lock(
         "oldest-transformers.txt",
         ("export", "cpu", "verify", "video", "structured", "heif", "serve", "test"),

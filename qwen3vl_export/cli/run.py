@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qwen3vl_export.cli.batch import batch
 from qwen3vl_export.cli.bench import bench
 from qwen3vl_export.cli.cache import app as cache
 from qwen3vl_export.cli.conversation import LineChat
@@ -226,7 +227,7 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
             print("note       a plan is code that the library runs: open only engines that you trust")
 
 
-for command in (serve, verify, bench, targets):
+for command in (serve, batch, verify, bench, targets):
     app.command()(command)
 app.add_typer(cache)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwen3vl_export.cli.cache import Building
+from qwen3vl_export.cli.engines import open_engines
 from qwen3vl_export.cli.options import CheckAll, Opening, Quiet, Serving, grouped
 from runtime.errors import UsageError
 from runtime.files import read_small_file
@@ -88,6 +88,9 @@ class Listening:
         """
         from runtime.server.settings import ServerSettings
 
+        if not 0 < self.max_body <= 1e6:
+            raise UsageError(f"--max-body {self.max_body} MB is out of range", remedy="leave it out for 64 MB")
+        max_body_bytes = max(1, round(self.max_body * _MB))
         return ServerSettings(
             host=self.host,
             port=self.port,
@@ -95,8 +98,8 @@ class Listening:
             allowed_hosts=tuple(self.allow_host or ()),
             allowed_origins=tuple(self.allow_origin or ()),
             allowed_url_hosts=tuple(self.allow_url_host or ()),
-            max_body_bytes=round(min(self.max_body, 1e6) * _MB),
-            max_bodies_bytes=max(ServerSettings.max_bodies_bytes, round(min(self.max_body, 1e6) * _MB)),
+            max_body_bytes=max_body_bytes,
+            max_bodies_bytes=max(ServerSettings.max_bodies_bytes, max_body_bytes),
             max_requests=self.max_requests,
             max_connections=self.max_connections,
             max_answer_tokens=self.max_answer_tokens,
@@ -140,54 +143,13 @@ def serve(
     socket = listen(settings)  # before work that takes long
     with _logging(quiet):
         try:
-            folders = [_named(each, building, opening, serving, is_quiet=quiet) for each in models]
-            engines = _opened(folders, opening, serving, settings, check=check)
+            engines = open_engines(models, building, opening, serving, settings, check=check, is_quiet=quiet)
             _warm_up(engines, listening.warm_up)
             _warn(settings)
             server = HttpServer(engines, settings, socket)
             server.run(lambda: _announce(engines, settings, server.port))
         finally:
             socket.close()
-
-
-def _named(
-    argument: str, building: Building, opening: Opening, serving: Serving, *, is_quiet: bool
-) -> tuple[str | None, Path]:
-    """Return the name that an argument gives, if it does, and its engine, which is built of a checkpoint."""
-    name, mark, model = argument.partition("=")
-    if not mark or Path(argument).exists():
-        name, model = "", argument
-    elif not name or not model:
-        raise UsageError(f"{shown(argument)} is not NAME=ENGINE", remedy="write small=engines/2b, or the folder alone")
-    sizes = {"max_context": opening.max_context, "max_batch": serving.max_sequences}
-    folder = building.engine(model, **sizes, is_quiet=is_quiet)
-    if not name and not Path(model).exists():
-        name = model.partition("@")[0]  # of the Hub: clients ask for it by that name
-    return name or None, folder
-
-
-def _opened(
-    folders: list[tuple[str | None, Path]], opening: Opening, serving: Serving, settings: ServerSettings, *, check: bool
-) -> Engines:
-    """Open all engines."""
-    from runtime.server.engines import Engines, Served
-
-    found: list[Served] = []
-    for name, folder in folders:
-        started = time.perf_counter()
-        model = opening.open(folder, check=check, serving=serving)
-        # Unless another name is given, an engine has that of its checkpoint.
-        served = Served(name or str(model.manifest.source.get("name") or folder.resolve().name), model, settings)
-        found.append(served)
-        logging.getLogger("runtime.server").info(
-            "opened %s: %s, %d sequences of %d tokens, %.1f s",
-            served.name,
-            model.manifest.target,
-            model.limits.max_sequences,
-            model.max_context,
-            time.perf_counter() - started,
-        )
-    return Engines(found)
 
 
 def _warm_up(engines: Engines, wanted: bool | None) -> None:
@@ -251,7 +213,9 @@ def _logging(quiet: bool) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("runtime.server", "uvicorn.error")]
     for logger in loggers:
         logger.addHandler(handler)
-        logger.setLevel(logging.WARNING if quiet or logger.name == "uvicorn.error" else logging.INFO)
+        # What uvicorn warns of, any client can do: requests that are no HTTP, and upgrades.
+        is_uvicorn = logger.name == "uvicorn.error"
+        logger.setLevel(logging.ERROR if is_uvicorn else logging.WARNING if quiet else logging.INFO)
         logger.propagate = False
     try:
         yield

@@ -200,14 +200,17 @@ class Worker:
             room.wait(_LOOK_AGAIN_S)
             check()
 
-    def check_accepted(self) -> None:
-        """Raise if a request that has its place would not be taken any more.
+    def check_open(self, *, has_place: bool = False) -> None:
+        """Raise if a request would not be taken any more.
+
+        Args:
+            has_place: It has its place in the queue, and is still taken while the model answers what it had accepted.
 
         Raises:
-            UsageError: The model was closed, and does not answer what it had accepted.
+            UsageError: The model was closed.
             EngineError: The engine has failed.
         """
-        self._check_open(has_place=True)
+        self._check_open(has_place=has_place)
 
     def call(self, work: Callable[[], _T], *, is_vision: bool = False) -> _T:
         """Run something on the session between two steps, and wait for it.
@@ -263,11 +266,6 @@ class Worker:
             self._jobs.append(job)
         ahead.update(futures)
         self._changed.wake()
-
-    def check_open(self) -> None:
-        """Raise if requests are not taken any more: the errors of `reserve`, but that the queue is full."""
-        with self._lock:
-            self._check_open()
 
     def warm_up(self) -> None:
         """Run each kind of call once; for `call`."""

@@ -21,6 +21,7 @@ from runtime.server.responses import ErrorResponse
 from runtime.server.routes import chat, completions, health, models, page, tokens
 from runtime.server.settings import ServerSettings
 from runtime.server.validation import validation_error
+from runtime.shown import one_line
 
 
 def create_app(engines: Engines, settings: ServerSettings, connections: Connections | None = None) -> Gate:
@@ -50,6 +51,7 @@ def create_app(engines: Engines, settings: ServerSettings, connections: Connecti
         connections=connections,
         max_requests=settings.max_requests or engines.max_requests,
         bodies=bodies,
+        paths=frozenset(api.openapi()["paths"]) | {"/"},
     )
     api.state.engines = engines
     api.state.settings = settings
@@ -76,7 +78,7 @@ async def _of_http(request: Request, error: Any) -> Response:
     if error.status_code == 404:
         message = "there is no such path. Remedy: the base URL of OpenAI's clients is http://HOST:PORT/v1"
     elif error.status_code == 405:
-        message = f"{request.method} is not taken here. Remedy: see /openapi.json"
+        message = f"{one_line(request.method, 20)} is not taken here. Remedy: see /openapi.json"
     else:
         message = f"{error.detail}. Remedy: see /openapi.json"
     return ErrorResponse(ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None))

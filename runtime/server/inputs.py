@@ -6,9 +6,11 @@ the runtime reads by themselves.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from runtime.base64_text import decode_base64
@@ -57,21 +59,23 @@ def check_frames(name: str, value: int | None, settings: ServerSettings) -> None
 
 def _of_client(source: Any, kind: str, settings: ServerSettings, fetch: Fetch) -> Any:
     if isinstance(source, ImageSource):
-        return replace(source, image=_contents(source.image, kind, fetch))
+        return replace(source, image=_contents(source.image, kind, settings, fetch))
     if isinstance(source, VideoSource):
         for name in _FRAME_SETTINGS:
             check_frames(name, source.options.settings.get(name), settings)
         video = source.video
         if isinstance(video, list):
             check_frames("a list of", len(video), settings)
-            return replace(source, video=[_contents(frame, "frame", fetch) for frame in video])
-        return replace(source, video=_contents(video, kind, fetch))
-    return _contents(source, kind, fetch)
+            return replace(source, video=[_contents(frame, "frame", settings, fetch) for frame in video])
+        return replace(source, video=_contents(video, kind, settings, fetch))
+    return _contents(source, kind, settings, fetch)
 
 
-def _contents(source: Any, kind: str, fetch: Fetch) -> Any:
+def _contents(source: Any, kind: str, settings: ServerSettings, fetch: Fetch) -> Any:
     if isinstance(source, bytes):
         return source
+    if settings.local_folder is not None and (path := _local_path(source, settings.local_folder)) is not None:
+        return path
     if not isinstance(source, str):
         raise UsageError(f"{kind}: expected a data URL, found {type(source).__name__}", remedy=_REMEDY)
     scheme = scheme_of(source)
@@ -82,8 +86,21 @@ def _contents(source: Any, kind: str, fetch: Fetch) -> Any:
     with suppress(ValueError):
         if len(source) >= _SHORTEST_BASE64:
             return decode_base64(source)
+    if settings.local_folder is not None:
+        raise UsageError(
+            f"{kind} {shown(source, 80)}: no such file in {settings.local_folder}, and no data URL or base64 text",
+            remedy="check the path, which begins there unless it is absolute",
+        )
     raise UsageError(
         f"{kind} {shown(source, 80)}: expected a data URL, found neither one nor base64 text; no file of the server is "
         "read",
         remedy=_REMEDY,
     )
+
+
+def _local_path(source: Any, folder: Path) -> Path | None:
+    """Return the file that a source names, if there is one; what is read of it, the runtime checks."""
+    if not isinstance(source, (str, Path)) or scheme_of(str(source)) in ("data", "http", "https"):
+        return None
+    path = folder / source
+    return path if os.path.exists(path) else None

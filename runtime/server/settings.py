@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.errors import UsageError
 
@@ -21,6 +22,8 @@ class ServerSettings:
         allowed_origins: Origins of pages, such as `https://chat.example.org`, that may call the server from a browser;
             its own page always may.
         allowed_url_hosts: Hosts from which images and videos are fetched by URL; none by default.
+        local_folder: Requests may name files of this machine, by paths that begin there. For batches of one's own; a
+            server has none.
         max_body_bytes: Longest body of a request.
         max_bodies_bytes: Bytes of the bodies of all requests in progress.
         max_requests: Most requests in progress; None for as many as the engines run and queue.
@@ -45,6 +48,7 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     allowed_url_hosts: tuple[str, ...] = ()
+    local_folder: Path | None = None
     max_body_bytes: int = 64 << 20
     max_bodies_bytes: int = 512 << 20
     max_requests: int | None = None

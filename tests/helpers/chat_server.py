@@ -87,8 +87,8 @@ class ChatServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, script: Script, models: tuple[str, ...]) -> None:
-        super().__init__(("127.0.0.1", 0), Asked)
+    def __init__(self, script: Script, models: tuple[str, ...], port: int) -> None:
+        super().__init__(("127.0.0.1", port), Asked)
         self.script, self.models = script, models
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -104,9 +104,9 @@ class ChatServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def chat_server(script: Script, models: tuple[str, ...] = ("stand-in",)) -> Iterator[ChatServer]:
+def chat_server(script: Script, models: tuple[str, ...] = ("stand-in",), port: int = 0) -> Iterator[ChatServer]:
     """Run a server for the time of the context."""
-    with ChatServer(script, models) as server:
+    with ChatServer(script, models, port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:

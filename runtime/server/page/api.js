@@ -21,7 +21,14 @@ export class ServerError extends Error {
  */
 export async function listModels(key) {
   const response = await reach("v1/models", { headers: headers(key) });
-  return (await response.json()).data ?? [];
+  let found = [];
+  try {
+    found = (await response.json()).data ?? [];
+  } catch {
+    // Not ours; said below.
+  }
+  if (!found.length) throw new ServerError("The server names no models. See whether it is the one that you mean.");
+  return found;
 }
 
 /**

@@ -15,9 +15,10 @@ const voice = { say, warn };
 const tray = new Tray(voice);
 let conversation = new Conversation();
 let models = [];
+let loading = Promise.resolve(); // ends when the models are known, or an error is shown
 let apiKey = storedKey();
 let running = null; // the AbortController of the request in progress
-let isSubmitting = false; // files of the question are still being read
+let isSubmitting = false; // models are asked for, or files of the question are still being read
 let afterKey = null; // what to do when there is a key
 
 /** Let a screen reader say something, once. */
@@ -56,17 +57,21 @@ function useKey(event) {
   byId("key-form").hidden = true;
   clearWarnings();
   question.focus();
-  showModels(afterKey);
+  loadModels(afterKey);
 }
 
 // Models
 
 /** Fill the list of models, and then do what waits for it. */
-async function showModels(then = null) {
+function loadModels(then = null) {
+  loading = showModels(then);
+}
+
+async function showModels(then) {
   try {
     models = await listModels(apiKey);
   } catch (error) {
-    report(error, then, () => showModels(then));
+    report(error, then, () => loadModels(then));
     return;
   }
   const select = byId("model");
@@ -127,23 +132,35 @@ async function submit() {
     return;
   }
   clearWarnings();
+  if (!isComplete()) return;
+  isSubmitting = true;
+  await loading;
+  if (!models.length) {
+    isSubmitting = false;
+    loadModels(submit); // what went wrong may be over
+    return;
+  }
+  const text = question.value.trim();
+  question.value = "";
+  const attachments = await tray.take();
+  isSubmitting = false;
+  ask({ text, attachments, answer: null });
+}
+
+/** Return whether there is something to ask; says what is missing. */
+function isComplete() {
   const form = byId("ask-form");
   if (!form.checkValidity()) {
     byId("settings").open = true; // what is wrong can be in there, and has to be seen
     form.reportValidity();
-    return;
+    return false;
   }
-  const text = question.value.trim();
-  if (!text) {
+  if (!question.value.trim()) {
     warn("There is no question yet. Write one, then ask.");
     question.focus();
-    return;
+    return false;
   }
-  question.value = "";
-  isSubmitting = true;
-  const attachments = await tray.take();
-  isSubmitting = false;
-  ask({ text, attachments, answer: null });
+  return true;
 }
 
 /** Ask a question, and show its answer as it comes. */
@@ -281,9 +298,9 @@ byId("ask-form").addEventListener("submit", (event) => {
   event.preventDefault();
   submit();
 });
-byId("ask-form").noValidate = true; // checked in `submit`, which opens the settings first
+byId("ask-form").noValidate = true; // checked in `isComplete`, which opens the settings first
 byId("key-form").addEventListener("submit", useKey);
 byId("stop").addEventListener("click", stopAnswer);
 byId("new-conversation").addEventListener("click", beginAgain);
 byId("model").addEventListener("change", showModelFacts);
-showModels();
+loadModels();

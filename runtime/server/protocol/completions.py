@@ -10,13 +10,13 @@ from runtime.errors import UsageError
 from runtime.raw_prompt import RawPrompt
 from runtime.server.engines import Served
 from runtime.server.protocol.asked import Asked
-from runtime.server.protocol.fields import AnswerBody
+from runtime.server.protocol.fields import AnswerBody, ListOf
 
 
 class CompletionRequest(AnswerBody):
     """Texts to be continued."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]] = Field(
         description="A text, token ids, or several of either."
     )
     best_of: Annotated[int, Field(ge=1)] | None = None
