@@ -112,7 +112,11 @@ def test_files_may_be_named_where_that_is_allowed(opened: Qwen3VLModel, tmp_path
 
 def test_a_queue_that_is_full_is_waited_for(demo_engine: Path, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
-    path.write_text("\n".join(json.dumps(chat({**ASKED, "max_tokens": 4}, custom_id=str(i))) for i in range(6)))
+    path.write_text(
+        "\n".join(
+            json.dumps(chat({**ASKED, "max_tokens": 300, "ignore_eos": True}, custom_id=str(i))) for i in range(6)
+        )
+    )
 
     async def all_at_once(model: Qwen3VLModel) -> list[Outcome]:
         answer = answer_with(Engines([Served("demo", model, ServerSettings())]))
