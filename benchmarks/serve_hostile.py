@@ -86,7 +86,7 @@ def serve_hostile(
 ) -> None:
     """Show what a server does that is asked wrongly, too much, and killed."""
     manifest = Manifest.read(engine)
-    name = f"{manifest.source.get('name')}-{manifest.target}"
+    name = f"{Path(str(manifest.source.get('name'))).name}-{manifest.target}"
     result: dict[str, Any] = {"environment": measure.environment(), "engine": name}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -103,28 +103,33 @@ def serve_hostile(
 
 async def mutated(asker: Asker, number: int) -> dict[str, Any]:
     """Send bodies with errors, some at a time, and count the statuses."""
-    whole = json.dumps(
-        {
-            "messages": chat_messages(Prompts(5, (32, 32)).messages(0)),
-            "tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "object"}}}],
-            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}},
-            "max_tokens": 2,
-            "temperature": 0.5,
-            "stop": ["x"],
-            "logit_bias": {"5": 1},
-            "stream": False,
-        }
-    ).encode()
+    chat = {
+        "messages": chat_messages(Prompts(5, (32, 32)).messages(0)),
+        "max_tokens": 2,
+        "temperature": 0.5,
+        "stop": ["x"],
+        "logit_bias": {"5": 1},
+        "stream": False,
+    }
+    function = {"type": "function", "function": {"name": "a", "parameters": {"type": "object"}}}
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    bodies = [
+        ("/v1/chat/completions", chat),
+        ("/v1/chat/completions", {**chat, "tools": [function], "tool_choice": "auto"}),
+        ("/v1/chat/completions", {**chat, "response_format": schema, "stream": True}),
+        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2, "n": 2, "echo": True}),
+        ("/tokenize", {"prompt": "a text", "return_token_strs": True}),
+    ]
     statuses: Counter[int] = Counter()
     draw = random.Random(0)
 
     async def some(count: int) -> None:
         for _ in range(count):
-            body = bytearray(whole)
+            path, fields = draw.choice(bodies)
+            body = bytearray(json.dumps(fields).encode())
             for _ in range(draw.randint(1, 4)):
                 start = draw.randrange(len(body))
                 body[start : start + draw.choice((0, 1, 2, 20))] = draw.choice(_MUTATIONS)
-            path = draw.choice(("/v1/chat/completions", "/v1/chat/completions", "/v1/completions", "/tokenize"))
             statuses[(await asker.ask(path, bytes(body))).status] += 1
 
     await asyncio.gather(*(some(number // 4) for _ in range(4)))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         OverloadError,
         ParityError,
         Qwen3VLError,
+        RequestError,
         TargetError,
         UsageError,
     )
@@ -55,6 +56,7 @@ __all__ = [
     "Qwen3VLError",
     "Qwen3VLModel",
     "RawPrompt",
+    "RequestError",
     "Stats",
     "Stream",
     "TargetError",

@@ -10,6 +10,7 @@ from runtime.errors import (
     OverloadError,
     ParityError,
     Qwen3VLError,
+    RequestError,
     TargetError,
     UsageError,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "OverloadError",
     "ParityError",
     "Qwen3VLError",
+    "RequestError",
     "TargetError",
     "UsageError",
 ]

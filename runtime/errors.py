@@ -118,3 +118,9 @@ class DeadlineError(Qwen3VLError):
     """The time that a caller gave for an answer was over before it was complete."""
 
     exit_code = 11
+
+
+class RequestError(Qwen3VLError):
+    """A server did not answer a request as it should."""
+
+    exit_code = 12

@@ -631,14 +631,23 @@ class Qwen3VLModel:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        check: Check = always,
         **keywords: Unpack[InputKeywords],
     ) -> Prepared:
-        """Render, tokenise, process images and videos and number the positions; the arguments are those of `stream`."""
+        """Render, tokenise, process images and videos and number the positions.
+
+        Args:
+            messages: As in `stream`, as the next two and the keywords.
+            tools: As in `stream`.
+            chat_template_kwargs: As in `stream`.
+            check: Called before each image, frame and piece of a long text; what it raises ends the reading.
+            **keywords: As in `stream`.
+        """
         if unknown := keywords.keys() - INPUT_KEYWORDS:
             raise UsageError(
                 f"prepare takes no {', '.join(sorted(unknown))}", remedy=f"it takes {', '.join(sorted(INPUT_KEYWORDS))}"
             )
-        return self._prepare(messages, Call(tools, chat_template_kwargs, keywords=keywords))
+        return self._prepare(messages, Call(tools, chat_template_kwargs, keywords=keywords), check=check)
 
     def _prepare(self, messages: Any, call: Call, on_images: OnImages | None = None, check: Check = always) -> Prepared:
         prepared = self.preparation.prepare(

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
-from runtime.errors import DeadlineError, Qwen3VLError
+from runtime.errors import DeadlineError
 
 Check: TypeAlias = Callable[[], object]
 """Raises where the work that is about to be done is not wanted any more."""
 
 
-class NotWanted(Qwen3VLError):
-    """Nobody waits for the answer any more; never leaves the call that reads the prompt."""
+class NotWanted(DeadlineError):
+    """The time for an answer is over because nobody waits for it; never leaves the call that reads the prompt."""
 
 
 def always() -> None:
@@ -53,8 +53,7 @@ class StillWanted:
         """Return if the prompt is wanted.
 
         Raises:
-            NotWanted: Its stream was closed.
-            DeadlineError: Its time is over.
+            DeadlineError: Its time is over; a `NotWanted` if its stream was closed.
         """
         if self._is_cancelled():
             raise NotWanted("nobody waits for this answer any more")

@@ -103,6 +103,15 @@ class Stream(Iterator[Piece], AsyncIterator[Piece]):
         self._end()
         return generation
 
+    async def begin(self) -> None:
+        """Prepare the prompt and submit the request now, as the first piece that is asked for would, and return then.
+
+        Raises:
+            Qwen3VLError: What is wrong with the request.
+        """
+        with self._failing():
+            await self._started_async()
+
     def close(self) -> None:
         """Stop the answer, from any thread. What was not read is dropped; a reader that waits finds the end."""
         self._is_closed = True

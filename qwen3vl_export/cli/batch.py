@@ -107,9 +107,9 @@ def batch(
 ) -> None:
     """Answer a file of requests in OpenAI's batch format.
 
-    Each line of IN is an object with custom_id, method ("POST"), url ("/v1/chat/completions" or "/v1/completions") and
-    body. Each line of OUT is one with id, custom_id, response (status_code, request_id, body) and error, in the order
-    in which requests are answered. A request that cannot be answered has a result, too, and the batch goes on.
+    Each line of IN has custom_id, method ("POST"), url ("/v1/chat/completions" or "/v1/completions") and body. Each
+    line of OUT has id, custom_id, response (status_code, request_id, body) and error, in the order in which requests
+    are answered. A request that cannot be answered has a result, too, and the batch goes on.
 
     The same command again goes on where an earlier one ended, however that was: each request has one result. Ctrl-C
     begins no further requests and answers those in progress; a second one drops them.
@@ -124,7 +124,6 @@ def batch(
       qwen3vl batch IN OUT --engine small=engines/2b --engine large=engines/8b
     """
     _check_installed()
-    from runtime.server.batch.answering import answer_with
     from runtime.server.batch.run import Batch
 
     settings = asking.settings(source)
@@ -133,20 +132,24 @@ def batch(
         tally = opened.tally
         if tally.num_done < tally.num_lines:
             engines = open_engines(engine, building, opening, serving, settings, check=check, is_quiet=is_quiet)
-            try:
-                places = asking.concurrency or _places(engines)
-                with _shown(tally, is_quiet=is_quiet) as show:
-                    asyncio.run(_run(opened, answer_with(engines), places, show, is_quiet=is_quiet))
-            finally:
-                engines.close(drain=False)
-                if not is_quiet:
-                    note(_summary(tally, output, errors))
-        elif not is_quiet:
+            _answer(opened, engines, asking.concurrency or _places(engines), is_quiet=is_quiet)
+        if not is_quiet:
             note(_summary(tally, output, errors))
     if as_json:
         print_json({**_values(tally), "output": str(output), "errors": None if errors is None else str(errors)})
     if tally.num_done < tally.num_lines:
         raise KeyboardInterrupt
+
+
+def _answer(opened: Batch, engines: Engines, places: int, *, is_quiet: bool) -> None:
+    """Answer all that has no result yet, and close the engines."""
+    from runtime.server.batch.answering import answer_with
+
+    try:
+        with _shown(opened.tally, is_quiet=is_quiet) as show:
+            asyncio.run(_run(opened, answer_with(engines), places, show, is_quiet=is_quiet))
+    finally:
+        engines.close(drain=False)
 
 
 async def _run(opened: Batch, answer: Any, places: int, show: Callable[[Tally], None], *, is_quiet: bool) -> None:

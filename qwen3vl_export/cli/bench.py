@@ -20,6 +20,7 @@ from runtime.errors import UsageError
 from runtime.shown import columns
 
 if TYPE_CHECKING:
+    from qwen3vl_export.load.prompts import Prompts
     from runtime.answer import Stats
     from runtime.model import Qwen3VLModel
 
@@ -98,20 +99,14 @@ def bench(
     size = parse_size(image_size)
     load.check()
     server.check(engine, load, opening, serving)
-    if load.is_given and runs is not None:
-        raise UsageError("--runs is of one request at a time", remedy="pass --requests with --concurrency or --rate")
+    _check_runs(runs, load)
     if engine is None:
         bench_url(server, size, prompt_tokens, new_tokens, load, as_json=as_json)
         return
     model, where = _opened(engine, opening, serving)
     if load.is_given:
-        from qwen3vl_export.load.prompts import Prompts
-
-        prompts = Prompts.of_tokens(
-            model.tokenizer, prompt_tokens, size, shared_tokens=load.shared_prefix, seed=load.seed
-        )
-        where["max_sequences"] = model.statistics()["max_sequences"]
-        bench_load(model, prompts, new_tokens, load, where, as_json=as_json)
+        where["max_sequences"] = model.limits.max_sequences
+        bench_load(model, _prompts(model, prompt_tokens, size, load), new_tokens, load, where, as_json=as_json)
         return
     speed = measure(model, size, prompt_tokens, new_tokens, runs or _DEFAULT_RUNS)
     # Known after the first step; None if this kind of engine records nothing.
@@ -120,6 +115,17 @@ def bench(
         print_json({**where, **asdict(speed)})
     else:
         print_text("\n".join(columns(_rows(speed, where))))
+
+
+def _check_runs(runs: int | None, load: LoadOptions) -> None:
+    if load.is_given and runs is not None:
+        raise UsageError("--runs is of one request at a time", remedy="pass --requests with --concurrency or --rate")
+
+
+def _prompts(model: Qwen3VLModel, num_tokens: int, size: tuple[int, int] | None, load: LoadOptions) -> Prompts:
+    from qwen3vl_export.load.prompts import Prompts
+
+    return Prompts.of_tokens(model.tokenizer, num_tokens, size, shared_tokens=load.shared_prefix, seed=load.seed)
 
 
 def _opened(engine: Path, opening: Opening, serving: Serving) -> tuple[Qwen3VLModel, dict[str, Any]]:

@@ -88,6 +88,9 @@ class Listening:
         """
         from runtime.server.settings import ServerSettings
 
+        if not 0 < self.max_body <= 1e6:
+            raise UsageError(f"--max-body {self.max_body} MB is out of range", remedy="leave it out for 64 MB")
+        max_body_bytes = max(1, round(self.max_body * _MB))
         return ServerSettings(
             host=self.host,
             port=self.port,
@@ -95,8 +98,8 @@ class Listening:
             allowed_hosts=tuple(self.allow_host or ()),
             allowed_origins=tuple(self.allow_origin or ()),
             allowed_url_hosts=tuple(self.allow_url_host or ()),
-            max_body_bytes=round(min(self.max_body, 1e6) * _MB),
-            max_bodies_bytes=max(ServerSettings.max_bodies_bytes, round(min(self.max_body, 1e6) * _MB)),
+            max_body_bytes=max_body_bytes,
+            max_bodies_bytes=max(ServerSettings.max_bodies_bytes, max_body_bytes),
             max_requests=self.max_requests,
             max_connections=self.max_connections,
             max_answer_tokens=self.max_answer_tokens,
@@ -135,14 +138,15 @@ def serve(
     """
     check_installed()
     settings = listening.settings()
-    from runtime.server.run import HttpServer, listen
+    from runtime.server.run import HttpServer, is_local, listen
 
     socket = listen(settings)  # before work that takes long
     with _logging(quiet):
         try:
             engines = open_engines(models, building, opening, serving, settings, check=check, is_quiet=quiet)
             _warm_up(engines, listening.warm_up)
-            _warn(settings)
+            if not (is_local(socket) or settings.api_keys):
+                _warn(settings.host)
             server = HttpServer(engines, settings, socket)
             server.run(lambda: _announce(engines, settings, server.port))
         finally:
@@ -179,11 +183,10 @@ def _read_keys(path: Path) -> tuple[str, ...]:
     return keys
 
 
-def _warn(settings: ServerSettings) -> None:
-    if not (settings.is_loopback or settings.api_keys):
-        logging.getLogger("runtime.server").warning(
-            "note: whoever can reach %s may use the engine; --api-key-file asks for a key", settings.host
-        )
+def _warn(host: str) -> None:
+    logging.getLogger("runtime.server").warning(
+        "note: whoever can reach %s may use the engine; --api-key-file asks for a key", host
+    )
 
 
 def _announce(engines: Engines, settings: ServerSettings, port: int) -> None:
@@ -210,7 +213,9 @@ def _logging(quiet: bool) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("runtime.server", "uvicorn.error")]
     for logger in loggers:
         logger.addHandler(handler)
-        logger.setLevel(logging.WARNING if quiet or logger.name == "uvicorn.error" else logging.INFO)
+        # What uvicorn warns of, any client can do: requests that are no HTTP, and upgrades.
+        is_uvicorn = logger.name == "uvicorn.error"
+        logger.setLevel(logging.ERROR if is_uvicorn else logging.WARNING if quiet else logging.INFO)
         logger.propagate = False
     try:
         yield

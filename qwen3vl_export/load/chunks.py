@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3vl_export.load.client import Reply
-from qwen3vl_export.load.connections import RequestError, cut_off
+from qwen3vl_export.load.connections import cut_off
 from qwen3vl_export.load.events import MalformedEventError, read_events
+from runtime.errors import RequestError
 from runtime.shown import shorten
 
 _TEXTS = ("content", "reasoning_content", "reasoning", "tool_calls")

@@ -12,19 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from runtime.errors import Qwen3VLError, UsageError
+from runtime.errors import RequestError, UsageError
 
 _PIECE_BYTES = 1 << 16
 _SCHEMES: Mapping[str, type[http.client.HTTPConnection]] = {
     "http": http.client.HTTPConnection,
     "https": http.client.HTTPSConnection,
 }
-
-
-class RequestError(Qwen3VLError):
-    """A server did not answer a request as it should."""
-
-    exit_code = 12
 
 
 @dataclass(frozen=True)

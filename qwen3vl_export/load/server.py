@@ -11,10 +11,10 @@ from typing import Any
 
 from qwen3vl_export.load.chunks import malformed, message_of, read_reply
 from qwen3vl_export.load.client import Reply
-from qwen3vl_export.load.connections import Address, Connections, RequestError, pieces
+from qwen3vl_export.load.connections import Address, Connections, pieces
 from qwen3vl_export.load.prompts import Prompts
 from qwen3vl_export.load.wire import chat_messages
-from runtime.errors import OverloadError, UsageError
+from runtime.errors import OverloadError, RequestError, UsageError
 from runtime.shown import shorten
 
 _TOO_MANY_REQUESTS = 429

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.server.bodies import BodyBudget
 from runtime.server.connections import Connections
-from runtime.server.errors import ApiError
+from runtime.server.errors import ApiError, stopped
 from runtime.server.responses import ErrorResponse
 from runtime.server.settings import ServerSettings
 from runtime.shown import one_line, shown
@@ -38,6 +39,8 @@ class Gate:
         connections: Its connections, which are told of requests; None without uvicorn.
         max_requests: Most requests in progress.
         bodies: Gets back what the body of a request took.
+        is_local: Only this machine can reach the server: then it answers to its own names alone.
+        paths: Those that are counted by name.
     """
 
     def __init__(
@@ -48,12 +51,16 @@ class Gate:
         connections: Connections | None,
         max_requests: int,
         bodies: BodyBudget,
+        is_local: bool,
+        paths: frozenset[str],
     ) -> None:
         self._app = app
         self._settings = settings
         self._connections = connections
         self._most = max_requests
         self._bodies = bodies
+        self._is_local = is_local
+        self._paths = paths
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
         self._hosts = {"localhost", "127.0.0.1", "::1", settings.host.lower(), *map(str.lower, settings.allowed_hosts)}
         self._origins = {each.rstrip("/").lower() for each in settings.allowed_origins}
@@ -66,6 +73,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
+        if scope["path"].startswith(("http://", "https://")):  # the form for proxies, which servers take, too
+            scope["path"] = urlsplit(scope["path"]).path or "/"
         state = scope.setdefault("state", {})
         state["request_id"] = f"req_{uuid.uuid4().hex}"
         connection = None if self._connections is None else self._connections.began(scope.get("client"))
@@ -88,6 +97,10 @@ class Gate:
         except ApiError as error:
             if not started:
                 await ErrorResponse(error)(scope, receive, answer)
+        except asyncio.CancelledError:
+            # The time to answer what was in progress is over; uvicorn would log this as an error.
+            if not started:
+                await ErrorResponse(stopped())(scope, receive, answer)
         except Exception:
             LOGGER.exception("internal error, %s", state["request_id"])
             if not finished:
@@ -100,7 +113,7 @@ class Gate:
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        self._check_site(headers, scope)
+        self._check_site(headers)
         if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             await _allow(scope, receive, send)  # a browser's question, which has no key
             return
@@ -125,11 +138,11 @@ class Gate:
         finally:
             self._num_running -= 1
 
-    def _check_site(self, headers: Headers, scope: Scope) -> None:
+    def _check_site(self, headers: Headers) -> None:
         """Refuse pages of other sites: a browser sends their requests to a server on its own machine, too."""
         asked = headers.get("host", "")
         host = (urlsplit(f"//{asked}").hostname or "") if _is_host(asked) else ""
-        if self._settings.is_loopback and host not in self._hosts:
+        if self._is_local and host not in self._hosts:
             raise ApiError(
                 403,
                 f"the server was asked for as {shown(asked, 60)}. Remedy: ask for it as {self._settings.host}, or "
@@ -139,7 +152,8 @@ class Gate:
         origin = headers.get("origin")
         if origin is None or origin.rstrip("/").lower() in self._origins or "*" in self._origins:
             return
-        if origin.lower() != f"{scope.get('scheme', 'http')}://{asked}".lower():
+        # The scheme is that of a proxy, if there is one.
+        if origin.lower().partition("://")[2] != asked.lower():
             raise ApiError(
                 403,
                 f"pages of {shown(origin, 80)} may not ask this server. Remedy: start it with --allow-origin ORIGIN",
@@ -170,10 +184,10 @@ class Gate:
 
     def _note(self, scope: Scope, state: Mapping[str, Any], seconds: float) -> None:
         status = state.get("status", 0)
-        path = scope["path"] if status not in (404, 405) else "other"
-        path = "/page" if path.startswith(_OPEN_FOLDER) else path
+        path = scope["path"] if scope["path"] in self._paths else "other"  # a client may ask for any number of others
         self.responses[path, status] = self.responses.get((path, status), 0) + 1
-        words = [scope["method"], one_line(scope["path"], 100), str(status), f"{seconds:.3f} s", state["request_id"]]
+        method = one_line(scope["method"], 20)
+        words = [method, one_line(scope["path"], 100), str(status), f"{seconds:.3f} s", state["request_id"]]
         LOGGER.info(" ".join([*words, *state.get("notes", ())]))
 
 

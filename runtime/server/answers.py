@@ -10,8 +10,8 @@ from typing import Any
 from runtime.answer import Generation
 from runtime.conversation import complete
 from runtime.input_limits import INPUT_KEYWORDS
-from runtime.model import Qwen3VLModel
 from runtime.piece import Piece
+from runtime.server.engines import Served
 from runtime.server.protocol.asked import Asked
 
 Part = Piece | Generation
@@ -20,25 +20,29 @@ Part = Piece | Generation
 _FOR_PREPARE = frozenset(("tools", "chat_template_kwargs", *INPUT_KEYWORDS))
 
 
-async def whole_answers(model: Qwen3VLModel, asked: Asked) -> list[Generation]:
+async def whole_answers(served: Served, asked: Asked) -> list[Generation]:
     """Return all answers, those to one prompt one after the other, then those to the next.
 
     Raises:
         Qwen3VLError: What ended one of them; the others are stopped.
     """
-    options = asked.options if asked.num_answers == 1 else {**asked.options, "n": asked.num_answers}
-    tasks = [asyncio.create_task(model.agenerate(prompt, **options)) for prompt in asked.prompts]
-    try:
-        found = await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-    return [answer for each in found for answer in (each.choices or (each,) * asked.num_copies)]
+    if "best_of" in asked.options:
+        ranked: list[Generation] = []
+        for prompt in asked.prompts:
+            best = await served.model.agenerate(prompt, **asked.options, n=asked.num_answers)
+            ranked += best.choices or [best]
+        return ranked
+    if len(asked.prompts) * asked.num_answers == 1:
+        return [await _whole(served, asked.prompts[0], asked.options)] * asked.num_copies
+    found: dict[int, Generation] = {}
+    async with aclosing(answer_parts(served, asked)) as parts:
+        async for index, part in parts:
+            if isinstance(part, Generation):
+                found[index] = part
+    return [each for _, each in sorted(found.items())]
 
 
-async def answer_parts(model: Qwen3VLModel, asked: Asked) -> AsyncGenerator[tuple[int, Part], None]:
+async def answer_parts(served: Served, asked: Asked) -> AsyncGenerator[tuple[int, Part], None]:
     """Yield the parts of all answers as they come, each with the number of its answer; the last of each is all of it.
 
     Closing the iterator stops all of them.
@@ -48,32 +52,39 @@ async def answer_parts(model: Qwen3VLModel, asked: Asked) -> AsyncGenerator[tupl
     """
     copies = asked.num_copies
     if len(asked.prompts) * asked.num_answers == 1:
-        async with aclosing(_parts(model, asked.prompts[0], asked.options)) as parts:
+        async with aclosing(_parts(served, asked.prompts[0], asked.options)) as parts:
             async for part in parts:
                 for index in range(copies):
                     yield index, part
         return
-    async with aclosing(_merged(model, asked)) as merged:
+    async with aclosing(_merged(served, asked)) as merged:
         async for index, part in merged:
             for copy in range(copies):
                 yield index * copies + copy, part
 
 
-async def _parts(model: Qwen3VLModel, prompt: Any, options: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
-    async with model.stream(prompt, **options) as stream:
+async def _whole(served: Served, prompt: Any, options: Mapping[str, Any]) -> Generation:
+    async with served.model.stream(prompt, **options) as stream:
+        await served.turns.begin(stream, prompt)
+        return complete(await stream.wait_async())
+
+
+async def _parts(served: Served, prompt: Any, options: Mapping[str, Any]) -> AsyncGenerator[Part, None]:
+    async with served.model.stream(prompt, **options) as stream:
+        await served.turns.begin(stream, prompt)
         async for piece in stream:
             yield piece
         yield complete(stream.result)
 
 
-async def _merged(model: Qwen3VLModel, asked: Asked) -> AsyncGenerator[tuple[int, Part], None]:
+async def _merged(served: Served, asked: Asked) -> AsyncGenerator[tuple[int, Part], None]:
     """Yield the parts of several streams."""
     queue: asyncio.Queue[tuple[int, Part | BaseException]] = asyncio.Queue()
     tasks: list[asyncio.Task[None]] = []
 
     async def answer(index: int, prompt: Any, options: Mapping[str, Any], shows: asyncio.Event) -> None:
         try:
-            async with aclosing(_parts(model, prompt, options)) as parts:
+            async with aclosing(_parts(served, prompt, options)) as parts:
                 async for part in parts:
                     queue.put_nowait((index, part))
                     shows.set()
@@ -86,7 +97,8 @@ async def _merged(model: Qwen3VLModel, asked: Asked) -> AsyncGenerator[tuple[int
         """Answer one prompt several times: its images are read once, and its rows of the KV cache are shared."""
         try:
             keywords = {name: value for name, value in asked.options.items() if name in _FOR_PREPARE}
-            prepared = await asyncio.to_thread(model.prepare, prompt, **keywords)
+            timeout_s = asked.options.get("timeout_s")
+            prepared = await served.turns.prepare(served.model, prompt, timeout_s, **keywords)
         except Exception as error:
             queue.put_nowait((first, error))
             return

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from runtime import __version__
 from runtime.errors import Qwen3VLError
@@ -21,15 +22,19 @@ from runtime.server.responses import ErrorResponse
 from runtime.server.routes import chat, completions, health, models, page, tokens
 from runtime.server.settings import ServerSettings
 from runtime.server.validation import validation_error
+from runtime.shown import one_line
 
 
-def create_app(engines: Engines, settings: ServerSettings, connections: Connections | None = None) -> Gate:
+def create_app(
+    engines: Engines, settings: ServerSettings, connections: Connections | None = None, *, is_local: bool = True
+) -> Gate:
     """Return the ASGI application.
 
     Args:
         engines: Who answers.
         settings: What is taken, and from whom.
         connections: Those of the server that will run it; without, nothing limits idle ones.
+        is_local: Only this machine can reach it.
     """
     api = FastAPI(title="qwen3vl serve", version=__version__, docs_url=None, redoc_url=None)
     for group in (chat, completions, models, tokens, health, page):
@@ -50,6 +55,8 @@ def create_app(engines: Engines, settings: ServerSettings, connections: Connecti
         connections=connections,
         max_requests=settings.max_requests or engines.max_requests,
         bodies=bodies,
+        is_local=is_local,
+        paths=frozenset(api.openapi()["paths"]) | {"/"},
     )
     api.state.engines = engines
     api.state.settings = settings
@@ -71,12 +78,15 @@ async def _of_validation(request: Request, error: Any) -> Response:
 
 
 async def _of_http(request: Request, error: Any) -> Response:
-    if isinstance(error.__cause__, ApiError):  # FastAPI puts one of its own around what reading a body raises
+    # FastAPI puts one of its own around what reading a body raises.
+    if isinstance(error.__cause__, ApiError):
         return ErrorResponse(error.__cause__)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return await _of_client(request, error)
     if error.status_code == 404:
         message = "there is no such path. Remedy: the base URL of OpenAI's clients is http://HOST:PORT/v1"
     elif error.status_code == 405:
-        message = f"{request.method} is not taken here. Remedy: see /openapi.json"
+        message = f"{one_line(request.method, 20)} is not taken here. Remedy: see /openapi.json"
     else:
         message = f"{error.detail}. Remedy: see /openapi.json"
     return ErrorResponse(ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None))

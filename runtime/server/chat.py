@@ -39,7 +39,7 @@ async def complete_chat(served: Served, body: ChatRequest, fetch: Fetch | None =
         Qwen3VLError, ApiError: What is wrong with the request, or ended the answer.
     """
     asked = await _asked(served, body, fetch)
-    generations = await whole_answers(served.model, asked)
+    generations = await whole_answers(served, asked)
     end_ids = served.model.defaults.eos_token_ids
     choices = [
         {
@@ -60,7 +60,7 @@ async def chat_events(served: Served, body: ChatRequest, fetch: Fetch | None = N
     generations: dict[int, Generation] = {}
     begun: set[int] = set()
     more = {"usage": None} if body.wants_usage else {}
-    async with aclosing(answer_parts(served.model, asked)) as parts:
+    async with aclosing(answer_parts(served, asked)) as parts:
         async for index, part in parts:
             delta: dict[str, Any] = {} if index in begun else {"role": "assistant"}
             begun.add(index)
@@ -78,7 +78,8 @@ async def chat_events(served: Served, body: ChatRequest, fetch: Fetch | None = N
 
 
 async def _asked(served: Served, body: ChatRequest, fetch: Fetch | None) -> Asked:
-    return await asyncio.to_thread(body.asked, served, fetch or Fetcher(served.settings))
+    async with served.turns.fetching(may_fetch=bool(served.settings.allowed_url_hosts)):
+        return await asyncio.to_thread(body.asked, served, fetch or Fetcher(served.settings))
 
 
 def _figures(served: Served, body: ChatRequest, generations: list[Generation]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from runtime.errors import Qwen3VLError
-from runtime.server.errors import ApiError, api_error
+from runtime.server.errors import ApiError, api_error, stopped
 from runtime.server.replies import event
 
 _T = TypeVar("_T")
@@ -79,6 +79,9 @@ class EventStream(Response):
             await while_connected(receive, self._send_all(send))
         except ClientGone:
             scope["state"]["status"] = CLIENT_CLOSED
+        except asyncio.CancelledError:  # the server has to end
+            with suppress(Exception):
+                await send({"type": "http.response.body", "body": event(stopped().body()), "more_body": False})
         except TimeoutError:
             scope["state"]["status"] = CLIENT_CLOSED
             scope["state"]["connection"].abort()

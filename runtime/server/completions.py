@@ -27,7 +27,7 @@ async def complete_text(served: Served, body: CompletionRequest) -> dict[str, An
     """
     asked = await asyncio.to_thread(body.asked, served)
     echoes = await asyncio.to_thread(_echoes, served, body, asked)
-    generations = await whole_answers(served.model, asked)
+    generations = await whole_answers(served, asked)
     choices = [_choice(served, index, echoes[index] + each.raw_text, each) for index, each in enumerate(generations)]
     return Reply(served, "text_completion", "cmpl").body(choices, **_figures(body, asked, generations))
 
@@ -39,7 +39,7 @@ async def completion_events(served: Served, body: CompletionRequest) -> AsyncGen
     reply = Reply(served, "text_completion", "cmpl")
     generations: dict[int, Generation] = {}
     more = {"usage": None} if body.wants_usage else {}
-    async with aclosing(answer_parts(served.model, asked)) as parts:
+    async with aclosing(answer_parts(served, asked)) as parts:
         async for index, part in parts:
             echo, echoes[index] = echoes[index], ""
             if isinstance(part, Generation):

@@ -88,6 +88,7 @@ class GuardedProtocol(H11Protocol):
     guard: ClassVar[Connections]
     _is_refused = False
     _has_sent = False
+    _unread_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
@@ -120,7 +121,14 @@ class GuardedProtocol(H11Protocol):
         )
 
     def time_out(self) -> None:
-        """Close after too long without a request; one that had begun is told so."""
+        """Close after too long without a request; one that had begun is told so.
+
+        Not while the client reads the last response, which is in the buffer: then it has as long again.
+        """
+        unread, self._unread_bytes = self._unread_bytes, self.transport.get_write_buffer_size()
+        if self._unread_bytes and (not unread or self._unread_bytes < unread):
+            self.guard.ended(self)
+            return
         if self._has_sent and not self.cycle:
             self._refuse(408, "the headers were not complete in time. Remedy: send them faster", "Request Timeout")
         self.abort()

@@ -11,6 +11,7 @@ from runtime.errors import UsageError
 from runtime.model import Qwen3VLModel
 from runtime.server.errors import ApiError
 from runtime.server.settings import ServerSettings
+from runtime.server.turns import Turns
 from runtime.shown import shown
 
 
@@ -23,12 +24,14 @@ class Served:
         model: The engine.
         settings: The server's limits.
         created: When it was opened, in seconds since 1970.
+        turns: Whose prompts are read.
     """
 
     name: str
     model: Qwen3VLModel
     settings: ServerSettings
     created: int = field(default_factory=lambda: int(time.time()))
+    turns: Turns = field(default_factory=Turns, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:

@@ -86,6 +86,12 @@ class ApiError(Exception):
         return headers
 
 
+def stopped() -> ApiError:
+    """Return the error of a request that was in progress when the server had to end."""
+    message = "the server was stopped before the answer was complete. Remedy: ask again"
+    return ApiError(503, message, kind=SERVER, code="stopped", retry_after_s=5)
+
+
 def api_error(error: Qwen3VLError, param: str | None = None) -> ApiError:
     """Return an error of the runtime as one of the API."""
     status, name, code = next((entry[1:] for entry in _OF_CLASSES if isinstance(error, entry[0])), (500, SERVER, None))

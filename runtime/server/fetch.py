@@ -26,7 +26,7 @@ _LONGEST_URL = 8192
 
 
 class Fetcher:
-    """Fetches within the limits of a server; may be called by several threads.
+    """Fetches what one request names, within the limits of a server; its time begins when it is made.
 
     Args:
         settings: The server's.
@@ -37,6 +37,7 @@ class Fetcher:
         self._settings = settings
         self._hosts = frozenset(host.lower() for host in settings.allowed_url_hosts)
         self._is_allowed = is_allowed_address or is_public
+        self._deadline = time.monotonic() + settings.fetch_timeout_s
 
     def __call__(self, url: str) -> bytes:
         """Return what is behind a URL.
@@ -44,9 +45,8 @@ class Fetcher:
         Raises:
             ApiError: Its host is not allowed, it leads to a private address, or it cannot be fetched in time.
         """
-        deadline = time.monotonic() + self._settings.fetch_timeout_s
         for _ in range(self._settings.max_redirects + 1):
-            found = self._get(url, deadline)
+            found = self._get(url, self._deadline)
             if isinstance(found, bytes):
                 return found
             url = urljoin(url, found)
@@ -137,6 +137,8 @@ def is_public(address: str) -> bool:
     if isinstance(found, ipaddress.IPv6Address):
         if found in _NAT64:
             return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
+        if int(found) < 1 << 32 or found.is_site_local:  # ::10.0.0.1, and fec0::/10: forms that are deprecated
+            return False
         inner = [found.ipv4_mapped, found.sixtofour, *(found.teredo or ())]
         if any(each is not None and not is_public(str(each)) for each in inner):
             return False

@@ -23,8 +23,8 @@ _GAUGES: tuple[tuple[str, str, _Value], ...] = (
     ("vllm:num_requests_running", "Requests that run.", lambda of: of["running"]),
     ("vllm:num_requests_waiting", "Requests that wait.", lambda of: of["waiting"]),
     (
-        "vllm:kv_cache_usage_perc",
-        "Share of the KV cache's rows that are in use; 1 is all of them.",
+        "qwen3vl:kv_cache_filled_ratio",
+        "Share of the KV cache's rows that hold something, those kept for later prompts included.",
         lambda of: of["cache_rows"] / max(1, of["max_cache_rows"]),
     ),
     ("qwen3vl:waiting_tokens", "Tokens of the prompts that wait.", lambda of: of["waiting_tokens"]),

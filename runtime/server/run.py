@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import resource
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 
 import uvicorn
 
@@ -18,6 +22,7 @@ from runtime.server.app import create_app
 from runtime.server.connections import MAX_HEADER_BYTES, Connections
 from runtime.server.engines import Engines
 from runtime.server.settings import ServerSettings
+from runtime.server.turns import THREADS
 
 _LOGGER = logging.getLogger(__name__)
 _BACKLOG = 1024
@@ -25,7 +30,7 @@ _OTHER_FILES = 128  # beside connections: weights, libraries, the log
 
 
 def listen(settings: ServerSettings) -> socket.socket:
-    """Return a socket at the server's address that nobody can connect to yet.
+    """Return a socket at the server's address; who connects waits until the server runs.
 
     Raises:
         UsageError: The address is taken, not allowed, or not of this machine.
@@ -37,11 +42,19 @@ def listen(settings: ServerSettings) -> socket.socket:
         opened = socket.socket(family, kind, number)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
+        opened.listen(_BACKLOG)  # now, since two may be bound to one address as long as neither listens
     except (OSError, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.EADDRINUSE, errno.EACCES):
             remedy = "pass --host 127.0.0.1 for this machine alone, or 0.0.0.0 for all that can reach it"
         raise UsageError(f"cannot listen at {settings.host}:{settings.port}: {error}", remedy=remedy) from error
     return opened
+
+
+def is_local(listening: socket.socket) -> bool:
+    """Return whether only this machine can reach a socket, by the address that it is bound to."""
+    address = ipaddress.ip_address(listening.getsockname()[0].partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
 
 
 class HttpServer:
@@ -58,7 +71,7 @@ class HttpServer:
         self._listening = listening
         connections = Connections(settings)
         config = uvicorn.Config(
-            create_app(engines, settings, connections),
+            create_app(engines, settings, connections, is_local=is_local(listening)),
             http=connections.protocol(),
             ws="none",
             lifespan="off",
@@ -66,6 +79,7 @@ class HttpServer:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # they would take the place of a connection's own address
             backlog=_BACKLOG,
             timeout_keep_alive=round(settings.idle_timeout_s) + 60,  # `Connections` closes them
             timeout_graceful_shutdown=round(settings.drain_timeout_s),
@@ -104,8 +118,14 @@ class _Server(uvicorn.Server):
 
     on_ready: Callable[[], object]
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End: after the first signal when all is answered, after a second one at once, whichever they are."""
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start."""
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "qwen3vl-server"))
         await super().startup(sockets)
         if self.started:
             self.on_ready()

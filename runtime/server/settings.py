@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +35,7 @@ class ServerSettings:
         idle_timeout_s: A connection that sends no complete headers for this long is closed.
         write_timeout_s: A client that takes nothing for this long is dropped.
         drain_timeout_s: When the server is stopped, how long requests in progress may go on.
-        fetch_timeout_s: A fetched image or video has to arrive within this time.
+        fetch_timeout_s: All images and videos of a request that are fetched have to arrive within this time.
         max_fetch_bytes: Most bytes of a fetched image or video.
         max_redirects: How often a fetch may be sent on.
         logs_text: Write prompts and answers into the log.
@@ -90,11 +89,3 @@ class ServerSettings:
                 raise UsageError(f"{name} = {value} is out of range", remedy=f"leave {name} out for the default")
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
             raise UsageError("an API key is empty or not ASCII", remedy="make one with: openssl rand -hex 32")
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from runtime.server.errors import ApiError
 from runtime.server.protocol.chat import ChatRequest
 from runtime.server.protocol.completions import CompletionRequest
+from runtime.server.protocol.fields import UNKNOWN_FIELD
 from runtime.shown import one_line, shown
 
 # Fields of OpenAI's API that are not taken, and what to do instead.
@@ -38,10 +39,11 @@ _LONGEST_PLACE = 120
 def validation_error(error: RequestValidationError) -> ApiError:
     """Return the first of the errors that pydantic found, as one of the API."""
     found = error.errors()
-    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
+    first = found[0]
     place = _place([each for each in first["loc"] if each != "body"])
-    if first["type"] == "extra_forbidden":
-        return _unknown(place)
+    if first["type"] == UNKNOWN_FIELD:
+        name = str(first["ctx"]["name"])
+        return _unknown(f"{place}.{name}" if place else name, name)
     if first["type"] == "missing":
         text = f"{place or 'the body'} is missing. Remedy: send an object of JSON that has it"
     else:
@@ -50,11 +52,15 @@ def validation_error(error: RequestValidationError) -> ApiError:
     return ApiError(400, text, param=place or None, code=str(first["type"]))
 
 
-def _unknown(place: str) -> ApiError:
-    name = place.rpartition(".")[2]
+def _unknown(place: str, name: str) -> ApiError:
     close = difflib.get_close_matches(name[:60], _fields((ChatRequest, CompletionRequest)), n=1, cutoff=0.75)
     remedy = _INSTEAD.get(name) or (f"did you mean {close[0]!r}?" if close else "leave it out")
-    return ApiError(400, f"unknown field {shown(place, 100)}. Remedy: {remedy}", param=place, code="unknown_field")
+    return ApiError(
+        400,
+        f"unknown field {shown(place, 100)}. Remedy: {remedy}",
+        param=one_line(place, _LONGEST_PLACE),
+        code=UNKNOWN_FIELD,
+    )
 
 
 def _fields(models: Sequence[type[BaseModel]]) -> list[str]:

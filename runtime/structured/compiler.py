@@ -20,10 +20,13 @@ from runtime.installation import how_to_install
 from runtime.panics import is_panic
 from runtime.shown import one_line
 from runtime.structured.constraint import Constraint, MakeConstraint, Matcher
-from runtime.structured.response_format import WHITESPACE, ResponseFormat
+from runtime.structured.response_format import ResponseFormat
 from runtime.tokenizer import Tokenizer
 
 _LONGEST_REASON = 260
+# Between the parts of a value. The library's own allows spaces without end, and a model that is unsure then writes
+# nothing else until its room is used up. This is enough for values on one line and for lines that are indented.
+_WHITESPACE = r"( |\n[ \t]{0,16})?"
 # Bytes that no UTF-8 text holds.
 _NO_TEXT = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
@@ -129,7 +132,7 @@ def _grammar(library: Any, wanted: ResponseFormat) -> str:
     """Return a format as the library's grammar."""
     make = library.LLMatcher
     if wanted.kind == "json_schema":
-        text = make.grammar_from_json_schema(wanted.text, defaults={"whitespace_pattern": WHITESPACE})
+        text = make.grammar_from_json_schema(wanted.text, defaults={"whitespace_pattern": _WHITESPACE})
     elif wanted.kind == "regex":
         text = make.grammar_from_regex(wanted.text)
     elif wanted.kind == "choice":

@@ -19,10 +19,6 @@ from runtime.structured.schema_checks import check_schema, check_size
 MAX_FORMAT_CHARACTERS = 1 << 18
 """Most characters of a schema, a regex or a grammar, and of all choices together."""
 
-WHITESPACE = r"( |\n[ \t]{0,16})?"
-"""Between the parts of a JSON value. llguidance's own allows spaces without end, and a model that is unsure then writes
-nothing else until its room is used up. This is enough for values on one line and for lines that are indented."""
-
 _MOST_CHOICES = 1500  # llguidance follows at most 2000 possibilities at once
 _FORMS = "text, json_object, json_schema, regex, choice or grammar"
 _SEE = 'pass {"type": "json_schema", "json_schema": {"name": "answer", "schema": {…}}}, or another type'

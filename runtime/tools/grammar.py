@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from runtime.errors import UsageError
-from runtime.structured.response_format import MAX_FORMAT_CHARACTERS, WHITESPACE, ResponseFormat
+from runtime.structured.response_format import MAX_FORMAT_CHARACTERS, ResponseFormat
 from runtime.structured.schema_checks import check_schema, check_size
 from runtime.tools.call import CallFormat
 from runtime.tools.choice import ToolChoice
@@ -19,6 +19,9 @@ from runtime.tools.choice import ToolChoice
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 """The schema of a function that says nothing of its parameters: it has none, as in OpenAI's interface."""
 
+# JSON as jinja's `tojson` writes it into templates, and no other blanks: models were trained on it, the rows of an
+# answer are found again in the next prompt, and a model that is unsure cannot write blanks without end.
+_AS_TEMPLATES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Where they stand beside `properties`, closing an object would contradict them.
 _COMBINING = ("allOf", "anyOf", "oneOf", "not", "if", "$ref", "dependentSchemas", "patternProperties")
 # The values of these are schemas, or hold them.
@@ -83,8 +86,7 @@ def literal(text: str) -> str:
 
 def json_rule(name: str, schema: Mapping[str, Any]) -> str:
     """Return a rule for JSON that follows a schema, whose references are to the schema itself."""
-    options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
-    return f"{name}: %json {json.dumps({**schema, **options}, ensure_ascii=False)}"
+    return f"{name}: %json {json.dumps({**schema, 'x-guidance': _AS_TEMPLATES}, ensure_ascii=False)}"
 
 
 def closed(schema: Any) -> Any:

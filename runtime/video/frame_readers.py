@@ -10,7 +10,7 @@ import numpy as np
 from runtime.contract import IntArray
 from runtime.errors import CapacityError, DeadlineError, ImageError, Qwen3VLError
 from runtime.images import load_image
-from runtime.still_wanted import Check, NotWanted, always
+from runtime.still_wanted import Check, always
 from runtime.video.reader import VideoReader, repeats_of
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def taken_frames(frames: Iterator[Any], name: str, max_image_pixels: int, check:
                     f"{MAX_STREAM_FRAMES} frames and {MAX_STREAM_BYTES / 1e9:.2f} GB are held",
                     remedy="pass a file, or a part of the stream: itertools.islice(frames, 600)",
                 )
-    except (DeadlineError, NotWanted):
+    except DeadlineError:
         raise
     except Qwen3VLError as error:
         raise type(error)(f"{name}, frame {len(taken)}: {error.message}", remedy=error.remedy) from error

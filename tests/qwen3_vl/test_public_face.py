@@ -279,6 +279,10 @@ CALLS: dict[str, Callable[[Any, Qwen3VLModel], list[Callable[[], object]]]] = {
         lambda: model.encode_images(value),
         lambda: model.encode_images([value]),
     ],
+    "RawPrompt": lambda value, model: [
+        lambda: qwen3_vl.RawPrompt(value),
+        lambda: model.generate(qwen3_vl.RawPrompt([value]), max_new_tokens=1),
+    ],
     "Exported": lambda value, _: [lambda: qwen3_vl.core.Exported(*[value] * 7)],
     "ExportRequest": lambda value, _: [
         lambda name=name: qwen3_vl.core.ExportRequest("demo", **{name: value})

@@ -181,6 +181,22 @@ def test_closing_the_model_stops_what_is_read(demo_engine: Path) -> None:
     assert frames.num_asked == 2
 
 
+def test_a_model_that_answers_what_it_accepted_reads_on(demo_engine: Path) -> None:
+    model = Qwen3VLModel.from_engine(demo_engine, threads=1, max_context=512, max_sequences=1)
+    frames = Frames(waits_at=2, num_frames=4)
+    with ThreadPoolExecutor(2) as pool:
+        reader = pool.submit(model.generate, video(frames), max_new_tokens=2)
+        assert frames.is_there.wait(LONGEST_S)
+        closing = pool.submit(model.close)
+        with pytest.raises(UsageError, match="the model was closed"):
+            while not closing.done():
+                model.check_open()
+        frames.may_go_on.set()
+        assert reader.result(LONGEST_S).token_ids
+        closing.result(LONGEST_S)
+    assert frames.num_asked == 5
+
+
 def test_a_conversation_goes_on_behind_a_turn_that_was_stopped(model: Qwen3VLModel) -> None:
     chat = model.chat(max_new_tokens=2)
     frames = Frames(waits_at=2)

@@ -40,9 +40,14 @@ class Asked:
             UsageError: There would be too many.
         """
         most = served.settings.max_choices
-        if n * len(prompts) > most:
-            raise UsageError(f"{n * len(prompts)} answers are asked for, at most {most} are given", remedy="ask again")
+        num_made = max(n, options.get("best_of", 1)) * len(prompts)
+        if num_made > most:
+            raise UsageError(
+                f"{num_made} answers are asked for, at most {most} are made", remedy="ask for fewer in one request"
+            )
         is_drawn = options.get("do_sample", served.model.defaults.do_sample) and options.get("temperature") != 0
+        if not is_drawn:
+            options.pop("best_of", None)  # all would be the same
         return cls(prompts, options, n if is_drawn else 1, 1 if is_drawn else n)
 
     @property

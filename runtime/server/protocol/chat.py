@@ -11,15 +11,15 @@ from runtime.input_limits import INPUT_KEYWORDS
 from runtime.server.engines import Served
 from runtime.server.inputs import Fetch, check_frames, client_messages
 from runtime.server.protocol.asked import Asked
-from runtime.server.protocol.fields import WITHOUT_EFFECT, AnswerBody
+from runtime.server.protocol.fields import WITHOUT_EFFECT, AnswerBody, ListOf
 
 
 class ChatRequest(AnswerBody):
     """A chat to be continued."""
 
-    messages: list[dict[str, Any]] = Field(description="OpenAI's messages; images and videos as data URLs.")
+    messages: ListOf[dict[str, Any]] = Field(description="OpenAI's messages; images and videos as data URLs.")
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: ListOf[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None

@@ -10,13 +10,13 @@ from runtime.errors import UsageError
 from runtime.raw_prompt import RawPrompt
 from runtime.server.engines import Served
 from runtime.server.protocol.asked import Asked
-from runtime.server.protocol.fields import AnswerBody
+from runtime.server.protocol.fields import AnswerBody, ListOf
 
 
 class CompletionRequest(AnswerBody):
     """Texts to be continued."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]] = Field(
         description="A text, token ids, or several of either."
     )
     best_of: Annotated[int, Field(ge=1)] | None = None
@@ -37,12 +37,11 @@ class CompletionRequest(AnswerBody):
         options = self.options(served)
         if self.logprobs is not None:
             options |= {"logprobs": True, "top_logprobs": self.logprobs}
-        asked = Asked.checked(served, [RawPrompt(each) for each in self.prompts()], options, self.n or 1)
-        if self.best_of is not None and asked.num_copies == 1:
+        if self.best_of is not None:
             if self.stream:
                 raise UsageError("best_of ranks whole answers, which a stream cannot wait for", remedy="leave one out")
             options["best_of"] = self.best_of
-        return asked
+        return Asked.checked(served, [RawPrompt(each) for each in self.prompts()], options, self.n or 1)
 
     def prompts(self) -> list[Any]:
         """Return the prompts, texts or lists of token ids.

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from runtime.errors import UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.server.engines import Served
+from runtime.shown import one_line
 
 WITHOUT_EFFECT = "Accepted from OpenAI's clients; changes no answer."
 
 
+UNKNOWN_FIELD = "unknown_field"
+_T = TypeVar("_T")
+# pydantic notes each wrong entry of a list, copies and all: a long list of them took seconds and half a gigabyte.
+ListOf = Annotated[list[_T], Field(fail_fast=True)]
+_MOST_BIASES = 1024
+_LONGEST_NAME = 100
+
+
 class Body(BaseModel):
-    """A body of JSON, without conversions: "1" is no number, and unknown fields are errors."""
+    """A body of JSON, without conversions: "1" is no number, and an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        """Stop at the first field that is not known, for the same reason."""
+        for name in values if isinstance(values, dict) else ():
+            if name not in cls.model_fields:
+                raise PydanticCustomError(UNKNOWN_FIELD, "{name} is not known", {"name": one_line(name, _LONGEST_NAME)})
+        return values
 
 
 class StreamOptions(Body):
@@ -36,11 +55,11 @@ class AnswerBody(Body):
     temperature: float | None = Field(None, description="0 takes the likeliest token; above, tokens are drawn.")
     top_p: float | None = None
     n: Annotated[int, Field(ge=1)] | None = Field(None, description="How many answers.")
-    stop: str | list[str] | None = None
+    stop: str | ListOf[str] | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = Field(None, max_length=_MOST_BIASES)
     user: Any = Field(None, description=WITHOUT_EFFECT)
     # Of this runtime, most under the names that vLLM has, too.
     top_k: int | None = None

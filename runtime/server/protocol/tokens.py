@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from runtime.server.protocol.fields import Body
+from runtime.server.protocol.fields import Body, ListOf
 
 
 class TokenizeRequest(Body):
@@ -14,8 +14,8 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = Field(None, description="A text; special tokens that it spells out are taken as such.")
-    messages: list[dict[str, Any]] | None = Field(None, description="A chat, in place of a text.")
-    tools: list[dict[str, Any]] | None = None
+    messages: ListOf[dict[str, Any]] | None = Field(None, description="A chat, in place of a text.")
+    tools: ListOf[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = Field(None, description="Add the text of each token.")
 
@@ -24,4 +24,4 @@ class DetokenizeRequest(Body):
     """Token ids to be turned into text."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: ListOf[int]

@@ -13,12 +13,14 @@ from runtime.server.errors import SERVER, ApiError
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> Any:
     """Say that the process is there."""
     return {"status": "ok"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Any:
     """Say whether requests are taken: all engines are open, none has failed, and the server is not being stopped."""

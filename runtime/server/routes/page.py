@@ -24,6 +24,7 @@ _HEADERS = {
 }
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/")
 async def page() -> Response:
     """Return the page."""

@@ -20,7 +20,7 @@ class HermesFormat(CallFormat):
         return self.opening in template and self.closing in template and "<function=" not in template
 
     def rules(self, function: Mapping[str, Any], name: str) -> list[str]:
-        """Return rules for the object as templates write it; its arguments may have other blanks."""
+        """Return rules for the object as templates write it."""
         before = f'\n{{"name": {literal(function["name"])}, "arguments": '
         arguments = f"{name}_arguments"
         return [

@@ -12,8 +12,7 @@ import typer
 from helpers.chat_server import Asked, answer, chat_server
 from helpers.command_line import call
 from qwen3vl_export.cli.bench import bench
-from qwen3vl_export.load.connections import RequestError
-from runtime.errors import UsageError
+from runtime.errors import RequestError, UsageError
 
 
 def run(*options: str) -> tuple[int, str, str]:

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from helpers.http_server import Client, shown
+from helpers.http_server import Client, shown, until
 
 _COMMAND = [sys.executable, "-m", "qwen3vl_export.cli.run", "serve"]
 _LONG = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -89,20 +89,38 @@ def test_a_stop_answers_what_was_accepted(demo_engine: Path, number: int) -> Non
         assert sum("POST /v1/chat/completions 200" in line for line in server.said) == 1
 
 
-def test_a_second_signal_ends_at_once(demo_engine: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(demo_engine: Path, number: int) -> None:
     with served(str(demo_engine)) as server:
-        connection = server.client.begin({**_LONG, "max_tokens": 4000})
-        assert connection.recv(100)
-        server.process.send_signal(signal.SIGINT)
-        assert server.end(signal.SIGINT) == 0
+        connections = [server.client.begin({**_LONG, "max_tokens": 4000}) for _ in range(20)]
+        assert connections[0].recv(100)
+        server.process.send_signal(number)
+        until(lambda: _is_refused(server.client.port))
+        assert server.end(number) == 0
         assert not any("Traceback" in line for line in server.said), server.said
 
 
+def _is_refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_a_drain_that_takes_too_long_is_cut(demo_engine: Path) -> None:
-    with served(str(demo_engine), "--drain-timeout", "0") as server:
-        connection = server.client.begin({**_LONG, "max_tokens": 4000})
-        assert connection.recv(100)
+    with served(str(demo_engine), "--drain-timeout", "0", "--max-sequences", "1") as server:
+        streamed = server.client.begin({**_LONG, "max_tokens": 4000})
+        assert streamed.recv(100)
+        whole = server.client.begin({**_LONG, "max_tokens": 4000, "stream": False})
+        until(lambda: b'waiting{model_name="demo"} 1.0' in server.client.ask("/metrics").content)
         assert server.end() == 0
+        for connection in (streamed, whole):
+            rest = b""
+            while block := connection.recv(1 << 16):
+                rest += block
+            assert b"the server was stopped before the answer was complete" in rest
+        assert not any("Traceback" in line or "ASGI" in line for line in server.said), server.said
 
 
 def test_names_and_keys(demo_engine: Path, tmp_path: Path) -> None:
@@ -140,7 +158,8 @@ def test_names_and_keys(demo_engine: Path, tmp_path: Path) -> None:
         (["ENGINE", "--host", "no.such.host.invalid"], 2, "--host 127.0.0.1"),
         (["ENGINE", "--api-key-file", "EMPTY"], 2, "openssl rand"),
         (["ENGINE", "--api-key-file", "MISSING"], 2, "openssl rand"),
-        (["ENGINE", "--max-body", "0"], 2, "max_body"),
+        (["ENGINE", "--max-body", "0"], 2, "--max-body"),
+        (["ENGINE", "--max-body", "nan"], 2, "--max-body"),
         (["ENGINE", "--request-timeout", "nan"], 2, "request_timeout"),
         (["ENGINE", "--max-choices", "0"], 2, "max_choices"),
     ],

@@ -16,13 +16,13 @@ from PIL import Image
 from helpers.chat_server import Asked, ChatServer, answer, chat_server
 from qwen3vl_export.load.chunks import read_reply
 from qwen3vl_export.load.client import Reply
-from qwen3vl_export.load.connections import Address, RequestError
+from qwen3vl_export.load.connections import Address
 from qwen3vl_export.load.events import MAX_EVENT_BYTES, MalformedEventError, read_events
 from qwen3vl_export.load.generator import Load, Trace, offer
 from qwen3vl_export.load.prompts import Prompts
 from qwen3vl_export.load.report import report_rows, summarise
 from qwen3vl_export.load.server import HttpServer
-from runtime.errors import OverloadError, UsageError
+from runtime.errors import OverloadError, RequestError, UsageError
 
 PROMPTS = Prompts(3)
 

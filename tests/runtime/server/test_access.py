@@ -72,6 +72,8 @@ def test_a_page_that_rebinds_its_name_is_refused(guarded: Client, host: str) -> 
 def test_pages_of_other_sites(guarded: Client) -> None:
     own = {"host": f"127.0.0.1:{guarded.port}", "origin": f"http://127.0.0.1:{guarded.port}"}
     assert guarded.ask("/v1/models", headers={**_KEY, **own}).status == 200
+    proxied = {"host": "gpu-box", "origin": "https://gpu-box"}  # TLS ends at a proxy
+    assert guarded.ask("/v1/models", headers={**_KEY, **proxied}).status == 200
     allowed = guarded.ask("/v1/models", headers={**_KEY, "origin": "https://chat.example.org"})
     assert allowed.status == 200
     assert allowed.headers["access-control-allow-origin"] == "https://chat.example.org"

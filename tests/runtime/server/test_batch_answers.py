@@ -75,7 +75,7 @@ def test_a_text_is_continued(opened: Qwen3VLModel, tmp_path: Path) -> None:
         (chat({"messages": "text"}), 400, "compare it with OpenAI's API reference"),
         (chat({**ASKED, "stream": True}), 400, "leave stream out"),
         (chat({**ASKED, "model": "other"}), 404, "the model 'other' does not exist. Remedy: pass one of: demo"),
-        (chat({**ASKED, "n": 17}), 400, "at most 16 are given"),
+        (chat({**ASKED, "n": 17}), 400, "at most 16 are made"),
         (chat({"messages": messages("Read", "https://example.org/a.png")}), 400, "run the batch with --allow-url-host"),
         (chat({"messages": messages("Read", "/etc/hostname")}), 400, "is read with --allow-local-files alone"),
         (chat({"messages": messages("Read", str(HELD_OUT))}), 400, "is read with --allow-local-files alone"),
@@ -112,7 +112,11 @@ def test_files_may_be_named_where_that_is_allowed(opened: Qwen3VLModel, tmp_path
 
 def test_a_queue_that_is_full_is_waited_for(demo_engine: Path, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
-    path.write_text("\n".join(json.dumps(chat({**ASKED, "max_tokens": 4}, custom_id=str(i))) for i in range(6)))
+    path.write_text(
+        "\n".join(
+            json.dumps(chat({**ASKED, "max_tokens": 300, "ignore_eos": True}, custom_id=str(i))) for i in range(6)
+        )
+    )
 
     async def all_at_once(model: Qwen3VLModel) -> list[Outcome]:
         answer = answer_with(Engines([Served("demo", model, ServerSettings())]))

@@ -167,6 +167,24 @@ def test_calls_of_functions(kind: str, request: pytest.FixtureRequest) -> None:
     assert body["choices"][0]["finish_reason"] == "stop"
 
 
+def test_a_call_that_is_asked_for(instruct: tuple[Scripted, Client]) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra structured")
+    model, client = instruct
+    model.write("It is late.")
+    named = {"type": "function", "function": {"name": "clock"}}
+    for choice, names in ((named, ["clock"]), ("required", ["clock", "weather"])):
+        asks = {"tools": TOOLS, "tool_choice": choice, "temperature": 0, "parallel_tool_calls": False}
+        body = client.chat("What time is it?", **asks).json["choices"][0]
+        (call,) = body["message"]["tool_calls"]
+        assert call["function"]["name"] in names and isinstance(json.loads(call["function"]["arguments"]), dict)
+        assert body["finish_reason"] == "tool_calls"
+    assert (
+        client.chat("What time is it?", tools=TOOLS, tool_choice="none", temperature=0)
+        .json["choices"][0]["message"]["content"]
+        .startswith("It is late.")
+    )
+
+
 def test_thoughts_stand_apart(thinking: tuple[Scripted, Client]) -> None:
     model, client = thinking
     model.write("Warm is above 20.\n</think>\n\nYes.")

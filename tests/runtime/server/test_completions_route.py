@@ -61,6 +61,8 @@ def test_log_probabilities_and_ranked_answers(client: Client, opened: Qwen3VLMod
     drawn: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "best_of": 3, "seed": 1}
     expected = opened.generate(RawPrompt("One"), max_new_tokens=4, logit_bias=never, **drawn)
     assert [each["text"] for each in ranked["choices"]] == [expected.raw_text]
+    both = client.ask("/v1/completions", {**asks, **best, "prompt": ["One", "Two"], "n": 2}).json["choices"]
+    assert [each["index"] for each in both] == [0, 1, 2, 3] and both[0]["text"] == expected.raw_text
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,7 @@ def test_log_probabilities_and_ranked_answers(client: Client, opened: Qwen3VLMod
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
         ({"prompt": "a", "best_of": 2, "n": 3, "temperature": 1}, "best_of"),
+        ({"prompt": ["a"] * 6, "best_of": 3, "temperature": 1}, "18 answers"),
         ({"prompt": "a", "best_of": 2, "stream": True, "temperature": 1}, "best_of"),
         ({"prompt": ["a"] * 17}, "at most 16"),
         ({"prompt": "a", "messages": []}, "messages"),

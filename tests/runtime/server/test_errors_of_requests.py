@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from random import Random
 from typing import Any
 
@@ -41,6 +42,9 @@ _MESSAGES = [{"role": "user", "content": "Hello"}]
         ({"functions": []}, "pass tools"),
         ({"max_tokns": 5}, "did you mean 'max_tokens'?"),
         ({"stream": "yes"}, "stream"),
+        ({"\ud800": 1}, "unknown field"),
+        ({"stream_options": {"\ud800\n": 1}}, "unknown field"),
+        ({"x" * 1000: 1}, "unknown field"),
         ({"stream_options": {"usage": True}}, "stream_options.usage"),
         ({"num_frames": 5000}, "768"),
         ({"messages": []}, "messages is empty"),
@@ -87,6 +91,34 @@ def test_a_body_that_is_no_request(client: Client, raw: bytes, word: str) -> Non
 def test_wrong_paths_and_methods(client: Client, method: str, path: str, status: int) -> None:
     answered = client.ask(path, method=method, raw=b"{}")
     assert answered.status == status and "Remedy: " in answered.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "raw"),
+    [
+        ("/v1/chat/completions", b'{"messages": [' + b",".join([b"1"] * 250_000) + b"]}"),
+        ("/v1/chat/completions", b'{"messages": [], "stop": [' + b",".join([b"1"] * 250_000) + b"]}"),
+        ("/v1/chat/completions", b"{" + b",".join(b'"a%d":1' % i for i in range(100_000)) + b"}"),
+        (
+            "/v1/chat/completions",
+            b'{"messages": [], "logit_bias": {' + b",".join(b'"%d":""' % i for i in range(100_000)) + b"}}",
+        ),
+        ("/v1/completions", b'{"prompt": [' + b",".join([b"null"] * 250_000) + b"]}"),
+        ("/v1/completions", b'{"prompt": [' + b",".join([b"[1.5]"] * 100_000) + b"]}"),
+        ("/detokenize", b'{"tokens": [' + b",".join([b'""'] * 250_000) + b"]}"),
+        ("/v1/chat/completions", b"[" + b",".join([b"1"] * 500_000) + b"]"),
+    ],
+    ids=["messages", "stop", "fields", "biases", "prompts", "lists", "tokens", "values"],
+)
+def test_a_body_that_is_wrong_many_times(client: Client, path: str, raw: bytes) -> None:
+    """Noting all that is wrong took seconds, in which nobody else was served, and a kilobyte for each."""
+    peak = _peak_bytes()
+    assert client.ask(path, raw=raw).status == 400
+    assert _peak_bytes() - peak < 200e6
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])

@@ -214,7 +214,7 @@ def test_public_addresses(address: str) -> None:
         ),
         *("224.0.0.1", "255.255.255.255", "240.0.0.1", "::1", "::", "fe80::1%eth0", "fc00::1", "ff02::1"),
         *("::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::a00:1", "2002:7f00:1::", "localhost", ""),
-        "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+        *("2001:0:4136:e378:8000:63bf:3fff:fdd2", "fec0::1", "::10.0.0.1", "::1.1.1.1"),
     ],
 )
 def test_addresses_that_are_not_public(address: str) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from typing import Any
 
 import pytest
 
-from helpers.http_server import Client, running, until
+from helpers.http_server import Client, data_url, running, shown, until
 from helpers.serving import serving
+from runtime.input_kinds.image import Image
+from runtime.machine import default_threads
 from runtime.model import Qwen3VLModel
 
 _LONG = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3000, "ignore_eos": True}
@@ -141,8 +144,10 @@ def test_a_client_that_goes_frees_its_place(opened: Qwen3VLModel) -> None:
             connection.close()
             until(lambda: model.statistics()["running"] == 0)
             assert model.statistics()["requests"]["cancelled"] > before
-        text = client.ask("/metrics").content.decode()
-        assert 'status="499"' in text
+        with client.connect() as connection:  # one that goes while it sends
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            connection.sendall(head + b"content-length: 100\r\n\r\n{")
+        until(lambda: _gone(client) == 4)
 
 
 def test_a_reader_that_takes_nothing_is_dropped(opened: Qwen3VLModel) -> None:
@@ -171,3 +176,71 @@ def test_a_limit_on_answers(opened: Qwen3VLModel) -> None:
     with running(serving(opened), max_answer_tokens=5) as client:
         assert client.chat("Hi", max_tokens=6).status == 400
         assert client.chat("Hi", ignore_eos=True).json["usage"]["completion_tokens"] == 5
+
+
+def test_what_a_proxy_says_of_addresses_changes_no_connection(opened: Qwen3VLModel) -> None:
+    with running(serving(opened), idle_timeout_s=0.3) as client:
+        headers = {"x-forwarded-for": "203.0.113.9", "forwarded": "for=203.0.113.9"}
+        body = {**_LONG, "max_tokens": 1500}
+        answered = client.ask("/v1/chat/completions", body, headers=headers)
+        assert answered.status == 200, "an answer that takes longer than a connection may be idle"
+
+
+def test_figures_do_not_grow_with_what_is_asked(client: Client) -> None:
+    def series() -> int:
+        return client.ask("/metrics").content.count(b"http_responses_total{")
+
+    client.ask("/first")
+    before = series()
+    for number in range(30):
+        client.ask(f"/x{number}")
+        client.ask(f"/y{number}", method="OPTIONS", headers={"access-control-request-method": "POST"})
+        client.ask(f"/z{number}", headers={"host": "evil.example"})
+    assert series() <= before + 3
+
+
+def test_probes_and_the_form_for_proxies(client: Client) -> None:
+    for path in ("/health", "/ready", "/"):
+        answered = client.ask(path, method="HEAD")
+        assert (answered.status, answered.content) == (200, b"")
+    with client.connect() as connection:
+        connection.sendall(b"GET http://localhost/health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        assert received(connection).startswith(b"HTTP/1.1 200")
+    assert client.ask("/health", method="A" * 1000).status == 405
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/chat/completions", "choices"])
+def test_pictures_hold_up_no_texts_and_end_with_their_client(
+    opened: Qwen3VLModel, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, may_go_on, ended = threading.Event(), threading.Event(), threading.Semaphore(0)
+    process = Image.process
+
+    def slow(kind: Image, source: Any, *arguments: Any) -> Any:
+        reading.set()
+        assert may_go_on.wait(60)
+        ended.release()
+        return process(kind, source, *arguments)
+
+    monkeypatch.setattr(Image, "process", slow)
+    model = serving(opened)
+    with running(model) as client:
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": shown("x", *[data_url()] * 3)}]}
+        if path == "choices":
+            path, body = "/v1/chat/completions", {**body, "n": 2, "temperature": 1}
+        connections = [client.begin(body, path) for _ in range(40)]
+        assert reading.wait(60)
+        assert client.chat("Hi").status == 200 and client.ask("/tokenize", {"prompt": "Hi"}).status == 200
+        for each in connections:
+            each.close()
+        until(lambda: client.ask("/metrics").content.count(b'status="499"') == 1 and _gone(client) == 40)
+        may_go_on.set()
+        until(lambda: model.statistics()["waiting"] == 0)
+        assert client.chat("Hi").status == 200
+    most = 2 * default_threads() ** 2  # turns, and pictures of a turn that are read at once
+    assert sum(ended.acquire(blocking=False) for _ in range(200)) <= most, "what was being read, and no more"
+
+
+def _gone(client: Client) -> float:
+    lines = client.ask("/metrics").content.decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if 'status="499"' in line)

@@ -3,81 +3,39 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers import PICTURES
-from helpers.browser import drop, opened_browser, opened_page
+from helpers.browser import drop, opened_page
 from helpers.clips import encode, moving
+from helpers.http_server import Client, running, until
+from helpers.page import ask, ended, figures_of, text_of
 from runtime.model import Qwen3VLModel
-
-uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("fastapi")
 
 PICTURE = PICTURES / "held_out_0.png"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with opened_browser() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def model(demo_engine: Path) -> Iterator[Qwen3VLModel]:
-    with Qwen3VLModel.from_engine(demo_engine, max_sequences=2) as found:
-        yield found
-
-
-@contextmanager
-def serving(model: Qwen3VLModel, **settings: Any) -> Iterator[str]:
-    """Run the server in a thread and return where its page is; the model stays open."""
-    from runtime.server.app import create_app
-    from runtime.server.engines import Engines, Served
-    from runtime.server.run import listen
-    from runtime.server.settings import ServerSettings
-
-    chosen = ServerSettings(port=0, **settings)
-    app = create_app(Engines([Served("demo", model, chosen)]), chosen)
-    listening = listen(chosen)
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()
+def model(demo_engine: Path) -> Qwen3VLModel:
+    return Qwen3VLModel.from_engine(demo_engine)
 
 
 @pytest.fixture(scope="module")
 def url(model: Qwen3VLModel) -> Iterator[str]:
-    with serving(model) as found:
-        yield found
+    with running(model) as client:
+        yield address(client)
 
 
-def ask(page: Any, question: str) -> None:
-    page.get_by_label("Question", exact=True).fill(question)
-    page.get_by_role("button", name="Ask", exact=True).click()
+def address(client: Client) -> str:
+    return f"http://127.0.0.1:{client.port}/"
 
 
 def answered(page: Any, number: int = 1) -> str:
-    answer = page.locator(".answer").nth(number - 1)
-    answer.locator(".tools").wait_for()
-    text: str = answer.locator("> .text").evaluate("(each) => each.textContent")
-    return text
-
-
-def figure(page: Any, name: str, number: int = 1) -> str:
-    rows = page.locator(".answer").nth(number - 1).locator(".figures div").filter(has_text=name)
-    text: str = rows.locator("dd").text_content()
-    return text
+    return text_of(ended(page, number))
 
 
 def test_two_turns_about_a_picture(browser: Any, url: str, model: Qwen3VLModel) -> None:
@@ -92,10 +50,10 @@ def test_two_turns_about_a_picture(browser: Any, url: str, model: Qwen3VLModel) 
         assert answered(page) == first.text
         ask(page, "How many digits are there?")
         assert answered(page, 2) == second.text
-        assert figure(page, "Visual") == f"{first.stats.visual_tokens} tokens"
-        assert figure(page, "Prompt", 2) == f"{second.stats.prompt_tokens} tokens"
-        assert figure(page, "From cache", 2).endswith(", 1 image")
-        assert figure(page, "Ended", 2) == "complete"
+        assert figures_of(ended(page))["Visual"] == f"{first.stats.visual_tokens} tokens"
+        assert figures_of(ended(page, 2))["Prompt"] == f"{second.stats.prompt_tokens} tokens"
+        assert figures_of(ended(page, 2))["From cache"].endswith(", 1 image")
+        assert figures_of(ended(page, 2))["Ended"] == "complete"
 
 
 def test_a_clip(browser: Any, url: str, model: Qwen3VLModel, tmp_path: Path) -> None:
@@ -109,7 +67,7 @@ def test_a_clip(browser: Any, url: str, model: Qwen3VLModel, tmp_path: Path) -> 
         page.wait_for_function("() => document.querySelector('#attachments video')?.videoWidth === 64")
         ask(page, "Read the digits.")
         assert answered(page) == own.text
-        assert figure(page, "Visual") == f"{own.stats.visual_tokens} tokens"
+        assert figures_of(ended(page))["Visual"] == f"{own.stats.visual_tokens} tokens"
 
 
 def test_stop_frees_the_engine(browser: Any, url: str, model: Qwen3VLModel) -> None:
@@ -126,11 +84,8 @@ def test_stop_frees_the_engine(browser: Any, url: str, model: Qwen3VLModel) -> N
         assert model.statistics()["running"] == 1
         page.get_by_role("button", name="Stop").click()
         answered(page)
-        assert figure(page, "Ended") == "stopped by you"
-    deadline = time.monotonic() + 60
-    while model.statistics()["running"] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert model.statistics()["running"] == 0
+        assert figures_of(ended(page))["Ended"] == "stopped by you"
+    until(lambda: model.statistics()["running"] == 0)
     assert model.statistics()["generated_tokens"] - before < 900
 
 
@@ -149,10 +104,33 @@ def test_an_error_of_the_server_is_shown_in_its_words(browser: Any, url: str, tm
         assert answered(page) == "1654"
 
 
-def test_a_server_with_a_key_lets_the_page_in(browser: Any, model: Qwen3VLModel) -> None:
-    with serving(model, api_keys=("secret-1",)) as url, opened_page(browser, url) as page:
+def test_a_server_with_a_key_lets_the_page_in(browser: Any, demo_engine: Path) -> None:
+    model = Qwen3VLModel.from_engine(demo_engine)
+    with running(model, api_keys=("secret-1",)) as client, opened_page(browser, address(client)) as page:
         page.get_by_label("API key", exact=True).fill("secret-1")
         page.get_by_role("button", name="Use this key").click()
         drop(page, PICTURE)
         ask(page, "Read the digits.")
         assert answered(page) == "1654"
+
+
+def test_boxes_that_the_server_finds_are_drawn(browser: Any, url: str) -> None:
+    """The demo knows no boxes, so it is held to an answer with one."""
+    pytest.importorskip("llguidance")
+    properties = {"bbox_2d": {"const": [100, 200, 500, 600]}, "label": {"const": "seven"}}
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "box", "schema": schema}}
+
+    def held(route: Any) -> None:
+        route.continue_(post_data=json.dumps({**json.loads(route.request.post_data), "response_format": form}))
+
+    with opened_page(browser, url) as page:
+        page.route("**/v1/chat/completions", held)
+        drop(page, PICTURES / "held_out_4.png", PICTURE)
+        ask(page, "Where is the 7?")
+        figure = ended(page).get_by_role("figure")
+        figure.locator("svg rect.over").wait_for()
+        assert json.loads(answered(page)) == {"bbox_2d": [100, 200, 500, 600], "label": "seven"}
+        # A thousandth each of the last picture's 70 x 105 pixels.
+        assert figure.get_by_role("img").get_attribute("alt") == PICTURE.name
+        assert figure.get_by_role("listitem").all_text_contents() == ["seven: box from (7, 21) to (35, 63)"]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from helpers import PICTURES
-from helpers.browser import axe_script, drop, opened_browser, opened_page
-from helpers.stand_in_server import Exchange, StandIn, stand_in
+from helpers.browser import axe_script, drop, opened_page
+from helpers.stand_in_server import Exchange, StandIn
 
 NARROWEST = 360  # pixels
 _VIOLATIONS = """async () => {
@@ -31,17 +31,11 @@ def axe() -> str:
     return axe_script()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with opened_browser() as found:
-        yield found
-
-
 @pytest.fixture
-def server() -> Iterator[StandIn]:
-    with stand_in() as found:
-        found.answer = thoughtful
-        yield found
+def server(started: StandIn) -> StandIn:
+    started.reset()
+    started.answer = thoughtful
+    return started
 
 
 def thoughtful(exchange: Exchange) -> None:
