@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3vl_export.load.client import Client, InProcess
+from qwen3vl_export.load.client import Client, InProcess, Reply
 from qwen3vl_export.load.generator import Load, Trace, offer
 from qwen3vl_export.load.prompts import Prompts
 from qwen3vl_export.load.wire import png
@@ -43,6 +44,21 @@ class FromFiles(InProcess):
                 if part["type"] == "image":
                     part["data"] = png(part.pop("image"))
         return super().prepare(messages, new_tokens)
+
+    def ask(self, request: Any) -> Reply:
+        """Answer greedily; the first token is there when its text is, as for a client, which sees nothing before.
+
+        A token may be a part of a character, whose text comes with a later one.
+        """
+        messages, new_tokens = request
+        start, first = time.perf_counter(), None
+        with self.model.stream(messages, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[]) as pieces:
+            for _ in pieces:
+                first = first or time.perf_counter()
+            generation = pieces.wait()
+        assert generation is not None, "nobody stops it"
+        ended, stats = time.perf_counter(), generation.stats
+        return Reply((first or ended) - start, stats.tpot_s, stats.new_tokens, stats.prompt_tokens)
 
 
 def do(client: Client, work: Work) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class InProcess:
     """
 
     def __init__(self, model: Qwen3VLModel) -> None:
-        self._model = model
+        self.model = model
 
     def prepare(self, messages: list[dict[str, Any]], new_tokens: int) -> Any:
         """Return both; preparation proper is part of the answer's time."""
@@ -84,7 +84,7 @@ class InProcess:
     def ask(self, request: Any) -> Reply:
         """Answer greedily."""
         messages, new_tokens = request
-        stats = self._model.generate(messages, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[]).stats
+        stats = self.model.generate(messages, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[]).stats
         return Reply(
             stats.ttft_s,
             stats.tpot_s,
@@ -97,7 +97,7 @@ class InProcess:
 
     def statistics(self) -> dict[str, Any]:
         """Return those of the model."""
-        return self._model.statistics()
+        return self.model.statistics()
 
     def memory_bytes(self) -> int | None:
         """Return the resident bytes of this process; None where the system has no /proc."""
@@ -109,4 +109,4 @@ class InProcess:
 
     def stop(self) -> None:
         """Close the model without waiting for answers."""
-        self._model.close(drain=False)
+        self.model.close(drain=False)
