@@ -14,6 +14,7 @@ from runtime.errors import UsageError
 from runtime.shown import shown
 
 if TYPE_CHECKING:
+    from runtime.manifest import Manifest
     from runtime.server.engines import Engines
     from runtime.server.settings import ServerSettings
 
@@ -44,7 +45,7 @@ def open_engines(
             started = time.perf_counter()
             model = opening.open(folder, check=check, serving=serving)
             # Unless another name is given, an engine has that of its checkpoint.
-            served = Served(name or str(model.manifest.source.get("name") or folder.resolve().name), model, settings)
+            served = Served(name or name_of(model.manifest, folder), model, settings)
             found.append(served)
             _LOGGER.info(
                 "opened %s: %s, %d sequences of %d tokens, %.1f s",
@@ -75,3 +76,9 @@ def _found(
     if not name and not Path(model).exists():
         name = model.partition("@")[0]  # of the Hub: clients ask for it by that name
     return name or None, folder
+
+
+def name_of(manifest: Manifest, folder: Path) -> str:
+    """Return the name of an engine's checkpoint: of one from the Hub its id, of a folder the last part of its path."""
+    name = str(manifest.source.get("name") or folder.resolve().name)
+    return name if manifest.source.get("revision") else Path(name).name or name

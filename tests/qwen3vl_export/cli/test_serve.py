@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from helpers.http_server import Client, shown, until
+from qwen3vl_export.cli.engines import name_of
 
 _COMMAND = [sys.executable, "-m", "qwen3vl_export.cli.run", "serve"]
 _LONG = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -72,6 +75,20 @@ def test_from_a_checkpoint_to_an_endpoint(tmp_path: Path) -> None:
             assert any(line.startswith("engine: ") and said in line for line in server.said)
             assert server.end() == 0
     assert len([each for each in tmp_path.iterdir() if each.name.startswith("demo-")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ({"name": "demo"}, "demo"),
+        ({"name": "/home/somebody/Qwen3-VL-2B"}, "Qwen3-VL-2B"),
+        ({"name": "checkpoints/mine/", "revision": None}, "mine"),
+        ({"name": "Qwen/Qwen3-VL-2B-Instruct", "revision": "a" * 40}, "Qwen/Qwen3-VL-2B-Instruct"),
+        ({}, "engine"),
+    ],
+)
+def test_a_name_says_no_path(source: dict[str, Any], name: str) -> None:
+    assert name_of(SimpleNamespace(source=source), Path("/some/engine")) == name  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
