@@ -30,6 +30,7 @@ EXTRAS = {
     "onnxscript": "export",
     "pillow_heif": "heif",
     "prometheus_client": "serve",
+    "pydantic": "serve",
     "safetensors": "export",
     "sklearn": "test",
     "torch": "export",

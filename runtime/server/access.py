@@ -27,7 +27,6 @@ LOGGER = logging.getLogger("runtime.server.access")
 # Without a key: whether the server is there, and the page, which asks for the key.
 _OPEN_PATHS = ("/health", "/ready", "/", "/favicon.ico")
 _OPEN_FOLDER = "/page/"
-_WORK = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 
 
 class Gate:
@@ -115,14 +114,21 @@ class Gate:
         headers = Headers(scope=scope)
         self._check_site(headers)
         if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-            await _allow(scope, receive, send)  # a browser's question, which has no key
+            wanted = headers.get("access-control-request-headers", "")
+            await _allow(wanted, scope, receive, send)  # a browser's question, which has no key
             return
         path = scope["path"]
         if self._keys and path not in _OPEN_PATHS and not path.startswith(_OPEN_FOLDER):
             self._check_key(headers)
-        if path not in _WORK:
+        state = scope["state"]
+        state["take_place"] = lambda: self._take_place(state)
+        try:
             await self._app(scope, receive, send)
-            return
+        finally:
+            self._num_running -= state.get("has_place", False)
+
+    def _take_place(self, state: dict[str, Any]) -> None:
+        """Count a request as running, once its body is there: one whose body does not come takes nobody's place."""
         if self._num_running >= self._most:
             raise ApiError(
                 429,
@@ -133,10 +139,7 @@ class Gate:
                 retry_after_s=1,
             )
         self._num_running += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._num_running -= 1
+        state["has_place"] = True
 
     def _check_site(self, headers: Headers) -> None:
         """Refuse pages of other sites: a browser sends their requests to a server on its own machine, too."""
@@ -199,10 +202,11 @@ def _is_host(text: str) -> bool:
     return "@" not in text
 
 
-async def _allow(scope: Scope, receive: Receive, send: Send) -> None:
+async def _allow(wanted: str, scope: Scope, receive: Receive, send: Send) -> None:
     headers = {
         "access-control-allow-methods": "GET, POST",
-        "access-control-allow-headers": "authorization, content-type",
+        # Clients send headers of their own, which nothing here looks at.
+        "access-control-allow-headers": wanted or "authorization, content-type",
         "access-control-max-age": "600",
     }
     await JSONResponse({}, headers=headers)(scope, receive, send)

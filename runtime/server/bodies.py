@@ -56,7 +56,7 @@ class JsonRequest(Request):
         """Return the body.
 
         Raises:
-            ApiError: It is too long, too slow, or its length is wrong.
+            ApiError: It is too long or too slow, or too many requests are in progress.
         """
         if not hasattr(self, "_body"):
             settings: ServerSettings = self.app.state.settings
@@ -69,6 +69,8 @@ class JsonRequest(Request):
                     f"the body was not complete after {settings.body_timeout_s:g} s. Remedy: send it again, faster",
                     code="timeout",
                 ) from error
+            if "take_place" in self.scope["state"]:
+                self.scope["state"]["take_place"]()
         return self._body
 
     async def _read(self, most: int, budget: BodyBudget) -> bytes:

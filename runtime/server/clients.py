@@ -23,6 +23,10 @@ class ClientGone(Exception):
     """The client has closed its connection: nobody will read the response."""
 
 
+class _NotRead(Exception):
+    """The client takes nothing of what is sent."""
+
+
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
     """Return what work gives; it is cancelled when the client goes.
 
@@ -82,16 +86,20 @@ class EventStream(Response):
         except asyncio.CancelledError:  # the server has to end
             with suppress(Exception):
                 await send({"type": "http.response.body", "body": event(stopped().body()), "more_body": False})
-        except TimeoutError:
+        except _NotRead:
             scope["state"]["status"] = CLIENT_CLOSED
-            scope["state"]["connection"].abort()
+            if scope["state"]["connection"] is not None:
+                scope["state"]["connection"].abort()
         finally:
             await self._events.aclose()
 
     async def _send_all(self, send: Send) -> None:
         async def write(body: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(self._write_timeout_s):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
+            try:
+                async with asyncio.timeout(self._write_timeout_s):
+                    await send({"type": "http.response.body", "body": body, "more_body": more})
+            except TimeoutError as error:
+                raise _NotRead from error
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await write(self._first)

@@ -38,6 +38,7 @@ class Fetcher:
         self._hosts = frozenset(host.lower() for host in settings.allowed_url_hosts)
         self._is_allowed = is_allowed_address or is_public
         self._deadline = time.monotonic() + settings.fetch_timeout_s
+        self._left_bytes = settings.max_fetch_bytes
 
     def __call__(self, url: str) -> bytes:
         """Return what is behind a URL.
@@ -76,10 +77,11 @@ class Fetcher:
             raise _refusal(url, reason) from error
 
     def _read(self, url: str, response: http.client.HTTPResponse) -> bytes:
-        most = self._settings.max_fetch_bytes
-        body = response.read(most + 1)
-        if len(body) > most:
-            raise _refusal(url, f"it has more than {most} bytes")
+        body = response.read(self._left_bytes + 1)
+        if len(body) > self._left_bytes:
+            most = self._settings.max_fetch_bytes
+            raise _refusal(url, f"what the request names by URL has more than {most} bytes")
+        self._left_bytes -= len(body)
         return body
 
     def _parts(self, url: str) -> tuple[str, str, int, str]:
@@ -157,25 +159,29 @@ def _connected(
     """Connect to an address, which knows the host by its name; all that is read until the deadline."""
     left_s = max(0.001, deadline - time.monotonic())
     connection = http.client.HTTPConnection(host, port)
-    plain = socket.create_connection((address, port), left_s)
+    connected = [socket.create_connection((address, port), left_s)]
 
     def hang_up() -> None:
         with suppress(OSError):
-            plain.shutdown(socket.SHUT_RDWR)
+            connected[-1].shutdown(socket.SHUT_RDWR)
 
     # A time limit of a socket begins anew with each byte; this one does not.
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), hang_up)
     timer.daemon = True
     timer.start()
     try:
-        connection.sock = plain
         if scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+            # The plain socket hands its connection over, so that it could not be shut down any more.
+            context = ssl.create_default_context()
+            secure = context.wrap_socket(connected[0], server_hostname=host, do_handshake_on_connect=False)
+            connected.append(secure)
+            secure.do_handshake()
+        connection.sock = connected[-1]
         yield connection
     finally:
         timer.cancel()
         connection.close()
-        plain.close()
+        connected[-1].close()
 
 
 def _refusal(url: str, reason: str) -> ApiError:

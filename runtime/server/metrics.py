@@ -31,12 +31,12 @@ _GAUGES: tuple[tuple[str, str, _Value], ...] = (
     ("qwen3vl:vision_cache_bytes", "Bytes of kept embeddings of images.", lambda of: of["vision_cache"]["num_bytes"]),
 )
 _COUNTERS: tuple[tuple[str, str, _Value], ...] = (
-    ("vllm:prompt_tokens", "Tokens of prompts that were run.", lambda of: of["prompt_tokens"]),
+    ("vllm:prompt_tokens", "Tokens of prompts, those found in the KV cache included.", lambda of: of["prompt_tokens"]),
     ("vllm:generation_tokens", "Tokens of answers.", lambda of: of["generated_tokens"]),
     (
         "vllm:prefix_cache_queries",
         "Tokens of prompts that were looked up in the KV cache.",
-        lambda of: of["prompt_tokens"] + of["cached_tokens"],
+        lambda of: of["prompt_tokens"],
     ),
     ("vllm:prefix_cache_hits", "Tokens of prompts that were found in the KV cache.", lambda of: of["cached_tokens"]),
     ("qwen3vl:requests_refused", "Requests that found the queue full.", lambda of: of["refused"]),
@@ -50,7 +50,7 @@ _HISTOGRAMS = (
     ("vllm:request_time_per_output_token_seconds", "Mean time per later token of a request.", "tpot_s"),
     ("vllm:e2e_request_latency_seconds", "From the request to the end of its answer.", "request_s"),
     ("vllm:request_queue_time_seconds", "In the queue.", "queue_s"),
-    ("vllm:iteration_tokens_total", "Sequences of a decode step, each of which gets a token.", "batch_size"),
+    ("qwen3vl:decode_batch_size", "Sequences of a decode step, each of which gets a token.", "batch_size"),
     ("qwen3vl:decode_step_seconds", "A decode step.", "step_s"),
 )
 _ENDS = {"eos": "stop", "stop": "stop", "length": "length", "repetition": "repetition"}

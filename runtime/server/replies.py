@@ -114,19 +114,19 @@ def chat_logprobs(generation: Generation, end_ids: Iterable[int]) -> dict[str, A
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(generation: Generation, end_ids: Iterable[int], offset: int = 0) -> dict[str, Any] | None:
+def completion_logprobs(generation: Generation, end_ids: Iterable[int]) -> dict[str, Any] | None:
     """Return the log probabilities of an answer in the form of completions; None if they were not asked for."""
     if generation.logprobs is None:
         return None
     found = _without_end(generation.logprobs, end_ids)
-    offsets = []
+    offset, offsets = 0, []
     for each in found:
         offsets.append(offset)
         offset += len(each.text)
     return {
         "tokens": [each.text for each in found],
-        "token_logprobs": [each.logprob for each in found],
-        "top_logprobs": [{other.text: other.logprob for other in each.top} for each in found],
+        "token_logprobs": [_finite(each.logprob) for each in found],
+        "top_logprobs": [{other.text: _finite(other.logprob) for other in each.top} for each in found],
         "text_offset": offsets,
     }
 

@@ -36,7 +36,7 @@ class ServerSettings:
         write_timeout_s: A client that takes nothing for this long is dropped.
         drain_timeout_s: When the server is stopped, how long requests in progress may go on.
         fetch_timeout_s: All images and videos of a request that are fetched have to arrive within this time.
-        max_fetch_bytes: Most bytes of a fetched image or video.
+        max_fetch_bytes: Most bytes of all images and videos of a request that are fetched.
         max_redirects: How often a fetch may be sent on.
         logs_text: Write prompts and answers into the log.
     """

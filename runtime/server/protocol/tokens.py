@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from runtime.server.protocol.fields import Body, ListOf
+from runtime.server.protocol.fields import WITHOUT_EFFECT, Body, ListOf
 
 
 class TokenizeRequest(Body):
@@ -17,6 +17,8 @@ class TokenizeRequest(Body):
     messages: ListOf[dict[str, Any]] | None = Field(None, description="A chat, in place of a text.")
     tools: ListOf[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: Any = Field(None, description=WITHOUT_EFFECT)
+    add_generation_prompt: Literal[True] | None = Field(None, description="Always done.")
     return_token_strs: bool | None = Field(None, description="Add the text of each token.")
 
 

@@ -23,7 +23,7 @@ async def health() -> Any:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Any:
-    """Say whether requests are taken: all engines are open, none has failed, and the server is not being stopped."""
+    """Say whether requests are taken: all engines are open, and none has failed."""
     for name, served in request.app.state.engines.items():
         try:
             served.model.check_open()

@@ -95,6 +95,8 @@ def test_tokens_of_texts_and_chats(client: Client, opened: Qwen3VLModel) -> None
     body = client.ask("/tokenize", {"prompt": "Hello <|im_end|>", "return_token_strs": True}).json
     assert (body["tokens"], body["count"], body["max_model_len"]) == (ids, len(ids), opened.max_context)
     assert "".join(body["token_strs"]) == "Hello <|im_end|>"
+    vllm = {"prompt": "Hello", "add_special_tokens": True, "add_generation_prompt": True}
+    assert client.ask("/tokenize", vllm).json["tokens"] == opened.tokenizer.encode("Hello")
     assert client.ask("/detokenize", {"tokens": ids}).json == {"prompt": "Hello <|im_end|>"}
     chat = client.ask("/tokenize", {"messages": [{"role": "user", "content": shown()}]}).json
     assert chat["tokens"] == opened.prepare(asked("Which digits are there?", 0)).prompt.input_ids

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +156,40 @@ def test_a_bad_host(site: str, path: str, word: str) -> None:
 )
 def test_urls_that_are_not_asked(url: str) -> None:
     refusal(fetcher(), url)
+
+
+def test_the_bytes_of_all_urls_of_a_request_are_counted(site: str) -> None:
+    fetch = fetcher(max_fetch_bytes=2 * len(_PNG))
+    assert fetch(f"{site}/picture") == fetch(f"{site}/picture") == _PNG
+    assert "what the request names by URL has more than" in refusal(fetch, f"{site}/picture").message
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+@pytest.mark.parametrize("path", ["picture", "slow", "headers"])
+def test_https_is_fetched_within_the_same_time(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Site)
+    server.daemon_threads = True
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
+    url = f"https://localhost:{server.server_address[1]}/{path}"
+    try:
+        if path == "picture":
+            assert fetcher(fetch_timeout_s=60)(url) == _PNG
+        else:
+            assert "not there after" in refusal(fetcher(), url).message
+        monkeypatch.undo()
+        assert "CERTIFICATE_VERIFY_FAILED" in refusal(fetcher(fetch_timeout_s=60), url).message
+    finally:
+        server.shutdown()
 
 
 def test_only_hosts_that_are_allowed(site: str) -> None:

@@ -76,6 +76,15 @@ def test_a_body_that_does_not_come(opened: Qwen3VLModel) -> None:
         assert status == 408 and "not complete after 0.2 s" in error["message"]
 
 
+def test_a_body_that_does_not_come_takes_nobodys_place(opened: Qwen3VLModel) -> None:
+    with running(serving(opened), max_requests=1) as client:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        with client.connect() as connection:
+            connection.sendall(head + b"content-length: 100\r\n\r\n{")
+            until(lambda: b"connections 2.0" in client.ask("/metrics").content)
+            assert client.chat("Hi").status == 200
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nhost: local"])
 def test_a_connection_without_a_request_is_closed(opened: Qwen3VLModel, sent: bytes) -> None:
     with running(serving(opened), idle_timeout_s=0.2) as client:

@@ -16,6 +16,7 @@ from benchmarks.report import render
 from benchmarks.serve_peers import OURS, PEER, vision_of
 from benchmarks.serve_process import Memory, ServerProcess, cpu_s
 from benchmarks.serve_work import FromFiles, Work, do
+from helpers import ROOT
 from helpers.chat_server import answer, chat_server
 from qwen3vl_export.load.connections import Address
 from qwen3vl_export.load.server import HttpServer
@@ -41,7 +42,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), r
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
     """A program that is called as llama-server is, and answers."""
-    (tmp_path / "stand_in.py").write_text(STAND_IN, encoding="utf-8")
+    paths = f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
+    (tmp_path / "stand_in.py").write_text(paths + STAND_IN, encoding="utf-8")
     program = tmp_path / "llama-server"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/stand_in.py "$@"\n', encoding="utf-8")
     program.chmod(0o755)
