@@ -73,8 +73,11 @@ def is_elsewhere(address: str, url: str) -> bool:
     return not address.startswith((url, "blob:" + url, "data:"))
 
 
-def drop(page: Any, *paths: Path, kind: str = "drop", target: str = "main", **types: str) -> None:
-    """Drop or paste files; `types` are those of the endings."""
+def drop(
+    page: Any, *paths: Path, kind: str = "drop", target: str = "main", is_taken: bool = True, **types: str
+) -> None:
+    """Drop or paste files, and wait until they are attached if they are to be; `types` are those of the endings."""
+    before = page.locator("#attachments li").count()
     known = {"png": "image/png", "jpg": "image/jpeg", **types}
     files = [
         {
@@ -85,6 +88,9 @@ def drop(page: Any, *paths: Path, kind: str = "drop", target: str = "main", **ty
         for path in paths
     ]
     page.evaluate(DROP, [target, kind, files])
+    if is_taken:  # they are read one after the other
+        least = before + len(paths)
+        page.wait_for_function("(n) => document.querySelectorAll('#attachments li').length >= n", arg=least)
 
 
 def axe_script() -> str:

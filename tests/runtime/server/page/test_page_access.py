@@ -11,6 +11,9 @@ from helpers import PICTURES
 from helpers.browser import axe_script, drop, opened_page
 from helpers.stand_in_server import Exchange, StandIn
 
+# In a browser, with a stand-in server; test_page_engine.py and test_page_answers.py run always.
+pytestmark = pytest.mark.slow
+
 NARROWEST = 360  # pixels
 _VIOLATIONS = """async () => {
   const rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"];

@@ -11,6 +11,9 @@ from helpers.browser import drop, opened_page
 from helpers.page import OTHER, PICTURE, ask, ended
 from helpers.stand_in_server import StandIn
 
+# In a browser, with a stand-in server; test_page_engine.py and test_page_answers.py run always.
+pytestmark = pytest.mark.slow
+
 
 def test_all_of_it_by_keyboard(page: Any, server: StandIn) -> None:
     def tab_to(name: str) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from helpers.browser import drop
 from helpers.http_server import data_url
 from helpers.page import PICTURE, ask, ended, figures_of, text_of
 from helpers.stand_in_server import Exchange, StandIn, chunk, error_body
+
+# In a browser, with a stand-in server; test_page_engine.py and test_page_answers.py run always.
+pytestmark = pytest.mark.slow
 
 
 def refused(exchange: Exchange) -> None:

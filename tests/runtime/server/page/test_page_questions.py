@@ -12,6 +12,9 @@ from helpers.http_server import data_url
 from helpers.page import OTHER, PICTURE, ask, ended, text_of
 from helpers.stand_in_server import StandIn
 
+# In a browser, with a stand-in server; test_page_engine.py and test_page_answers.py run always.
+pytestmark = pytest.mark.slow
+
 
 def test_pictures_text_and_settings_reach_the_server(page: Any, server: StandIn) -> None:
     drop(page, PICTURE, OTHER)
@@ -163,6 +166,6 @@ REFUSED = {
 def test_files_that_are_no_pictures_are_refused(page: Any, tmp_path: Path) -> None:
     for name, (contents, message) in REFUSED.items():
         (tmp_path / name).write_bytes(contents)
-        drop(page, tmp_path / name, svg="image/svg+xml", txt="text/plain")
+        drop(page, tmp_path / name, is_taken=False, svg="image/svg+xml", txt="text/plain")
         page.get_by_role("alert").get_by_text(f"{name} {message}").wait_for()
     assert page.locator("#attachments li").count() == 0
