@@ -138,6 +138,12 @@ QWEN3VL_INLINE Lanes load_int8(const int8_t* p) {
     return from_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
+QWEN3VL_INLINE Lanes load_uint8(const uint8_t* p) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(codes, codes)))};
+}
+
 // Sixteen bytes of lanes that are rounded to even and cut off at the two ends.
 QWEN3VL_INLINE __m128i to_bytes(Lanes a, float lowest, float highest) {
     const IntLanes codes = to_int(min_number(max_number(a, broadcast(lowest)), broadcast(highest)));

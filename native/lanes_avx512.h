@@ -86,6 +86,10 @@ QWEN3VL_INLINE Lanes load_int8(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 
+QWEN3VL_INLINE Lanes load_uint8(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+
 QWEN3VL_INLINE void store_int8(int8_t* p, Lanes a) {
     a = min_number(max_number(a, broadcast(-128.0f)), broadcast(127.0f));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));

@@ -154,6 +154,13 @@ QWEN3VL_INLINE Lanes from_bytes(int8x16_t codes) {
 
 QWEN3VL_INLINE Lanes load_int8(const int8_t* p) { return from_bytes(vld1q_s8(p)); }
 
+QWEN3VL_INLINE Lanes load_uint8(const uint8_t* p) {
+    const uint8x16_t codes = vld1q_u8(p);
+    const uint16x8_t first = vmovl_u8(vget_low_u8(codes)), second = vmovl_u8(vget_high_u8(codes));
+    return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(first))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(first))),
+             vcvtq_f32_u32(vmovl_u16(vget_low_u16(second))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(second)))}};
+}
+
 // Sixteen bytes of lanes that are rounded to even and cut off at the two ends.
 QWEN3VL_INLINE int8x16_t to_bytes(Lanes a, float lowest, float highest) {
     const IntLanes codes = to_int(min_number(max_number(a, broadcast(lowest)), broadcast(highest)));

@@ -165,6 +165,8 @@ QWEN3VL_INLINE Lanes load_bfloat16(const uint16_t* p) {
 
 QWEN3VL_INLINE Lanes load_int8(const int8_t* p) { QWEN3VL_EACH(static_cast<float>(p[i])); }
 
+QWEN3VL_INLINE Lanes load_uint8(const uint8_t* p) { QWEN3VL_EACH(static_cast<float>(p[i])); }
+
 QWEN3VL_INLINE void store_int8(int8_t* p, Lanes a) {
     const IntLanes codes = to_int(min_number(max_number(a, broadcast(-128.0f)), broadcast(127.0f)));
     for (int i = 0; i < 16; ++i) {

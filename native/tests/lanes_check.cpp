@@ -177,6 +177,8 @@ static void check_codes() {
         store_int8(codes + 1, load(values));
         mix(codes + 1, 16);
         mix_lanes(load_int8(codes + 1));
+        float unsigned_codes[16];
+        store(unsigned_codes, load_uint8(reinterpret_cast<const uint8_t*>(codes + 1)));
         store_int4(pairs + 1, load(values));
         mix(pairs + 1, 8);
         float back[16];
@@ -184,6 +186,7 @@ static void check_codes() {
         for (int i = 0; i < 16; ++i) {
             const bool is_nan = values[i] != values[i];
             expect(codes[i + 1] == (is_nan ? -128 : rintf(fmaxf(fminf(values[i], 127), -128))), "int8");
+            expect(unsigned_codes[i] == static_cast<uint8_t>(codes[i + 1]), "uint8");
             expect(back[i] == (is_nan ? -8 : rintf(fmaxf(fminf(values[i], 7), -8))), "int4");
         }
     }
