@@ -107,6 +107,16 @@ QWEN3VL_INLINE float reduce_max(Lanes a) {
     return a.v[0];
 }
 
+QWEN3VL_INLINE void transpose(Lanes* a) {
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < i; ++j) {
+            const float kept = a[i].v[j];
+            a[i].v[j] = a[j].v[i];
+            a[j].v[i] = kept;
+        }
+    }
+}
+
 QWEN3VL_INLINE float from_half(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
     const uint32_t magnitude = half & 0x7fff;

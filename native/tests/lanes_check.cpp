@@ -192,7 +192,26 @@ static void check_codes() {
     }
 }
 
+static void check_transpose() {
+    float from[16][16], to[16][16];
+    Lanes rows[16];
+    for (int i = 0; i < 16; ++i) {
+        fill(from[i]);
+        rows[i] = load(from[i]);
+    }
+    transpose(rows);
+    for (int i = 0; i < 16; ++i) {
+        store(to[i], rows[i]);
+    }
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < 16; ++j) {
+            expect(memcmp(&from[i][j], &to[j][i], sizeof(float)) == 0, "transpose");
+        }
+    }
+}
+
 int main() {
+    check_transpose();
     check_arithmetic();
     check_exp();
     check_float16();
