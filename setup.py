@@ -6,25 +6,37 @@ Without a compiler, or with one that is too old, the package is built all the sa
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
+import tomllib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
+from setuptools.modified import newer_group
 
 NAME = "runtime.native.libqwen3vl_cpu"
-# One set of flags for all files, and none for the machine at hand: each file of an instruction set asks for it itself.
-COMPILE = [
-    *("-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"),
-    # Needs nothing of the C++ library, so that the wheel runs wherever its C library does.
-    *("-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),
-    # Every rounding is written down, so that instruction sets give the same bits.
-    *("-ffp-contract=off", "-fno-math-errno"),
-]
+FOLDER = Path("native")
+# Nothing of the C++ library is needed, so that the wheel runs wherever its C library does; what is missing is an error.
 LINK = ["-Wl,--as-needed", "-Wl,-z,defs", "-Wl,-z,relro,-z,now"]
+
+
+def sources(build: Mapping[str, Any], machine: str = platform.machine()) -> dict[str, list[str]]:
+    """Return the flags of each source that `native/build.toml` lists for a machine, by its path."""
+    own_flags = {**build["sources"], **build.get(machine, {})}
+    # Python's own flags come before these; they ask for debug information.
+    return {str(FOLDER / name): [*build["flags"], *flags, "-g0"] for name, flags in own_flags.items()}
+
+
+def load_build() -> dict[str, Any]:
+    """Return how the library is compiled."""
+    return tomllib.loads((FOLDER / "build.toml").read_text(encoding="utf-8"))
 
 
 class BuildLibrary(build_ext):
@@ -43,14 +55,26 @@ class BuildLibrary(build_ext):
         return f"{fullname.replace('.', '/')}.so"
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile and link, or remove what an earlier build left."""
+        """Compile and link if a file is newer than the library, or remove what an earlier build left."""
+        library = Path(self.get_ext_fullpath(ext.name))
+        if not self.force and not newer_group([*ext.sources, *ext.depends], str(library), "newer"):
+            return
+        library.unlink(missing_ok=True)
+        flags = sources(load_build())
         try:
-            super().build_extension(ext)
+            # Each compiler is a process of its own.
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                objects = list(threads.map(lambda source: self._compiled(source, flags[source]), ext.sources))
+            self.compiler.link_shared_object(objects, str(library), extra_postargs=LINK, target_lang="c++")
         except BaseError as error:  # no compiler, too old a one, or no linker
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             if self.strict:
                 raise
             print(f"note: the library of own kernels was not built: {error}", file=sys.stderr)
+
+    def _compiled(self, source: str, flags: list[str]) -> str:
+        """Compile a source and return the path of its object."""
+        (path,) = self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        return str(path)
 
     @property
     def has_built(self) -> bool:
@@ -72,23 +96,12 @@ class BuildWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-def library() -> list[Extension]:
-    """Return what is to be compiled; on Linux alone."""
-    sources = sorted(str(path) for path in Path("native").glob("*.cpp"))
-    headers = sorted(str(path) for path in Path("native").glob("*.h"))
-    if not sys.platform.startswith("linux") or not sources:
-        return []
-    return [
-        Extension(
-            NAME,
-            sources,
-            depends=headers,
-            language="c++",
-            extra_compile_args=COMPILE,
-            extra_link_args=LINK,
-            optional=True,
-        )
-    ]
+def library() -> Extension:
+    """Return what is compiled."""
+    depends = [*(str(path) for path in sorted(FOLDER.glob("*.h"))), str(FOLDER / "build.toml"), "setup.py"]
+    return Extension(NAME, list(sources(load_build())), depends=depends, language="c++", optional=True)
 
 
-setup(ext_modules=library(), cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel})
+# The kernels ask the processor in Linux' ways; other systems take ONNX Runtime's.
+is_linux = sys.platform.startswith("linux")
+setup(ext_modules=[library()] if is_linux else [], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel})
