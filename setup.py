@@ -60,6 +60,7 @@ class BuildLibrary(build_ext):
         if not self.force and not newer_group([*ext.sources, *ext.depends], str(library), "newer"):
             return
         library.unlink(missing_ok=True)
+        ext.optional = not self.strict  # of an optional one, setuptools ignores what is raised
         flags = sources(load_build())
         try:
             # Each compiler is a process of its own.

@@ -91,10 +91,16 @@ def needs_exact_products(kernels: Collection[str], tests: Path = KERNEL_TESTS) -
         _check(
             f"our own kernel {kernel} ({isa})",
             _error(tests / OWN_KERNEL_TESTS.name / f"{kernel}.onnx", False, isa),
-            f"set {CPU_ISA_VARIABLE} to another of {', '.join(native.isas())}, build the library again, or build the "
-            "engine again with qwen3vl-export --kernels ort",
+            _remedy(isa),
         )
     return exact
+
+
+def _remedy(isa: str) -> str:
+    """Return what helps where our own kernels are wrong with an instruction set."""
+    others = ", ".join(each for each in native.isas() if each != isa)
+    other = f"choose another instruction set ({CPU_ISA_VARIABLE}: {others}), or " if others else ""
+    return f"{other}build the library again (make native), or the engine with qwen3vl-export --kernels ort"
 
 
 def _check(kernel: str, error: float, remedy: str) -> None:

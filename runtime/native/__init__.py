@@ -89,14 +89,23 @@ def use(name: str, path: Path = LIBRARY) -> None:
 
 
 def register(options: ort.SessionOptions, path: Path = LIBRARY) -> None:
-    """Add the operators of the library to the options of a session; warn if it runs portable code.
+    """Add the operators of the library to the options of a session.
 
     Raises:
         EngineError: The library cannot be loaded, is of another version, or ONNX Runtime refuses it.
         UsageError: `QWEN3VL_CPU_ISA` is wrong.
     """
-    library = load(path)
+    load(path)
     _register(options, path)
+
+
+def warn_of_portable_code(path: Path = LIBRARY) -> None:
+    """Log a warning if the kernels for no processor in particular are in use.
+
+    Raises:
+        EngineError, UsageError: As `load`.
+    """
+    library = load(path)
     if _text(library.qwen3vl_cpu_isa()) == PORTABLE:
         _LOGGER.warning(
             "note: the own kernels run portable code, many times slower than with AVX2, which this processor %s",

@@ -237,6 +237,7 @@ def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.Session
             remedy="install the version that built the engine, or build it again",
         )
     native.register(options)
+    native.warn_of_portable_code()
     return True
 
 

@@ -87,12 +87,12 @@ def test_a_library_that_onnxruntime_refuses_is_said(tmp_path: Path) -> None:
 def test_portable_code_is_warned_of(isas: str, has: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     library = stand_in(tmp_path, isas=isas)
     native.use("portable", library)
-    native.register(ort.SessionOptions(), library)
+    native.warn_of_portable_code(library)
     assert f"portable code, many times slower than with AVX2, which this processor {has}" in caplog.text
 
 
 def test_others_are_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    native.register(ort.SessionOptions(), stand_in(tmp_path))
+    native.warn_of_portable_code(stand_in(tmp_path))
     assert not caplog.text
 
 
