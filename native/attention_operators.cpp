@@ -1,0 +1,2 @@
+#include "operators.h"
+namespace qwen3vl { OrtStatus* add_attention(OrtCustomOpDomain*) { return nullptr; } }

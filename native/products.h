@@ -1,0 +1,142 @@
+// Products with weights in few bits, included by the file of each instruction set inside its namespace. The file gives:
+//
+//   constexpr int kDirectRows, kManyRows;      most rows of x that one call of the two functions takes
+//   constexpr int kFewRows;                    panels of up to so many rows are multiplied with the stored codes
+//   template <int BITS, int R> void multiply_codes(const uint8_t* codes, const int8_t* x, int block, Lanes* products);
+//       products of R rows of x, [R, block], with the stored codes of a block, as whole numbers
+//   template <int BITS> const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer);
+//       what multiply_unpacked reads: the buffer, filled, or the codes themselves
+//   template <int BITS, int R> void multiply_unpacked(const uint8_t* unpacked, const int8_t* x, int block, Lanes* products);
+//
+// All instruction sets sum whole numbers, which is exact, and then compute in the same order, so results are the same bits.
+
+constexpr int kMaxBlock = 256;
+
+// total + scale_x * (products - sum_x * zero_point) * scale
+static inline Lanes add_block(Lanes total, Lanes products, float sum_x, float scale_x, Lanes zero_points, Lanes scales) {
+  const Lanes whole = fma(broadcast(-sum_x), zero_points, products);
+  return fma(mul(whole, broadcast(scale_x)), scales, total);
+}
+
+static inline Lanes zero_points_of(const Tile& tile, int64_t block) {
+  return load_uint8(tile.zero_points + block * kTileRows);
+}
+
+static inline Lanes scales_of(const Tile& tile, int64_t block) { return load_float16(tile.scales + block * kTileRows); }
+
+// R rows of a panel, from the stored codes; totals stay in registers.
+template <int BITS, int R>
+static void multiply_few(const Weight& weight, const Panel& panel, const Tile& tile, int64_t row, float* totals) {
+  Lanes sum[R];
+  for (int r = 0; r < R; ++r) sum[r] = zero();
+  const int64_t num_blocks = weight.num_blocks(), block_bytes = weight.block_bytes();
+  for (int64_t j = 0; j < num_blocks; ++j) {
+    Lanes products[R];
+    const int64_t first = j * panel.num_rows + row;
+    multiply_codes<BITS, R>(tile.codes + j * block_bytes, panel.codes + first * weight.block, weight.block, products);
+    const Lanes zero_points = zero_points_of(tile, j), scales = scales_of(tile, j);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      sum[r] = add_block(sum[r], products[r], panel.sums[first + r], panel.scales[first + r], zero_points, scales);
+    }
+  }
+  for (int r = 0; r < R; ++r) store(totals + r * kTileRows, sum[r]);
+}
+
+template <int BITS, int R>
+static void add_unpacked(const Panel& panel, int64_t first, int block, const uint8_t* unpacked, Lanes zero_points,
+                         Lanes scales, float* totals) {
+  Lanes products[R];
+  multiply_unpacked<BITS, R>(unpacked, panel.codes + first * block, block, products);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    float* total = totals + r * kTileRows;
+    store(total, add_block(load(total), products[r], panel.sums[first + r], panel.scales[first + r], zero_points, scales));
+  }
+}
+
+template <int BITS, int R>
+static void add_rest(int64_t num_rows, const Panel& panel, int64_t first, int block, const uint8_t* unpacked,
+                     Lanes zero_points, Lanes scales, float* totals) {
+  if constexpr (R > 0) {
+    if (num_rows == R) {
+      add_unpacked<BITS, R>(panel, first, block, unpacked, zero_points, scales, totals);
+    } else {
+      add_rest<BITS, R - 1>(num_rows, panel, first, block, unpacked, zero_points, scales, totals);
+    }
+  }
+}
+
+template <int BITS, int R>
+static void few_rows(int64_t num_rows, const Weight& weight, const Panel& panel, const Tile& tile, int64_t row,
+                     float* totals) {
+  if constexpr (R > 0) {
+    if (num_rows == R) {
+      multiply_few<BITS, R>(weight, panel, tile, row, totals);
+    } else {
+      few_rows<BITS, R - 1>(num_rows, weight, panel, tile, row, totals);
+    }
+  }
+}
+
+// All rows of a panel, block by block.
+template <int BITS>
+static void multiply_many(const Weight& weight, const Panel& panel, const Tile& tile, float* totals) {
+  alignas(64) uint8_t buffer[kMaxBlock * kTileRows];
+  const int block = weight.block;
+  for (int64_t i = 0; i < panel.num_rows; ++i) store(totals + i * kTileRows, zero());
+  for (int64_t j = 0; j < weight.num_blocks(); ++j) {
+    const uint8_t* unpacked = unpack<BITS>(tile.codes + j * weight.block_bytes(), block, buffer);
+    const Lanes zero_points = zero_points_of(tile, j), scales = scales_of(tile, j);
+    const int64_t first = j * panel.num_rows;
+    int64_t row = 0;
+    for (; row + kManyRows <= panel.num_rows; row += kManyRows) {
+      add_unpacked<BITS, kManyRows>(panel, first + row, block, unpacked, zero_points, scales, totals + row * kTileRows);
+    }
+    add_rest<BITS, kManyRows - 1>(panel.num_rows - row, panel, first + row, block, unpacked, zero_points, scales,
+                                  totals + row * kTileRows);
+  }
+}
+
+// Scale by the tile's unit, add bias and residual, and write the columns of y that the tile has.
+static void write_tile(const Weight& weight, const Tile& tile, int64_t index, const float* totals, int64_t num_rows,
+                       const Output& output, int64_t first_row) {
+  const int64_t column = index * kTileRows;
+  const int width = static_cast<int>(weight.num_rows - column < kTileRows ? weight.num_rows - column : kTileRows);
+  const Lanes unit = broadcast(tile.unit);
+  const Lanes bias = output.bias != nullptr ? load_n(output.bias + column, width) : zero();
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const int64_t offset = (first_row + i) * weight.num_rows + column;
+    Lanes value = fma(load(totals + i * kTileRows), unit, bias);
+    if (output.residual != nullptr) value = add(value, load_n(output.residual + offset, width));
+    store_n(output.y + offset, value, width);
+  }
+}
+
+template <int BITS>
+static void multiply_tiles(const Weight& weight, const Panel& panel, int64_t first_tile, int64_t last_tile,
+                           const Output& output, int64_t first_row) {
+  alignas(64) float totals[kPanelRows * kTileRows];
+  for (int64_t index = first_tile; index < last_tile; ++index) {
+    const Tile tile(weight, index);
+    if (panel.num_rows > kFewRows) {
+      multiply_many<BITS>(weight, panel, tile, totals);
+    } else {
+      int64_t row = 0;
+      for (; row + kDirectRows <= panel.num_rows; row += kDirectRows) {
+        multiply_few<BITS, kDirectRows>(weight, panel, tile, row, totals + row * kTileRows);
+      }
+      few_rows<BITS, kDirectRows - 1>(panel.num_rows - row, weight, panel, tile, row, totals + row * kTileRows);
+    }
+    write_tile(weight, tile, index, totals, panel.num_rows, output, first_row);
+  }
+}
+
+static void multiply(const Weight& weight, const Panel& panel, int64_t first_tile, int64_t last_tile,
+                     const Output& output, int64_t first_row) {
+  if (weight.bits == 4) {
+    multiply_tiles<4>(weight, panel, first_tile, last_tile, output, first_row);
+  } else {
+    multiply_tiles<8>(weight, panel, first_tile, last_tile, output, first_row);
+  }
+}
