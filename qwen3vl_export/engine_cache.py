@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _AUTO = "auto"
 _CHOICES = ".choices"
 _SIZES = ("max_context", "max_batch")
-# Fields of a request that say where an export goes, or that it is none; target, kernels and prompts count in another way.
+# Fields of a request that say where an export goes, or that it is none; target, kernels and prompts count otherwise.
 _NO_OPTIONS = ("model", "target", "output", "bundle", "compile", "weights", "calibration", "kernels")
 _EXPORTERS = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub")
 
