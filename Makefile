@@ -23,9 +23,12 @@ ifneq ($(or $(OWNER),$(CURDIR)),$(CURDIR))
 $(error $(VENV) runs the code of $(OWNER), not of this checkout; choose another folder with VENV=... or remove it)
 endif
 
-.PHONY: setup demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients lint bench compare-setup gpu-check
+# The library of own kernels: `pip install` builds it where it can, and says nothing where it cannot.
+LIBRARY := runtime/native/libqwen3vl_cpu.so
 
-setup: $(DEV_STAMP)
+.PHONY: setup native wheel demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients lint bench compare-setup gpu-check
+
+setup: $(DEV_STAMP) $(LIBRARY)
 
 # ONNX Runtime has no wheel for Python 3.15 yet. Without build isolation: setuptools, too, is the one of the lock.
 $(STAMP): pyproject.toml locks/demo.txt
@@ -44,7 +47,18 @@ $(DEV_STAMP): $(STAMP) locks/dev.txt
 	$(BIN)/python $(PIP_INSTALL) -r locks/dev.txt
 	@touch $@
 
-demo: $(STAMP)
+# Without a compiler, engines are built with ONNX Runtime's kernels; sources that do not compile end this.
+$(LIBRARY): setup.py $(wildcard native/*.cpp native/*.h native/*.toml) | $(STAMP)
+	@if command -v "$${CXX:-g++}" >/dev/null; then $(BIN)/python setup.py --quiet build_ext --inplace --strict && touch $@; \
+	else echo "note: no $${CXX:-g++}, so the own kernels ($@) are not built; apt-get install g++, then make native"; fi
+
+native: $(LIBRARY)
+
+# A wheel for manylinux, checked: see docs/cpu_kernels.md.
+wheel: setup
+	$(BIN)/python scripts/wheels.py
+
+demo: $(STAMP) $(LIBRARY)
 	$(BIN)/python scripts/demo.py --output "$$ENGINE" $(if $(IMAGE),--image "$$IMAGE")
 
 lock: setup

@@ -2,28 +2,11 @@
 
 constexpr int kRegisterLanes = 8;
 
-// Copied register by register: gcc 12 copies a plain structure of 64 bytes through memory, in pieces that stall.
 struct Lanes {
     __m256 lo, hi;
-    Lanes() = default;
-    QWEN3VL_MEMBER Lanes(__m256 first, __m256 second) : lo(first), hi(second) {}
-    QWEN3VL_MEMBER Lanes(const Lanes& from) : lo(from.lo), hi(from.hi) {}
-    QWEN3VL_MEMBER Lanes& operator=(const Lanes& from) {
-        lo = from.lo;
-        hi = from.hi;
-        return *this;
-    }
 };
 struct IntLanes {
     __m256i lo, hi;
-    IntLanes() = default;
-    QWEN3VL_MEMBER IntLanes(__m256i first, __m256i second) : lo(first), hi(second) {}
-    QWEN3VL_MEMBER IntLanes(const IntLanes& from) : lo(from.lo), hi(from.hi) {}
-    QWEN3VL_MEMBER IntLanes& operator=(const IntLanes& from) {
-        lo = from.lo;
-        hi = from.hi;
-        return *this;
-    }
 };
 
 // Lane i of the eight from `first` on is set where i < n.

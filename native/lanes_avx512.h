@@ -2,26 +2,11 @@
 
 constexpr int kRegisterLanes = 32;
 
-// Copied as a register: gcc 12 copies a plain structure of 64 bytes through memory, in pieces that stall.
 struct Lanes {
     __m512 v;
-    Lanes() = default;
-    QWEN3VL_MEMBER Lanes(__m512 all) : v(all) {}
-    QWEN3VL_MEMBER Lanes(const Lanes& from) : v(from.v) {}
-    QWEN3VL_MEMBER Lanes& operator=(const Lanes& from) {
-        v = from.v;
-        return *this;
-    }
 };
 struct IntLanes {
     __m512i v;
-    IntLanes() = default;
-    QWEN3VL_MEMBER IntLanes(__m512i all) : v(all) {}
-    QWEN3VL_MEMBER IntLanes(const IntLanes& from) : v(from.v) {}
-    QWEN3VL_MEMBER IntLanes& operator=(const IntLanes& from) {
-        v = from.v;
-        return *this;
-    }
 };
 
 QWEN3VL_INLINE __mmask16 mask_of(int n) { return static_cast<__mmask16>((1u << n) - 1); }

@@ -9,6 +9,8 @@ says that it is, whatever the processor calls itself.
 
 Each kernel has a small graph in `runtime/kernel_tests` (written by scripts/write_kernel_tests.py) with inputs at the
 ends of their ranges; its output is the largest error, as a share of the largest product. A test runs once in a process.
+Our own kernels (`runtime.native`) are proven by the same kind of graphs, in the folder `own`, once for each instruction
+set that is in use.
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from runtime import native
 from runtime.errors import EngineError
 from runtime.machine import processor
 from runtime.manifest import Manifest
+from runtime.settings import CPU_ISA_VARIABLE
 
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
 """Session option: int8 weights of products become uint8 when a graph is opened."""
 
 KERNEL_TESTS = Path(__file__).with_name("kernel_tests")
+OWN_KERNEL_TESTS = KERNEL_TESTS / "own"
 
 # The kernels that the option changes.
 _BYTE_PRODUCTS = frozenset({"DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
@@ -37,13 +42,17 @@ _TOLERANCE = 0.01
 
 def kernels_of(manifest: Manifest) -> list[str]:
     """Return the kernels of quantised numbers that an engine uses: all that have a test, if its manifest names none."""
-    kernels = set(manifest.capabilities.get("kernels", known_kernels()))
-    bits = manifest.capabilities.get("cache_bits")
-    return sorted(kernels if bits is None else {*kernels, f"GroupQueryAttention.{bits}"})
+    capabilities = manifest.capabilities
+    has_own = "custom_ops" in capabilities
+    kernels = set(capabilities.get("kernels", [*known_kernels(), *(native.OPERATORS if has_own else ())]))
+    bits = capabilities.get("cache_bits")
+    if bits is not None:
+        kernels.add(f"DecodeAttentionInt{bits}" if has_own else f"GroupQueryAttention.{bits}")
+    return sorted(kernels)
 
 
 def known_kernels() -> list[str]:
-    """Return the names of all kernels that have a test: operator and, where it has several, bits of its codes."""
+    """Return the kernels of ONNX Runtime that have a test: operator and, where it has several, bits of its codes."""
     return sorted(path.stem for path in KERNEL_TESTS.glob("*.onnx"))
 
 
@@ -52,38 +61,69 @@ def needs_exact_products(kernels: Collection[str], tests: Path = KERNEL_TESTS) -
 
     Args:
         kernels: Names of kernels.
-        tests: Folder of the tests, one `NAME.onnx` for each.
+        tests: Folder of the tests, one `NAME.onnx` for each; those of our own kernels in its folder `own`.
 
     Raises:
-        EngineError: A kernel is wrong here, with that option, too; or it has no test.
+        EngineError: A kernel is wrong here, with that option, too; or it has no test; or it is one of our own, and
+            their library cannot be used.
     """
-    unknown = sorted(set(kernels) - set(known_kernels()))
+    own = set(kernels) & set(native.OPERATORS)
+    theirs = set(kernels) - own
+    unknown = sorted(theirs - set(known_kernels()))
     if unknown:
         raise EngineError(
             f"the engine uses kernels that this version cannot test: {', '.join(unknown)}",
             remedy="open it with the version that built it, or build it again",
         )
-    exact = any(_error(tests / f"{kernel}.onnx", False) > _TOLERANCE for kernel in _BYTE_PRODUCTS & set(kernels))
-    for kernel in kernels:
-        error = _error(tests / f"{kernel}.onnx", exact and kernel in _BYTE_PRODUCTS)
-        if not error <= _TOLERANCE:
-            raise EngineError(
-                f"{kernel} of ONNX Runtime {ort.__version__} computes wrong products on this processor: relative error "
-                f"{error:.2g}; instruction sets: {', '.join(processor()[1]) or 'unknown'}",
-                remedy="install another release of onnxruntime, or build the engine for ort-cpu-fp32, which multiplies "
-                "in float32",
-            )
+    exact = any(_error(tests / f"{kernel}.onnx", False) > _TOLERANCE for kernel in _BYTE_PRODUCTS & theirs)
+    for kernel in sorted(theirs):
+        _check(
+            f"{kernel} of ONNX Runtime {ort.__version__}",
+            _error(tests / f"{kernel}.onnx", exact and kernel in _BYTE_PRODUCTS),
+            "install another release of onnxruntime, or build the engine for ort-cpu-fp32, which multiplies in float32",
+        )
+    for kernel in sorted(own):
+        isa = native.isa()
+        _check(
+            f"our own kernel {kernel} ({isa})",
+            _error(tests / OWN_KERNEL_TESTS.name / f"{kernel}.onnx", False, isa),
+            _remedy(isa),
+        )
     return exact
 
 
+def _remedy(isa: str) -> str:
+    """Return what helps where our own kernels are wrong with an instruction set."""
+    others = ", ".join(each for each in native.isas() if each != isa)
+    other = f"choose another instruction set ({CPU_ISA_VARIABLE}: {others}), or " if others else ""
+    return f"{other}build the library again (make native), or the engine with qwen3vl-export --kernels ort"
+
+
+def _check(kernel: str, error: float, remedy: str) -> None:
+    if not error <= _TOLERANCE:
+        raise EngineError(
+            f"{kernel} computes wrong products on this processor: relative error {error:.2g}; instruction sets: "
+            f"{', '.join(processor()[1]) or 'unknown'}",
+            remedy=remedy,
+        )
+
+
 @functools.cache
-def _error(test: Path, exact: bool) -> float:
-    """Return the largest relative error of a test here; infinite if ONNX Runtime does not run it."""
+def _error(test: Path, exact: bool, isa: str | None = None) -> float:
+    """Return the largest relative error of a test here; infinite if ONNX Runtime does not run it.
+
+    Args:
+        test: Its graph.
+        exact: Open it with `EXACT_PRODUCTS`.
+        isa: For own kernels, the instruction set in use; else None.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what fails is told by the error that follows
     options.intra_op_num_threads = 1
     if exact:
         options.add_session_config_entry(*EXACT_PRODUCTS)
+    if isa is not None:
+        native.register(options)
     try:
         session = ort.InferenceSession(str(test), options, providers=["CPUExecutionProvider"])
         (error,) = session.run(["error"], {"zero": np.zeros((), np.float32)})

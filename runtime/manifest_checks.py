@@ -185,6 +185,7 @@ _CAPABILITIES: Mapping[str, Callable[[str, object], None]] = {
     "cache_dtype": _one_of(*CACHE_DTYPES),
     "cache_scales": _file_name,
     "capacity": _positive,
+    "custom_ops": _text,
     "device": _one_of("cpu", "gpu"),
     "hardware_compatible": _boolean,
     "kernels": _texts,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 TELEMETRY_VARIABLE = "ORT_DISABLE_TELEMETRY"
+CPU_ISA_VARIABLE = "QWEN3VL_CPU_ISA"
 
 
 def disable_telemetry() -> bool:
@@ -34,6 +35,11 @@ def omp_num_threads() -> int | None:
     """Return what OMP_NUM_THREADS asks for, of a list for nested regions the first, or None if it asks for nothing."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if first.isascii() and first.isdecimal() and int(first) > 0 else None
+
+
+def cpu_isa() -> str | None:
+    """Return the instruction set that QWEN3VL_CPU_ISA names for the own kernels, or None if it names none."""
+    return os.environ.get(CPU_ISA_VARIABLE, "").strip() or None
 
 
 def user_cache_folder() -> Path | None:

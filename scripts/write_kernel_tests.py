@@ -31,9 +31,14 @@ _ROWS = (1, 2, 3, 9)
 
 
 class Test:
-    """Collects nodes, and products beside what they must be."""
+    """Collects nodes, and products beside what they must be.
 
-    def __init__(self) -> None:
+    Args:
+        domain: Of the kernels.
+    """
+
+    def __init__(self, domain: str = _MICROSOFT) -> None:
+        self._domain = domain
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
         self._errors: list[str] = []
@@ -82,7 +87,7 @@ class Test:
         self._nodes.append(helper.make_node("ReduceMax", [every], ["error"], keepdims=0))
         scalars = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, []) for name in ("zero", "error")]
         graph = helper.make_graph(self._nodes, "kernel_test", scalars[:1], scalars[1:], self._constants)
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(self._domain, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
     def _name(self) -> str:
@@ -90,15 +95,15 @@ class Test:
         return f"v{self._count}"
 
 
-def _either(shape: tuple[int, ...], low: int, high: int, salt: int = 0) -> Array:
+def either(shape: tuple[int, ...], low: int, high: int, salt: int = 0) -> Array:
     """Return both ends of a range in a fixed order without a pattern that a kernel could cancel."""
     numbers = (np.arange(np.prod(shape), dtype=np.uint64) + np.uint64(salt * 7919)) * np.uint64(0x9E3779B97F4A7C15)
     return np.where((numbers >> np.uint64(61)) & np.uint64(1), high, low).reshape(shape)
 
 
-def _weights(num_inputs: int, num_outputs: int, low: int, high: int) -> Array:
+def weights_of(num_inputs: int, num_outputs: int, low: int, high: int) -> Array:
     """Return codes [K, N]: columns of the highest, of the lowest, of both in turn, of middle ones, and of either."""
-    codes_KN = _either((num_inputs, num_outputs), low, high)
+    codes_KN = either((num_inputs, num_outputs), low, high)
     codes_KN[:, 0], codes_KN[:, 1] = high, low
     codes_KN[:, 2] = np.where(np.arange(num_inputs) % 2, high, low)
     codes_KN[:, 3] = (low + high + 1) // 2
@@ -107,7 +112,7 @@ def _weights(num_inputs: int, num_outputs: int, low: int, high: int) -> Array:
 
 def _activations(num_inputs: int, low: int, high: int) -> Array:
     """Return numbers [M, K] at the ends of a range, both in each row; the first rows of calls are of the highest."""
-    x_MK = _either((sum(_ROWS), num_inputs), low, high, salt=1)
+    x_MK = either((sum(_ROWS), num_inputs), low, high, salt=1)
     x_MK[np.cumsum((0, *_ROWS[:-1]))] = high
     x_MK[:, 0] = low
     return x_MK
@@ -124,7 +129,7 @@ def _pack(codes: Array, bits: int) -> Array:
 
 def _zero_points(shape: tuple[int, ...], bits: int) -> Array:
     """Return zero points at both ends of their range; those of the first two columns of weights are 0 and the last."""
-    zeros = _either(shape, 0, 2**bits - 1, salt=3)
+    zeros = either(shape, 0, 2**bits - 1, salt=3)
     zeros[0], zeros[1] = 0, 2**bits - 1
     return zeros
 
@@ -132,7 +137,7 @@ def _zero_points(shape: tuple[int, ...], bits: int) -> Array:
 def dynamic_quantize_matmul() -> Test:
     """DynamicQuantizeMatMul: it rounds the activations of a call to uint8 by their range, here 0 to 255."""
     test, (num_inputs, num_outputs) = Test(), (96, 20)
-    codes_KN, x_MK = _weights(num_inputs, num_outputs, -127, 127), _activations(num_inputs, 0, 255)
+    codes_KN, x_MK = weights_of(num_inputs, num_outputs, -127, 127), _activations(num_inputs, 0, 255)
 
     def product(x: str) -> str:
         # Constants for each: the library's option for CPUs without VNNI takes no weights that nodes share.
@@ -146,7 +151,7 @@ def dynamic_quantize_matmul() -> Test:
 def matmul_integer_to_float() -> Test:
     """MatMulIntegerToFloat, on activations that QuantizeLinear rounds around 128."""
     test, (num_inputs, num_outputs) = Test(), (96, 20)
-    codes_KN, x_MK = _weights(num_inputs, num_outputs, -127, 127), _activations(num_inputs, -127, 127)
+    codes_KN, x_MK = weights_of(num_inputs, num_outputs, -127, 127), _activations(num_inputs, -127, 127)
     unit, middle = test.constant(np.array(1, np.float32)), test.constant(np.array(128, np.uint8))
 
     def product(x: str) -> str:
@@ -161,7 +166,7 @@ def matmul_integer_to_float() -> Test:
 def matmul_n_bits(bits: int) -> Test:
     """MatMulNBits with integer products, every size of block: it rounds each block of activations to int8."""
     test, (num_inputs, num_outputs) = Test(), (256, 10)
-    codes_NK, x_MK = _weights(num_inputs, num_outputs, 0, 2**bits - 1).T, _activations(num_inputs, -127, 127)
+    codes_NK, x_MK = weights_of(num_inputs, num_outputs, 0, 2**bits - 1).T, _activations(num_inputs, -127, 127)
     for block in (16, 32, 64, 128, 256):
         num_blocks = num_inputs // block
         codes_NJG = codes_NK.reshape(num_outputs, num_blocks, block)
@@ -183,7 +188,7 @@ def matmul_n_bits(bits: int) -> Test:
 def gather_block_quantized(bits: int) -> Test:
     """GatherBlockQuantized: rows of a table."""
     test, (num_rows, num_columns) = Test(), (8, 128)
-    codes_RK = _weights(num_columns, num_rows, 0, 2**bits - 1).T
+    codes_RK = weights_of(num_columns, num_rows, 0, 2**bits - 1).T
     ids = np.array([[0, 1, num_rows - 1]])
     for block in (16, 32, 64, 128):
         zeros_RJ = _zero_points((num_rows, num_columns // block), bits)
@@ -202,11 +207,11 @@ def quantised_experts(bits: int) -> Test:
     for block in (32, 64):
         gate_up_scale = 8 / (127 * hidden * top)  # gate and up become 8
         gate_up = np.full((num_experts, 2 * inner, hidden), top)
-        down = np.stack([_weights(inner, hidden, 0, top).T] * num_experts)
+        down = np.stack([weights_of(inner, hidden, 0, top).T] * num_experts)
         operands, zero_points, weights = [], [], []
         for codes, scale in ((gate_up, gate_up_scale), (down, 1 / 64)):
             shape = (*codes.shape[:2], codes.shape[2] // block)
-            zeros = np.zeros(shape, int) if codes is gate_up else _either(shape, 0, top, salt=3)
+            zeros = np.zeros(shape, int) if codes is gate_up else either(shape, 0, top, salt=3)
             weights.append((codes - np.repeat(zeros, block, axis=2)) * scale)
             operands += [test.constant(_pack(codes, bits)), test.constant(np.full(shape, scale, np.float32)), ""]
             zero_points.append(test.constant(_pack(zeros, bits)))
@@ -243,7 +248,7 @@ def quantised_cache(bits: int) -> Test:
     for num_past, num_new in ((7, 1), (0, 5)):
         num_all = num_past + num_new
         codes = {
-            kind: _either((num_kv_heads, num_all, head_dim), -top, top, salt)
+            kind: either((num_kv_heads, num_all, head_dim), -top, top, salt)
             for salt, kind in enumerate(("key", "value"))
         }
         codes["value"][0] = top
@@ -256,7 +261,7 @@ def quantised_cache(bits: int) -> Test:
             held_KTH[:, :num_past] = codes_KAH[:, :num_past]
             held = held_KTH.astype(np.int8) if bits == 8 else _pack(held_KTH + 8, bits)
             past.append(test.live(held[None]))
-        q_SQH = _either((num_new, num_heads, head_dim), -1, 1, salt=5) * np.linspace(0.2, 1, num_heads)[:, None]
+        q_SQH = either((num_new, num_heads, head_dim), -1, 1, salt=5) * np.linspace(0.2, 1, num_heads)[:, None]
         query = test.live(q_SQH.reshape(1, num_new, -1).astype(np.float32))
         lengths = [test.constant(np.array([num_all - 1], np.int32)), test.constant(np.array(num_all, np.int32))]
         factors = [test.constant(scales[kind][None, :, None].astype(np.float32)) for kind in codes]
@@ -295,11 +300,16 @@ TESTS: dict[str, Callable[[], Test]] = {
 """By the names of runtime/kernels.py: the operator and, where it has several, the bits of its codes."""
 
 
+def write(tests: dict[str, Callable[[], Test]], folder: Path) -> None:
+    """Write tests by their names."""
+    folder.mkdir(exist_ok=True, parents=True)
+    for name, make in tests.items():
+        (folder / f"{name}.onnx").write_bytes(make().model().SerializeToString(deterministic=True))
+
+
 def main(folder: Path = FOLDER) -> None:
     """Write every test."""
-    folder.mkdir(exist_ok=True)
-    for name, make in TESTS.items():
-        (folder / f"{name}.onnx").write_bytes(make().model().SerializeToString(deterministic=True))
+    write(TESTS, folder)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ import io
 import logging
 import math
 import mmap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime import native
 from runtime.contract import (
     DECODER_INPUTS,
     DECODER_OUTPUTS,
@@ -36,6 +38,7 @@ from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
 from runtime.manifest import Manifest
 from runtime.memory import cache_bits
+from runtime.parallel import ordered_map
 from runtime.session import KVCache, SessionOptions
 
 with from_extra("cpu"):
@@ -44,7 +47,13 @@ with from_extra("cpu"):
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
 _PROVIDER = "CPUExecutionProvider"
-_TYPE_NAMES = {"float32": "tensor(float)", "int8": "tensor(int8)", "uint8": "tensor(uint8)"}
+_TYPE_NAMES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int8": "tensor(int8)",
+    "uint8": "tensor(uint8)",
+}
+_VISION, _DECODERS = "vision.onnx", ("decoder.onnx", "prefill.onnx")
 _AS_REQUESTED = 1  # of onnxruntime's ArenaExtendStrategy; 0 doubles
 
 
@@ -73,7 +82,7 @@ class OrtKVCache:
         """Return copies of one layer's keys and values, [B, K, T, H], as float32."""
         key, value = self._arrays[2 * index : 2 * index + 2]
         if self._scales_L2KH is None:
-            return key.copy(), value.copy()
+            return key.astype(np.float32), value.astype(np.float32)
         key_scales, value_scales = self._scales_L2KH[index]
         return _dequantize(key, key_scales), _dequantize(value, value_scales)
 
@@ -123,22 +132,8 @@ class OrtCpuSession:
     decodes_anywhere = True
 
     def __init__(self, folder: Path, manifest: Manifest, given: SessionOptions) -> None:
-        options = ort.SessionOptions()
-        # What fails is in the exception; the log would write names of the graph to stderr as they are.
-        options.log_severity_level = 4
-        # One arena for all graphs, which run one after the other, grown by what is asked for, and no plan of a run's
-        # memory, which is made for shapes that return: 0.36 GB less at the peak of an image of 3072 patches and 512
-        # tokens (2B, 4 bits), in the same time. Registered anew, it belongs to the sessions opened from here on.
-        memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-        ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED}))
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        options.enable_mem_pattern = False
-        # Threads spin while they wait, ONNX Runtime's default: a decode step of 2B in 4 bits takes 49.2 ms so, 51.7 ms
-        # without. Pinned to cores it takes 46.7 ms, but two processes pinned to the same cores would halve each other.
-        options.intra_op_num_threads = given.threads or default_threads()
-        # But not between two runs, where they would take a core from the threads that ask and answer: on two busy cores
-        # these then woke 3 to 5 ms late, so 0.5 ms. Steps are as fast (2B in 4 bits, in turns: 138 ms, with it 148 ms).
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options = _session_options(given)
+        has_own_kernels = _register_own_kernels(folder, manifest, options)
         exact = needs_exact_products(kernels_of(manifest))
         if exact:
             options.add_session_config_entry(*EXACT_PRODUCTS)
@@ -147,13 +142,17 @@ class OrtCpuSession:
         self._cache_bits = cache_bits(manifest.capabilities)
         scales = manifest.capabilities.get("cache_scales")
         self._cache_scales = None if scales is None else _read_scales(folder, manifest, scales)
+        self._has_batched_chunks = bool(manifest.capabilities.get("batched_chunks", False))
         before = anonymous_regions()
-        self._vision = _open(folder, manifest, options, "vision.onnx", VISION_INPUTS, VISION_OUTPUTS)
-        self._decoder = _open_decoder(folder, manifest, options)
-        # Some engines hold the decoder twice: this one is faster for prompts.
-        self._prefill = self._decoder
-        if "prefill_min_tokens" in manifest.capabilities:
-            self._prefill = _open_decoder(folder, manifest, options, "prefill.onnx")
+        # Some engines hold the decoder twice: the second one is faster for prompts.
+        names = [_VISION, *(_DECODERS if "prefill_min_tokens" in manifest.capabilities else _DECODERS[:1])]
+        # Own kernels read weights where they are mapped, so that opening is work on graphs alone. ONNX Runtime's pack
+        # them anew, on all threads already, and would hold several copies at once.
+        opened = ordered_map(
+            partial(_open_graph, folder, manifest, options), names, len(names) if has_own_kernels else 1
+        )
+        self._vision, self._decoder, *rest = opened
+        self._prefill = rest[0] if rest else self._decoder
         if exact:
             # The library made two more copies of the weights on its way, 96 MB of weights: 234 MB before, 98 MB after.
             release_freed_memory()
@@ -189,7 +188,8 @@ class OrtCpuSession:
         batch, num_new = inputs.input_ids.shape
         assert slot + batch <= cache.batch, "slots that the cache does not have"
         assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
-        assert batch == 1 or num_new == 1 or not inputs.past_lengths.any(), "a chunk with a past is one sequence"
+        is_one_by_one = batch == 1 or num_new == 1 or not inputs.past_lengths.any()
+        assert is_one_by_one or self._has_batched_chunks, "a chunk with a past is one sequence"
         binding = cache.binding(session, slot, batch)
         for name, array in inputs.arrays().items():
             binding.bind_cpu_input(name, array)
@@ -198,6 +198,47 @@ class OrtCpuSession:
         session.run_with_iobinding(binding)
         logits: FloatArray = binding.get_outputs_as_ortvaluevector()[0].numpy()
         return logits
+
+
+def _session_options(given: SessionOptions) -> ort.SessionOptions:
+    """Return the options of all graphs of an engine."""
+    options = ort.SessionOptions()
+    # What fails is in the exception; the log would write names of the graph to stderr as they are.
+    options.log_severity_level = 4
+    # One arena for all graphs, which run one after the other, grown by what is asked for, and no plan of a run's
+    # memory, which is made for shapes that return: 0.36 GB less at the peak of an image of 3072 patches and 512
+    # tokens (2B, 4 bits), in the same time. Registered anew, it belongs to the sessions opened from here on.
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED}))
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.enable_mem_pattern = False
+    # Threads spin while they wait, ONNX Runtime's default: a decode step of 2B in 4 bits takes 49.2 ms so, 51.7 ms
+    # without. Pinned to cores it takes 46.7 ms, but two processes pinned to the same cores would halve each other.
+    options.intra_op_num_threads = given.threads or default_threads()
+    # But not between two runs, where they would take a core from the threads that ask and answer: on two busy cores
+    # these then woke 3 to 5 ms late, so 0.5 ms. Steps are as fast (2B in 4 bits, in turns: 138 ms, with it 148 ms).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.SessionOptions) -> bool:
+    """Add our own operators to the options if the engine uses them, and return whether it does.
+
+    Raises:
+        EngineError: They cannot be used here, or the engine asks for others.
+    """
+    wanted = manifest.capabilities.get("custom_ops")
+    if wanted is None:
+        return False
+    if wanted != native.DOMAIN:
+        raise EngineError(
+            f"{folder}: the engine uses the operators {wanted!r:.80}, which this version does not have; it has "
+            f"{native.DOMAIN}",
+            remedy="install the version that built the engine, or build it again",
+        )
+    native.register(options)
+    native.warn_of_portable_code()
+    return True
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
@@ -244,9 +285,10 @@ def _read_scales(folder: Path, manifest: Manifest, name: str) -> FloatArray:
     return scales
 
 
-def _open_decoder(
-    folder: Path, manifest: Manifest, options: ort.SessionOptions, name: str = "decoder.onnx"
-) -> ort.InferenceSession:
+def _open_graph(folder: Path, manifest: Manifest, options: ort.SessionOptions, name: str) -> ort.InferenceSession:
+    """Open the vision tower or a decoder, and check its inputs and outputs."""
+    if name == _VISION:
+        return _open(folder, manifest, options, name, VISION_INPUTS, VISION_OUTPUTS)
     num_layers = manifest.model.text.num_layers
     inputs, outputs = past_names(num_layers), present_names(num_layers)
     session = _open(folder, manifest, options, name, (*DECODER_INPUTS, *inputs), (*DECODER_OUTPUTS, *outputs))

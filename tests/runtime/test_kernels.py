@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from engines.bundle import Bundle
 from engines.kernels import BITS
 from helpers import PICTURES
 from helpers.engines import build
+from helpers.own_kernels import needs_own_kernels
 from helpers.products import opened_bytes
+from runtime import native
 from runtime.errors import EngineError
 from runtime.kernels import KERNEL_TESTS, kernels_of, known_kernels, needs_exact_products
 from runtime.manifest import Manifest
-from scripts import write_kernel_tests
+from scripts import write_kernel_tests, write_own_kernel_tests
 
 EMULATOR = shutil.which("qemu-x86_64")
 # AVX2 without VNNI, and processors before AVX2.
@@ -51,7 +54,7 @@ def emulated(cpu: str, source: str, *arguments: str) -> str:
 def sabotaged(kernel: str, folder: Path) -> None:
     """Write the tests, one of them with a constant of codes changed."""
     shutil.copytree(KERNEL_TESTS, folder)
-    path = folder / f"{kernel}.onnx"
+    (path,) = folder.rglob(f"{kernel}.onnx")
     model = onnx.load(path)
     codes = [
         i
@@ -69,14 +72,56 @@ def sabotaged(kernel: str, folder: Path) -> None:
 @pytest.mark.portable
 def test_the_tests_are_what_the_script_writes(tmp_path: Path) -> None:
     write_kernel_tests.main(tmp_path / "tests")
-    written = {path.name: path.read_bytes() for path in (tmp_path / "tests").iterdir()}
-    assert written == {path.name: path.read_bytes() for path in KERNEL_TESTS.iterdir()}
+    write_own_kernel_tests.main(tmp_path / "tests" / "own")
+    written = {path.name: path.read_bytes() for path in (tmp_path / "tests").rglob("*.onnx")}
+    assert written == {path.name: path.read_bytes() for path in KERNEL_TESTS.rglob("*.onnx")}
     assert known_kernels() == sorted(write_kernel_tests.TESTS)
+    assert set(write_own_kernel_tests.TESTS) == set(native.OPERATORS)
 
 
 @pytest.mark.portable
 def test_every_kernel_is_right_on_this_machine() -> None:
     needs_exact_products(known_kernels())
+
+
+@pytest.fixture
+def any_isa() -> Iterator[None]:
+    """Puts back the instruction set that was in use."""
+    before = native.isa()
+    yield
+    native.use(before)
+
+
+@needs_own_kernels
+@pytest.mark.portable
+@pytest.mark.parametrize("isa", native.ISAS)
+def test_our_own_kernels_are_right_with_every_instruction_set(isa: str, any_isa: None) -> None:
+    if isa not in native.isas():
+        pytest.skip(f"this processor does not run {isa}")
+    native.use(isa)
+    needs_exact_products(write_own_kernel_tests.TESTS)
+
+
+@needs_own_kernels
+@pytest.mark.portable
+@pytest.mark.parametrize("kernel", sorted(write_own_kernel_tests.TESTS))
+def test_an_own_kernel_that_reads_other_codes_is_noticed(kernel: str, tmp_path: Path) -> None:
+    sabotaged(kernel, tmp_path / "tests")
+    expected = rf"our own kernel {kernel} \({native.isa()}\) computes wrong products on this processor: relative error"
+    with pytest.raises(EngineError, match=expected) as caught:
+        needs_exact_products([kernel], tmp_path / "tests")
+    assert "or the engine with qwen3vl-export --kernels ort" in str(caught.value.remedy)
+    assert ("(QWEN3VL_CPU_ISA: " in str(caught.value.remedy)) is (len(native.isas()) > 1)
+
+
+@pytest.mark.portable
+def test_own_kernels_without_a_library_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise EngineError("the library of own kernels is missing", remedy="build it")
+
+    monkeypatch.setattr(native, "isa", missing)
+    with pytest.raises(EngineError, match="the library of own kernels is missing"):
+        needs_exact_products(["MatMulNBits.4", "MatMulInt4"])
 
 
 @pytest.mark.portable
@@ -120,8 +165,13 @@ def test_kernels_of_a_cache_in_few_bits_and_of_an_engine_that_names_none(demo_en
     manifest = Manifest.read(demo_engine)
     cached = dataclasses.replace(manifest, capabilities={**manifest.capabilities, "cache_bits": 4})
     assert kernels_of(cached) == ["GroupQueryAttention.4"]
+    own = {**cached.capabilities, "custom_ops": native.DOMAIN}
+    assert kernels_of(dataclasses.replace(cached, capabilities=own)) == ["DecodeAttentionInt4"]
     silent = {name: value for name, value in manifest.capabilities.items() if name != "kernels"}
     assert kernels_of(dataclasses.replace(manifest, capabilities=silent)) == known_kernels()
+    own = {**silent, "custom_ops": native.DOMAIN}
+    every = sorted([*known_kernels(), *native.OPERATORS])
+    assert kernels_of(dataclasses.replace(manifest, capabilities=own)) == every
 
 
 @pytest.mark.portable
