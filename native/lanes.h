@@ -35,6 +35,7 @@
 #endif
 
 #define QWEN3VL_INLINE __attribute__((always_inline)) static inline
+#define QWEN3VL_MEMBER __attribute__((always_inline)) inline
 
 #if defined(QWEN3VL_PORTABLE_LANES)
 #elif defined(__AVX2__)

@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <time.h>
 
+// Of all threads together, with one: what others do on the machine matters less.
 static double now_ms() {
   timespec t;
   clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
