@@ -69,7 +69,7 @@ def build_engine(
         with_weights: False writes the lowered graphs alone, which nothing can open.
         runnable: False names the manifest `lowered.json`: lowered graphs to look at, which only `qwen3vl verify` runs.
         progress: Told of each stage of the work when it begins, and of the weights as they are written.
-        cache: Store the KV cache in few bits. Not without weights: the engine is opened to find the scales.
+        cache: Store the KV cache in fewer bits. Not without weights: the engine may be opened to find the scales.
         options: Sizes of an engine that is compiled for fixed ones.
 
     Raises:
@@ -103,7 +103,10 @@ def build_engine(
         capabilities = {**target.capabilities(bundle.config, sizes), **compiled, "kernels": kernels}
         manifest = _manifest(bundle, target, capabilities, files)
         if cache is not None:
-            progress.report(Stage.QUANTISING_CACHE, f"quantising the KV cache on {len(cache.prompts)} prompts")
+            how = (
+                f"quantising the KV cache on {len(cache.prompts)} prompts" if cache.prompts else "halving the KV cache"
+            )
+            progress.report(Stage.QUANTISING_CACHE, how)
             manifest = quantize_cache(folder, manifest, cache, target)
         if with_weights:
             manifest.write(folder, MANIFEST_NAME if runnable else LOWERED_NAME)

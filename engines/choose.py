@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import configs
 from engines.build_options import BuildOptions
 from engines.hardware import Hardware, probe
+from engines.kernel_sets import with_kernels
 from engines.quantize.formats import FLOAT, WeightFormat, WeightFormats
 from engines.registry import all_targets, get
 from engines.target import CPU, GPU, Target, version
@@ -172,7 +173,7 @@ def consider(
         key=lambda each: (math.inf if each.rank is None else each.rank, each.name),
     ):
         try:
-            parts, unfit = estimate(target, config, options=options), ""
+            parts, unfit = estimate(with_kernels(target, None, config), config, options=options), ""
         except TargetError as error:  # rows of the model have a length that no kernel of the target reads
             unquantised = replace(target, formats=WeightFormats(), prefill_formats=None)
             parts, unfit = estimate(unquantised, config, options=options), error.message

@@ -9,6 +9,9 @@ DOMAIN_VERSION = 1
 OPSET_VERSION = 24
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
+CPU_KERNELS = "qwen3vl.cpu"
+"""Domain of the operators of `runtime.native`, our own kernels for CPUs."""
+CPU_KERNELS_VERSION = 1
 
 
 def parse_function(text: str) -> ir.Function:

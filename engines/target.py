@@ -73,6 +73,9 @@ class Storage(Protocol):
     def product(self, tensor: StreamedTensor, weight_format: WeightFormat, *, is_table: bool) -> QuantizedWeight:
         """Return the weight [N, K] of a product; `is_table`: its rows are looked up too."""
 
+    def block(self, tensor: StreamedTensor, weight_format: WeightFormat, *, is_table: bool) -> int:
+        """Return the block that `product` gives a weight with a blockwise format; calibration rounds by it."""
+
     def table(self, tensor: StreamedTensor, weight_format: WeightFormat) -> QuantizedWeight | None:
         """Return a table [N, K] to look rows up in; None if the target reads such tables unquantised."""
 
@@ -116,6 +119,14 @@ class Target:
         check_options: Raises, before any work, for options that the compiler does not take.
         compile: Makes an engine of the lowered graphs, with a cache of fixed capacity; None if they are the engine.
         check_library: Says why the installed library cannot run an engine although the machine could; empty if it can.
+        kernels: Which kernels it computes with, where there are several kinds (`engines.kernel_sets`); else empty.
+        other_kernels: The same target with other kernels, the best first; they come before these where they can.
+        check_kernels: Says why these kernels do not run on the machine at hand; empty if they do.
+        kernels_drawback: Says why they are not to be taken there unless they are asked for; empty if they are.
+        custom_ops: Domain of operators whose library the session has to load; empty for none.
+        supports_half_cache: `cache_pass` makes a cache of float16 too: 16 bits, without scales.
+        calibration_ops: `native_ops` of the graphs that calibration runs, which ONNX Runtime has to know; None for the
+            same.
     """
 
     name: str
@@ -141,13 +152,20 @@ class Target:
     updates_cache_in_place: bool = True
     batched_chunks: bool = False
     libraries: tuple[str, ...] = ("onnx-ir",)
-    cache_pass: Callable[[int, NDArray[np.float32]], ir.passes.InPlacePass] | None = None
+    cache_pass: Callable[[int, NDArray[np.float32] | None], ir.passes.InPlacePass] | None = None
     top_k: int = 0
     compile: Compiler | None = None
     check_model: Callable[[ModelConfig], None] | None = None
     check_options: Callable[[BuildOptions], None] | None = None
     prefill_workspace: Callable[[ModelConfig, int], int] | None = None
     check_library: Callable[[], str] | None = None
+    kernels: str = ""
+    other_kernels: tuple[Target, ...] = ()
+    check_kernels: Callable[[], str] | None = None
+    kernels_drawback: Callable[[], str] | None = None
+    custom_ops: str = ""
+    supports_half_cache: bool = False
+    calibration_ops: Mapping[str, Callable[[ModelConfig], str]] | None = None
 
     def availability(self, machine: Hardware | None = None) -> Availability:
         """Find out whether a machine, by default this one, can build and run it with what is installed here."""
@@ -195,6 +213,7 @@ class Target:
             "cache_dtype": self.cache_dtype,
             "updates_cache_in_place": self.updates_cache_in_place,
             "batched_chunks": self.batched_chunks,
+            **({"custom_ops": self.custom_ops} if self.custom_ops else {}),
             **({"device": self.device} if self.device != CPU else {}),
             **({"prefill_min_tokens": self.prefill_min_tokens} if self.prefill_formats is not None else {}),
             **({"top_k": min(self.top_k, config.text.vocab_size)} if self.top_k else {}),

@@ -9,8 +9,16 @@ using namespace qwen3vl;
 
 #include "activations.h"
 #include "look_up.h"
+#include "attention.h"
 
-constexpr int kDirectRows = 16, kManyRows = 16, kFewRows = 16;
+template <int BITS>
+constexpr int kDirectRows = 16;
+template <int BITS>
+constexpr int kManyRows = 16;
+template <int BITS>
+constexpr int kFewRows = 16;
+template <int BITS>
+constexpr int kOffset = 0;
 
 static inline __attribute__((always_inline)) __m512i four_of_row(const int8_t* x) {
   int32_t four;
@@ -68,5 +76,5 @@ static inline __attribute__((always_inline)) void multiply_unpacked(const uint8_
 }  // namespace avx512_vnni
 
 namespace qwen3vl {
-const Kernels kAvx512Vnni = {"avx512_vnni", avx512_vnni::quantize, avx512_vnni::multiply, avx512_vnni::look_up};
+const Kernels kAvx512Vnni = {"avx512_vnni", avx512_vnni::quantize, avx512_vnni::multiply, avx512_vnni::look_up, avx512_vnni::attend};
 }

@@ -10,8 +10,16 @@ using namespace qwen3vl;
 
 #include "activations.h"
 #include "look_up.h"
+#include "attention.h"
 
-constexpr int kDirectRows = 1, kManyRows = 2, kFewRows = 1;
+template <int BITS>
+constexpr int kDirectRows = 1;
+template <int BITS>
+constexpr int kManyRows = 2;
+template <int BITS>
+constexpr int kFewRows = 1;
+template <int BITS>
+constexpr int kOffset = 0;
 
 template <int BITS>
 static const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer) {
@@ -50,5 +58,5 @@ static void multiply_codes(const uint8_t* codes, const int8_t* x, int block, Lan
 }  // namespace portable
 
 namespace qwen3vl {
-const Kernels kPortable = {"portable", portable::quantize, portable::multiply, portable::look_up};
+const Kernels kPortable = {"portable", portable::quantize, portable::multiply, portable::look_up, portable::attend};
 }

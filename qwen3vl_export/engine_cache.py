@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 _AUTO = "auto"
 _CHOICES = ".choices"
 _SIZES = ("max_context", "max_batch")
-# Fields of a request that say where an export goes, or that it is none; a target and prompts count in another way.
-_NO_OPTIONS = ("model", "target", "output", "bundle", "compile", "weights", "calibration")
+# Fields of a request that say where an export goes, or that it is none; target, kernels and prompts count otherwise.
+_NO_OPTIONS = ("model", "target", "output", "bundle", "compile", "weights", "calibration", "kernels")
 _EXPORTERS = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub")
 
 
@@ -96,10 +96,18 @@ def find_or_build(
 
 
 def entry_name(request: ExportRequest, model: Model, target: Target) -> str:
-    """Return the name of the folder that an engine has in the cache."""
+    """Return the name of the folder that an engine has in the cache.
+
+    Raises:
+        UsageError, TargetError: It cannot have the kernels that are asked for.
+    """
+    from engines.kernel_sets import with_kernels
+
+    kernels = with_kernels(target, request.kernels).kernels
     values = {
         "revision": model.revision,
         "target": target.name,
+        **({"kernels": kernels} if kernels else {}),  # asked for, or the best of this machine
         "options": _options_for(request, target),
         "calibration": None if request.calibration is None else digest_of_folder(request.calibration),
         "version": __version__,

@@ -15,6 +15,7 @@ from engines.build import build_engine, check_options
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, Bundle
 from engines.choose import AUTO, resolve_target, weight_bytes
+from engines.kernel_sets import with_kernels
 from engines.output import check_output, output_folder
 from engines.progress import SILENT, Progress, Stage
 from engines.quantize.cache_ranges import CacheQuantization, wanted_cache
@@ -146,16 +147,17 @@ def _checked(request: ExportRequest, progress: Progress) -> _Job:
     output = request.bundle or request.output
     if output is not None:
         check_output(output)
-    target, options = _resolved(request, progress)
+    named, options = _resolved(request, progress)
+    target = None if named is None else with_kernels(named, request.kernels)
     if request.is_engine and target is not None:
         _check_can_build(target)
     prompts = [] if request.calibration is None else read_prompts(request.calibration)
-    cache = None
-    if target is not None and request.weights:
-        check_prompts(target, prompts)
-        cache = None if request.kv_cache is None else wanted_cache(request.kv_cache, prompts, target)
+    cache = _wanted_cache(request, target, prompts)
     checkpoint = Checkpoint.open(request.model)
-    if target is not None:
+    if named is not None:
+        say = partial(progress.report, Stage.CHOOSING)
+        target = with_kernels(named, request.kernels, checkpoint.config, say)
+        cache = _wanted_cache(request, target, prompts)  # of these kernels, if they are others for this model
         check_options(target, options, checkpoint.config)
         output = output or Path("out") / f"{checkpoint.short_name}-{target.name}"
     assert output is not None
@@ -166,8 +168,18 @@ def _checked(request: ExportRequest, progress: Progress) -> _Job:
     return _Job(request, checkpoint, target, output, options, prompts, cache)
 
 
+def _wanted_cache(
+    request: ExportRequest, target: Target | None, prompts: Sequence[CalibrationPrompt]
+) -> CacheQuantization | None:
+    """Return the KV cache that is asked for, None for the target's own."""
+    if target is None or not request.weights:
+        return None
+    check_prompts(target, prompts)
+    return None if request.kv_cache is None else wanted_cache(request.kv_cache, prompts, target)
+
+
 def _resolved(request: ExportRequest, progress: Progress) -> tuple[Target | None, BuildOptions | None]:
-    """Return the target, None for a bundle, and the options that it is to take."""
+    """Return the target as the registry has it, None for a bundle, and the options that it is to take."""
     options = request.build_options
     if request.bundle is not None:
         if request.target != AUTO:

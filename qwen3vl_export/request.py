@@ -30,8 +30,10 @@ class ExportRequest:
         bundle: Write the target-neutral graphs and weights into this folder instead of building an engine.
         calibration: Folder of prompts: *.jsonl with messages, or prompts.txt and images. Weights of few bits are
             rounded by what the prompts put into their products (GPTQ); fp8 targets need it to scale activations.
-        kv_cache: Store keys and values in int8 or int4, with scales from the prompts of --calibration. [default: the
-            target's type]
+        kv_cache: Store keys and values in int8 or int4, with scales from the prompts of --calibration; or, with own
+            kernels, in float16. [default: the target's type]
+        kernels: For ort-cpu-int4 and ort-cpu-int8: own, the kernels that come with this package, or ort, those of ONNX
+            Runtime. [default: own, where they run]
         max_context: For compiled targets: capacity of the KV cache in tokens. [default: 4096]
         max_batch: For compiled targets: most sequences that run at once, each in a slot of the KV cache. [default: 4]
         prefill_chunk: For compiled targets: most new tokens of one call. [default: 512]
@@ -56,6 +58,7 @@ class ExportRequest:
     bundle: Path | None = None
     calibration: Annotated[Path | None, typer.Option(metavar="DIR")] = None
     kv_cache: Annotated[str | None, typer.Option(metavar="KIND")] = None
+    kernels: Annotated[str | None, typer.Option(metavar="KIND")] = None
     max_context: Annotated[int | None, typer.Option(min=_LEAST["max_context"])] = None
     max_batch: Annotated[int | None, typer.Option(min=_LEAST["max_batch"])] = None
     prefill_chunk: Annotated[int | None, typer.Option(min=_LEAST["prefill_chunk"])] = None
@@ -97,6 +100,9 @@ class ExportRequest:
                 "--kv-cache has to run the engine, which --bundle and --no-weights do not build",
                 remedy="leave --kv-cache out",
             )
+
+        if self.kernels is not None and self.bundle is not None:
+            raise UsageError("--kernels are a target's, and a bundle is for none", remedy="leave --kernels out")
 
     @property
     def is_engine(self) -> bool:

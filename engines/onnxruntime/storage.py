@@ -45,7 +45,6 @@ class OrtStorage:
         Raises:
             TargetError: No kernel reads the format, or no block divides the rows of a table.
         """
-        from engines.quantize.blocks import stored_block
         from engines.quantize.tensors import BlockwiseWeight
         from engines.quantize.transposed import RowwiseWeight
 
@@ -56,8 +55,18 @@ class OrtStorage:
                 f"{tensor.name}: {weight_format}: no kernel of ONNX Runtime multiplies by it",
                 remedy="choose a blockwise or rowwise format in the target's file in configs/targets",
             )
-        block = stored_block(tensor, weight_format, is_table=is_table, multiple=self._table_multiple(weight_format))
+        block = self.block(tensor, weight_format, is_table=is_table)
         return BlockwiseWeight(tensor, weight_format.bits, block)
+
+    def block(self, tensor: StreamedTensor, weight_format: WeightFormat, *, is_table: bool) -> int:
+        """Return the block of the weight of a product.
+
+        Raises:
+            TargetError: None divides the rows of a table.
+        """
+        from engines.quantize.blocks import stored_block
+
+        return stored_block(tensor, weight_format, is_table=is_table, multiple=self._table_multiple(weight_format))
 
     def table(self, tensor: StreamedTensor, weight_format: WeightFormat) -> BlockwiseWeight | None:
         """Return a table that is only looked up; None if the kernels read none in that format.

@@ -25,6 +25,14 @@ def held_blocks(tensor: StreamedTensor) -> set[tuple[int, int] | None]:
     return {(part.bits, part.block) if isinstance(part, GroupQuantizedTensor) else None for part in parts}
 
 
+def held_block(tensor: StreamedTensor, bits: int) -> int | None:
+    """Return the block of codes that a checkpoint holds in so many bits for a whole weight, None if it holds none."""
+    held = held_blocks(tensor)
+    if len(held) != 1 or (codes := held.pop()) is None or codes[0] != bits:
+        return None
+    return codes[1]
+
+
 def stored_block(tensor: StreamedTensor, weight_format: WeightFormat, *, is_table: bool, multiple: int = 1) -> int:
     """Return the block that a weight [N, K] gets.
 
@@ -37,11 +45,9 @@ def stored_block(tensor: StreamedTensor, weight_format: WeightFormat, *, is_tabl
         is_table: The weight's rows are looked up.
         multiple: A table's row has a multiple of so many blocks.
     """
-    held = held_blocks(tensor)
-    if len(held) == 1 and (codes := held.pop()) is not None:
-        bits, block = codes
-        if bits == weight_format.bits and not (is_table and int(tensor.shape.numpy()[1]) % (block * multiple)):
-            return block
+    held = held_block(tensor, weight_format.bits)
+    if held is not None and not (is_table and int(tensor.shape.numpy()[1]) % (held * multiple)):
+        return held
     return table_block(tensor, weight_format, multiple) if is_table else weight_format.block
 
 

@@ -1,4 +1,4 @@
-"""Quantise the KV cache of an engine, by the largest keys and values that calibration prompts put into it.
+"""Store the KV cache of an engine in fewer bits: float16, or codes by the largest keys and values of prompts.
 
 Shapes: L layers, B batch, K kv heads, T cache capacity, H head dim.
 """
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines.bundle import DECODER, PREFILL
+from engines.kernels import kernels_of
 from engines.target import Target
 from runtime.errors import BundleError, UsageError
 from runtime.manifest import FileRecord, Manifest
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from engines.quantize.calibration_data import CalibrationPrompt
 
 SCALES_NAME = "cache_scales.npy"
-CACHE_BITS = {"int8": 8, "int4": 4}
+HALF_CACHE = "float16"
+CACHE_BITS = {HALF_CACHE: 16, "int8": 8, "int4": 4}
 MARGINS = {8: 1.25, 4: 1.0}
 """Range of the codes over the largest magnitude that calibration saw, by bits: what is beyond is cut off.
 
@@ -31,12 +33,12 @@ Demo, ranges from 16 prompts, 100 others: mean KL in 8 bits at 1, 1.25, 1.5 and 
 where 9e-4, 5e-5, 7e-6 and none of the values are cut off. In 4 bits a wider step costs more than what it saves: at 0.7,
 0.85, 1 and 1.25: 1.5e-2, 5.6e-3, 5.5e-3 and 1.0e-2.
 """
-_DTYPE_NAMES = {8: "int8", 4: "uint8"}  # two of 4 bits a byte
+_DTYPE_NAMES = {16: HALF_CACHE, 8: "int8", 4: "uint8"}  # two of 4 bits a byte
 
 
 @dataclass(frozen=True)
 class CacheQuantization:
-    """How many bits an element of the KV cache takes, 8 or 4, and the prompts its scales come from."""
+    """How many bits an element of the KV cache takes, 16, 8 or 4, and the prompts its scales come from; none for 16."""
 
     bits: int
     prompts: Sequence[CalibrationPrompt]
@@ -54,10 +56,14 @@ def wanted_cache(name: str, prompts: Sequence[CalibrationPrompt], target: Target
             f"--kv-cache {name}: unknown",
             remedy=f"the kinds are {kinds}; leave the option out for {target.cache_dtype}",
         )
-    if target.cache_pass is None:
+    if target.cache_pass is None or (name == HALF_CACHE and not target.supports_half_cache):
+        has_others = any(each.supports_half_cache for each in target.other_kernels)
         raise UsageError(
-            f"{target.name} has no {name} KV cache", remedy="leave out --kv-cache, or choose another target"
+            f"{target.name} has no {name} KV cache" + (" with these kernels" if has_others else ""),
+            remedy="leave out --kv-cache, or choose another target" + (", or --kernels own" if has_others else ""),
         )
+    if name == HALF_CACHE:
+        return CacheQuantization(CACHE_BITS[name], ())
     if not prompts:
         raise UsageError(
             f"--kv-cache {name} needs prompts: its scales are the ranges of keys and values for these prompts",
@@ -67,9 +73,9 @@ def wanted_cache(name: str, prompts: Sequence[CalibrationPrompt], target: Target
 
 
 def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, target: Target) -> Manifest:
-    """Run the prompts on a finished engine and rewrite its decoder graphs for a cache in few bits.
+    """Rewrite the decoder graphs of a finished engine for another cache; weights stay as they are.
 
-    Weights stay as they are. The engine is opened, so its memory is needed.
+    For a cache in 8 or 4 bits, the engine is opened and runs the prompts, so its memory is needed.
 
     Args:
         folder: All its files but the manifest; the graphs are rewritten, and the scales are added.
@@ -85,19 +91,26 @@ def quantize_cache(folder: Path, manifest: Manifest, wanted: CacheQuantization, 
         BundleError: A key or a value is NaN or infinite.
     """
     assert target.cache_pass is not None
-    scales_L2KH = scales_of(cache_ranges(folder, manifest, wanted.prompts), wanted.bits)
-    files = dict(manifest.files)
+    scales_L2KH = None
+    if wanted.prompts:
+        scales_L2KH = scales_of(cache_ranges(folder, manifest, wanted.prompts), wanted.bits)
+    files, kernels = dict(manifest.files), set(manifest.capabilities["kernels"])
     for path in (folder / f"{name}.onnx" for name in (DECODER, PREFILL)):
         if path.name in files:
             model = ir.load(path)
+            kernels -= kernels_of(model)
             target.cache_pass(wanted.bits, scales_L2KH)(model)
+            kernels |= kernels_of(model)
             ir.save(model, path)
             files[path.name] = FileRecord.of(path)
-    np.save(folder / SCALES_NAME, scales_L2KH)
-    files[SCALES_NAME] = FileRecord.of(folder / SCALES_NAME)
-    cache = {"cache_dtype": _DTYPE_NAMES[wanted.bits], "cache_bits": wanted.bits, "cache_scales": SCALES_NAME}
-    source = {**manifest.source, "cache_calibration": {"prompts": len(wanted.prompts)}}
-    return replace(manifest, capabilities={**manifest.capabilities, **cache}, source=source, files=files)
+    capabilities = {**manifest.capabilities, "kernels": sorted(kernels), "cache_dtype": _DTYPE_NAMES[wanted.bits]}
+    source = dict(manifest.source)
+    if scales_L2KH is not None:
+        np.save(folder / SCALES_NAME, scales_L2KH)
+        files[SCALES_NAME] = FileRecord.of(folder / SCALES_NAME)
+        capabilities |= {"cache_bits": wanted.bits, "cache_scales": SCALES_NAME}
+        source["cache_calibration"] = {"prompts": len(wanted.prompts)}
+    return replace(manifest, capabilities=capabilities, source=source, files=files)
 
 
 def cache_ranges(folder: Path, manifest: Manifest, prompts: Sequence[CalibrationPrompt]) -> NDArray[np.float32]:

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from engines.bundle import DECODER, VISION, Bundle
 from engines.disk import check_disk_space
-from engines.quantize.blocks import stored_block
 from engines.quantize.blockwise import QuantizedBlocks
 from engines.quantize.calibration_data import CalibrationPrompt
 from engines.quantize.formats import BLOCKWISE, FLOAT8
@@ -222,6 +221,7 @@ def _quantized_weights(
     calibrated: dict[str, StreamedTensor] = {}
     if not samples:
         return calibrated
+    assert target.storage is not None, f"{target.name}: formats, but no storage"
     model, products = products_by_input(bundle, name, target, BLOCKWISE)
     products = {
         x: kept
@@ -248,7 +248,7 @@ def _quantized_weights(
                 metrics: dict[tuple[int, bool], InputMetric] = {}
                 for found in products[x]:
                     weight_format = target.formats.format_of(found.key)
-                    block = stored_block(found.tensor, weight_format, is_table=found.is_table)
+                    block = target.storage.block(found.tensor, weight_format, is_table=found.is_table)
                     kind = block, weight_format.symmetric
                     if kind not in metrics:
                         metrics[kind] = factorize(gram_KK, block, symmetric=weight_format.symmetric)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from engines.bundle import Bundle
@@ -18,6 +20,8 @@ def products_by_input(
 
     Left out are products of the graph's own inputs, which no slice computes.
     """
+    if target.calibration_ops is not None:
+        target = replace(target, native_ops=target.calibration_ops)
     model = lower(bundle.graphs[name].clone(), target, bundle.config, ())
     products: dict[ir.Value, list[MatMulWeight]] = {}
     for node in model.graph:

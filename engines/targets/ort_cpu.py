@@ -8,9 +8,12 @@ as long as the sequence, so norm and rotary embedding stay before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from engines.kernel_sets import ORT, OWN
 from engines.onnxruntime import bodies
+from engines.onnxruntime.own_kernels import with_own_kernels
 from engines.onnxruntime.storage import CPU_STORAGE
 from engines.quantize.formats import WeightFormats
 from engines.target import Target, numbers_of
@@ -79,14 +82,15 @@ def _passes(formats: WeightFormats) -> Sequence[ir.passes.InPlacePass]:
     ]
 
 
-def _cache_pass(bits: int, scales_L2KH: NDArray[np.float32]) -> ir.passes.InPlacePass:
+def _cache_pass(bits: int, scales_L2KH: NDArray[np.float32] | None) -> ir.passes.InPlacePass:
     from engines.passes.quantize_cache import QuantizeCachePass
 
+    assert scales_L2KH is not None, "GroupQueryAttention has no cache of float16 on the CPU"
     return QuantizeCachePass(bits, scales_L2KH)
 
 
-TARGETS = tuple(
-    Target(
+def _target(precision: str, description: str) -> Target:
+    target = Target(
         name=f"ort-cpu-{precision}",
         precision=precision,
         description=description,
@@ -101,6 +105,14 @@ TARGETS = tuple(
         check_model=bodies.check_heads,
         **numbers_of("ort_cpu", precision),
     )
+    own = numbers_of("ort_cpu", f"{precision}-{OWN}")
+    if not own:
+        return target
+    return replace(target, kernels=ORT, other_kernels=(with_own_kernels(target, **own),))
+
+
+TARGETS = tuple(
+    _target(precision, description)
     for precision, description in {
         "fp32": "ONNX Runtime, CPU, float32: the reference of all other targets",
         "int8": "ONNX Runtime, CPU, 8-bit weights in blocks of 128",

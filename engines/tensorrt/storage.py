@@ -28,7 +28,6 @@ class TensorRtStorage:
         """
         import onnx_ir as ir
 
-        from engines.quantize.blocks import stored_block
         from engines.quantize.float8 import quantize_rows_float8
         from engines.quantize.transposed import Nvfp4Weight, RowwiseWeight, SymmetricWeight
 
@@ -41,8 +40,14 @@ class TensorRtStorage:
                 f"{tensor.name}: {weight_format} in a block DequantizeLinear",
                 remedy=f"choose 4 bits, symmetric, blocks of {' or '.join(map(str, _BLOCK_SIZES))}",
             )
+        return SymmetricWeight(tensor, self.block(tensor, weight_format, is_table=is_table))
+
+    def block(self, tensor: StreamedTensor, weight_format: WeightFormat, *, is_table: bool) -> int:
+        """Return the block of the weight of a product."""
+        from engines.quantize.blocks import stored_block
+
         stored = stored_block(tensor, weight_format, is_table=is_table)
-        return SymmetricWeight(tensor, stored if stored in _BLOCK_SIZES else weight_format.block)
+        return stored if stored in _BLOCK_SIZES else weight_format.block
 
     def table(self, tensor: StreamedTensor, weight_format: WeightFormat) -> None:
         """Return None: DequantizeLinear has no lookup."""
