@@ -9,7 +9,6 @@ import io
 import logging
 import math
 import mmap
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
 from runtime.manifest import Manifest
 from runtime.memory import cache_bits
-from runtime.parallel import ordered_map
 from runtime.session import KVCache, SessionOptions
 
 with from_extra("cpu"):
@@ -53,7 +51,7 @@ _TYPE_NAMES = {
     "int8": "tensor(int8)",
     "uint8": "tensor(uint8)",
 }
-_VISION, _DECODERS = "vision.onnx", ("decoder.onnx", "prefill.onnx")
+_VISION, _DECODER, _PREFILL = "vision.onnx", "decoder.onnx", "prefill.onnx"
 _AS_REQUESTED = 1  # of onnxruntime's ArenaExtendStrategy; 0 doubles
 
 
@@ -133,7 +131,7 @@ class OrtCpuSession:
 
     def __init__(self, folder: Path, manifest: Manifest, given: SessionOptions) -> None:
         options = _session_options(given)
-        has_own_kernels = _register_own_kernels(folder, manifest, options)
+        _register_own_kernels(folder, manifest, options)
         exact = needs_exact_products(kernels_of(manifest))
         if exact:
             options.add_session_config_entry(*EXACT_PRODUCTS)
@@ -144,15 +142,12 @@ class OrtCpuSession:
         self._cache_scales = None if scales is None else _read_scales(folder, manifest, scales)
         self._has_batched_chunks = bool(manifest.capabilities.get("batched_chunks", False))
         before = anonymous_regions()
-        # Some engines hold the decoder twice: the second one is faster for prompts.
-        names = [_VISION, *(_DECODERS if "prefill_min_tokens" in manifest.capabilities else _DECODERS[:1])]
-        # Own kernels read weights where they are mapped, so that opening is work on graphs alone. ONNX Runtime's pack
-        # them anew, on all threads already, and would hold several copies at once.
-        opened = ordered_map(
-            partial(_open_graph, folder, manifest, options), names, len(names) if has_own_kernels else 1
-        )
-        self._vision, self._decoder, *rest = opened
-        self._prefill = rest[0] if rest else self._decoder
+        self._vision = _open_graph(folder, manifest, options, _VISION)
+        self._decoder = _open_graph(folder, manifest, options, _DECODER)
+        # Some engines hold the decoder twice: this one is faster for prompts.
+        self._prefill = self._decoder
+        if "prefill_min_tokens" in manifest.capabilities:
+            self._prefill = _open_graph(folder, manifest, options, _PREFILL)
         if exact:
             # The library made two more copies of the weights on its way, 96 MB of weights: 234 MB before, 98 MB after.
             release_freed_memory()
@@ -221,15 +216,16 @@ def _session_options(given: SessionOptions) -> ort.SessionOptions:
     return options
 
 
-def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.SessionOptions) -> bool:
-    """Add our own operators to the options if the engine uses them, and return whether it does.
+def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.SessionOptions) -> None:
+    """Add our own operators to the options if the engine uses them.
 
     Raises:
         EngineError: They cannot be used here, or the engine asks for others.
+        UsageError: The instruction set that was chosen for them cannot be used.
     """
     wanted = manifest.capabilities.get("custom_ops")
     if wanted is None:
-        return False
+        return
     if wanted != native.DOMAIN:
         raise EngineError(
             f"{folder}: the engine uses the operators {wanted!r:.80}, which this version does not have; it has "
@@ -238,7 +234,6 @@ def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.Session
         )
     native.register(options)
     native.warn_of_portable_code()
-    return True
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
