@@ -31,7 +31,7 @@ from runtime.contract import (
 from runtime.engine_paths import check_paths
 from runtime.errors import EngineError
 from runtime.files import read_small_file
-from runtime.huge_pages import anonymous_regions, use_huge_pages
+from runtime.huge_pages import anonymous_regions, copy_to_huge_pages, use_huge_pages
 from runtime.installation import from_extra
 from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
@@ -131,7 +131,7 @@ class OrtCpuSession:
 
     def __init__(self, folder: Path, manifest: Manifest, given: SessionOptions) -> None:
         options = _session_options(given)
-        _register_own_kernels(folder, manifest, options)
+        has_own_kernels = _register_own_kernels(folder, manifest, options)
         exact = needs_exact_products(kernels_of(manifest))
         if exact:
             options.add_session_config_entry(*EXACT_PRODUCTS)
@@ -151,7 +151,7 @@ class OrtCpuSession:
         if exact:
             # The library made two more copies of the weights on its way, 96 MB of weights: 234 MB before, 98 MB after.
             release_freed_memory()
-        if given.huge_pages and not use_huge_pages(before):
+        if given.huge_pages and not use_huge_pages(before) + (copy_to_huge_pages(folder) if has_own_kernels else 0):
             _LOGGER.warning("note: the kernel gave no huge pages, so tokens come as they would without")
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
@@ -216,8 +216,8 @@ def _session_options(given: SessionOptions) -> ort.SessionOptions:
     return options
 
 
-def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.SessionOptions) -> None:
-    """Add our own operators to the options if the engine uses them.
+def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.SessionOptions) -> bool:
+    """Add our own operators to the options if the engine uses them, and return whether it does.
 
     Raises:
         EngineError: They cannot be used here, or the engine asks for others.
@@ -225,7 +225,7 @@ def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.Session
     """
     wanted = manifest.capabilities.get("custom_ops")
     if wanted is None:
-        return
+        return False
     if wanted != native.DOMAIN:
         raise EngineError(
             f"{folder}: the engine uses the operators {wanted!r:.80}, which this version does not have; it has "
@@ -234,6 +234,7 @@ def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.Session
         )
     native.register(options)
     native.warn_of_portable_code()
+    return True
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
