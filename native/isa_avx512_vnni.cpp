@@ -10,7 +10,14 @@ using namespace qwen3vl;
 #include "activations.h"
 #include "look_up.h"
 
-constexpr int kDirectRows = 16, kManyRows = 16, kFewRows = 16;
+template <int BITS>
+constexpr int kDirectRows = 16;
+template <int BITS>
+constexpr int kManyRows = 16;
+template <int BITS>
+constexpr int kFewRows = 16;
+template <int BITS>
+constexpr int kOffset = 0;
 
 static inline __attribute__((always_inline)) __m512i four_of_row(const int8_t* x) {
   int32_t four;

@@ -11,7 +11,14 @@ using namespace qwen3vl;
 #include "activations.h"
 #include "look_up.h"
 
-constexpr int kDirectRows = 1, kManyRows = 2, kFewRows = 1;
+template <int BITS>
+constexpr int kDirectRows = 1;
+template <int BITS>
+constexpr int kManyRows = 2;
+template <int BITS>
+constexpr int kFewRows = 1;
+template <int BITS>
+constexpr int kOffset = 0;
 
 template <int BITS>
 static const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer) {

@@ -108,6 +108,53 @@ QWEN3VL_INLINE float reduce_max(Lanes a) {
     return _mm256_cvtss_f32(m);
 }
 
+// 8 x 8 in place: pairs of rows, groups of four, halves.
+QWEN3VL_INLINE void transpose_8(__m256* a) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        const __m256 low01 = _mm256_unpacklo_ps(a[i], a[i + 1]), high01 = _mm256_unpackhi_ps(a[i], a[i + 1]);
+        const __m256 low23 = _mm256_unpacklo_ps(a[i + 2], a[i + 3]), high23 = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+        a[i] = _mm256_shuffle_ps(low01, low23, 0x44);
+        a[i + 1] = _mm256_shuffle_ps(low01, low23, 0xee);
+        a[i + 2] = _mm256_shuffle_ps(high01, high23, 0x44);
+        a[i + 3] = _mm256_shuffle_ps(high01, high23, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m256 low = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+        a[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+        a[i] = low;
+    }
+}
+
+QWEN3VL_INLINE void transpose(Lanes* a) {
+    __m256 block[8], other[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        block[i] = a[i].lo;
+    }
+    transpose_8(block);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        a[i].lo = block[i];
+        block[i] = a[i + 8].hi;
+    }
+    transpose_8(block);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        a[i + 8].hi = block[i];
+        block[i] = a[i].hi;
+        other[i] = a[i + 8].lo;
+    }
+    transpose_8(block);
+    transpose_8(other);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        a[i].hi = other[i];
+        a[i + 8].lo = block[i];
+    }
+}
+
 QWEN3VL_INLINE Lanes load_float16(const uint16_t* p) {
     const __m128i* from = reinterpret_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(from)), _mm256_cvtph_ps(_mm_loadu_si128(from + 1))};
@@ -138,17 +185,18 @@ QWEN3VL_INLINE Lanes load_int8(const int8_t* p) {
     return from_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
+QWEN3VL_INLINE Lanes load_uint8(const uint8_t* p) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(codes, codes)))};
+}
+
 // Sixteen bytes of lanes that are rounded to even and cut off at the two ends.
 QWEN3VL_INLINE __m128i to_bytes(Lanes a, float lowest, float highest) {
     const IntLanes codes = to_int(min_number(max_number(a, broadcast(lowest)), broadcast(highest)));
     const __m128i first = _mm_packs_epi32(_mm256_castsi256_si128(codes.lo), _mm256_extracti128_si256(codes.lo, 1));
     const __m128i second = _mm_packs_epi32(_mm256_castsi256_si128(codes.hi), _mm256_extracti128_si256(codes.hi, 1));
     return _mm_packs_epi16(first, second);
-}
-
-QWEN3VL_INLINE Lanes load_uint8(const uint8_t* p) {
-    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
 }
 
 QWEN3VL_INLINE void store_int8(int8_t* p, Lanes a) {

@@ -66,6 +66,31 @@ QWEN3VL_INLINE float reduce_max(Lanes a) {
     return _mm512_cvtss_f32(a.v);
 }
 
+// Four blocks of 4 x 4 of each group of four rows, then the blocks themselves.
+QWEN3VL_INLINE void transpose(Lanes* a) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        const __m512 low01 = _mm512_unpacklo_ps(a[i].v, a[i + 1].v), high01 = _mm512_unpackhi_ps(a[i].v, a[i + 1].v);
+        const __m512 low23 = _mm512_unpacklo_ps(a[i + 2].v, a[i + 3].v);
+        const __m512 high23 = _mm512_unpackhi_ps(a[i + 2].v, a[i + 3].v);
+        a[i].v = _mm512_shuffle_ps(low01, low23, 0x44);
+        a[i + 1].v = _mm512_shuffle_ps(low01, low23, 0xee);
+        a[i + 2].v = _mm512_shuffle_ps(high01, high23, 0x44);
+        a[i + 3].v = _mm512_shuffle_ps(high01, high23, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512 even01 = _mm512_shuffle_f32x4(a[i].v, a[i + 4].v, 0x88);
+        const __m512 odd01 = _mm512_shuffle_f32x4(a[i].v, a[i + 4].v, 0xdd);
+        const __m512 even23 = _mm512_shuffle_f32x4(a[i + 8].v, a[i + 12].v, 0x88);
+        const __m512 odd23 = _mm512_shuffle_f32x4(a[i + 8].v, a[i + 12].v, 0xdd);
+        a[i].v = _mm512_shuffle_f32x4(even01, even23, 0x88);
+        a[i + 4].v = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+        a[i + 8].v = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+        a[i + 12].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+    }
+}
+
 QWEN3VL_INLINE Lanes load_float16(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }

@@ -130,6 +130,31 @@ QWEN3VL_INLINE float reduce_max(Lanes a) {
     return all[0];
 }
 
+QWEN3VL_INLINE float32x4_t rows_of_two(float32x4_t a, float32x4_t b, bool is_high) {
+    const float64x2_t x = vreinterpretq_f64_f32(a), y = vreinterpretq_f64_f32(b);
+    return vreinterpretq_f32_f64(is_high ? vtrn2q_f64(x, y) : vtrn1q_f64(x, y));
+}
+
+// Each block of 4 x 4, written to its mirror image.
+QWEN3VL_INLINE void transpose(Lanes* a) {
+    Lanes from[16];
+    for (int i = 0; i < 16; ++i) {
+        from[i] = a[i];
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int j = 0; j < 4; ++j) {
+            const float32x4_t even01 = vtrn1q_f32(from[i].v[j], from[i + 1].v[j]);
+            const float32x4_t odd01 = vtrn2q_f32(from[i].v[j], from[i + 1].v[j]);
+            const float32x4_t even23 = vtrn1q_f32(from[i + 2].v[j], from[i + 3].v[j]);
+            const float32x4_t odd23 = vtrn2q_f32(from[i + 2].v[j], from[i + 3].v[j]);
+            a[4 * j].v[i / 4] = rows_of_two(even01, even23, false);
+            a[4 * j + 1].v[i / 4] = rows_of_two(odd01, odd23, false);
+            a[4 * j + 2].v[i / 4] = rows_of_two(even01, even23, true);
+            a[4 * j + 3].v[i / 4] = rows_of_two(odd01, odd23, true);
+        }
+    }
+}
+
 QWEN3VL_INLINE Lanes load_float16(const uint16_t* p) {
     QWEN3VL_EACH(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))));
 }
@@ -153,6 +178,13 @@ QWEN3VL_INLINE Lanes from_bytes(int8x16_t codes) {
 }
 
 QWEN3VL_INLINE Lanes load_int8(const int8_t* p) { return from_bytes(vld1q_s8(p)); }
+
+QWEN3VL_INLINE Lanes load_uint8(const uint8_t* p) {
+    const uint8x16_t codes = vld1q_u8(p);
+    const uint16x8_t first = vmovl_u8(vget_low_u8(codes)), second = vmovl_u8(vget_high_u8(codes));
+    return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(first))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(first))),
+             vcvtq_f32_u32(vmovl_u16(vget_low_u16(second))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(second)))}};
+}
 
 // Sixteen bytes of lanes that are rounded to even and cut off at the two ends.
 QWEN3VL_INLINE int8x16_t to_bytes(Lanes a, float lowest, float highest) {

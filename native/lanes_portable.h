@@ -45,14 +45,9 @@ QWEN3VL_INLINE Lanes abs(Lanes a) { QWEN3VL_EACH(__builtin_fabsf(a.v[i])); }
 QWEN3VL_INLINE Lanes sqrt(Lanes a) { QWEN3VL_EACH(__builtin_sqrtf(a.v[i])); }
 QWEN3VL_INLINE Lanes first_n(int n, Lanes a, Lanes b) { QWEN3VL_EACH(i < n ? a.v[i] : b.v[i]); }
 
-// Adding 1.5 * 2^23 leaves no bits below one, rounded to even; the empty statement keeps the two sums apart.
+// Adding 1.5 * 2^23 leaves no bits below one, rounded to even.
 QWEN3VL_INLINE Lanes round_to_even(Lanes a) {
-    Lanes r;
-    for (int i = 0; i < 16; ++i) {
-        volatile float shifted = a.v[i] + 12582912.0f;
-        r.v[i] = shifted - 12582912.0f;
-    }
-    return r;
+    QWEN3VL_EACH(__builtin_copysignf((a.v[i] + 12582912.0f) - 12582912.0f, a.v[i]));
 }
 
 QWEN3VL_INLINE IntLanes to_int(Lanes a) {
@@ -112,6 +107,16 @@ QWEN3VL_INLINE float reduce_max(Lanes a) {
     return a.v[0];
 }
 
+QWEN3VL_INLINE void transpose(Lanes* a) {
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < i; ++j) {
+            const float kept = a[i].v[j];
+            a[i].v[j] = a[j].v[i];
+            a[j].v[i] = kept;
+        }
+    }
+}
+
 QWEN3VL_INLINE float from_half(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
     const uint32_t magnitude = half & 0x7fff;
@@ -142,11 +147,10 @@ QWEN3VL_INLINE uint16_t to_half(float x) {
         return static_cast<uint16_t>(sign | 0x7bff);
     }
     if (magnitude < 0x38800000) {
-        volatile float shifted = __builtin_fabsf(x) + 0.5f;  // one ulp of 0.5 is the step of subnormals, 2^-24
-        const float kept = shifted;
-        uint32_t kept_bits;
-        __builtin_memcpy(&kept_bits, &kept, sizeof kept_bits);
-        return static_cast<uint16_t>(sign | (kept_bits - 0x3f000000));
+        const float shifted = __builtin_fabsf(x) + 0.5f;  // one ulp of 0.5 is the step of subnormals, 2^-24
+        uint32_t shifted_bits;
+        __builtin_memcpy(&shifted_bits, &shifted, sizeof shifted_bits);
+        return static_cast<uint16_t>(sign | (shifted_bits - 0x3f000000));
     }
     const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23);
     return static_cast<uint16_t>(sign | (rounded >> 13));
@@ -171,11 +175,7 @@ QWEN3VL_INLINE Lanes load_bfloat16(const uint16_t* p) {
 
 QWEN3VL_INLINE Lanes load_int8(const int8_t* p) { QWEN3VL_EACH(static_cast<float>(p[i])); }
 
-QWEN3VL_INLINE Lanes load_uint8(const uint8_t* p) {
-    Lanes a;
-    for (int i = 0; i < 16; ++i) a.v[i] = static_cast<float>(p[i]);
-    return a;
-}
+QWEN3VL_INLINE Lanes load_uint8(const uint8_t* p) { QWEN3VL_EACH(static_cast<float>(p[i])); }
 
 QWEN3VL_INLINE void store_int8(int8_t* p, Lanes a) {
     const IntLanes codes = to_int(min_number(max_number(a, broadcast(-128.0f)), broadcast(127.0f)));

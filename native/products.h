@@ -1,7 +1,8 @@
 // Products with weights in few bits, included by the file of each instruction set inside its namespace. The file gives:
 //
-//   constexpr int kDirectRows, kManyRows;      most rows of x that one call of the two functions takes
-//   constexpr int kFewRows;                    panels of up to so many rows are multiplied with the stored codes
+//   template <int BITS> constexpr int kDirectRows, kManyRows;   most rows of x that one call of the two functions takes
+//   template <int BITS> constexpr int kFewRows;   panels of up to so many rows are multiplied with the stored codes
+//   template <int BITS> constexpr int kOffset;    what the two functions subtract from each code
 //   template <int BITS, int R> void multiply_codes(const uint8_t* codes, const int8_t* x, int block, Lanes* products);
 //       products of R rows of x, [R, block], with the stored codes of a block, as whole numbers
 //   template <int BITS> const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer);
@@ -18,8 +19,9 @@ static inline Lanes add_block(Lanes total, Lanes products, float sum_x, float sc
   return fma(mul(whole, broadcast(scale_x)), scales, total);
 }
 
+template <int BITS>
 static inline Lanes zero_points_of(const Tile& tile, int64_t block) {
-  return load_uint8(tile.zero_points + block * kTileRows);
+  return sub(load_uint8(tile.zero_points + block * kTileRows), broadcast(kOffset<BITS>));
 }
 
 static inline Lanes scales_of(const Tile& tile, int64_t block) { return load_float16(tile.scales + block * kTileRows); }
@@ -34,7 +36,7 @@ static void multiply_few(const Weight& weight, const Panel& panel, const Tile& t
     Lanes products[R];
     const int64_t first = j * panel.num_rows + row;
     multiply_codes<BITS, R>(tile.codes + j * block_bytes, panel.codes + first * weight.block, weight.block, products);
-    const Lanes zero_points = zero_points_of(tile, j), scales = scales_of(tile, j);
+    const Lanes zero_points = zero_points_of<BITS>(tile, j), scales = scales_of(tile, j);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       sum[r] = add_block(sum[r], products[r], panel.sums[first + r], panel.scales[first + r], zero_points, scales);
@@ -87,13 +89,13 @@ static void multiply_many(const Weight& weight, const Panel& panel, const Tile& 
   for (int64_t i = 0; i < panel.num_rows; ++i) store(totals + i * kTileRows, zero());
   for (int64_t j = 0; j < weight.num_blocks(); ++j) {
     const uint8_t* unpacked = unpack<BITS>(tile.codes + j * weight.block_bytes(), block, buffer);
-    const Lanes zero_points = zero_points_of(tile, j), scales = scales_of(tile, j);
+    const Lanes zero_points = zero_points_of<BITS>(tile, j), scales = scales_of(tile, j);
     const int64_t first = j * panel.num_rows;
     int64_t row = 0;
-    for (; row + kManyRows <= panel.num_rows; row += kManyRows) {
-      add_unpacked<BITS, kManyRows>(panel, first + row, block, unpacked, zero_points, scales, totals + row * kTileRows);
+    for (; row + kManyRows<BITS> <= panel.num_rows; row += kManyRows<BITS>) {
+      add_unpacked<BITS, kManyRows<BITS>>(panel, first + row, block, unpacked, zero_points, scales, totals + row * kTileRows);
     }
-    add_rest<BITS, kManyRows - 1>(panel.num_rows - row, panel, first + row, block, unpacked, zero_points, scales,
+    add_rest<BITS, kManyRows<BITS> - 1>(panel.num_rows - row, panel, first + row, block, unpacked, zero_points, scales,
                                   totals + row * kTileRows);
   }
 }
@@ -119,14 +121,14 @@ static void multiply_tiles(const Weight& weight, const Panel& panel, int64_t fir
   alignas(64) float totals[kPanelRows * kTileRows];
   for (int64_t index = first_tile; index < last_tile; ++index) {
     const Tile tile(weight, index);
-    if (panel.num_rows > kFewRows) {
+    if (panel.num_rows > kFewRows<BITS>) {
       multiply_many<BITS>(weight, panel, tile, totals);
     } else {
       int64_t row = 0;
-      for (; row + kDirectRows <= panel.num_rows; row += kDirectRows) {
-        multiply_few<BITS, kDirectRows>(weight, panel, tile, row, totals + row * kTileRows);
+      for (; row + kDirectRows<BITS> <= panel.num_rows; row += kDirectRows<BITS>) {
+        multiply_few<BITS, kDirectRows<BITS>>(weight, panel, tile, row, totals + row * kTileRows);
       }
-      few_rows<BITS, kDirectRows - 1>(panel.num_rows - row, weight, panel, tile, row, totals + row * kTileRows);
+      few_rows<BITS, kDirectRows<BITS> - 1>(panel.num_rows - row, weight, panel, tile, row, totals + row * kTileRows);
     }
     write_tile(weight, tile, index, totals, panel.num_rows, output, first_row);
   }

@@ -44,20 +44,16 @@ def kernels_of(manifest: Manifest) -> list[str]:
     """Return the kernels of quantised numbers that an engine uses: all that have a test, if its manifest names none."""
     capabilities = manifest.capabilities
     has_own = "custom_ops" in capabilities
-    kernels = set(capabilities.get("kernels", known_kernels() + (known_kernels(OWN_KERNEL_TESTS) if has_own else [])))
+    kernels = set(capabilities.get("kernels", [*known_kernels(), *(native.OPERATORS if has_own else ())]))
     bits = capabilities.get("cache_bits")
     if bits is not None:
         kernels.add(f"DecodeAttentionInt{bits}" if has_own else f"GroupQueryAttention.{bits}")
     return sorted(kernels)
 
 
-def known_kernels(tests: Path = KERNEL_TESTS) -> list[str]:
-    """Return the names of all kernels that have a test: operator and, where it has several, bits of its codes.
-
-    Args:
-        tests: Folder of the tests; those of our own kernels are in `OWN_KERNEL_TESTS`.
-    """
-    return sorted(path.stem for path in tests.glob("*.onnx"))
+def known_kernels() -> list[str]:
+    """Return the kernels of ONNX Runtime that have a test: operator and, where it has several, bits of its codes."""
+    return sorted(path.stem for path in KERNEL_TESTS.glob("*.onnx"))
 
 
 def needs_exact_products(kernels: Collection[str], tests: Path = KERNEL_TESTS) -> bool:
@@ -71,7 +67,7 @@ def needs_exact_products(kernels: Collection[str], tests: Path = KERNEL_TESTS) -
         EngineError: A kernel is wrong here, with that option, too; or it has no test; or it is one of our own, and
             their library cannot be used.
     """
-    own = set(kernels) & set(known_kernels(OWN_KERNEL_TESTS))
+    own = set(kernels) & set(native.OPERATORS)
     theirs = set(kernels) - own
     unknown = sorted(theirs - set(known_kernels()))
     if unknown:

@@ -138,7 +138,8 @@ def print_stats(stats: Stats) -> None:
         note(line)
 
 
-PROFILES = "profiles"
+PROFILES, KERNELS = "profiles", "kernels"
+_ROWS_OF_OWN = (PROFILES, KERNELS)
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -159,7 +160,8 @@ def manifest_text(manifest: Manifest) -> str:
         ("vision", tower),
         ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         *((f"source {name}", _plain(value)) for name, value in manifest.source.items()),
-        *((f"can {name}", _plain(value)) for name, value in manifest.capabilities.items() if name != PROFILES),
+        *_kernel_rows(manifest.capabilities.get(KERNELS)),
+        *((f"can {name}", _plain(value)) for name, value in manifest.capabilities.items() if name not in _ROWS_OF_OWN),
         *_profile_rows(manifest.capabilities.get(PROFILES, {})),
     ]
     files = [
@@ -169,6 +171,18 @@ def manifest_text(manifest: Manifest) -> str:
     total = sum(record.num_bytes for record in manifest.files.values())
     summary = f"files      {len(files)}, {_size(total)}, of it weights {_size(manifest.weight_bytes)}; SHA-256:"
     return "\n".join([*columns(rows), summary, *columns(files)])
+
+
+def _kernel_rows(kernels: Sequence[str] | None) -> Iterator[tuple[str, str]]:
+    """Yield the kernels of quantised numbers that a CPU engine uses, by who wrote them."""
+    from runtime.native import OPERATORS
+
+    if kernels is None:
+        return
+    own = [name for name in kernels if name in OPERATORS]
+    theirs = [name for name in kernels if name not in OPERATORS]
+    yield "own kernels", ", ".join(own) or "none"
+    yield "ONNX Runtime's", ", ".join(theirs) or "none of quantised numbers"
 
 
 def _profile_rows(profiles: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[tuple[str, str]]:

@@ -48,10 +48,11 @@ def targets(
     --target auto chooses. No weights are read. For a Hub id, config.json alone is fetched, and nothing at all for the
     released Qwen3-VL checkpoints, whose shapes are shipped with this package.
 
-    --json prints one object: machine (cpu, cpu_features, num_cores, memory_bytes, gpus, versions, notes), targets
-    (each: name, description, has_fixed_sizes, can_build, can_run, reason) and, with --model, choice: target (what
-    --target auto chooses, null if none fits) and candidates in order of preference (each: target, device, parts in
-    bytes, limit_bytes, refusal, total_bytes).
+    --json prints one object: machine (cpu, cpu_features, num_cores, memory_bytes, gpus, versions, notes), own_kernels
+    (isa: the instruction set in use, null if they cannot be used; isas: those that this processor runs, the best first;
+    problem and remedy: why they cannot be used, null if they can), targets (each: name, description, has_fixed_sizes,
+    can_build, can_run, reason) and, with --model, choice: target (what --target auto chooses, null if none fits) and
+    candidates in order of preference (each: target, device, parts in bytes, limit_bytes, refusal, total_bytes).
 
     \b
     Examples:
@@ -66,16 +67,17 @@ def targets(
 
     shape = None if model is None else model_shape(model)
     machine = probe()
+    own_kernels = _own_kernels()
     rows = [_row(target, machine) for target in all_targets()]
     choice = None if shape is None else consider(machine, shape)
     chosen = None if choice is None or choice.target is None else choice.target.name
     if as_json:
-        values: dict[str, Any] = {"machine": machine.to_dict(), "targets": rows}
+        values: dict[str, Any] = {"machine": machine.to_dict(), "own_kernels": own_kernels, "targets": rows}
         if choice is not None:
             values["choice"] = {"target": chosen, "candidates": [each.to_dict() for each in choice.candidates]}
         print_json(values)
         return
-    print_text("\n".join(columns(machine.lines())) + "\n")
+    print_text("\n".join(columns([*machine.lines(), *_kernel_lines(own_kernels)])) + "\n")
     cells = [("TARGET", "BUILD", "RUN", "DESCRIPTION")]
     cells += [(row["name"], _yes(row["can_build"]), _yes(row["can_run"]), row["description"]) for row in rows]
     lines = columns(cells)
@@ -149,6 +151,25 @@ def _row(target: Target, machine: Hardware) -> dict[str, Any]:
         "has_fixed_sizes": target.compile is not None,
         **dataclasses.asdict(target.availability(machine)),
     }
+
+
+def _own_kernels() -> dict[str, Any]:
+    """Return what there is to know of the own kernels, as plain values."""
+    from runtime import native
+
+    error = native.failure()
+    if error is not None:
+        return {"isa": None, "isas": [], "problem": error.message, "remedy": error.remedy}
+    return {"isa": native.isa(), "isas": list(native.isas()), "problem": None, "remedy": None}
+
+
+def _kernel_lines(own_kernels: dict[str, Any]) -> list[tuple[str, str]]:
+    if own_kernels["problem"] is not None:
+        reason = f"cannot be used: {own_kernels['problem']}"
+        return [("own kernels", reason), ("", f"remedy: {own_kernels['remedy']}")]
+    others = [each for each in own_kernels["isas"] if each != own_kernels["isa"]]
+    beside = f"; this processor also runs {', '.join(others)}" if others else ""
+    return [("own kernels", f"{own_kernels['isa']}{beside}")]
 
 
 def _sizes_of(rows: list[dict[str, Any]]) -> str:

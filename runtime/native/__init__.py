@@ -26,6 +26,11 @@ DOMAIN = "qwen3vl.cpu"
 VERSION = 1
 """Of the interface between this file and the library: functions, layout of weights, operators."""
 
+OPERATORS = (
+    *("MatMulInt4", "MatMulInt8", "LookUpInt4", "LookUpInt8"),
+    *("DecodeAttention", "DecodeAttentionFloat16", "DecodeAttentionInt8", "DecodeAttentionInt4"),
+)
+
 LIBRARY = Path(__file__).with_name("libqwen3vl_cpu.so")
 
 PORTABLE = "portable"
@@ -45,7 +50,13 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def problem(path: Path = LIBRARY) -> str:
-    """Return why the library cannot be used here; empty if it can.
+    """Return why the library cannot be used here; empty if it can."""
+    error = failure(path)
+    return "" if error is None else error.message
+
+
+def failure(path: Path = LIBRARY) -> Qwen3VLError | None:
+    """Return the error that using the library would raise here, its remedy included; None if it can be used.
 
     Where ONNX Runtime is not installed, it is not asked.
     """
@@ -56,8 +67,8 @@ def problem(path: Path = LIBRARY) -> str:
 
             _register(ort.SessionOptions(), path)
     except Qwen3VLError as error:
-        return error.message
-    return ""
+        return error
+    return None
 
 
 def isas(path: Path = LIBRARY) -> tuple[str, ...]:

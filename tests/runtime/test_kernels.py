@@ -22,7 +22,7 @@ from helpers.own_kernels import needs_own_kernels
 from helpers.products import opened_bytes
 from runtime import native
 from runtime.errors import EngineError
-from runtime.kernels import KERNEL_TESTS, OWN_KERNEL_TESTS, kernels_of, known_kernels, needs_exact_products
+from runtime.kernels import KERNEL_TESTS, kernels_of, known_kernels, needs_exact_products
 from runtime.manifest import Manifest
 from scripts import write_kernel_tests, write_own_kernel_tests
 
@@ -76,7 +76,7 @@ def test_the_tests_are_what_the_script_writes(tmp_path: Path) -> None:
     written = {path.name: path.read_bytes() for path in (tmp_path / "tests").rglob("*.onnx")}
     assert written == {path.name: path.read_bytes() for path in KERNEL_TESTS.rglob("*.onnx")}
     assert known_kernels() == sorted(write_kernel_tests.TESTS)
-    assert known_kernels(OWN_KERNEL_TESTS) == sorted(write_own_kernel_tests.TESTS)
+    assert set(write_own_kernel_tests.TESTS) == set(native.OPERATORS)
 
 
 @pytest.mark.portable
@@ -170,7 +170,7 @@ def test_kernels_of_a_cache_in_few_bits_and_of_an_engine_that_names_none(demo_en
     silent = {name: value for name, value in manifest.capabilities.items() if name != "kernels"}
     assert kernels_of(dataclasses.replace(manifest, capabilities=silent)) == known_kernels()
     own = {**silent, "custom_ops": native.DOMAIN}
-    every = sorted([*known_kernels(), *known_kernels(OWN_KERNEL_TESTS)])
+    every = sorted([*known_kernels(), *native.OPERATORS])
     assert kernels_of(dataclasses.replace(manifest, capabilities=own)) == every
 
 

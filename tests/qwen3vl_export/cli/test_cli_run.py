@@ -442,6 +442,24 @@ def test_inspect_prints_the_manifest(engine: Path, qwen3vl: Any) -> None:
 
 
 @pytest.mark.portable
+@pytest.mark.parametrize(
+    ("kernels", "own", "theirs"),
+    [
+        (["MatMulInt4", "QMoE.4", "DecodeAttention"], "MatMulInt4, DecodeAttention", "QMoE.4"),
+        (["MatMulNBits.4"], "none", "MatMulNBits.4"),
+        ([], "none", "none of quantised numbers"),
+    ],
+)
+def test_inspect_says_whose_kernels_an_engine_uses(
+    kernels: list[str], own: str, theirs: str, engine: Path, qwen3vl: Any
+) -> None:
+    manifest = Manifest.read(engine)
+    dataclasses.replace(manifest, capabilities={**manifest.capabilities, "kernels": kernels}).write(engine)
+    lines = [line.split(maxsplit=2) for line in qwen3vl("inspect", str(engine))[1].splitlines()]
+    assert ["own", "kernels", own] in lines and ["ONNX", "Runtime's", theirs] in lines
+
+
+@pytest.mark.portable
 def test_inspect_check_finds_a_changed_weight(engine: Path, qwen3vl: Any) -> None:
     assert qwen3vl("inspect", str(engine), "--check")[0] == 0
     (engine / "weights.data").write_bytes(bytes(200))

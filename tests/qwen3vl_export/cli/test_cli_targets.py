@@ -16,10 +16,12 @@ from engines import hardware
 from engines.choose import consider
 from engines.hardware import Gpu, Hardware
 from helpers import ROOT
+from helpers.own_kernels import needs_own_kernels
 from qwen3vl_export.cli.errors import run_app
 from qwen3vl_export.cli.run import app
 from qwen3vl_export.cli.targets import model_shape
-from runtime.errors import CheckpointError, UsageError
+from runtime import native
+from runtime.errors import CheckpointError, EngineError, UsageError
 
 MACHINE = Hardware(
     cpu="Abacus",
@@ -60,9 +62,27 @@ def test_the_machine_is_shown() -> None:
 @pytest.mark.portable
 def test_json_of_the_machine() -> None:
     values: dict[str, Any] = json.loads(call("--json"))
-    assert list(values) == ["machine", "targets"]
+    assert list(values) == ["machine", "own_kernels", "targets"]
     assert values["machine"]["gpus"][0]["compute_capability"] == "8.6"
     assert values["machine"]["memory_bytes"] == 32_000_000_000
+
+
+@needs_own_kernels
+@pytest.mark.portable
+def test_the_instruction_set_of_the_own_kernels_is_shown() -> None:
+    isas = native.isas()
+    others = f"; this processor also runs {', '.join(isas[1:])}" if len(isas) > 1 else ""
+    assert f"own kernels  {isas[0]}{others}\n" in call()
+    values = json.loads(call("--json"))["own_kernels"]
+    assert values == {"isa": isas[0], "isas": list(isas), "problem": None, "remedy": None}
+
+
+@pytest.mark.portable
+def test_why_the_own_kernels_cannot_be_used_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "failure", lambda: EngineError("the library is missing", remedy="build it"))
+    assert "own kernels  cannot be used: the library is missing\n             remedy: build it\n" in call()
+    values = json.loads(call("--json"))["own_kernels"]
+    assert values == {"isa": None, "isas": [], "problem": "the library is missing", "remedy": "build it"}
 
 
 @pytest.mark.portable
