@@ -12,6 +12,7 @@ using namespace qwen3vl;
 
 #include "activations.h"
 #include "look_up.h"
+#include "attention.h"
 
 // Accumulators, codes and x fill the 16 registers.
 template <int BITS>
@@ -171,5 +172,5 @@ static inline __attribute__((always_inline)) void multiply_unpacked(const uint8_
 }  // namespace avx2
 
 namespace qwen3vl {
-const Kernels kAvx2 = {"avx2", avx2::quantize, avx2::multiply, avx2::look_up};
+const Kernels kAvx2 = {"avx2", avx2::quantize, avx2::multiply, avx2::look_up, avx2::attend};
 }

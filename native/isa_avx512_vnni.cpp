@@ -9,6 +9,7 @@ using namespace qwen3vl;
 
 #include "activations.h"
 #include "look_up.h"
+#include "attention.h"
 
 template <int BITS>
 constexpr int kDirectRows = 16;
@@ -75,5 +76,5 @@ static inline __attribute__((always_inline)) void multiply_unpacked(const uint8_
 }  // namespace avx512_vnni
 
 namespace qwen3vl {
-const Kernels kAvx512Vnni = {"avx512_vnni", avx512_vnni::quantize, avx512_vnni::multiply, avx512_vnni::look_up};
+const Kernels kAvx512Vnni = {"avx512_vnni", avx512_vnni::quantize, avx512_vnni::multiply, avx512_vnni::look_up, avx512_vnni::attend};
 }

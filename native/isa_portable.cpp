@@ -10,6 +10,7 @@ using namespace qwen3vl;
 
 #include "activations.h"
 #include "look_up.h"
+#include "attention.h"
 
 template <int BITS>
 constexpr int kDirectRows = 1;
@@ -57,5 +58,5 @@ static void multiply_codes(const uint8_t* codes, const int8_t* x, int block, Lan
 }  // namespace portable
 
 namespace qwen3vl {
-const Kernels kPortable = {"portable", portable::quantize, portable::multiply, portable::look_up};
+const Kernels kPortable = {"portable", portable::quantize, portable::multiply, portable::look_up, portable::attend};
 }

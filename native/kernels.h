@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention_plan.h"
+
 namespace qwen3vl {
 
 constexpr int64_t kTileRows = 16;   // rows of W that a tile holds
@@ -92,6 +94,9 @@ struct Kernels {
 
   // Write row `row` of W, K floats.
   void (*look_up)(const Weight& weight, int64_t row, float* y);
+
+  // See attention_plan.h.
+  AttentionFunction attend;
 };
 
 extern const Kernels kPortable;

@@ -8,6 +8,7 @@
 // lanes have one order. So files that include this are compiled with -ffp-contract=off: else the compiler fuses what is
 // written as mul and add, where the CPU can. (The bits of a NaN may differ.)
 //
+//   kRegisterLanes                    how many Lanes the registers hold (plain arrays: a small number)
 //   load(p), store(p, a)              16 floats, any alignment
 //   load_n(p, n), store_n(p, a, n)    the first n of 16, 0 <= n <= 16; the rest is zero, or left as it is; not touched in memory
 //   broadcast(x), zero()

@@ -1,5 +1,7 @@
 // 16 float lanes in two registers of AVX2, FMA and F16C. Included by lanes.h, which documents the functions.
 
+constexpr int kRegisterLanes = 8;
+
 struct Lanes {
     __m256 lo, hi;
 };

@@ -1,5 +1,7 @@
 // 16 float lanes in one register of AVX-512F. Included by lanes.h, which documents the functions.
 
+constexpr int kRegisterLanes = 32;
+
 struct Lanes {
     __m512 v;
 };

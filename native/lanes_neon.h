@@ -1,5 +1,7 @@
 // 16 float lanes in four registers of 64-bit ARM. Included by lanes.h, which documents the functions.
 
+constexpr int kRegisterLanes = 8;
+
 struct Lanes {
     float32x4_t v[4];
 };

@@ -1,6 +1,8 @@
 // 16 float lanes as plain arrays: any CPU. Included by lanes.h, which documents the functions.
 // What has no fused multiply-add in hardware takes it from the C library, so that it, too, rounds once.
 
+constexpr int kRegisterLanes = 4;
+
 struct Lanes {
     float v[16];
 };

@@ -15,7 +15,7 @@ OrtStatus* add_attention(OrtCustomOpDomain* domain);
 namespace ort {
 
 // The table of functions of an operator, a struct with
-//   kName, kInputs and kOutputs (element types), kNumRequired (inputs before the optional ones),
+//   kName, kInputs and kOutputs (element types), kNumInputs, kNumRequired (inputs before the optional ones),
 //   OrtStatus* create(const OrtKernelInfo*), and OrtStatus* compute(OrtKernelContext*) const.
 template <typename Operator>
 struct Table {
@@ -35,7 +35,7 @@ struct Table {
   static const char* name(const OrtCustomOp*) { return Operator::kName; }
   static const char* provider(const OrtCustomOp*) { return nullptr; }  // the CPU's
   static int input_type(const OrtCustomOp*, size_t index) { return Operator::kInputs[index]; }
-  static size_t num_inputs(const OrtCustomOp*) { return sizeof Operator::kInputs / sizeof Operator::kInputs[0]; }
+  static size_t num_inputs(const OrtCustomOp*) { return Operator::kNumInputs; }
   static int output_type(const OrtCustomOp*, size_t index) { return Operator::kOutputs[index]; }
   static size_t num_outputs(const OrtCustomOp*) { return sizeof Operator::kOutputs / sizeof Operator::kOutputs[0]; }
   static int input_characteristic(const OrtCustomOp*, size_t index) {

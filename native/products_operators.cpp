@@ -5,6 +5,7 @@
 namespace qwen3vl {
 namespace {
 
+using ort::elements;
 using ort::Tensor;
 using ort::Workspace;
 
@@ -38,7 +39,7 @@ void read_optional(const OrtKernelInfo* info, const char* name, T* value) {
 }
 
 OrtStatus* read_weight(const Tensor& tensor, const Attributes& attributes, int bits, Weight* weight) {
-  *weight = {tensor.as<uint8_t>(), attributes.num_rows, attributes.num_columns, bits,
+  *weight = {elements<uint8_t>(tensor), attributes.num_rows, attributes.num_columns, bits,
              static_cast<int32_t>(attributes.block)};
   if (tensor.rank != 2 || tensor.shape[0] != weight->num_tiles() || tensor.shape[1] != weight->tile_bytes()) {
     return ort::error("a packed weight of N = %lld, K = %lld, block_size = %d, %d bits is [%lld, %lld], not [%lld, %lld]",
@@ -154,9 +155,8 @@ struct MatMul {
     Tensor y;
     QWEN3VL_TRY(ort::make_output(context, 0, shape, x.rank, &y));
     if (product.num_rows == 0) return nullptr;
-    const Tensor &norm = inputs[kNorm], &bias = inputs[kBias], &residual = inputs[kResidual];
-    product.source = {x.as<float>(), norm.as<float>(), attributes.epsilon, attributes.gated != 0, num_columns};
-    product.output = {y.as<float>(), bias.as<float>(), residual.as<float>()};
+    product.source = {elements<float>(x), elements<float>(inputs[kNorm]), attributes.epsilon, attributes.gated != 0, num_columns};
+    product.output = {elements<float>(y), elements<float>(inputs[kBias]), elements<float>(inputs[kResidual])};
     return run(context, product);
   }
 };
@@ -165,7 +165,7 @@ template <int BITS>
 struct LookUp {
   static constexpr const char* kName = BITS == 4 ? "LookUpInt4" : "LookUpInt8";
   static constexpr ort::ElementType kInputs[] = {ort::kInt64, ort::kUint8};
-  static constexpr size_t kNumRequired = 2;
+  static constexpr size_t kNumInputs = 2, kNumRequired = 2;
   static constexpr ort::ElementType kOutputs[] = {ort::kFloat};
 
   Attributes attributes;
@@ -179,7 +179,7 @@ struct LookUp {
     Weight weight;
     QWEN3VL_TRY(read_weight(table, attributes, BITS, &weight));
     const int64_t num_indices = indices.num_elements();
-    const int64_t* rows = indices.as<int64_t>();
+    const int64_t* rows = elements<int64_t>(indices);
     for (int64_t i = 0; i < num_indices; ++i) {
       if (rows[i] < 0 || rows[i] >= weight.num_rows) {
         return ort::error("index %lld, expected 0 to %lld", static_cast<long long>(rows[i]),
@@ -195,7 +195,7 @@ struct LookUp {
     const Kernels& isa = kernels();
     return ort::parallel_for(context, divide_up(num_indices, kRowsOfTask), [&](int64_t task) {
       for (int64_t i = task * kRowsOfTask; i < (task + 1) * kRowsOfTask && i < num_indices; ++i) {
-        isa.look_up(weight, rows[i], y.as<float>() + i * weight.num_columns);
+        isa.look_up(weight, rows[i], elements<float>(y) + i * weight.num_columns);
       }
     });
   }

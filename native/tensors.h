@@ -41,11 +41,12 @@ struct Tensor {
     for (size_t i = 0; i < rank; ++i) product *= shape[i];
     return product;
   }
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data);
-  }
 };
+
+template <typename T>
+T* elements(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data);
+}
 
 inline OrtStatus* read_input(const OrtKernelContext* context, size_t index, Tensor* tensor) {
   const OrtValue* value = nullptr;
