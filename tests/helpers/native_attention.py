@@ -52,7 +52,14 @@ class Call:
     """
 
     def __init__(
-        self, suffix: str, pasts: Sequence[int], num_new: int, heads: Heads | None = None, *, num_free: int = 3, seed: int = 0
+        self,
+        suffix: str,
+        pasts: Sequence[int],
+        num_new: int,
+        heads: Heads | None = None,
+        *,
+        num_free: int = 3,
+        seed: int = 0,
     ) -> None:
         self.suffix, self.pasts, self.num_new = suffix, list(pasts), num_new
         self.heads = heads or Heads()

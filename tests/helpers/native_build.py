@@ -53,7 +53,9 @@ def build_library(
 
 def _drop_functions(source: Path) -> None:
     """Leave of the file of an instruction set the definition of its table, without functions."""
-    (definition,) = [line for line in source.read_text(encoding="utf-8").splitlines() if line.startswith("const Kernels k")]
+    (definition,) = [
+        line for line in source.read_text(encoding="utf-8").splitlines() if line.startswith("const Kernels k")
+    ]
     table = definition.split(",")[0] + "};"
     source.write_text(f'#include "kernels.h"\nnamespace qwen3vl {{\n{table}\n}}\n', encoding="utf-8")
 

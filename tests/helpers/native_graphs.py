@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from engines.quantize.blockwise import QuantizedBlocks
 from engines.quantize.packed import pack_tiles
@@ -46,6 +46,7 @@ def run_op(
     names: Sequence[str],
     num_outputs: int = 1,
     threads: int = 1,
+    constants: Mapping[str, Array] | None = None,
     **attributes: Any,
 ) -> list[Array]:
     """Run an operator.
@@ -56,9 +57,10 @@ def run_op(
         names: Of all inputs, in the operator's order.
         num_outputs: Outputs; the first is float32, the others are of the dtype of the input past_key.
         threads: Of the session.
+        constants: Inputs that are part of the graph.
         attributes: Of the node.
     """
-    session = session_of(op_type, inputs, names, num_outputs, threads, **attributes)
+    session = session_of(op_type, inputs, names, num_outputs, threads, constants, **attributes)
     return session.run(None, dict(inputs))  # type: ignore[no-any-return]
 
 
@@ -68,11 +70,13 @@ def session_of(
     names: Sequence[str],
     num_outputs: int = 1,
     threads: int = 1,
+    constants: Mapping[str, Array] | None = None,
     **attributes: Any,
 ) -> ort.InferenceSession:
     """Open a graph of an operator for inputs like these, or return the one that was opened for such."""
     types = tuple((name, _TYPES[inputs[name].dtype], inputs[name].ndim) for name in names if name in inputs)
-    return _session(op_type, types, tuple(names), num_outputs, threads, tuple(sorted(attributes.items())))
+    held = tuple(numpy_helper.from_array(a, name).SerializeToString() for name, a in (constants or {}).items())
+    return _session(op_type, types, tuple(names), held, num_outputs, threads, tuple(sorted(attributes.items())))
 
 
 @functools.lru_cache(maxsize=64)
@@ -80,12 +84,15 @@ def _session(
     op_type: str,
     types: tuple[tuple[str, int, int], ...],
     names: tuple[str, ...],
+    held: tuple[bytes, ...],
     num_outputs: int,
     threads: int,
     attributes: tuple[tuple[str, Any], ...],
 ) -> ort.InferenceSession:
+    constants = [TensorProto.FromString(each) for each in held]
     given = {name: type_ for name, type_, _ in types}
-    node_inputs = [name if name in given else "" for name in names]
+    has = {*given, *(constant.name for constant in constants)}
+    node_inputs = [name if name in has else "" for name in names]
     while not node_inputs[-1]:
         node_inputs.pop()
     outputs = [f"out{i}" for i in range(num_outputs)]
@@ -96,6 +103,7 @@ def _session(
         op_type,
         [helper.make_tensor_value_info(name, type_, [None] * rank) for name, type_, rank in types],
         [helper.make_tensor_value_info(name, type_, None) for name, type_ in zip(outputs, output_types, strict=True)],
+        constants,
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(native.DOMAIN, 1)]
     options = ort.SessionOptions()
@@ -185,4 +193,6 @@ def whole_rows(num_rows: int, num_columns: int, block: int, seed: int = 0) -> Ar
 def same_bits(a: Array, b: Array) -> bool:
     """Return whether two arrays are the same bits; any NaN is as good as another."""
     is_nan = np.isnan(a) & np.isnan(b)
-    return a.shape == b.shape and bool(np.array_equal(np.where(is_nan, 0, a).view(np.uint8), np.where(is_nan, 0, b).view(np.uint8)))
+    return a.shape == b.shape and bool(
+        np.array_equal(np.where(is_nan, 0, a).view(np.uint8), np.where(is_nan, 0, b).view(np.uint8))
+    )

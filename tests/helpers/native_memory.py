@@ -16,7 +16,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def at_address(array: Array, offset: int) -> Array:
     """Return a copy whose address is `offset` bytes after a multiple of 64."""
     memory = np.zeros(array.nbytes + 128, np.uint8)
-    start = -memory.ctypes.data % 64 + offset
+    start = -memory.ctypes.data % 64 + offset % 64
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy

@@ -103,7 +103,9 @@ def test_numbers_of_any_size(isa: str, suffix: str, num_new: int, size: float) -
 def test_float16_ends_at_its_largest_number(isa: str, num_new: int) -> None:
     call = Call("Float16", [2], num_new)
     values = call.inputs["qkv"][..., -64:]
-    values[..., ::4] = np.array([1e6, -1e6, 65504, -65504, 65519.9, 65520, 1e-7, 6e-8, -3e-8, 1e-4, 0, -0.0, 3e38, 2049, 2051, 5e-8])
+    values[..., ::4] = np.array(
+        [1e6, -1e6, 65504, -65504, 65519.9, 65520, 1e-7, 6e-8, -3e-8, 1e-4, 0, -0.0, 3e38, 2049, 2051, 5e-8]
+    )
     out, _, value = call.run()
     assert np.isfinite(out).all() and np.abs(value[:, :, 2 : 2 + num_new].astype(np.float32)).max() == 65504
     call.check((out, *call.run()[1:]))
@@ -150,7 +152,11 @@ def test_a_number_that_is_none_stays_in_its_sequence(isa: str, suffix: str) -> N
 @CACHES
 def test_no_sequences_and_no_tokens(isa: str, suffix: str) -> None:
     one = Call(suffix, [3], 1)
-    none = {name: a[:0].copy() for name, a in one.inputs.items() if name not in ("q_norm", "k_norm", "key_scales", "value_scales")}
+    none = {
+        name: a[:0].copy()
+        for name, a in one.inputs.items()
+        if name not in ("q_norm", "k_norm", "key_scales", "value_scales")
+    }
     out, key, _ = one.run(**none)
     assert (out.shape, key.shape[0]) == ((0, 1, 128), 0)
     call = Call(suffix, [3, 1], 0)
