@@ -63,7 +63,7 @@ static inline __attribute__((always_inline)) void prepare(const Weight& weight, 
   const int64_t first = num_lines * part / count, last = num_lines * (part + 1) / count;
   if constexpr (BITS == 8) {
     for (int64_t i = first; i < last; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i) + kPrefetchBytes, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i) + kPrefetchBytes, _MM_HINT_T1);
     }
   } else {
     const __m512i low_bits = _mm512_set1_epi8(15), zero_points = zero_points_of_codes(tile, block);
@@ -71,7 +71,7 @@ static inline __attribute__((always_inline)) void prepare(const Weight& weight, 
     uint8_t* high = low + 64 * num_lines;
     for (int64_t i = first; i < last; ++i) {
       const __m512i both = _mm512_loadu_si512(codes + 64 * i);
-      _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i) + kPrefetchBytes, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i) + kPrefetchBytes, _MM_HINT_T1);
       const __m512i high_codes = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
       _mm512_store_si512(low + 64 * i, _mm512_sub_epi8(_mm512_and_si512(both, low_bits), zero_points));
       _mm512_store_si512(high + 64 * i, _mm512_sub_epi8(high_codes, zero_points));

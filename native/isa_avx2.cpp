@@ -65,10 +65,10 @@ template <int R>
 struct Sums {
   __m256i of[R][2];
 
-  QWEN3VL_INLINE_MEMBER Sums() {
+  QWEN3VL_MEMBER Sums() {
     for (int r = 0; r < R; ++r) of[r][0] = of[r][1] = _mm256_setzero_si256();
   }
-  QWEN3VL_INLINE_MEMBER void to_lanes(Lanes* products) const {
+  QWEN3VL_MEMBER void to_lanes(Lanes* products) const {
     for (int r = 0; r < R; ++r) products[r] = {_mm256_cvtepi32_ps(of[r][0]), _mm256_cvtepi32_ps(of[r][1])};
   }
 };
@@ -81,13 +81,13 @@ struct Parts {
   Parts<R - 1> others;
 
   // Products of four columns with codes of two registers.
-  QWEN3VL_INLINE_MEMBER void add(__m256i codes, __m256i more_codes, const int8_t* x, int block) {
+  QWEN3VL_MEMBER void add(__m256i codes, __m256i more_codes, const int8_t* x, int block) {
     const __m256i row = four_of_row(x);
     add_products(first, codes, row);
     add_products(second, more_codes, row);
     others.add(codes, more_codes, x + block, block);
   }
-  QWEN3VL_INLINE_MEMBER void add_to(__m256i (*sums)[2]) const {
+  QWEN3VL_MEMBER void add_to(__m256i (*sums)[2]) const {
     const __m256i one = _mm256_set1_epi16(1);
     sums[0][0] = _mm256_add_epi32(sums[0][0], _mm256_madd_epi16(first, one));
     sums[0][1] = _mm256_add_epi32(sums[0][1], _mm256_madd_epi16(second, one));
@@ -112,7 +112,7 @@ QWEN3VL_INLINE void multiply_nibbles(const uint8_t* codes, const int8_t* x, int 
     Parts<R> parts;
 #pragma GCC unroll 4
     for (int k = 0; k < kStep / 2; k += 4, codes += 64, x += 4) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
       const __m256i both = load_codes(codes), more = load_codes(codes + 32);
       parts.add(low_half(both), low_half(more), x, block);
       if constexpr (R <= 3) {
@@ -130,7 +130,7 @@ QWEN3VL_INLINE void multiply_nibbles(const uint8_t* codes, const int8_t* x, int 
 struct Signed {
   __m256i codes, sizes;
 
-  QWEN3VL_INLINE_MEMBER explicit Signed(const uint8_t* from)
+  QWEN3VL_MEMBER explicit Signed(const uint8_t* from)
       : codes(_mm256_xor_si256(load_codes(from), _mm256_set1_epi8(-128))), sizes(_mm256_abs_epi8(codes)) {}
 };
 
@@ -140,19 +140,19 @@ struct WideSums {
   __m256i first = _mm256_setzero_si256(), second = _mm256_setzero_si256();
   WideSums<R - 1> others;
 
-  QWEN3VL_INLINE_MEMBER void add(const Signed& left, const Signed& right, const int8_t* x, int block) {
+  QWEN3VL_MEMBER void add(const Signed& left, const Signed& right, const int8_t* x, int block) {
     const __m256i row = four_of_row(x);
     add_signed(first, left, row);
     add_signed(second, right, row);
     others.add(left, right, x + block, block);
   }
-  QWEN3VL_INLINE_MEMBER void to_lanes(Lanes* products) const {
+  QWEN3VL_MEMBER void to_lanes(Lanes* products) const {
     *products = {_mm256_cvtepi32_ps(first), _mm256_cvtepi32_ps(second)};
     others.to_lanes(products + 1);
   }
 
  private:
-  static QWEN3VL_INLINE_MEMBER void add_signed(__m256i& sums, const Signed& codes, __m256i row) {
+  static QWEN3VL_MEMBER void add_signed(__m256i& sums, const Signed& codes, __m256i row) {
     __m256i products;
     __asm__("vpsignb %2, %4, %1\n\tvpmaddubsw %1, %3, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
             : "+x"(sums), "=&x"(products)
@@ -171,7 +171,7 @@ QWEN3VL_INLINE void multiply_bytes(const uint8_t* codes, const int8_t* x, int bl
   WideSums<R> sums;
 #pragma GCC unroll 1
   for (int k = 0; k < block; k += 4, codes += 64, x += 4) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
     sums.add(Signed(codes), Signed(codes + 32), x, block);
   }
   sums.to_lanes(products);

@@ -57,26 +57,26 @@ struct Sums {
   __m256i left = _mm256_setzero_si256(), right = _mm256_setzero_si256();  // the first and the last 8 rows of W
   Sums<R - 1> others;
 
-  QWEN3VL_INLINE_MEMBER void add_left(__m256i codes, const int8_t* x, int block) {
+  QWEN3VL_MEMBER void add_left(__m256i codes, const int8_t* x, int block) {
     left = add_products(left, codes, four_of_row(x));
     others.add_left(codes, x + block, block);
   }
-  QWEN3VL_INLINE_MEMBER void add_right(__m256i codes, const int8_t* x, int block) {
+  QWEN3VL_MEMBER void add_right(__m256i codes, const int8_t* x, int block) {
     right = add_products(right, codes, four_of_row(x));
     others.add_right(codes, x + block, block);
   }
-  QWEN3VL_INLINE_MEMBER void add(__m256i left_codes, __m256i right_codes, const int8_t* x, int block) {
+  QWEN3VL_MEMBER void add(__m256i left_codes, __m256i right_codes, const int8_t* x, int block) {
     const __m256i row = four_of_row(x);
     left = add_products(left, left_codes, row);
     right = add_products(right, right_codes, row);
     others.add(left_codes, right_codes, x + block, block);
   }
-  QWEN3VL_INLINE_MEMBER void add(const Sums& more) {
+  QWEN3VL_MEMBER void add(const Sums& more) {
     left = _mm256_add_epi32(left, more.left);
     right = _mm256_add_epi32(right, more.right);
     others.add(more.others);
   }
-  QWEN3VL_INLINE_MEMBER void to_lanes(Lanes* products) const {
+  QWEN3VL_MEMBER void to_lanes(Lanes* products) const {
     *products = {_mm256_cvtepi32_ps(left), _mm256_cvtepi32_ps(right)};
     others.to_lanes(products + 1);
   }
@@ -102,10 +102,10 @@ QWEN3VL_INLINE void multiply_bytes(const uint8_t* codes, const int8_t* x, int bl
   Sums<kHasTwoSums<R> ? R : 0> others;
 #pragma GCC unroll 1
   for (int k = 0; k < block; k += step, codes += 16 * step, x += step) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
     sums.add(load_codes(codes), load_codes(codes + 32), x, block);
     if constexpr (kHasTwoSums<R>) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + 64, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + 64, _MM_HINT_T1);
       others.add(load_codes(codes + 64), load_codes(codes + 96), x + 4, block);
     }
   }
@@ -121,7 +121,7 @@ QWEN3VL_INLINE void multiply_nibbles(const uint8_t* codes, const int8_t* x, int 
   Sums<kHasTwoSums<R> ? R : 0> others;
 #pragma GCC unroll 1
   for (int k = 0; k < half; k += 4, codes += 64, x += 4) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
     const __m256i left = load_codes(codes), left_high = _mm256_and_si256(_mm256_srli_epi16(left, 4), low_bits);
     sums.add_left(_mm256_and_si256(left, low_bits), x, block);
     if constexpr (kHasTwoSums<R>) {

@@ -43,7 +43,7 @@ struct Sums {
   int32x4_t of[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
   Sums<R - 1> others;
 
-  QWEN3VL_INLINE_MEMBER void add(const int8x16_t (&codes)[4], const int8_t* x, int block) {
+  QWEN3VL_MEMBER void add(const int8x16_t (&codes)[4], const int8_t* x, int block) {
     const int8x16_t row = four_of_row(x);
     of[0] = vdotq_s32(of[0], codes[0], row);
     of[1] = vdotq_s32(of[1], codes[1], row);
@@ -51,7 +51,7 @@ struct Sums {
     of[3] = vdotq_s32(of[3], codes[3], row);
     others.add(codes, x + block, block);
   }
-  QWEN3VL_INLINE_MEMBER void to_lanes(Lanes* products) const {
+  QWEN3VL_MEMBER void to_lanes(Lanes* products) const {
     *products = {{vcvtq_f32_s32(of[0]), vcvtq_f32_s32(of[1]), vcvtq_f32_s32(of[2]), vcvtq_f32_s32(of[3])}};
     others.to_lanes(products + 1);
   }
@@ -68,7 +68,7 @@ QWEN3VL_INLINE void multiply_bytes(const uint8_t* codes, const int8_t* x, int bl
   Sums<R> sums;
 #pragma GCC unroll 1
   for (int k = 0; k < block; k += 4, codes += 64, x += 4) {
-    __builtin_prefetch(codes + kPrefetchBytes);
+    __builtin_prefetch(codes + kPrefetchBytes, 0, 2);
     const int8x16_t all[4] = {codes_at<BITS>(codes), codes_at<BITS>(codes + 16), codes_at<BITS>(codes + 32),
                               codes_at<BITS>(codes + 48)};
     sums.add(all, x, block);
@@ -83,7 +83,7 @@ QWEN3VL_INLINE void multiply_nibbles(const uint8_t* codes, const int8_t* x, int 
   Sums<R> sums;
 #pragma GCC unroll 1
   for (int k = 0; k < half; k += 4, codes += 64, x += 4) {
-    __builtin_prefetch(codes + kPrefetchBytes);
+    __builtin_prefetch(codes + kPrefetchBytes, 0, 2);
     int8x16_t low[4], high[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
