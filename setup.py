@@ -67,7 +67,7 @@ class BuildLibrary(build_ext):
             with ThreadPoolExecutor(os.cpu_count()) as threads:
                 objects = list(threads.map(lambda source: self._compiled(source, flags[source]), ext.sources))
             self.compiler.link_shared_object(objects, str(library), extra_postargs=LINK, target_lang="c++")
-        except BaseError as error:  # no compiler, too old a one, or no linker
+        except (BaseError, OSError) as error:  # no compiler, too old a one, or no linker
             if self.strict:
                 raise
             print(f"note: the library of own kernels was not built: {error}", file=sys.stderr)
