@@ -129,7 +129,7 @@ struct DecodeAttention {
     a.out = elements<float>(out);
     a.present_key = present_key.data;
     a.present_value = present_value.data;
-    if (a.batch == 0 || a.num_tokens == 0) return nullptr;
+    if (a.batch == 0) return nullptr;  // without new tokens, the past may still have to be copied
     Workspace workspace(attention_scratch_bytes(a));
     if (!workspace.is_there()) return ort::api.status(ort::kFail, "no memory for attention");
     void* scratch = workspace.take<uint8_t>(0);

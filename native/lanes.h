@@ -2,8 +2,8 @@
 //
 // A file of one instruction set defines QWEN3VL_ISA, the namespace of all that is compiled for it, and includes this file.
 // It is compiled with the compiler's flags for that instruction set (`#pragma GCC target` sets no macros in C++ before
-// gcc 13), and the widest registers are taken; QWEN3VL_PORTABLE_LANES asks for plain arrays. Several such files are linked
-// together, so everything here is inlined and lies in the namespace.
+// gcc 13), and the widest registers are taken; QWEN3VL_PORTABLE_LANES asks for plain arrays, QWEN3VL_AVX2_LANES for the
+// registers of AVX2. Several such files are linked together, so everything here is inlined and lies in the namespace.
 //
 // All instruction sets give the same bits: the lanes are sixteen everywhere, each function rounds once per lane, sums over
 // lanes have one order. So files that include this are compiled with -ffp-contract=off: else the compiler fuses what is
@@ -48,7 +48,7 @@ namespace QWEN3VL_ISA {
 
 #if defined(QWEN3VL_PORTABLE_LANES)
 #include "lanes_portable.h"
-#elif defined(__AVX512F__)
+#elif defined(__AVX512F__) && !defined(QWEN3VL_AVX2_LANES)
 #include "lanes_avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "lanes_avx2.h"

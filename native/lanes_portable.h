@@ -158,7 +158,11 @@ QWEN3VL_INLINE uint16_t to_half(float x) {
     return static_cast<uint16_t>(sign | (rounded >> 13));
 }
 
-QWEN3VL_INLINE Lanes load_float16(const uint16_t* p) { QWEN3VL_EACH(from_half(p[i])); }
+QWEN3VL_INLINE Lanes load_float16(const uint16_t* p) {
+    uint16_t halves[16];  // p may be any address
+    __builtin_memcpy(halves, p, sizeof halves);
+    QWEN3VL_EACH(from_half(halves[i]));
+}
 
 QWEN3VL_INLINE void store_float16(uint16_t* p, Lanes a) {
     for (int i = 0; i < 16; ++i) {

@@ -1,7 +1,9 @@
 // A row of a weight in few bits, as floats; included by the file of each instruction set.
 
-static inline float half_to_float(uint16_t half) {
-  alignas(64) uint16_t halves[16] = {half};
+// At any address, as all of a weight's parts.
+static inline float half_to_float(const uint16_t* half) {
+  alignas(64) uint16_t halves[16] = {};
+  __builtin_memcpy(halves, half, sizeof *halves);
   alignas(64) float floats[16];
   store(floats, load_float16(halves));
   return floats[0];
@@ -13,7 +15,7 @@ static void look_up(const Weight& weight, int64_t row, float* y) {
   const int block = weight.block, half = block / 2;
   for (int64_t j = 0; j < weight.num_blocks(); ++j) {
     const uint8_t* codes = tile.codes + j * weight.block_bytes();
-    const float scale = half_to_float(tile.scales[j * kTileRows + n]) * tile.unit;
+    const float scale = half_to_float(tile.scales + j * kTileRows + n) * tile.unit;
     const int zero_point = tile.zero_points[j * kTileRows + n];
     const int64_t first = j * block, end = first + block < weight.num_columns ? first + block : weight.num_columns;
     for (int64_t column = first; column < end; ++column) {

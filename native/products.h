@@ -13,18 +13,12 @@
 
 constexpr int kMaxBlock = 256;
 
-// total + scale_x * (products - sum_x * zero_point) * scale
-static inline Lanes add_block(Lanes total, Lanes products, float sum_x, float scale_x, Lanes zero_points, Lanes scales) {
-  const Lanes whole = fma(broadcast(-sum_x), zero_points, products);
-  return fma(mul(whole, broadcast(scale_x)), scales, total);
-}
+#include "finish.h"
 
 template <int BITS>
 static inline Lanes zero_points_of(const Tile& tile, int64_t block) {
   return sub(load_uint8(tile.zero_points + block * kTileRows), broadcast(kOffset<BITS>));
 }
-
-static inline Lanes scales_of(const Tile& tile, int64_t block) { return load_float16(tile.scales + block * kTileRows); }
 
 // R rows of a panel, from the stored codes; totals stay in registers.
 template <int BITS, int R>
@@ -70,30 +64,15 @@ static void add_rest(int64_t num_rows, const Panel& panel, int64_t first, int bl
   }
 }
 
-// Scale by the tile's unit, add bias and residual, and write the columns of y that the tile has.
-static void write_tile(const Weight& weight, int64_t index, const float* totals, int64_t num_rows,
-                       const Output& output, int64_t first_row) {
-  const Tile tile(weight, index);
-  const int64_t column = index * kTileRows;
-  const int width = static_cast<int>(weight.num_rows - column < kTileRows ? weight.num_rows - column : kTileRows);
-  const Lanes unit = broadcast(tile.unit);
-  const Lanes bias = output.bias != nullptr ? load_n(output.bias + column, width) : zero();
-  for (int64_t i = 0; i < num_rows; ++i) {
-    const int64_t offset = (first_row + i) * weight.num_rows + column;
-    Lanes value = fma(load(totals + i * kTileRows), unit, bias);
-    if (output.residual != nullptr) value = add(value, load_n(output.residual + offset, width));
-    store_n(output.y + offset, value, width);
-  }
-}
-
 // R rows of a panel and tiles [first_tile, last_tile).
 template <int BITS, int R>
 static void multiply_few_tiles(const Weight& weight, const Panel& panel, int64_t row, int64_t first_tile, int64_t last_tile,
                                const Output& output, int64_t output_row) {
   alignas(64) float totals[R * kTileRows];
   for (int64_t index = first_tile; index < last_tile; ++index) {
-    multiply_few<BITS, R>(weight, panel, Tile(weight, index), row, totals);
-    write_tile(weight, index, totals, R, output, output_row);
+    const Tile tile(weight, index);
+    multiply_few<BITS, R>(weight, panel, tile, row, totals);
+    write_tile(weight, tile, index, totals, R, output, output_row);
   }
 }
 
@@ -142,8 +121,9 @@ static void multiply_tiles(const Weight& weight, const Panel& panel, int64_t fir
   }
   alignas(64) float totals[kPanelRows * kTileRows];
   for (int64_t index = first_tile; index < last_tile; ++index) {
-    multiply_many<BITS>(weight, panel, Tile(weight, index), totals);
-    write_tile(weight, index, totals, panel.num_rows, output, first_row);
+    const Tile tile(weight, index);
+    multiply_many<BITS>(weight, panel, tile, totals);
+    write_tile(weight, tile, index, totals, panel.num_rows, output, first_row);
   }
 }
 

@@ -152,6 +152,12 @@ struct MatMul {
     QWEN3VL_TRY(check_vector(inputs[kBias], "bias", attributes.num_rows));
     QWEN3VL_TRY(check_vector(inputs[kNorm], "norm", num_columns));
     QWEN3VL_TRY(check_vector(inputs[kResidual], "residual", product.num_rows * attributes.num_rows));
+    const Tensor& residual = inputs[kResidual];
+    if (residual.is_there() && (residual.rank < 1 || residual.shape[residual.rank - 1] != attributes.num_rows)) {
+      return ort::error("rows of the residual have %lld elements, expected %lld",
+                        static_cast<long long>(residual.rank < 1 ? 1 : residual.shape[residual.rank - 1]),
+                        static_cast<long long>(attributes.num_rows));
+    }
     int64_t shape[Tensor::kMaxRank];
     for (size_t i = 0; i < x.rank; ++i) shape[i] = x.shape[i];
     shape[x.rank - 1] = attributes.num_rows;
@@ -159,7 +165,7 @@ struct MatMul {
     QWEN3VL_TRY(ort::make_output(context, 0, shape, x.rank, &y));
     if (product.num_rows == 0) return nullptr;
     product.source = {elements<float>(x), elements<float>(inputs[kNorm]), attributes.epsilon, attributes.gated != 0, num_columns};
-    product.output = {elements<float>(y), elements<float>(inputs[kBias]), elements<float>(inputs[kResidual])};
+    product.output = {elements<float>(y), elements<float>(inputs[kBias]), elements<float>(residual)};
     return run(context, product);
   }
 };

@@ -35,7 +35,8 @@ struct Tensor {
   int64_t shape[kMaxRank] = {};
   size_t rank = 0;
 
-  bool is_there() const { return data != nullptr; }
+  // A tensor without elements may have no memory, and is there all the same.
+  bool is_there() const { return data != nullptr || rank > 0; }
   int64_t num_elements() const {
     int64_t product = 1;
     for (size_t i = 0; i < rank; ++i) product *= shape[i];

@@ -129,8 +129,13 @@ def decode_attention(
     kind: str = "float32",
     key_scales: Array | None = None,
     value_scales: Array | None = None,
+    held: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Return out [B, S, N·H] and the new caches, which are copies."""
+    """Return out [B, S, N·H] and the new caches, which are copies.
+
+    `held` are caches to attend to instead, where new numbers may have been rounded to other codes, since they lie in the
+    middle between two.
+    """
     B, S, _ = qkv.shape
     H = len(q_norm)
     key_KH, value_KH = (None if each is None else each.reshape(kv_num_heads, H) for each in (key_scales, value_scales))
@@ -146,7 +151,7 @@ def decode_attention(
         present_value[b, :, new] = stored(v[b : b + 1].transpose(0, 2, 1, 3), kind, value_KH)[0]
         keys, values = (
             read(cache[b : b + 1, :, : past + S], kind, each)[0]
-            for cache, each in ((present_key, key_KH), (present_value, value_KH))
+            for cache, each in zip(held or (present_key, present_value), (key_KH, value_KH), strict=True)
         )
         for n in range(num_heads):
             kv = n * kv_num_heads // num_heads

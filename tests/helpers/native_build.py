@@ -1,11 +1,13 @@
-"""Compile the library of own kernels as setup.py does, from a folder of sources that a test may have changed."""
+"""Compile `native/` into a folder of a test: with sanitizers, for another processor, or with a mistake put in."""
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,38 +15,57 @@ import pytest
 
 from helpers import ROOT
 
-
-def changed_sources(folder: Path, *changes: tuple[str, str, str]) -> Path:
-    """Copy `native/` into a folder, with texts replaced: file, old text, which must be there once, and new text."""
-    sources = folder / "native"
-    shutil.copytree(ROOT / "native", sources)
-    for name, old, new in changes:
-        text = (sources / name).read_text(encoding="utf-8")
-        assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
-        (sources / name).write_text(text.replace(old, new), encoding="utf-8")
-    return sources
+SOURCES = ROOT / "native"
+COMPILER = shutil.which("g++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 
 
-def compile_native(sources: Path, library: Path, *flags: str) -> Path:
-    """Compile a library without optimisation, or skip the test where there is no g++.
+def build_library(
+    folder: Path, *, flags: Sequence[str] = (), edits: Mapping[str, tuple[str, str]] | None = None, only: str = ""
+) -> Path:
+    """Compile and link the library, and return its path.
 
     Args:
-        sources: Folder like `native/`.
-        library: What is written.
-        flags: Added to those of `build.toml`.
+        folder: Where a copy of the sources, the objects and the library go.
+        flags: More flags of the compiler and the linker, after those of build.toml.
+        edits: By the name of a file, a text that it holds once and what stands there instead.
+        only: The one instruction set, beside the portable code, to compile, such as "avx2"; the others keep their names
+            and lose their functions, which saves most of the time. Empty: all.
     """
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    build = tomllib.loads((sources / "build.toml").read_text(encoding="utf-8"))
+    copy = folder / "native"
+    shutil.copytree(SOURCES, copy)
+    for name, (old, new) in (edits or {}).items():
+        text = (copy / name).read_text(encoding="utf-8")
+        assert text.count(old) == 1, f"{name} holds {text.count(old)} times: {old}"
+        (copy / name).write_text(text.replace(old, new), encoding="utf-8")
+    build = tomllib.loads((copy / "build.toml").read_text(encoding="utf-8"))
+    for name in build.get(platform.machine(), {}):
+        if only and name != f"isa_{only}.cpp" and (copy / name).exists():
+            _drop_functions(copy / name)
     own_flags = {**build["sources"], **build.get(platform.machine(), {})}
-
-    def compile_one(name: str) -> str:
-        output = library.with_name(f"{name}.o")
-        command = ["g++", *build["flags"], *own_flags[name], "-O0", "-w", *flags, "-c", sources / name, "-o", output]
-        subprocess.run(command, check=True)
-        return str(output)
-
-    with ThreadPoolExecutor(2) as threads:
-        objects = list(threads.map(compile_one, own_flags))
-    subprocess.run(["g++", "-shared", *flags, *objects, "-o", library], check=True)
+    tasks = [[*build["flags"], *own, *flags, "-w", "-c", str(copy / name)] for name, own in own_flags.items()]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        objects = list(threads.map(lambda task: _compiled(task, copy), tasks))
+    library = folder / "libqwen3vl_cpu.so"
+    _run([str(COMPILER), "-shared", *flags, *objects, "-o", str(library)])
     return library
+
+
+def _drop_functions(source: Path) -> None:
+    """Leave of the file of an instruction set the definition of its table, without functions."""
+    (definition,) = [
+        line for line in source.read_text(encoding="utf-8").splitlines() if line.startswith("const Kernels k")
+    ]
+    table = definition.split(",")[0] + "};"
+    source.write_text(f'#include "kernels.h"\nnamespace qwen3vl {{\n{table}\n}}\n', encoding="utf-8")
+
+
+def _compiled(arguments: list[str], folder: Path) -> str:
+    target = str(folder / (Path(arguments[-1]).name + ".o"))
+    _run([str(COMPILER), *arguments, "-o", target])
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
