@@ -103,10 +103,7 @@ def build_engine(
         capabilities = {**target.capabilities(bundle.config, sizes), **compiled, "kernels": kernels}
         manifest = _manifest(bundle, target, capabilities, files)
         if cache is not None:
-            how = (
-                f"quantising the KV cache on {len(cache.prompts)} prompts" if cache.prompts else "halving the KV cache"
-            )
-            progress.report(Stage.QUANTISING_CACHE, how)
+            progress.report(Stage.QUANTISING_CACHE, cache.work)
             manifest = quantize_cache(folder, manifest, cache, target)
         if with_weights:
             manifest.write(folder, MANIFEST_NAME if runnable else LOWERED_NAME)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from runtime import native
+
 DOMAIN = "qwen3vl"
 DOMAIN_VERSION = 1
 OPSET_VERSION = 24
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
-CPU_KERNELS = "qwen3vl.cpu"
-"""Domain of the operators of `runtime.native`, our own kernels for CPUs."""
+CPU_KERNELS = native.DOMAIN
+"""Domain of the operators of our own kernels for CPUs."""
 CPU_KERNELS_VERSION = 1
 
 

@@ -58,13 +58,26 @@ QWEN3VL_INLINE void add_rows(const float* weights, const typename Cache::Element
   }
 }
 
+// What a task reads next, [num_rows] of so many bytes: fetched in step with what it computes meanwhile. The processor
+// fetches ahead by itself, but begins anew where a task goes on from keys to values or back.
+struct Ahead {
+  const char* rows;
+  int64_t num_rows, row_bytes;
+
+  QWEN3VL_MEMBER void fetch(int64_t first, int64_t last) const {
+    const int64_t end = (last < num_rows ? last : num_rows) * row_bytes;
+    for (int64_t byte = first * row_bytes; byte < end; byte += 64) __builtin_prefetch(rows + byte, 0, 2);
+  }
+};
+
 template <class Cache, int G>
 static void score_chunk(const float* queries, const typename Cache::Element* rows, int64_t num_rows, int64_t head_dim,
-                        float* scores) {
+                        const Ahead& ahead, float* scores) {
   constexpr int R = kRegisterLanes >= 32 ? 4 : 2;
   const int64_t row_elements = Cache::elements(head_dim);
   int64_t row = 0;
   for (; row + R <= num_rows; row += R) {
+    ahead.fetch(row, row + R);
     score_rows<Cache, G, R>(queries, rows + row * row_elements, head_dim, scores + row);
   }
   for (; row < num_rows; ++row) score_rows<Cache, G, 1>(queries, rows + row * row_elements, head_dim, scores + row);
@@ -72,11 +85,12 @@ static void score_chunk(const float* queries, const typename Cache::Element* row
 
 template <class Cache, int G>
 static void add_chunk(const float* weights, const typename Cache::Element* rows, int64_t num_rows, int64_t head_dim,
-                      float* sums) {
+                      const Ahead& ahead, float* sums) {
   constexpr int R = kRegisterLanes >= 32 ? 4 : 2;
   const int64_t row_elements = Cache::elements(head_dim);
   int64_t row = 0;
   for (; row + R <= num_rows; row += R) {
+    ahead.fetch(row, row + R);
     add_rows<Cache, G, R>(weights + row, rows + row * row_elements, head_dim, sums);
   }
   for (; row < num_rows; ++row) add_rows<Cache, G, 1>(weights + row, rows + row * row_elements, head_dim, sums);
@@ -116,22 +130,30 @@ static void weigh_chunk(Partial& partial, int64_t g, float* scores, int64_t num_
   partial.largest[g] = new_largest;
 }
 
+// A chunk of rows for up to kHeadsAtOnce query heads; meanwhile, the values are fetched and then the keys of the next chunk.
 template <class Cache>
 static void attend_chunk(const float* queries, int64_t num_heads, const typename Cache::Element* keys,
-                         const typename Cache::Element* values, int64_t num_rows, int64_t head_dim, Partial& partial) {
+                         const typename Cache::Element* values, int64_t num_rows, int64_t head_dim,
+                         const Ahead& next_values, const Ahead& next_keys, Partial& partial) {
   float scores[kHeadsAtOnce * kChunkRows];
   int64_t g = 0;
   for (; g + 2 <= num_heads; g += 2) {
-    score_chunk<Cache, 2>(queries + g * head_dim, keys, num_rows, head_dim, scores + g * kChunkRows);
+    score_chunk<Cache, 2>(queries + g * head_dim, keys, num_rows, head_dim, g == 0 ? next_values : Ahead{},
+                          scores + g * kChunkRows);
   }
-  if (g < num_heads) score_chunk<Cache, 1>(queries + g * head_dim, keys, num_rows, head_dim, scores + g * kChunkRows);
+  if (g < num_heads) {
+    score_chunk<Cache, 1>(queries + g * head_dim, keys, num_rows, head_dim, g == 0 ? next_values : Ahead{},
+                          scores + g * kChunkRows);
+  }
   for (g = 0; g < num_heads; ++g) weigh_chunk(partial, g, scores + g * kChunkRows, num_rows, head_dim);
   g = 0;
   for (; g + 2 <= num_heads; g += 2) {
-    add_chunk<Cache, 2>(scores + g * kChunkRows, values, num_rows, head_dim, partial.sums + g * head_dim);
+    add_chunk<Cache, 2>(scores + g * kChunkRows, values, num_rows, head_dim, g == 0 ? next_keys : Ahead{},
+                        partial.sums + g * head_dim);
   }
   if (g < num_heads) {
-    add_chunk<Cache, 1>(scores + g * kChunkRows, values, num_rows, head_dim, partial.sums + g * head_dim);
+    add_chunk<Cache, 1>(scores + g * kChunkRows, values, num_rows, head_dim, g == 0 ? next_keys : Ahead{},
+                        partial.sums + g * head_dim);
   }
 }
 
@@ -146,17 +168,21 @@ static void attend_rows(const float* queries, int64_t num_heads, const typename 
     for (int64_t h = 0; h < head_dim; h += 16) store(partial.sums + g * head_dim + h, zero());
   }
   const int64_t row_elements = Cache::elements(head_dim);
+  const int64_t row_bytes = row_elements * int64_t{sizeof(typename Cache::Element)};
   for (int64_t row = first; row < last; row += kChunkRows) {
-    const int64_t num_rows = last - row < kChunkRows ? last - row : kChunkRows;
+    const int64_t left = last - row, num_rows = left < kChunkRows ? left : kChunkRows;
     const typename Cache::Element* chunk_keys = keys + row * row_elements;
     const typename Cache::Element* chunk_values = values + row * row_elements;
+    const Ahead next_values = {reinterpret_cast<const char*>(chunk_values), num_rows, row_bytes};
+    const Ahead next_keys = {reinterpret_cast<const char*>(chunk_keys) + num_rows * row_bytes, left - num_rows, row_bytes};
     if (Cache::kIsFloat || num_heads <= 2) {
-      attend_chunk<Cache>(queries, num_heads, chunk_keys, chunk_values, num_rows, head_dim, partial);
+      attend_chunk<Cache>(queries, num_heads, chunk_keys, chunk_values, num_rows, head_dim, next_values, next_keys, partial);
     } else {  // converted once for all heads
       float buffers[2][kChunkRows * kMaxHeadDim];
       const float* float_keys = as_float<Cache>(chunk_keys, num_rows, head_dim, buffers[0]);
       const float* float_values = as_float<Cache>(chunk_values, num_rows, head_dim, buffers[1]);
-      attend_chunk<Float32Cache>(queries, num_heads, float_keys, float_values, num_rows, head_dim, partial);
+      attend_chunk<Float32Cache>(queries, num_heads, float_keys, float_values, num_rows, head_dim, next_keys, Ahead{},
+                                 partial);
     }
   }
 }

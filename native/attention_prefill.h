@@ -59,6 +59,9 @@ QWEN3VL_INLINE void value_tile(const float* weights, const float* values, int64_
   }
 }
 
+// Rows of the tile that takes what tiles of R rows leave.
+constexpr int rest_of(int rows) { return rows % 4 == 0 ? rows / 2 : rows > 2 ? 2 : 1; }
+
 template <int R, int C>
 static void score_tiles(const float* queries, const float* rows, int64_t num_rows, int64_t head_dim, float* scores) {
   int64_t row = 0;
@@ -66,19 +69,24 @@ static void score_tiles(const float* queries, const float* rows, int64_t num_row
     score_tile<R, C>(queries, rows + row * head_dim, head_dim, scores + row * kBlockPairs);
   }
   if constexpr (R > 1) {
-    score_tiles<R / 2, C>(queries, rows + row * head_dim, num_rows - row, head_dim, scores + row * kBlockPairs);
+    score_tiles<rest_of(R), C>(queries, rows + row * head_dim, num_rows - row, head_dim, scores + row * kBlockPairs);
   }
 }
 
-// Channels of a head are a multiple of 16.
 template <int R, int C>
-static void value_tiles(const float* weights, const float* values, int64_t num_rows, int64_t head_dim,
+static void value_tiles(const float* weights, const float* values, int64_t num_rows, int64_t channels, int64_t head_dim,
                         const float* change, float* sums) {
-  static_assert(16 % R == 0, "a head is whole tiles");
-  for (int64_t h = 0; h < head_dim; h += R) {
+  int64_t h = 0;
+  for (; h + R <= channels; h += R) {
     value_tile<R, C>(weights, values + h, num_rows, head_dim, change, sums + h * kBlockPairs);
   }
+  if constexpr (R > 1) {
+    value_tiles<rest_of(R), C>(weights, values + h, num_rows, channels - h, head_dim, change, sums + h * kBlockPairs);
+  }
 }
+
+// Rows of the tiles of C vectors: so many that their sums fit the registers, beside the vectors and one broadcast.
+constexpr int tile_rows(int vectors) { return kRegisterLanes < 32 ? 6 : vectors == 4 ? 4 : 8; }
 
 // Tiles of four vectors where their sums fit the registers, of one where they do not.
 static void score_block(const float* queries, int64_t num_vectors, const float* rows, int64_t num_rows, int64_t head_dim,
@@ -86,14 +94,14 @@ static void score_block(const float* queries, int64_t num_vectors, const float* 
   int64_t c = 0;
   if constexpr (kRegisterLanes >= 32) {
     for (; c + 4 <= num_vectors; c += 4) {
-      score_tiles<4, 4>(queries + 16 * c, rows, num_rows, head_dim, scores + 16 * c);
+      score_tiles<tile_rows(4), 4>(queries + 16 * c, rows, num_rows, head_dim, scores + 16 * c);
     }
     for (; c + 2 <= num_vectors; c += 2) {
-      score_tiles<8, 2>(queries + 16 * c, rows, num_rows, head_dim, scores + 16 * c);
+      score_tiles<tile_rows(2), 2>(queries + 16 * c, rows, num_rows, head_dim, scores + 16 * c);
     }
   }
   for (; c < num_vectors; ++c) {
-    score_tiles<kRegisterLanes >= 32 ? 8 : 4, 1>(queries + 16 * c, rows, num_rows, head_dim, scores + 16 * c);
+    score_tiles<tile_rows(1), 1>(queries + 16 * c, rows, num_rows, head_dim, scores + 16 * c);
   }
 }
 
@@ -102,15 +110,14 @@ static void value_block(const float* weights, int64_t num_vectors, const float* 
   int64_t c = 0;
   if constexpr (kRegisterLanes >= 32) {
     for (; c + 4 <= num_vectors; c += 4) {
-      value_tiles<4, 4>(weights + 16 * c, rows, num_rows, head_dim, change + 16 * c, sums + 16 * c);
+      value_tiles<tile_rows(4), 4>(weights + 16 * c, rows, num_rows, head_dim, head_dim, change + 16 * c, sums + 16 * c);
     }
     for (; c + 2 <= num_vectors; c += 2) {
-      value_tiles<8, 2>(weights + 16 * c, rows, num_rows, head_dim, change + 16 * c, sums + 16 * c);
+      value_tiles<tile_rows(2), 2>(weights + 16 * c, rows, num_rows, head_dim, head_dim, change + 16 * c, sums + 16 * c);
     }
   }
   for (; c < num_vectors; ++c) {
-    value_tiles<kRegisterLanes >= 32 ? 8 : 4, 1>(weights + 16 * c, rows, num_rows, head_dim, change + 16 * c,
-                                                sums + 16 * c);
+    value_tiles<tile_rows(1), 1>(weights + 16 * c, rows, num_rows, head_dim, head_dim, change + 16 * c, sums + 16 * c);
   }
 }
 
@@ -210,6 +217,7 @@ template <class Cache>
 static void attend_block(const Attention& a, int64_t task, const float* queries) {
   const int64_t num_blocks = a.num_blocks(), head_dim = a.head_dim, row_elements = Cache::elements(head_dim);
   const int64_t num_pairs = a.num_tokens * a.group();
+  const int64_t row_bytes = row_elements * int64_t{sizeof(typename Cache::Element)};
   Block block;
   block.sequence = task / num_blocks / a.num_kv_heads;
   block.kv_head = task / num_blocks % a.num_kv_heads;
@@ -223,9 +231,12 @@ static void attend_block(const Attention& a, int64_t task, const float* queries)
   const auto* values = rows_of<Cache>(a, static_cast<const void*>(a.present_value), block.sequence, block.kv_head);
   for (int64_t row = 0; row < length; row += kChunkRows) {
     const int64_t num_rows = length - row < kChunkRows ? length - row : kChunkRows;
+    const int64_t left = length - row - num_rows;
+    Ahead{reinterpret_cast<const char*>(values + row * row_elements), num_rows, row_bytes}.fetch(0, num_rows);
     const float* float_keys = as_float<Cache>(keys + row * row_elements, num_rows, head_dim, block.rows);
     score_block(block.queries, block.num_vectors, float_keys, num_rows, head_dim, block.scores);
     weigh_block(a, block, row, num_rows);
+    Ahead{reinterpret_cast<const char*>(keys + (row + num_rows) * row_elements), left, row_bytes}.fetch(0, kChunkRows);
     const float* float_values = as_float<Cache>(values + row * row_elements, num_rows, head_dim, block.rows);
     value_block(block.scores, block.num_vectors, float_values, num_rows, head_dim, block.change, block.sums);
   }

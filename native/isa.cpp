@@ -76,7 +76,7 @@ struct Choice {
 // Best first.
 const Choice kChoices[] = {
 #if defined(__x86_64__)
-    {&kAvx512Vnni, has_avx512_vnni}, {&kAvx2, has_avx2},
+    {&kAmxInt8, has_amx_int8}, {&kAvx512Vnni, has_avx512_vnni}, {&kAvxVnni, has_avx_vnni}, {&kAvx2, has_avx2},
 #elif defined(__aarch64__)
     {&kNeonDotprod, has_dotprod},
 #endif

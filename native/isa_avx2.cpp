@@ -56,7 +56,7 @@ static inline __attribute__((always_inline)) void multiply_bytes(const uint8_t* 
   for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
 #pragma GCC unroll 1
   for (int k = 0; k < block; k += 4, codes += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const __m256i w = _mm256_xor_si256(load_codes(codes + 32 * half), middle), size = _mm256_abs_epi8(w);
@@ -85,7 +85,7 @@ static inline __attribute__((always_inline)) void multiply_nibbles(const uint8_t
     for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm256_setzero_si256();
 #pragma GCC unroll 4
     for (int k = first; k < first + kStep; k += 4, codes += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
 #pragma GCC unroll 2
       for (int side = 0; side < 2; ++side) {
         const __m256i both = load_codes(codes + 32 * side);

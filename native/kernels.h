@@ -12,7 +12,10 @@ namespace qwen3vl {
 
 constexpr int64_t kTileRows = 16;   // rows of W that a tile holds
 constexpr int64_t kPanelRows = 96;  // rows of x that are multiplied together: 6 x 16 and 16 x 6
-constexpr int64_t kPrefetchBytes = 2048;  // how far ahead of a weight's read it is fetched: prefetchers of the processor end at a page
+// How far ahead of its use a weight is fetched into the second level cache: the prefetchers of processors end at a page, and
+// the first level has too few places for what the memory can deliver. One thread, one row, 13 MB in pages of 4 KiB on Zen 4,
+// into the first level 2 KiB ahead 1.00 ms, into the second 4, 8, 16 KiB ahead 0.88, 0.74, 0.70 ms.
+constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kAlignment = 64;  // bytes: a cache line, and the widest vector
 
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }

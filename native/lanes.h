@@ -1,8 +1,9 @@
 // Sixteen float32 lanes: the arithmetic that every instruction set writes the same way.
 //
-// A file of one instruction set defines QWEN3VL_ISA, the namespace of all that is compiled for it, sets its target by
-// `#pragma GCC target`, and includes this file. The widest registers of that target are taken; QWEN3VL_PORTABLE_LANES
-// asks for plain arrays. Several such files are linked together, so everything here is inlined and lies in the namespace.
+// A file of one instruction set defines QWEN3VL_ISA, the namespace of all that is compiled for it, and includes this file.
+// It is compiled with the compiler's flags for that instruction set (`#pragma GCC target` sets no macros in C++ before
+// gcc 13), and the widest registers are taken; QWEN3VL_PORTABLE_LANES asks for plain arrays, QWEN3VL_AVX2_LANES for the
+// registers of AVX2. Several such files are linked together, so everything here is inlined and lies in the namespace.
 //
 // All instruction sets give the same bits: the lanes are sixteen everywhere, each function rounds once per lane, sums over
 // lanes have one order. So files that include this are compiled with -ffp-contract=off: else the compiler fuses what is
@@ -34,6 +35,7 @@
 #endif
 
 #define QWEN3VL_INLINE __attribute__((always_inline)) static inline
+#define QWEN3VL_MEMBER __attribute__((always_inline)) inline
 
 #if defined(QWEN3VL_PORTABLE_LANES)
 #elif defined(__AVX2__)
@@ -46,14 +48,14 @@ namespace QWEN3VL_ISA {
 
 #if defined(QWEN3VL_PORTABLE_LANES)
 #include "lanes_portable.h"
-#elif defined(__AVX512F__)
+#elif defined(__AVX512F__) && !defined(QWEN3VL_AVX2_LANES)
 #include "lanes_avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "lanes_avx2.h"
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include "lanes_neon.h"
 #else
-#include "lanes_portable.h"
+#error "no lanes for these flags of the compiler; QWEN3VL_PORTABLE_LANES takes plain arrays"
 #endif
 
 // exp(x) = 2^n * exp(r) with n = round(x / ln 2), |r| <= ln 2 / 2. The polynomial is our own fit of (exp(r) - 1) / r: its

@@ -13,23 +13,18 @@
 
 constexpr int kMaxBlock = 256;
 
-// total + scale_x * (products - sum_x * zero_point) * scale
-static inline Lanes add_block(Lanes total, Lanes products, float sum_x, float scale_x, Lanes zero_points, Lanes scales) {
-  const Lanes whole = fma(broadcast(-sum_x), zero_points, products);
-  return fma(mul(whole, broadcast(scale_x)), scales, total);
-}
+#include "finish.h"
 
 template <int BITS>
 static inline Lanes zero_points_of(const Tile& tile, int64_t block) {
   return sub(load_uint8(tile.zero_points + block * kTileRows), broadcast(kOffset<BITS>));
 }
 
-static inline Lanes scales_of(const Tile& tile, int64_t block) { return load_float16(tile.scales + block * kTileRows); }
-
 // R rows of a panel, from the stored codes; totals stay in registers.
 template <int BITS, int R>
 static void multiply_few(const Weight& weight, const Panel& panel, const Tile& tile, int64_t row, float* totals) {
   Lanes sum[R];
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) sum[r] = zero();
   const int64_t num_blocks = weight.num_blocks(), block_bytes = weight.block_bytes();
   for (int64_t j = 0; j < num_blocks; ++j) {
@@ -69,14 +64,26 @@ static void add_rest(int64_t num_rows, const Panel& panel, int64_t first, int bl
   }
 }
 
+// R rows of a panel and tiles [first_tile, last_tile).
 template <int BITS, int R>
-static void few_rows(int64_t num_rows, const Weight& weight, const Panel& panel, const Tile& tile, int64_t row,
-                     float* totals) {
+static void multiply_few_tiles(const Weight& weight, const Panel& panel, int64_t row, int64_t first_tile, int64_t last_tile,
+                               const Output& output, int64_t output_row) {
+  alignas(64) float totals[R * kTileRows];
+  for (int64_t index = first_tile; index < last_tile; ++index) {
+    const Tile tile(weight, index);
+    multiply_few<BITS, R>(weight, panel, tile, row, totals);
+    write_tile(weight, tile, index, totals, R, output, output_row);
+  }
+}
+
+template <int BITS, int R>
+static void few_rows(int64_t num_rows, const Weight& weight, const Panel& panel, int64_t row, int64_t first_tile,
+                     int64_t last_tile, const Output& output, int64_t output_row) {
   if constexpr (R > 0) {
     if (num_rows == R) {
-      multiply_few<BITS, R>(weight, panel, tile, row, totals);
+      multiply_few_tiles<BITS, R>(weight, panel, row, first_tile, last_tile, output, output_row);
     } else {
-      few_rows<BITS, R - 1>(num_rows, weight, panel, tile, row, totals);
+      few_rows<BITS, R - 1>(num_rows, weight, panel, row, first_tile, last_tile, output, output_row);
     }
   }
 }
@@ -100,36 +107,22 @@ static void multiply_many(const Weight& weight, const Panel& panel, const Tile& 
   }
 }
 
-// Scale by the tile's unit, add bias and residual, and write the columns of y that the tile has.
-static void write_tile(const Weight& weight, const Tile& tile, int64_t index, const float* totals, int64_t num_rows,
-                       const Output& output, int64_t first_row) {
-  const int64_t column = index * kTileRows;
-  const int width = static_cast<int>(weight.num_rows - column < kTileRows ? weight.num_rows - column : kTileRows);
-  const Lanes unit = broadcast(tile.unit);
-  const Lanes bias = output.bias != nullptr ? load_n(output.bias + column, width) : zero();
-  for (int64_t i = 0; i < num_rows; ++i) {
-    const int64_t offset = (first_row + i) * weight.num_rows + column;
-    Lanes value = fma(load(totals + i * kTileRows), unit, bias);
-    if (output.residual != nullptr) value = add(value, load_n(output.residual + offset, width));
-    store_n(output.y + offset, value, width);
-  }
-}
-
 template <int BITS>
 static void multiply_tiles(const Weight& weight, const Panel& panel, int64_t first_tile, int64_t last_tile,
                            const Output& output, int64_t first_row) {
+  if (panel.num_rows <= kFewRows<BITS>) {
+    constexpr int R = kDirectRows<BITS>;
+    int64_t row = 0;
+    for (; row + R <= panel.num_rows; row += R) {
+      multiply_few_tiles<BITS, R>(weight, panel, row, first_tile, last_tile, output, first_row + row);
+    }
+    few_rows<BITS, R - 1>(panel.num_rows - row, weight, panel, row, first_tile, last_tile, output, first_row + row);
+    return;
+  }
   alignas(64) float totals[kPanelRows * kTileRows];
   for (int64_t index = first_tile; index < last_tile; ++index) {
     const Tile tile(weight, index);
-    if (panel.num_rows > kFewRows<BITS>) {
-      multiply_many<BITS>(weight, panel, tile, totals);
-    } else {
-      int64_t row = 0;
-      for (; row + kDirectRows<BITS> <= panel.num_rows; row += kDirectRows<BITS>) {
-        multiply_few<BITS, kDirectRows<BITS>>(weight, panel, tile, row, totals + row * kTileRows);
-      }
-      few_rows<BITS, kDirectRows<BITS> - 1>(panel.num_rows - row, weight, panel, tile, row, totals + row * kTileRows);
-    }
+    multiply_many<BITS>(weight, panel, tile, totals);
     write_tile(weight, tile, index, totals, panel.num_rows, output, first_row);
   }
 }

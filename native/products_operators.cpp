@@ -62,11 +62,14 @@ struct Product {
 // Rows of x that one task rounds: a few microseconds of work.
 constexpr int64_t kQuantizeRows = 4;
 
-// How the tiles of a weight are cut into tasks: enough for the threads to share, few enough to be worth a start.
-int64_t tiles_of_task(int64_t num_tiles, int64_t num_panels) {
-  constexpr int64_t kTasks = 64;
+// How many tiles one task multiplies by: enough tasks for the threads to share, each large enough to be worth a start and
+// the weights that are fetched ahead beyond its end.
+int64_t tiles_of_task(const Weight& weight, int64_t num_rows, int64_t num_panels) {
+  constexpr int64_t kTasks = 64, kBytes = 128 << 10, kRows = 8;
   const int64_t groups = num_panels >= kTasks ? 1 : divide_up(kTasks, num_panels);
-  return num_tiles <= groups ? 1 : divide_up(num_tiles, groups);
+  const int64_t least = divide_up(kBytes / (num_rows < kRows ? num_rows : kRows), weight.tile_bytes());
+  const int64_t even = divide_up(weight.num_tiles(), groups);
+  return even > least ? even : least;
 }
 
 OrtStatus* run(OrtKernelContext* context, const Product& product) {
@@ -97,7 +100,7 @@ OrtStatus* run(OrtKernelContext* context, const Product& product) {
     isa.quantize(product.source, first, weight, panel_at(first / kPanelRows), first % kPanelRows, rows,
                  scratch + group * scratch_floats);
   }));
-  const int64_t num_tiles = weight.num_tiles(), step = tiles_of_task(num_tiles, num_panels);
+  const int64_t num_tiles = weight.num_tiles(), step = tiles_of_task(weight, num_rows, num_panels);
   const int64_t tasks_of_panel = divide_up(num_tiles, step);
   return ort::parallel_for(context, num_panels * tasks_of_panel, [&](int64_t task) {
     const int64_t panel = task / tasks_of_panel, first = task % tasks_of_panel * step;

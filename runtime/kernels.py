@@ -38,6 +38,8 @@ OWN_KERNEL_TESTS = KERNEL_TESTS / "own"
 _BYTE_PRODUCTS = frozenset({"DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
 # Right kernels are exact or, after a softmax, off by 1e-6; one that saturates is off by 0.1 and more.
 _TOLERANCE = 0.01
+# Ours were off by 7e-7 with every instruction set; a zero point of 8 bits that is wrong by 1, by 1e-3.
+_OWN_TOLERANCE = 1e-5
 
 
 def kernels_of(manifest: Manifest) -> list[str]:
@@ -80,6 +82,7 @@ def needs_exact_products(kernels: Collection[str], tests: Path = KERNEL_TESTS) -
         _check(
             f"{kernel} of ONNX Runtime {ort.__version__}",
             _error(tests / f"{kernel}.onnx", exact and kernel in _BYTE_PRODUCTS),
+            _TOLERANCE,
             "install another release of onnxruntime, or build the engine for ort-cpu-fp32, which multiplies in float32",
         )
     for kernel in sorted(own):
@@ -87,6 +90,7 @@ def needs_exact_products(kernels: Collection[str], tests: Path = KERNEL_TESTS) -
         _check(
             f"our own kernel {kernel} ({isa})",
             _error(tests / OWN_KERNEL_TESTS.name / f"{kernel}.onnx", False, isa),
+            _OWN_TOLERANCE,
             _remedy(isa),
         )
     return exact
@@ -99,8 +103,8 @@ def _remedy(isa: str) -> str:
     return f"{other}build the library again (make native), or the engine with qwen3vl-export --kernels ort"
 
 
-def _check(kernel: str, error: float, remedy: str) -> None:
-    if not error <= _TOLERANCE:
+def _check(kernel: str, error: float, tolerance: float, remedy: str) -> None:
+    if not error <= tolerance:
         raise EngineError(
             f"{kernel} computes wrong products on this processor: relative error {error:.2g}; instruction sets: "
             f"{', '.join(processor()[1]) or 'unknown'}",

@@ -2,7 +2,9 @@
 
 The estimates are those of ONNX Runtime's CPU engine in float32, measured as growth of the peak resident memory
 (onnxruntime 1.32, 2B shape, 2 threads). After opening, 8.34 GB of anonymous memory hold 8.51 GB of weights; another
-1.25 GB are mapped pages of the weight files, which the kernel may drop, so the weights count once.
+1.25 GB are mapped pages of the weight files, which the kernel may drop, so the weights count once. With our own kernels
+(docs/cpu_kernels.md) all weights are mapped and nothing holds another copy: 2B in 4 bits, after an image of 3072
+patches and 2244 tokens, has 1.36 GB of such pages, and 0.68 GB of anonymous memory, 0.52 of them the KV cache.
 """
 
 from __future__ import annotations

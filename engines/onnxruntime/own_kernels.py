@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from engines.kernel_sets import OWN
-from engines.onnx_text import CPU_KERNELS
 from engines.onnxruntime.packed_storage import PACKED_STORAGE
 from engines.quantize.formats import WeightFormats
 from engines.target import Target
+from runtime import native
 from runtime.errors import TargetError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def with_own_kernels(target: Target, **changes: Any) -> Target:
         other_kernels=(),
         check_kernels=_problem,
         kernels_drawback=_drawback,
-        custom_ops=CPU_KERNELS,
+        custom_ops=native.DOMAIN,
         native_ops={**target.native_ops, "CausalAttention": _causal_attention},
         calibration_ops=target.native_ops,
         passes=_passes,
@@ -52,14 +52,10 @@ def with_own_kernels(target: Target, **changes: Any) -> Target:
 
 
 def _problem() -> str:
-    from runtime import native
-
     return native.problem()
 
 
 def _drawback() -> str:
-    from runtime import native
-
     return "this processor runs their portable code alone" if native.isa() == native.PORTABLE else ""
 
 
@@ -67,12 +63,12 @@ def _causal_attention(config: ModelConfig) -> str:
     """Return a body that joins q, k and v, which RemoveSplitConcatPass undoes where one product made them."""
     text = config.text
     return f"""
-<domain: "qwen3vl", opset_import: ["" : 24, "{CPU_KERNELS}" : 1]>
+<domain: "qwen3vl", opset_import: ["" : 24, "{native.DOMAIN}" : 1]>
 CausalAttention <scale: float, epsilon: float>
     (q, k, v, q_norm, k_norm, cos, sin, past_key, past_value, past_lengths) => (out, present_key, present_value)
 {{
     qkv = Concat <axis = -1> (q, k, v)
-    out, present_key, present_value = {CPU_KERNELS}.DecodeAttention
+    out, present_key, present_value = {native.DOMAIN}.DecodeAttention
         <num_heads = {text.num_heads}, kv_num_heads = {text.num_kv_heads}, scale: float = @scale,
          epsilon: float = @epsilon>
         (qkv, q_norm, k_norm, cos, sin, past_key, past_value, past_lengths)

@@ -65,5 +65,5 @@ def _set_type(model: ir.Model, dtype: ir.DataType, bits: int) -> None:
         if str(value.name).startswith(("past_key_values.", "present_key_values.")):
             assert value.shape is not None and isinstance(value.shape[-1], int)
             *others, head_dim = value.shape
-            value.dtype = dtype
+            value.type = ir.TensorType(dtype)  # a new one: copies of a graph share theirs
             value.shape = ir.Shape([*others, head_dim * bits // dtype.bitwidth])

@@ -43,6 +43,11 @@ class CacheQuantization:
     bits: int
     prompts: Sequence[CalibrationPrompt]
 
+    @property
+    def work(self) -> str:
+        """What is done for it, for a line on progress."""
+        return f"quantising the KV cache on {len(self.prompts)} prompts" if self.prompts else "halving the KV cache"
+
 
 def wanted_cache(name: str, prompts: Sequence[CalibrationPrompt], target: Target) -> CacheQuantization:
     """Return what `--kv-cache` asks for.

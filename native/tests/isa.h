@@ -1,19 +1,17 @@
-// The instruction set that a test's file is compiled for: one of TEST_PORTABLE, TEST_AVX2, TEST_AVX512, TEST_NEON.
+// The instruction set that a test's file is compiled for: TEST_PORTABLE, or what the compiler's flags say.
 #pragma once
 
-#if defined(TEST_AVX512)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#define QWEN3VL_ISA avx512
-#elif defined(TEST_AVX2)
-#pragma GCC target("avx2,fma,f16c")
-#define QWEN3VL_ISA avx2
-#elif defined(TEST_NEON)
-#define QWEN3VL_ISA neon
-#elif defined(TEST_PORTABLE)
+#if defined(TEST_PORTABLE)
 #define QWEN3VL_PORTABLE_LANES
 #define QWEN3VL_ISA portable
+#elif defined(__AVX512F__)
+#define QWEN3VL_ISA avx512
+#elif defined(__AVX2__)
+#define QWEN3VL_ISA avx2
+#elif defined(__ARM_NEON)
+#define QWEN3VL_ISA neon
 #else
-#error "define one of TEST_PORTABLE, TEST_AVX2, TEST_AVX512, TEST_NEON"
+#error "TEST_PORTABLE, or flags such as -mavx2 -mfma -mf16c"
 #endif
 
 #define TEST_TEXT_OF(x) #x

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import DECODER, VISION
+from runtime import native
 from runtime.contract import DECODER_OUTPUTS, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
 from runtime.errors import CapacityError, ParityError
 from runtime.files import is_folder, leads_somewhere
@@ -50,7 +51,8 @@ class LoweredSession:
         self._text = manifest.model.text
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._folder = folder
-        self._graphs = {graph: open_graph(folder / f"{graph}.onnx", threads) for graph in (VISION, DECODER)}
+        has_own = "custom_ops" in manifest.capabilities
+        self._graphs = {graph: open_graph(folder / f"{graph}.onnx", threads, has_own) for graph in (VISION, DECODER)}
         (shape,) = (node.shape for node in self._graphs[DECODER].get_inputs() if node.name == "past_key_values.0.key")
         # TensorRT takes no other cache than one of a fixed capacity, so there it is a number.
         self.capacity = shape[2] if isinstance(shape[2], int) else None
@@ -124,10 +126,11 @@ class LoweredSession:
         return [values[i].numpy() for i in range(len(names))]
 
 
-def open_graph(path: Path, threads: int | None = None) -> ort.InferenceSession:
+def open_graph(path: Path, threads: int | None = None, has_own_kernels: bool = False) -> ort.InferenceSession:
     """Open a graph so that its nodes run as they are and its tensors have the types that it says.
 
     Raises:
+        EngineError: It has operators of our own kernels, whose library cannot be used.
         ParityError: ONNX Runtime's CPU provider has no kernel for an op or a type.
     """
     import onnxruntime as ort
@@ -136,6 +139,8 @@ def open_graph(path: Path, threads: int | None = None) -> ort.InferenceSession:
     options.log_severity_level = 4  # what it logs is also in what it raises
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads or default_threads()
+    if has_own_kernels:
+        native.register(options)
     # Nobody times these runs, and on busy cores waiting threads that spin take the time of those that work.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The graph comes as bytes, so its weights' folder must be named.

@@ -9,7 +9,6 @@ import io
 import logging
 import math
 import mmap
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,12 @@ from runtime.contract import (
 from runtime.engine_paths import check_paths
 from runtime.errors import EngineError
 from runtime.files import read_small_file
-from runtime.huge_pages import anonymous_regions, use_huge_pages
+from runtime.huge_pages import anonymous_regions, copy_to_huge_pages, use_huge_pages
 from runtime.installation import from_extra
 from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
 from runtime.manifest import Manifest
 from runtime.memory import cache_bits
-from runtime.parallel import ordered_map
 from runtime.session import KVCache, SessionOptions
 
 with from_extra("cpu"):
@@ -53,7 +51,7 @@ _TYPE_NAMES = {
     "int8": "tensor(int8)",
     "uint8": "tensor(uint8)",
 }
-_VISION, _DECODERS = "vision.onnx", ("decoder.onnx", "prefill.onnx")
+_VISION, _DECODER, _PREFILL = "vision.onnx", "decoder.onnx", "prefill.onnx"
 _AS_REQUESTED = 1  # of onnxruntime's ArenaExtendStrategy; 0 doubles
 
 
@@ -144,19 +142,16 @@ class OrtCpuSession:
         self._cache_scales = None if scales is None else _read_scales(folder, manifest, scales)
         self._has_batched_chunks = bool(manifest.capabilities.get("batched_chunks", False))
         before = anonymous_regions()
-        # Some engines hold the decoder twice: the second one is faster for prompts.
-        names = [_VISION, *(_DECODERS if "prefill_min_tokens" in manifest.capabilities else _DECODERS[:1])]
-        # Own kernels read weights where they are mapped, so that opening is work on graphs alone. ONNX Runtime's pack
-        # them anew, on all threads already, and would hold several copies at once.
-        opened = ordered_map(
-            partial(_open_graph, folder, manifest, options), names, len(names) if has_own_kernels else 1
-        )
-        self._vision, self._decoder, *rest = opened
-        self._prefill = rest[0] if rest else self._decoder
+        self._vision = _open_graph(folder, manifest, options, _VISION)
+        self._decoder = _open_graph(folder, manifest, options, _DECODER)
+        # Some engines hold the decoder twice: this one is faster for prompts.
+        self._prefill = self._decoder
+        if "prefill_min_tokens" in manifest.capabilities:
+            self._prefill = _open_graph(folder, manifest, options, _PREFILL)
         if exact:
             # The library made two more copies of the weights on its way, 96 MB of weights: 234 MB before, 98 MB after.
             release_freed_memory()
-        if given.huge_pages and not use_huge_pages(before):
+        if given.huge_pages and not use_huge_pages(before) + (copy_to_huge_pages(folder) if has_own_kernels else 0):
             _LOGGER.warning("note: the kernel gave no huge pages, so tokens come as they would without")
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
@@ -226,6 +221,7 @@ def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.Session
 
     Raises:
         EngineError: They cannot be used here, or the engine asks for others.
+        UsageError: The instruction set that was chosen for them cannot be used.
     """
     wanted = manifest.capabilities.get("custom_ops")
     if wanted is None:

@@ -18,11 +18,12 @@ from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from engines.choose import AUTO, choose_target, consider, estimate, resolve_target, weight_bytes
 from engines.hardware import Gpu, Hardware
+from engines.kernel_sets import with_kernels
 from engines.quantize.formats import WeightFormats
 from engines.registry import all_targets, get
 from engines.target import Target
 from engines.weight_shapes import EMBEDDING_KEY, weight_shapes
-from helpers.targets import like
+from helpers.targets import by_name, like, own, with_all_kernels
 from runtime.errors import CapacityError, TargetError
 from runtime.memory import CACHE, LOGITS, PREFILL, VISION, WEIGHTS, prefill_bytes, vision_bytes
 from runtime.model_config import ModelConfig
@@ -50,7 +51,7 @@ def stored_bytes(engine: Path) -> int:
     return total
 
 
-@pytest.mark.parametrize("target", all_targets(), ids=lambda target: target.name)
+@pytest.mark.parametrize("target", with_all_kernels(), ids=by_name)
 def test_weights_are_estimated_to_the_byte(target: Target, demo_bundle: Bundle, tmp_path: Path) -> None:
     build_engine(demo_bundle, target, tmp_path / "graphs", with_weights=False)
     stored, estimated = stored_bytes(tmp_path / "graphs"), weight_bytes(target, demo_bundle.config)
@@ -61,12 +62,15 @@ def test_weights_are_estimated_to_the_byte(target: Target, demo_bundle: Bundle, 
 _TRT = ("trt-fp16", "trt-int4", "trt-nvfp4", "trt-fp8")
 
 
-@pytest.mark.parametrize("name", ["ort-cpu-fp32", "ort-cpu-int4", "ort-cuda-fp16", "ort-cuda-int4", *_TRT])
-def test_experts_are_estimated_to_the_byte(name: str, demo_moe_bundle: Bundle, tmp_path: Path) -> None:
+_WITH_EXPERTS = map(get, ("ort-cpu-fp32", "ort-cpu-int4", "ort-cuda-fp16", "ort-cuda-int4", *_TRT))
+
+
+@pytest.mark.parametrize("target", [*_WITH_EXPERTS, own("ort-cpu-int4")], ids=by_name)
+def test_experts_are_estimated_to_the_byte(target: Target, demo_moe_bundle: Bundle, tmp_path: Path) -> None:
     """Of a checkpoint whose rows of experts no block of 128 divides."""
-    build_engine(demo_moe_bundle, get(name), tmp_path / "graphs", with_weights=False)
-    stored, estimated = stored_bytes(tmp_path / "graphs"), weight_bytes(get(name), demo_moe_bundle.config)
-    assert stored <= estimated <= (stored if get(name).device == "cpu" else 1.01 * stored)
+    build_engine(demo_moe_bundle, target, tmp_path / "graphs", with_weights=False)
+    stored, estimated = stored_bytes(tmp_path / "graphs"), weight_bytes(target, demo_moe_bundle.config)
+    assert stored <= estimated <= (stored if target.device == "cpu" else 1.01 * stored)
 
 
 def test_experts_that_tensorrt_gathers_are_counted() -> None:
@@ -191,7 +195,7 @@ def test_nothing_fits() -> None:
     assert nearest.target == "ort-cpu-int4"
     assert f"ort-cpu-int4, the nearest, takes {nearest.total_bytes / 1e6:,.1f} MB" in caught.value.message
     assert "the limit is 1,073.7 MB" in caught.value.message
-    assert nearest.parts[WEIGHTS] == estimate(CPU_INT4, config)[WEIGHTS] > 1 << 30
+    assert nearest.parts[WEIGHTS] == estimate(with_kernels(CPU_INT4, None), config)[WEIGHTS] > 1 << 30
 
 
 def test_rows_that_no_kernel_reads_are_a_refusal() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from engines.hardware import Hardware
-from engines.registry import get
+from engines.kernel_sets import OWN
+from engines.registry import all_targets, get
 from engines.target import Availability, Target
 
 
@@ -32,4 +33,16 @@ def like(
 
 def by_name(target: Target) -> str:
     """Return the id of a test that is run for a target."""
-    return target.name
+    return f"{target.name}-{target.kernels}" if target.kernels else target.name
+
+
+def with_all_kernels() -> list[Target]:
+    """Return every target of the registry, once with each kind of kernels that it can be built with."""
+    return [each for target in all_targets() for each in (target, *target.other_kernels)]
+
+
+def own(name: str) -> Target:
+    """Return a target with our own CPU kernels, whether this machine can run them or not."""
+    (target,) = get(name).other_kernels
+    assert target.kernels == OWN
+    return target

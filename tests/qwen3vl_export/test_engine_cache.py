@@ -25,6 +25,7 @@ from qwen3vl_export.engine_store import cache_folder, entries
 from qwen3vl_export.export import Exported
 from qwen3vl_export.request import ExportRequest
 from qwen3vl_export.revisions import look_up
+from runtime import native
 from runtime.errors import CheckpointError, UsageError
 from runtime.manifest import Manifest
 
@@ -124,6 +125,20 @@ def test_what_another_engine_comes_of_is_in_the_name(checkpoint: Path, tmp_path:
     others.add(built())
     assert len(others) == 5 and first not in others
     assert len(exporter.requests) == 6
+
+
+def test_kernels_count_by_what_they_are_and_not_by_who_chose_them(
+    checkpoint: Path, tmp_path: Path, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(**options: Any) -> str:
+        return find_or_build(str(checkpoint), cache=tmp_path / "cache", target="ort-cpu-int8", **options).name
+
+    monkeypatch.setattr(native, "isa", lambda: "avx2")
+    monkeypatch.setattr(native, "problem", lambda: "")
+    own, ort = built(), built(kernels="ort")
+    assert own != ort and built(kernels="own") == own and len(exporter.requests) == 2
+    monkeypatch.setattr(native, "problem", lambda: "the library is missing")
+    assert built() == ort and len(exporter.requests) == 2
 
 
 def test_the_size_of_a_compiled_engine_counts(checkpoint: Path, tmp_path: Path, exporter: Exporter) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.mappings import mapping
 from helpers.own_kernels import needs_own_kernels, open_graph, write_product
 from scripts.write_own_kernel_tests import activations, packed
 
@@ -27,19 +28,6 @@ def tiles_of(bits: int, num_rows: int = NUM_ROWS, num_columns: int = NUM_COLUMNS
     scales, zeros = 2.0 ** random.integers(0, 3, shape), random.integers(0, 2**bits, shape)
     of_column = np.arange(num_columns) // BLOCK
     return packed(codes, scales, zeros, BLOCK, bits), (codes - zeros[:, of_column]) * scales[:, of_column]
-
-
-def mapping(path: Path) -> dict[str, int]:
-    """Sums over all mappings of a file in this process, in bytes, by the names of proc(5)."""
-    sizes: dict[str, int] = {}
-    is_ours = False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            is_ours = line.endswith(f" {path}")
-        elif is_ours and line.endswith(" kB"):
-            name, size, _ = line.split()
-            sizes[name.rstrip(":")] = sizes.get(name.rstrip(":"), 0) + (int(size) << 10)
-    return sizes
 
 
 @linux

@@ -28,6 +28,7 @@ from engines.registry import get
 from engines.target import Target
 from engines.weights import StreamedTensor
 from helpers.cpu_ops import evaluate, rms_norm, round_rows, swiglu, weight_of_tiles
+from helpers.targets import own
 
 RNG = np.random.default_rng(3)
 DIM = 48
@@ -290,12 +291,6 @@ def test_a_value_is_not_cut_up_to_be_joined_again() -> None:
     assert op_types(model) == ["Gelu"]
     for order, axis in (((1, 0, 2), -1), ((0, 1), -1), ((0, 1, 2), 1)):
         assert not RemoveSplitConcatPass()(split_and_joined(order, axis)).modified
-
-
-def own(name: str) -> Target:
-    (target,) = get(name).other_kernels
-    assert target.kernels == "own"
-    return target
 
 
 def lowered(bundle: Bundle, graph: str, target: Target) -> ir.Model:

@@ -184,7 +184,7 @@ def test_the_command_makes_such_an_engine(calibration: Path, engine_of_bits: dic
     ("arguments", "message", "remedy"),
     [
         (("--kv-cache", "int8"), "--kv-cache int8 needs prompts", "add --calibration DIR"),
-        (("--kv-cache", "fp8"), "--kv-cache fp8: unknown", "the kinds are int8, int4"),
+        (("--kv-cache", "fp8"), "--kv-cache fp8: unknown", "the kinds are float16, int8, int4"),
         (("--kv-cache", "int4", "--no-weights"), "--kv-cache has to run the engine", "leave --kv-cache out"),
     ],
 )
