@@ -74,10 +74,11 @@ def run_tests(
 ) -> subprocess.CompletedProcess[str]:
     """Run tests of tests/native with the runtime of a folder, as `run_python`.
 
-    Its runtime is imported first: pytest would find that of the checkout.
+    Its runtime is imported first: pytest would find that of the checkout. Nothing is captured, since it would be lost
+    with a process that a sanitizer ends.
     """
     code = "import sys, runtime.native, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--confcutdir", str(ROOT / "tests" / "native")]
+    options = ["-q", "-x", "-s", "-p", "no:cacheprovider", "--confcutdir", str(ROOT / "tests" / "native")]
     return run_python(folder, "-c", code, *options, *arguments, environment=environment, before=before)
 
 
