@@ -133,8 +133,7 @@ def decode_attention(
 ) -> tuple[Array, Array, Array]:
     """Return out [B, S, N·H] and the new caches, which are copies.
 
-    `held` are caches to attend to instead, where new numbers may have been rounded to other codes, since they lie in the
-    middle between two.
+    `held` are caches to attend to instead: in those, numbers in the middle between two codes may be rounded to the other.
     """
     B, S, _ = qkv.shape
     H = len(q_norm)

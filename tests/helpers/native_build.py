@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,36 @@ def build_library(
     library = folder / "libqwen3vl_cpu.so"
     _run([str(COMPILER), "-shared", *flags, *objects, "-o", str(library)])
     return library
+
+
+def with_library(folder: Path, library: Path) -> Path:
+    """Return a folder with a copy of the runtime that has this library, for `run_python`."""
+    shutil.copytree(ROOT / "runtime", folder / "runtime", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copy(library, folder / "runtime" / "native" / "libqwen3vl_cpu.so")
+    return folder
+
+
+def run_python(
+    folder: Path, *arguments: str, environment: Mapping[str, str] | None = None, before: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run Python, perhaps by another program `before` it, with the runtime of a folder and all else of this checkout."""
+    path = os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests")))
+    everything = {**os.environ, "PYTHONPATH": path, **(environment or {})}
+    command = [*before, sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=everything, capture_output=True, text=True, timeout=1800)
+
+
+def run_tests(
+    folder: Path, *arguments: str, environment: Mapping[str, str] | None = None, before: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run tests of tests/native with the runtime of a folder, as `run_python`.
+
+    Its runtime is imported first: pytest would find that of the checkout. Nothing is captured, since it would be lost
+    with a process that a sanitizer ends.
+    """
+    code = "import sys, runtime.native, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-q", "-x", "-s", "-p", "no:cacheprovider", "--confcutdir", str(ROOT / "tests" / "native")]
+    return run_python(folder, "-c", code, *options, *arguments, environment=environment, before=before)
 
 
 def _drop_functions(source: Path) -> None:
