@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 from setuptools.modified import newer_group
 
 NAME = "runtime.native.libqwen3vl_cpu"
@@ -67,7 +67,7 @@ class BuildLibrary(build_ext):
             with ThreadPoolExecutor(os.cpu_count()) as threads:
                 objects = list(threads.map(lambda source: self._compiled(source, flags[source]), ext.sources))
             self.compiler.link_shared_object(objects, str(library), extra_postargs=LINK, target_lang="c++")
-        except BaseError as error:  # no compiler, too old a one, or no linker
+        except (BaseError, CCompilerError, OSError) as error:  # no compiler, too old a one, or no linker
             if self.strict:
                 raise
             print(f"note: the library of own kernels was not built: {error}", file=sys.stderr)
@@ -90,6 +90,8 @@ class BuildWheel(bdist_wheel):
         """Compile first, since the name depends on it."""
         self.run_command("build")
         self.root_is_pure = not self.get_finalized_command("build_ext").has_built
+        if self.root_is_pure:
+            self.distribution.ext_modules = None  # else its files would be those of one platform
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

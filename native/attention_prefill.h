@@ -144,13 +144,12 @@ static void begin_block(const Attention& a, const float* queries, Block& block) 
   for (int64_t c = 0; c < block.num_vectors; ++c) {
     store(block.largest + 16 * c, broadcast(-__builtin_inff()));
     store(block.weights + 16 * c, zero());
+    const int64_t left = block.num_pairs - 16 * c < 16 ? block.num_pairs - 16 * c : 16;
+    const float* from[16];
+    for (int64_t i = 0; i < left; ++i) from[i] = queries + offset_of_pair(a, block, block.first_pair + 16 * c + i);
     for (int64_t h = 0; h < a.head_dim; h += 16) {
       Lanes heads[16];
-      for (int64_t i = 0; i < 16; ++i) {
-        const int64_t pair = 16 * c + i;
-        const bool is_there = pair < block.num_pairs;
-        heads[i] = is_there ? load(queries + offset_of_pair(a, block, block.first_pair + pair) + h) : zero();
-      }
+      for (int64_t i = 0; i < 16; ++i) heads[i] = i < left ? load(from[i] + h) : zero();
       transpose(heads);
       for (int64_t i = 0; i < 16; ++i) {
         store(block.queries + (h + i) * kBlockPairs + 16 * c, heads[i]);
@@ -197,6 +196,8 @@ static void write_block(const Attention& a, const Block& block) {
   for (int64_t c = 0; c < block.num_vectors; ++c) {
     const Lanes factor = div(broadcast(1.0f), load(block.weights + 16 * c));
     const int64_t left = block.num_pairs - 16 * c < 16 ? block.num_pairs - 16 * c : 16;
+    float* to[16];
+    for (int64_t i = 0; i < left; ++i) to[i] = a.out + offset_of_pair(a, block, block.first_pair + 16 * c + i);
     for (int64_t h = 0; h < a.head_dim; h += 16) {
       Lanes channels[16];
       for (int64_t i = 0; i < 16; ++i) {
@@ -204,9 +205,7 @@ static void write_block(const Attention& a, const Block& block) {
         if constexpr (Cache::kHasScales) channels[i] = mul(channels[i], broadcast(scales[h + i]));
       }
       transpose(channels);
-      for (int64_t i = 0; i < left; ++i) {
-        store(a.out + offset_of_pair(a, block, block.first_pair + 16 * c + i) + h, channels[i]);
-      }
+      for (int64_t i = 0; i < left; ++i) store(to[i] + h, channels[i]);
     }
   }
 }

@@ -5,12 +5,18 @@ static void normalize_and_rotate(const Attention& a, const float* x, const float
                                  const float* sin, float* head) {
   const int64_t head_dim = a.head_dim, half = head_dim / 2;
   Lanes squares = zero();
-  for (int64_t h = 0; h < head_dim; h += 16) squares = fma(load(x + h), load(x + h), squares);
+  for (int64_t i = 0; i < head_dim; i += 16) squares = fma(load(x + i), load(x + i), squares);
   const float mean = reduce_add(squares) / static_cast<float>(head_dim);
   const Lanes factor = div(broadcast(1.0f), sqrt(broadcast(mean + a.epsilon)));
-  for (int64_t h = 0; h < head_dim; h += 16) store(head + h, mul(mul(load(x + h), factor), load(weight + h)));
-  for (int64_t h = 0; h < half; h += 16) {
-    const int n = half - h < 16 ? static_cast<int>(half - h) : 16;
+  for (int64_t i = 0; i < head_dim; i += 16) store(head + i, mul(mul(load(x + i), factor), load(weight + i)));
+  int64_t h = 0;
+  for (; h + 16 <= half; h += 16) {
+    const Lanes c = load(cos + h), s = load(sin + h), first = load(head + h), second = load(head + half + h);
+    store(head + h, sub(mul(first, c), mul(second, s)));
+    store(head + half + h, add(mul(second, c), mul(first, s)));
+  }
+  if (h < half) {
+    const int n = static_cast<int>(half - h);
     const Lanes c = load_n(cos + h, n), s = load_n(sin + h, n);
     const Lanes first = load_n(head + h, n), second = load_n(head + half + h, n);
     store_n(head + h, sub(mul(first, c), mul(second, s)), n);

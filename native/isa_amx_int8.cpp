@@ -14,7 +14,7 @@ using namespace qwen3vl;
 
 #include "finish.h"
 
-// Panels of so few rows are multiplied by AVX-512 VNNI, which every such processor has: reading the weight takes longer.
+// Panels of so few rows are multiplied by AVX-512 VNNI, which every such processor has: it waits for the weight anyway.
 constexpr int64_t kFewRows = 4;
 
 constexpr int kMaxBlock = 256, kRows = 16, kStepBytes = 64;
@@ -63,7 +63,7 @@ static inline __attribute__((always_inline)) void prepare(const Weight& weight, 
   const int64_t first = num_lines * part / count, last = num_lines * (part + 1) / count;
   if constexpr (BITS == 8) {
     for (int64_t i = first; i < last; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i) + kPrefetchBytes, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i) + kPrefetchBytes, _MM_HINT_T1);
     }
   } else {
     const __m512i low_bits = _mm512_set1_epi8(15), zero_points = zero_points_of_codes(tile, block);
@@ -71,7 +71,7 @@ static inline __attribute__((always_inline)) void prepare(const Weight& weight, 
     uint8_t* high = low + 64 * num_lines;
     for (int64_t i = first; i < last; ++i) {
       const __m512i both = _mm512_loadu_si512(codes + 64 * i);
-      _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i) + kPrefetchBytes, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i) + kPrefetchBytes, _MM_HINT_T1);
       const __m512i high_codes = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
       _mm512_store_si512(low + 64 * i, _mm512_sub_epi8(_mm512_and_si512(both, low_bits), zero_points));
       _mm512_store_si512(high + 64 * i, _mm512_sub_epi8(high_codes, zero_points));
@@ -99,8 +99,8 @@ class Product {
   const float* totals(int column) const { return totals_[column]; }
   const Tile& tile(int column) const { return tiles_[column]; }
 
-  // While the dot products of one part are under way, the sums of the part before are added to the totals, and some of the
-  // next block is made ready.
+  // While the dot products of one part are under way, the sums of the part before are added to the totals, and some of
+  // the next block is made ready.
   void run() {
     const int64_t num_blocks = weight_.num_blocks();
     for (int c = 0; c < COLUMNS; ++c) prepare<BITS>(weight_, tiles_[c], 0, 0, 1, &unpacked_[0][c]);
@@ -217,7 +217,9 @@ static void multiply_tiles(const Weight& weight, const Panel& panel, int64_t fir
   const Parts parts(panel.num_rows);
   configure(parts, weight.block);
   int64_t index = first_tile;
-  for (; index + 2 <= last_tile; index += 2) multiply_columns<BITS, STEPS, 2>(weight, panel, parts, index, output, first_row);
+  for (; index + 2 <= last_tile; index += 2) {
+    multiply_columns<BITS, STEPS, 2>(weight, panel, parts, index, output, first_row);
+  }
   if (index < last_tile) multiply_columns<BITS, STEPS, 1>(weight, panel, parts, index, output, first_row);
   amx::release();
 }

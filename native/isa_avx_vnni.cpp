@@ -1,7 +1,7 @@
 // AVX-VNNI, without AVX-512: the 16 rows of W in a tile are the 32-bit lanes of two registers.
 //
-// Its instructions mean the same as those of AVX-512 VNNI at 256 bits, which this file takes where it is compiled for them:
-// so it can be run on processors that have only these.
+// Its instructions mean the same as those of AVX-512 VNNI at 256 bits, which this file takes where it is compiled for
+// them: so it can be run on processors that have only these, and has been; its speed is not measured.
 #define QWEN3VL_ISA avx_vnni
 #define QWEN3VL_AVX2_LANES
 
@@ -32,13 +32,13 @@ constexpr int kOffset = 0;
 #endif
 
 // For the compiler's own function, g++ 12 copies each sum to another register and back, and has none left.
-static inline __attribute__((always_inline)) __m256i add_products(__m256i sums, __m256i codes, __m256i x) {
+QWEN3VL_INLINE __m256i add_products(__m256i sums, __m256i codes, __m256i x) {
   __asm__(QWEN3VL_DPBUSD " %2, %1, %0" : "+x"(sums) : "x"(codes), "x"(x));
   return sums;
 }
 
 // Loaded where it is written: the compiler would load those of several rows first, and have no registers left for sums.
-static inline __attribute__((always_inline)) __m256i four_of_row(const int8_t* x) {
+QWEN3VL_INLINE __m256i four_of_row(const int8_t* x) {
   struct Four {
     int8_t bytes[4];
   };
@@ -47,7 +47,7 @@ static inline __attribute__((always_inline)) __m256i four_of_row(const int8_t* x
   return four;
 }
 
-static inline __attribute__((always_inline)) __m256i load_codes(const uint8_t* codes) {
+QWEN3VL_INLINE __m256i load_codes(const uint8_t* codes) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
 }
 
@@ -57,26 +57,26 @@ struct Sums {
   __m256i left = _mm256_setzero_si256(), right = _mm256_setzero_si256();  // the first and the last 8 rows of W
   Sums<R - 1> others;
 
-  __attribute__((always_inline)) void add_left(__m256i codes, const int8_t* x, int block) {
+  QWEN3VL_MEMBER void add_left(__m256i codes, const int8_t* x, int block) {
     left = add_products(left, codes, four_of_row(x));
     others.add_left(codes, x + block, block);
   }
-  __attribute__((always_inline)) void add_right(__m256i codes, const int8_t* x, int block) {
+  QWEN3VL_MEMBER void add_right(__m256i codes, const int8_t* x, int block) {
     right = add_products(right, codes, four_of_row(x));
     others.add_right(codes, x + block, block);
   }
-  __attribute__((always_inline)) void add(__m256i left_codes, __m256i right_codes, const int8_t* x, int block) {
+  QWEN3VL_MEMBER void add(__m256i left_codes, __m256i right_codes, const int8_t* x, int block) {
     const __m256i row = four_of_row(x);
     left = add_products(left, left_codes, row);
     right = add_products(right, right_codes, row);
     others.add(left_codes, right_codes, x + block, block);
   }
-  __attribute__((always_inline)) void add(const Sums& more) {
+  QWEN3VL_MEMBER void add(const Sums& more) {
     left = _mm256_add_epi32(left, more.left);
     right = _mm256_add_epi32(right, more.right);
     others.add(more.others);
   }
-  __attribute__((always_inline)) void to_lanes(Lanes* products) const {
+  QWEN3VL_MEMBER void to_lanes(Lanes* products) const {
     *products = {_mm256_cvtepi32_ps(left), _mm256_cvtepi32_ps(right)};
     others.to_lanes(products + 1);
   }
@@ -96,17 +96,16 @@ template <int R>
 constexpr bool kHasTwoSums = R <= 3;
 
 template <int R>
-static inline __attribute__((always_inline)) void multiply_bytes(const uint8_t* codes, const int8_t* x, int block,
-                                                                 Lanes* products) {
+QWEN3VL_INLINE void multiply_bytes(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
   constexpr int step = kHasTwoSums<R> ? 8 : 4;
   Sums<R> sums;
   Sums<kHasTwoSums<R> ? R : 0> others;
 #pragma GCC unroll 1
   for (int k = 0; k < block; k += step, codes += 16 * step, x += step) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
     sums.add(load_codes(codes), load_codes(codes + 32), x, block);
     if constexpr (kHasTwoSums<R>) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + 64, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + 64, _MM_HINT_T1);
       others.add(load_codes(codes + 64), load_codes(codes + 96), x + 4, block);
     }
   }
@@ -115,15 +114,14 @@ static inline __attribute__((always_inline)) void multiply_bytes(const uint8_t* 
 }
 
 template <int R>
-static inline __attribute__((always_inline)) void multiply_nibbles(const uint8_t* codes, const int8_t* x, int block,
-                                                                   Lanes* products) {
+QWEN3VL_INLINE void multiply_nibbles(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
   const __m256i low_bits = _mm256_set1_epi8(15);
   const int half = block / 2;
   Sums<R> sums;
   Sums<kHasTwoSums<R> ? R : 0> others;
 #pragma GCC unroll 1
   for (int k = 0; k < half; k += 4, codes += 64, x += 4) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
     const __m256i left = load_codes(codes), left_high = _mm256_and_si256(_mm256_srli_epi16(left, 4), low_bits);
     sums.add_left(_mm256_and_si256(left, low_bits), x, block);
     if constexpr (kHasTwoSums<R>) {
@@ -144,8 +142,7 @@ static inline __attribute__((always_inline)) void multiply_nibbles(const uint8_t
 }
 
 template <int BITS, int R>
-static inline __attribute__((always_inline)) void multiply_codes(const uint8_t* codes, const int8_t* x, int block,
-                                                                 Lanes* products) {
+QWEN3VL_INLINE void multiply_codes(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
   if constexpr (BITS == 4) {
     multiply_nibbles<R>(codes, x, block, products);
   } else {
@@ -161,6 +158,7 @@ static const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer) {
   const int num_bytes = block / 2 * static_cast<int>(kTileRows);
   for (int i = 0; i < num_bytes; i += 32) {
     const __m256i both = load_codes(codes + i);
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + i + kPrefetchBytes, _MM_HINT_T1);
     _mm256_store_si256(reinterpret_cast<__m256i*>(buffer + i), _mm256_and_si256(both, low_bits));
     _mm256_store_si256(reinterpret_cast<__m256i*>(buffer + num_bytes + i),
                        _mm256_and_si256(_mm256_srli_epi16(both, 4), low_bits));
@@ -169,8 +167,7 @@ static const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer) {
 }
 
 template <int BITS, int R>
-static inline __attribute__((always_inline)) void multiply_unpacked(const uint8_t* codes, const int8_t* x, int block,
-                                                                    Lanes* products) {
+QWEN3VL_INLINE void multiply_unpacked(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
   multiply_bytes<R>(codes, x, block, products);
 }
 

@@ -24,16 +24,14 @@ constexpr int kFewRows = 8;
 template <int BITS>
 constexpr int kOffset = BITS == 4 ? 0 : 128;
 
-#define QWEN3VL_INLINE_MEMBER __attribute__((always_inline))
-
 // Sixteen bytes of codes, as numbers that the products take.
 template <int BITS>
-static QWEN3VL_INLINE_MEMBER inline int8x16_t codes_at(const uint8_t* codes) {
+QWEN3VL_INLINE int8x16_t codes_at(const uint8_t* codes) {
   const uint8x16_t stored = vld1q_u8(codes);
   return vreinterpretq_s8_u8(BITS == 4 ? stored : veorq_u8(stored, vdupq_n_u8(128)));
 }
 
-static QWEN3VL_INLINE_MEMBER inline int8x16_t four_of_row(const int8_t* x) {
+QWEN3VL_INLINE int8x16_t four_of_row(const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, sizeof four);
   return vreinterpretq_s8_s32(vdupq_n_s32(four));
@@ -45,7 +43,7 @@ struct Sums {
   int32x4_t of[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
   Sums<R - 1> others;
 
-  QWEN3VL_INLINE_MEMBER void add(const int8x16_t (&codes)[4], const int8_t* x, int block) {
+  QWEN3VL_MEMBER void add(const int8x16_t (&codes)[4], const int8_t* x, int block) {
     const int8x16_t row = four_of_row(x);
     of[0] = vdotq_s32(of[0], codes[0], row);
     of[1] = vdotq_s32(of[1], codes[1], row);
@@ -53,7 +51,7 @@ struct Sums {
     of[3] = vdotq_s32(of[3], codes[3], row);
     others.add(codes, x + block, block);
   }
-  QWEN3VL_INLINE_MEMBER void to_lanes(Lanes* products) const {
+  QWEN3VL_MEMBER void to_lanes(Lanes* products) const {
     *products = {{vcvtq_f32_s32(of[0]), vcvtq_f32_s32(of[1]), vcvtq_f32_s32(of[2]), vcvtq_f32_s32(of[3])}};
     others.to_lanes(products + 1);
   }
@@ -66,11 +64,11 @@ struct Sums<0> {
 };
 
 template <int BITS, int R>
-static QWEN3VL_INLINE_MEMBER inline void multiply_bytes(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
+QWEN3VL_INLINE void multiply_bytes(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
   Sums<R> sums;
 #pragma GCC unroll 1
   for (int k = 0; k < block; k += 4, codes += 64, x += 4) {
-    __builtin_prefetch(codes + kPrefetchBytes);
+    __builtin_prefetch(codes + kPrefetchBytes, 0, 2);
     const int8x16_t all[4] = {codes_at<BITS>(codes), codes_at<BITS>(codes + 16), codes_at<BITS>(codes + 32),
                               codes_at<BITS>(codes + 48)};
     sums.add(all, x, block);
@@ -79,13 +77,13 @@ static QWEN3VL_INLINE_MEMBER inline void multiply_bytes(const uint8_t* codes, co
 }
 
 template <int R>
-static QWEN3VL_INLINE_MEMBER inline void multiply_nibbles(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
+QWEN3VL_INLINE void multiply_nibbles(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
   const uint8x16_t low_bits = vdupq_n_u8(15);
   const int half = block / 2;
   Sums<R> sums;
 #pragma GCC unroll 1
   for (int k = 0; k < half; k += 4, codes += 64, x += 4) {
-    __builtin_prefetch(codes + kPrefetchBytes);
+    __builtin_prefetch(codes + kPrefetchBytes, 0, 2);
     int8x16_t low[4], high[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -100,7 +98,7 @@ static QWEN3VL_INLINE_MEMBER inline void multiply_nibbles(const uint8_t* codes, 
 }
 
 template <int BITS, int R>
-static QWEN3VL_INLINE_MEMBER inline void multiply_codes(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
+QWEN3VL_INLINE void multiply_codes(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
   if constexpr (BITS == 4) {
     multiply_nibbles<R>(codes, x, block, products);
   } else {
@@ -115,6 +113,7 @@ static const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer) {
   const int num_bytes = block / 2 * static_cast<int>(kTileRows);
   for (int i = 0; i < num_bytes; i += 16) {
     const uint8x16_t both = vld1q_u8(codes + i);
+    __builtin_prefetch(codes + i + kPrefetchBytes, 0, 2);
     vst1q_u8(buffer + i, vandq_u8(both, vdupq_n_u8(15)));
     vst1q_u8(buffer + num_bytes + i, vshrq_n_u8(both, 4));
   }
@@ -122,11 +121,9 @@ static const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer) {
 }
 
 template <int BITS, int R>
-static QWEN3VL_INLINE_MEMBER inline void multiply_unpacked(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
+QWEN3VL_INLINE void multiply_unpacked(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
   multiply_bytes<BITS, R>(codes, x, block, products);
 }
-
-#undef QWEN3VL_INLINE_MEMBER
 
 #include "products.h"
 

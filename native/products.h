@@ -112,11 +112,16 @@ static void multiply_tiles(const Weight& weight, const Panel& panel, int64_t fir
                            const Output& output, int64_t first_row) {
   if (panel.num_rows <= kFewRows<BITS>) {
     constexpr int R = kDirectRows<BITS>;
-    int64_t row = 0;
-    for (; row + R <= panel.num_rows; row += R) {
-      multiply_few_tiles<BITS, R>(weight, panel, row, first_tile, last_tile, output, first_row + row);
+    // Where rows are taken in several parts, each tile is read again from the cache, not all of them from the memory.
+    const int64_t step = panel.num_rows > R ? 1 : last_tile - first_tile;
+    for (int64_t first = first_tile; first < last_tile; first += step) {
+      const int64_t last = first + step;
+      int64_t row = 0;
+      for (; row + R <= panel.num_rows; row += R) {
+        multiply_few_tiles<BITS, R>(weight, panel, row, first, last, output, first_row + row);
+      }
+      few_rows<BITS, R - 1>(panel.num_rows - row, weight, panel, row, first, last, output, first_row + row);
     }
-    few_rows<BITS, R - 1>(panel.num_rows - row, weight, panel, row, first_tile, last_tile, output, first_row + row);
     return;
   }
   alignas(64) float totals[kPanelRows * kTileRows];

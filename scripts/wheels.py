@@ -43,10 +43,15 @@ def main(folder: Path = ROOT / "dist") -> int:
 def build(work: Path) -> Path:
     """Build the wheel of what git tracks with the setuptools of this environment, into a folder; return its path."""
     copy_tracked(work / "source")
+    return build_source(work / "source", work)
+
+
+def build_source(source: Path, folder: Path) -> Path:
+    """Build the wheel of a folder into another one; return its path."""
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(work), str(work / "source")]
-    subprocess.run(command, cwd=work, check=True)
-    (wheel,) = work.glob("*.whl")
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(folder), str(source)]
+    subprocess.run(command, cwd=folder, check=True)
+    (wheel,) = folder.glob("*.whl")
     return wheel
 
 

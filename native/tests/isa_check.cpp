@@ -1,6 +1,7 @@
 // Compares instruction sets with plain C++, bit by bit, without ONNX Runtime: also those that only an emulator runs.
 //
-//   -DCHECKED='&kAvx2,&kAvxVnni' names what is linked with this and isa_portable.cpp; tests/native/test_other_isas.py says how.
+//   -DCHECKED='&kAvx2,&kAvxVnni' names what is linked with this and isa_portable.cpp.
+// tests/native/test_other_isas.py says how.
 //
 // Prints a hash of all results, which is the same on every processor.
 #include <math.h>
@@ -102,8 +103,8 @@ struct Problem {
 
   explicit Problem(const Case& wanted)
       : c(wanted), weight(weight_of(wanted)), tiles(weight.num_tiles() * weight.tile_bytes()),
-        x(wanted.num_rows * wanted.num_columns * (wanted.gated ? 2 : 1)), norm(wanted.num_columns), bias(wanted.num_outputs),
-        residual(wanted.num_rows * wanted.num_outputs) {
+        x(wanted.num_rows * wanted.num_columns * (wanted.gated ? 2 : 1)), norm(wanted.num_columns),
+        bias(wanted.num_outputs), residual(wanted.num_rows * wanted.num_outputs) {
     weight.tiles = tiles.data;
     for (int64_t i = 0; i < tiles.size; ++i) tiles[i] = c.is_extreme ? 255 : static_cast<uint8_t>(random_bits() >> 9);
     for (int64_t t = 0; t < weight.num_tiles(); ++t) {
@@ -113,7 +114,8 @@ struct Problem {
         const uint16_t scale = random_scale();
         memcpy(rest + 2 * i, &scale, sizeof scale);
         const int highest = (1 << c.bits) - 1;
-        rest[2 * count + i] = static_cast<uint8_t>(c.is_extreme ? (random_bits() % 2 ? 0 : highest) : random_in(0, highest));
+        const int zero_point = c.is_extreme ? (random_bits() % 2 ? 0 : highest) : random_in(0, highest);
+        rest[2 * count + i] = static_cast<uint8_t>(zero_point);
       }
       const float unit = ldexpf(1.0f, random_in(-20, 4));
       memcpy(rest + 3 * count, &unit, sizeof unit);
@@ -123,8 +125,9 @@ struct Problem {
       for (int64_t i = 0; i < x.size; ++i) x[i] = 2.5f;
     }
     if (c.num_rows > 2) {
-      x[x.size / c.num_rows] = NAN;                                                      // in row 1
-      memset(x.data + 2 * (x.size / c.num_rows), 0, static_cast<size_t>(x.size / c.num_rows) * sizeof(float));
+      const int64_t length = x.size / c.num_rows;
+      x[length] = NAN;  // in row 1; row 2 is zero
+      memset(x.data + 2 * length, 0, static_cast<size_t>(length) * sizeof(float));
     }
     norm.fill(2.0f);
     bias.fill(1.0f);
@@ -235,9 +238,10 @@ static void check_products() {
     }
     for (int block = 32; block <= 256; block *= 2) {
       for (int64_t rows : {1, 7, 20}) {
-        check_product({rows, block + 5, 40, bits, block, true, false, true, false, false});   // columns beyond the last block
+        // Columns that do not fill the last block; all at the ends of their ranges.
+        check_product({rows, block + 5, 40, bits, block, true, false, true, false, false});
         check_product({rows, 2 * block - 1, 33, bits, block, false, true, false, true, false});
-        check_product({rows, 2 * block, 48, bits, block, false, false, false, false, true});  // all at the ends of ranges
+        check_product({rows, 2 * block, 48, bits, block, false, false, false, false, true});
       }
     }
   }
@@ -247,7 +251,8 @@ static void check_products() {
 static void check_attention(int64_t batch, int64_t tokens, int64_t group, int64_t head_dim, CacheType type) {
   const int64_t kv_heads = 2, heads = kv_heads * group, capacity = tokens + 300;
   Array<float> qkv(batch * tokens * (heads + 2 * kv_heads) * head_dim), q_norm(head_dim), k_norm(head_dim);
-  Array<float> cosine(batch * tokens * head_dim / 2), sine(cosine.size), key_scales(kv_heads * head_dim), value_scales(key_scales.size);
+  Array<float> cosine(batch * tokens * head_dim / 2), sine(cosine.size);
+  Array<float> key_scales(kv_heads * head_dim), value_scales(key_scales.size);
   Array<int64_t> lengths(batch);
   qkv.fill(2.0f);
   q_norm.fill(1.5f);
@@ -258,7 +263,8 @@ static void check_attention(int64_t batch, int64_t tokens, int64_t group, int64_
   for (int64_t i = 0; i < key_scales.size; ++i) value_scales[i] = 0.02f + fabsf(random_float(0.1f));
   for (int64_t b = 0; b < batch; ++b) lengths[b] = b == 0 ? 0 : random_in(1, 300);
   const int64_t rows = batch * kv_heads * capacity;
-  const int64_t widths[] = {4 * head_dim, 2 * head_dim, head_dim, head_dim / 2}, bytes = rows * widths[static_cast<int>(type)];
+  const int64_t widths[] = {4 * head_dim, 2 * head_dim, head_dim, head_dim / 2};
+  const int64_t bytes = rows * widths[static_cast<int>(type)];
   Array<uint8_t> past_key(bytes), past_value(bytes);
   for (Array<uint8_t>* past : {&past_key, &past_value}) {
     for (int64_t i = 0; i < bytes; ++i) (*past)[i] = static_cast<uint8_t>(random_bits() >> 9);
@@ -267,7 +273,9 @@ static void check_attention(int64_t batch, int64_t tokens, int64_t group, int64_
       const float value = random_float(2.0f);
       memcpy(past->data + 4 * i, &value, sizeof value);
     }
-    for (int64_t i = 1; type == CacheType::kFloat16 && i < bytes; i += 2) (*past)[i] = static_cast<uint8_t>((*past)[i] & 0xbf);
+    for (int64_t i = 1; type == CacheType::kFloat16 && i < bytes; i += 2) {
+      (*past)[i] = static_cast<uint8_t>((*past)[i] & 0xbf);
+    }
   }
   Array<float> right(batch * tokens * heads * head_dim);
   Array<uint8_t> right_key(bytes), right_value(bytes);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -54,3 +55,23 @@ def test_environments_of_other_releases_share_torch(
         (install,) = (line for line in lines if f"{folder}/bin/python -m pip" in line and "--no-deps" not in line)
         assert "-c build/shared-torch/constraints.txt" in install
         assert any(f"{folder}/bin/python -m pytest" in line for line in lines)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["setup", "demo", "native", "test", "wheel"])
+def test_the_own_kernels_are_compiled_once_the_environment_is_there(target: str, tmp_path: Path) -> None:
+    said = commands(target, tmp_path)
+    assert said.count("setup.py --quiet build_ext --inplace --strict") == 1
+    assert said.index("--no-build-isolation -e .") < said.index("build_ext")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_without_a_compiler_make_says_so_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / ".installed").write_text(f"{ROOT}\n")
+    command = ["make", "native", f"VENV={tmp_path}", f"--assume-old={tmp_path}/.installed", "--what-if=setup.py"]
+    environment = {"PATH": os.defpath, "CXX": "/no/compiler"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "note: no /no/compiler, so the own kernels (runtime/native/libqwen3vl_cpu.so) are not"
+    )

@@ -12,6 +12,7 @@ import pytest
 
 from helpers.mappings import mapping
 from helpers.own_kernels import needs_own_kernels, open_graph, write_product
+from runtime.huge_pages import copy_to_huge_pages
 from scripts.write_own_kernel_tests import activations, packed
 
 pytestmark = [needs_own_kernels, pytest.mark.portable]
@@ -46,6 +47,22 @@ def test_a_weight_is_read_where_it_is_mapped(bits: int, tmp_path: Path) -> None:
     # All of it was read, and no page became the process's own.
     assert sizes["Rss"] >= tiles.nbytes and sizes["Anonymous"] == 0
     assert hashlib.sha256(data.read_bytes()).digest() == before
+
+
+@linux
+def test_a_copy_on_huge_pages_gives_the_same(tmp_path: Path) -> None:
+    tiles, _ = tiles_of(8, 2 * NUM_ROWS)
+    path = write_product(tmp_path, tiles, num_columns=NUM_COLUMNS, num_rows=2 * NUM_ROWS, block=BLOCK, bits=8)
+    x_MK = activations(NUM_COLUMNS).astype(np.float32)
+    session = open_graph(path)
+    (before,) = session.run(None, {"x": x_MK})
+    copied = copy_to_huge_pages(tmp_path)
+    (after,) = session.run(None, {"x": x_MK})
+    assert np.array_equal(before, after)
+    del session  # which gives back memory that is no longer the file's
+    assert mapping(path.with_name("product.onnx.data")) == {}
+    if copied == 0:
+        pytest.skip("the kernel gives no huge pages on request")
 
 
 @linux

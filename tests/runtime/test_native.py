@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,12 @@ from runtime import native
 from runtime.errors import EngineError, UsageError
 
 pytestmark = pytest.mark.portable
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_where_a_compiler_is_the_library_is_there() -> None:
+    """Else the tests of the own kernels would be skipped, and nobody would see it."""
+    assert native.problem() == "", "run: make native"
 
 
 def test_the_best_instruction_set_is_in_use(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ The graphs run in numpy, by the definitions of `helpers.cpu_ops`, so the library
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,10 +21,13 @@ from engines.initializers import add_initializer, add_integers
 from engines.kernels import kernels_of
 from engines.lower import lower
 from engines.passes.fuse_cpu_products import FuseCpuProductsPass
+from engines.passes.quantize_weights import QuantizeWeightsPass
 from engines.passes.remove_split_concat import RemoveSplitConcatPass
 from engines.passes.set_cache_type import SetCacheTypePass
 from engines.passes.use_cpu_products import UseCpuProductsPass
+from engines.quantize.blockwise import QuantizedBlocks, quantize_blocks
 from engines.quantize.formats import WeightFormats
+from engines.quantize.imported import GroupQuantizedTensor
 from engines.registry import get
 from engines.target import Target
 from engines.weights import StreamedTensor
@@ -41,7 +45,7 @@ class Rows(StreamedTensor):
         super().__init__(name, array.shape, ir.DataType.FLOAT)
         self._array = array.astype(np.float32)
 
-    def blocks(self):
+    def blocks(self) -> Iterator[np.ndarray]:
         yield self._array.reshape(-1)
 
 
@@ -54,7 +58,7 @@ class Graph:
         self.arrays: dict[str, np.ndarray] = {}
         self.x = self.input("x", ["B", "S", DIM], ir.DataType.FLOAT)
 
-    def input(self, name: str, dims: list, dtype: ir.DataType) -> ir.Value:
+    def input(self, name: str, dims: list[Any], dtype: ir.DataType) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(dtype))
         self.model.graph.inputs.append(value)
         return value
@@ -63,7 +67,7 @@ class Graph:
         self.arrays.setdefault(name, RNG.standard_normal(shape).astype(np.float32))
         return add_initializer(self.model, Rows(name, self.arrays[name]))
 
-    def node(self, op_type: str, *inputs: ir.Value, num_outputs: int = 1, **attributes) -> ir.Value:
+    def node(self, op_type: str, *inputs: ir.Value, num_outputs: int = 1, **attributes: Any) -> ir.Value:
         node = ir.node(op_type, inputs, attributes=attributes, num_outputs=num_outputs)
         self.model.graph.append(node)
         return node.outputs[0]
@@ -166,6 +170,27 @@ def test_weights_without_a_format_and_other_gathers_stay() -> None:
     assert not UseCpuProductsPass(WeightFormats(()))(model).modified
     assert UseCpuProductsPass(formats())(model).modified
     assert sorted(op_types(model)) == ["Gather", "MatMulInt8"]
+
+
+class Held(GroupQuantizedTensor):
+    """Codes of 4 bits in a block of 16, which our kernels do not read."""
+
+    def quantized_rows(self) -> Iterator[QuantizedBlocks]:
+        num_rows, num_columns = (int(n) for n in self.shape.numpy())
+        yield quantize_blocks(some_x(num_rows, num_columns).reshape(-1, self.block), 4)
+
+
+def test_codes_that_our_kernels_do_not_read_are_left_to_onnx_runtime() -> None:
+    graph = Graph()
+    held = add_initializer(graph.model, Held("held", (20, DIM), 4, 16))
+    y = graph.node("MatMul", graph.x, graph.node("Transpose", held, perm=[1, 0]))
+    model = graph.finish(y, graph.product(graph.x, "w", 20))
+    rules = formats(4, 128)
+    assert UseCpuProductsPass(rules)(model).modified and QuantizeWeightsPass(rules)(model).modified
+    assert sorted(op_types(model)) == ["MatMulInt4", "MatMulNBits"]
+    assert kernels_of(model) == {"MatMulInt4", "MatMulNBits.4"}
+    (theirs,) = (node for node in model.graph if node.op_type == "MatMulNBits")
+    assert theirs.attributes["block_size"].as_int() == 16  # the codes are kept
 
 
 def test_a_norm_goes_into_all_products_of_it(tmp_path: Path) -> None:
