@@ -4,6 +4,9 @@
 // Float32 throughout; the softmax is taken in chunks of rows of the cache (online softmax: Milakov and Gimelshein 2018;
 // the chunks of values under a running maximum: FlashAttention, Dao et al. 2022).
 
+// A namespace of its own, so that no name in here hides one that the products use.
+namespace attention {
+
 #include "attention_cache.h"
 #include "attention_prepare.h"
 #include "attention_decode.h"
@@ -31,3 +34,7 @@ static void attend(const Attention& a, int phase, int64_t task, void* scratch) {
       return attend_as<Int4Cache>(a, phase, task, queries, partials);
   }
 }
+
+}  // namespace attention
+
+using attention::attend;
