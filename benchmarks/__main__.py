@@ -12,6 +12,7 @@ from benchmarks.compare.command import compare, compare_setup
 from benchmarks.export import export
 from benchmarks.gpu_check import gpu_check
 from benchmarks.imports import time_imports
+from benchmarks.kernels import kernels
 from benchmarks.lowered import lowered
 from benchmarks.preprocess import preprocess
 from benchmarks.report import report
@@ -33,6 +34,7 @@ _COMMANDS = (
     compare_setup,
     export,
     gpu_check,
+    kernels,
     lowered,
     preprocess,
     report,

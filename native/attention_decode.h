@@ -12,24 +12,30 @@ QWEN3VL_INLINE void score_rows(const float* queries, const typename Cache::Eleme
   Lanes sums[G][R];
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sums[g][r] = zero();
   }
   for (int64_t h = 0; h < head_dim; h += 16) {
     Lanes q[G];
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) q[g] = load(queries + g * head_dim + h);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Lanes keys = Cache::load(rows + r * row_elements, h);
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) sums[g][r] = fma(q[g], keys, sums[g][r]);
     }
   }
+  if constexpr (G * R == 16) {
+    float all[16];
+    store(all, reduce_add_16(&sums[0][0]));
+    for (int g = 0; g < G; ++g) __builtin_memcpy(scores + g * kChunkRows, all + g * R, R * sizeof(float));
+  } else {
 #pragma GCC unroll 4
-  for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) scores[g * kChunkRows + r] = reduce_add(sums[g][r]);
+    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) scores[g * kChunkRows + r] = reduce_add(sums[g][r]);
+    }
   }
 }
 
@@ -40,14 +46,14 @@ QWEN3VL_INLINE void add_rows(const float* weights, const typename Cache::Element
   Lanes factors[G][R];
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) factors[g][r] = broadcast(weights[g * kChunkRows + r]);
   }
   for (int64_t h = 0; h < head_dim; h += 16) {
     Lanes sum[G];
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) sum[g] = load(sums + g * head_dim + h);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Lanes values = Cache::load(rows + r * row_elements, h);
 #pragma GCC unroll 4
@@ -70,30 +76,63 @@ struct Ahead {
   }
 };
 
-template <class Cache, int G>
+// Heads and rows of a tile, whose sums the registers hold. More rows for fewer heads were slower from memory.
+constexpr int kTileHeads = kRegisterLanes >= 32 ? 4 : 2;
+constexpr int kTileRows = kRegisterLanes >= 32 ? 4 : 2;
+
+template <class Cache, int G, int R>
 static void score_chunk(const float* queries, const typename Cache::Element* rows, int64_t num_rows, int64_t head_dim,
                         const Ahead& ahead, float* scores) {
-  constexpr int R = kRegisterLanes >= 32 ? 4 : 2;
   const int64_t row_elements = Cache::elements(head_dim);
   int64_t row = 0;
   for (; row + R <= num_rows; row += R) {
     ahead.fetch(row, row + R);
     score_rows<Cache, G, R>(queries, rows + row * row_elements, head_dim, scores + row);
   }
-  for (; row < num_rows; ++row) score_rows<Cache, G, 1>(queries, rows + row * row_elements, head_dim, scores + row);
+  if constexpr (R > 1) {
+    score_chunk<Cache, G, 1>(queries, rows + row * row_elements, num_rows - row, head_dim, Ahead{}, scores + row);
+  }
 }
 
-template <class Cache, int G>
+template <class Cache, int G, int R>
 static void add_chunk(const float* weights, const typename Cache::Element* rows, int64_t num_rows, int64_t head_dim,
                       const Ahead& ahead, float* sums) {
-  constexpr int R = kRegisterLanes >= 32 ? 4 : 2;
   const int64_t row_elements = Cache::elements(head_dim);
   int64_t row = 0;
   for (; row + R <= num_rows; row += R) {
     ahead.fetch(row, row + R);
     add_rows<Cache, G, R>(weights + row, rows + row * row_elements, head_dim, sums);
   }
-  for (; row < num_rows; ++row) add_rows<Cache, G, 1>(weights + row, rows + row * row_elements, head_dim, sums);
+  if constexpr (R > 1) {
+    add_chunk<Cache, G, 1>(weights + row, rows + row * row_elements, num_rows - row, head_dim, Ahead{}, sums);
+  }
+}
+
+// All heads in tiles of G of them, then of half as many; what comes next is fetched beside the first.
+template <class Cache, int G>
+static void score_heads(const float* queries, int64_t num_heads, const typename Cache::Element* rows, int64_t num_rows,
+                        int64_t head_dim, Ahead ahead, float* scores) {
+  int64_t g = 0;
+  for (; g + G <= num_heads; g += G) {
+    score_chunk<Cache, G, kTileRows>(queries + g * head_dim, rows, num_rows, head_dim, ahead, scores + g * kChunkRows);
+    ahead = {};
+  }
+  if constexpr (G > 1) {
+    score_heads<Cache, G / 2>(queries + g * head_dim, num_heads - g, rows, num_rows, head_dim, ahead, scores + g * kChunkRows);
+  }
+}
+
+template <class Cache, int G>
+static void add_heads(const float* weights, int64_t num_heads, const typename Cache::Element* rows, int64_t num_rows,
+                      int64_t head_dim, Ahead ahead, float* sums) {
+  int64_t g = 0;
+  for (; g + G <= num_heads; g += G) {
+    add_chunk<Cache, G, kTileRows>(weights + g * kChunkRows, rows, num_rows, head_dim, ahead, sums + g * head_dim);
+    ahead = {};
+  }
+  if constexpr (G > 1) {
+    add_heads<Cache, G / 2>(weights + g * kChunkRows, num_heads - g, rows, num_rows, head_dim, ahead, sums + g * head_dim);
+  }
 }
 
 // The online softmax of up to kHeadsAtOnce query heads: sums of weighted values, largest scores, sums of weights.
@@ -136,25 +175,9 @@ static void attend_chunk(const float* queries, int64_t num_heads, const typename
                          const typename Cache::Element* values, int64_t num_rows, int64_t head_dim,
                          const Ahead& next_values, const Ahead& next_keys, Partial& partial) {
   float scores[kHeadsAtOnce * kChunkRows];
-  int64_t g = 0;
-  for (; g + 2 <= num_heads; g += 2) {
-    score_chunk<Cache, 2>(queries + g * head_dim, keys, num_rows, head_dim, g == 0 ? next_values : Ahead{},
-                          scores + g * kChunkRows);
-  }
-  if (g < num_heads) {
-    score_chunk<Cache, 1>(queries + g * head_dim, keys, num_rows, head_dim, g == 0 ? next_values : Ahead{},
-                          scores + g * kChunkRows);
-  }
-  for (g = 0; g < num_heads; ++g) weigh_chunk(partial, g, scores + g * kChunkRows, num_rows, head_dim);
-  g = 0;
-  for (; g + 2 <= num_heads; g += 2) {
-    add_chunk<Cache, 2>(scores + g * kChunkRows, values, num_rows, head_dim, g == 0 ? next_keys : Ahead{},
-                        partial.sums + g * head_dim);
-  }
-  if (g < num_heads) {
-    add_chunk<Cache, 1>(scores + g * kChunkRows, values, num_rows, head_dim, g == 0 ? next_keys : Ahead{},
-                        partial.sums + g * head_dim);
-  }
+  score_heads<Cache, kTileHeads>(queries, num_heads, keys, num_rows, head_dim, next_values, scores);
+  for (int64_t g = 0; g < num_heads; ++g) weigh_chunk(partial, g, scores + g * kChunkRows, num_rows, head_dim);
+  add_heads<Cache, kTileHeads>(scores, num_heads, values, num_rows, head_dim, next_keys, partial.sums);
 }
 
 // Rows [first, last) of one key-value head for up to kHeadsAtOnce of its query heads.
@@ -175,15 +198,7 @@ static void attend_rows(const float* queries, int64_t num_heads, const typename 
     const typename Cache::Element* chunk_values = values + row * row_elements;
     const Ahead next_values = {reinterpret_cast<const char*>(chunk_values), num_rows, row_bytes};
     const Ahead next_keys = {reinterpret_cast<const char*>(chunk_keys) + num_rows * row_bytes, left - num_rows, row_bytes};
-    if (Cache::kIsFloat || num_heads <= 2) {
-      attend_chunk<Cache>(queries, num_heads, chunk_keys, chunk_values, num_rows, head_dim, next_values, next_keys, partial);
-    } else {  // converted once for all heads
-      float buffers[2][kChunkRows * kMaxHeadDim];
-      const float* float_keys = as_float<Cache>(chunk_keys, num_rows, head_dim, buffers[0]);
-      const float* float_values = as_float<Cache>(chunk_values, num_rows, head_dim, buffers[1]);
-      attend_chunk<Float32Cache>(queries, num_heads, float_keys, float_values, num_rows, head_dim, next_keys, Ahead{},
-                                 partial);
-    }
+    attend_chunk<Cache>(queries, num_heads, chunk_keys, chunk_values, num_rows, head_dim, next_values, next_keys, partial);
   }
 }
 

@@ -14,13 +14,13 @@ using namespace qwen3vl;
 #include "look_up.h"
 #include "attention.h"
 
-// Measured on Zen 4: up to 16 rows, reading the stored codes again costs less than unpacking them.
+// Measured on Zen 4: up to so many rows, reading the stored codes again costs less than unpacking them.
 template <int BITS>
 constexpr int kDirectRows = BITS == 4 ? 6 : 4;
 template <int BITS>
 constexpr int kManyRows = BITS == 4 ? 6 : 4;
 template <int BITS>
-constexpr int kFewRows = 16;
+constexpr int kFewRows = BITS == 4 ? 24 : 16;
 template <int BITS>
 constexpr int kOffset = BITS == 4 ? 0 : 128;
 
@@ -193,6 +193,7 @@ static const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer) {
   const int num_bytes = block / 2 * static_cast<int>(kTileRows);
   for (int i = 0; i < num_bytes; i += 32) {
     const __m256i both = load_codes(codes + i);
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + i + kPrefetchBytes, _MM_HINT_T1);
     _mm256_store_si256(reinterpret_cast<__m256i*>(buffer + i), low_half(both));
     _mm256_store_si256(reinterpret_cast<__m256i*>(buffer + num_bytes + i), high_half(both));
   }

@@ -158,6 +158,7 @@ static const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer) {
   const int num_bytes = block / 2 * static_cast<int>(kTileRows);
   for (int i = 0; i < num_bytes; i += 32) {
     const __m256i both = load_codes(codes + i);
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + i + kPrefetchBytes, _MM_HINT_T1);
     _mm256_store_si256(reinterpret_cast<__m256i*>(buffer + i), _mm256_and_si256(both, low_bits));
     _mm256_store_si256(reinterpret_cast<__m256i*>(buffer + num_bytes + i),
                        _mm256_and_si256(_mm256_srli_epi16(both, 4), low_bits));

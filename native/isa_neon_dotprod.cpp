@@ -113,6 +113,7 @@ static const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer) {
   const int num_bytes = block / 2 * static_cast<int>(kTileRows);
   for (int i = 0; i < num_bytes; i += 16) {
     const uint8x16_t both = vld1q_u8(codes + i);
+    __builtin_prefetch(codes + i + kPrefetchBytes, 0, 2);
     vst1q_u8(buffer + i, vandq_u8(both, vdupq_n_u8(15)));
     vst1q_u8(buffer + num_bytes + i, vshrq_n_u8(both, 4));
   }

@@ -22,6 +22,7 @@
 //   to_float, load_int, store_int     IntLanes: 16 int32
 //   exp(a)                            at most 2 ulp where the result is normal; 0 for -inf, inf for what is too large
 //   reduce_add(a), reduce_max(a)      lane i with i + 8, then i + 4, i + 2, i + 1; reduce_max is NaN where any lane is
+//   reduce_add_16(a)                  lane i is reduce_add(a[i]) of 16 Lanes, the same bits
 //   transpose(a)                      16 Lanes in place: lane j of a[i] goes to lane i of a[j]
 //   load_float16, load_bfloat16, load_int8, load_uint8, load_int4      16 of them; int4: two a byte, even lane low, 8 added
 //   store_float16                     rounded to even, cut off at +-65504, NaN stays NaN

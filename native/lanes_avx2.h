@@ -102,6 +102,14 @@ QWEN3VL_INLINE float reduce_add(Lanes a) {
     return _mm_cvtss_f32(_mm_add_ss(of2, _mm_shuffle_ps(of2, of2, 1)));
 }
 
+QWEN3VL_INLINE Lanes reduce_add_16(const Lanes* a) {
+    float sums[16];
+    for (int i = 0; i < 16; ++i) {
+        sums[i] = reduce_add(a[i]);
+    }
+    return load(sums);
+}
+
 QWEN3VL_INLINE float reduce_max(Lanes a) {
     __m256 m = max_of_8(a.lo, a.hi);
     m = max_of_8(m, _mm256_permute2f128_ps(m, m, 1));

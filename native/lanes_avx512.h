@@ -60,6 +60,29 @@ QWEN3VL_INLINE float reduce_add(Lanes a) {
     return _mm_cvtss_f32(_mm_add_ss(of2, _mm_shuffle_ps(of2, of2, 1)));
 }
 
+QWEN3VL_INLINE __m512 add_halves(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+
+QWEN3VL_INLINE __m512 add_quarters(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+// Each sum of two registers holds twice as many of the 16 as they did, in half the lanes; a quarter q of a register ends
+// with those of a[4 q] ... a[4 q + 3].
+QWEN3VL_INLINE Lanes reduce_add_16(const Lanes* a) {
+    __m512 of4[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        of4[i] = add_quarters(add_halves(a[i].v, a[i + 4].v), add_halves(a[i + 8].v, a[i + 12].v));
+    }
+    const __m512 of2[2] = {
+        _mm512_add_ps(_mm512_shuffle_ps(of4[0], of4[1], 0x44), _mm512_shuffle_ps(of4[0], of4[1], 0xee)),
+        _mm512_add_ps(_mm512_shuffle_ps(of4[2], of4[3], 0x44), _mm512_shuffle_ps(of4[2], of4[3], 0xee)),
+    };
+    return {_mm512_add_ps(_mm512_shuffle_ps(of2[0], of2[1], 0x88), _mm512_shuffle_ps(of2[0], of2[1], 0xdd))};
+}
+
 QWEN3VL_INLINE float reduce_max(Lanes a) {
     a = max(a, {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)});
     a = max(a, {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)});

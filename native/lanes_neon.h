@@ -118,6 +118,14 @@ QWEN3VL_INLINE float reduce_add(Lanes a) {
     return vget_lane_f32(of2, 0) + vget_lane_f32(of2, 1);
 }
 
+QWEN3VL_INLINE Lanes reduce_add_16(const Lanes* a) {
+    float sums[16];
+    for (int i = 0; i < 16; ++i) {
+        sums[i] = reduce_add(a[i]);
+    }
+    return load(sums);
+}
+
 QWEN3VL_INLINE float reduce_max(Lanes a) {
     const Lanes of8 = max(a, {{a.v[2], a.v[3], a.v[0], a.v[1]}});
     const Lanes of4 = max(of8, {{of8.v[1], of8.v[0], of8.v[3], of8.v[2]}});

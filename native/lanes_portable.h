@@ -99,6 +99,14 @@ QWEN3VL_INLINE float reduce_add(Lanes a) {
     return a.v[0];
 }
 
+QWEN3VL_INLINE Lanes reduce_add_16(const Lanes* a) {
+    float sums[16];
+    for (int i = 0; i < 16; ++i) {
+        sums[i] = reduce_add(a[i]);
+    }
+    return load(sums);
+}
+
 QWEN3VL_INLINE float reduce_max(Lanes a) {
     for (int width = 8; width > 0; width /= 2) {
         for (int i = 0; i < width; ++i) {

@@ -1,7 +1,10 @@
 // Checks the attention of all instruction sets that this CPU has: against sums in float64, and for the same bits.
 //
 //   FLAGS='-std=c++17 -O2 -ffp-contract=off -fno-exceptions -fno-rtti'
-//   for isa in PORTABLE AVX2 AVX512; do g++ $FLAGS -DTEST_$isa -c native/tests/attention_isa.cpp -o /tmp/attention_$isa.o; done
+//   compile() { g++ $FLAGS "${@:2}" -c native/tests/attention_isa.cpp -o "/tmp/attention_$1.o"; }
+//   compile portable -DTEST_PORTABLE
+//   compile avx2 -mavx2 -mfma -mf16c
+//   compile avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl
 //   g++ $FLAGS native/tests/attention_check.cpp /tmp/attention_*.o -lm -o /tmp/attention_check && /tmp/attention_check
 #include "attention_case.h"
 
@@ -279,7 +282,7 @@ static void check_pieces() {
 }
 
 int main(int argc, char** argv) {
-  check_random_cases(argc > 1 ? atoi(argv[1]) : 150);
+  check_random_cases(argc > 1 ? atoi(argv[1]) : 100);
   check_ends_of_splits();
   for (int i = 0; i < 4; ++i) {
     check_company(1, kTypes[i]);

@@ -1,6 +1,6 @@
 // Checks lanes.h for one instruction set (see isa.h) and prints a hash of all results: the same hash means the same bits.
 //
-//   g++ -std=c++17 -O2 -ffp-contract=off -DTEST_AVX2 native/tests/lanes_check.cpp -o /tmp/lanes_avx2 && /tmp/lanes_avx2
+//   g++ -std=c++17 -O2 -ffp-contract=off -mavx2 -mfma -mf16c native/tests/lanes_check.cpp -o /tmp/lanes && /tmp/lanes
 #include "isa.h"
 
 #include "../lanes.h"
@@ -199,6 +199,12 @@ static void check_transpose() {
         fill(from[i]);
         rows[i] = load(from[i]);
     }
+    float sums[16];
+    store(sums, reduce_add_16(rows));
+    for (int i = 0; i < 16; ++i) {
+        const float sum = reduce_add(rows[i]);
+        expect(sum != sum ? sums[i] != sums[i] : sums[i] == sum, "reduce_add_16");
+    }
     transpose(rows);
     for (int i = 0; i < 16; ++i) {
         store(to[i], rows[i]);
@@ -211,7 +217,9 @@ static void check_transpose() {
 }
 
 int main() {
-    check_transpose();
+    for (int round = 0; round < 100; ++round) {
+        check_transpose();
+    }
     check_arithmetic();
     check_exp();
     check_float16();

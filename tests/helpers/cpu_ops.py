@@ -133,7 +133,7 @@ def decode_attention(
 ) -> tuple[Array, Array, Array]:
     """Return out [B, S, N·H] and the new caches, which are copies.
 
-    `held` are caches to attend to instead: in those, numbers in the middle between two codes may be rounded to the other.
+    `held` are caches to attend to instead, where numbers in the middle between two codes may have become the other.
     """
     B, S, _ = qkv.shape
     H = len(q_norm)

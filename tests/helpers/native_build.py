@@ -53,8 +53,9 @@ def build_library(
 
 
 def with_library(folder: Path, library: Path) -> Path:
-    """Return a folder with a copy of the runtime that has this library, for `run_python`."""
-    shutil.copytree(ROOT / "runtime", folder / "runtime", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    """Return a folder with a copy of the packages, whose runtime has this library, for `run_python`."""
+    for name in ("configs", "engines", "qwen3_vl", "qwen3vl_export", "runtime"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copy(library, folder / "runtime" / "native" / "libqwen3vl_cpu.so")
     return folder
 
@@ -62,7 +63,7 @@ def with_library(folder: Path, library: Path) -> Path:
 def run_python(
     folder: Path, *arguments: str, environment: Mapping[str, str] | None = None, before: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python, perhaps by another program `before` it, with the runtime of a folder and all else of this checkout."""
+    """Run Python, by another program if `before` is given, with a folder's packages and all else of this checkout."""
     path = os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests")))
     everything = {**os.environ, "PYTHONPATH": path, **(environment or {})}
     command = [*before, sys.executable, *arguments]
@@ -72,7 +73,7 @@ def run_python(
 def run_tests(
     folder: Path, *arguments: str, environment: Mapping[str, str] | None = None, before: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Run tests of tests/native with the runtime of a folder, as `run_python`.
+    """Run tests of tests/native with the packages of a folder, as `run_python`.
 
     Its runtime is imported first: pytest would find that of the checkout. Nothing is captured, since it would be lost
     with a process that a sanitizer ends.
