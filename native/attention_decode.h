@@ -78,7 +78,7 @@ struct Ahead {
 
 // Heads and rows of a tile, whose sums the registers hold. More rows for fewer heads were slower from memory.
 constexpr int kTileHeads = kRegisterLanes >= 32 ? 4 : 2;
-constexpr int kTileRows = kRegisterLanes >= 32 ? 4 : 2;
+constexpr int kScoreTileRows = kRegisterLanes >= 32 ? 4 : 2;
 
 template <class Cache, int G, int R>
 static void score_chunk(const float* queries, const typename Cache::Element* rows, int64_t num_rows, int64_t head_dim,
@@ -114,7 +114,7 @@ static void score_heads(const float* queries, int64_t num_heads, const typename 
                         int64_t head_dim, Ahead ahead, float* scores) {
   int64_t g = 0;
   for (; g + G <= num_heads; g += G) {
-    score_chunk<Cache, G, kTileRows>(queries + g * head_dim, rows, num_rows, head_dim, ahead, scores + g * kChunkRows);
+    score_chunk<Cache, G, kScoreTileRows>(queries + g * head_dim, rows, num_rows, head_dim, ahead, scores + g * kChunkRows);
     ahead = {};
   }
   if constexpr (G > 1) {
@@ -127,7 +127,7 @@ static void add_heads(const float* weights, int64_t num_heads, const typename Ca
                       int64_t head_dim, Ahead ahead, float* sums) {
   int64_t g = 0;
   for (; g + G <= num_heads; g += G) {
-    add_chunk<Cache, G, kTileRows>(weights + g * kChunkRows, rows, num_rows, head_dim, ahead, sums + g * head_dim);
+    add_chunk<Cache, G, kScoreTileRows>(weights + g * kChunkRows, rows, num_rows, head_dim, ahead, sums + g * head_dim);
     ahead = {};
   }
   if constexpr (G > 1) {
