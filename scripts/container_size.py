@@ -107,7 +107,8 @@ def compile_all(root: Path) -> None:
 
 def check(root: Path, engine: Path | None) -> None:
     """Let what is left import all that a server needs and, of an engine, answer a question."""
-    code = "import runtime.server.app, runtime.model, av, llguidance, onnxruntime"
+    modules = "runtime.server.app, runtime.model, qwen3vl_export.cli.run, rich.markdown, av, llguidance, onnxruntime"
+    code = f"import {modules}"
     if engine is not None:
         shutil.copytree(engine, root / "engine")
         code += (
