@@ -71,7 +71,7 @@ def check_values(case: dict[str, Any], weight: Weight, inputs: dict[str, np.ndar
 
 
 @given(products(60))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_products(case: dict[str, Any]) -> None:
     check_product(case)
 
@@ -129,7 +129,7 @@ def check_call(case: dict[str, Any]) -> None:
 
 
 @given(calls(300))
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_attention(case: dict[str, Any]) -> None:
     check_call(case)
 

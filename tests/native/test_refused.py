@@ -232,7 +232,7 @@ print(said)
 """
 
 
-def test_an_onnxruntime_that_is_too_old(tmp_path: object) -> None:
+def test_an_onnxruntime_that_is_too_old() -> None:
     done = subprocess.run([sys.executable, "-c", OLD_RUNTIME], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "need ONNX Runtime's C interface of version 17, which release 1.16.3 does not offer" in done.stdout
