@@ -11,7 +11,7 @@ from engines.onnxruntime.packed_storage import PACKED_STORAGE
 from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from runtime import native
-from runtime.errors import TargetError
+from runtime.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from runtime.model_config import ModelConfig
 
-_HEAD_DIM_MULTIPLE = 16
+# Of kMaxHeadDim in native/attention_plan.h, and of the widest vector.
+_HEAD_DIM_MULTIPLE, _MAX_HEAD_DIM = 16, 256
 
 
 def with_own_kernels(target: Target, **changes: Any) -> Target:
@@ -52,7 +53,10 @@ def with_own_kernels(target: Target, **changes: Any) -> Target:
 
 
 def _problem() -> str:
-    return native.problem()
+    error = native.failure()
+    if isinstance(error, UsageError):
+        raise error  # a setting that the user gave: nothing to build around
+    return "" if error is None else error.message
 
 
 def _drawback() -> str:
@@ -106,9 +110,9 @@ def _cache_pass(bits: int, scales_L2KH: NDArray[np.float32] | None) -> ir.passes
 
 def _check_heads(config: ModelConfig) -> None:
     head_dim = config.text.head_dim
-    if head_dim % _HEAD_DIM_MULTIPLE:
+    if head_dim % _HEAD_DIM_MULTIPLE or head_dim > _MAX_HEAD_DIM:
         raise TargetError(
-            f"config.json: text_config.head_dim is {head_dim}, expected a multiple of {_HEAD_DIM_MULTIPLE}: our own "
-            "attention takes no other",
+            f"config.json: text_config.head_dim is {head_dim}, expected a multiple of {_HEAD_DIM_MULTIPLE} up to "
+            f"{_MAX_HEAD_DIM}: our own attention takes no other",
             remedy="every published Qwen3-VL has 128; --kernels ort takes multiples of 8",
         )

@@ -15,7 +15,7 @@ from engines.registry import all_targets, get
 from engines.target import Target
 from helpers.targets import own
 from runtime import native
-from runtime.errors import TargetError, UsageError
+from runtime.errors import EngineError, TargetError, UsageError
 from runtime.model_config import ModelConfig
 
 pytestmark = pytest.mark.portable
@@ -86,16 +86,28 @@ def test_only_weights_of_few_bits_on_the_cpu_have_a_choice() -> None:
 
 
 def test_the_library_and_its_instruction_set_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "problem", lambda: "")
+    monkeypatch.setattr(native, "failure", lambda: None)
     for isa, kernels in (("avx2", OWN), (native.PORTABLE, ORT)):
         monkeypatch.setattr(native, "isa", lambda isa=isa: isa)
         said: list[str] = []
         assert with_kernels(get(INT4), None, None, said.append).kernels == kernels
         assert bool(said) is (kernels == ORT)
         assert with_kernels(get(INT4), OWN).kernels == OWN
-    monkeypatch.setattr(native, "problem", lambda: "damaged")
+    monkeypatch.setattr(native, "failure", lambda: EngineError("damaged", remedy="build it"))
     with pytest.raises(TargetError, match="--kernels own: damaged"):
         with_kernels(get(INT4), OWN)
+    assert with_kernels(get(INT4), None).kernels == ORT
+
+
+@pytest.mark.parametrize("asked", [None, OWN])
+def test_a_wrong_setting_is_an_error_and_no_reason_for_other_kernels(
+    asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "failure", lambda: UsageError("QWEN3VL_CPU_ISA: 'avx3'", remedy="choose avx2"))
+    with pytest.raises(UsageError, match="QWEN3VL_CPU_ISA: 'avx3'") as raised:
+        with_kernels(get(INT4), asked)
+    assert raised.value.remedy == "choose avx2"
+    assert with_kernels(get(INT4), ORT).kernels == ORT
 
 
 def test_a_choice_counts_the_weights_of_the_kernels_that_would_be_taken() -> None:
@@ -110,9 +122,9 @@ def test_a_choice_counts_the_weights_of_the_kernels_that_would_be_taken() -> Non
 def test_heads_that_our_own_attention_does_not_take_are_refused(name: str) -> None:
     target = own(name)
     assert target.check_model is not None
-    for head_dim in (16, 80, 128):
+    for head_dim in (16, 80, 128, 256):
         target.check_model(with_heads(head_dim))
-    for head_dim in (8, 24, 72):
-        with pytest.raises(TargetError, match=f"head_dim is {head_dim}, expected a multiple of 16") as raised:
+    for head_dim in (8, 24, 72, 272):
+        with pytest.raises(TargetError, match=f"head_dim is {head_dim}, expected a multiple of 16 up to 256") as raised:
             target.check_model(with_heads(head_dim))
         assert "--kernels ort" in str(raised.value.remedy)

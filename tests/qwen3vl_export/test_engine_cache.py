@@ -26,7 +26,7 @@ from qwen3vl_export.export import Exported
 from qwen3vl_export.request import ExportRequest
 from qwen3vl_export.revisions import look_up
 from runtime import native
-from runtime.errors import CheckpointError, UsageError
+from runtime.errors import CheckpointError, EngineError, UsageError
 from runtime.manifest import Manifest
 
 TARGET = "ort-cpu-fp32"
@@ -134,10 +134,10 @@ def test_kernels_count_by_what_they_are_and_not_by_who_chose_them(
         return find_or_build(str(checkpoint), cache=tmp_path / "cache", target="ort-cpu-int8", **options).name
 
     monkeypatch.setattr(native, "isa", lambda: "avx2")
-    monkeypatch.setattr(native, "problem", lambda: "")
+    monkeypatch.setattr(native, "failure", lambda: None)
     own, ort = built(), built(kernels="ort")
     assert own != ort and built(kernels="own") == own and len(exporter.requests) == 2
-    monkeypatch.setattr(native, "problem", lambda: "the library is missing")
+    monkeypatch.setattr(native, "failure", lambda: EngineError("the library is missing", remedy="build it"))
     assert built() == ort and len(exporter.requests) == 2
 
 

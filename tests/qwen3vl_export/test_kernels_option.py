@@ -16,12 +16,13 @@ from qwen3vl_export.cli.export import app
 from qwen3vl_export.export import export
 from qwen3vl_export.request import ExportRequest
 from runtime import native
-from runtime.errors import TargetError, UsageError
+from runtime.errors import EngineError, TargetError, UsageError
 from runtime.manifest import Manifest
 from runtime.memory import cache_bytes
 
 OWN = {"MatMulInt4", "MatMulInt8", "LookUpInt4", "DecodeAttention"}
 ORT = {"MatMulNBits.4", "MatMulNBits.8", "GatherBlockQuantized.4", "MatMulIntegerToFloat"}
+MISSING = EngineError("the library is missing", remedy="build it")
 
 
 class Log(Progress):
@@ -39,7 +40,7 @@ class Log(Progress):
 def traced(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace the demo once for all tests; to build an engine takes no library."""
     monkeypatch.setattr(exporting, "make_bundle", lambda *_: demo_bundle)
-    monkeypatch.setattr(native, "problem", lambda: "")
+    monkeypatch.setattr(native, "failure", lambda: None)
     monkeypatch.setattr(native, "isa", lambda: "avx2")
 
 
@@ -68,7 +69,7 @@ def test_an_engine_is_built_with_onnx_runtimes_kernels_alone(tmp_path: Path) -> 
 
 
 def test_without_the_library_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "problem", lambda: "the library is missing")
+    monkeypatch.setattr(native, "failure", lambda: MISSING)
     log = Log()
     assert set(built(tmp_path, log).capabilities["kernels"]) == ORT
     assert log.said == ["note: ort-cpu-int4 is built with --kernels ort, not own: the library is missing"]
@@ -92,7 +93,7 @@ def test_what_cannot_be_built_is_refused_before_the_model_is_opened(
     err = refused("--target", "ort-cpu-fp32", *half, code=usage)
     assert "ort-cpu-fp32 has no float16 KV cache" in err and "--kernels" not in err
     assert "the kinds are float16, int8, int4" in refused("--target", "ort-cpu-int4", "--kv-cache", "int2", code=usage)
-    monkeypatch.setattr(native, "problem", lambda: "the library is missing")
+    monkeypatch.setattr(native, "failure", lambda: MISSING)
     err = refused("--target", "ort-cpu-int4", "--kernels", "own", code=TargetError.exit_code)
     assert "--kernels own: the library is missing" in err and "--kernels ort" in err
 
