@@ -76,9 +76,10 @@ struct Ahead {
   }
 };
 
-// Heads and rows of a tile, whose sums the registers hold. More rows for fewer heads were slower from memory.
-constexpr int kTileHeads = kRegisterLanes >= 32 ? 4 : 2;
-constexpr int kTileRows = kRegisterLanes >= 32 ? 4 : 2;
+// Heads and rows of the cache that are taken together, whose sums the registers hold. More rows for fewer heads were
+// slower from memory.
+constexpr int kHeadsTogether = kRegisterLanes >= 32 ? 4 : 2;
+constexpr int kRowsTogether = kRegisterLanes >= 32 ? 4 : 2;
 
 template <class Cache, int G, int R>
 static void score_chunk(const float* queries, const typename Cache::Element* rows, int64_t num_rows, int64_t head_dim,
@@ -108,13 +109,13 @@ static void add_chunk(const float* weights, const typename Cache::Element* rows,
   }
 }
 
-// All heads in tiles of G of them, then of half as many; what comes next is fetched beside the first.
+// All heads, G of them together, then half as many; what comes next is fetched beside the first.
 template <class Cache, int G>
 static void score_heads(const float* queries, int64_t num_heads, const typename Cache::Element* rows, int64_t num_rows,
                         int64_t head_dim, Ahead ahead, float* scores) {
   int64_t g = 0;
   for (; g + G <= num_heads; g += G) {
-    score_chunk<Cache, G, kTileRows>(queries + g * head_dim, rows, num_rows, head_dim, ahead, scores + g * kChunkRows);
+    score_chunk<Cache, G, kRowsTogether>(queries + g * head_dim, rows, num_rows, head_dim, ahead, scores + g * kChunkRows);
     ahead = {};
   }
   if constexpr (G > 1) {
@@ -127,7 +128,7 @@ static void add_heads(const float* weights, int64_t num_heads, const typename Ca
                       int64_t head_dim, Ahead ahead, float* sums) {
   int64_t g = 0;
   for (; g + G <= num_heads; g += G) {
-    add_chunk<Cache, G, kTileRows>(weights + g * kChunkRows, rows, num_rows, head_dim, ahead, sums + g * head_dim);
+    add_chunk<Cache, G, kRowsTogether>(weights + g * kChunkRows, rows, num_rows, head_dim, ahead, sums + g * head_dim);
     ahead = {};
   }
   if constexpr (G > 1) {
@@ -175,9 +176,9 @@ static void attend_chunk(const float* queries, int64_t num_heads, const typename
                          const typename Cache::Element* values, int64_t num_rows, int64_t head_dim,
                          const Ahead& next_values, const Ahead& next_keys, Partial& partial) {
   float scores[kHeadsAtOnce * kChunkRows];
-  score_heads<Cache, kTileHeads>(queries, num_heads, keys, num_rows, head_dim, next_values, scores);
+  score_heads<Cache, kHeadsTogether>(queries, num_heads, keys, num_rows, head_dim, next_values, scores);
   for (int64_t g = 0; g < num_heads; ++g) weigh_chunk(partial, g, scores + g * kChunkRows, num_rows, head_dim);
-  add_heads<Cache, kTileHeads>(scores, num_heads, values, num_rows, head_dim, next_keys, partial.sums);
+  add_heads<Cache, kHeadsTogether>(scores, num_heads, values, num_rows, head_dim, next_keys, partial.sums);
 }
 
 // Rows [first, last) of one key-value head for up to kHeadsAtOnce of its query heads.
