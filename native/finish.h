@@ -1,5 +1,8 @@
 // From products as whole numbers to rows of y; included by the file of each instruction set inside its namespace.
 
+// A name of that namespace would hide the one of kernels.h without a word.
+static_assert(kTileRows == qwen3vl::kTileRows);
+
 // total + scale_x * (products - sum_x * zero_point) * scale
 static inline Lanes add_block(Lanes total, Lanes products, float sum_x, float scale_x, Lanes zero_points, Lanes scales) {
   const Lanes whole = fma(broadcast(-sum_x), zero_points, products);
