@@ -48,10 +48,10 @@ def kernels(
     patches: Annotated[int, typer.Option(help="Patches of the image whose memory is measured; 0 for none.")] = 3072,
     results: options.Results = RESULTS,
 ) -> None:
-    """Compare decode steps, prompts, opening and memory of engines, such as one built with --kernels own and one with ort.
+    """Compare steps, prompts, opening and memory of engines, such as one built with --kernels own and one with ort.
 
-    Engines take turns, so that a busy minute falls on all of them; the table has medians. The bandwidth of the memory is
-    that of as many threads reading 1 GiB, once in each round.
+    Engines take turns, so that a busy minute falls on all of them; the table has medians. The bandwidth of the memory
+    is that of as many threads reading 1 GiB, once in each round.
     """
     if len({Manifest.read(engine).source["name"] for engine in engines}) > 1:
         raise UsageError("the engines are of several checkpoints", remedy="give engines of one checkpoint")

@@ -17,7 +17,8 @@ OrtStatus* check_shape(const Tensor& tensor, const char* name, const int64_t* sh
   bool is_right = tensor.rank == rank;
   for (size_t i = 0; is_right && i < rank; ++i) is_right = tensor.shape[i] == shape[i];
   if (is_right) return nullptr;
-  char expected[160] = "", got[160] = "";
+  static_assert(Tensor::kMaxRank <= 8);
+  char expected[8 * 22] = "", got[8 * 22] = "";  // an axis takes 20 characters at most, and two between
   size_t used = 0;
   for (size_t i = 0; i < rank; ++i) {
     used += static_cast<size_t>(std::snprintf(expected + used, sizeof expected - used, i ? ", %lld" : "%lld", Size{shape[i]}));

@@ -17,6 +17,10 @@
 
 namespace qwen3vl {
 
+// Functions that several files share are inlined into each: a copy of its own, compiled for one instruction set, could be
+// the one that the linker keeps for all.
+#define QWEN3VL_SHARED __attribute__((always_inline)) inline
+
 enum class CacheType { kFloat32, kFloat16, kInt8, kInt4 };
 
 constexpr int kAttentionPhases = 3;
@@ -52,17 +56,17 @@ struct Attention {
   const float* value_scales;
   float* out;                   // [B, S, N H]
 
-  int64_t group() const { return num_heads / num_kv_heads; }
-  bool is_step() const { return num_tokens == 1; }
+  QWEN3VL_SHARED int64_t group() const { return num_heads / num_kv_heads; }
+  QWEN3VL_SHARED bool is_step() const { return num_tokens == 1; }
   // Rows of the cache that are visible to the last new token.
-  int64_t length(int64_t sequence) const { return past_lengths[sequence] + num_tokens; }
-  int64_t num_splits(int64_t sequence) const { return (length(sequence) + kSplitRows - 1) / kSplitRows; }
-  int64_t num_blocks() const { return (num_tokens * group() + kBlockPairs - 1) / kBlockPairs; }
-  bool is_copied() const { return past_key != present_key || past_value != present_value; }
+  QWEN3VL_SHARED int64_t length(int64_t sequence) const { return past_lengths[sequence] + num_tokens; }
+  QWEN3VL_SHARED int64_t num_splits(int64_t sequence) const { return (length(sequence) + kSplitRows - 1) / kSplitRows; }
+  QWEN3VL_SHARED int64_t num_blocks() const { return (num_tokens * group() + kBlockPairs - 1) / kBlockPairs; }
+  QWEN3VL_SHARED bool is_copied() const { return past_key != present_key || past_value != present_value; }
   // Partial results are kept as H sums, the largest score, the sum of weights, padded to whole vectors.
-  int64_t partial_floats() const { return head_dim + 16; }
-  int64_t query_floats() const { return batch * num_tokens * num_heads * head_dim; }
-  int64_t total_splits() const {
+  QWEN3VL_SHARED int64_t partial_floats() const { return head_dim + 16; }
+  QWEN3VL_SHARED int64_t query_floats() const { return batch * num_tokens * num_heads * head_dim; }
+  QWEN3VL_SHARED int64_t total_splits() const {
     int64_t total = 0;
     for (int64_t b = 0; b < batch; ++b) total += num_splits(b);
     return total;
@@ -72,17 +76,17 @@ struct Attention {
 // What an instruction set gives.
 using AttentionFunction = void (*)(const Attention& attention, int phase, int64_t task, void* scratch);
 
-inline size_t attention_scratch_bytes(const Attention& a) {
+QWEN3VL_SHARED size_t attention_scratch_bytes(const Attention& a) {
   const int64_t partials = a.is_step() ? a.total_splits() * a.num_heads * a.partial_floats() : 0;
   return static_cast<size_t>(a.query_floats() + partials) * sizeof(float);
 }
 
 // Tasks of phase 0 that prepare tokens; those that copy the past's rows, one for each head, come after them.
-inline int64_t attention_prepare_tasks(const Attention& a) {
+QWEN3VL_SHARED int64_t attention_prepare_tasks(const Attention& a) {
   return (a.batch * a.num_tokens + kPreparedRows - 1) / kPreparedRows;
 }
 
-inline int64_t attention_num_tasks(const Attention& a, int phase) {
+QWEN3VL_SHARED int64_t attention_num_tasks(const Attention& a, int phase) {
   if (phase == 0) return attention_prepare_tasks(a) + (a.is_copied() ? a.batch * a.num_kv_heads : 0);
   if (phase == 1) return a.num_kv_heads * (a.is_step() ? a.total_splits() : a.batch * a.num_blocks());
   if (!a.is_step()) return 0;

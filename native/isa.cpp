@@ -52,10 +52,14 @@ bool has_avx512_vnni() {
          has_bit(r.b, 30) && has_bit(r.b, 31) && has_bit(r.c, 11);                                // BW, VL, VNNI
 }
 
-// Linux gives the tiles' registers only to a process that asks (arch_prctl(2), ARCH_REQ_XCOMP_PERM).
 bool has_amx_int8() {
   const unsigned d = cpuid(7, 0).d;
-  if (!has_avx512_vnni() || (saved_state() & kTiles) != kTiles || !has_bit(d, 24) || !has_bit(d, 25)) return false;
+  return has_avx512_vnni() && (saved_state() & kTiles) == kTiles && has_bit(d, 24) && has_bit(d, 25);  // TILE, INT8
+}
+
+// Linux gives the tiles' registers only to a process that asks (arch_prctl(2), ARCH_REQ_XCOMP_PERM); its signal frames grow,
+// so it is asked where they will be used.
+bool request_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -71,34 +75,47 @@ bool always() { return true; }
 struct Choice {
   const Kernels* kernels;
   bool (*is_here)();
+  bool (*request)();  // of the system, before the first use
+
+  bool can_be_used() const { return is_here() && request(); }
 };
 
 // Best first.
 const Choice kChoices[] = {
 #if defined(__x86_64__)
-    {&kAmxInt8, has_amx_int8}, {&kAvx512Vnni, has_avx512_vnni}, {&kAvxVnni, has_avx_vnni}, {&kAvx2, has_avx2},
+    {&kAmxInt8, has_amx_int8, request_tiles},
+    {&kAvx512Vnni, has_avx512_vnni, always},
+    {&kAvxVnni, has_avx_vnni, always},
+    {&kAvx2, has_avx2, always},
 #elif defined(__aarch64__)
-    {&kNeonDotprod, has_dotprod},
+    {&kNeonDotprod, has_dotprod, always},
 #endif
-    {&kPortable, always},
+    {&kPortable, always, always},
 };
 
 const Kernels* best() {
   for (const Choice& choice : kChoices) {
-    if (choice.is_here()) return choice.kernels;
+    if (choice.can_be_used()) return choice.kernels;
   }
   return &kPortable;
 }
 
-const Kernels*& in_use() {
-  static const Kernels* chosen = nullptr;
-  if (chosen == nullptr) chosen = best();
-  return chosen;
+// The instruction set in use. Threads may ask while one chooses; which of two they get does not matter, since all compute
+// the same bits.
+const Kernels* chosen = nullptr;
+
+const Kernels& in_use() {
+  const Kernels* found = __atomic_load_n(&chosen, __ATOMIC_ACQUIRE);
+  if (found == nullptr) {
+    found = best();
+    __atomic_store_n(&chosen, found, __ATOMIC_RELEASE);
+  }
+  return *found;
 }
 
 }  // namespace
 
-const Kernels& kernels() { return *in_use(); }
+const Kernels& kernels() { return in_use(); }
 
 }  // namespace qwen3vl
 
@@ -121,8 +138,8 @@ QWEN3VL_PUBLIC const char* qwen3vl_cpu_isa() { return qwen3vl::kernels().name; }
 
 QWEN3VL_PUBLIC int qwen3vl_cpu_use(const char* name) {
   for (const auto& choice : qwen3vl::kChoices) {
-    if (std::strcmp(choice.kernels->name, name) != 0 || !choice.is_here()) continue;
-    qwen3vl::in_use() = choice.kernels;
+    if (std::strcmp(choice.kernels->name, name) != 0 || !choice.can_be_used()) continue;
+    __atomic_store_n(&qwen3vl::chosen, choice.kernels, __ATOMIC_RELEASE);
     return 0;
   }
   return -1;

@@ -80,8 +80,10 @@ struct Chains {
   }
 };
 
+// Codes of the weight, which are fetched ahead; unpacked ones are in the first level cache.
+template <bool FETCHES = true>
 QWEN3VL_INLINE __m512i load_codes(const uint8_t* codes) {
-  _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
+  if constexpr (FETCHES) _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
   return _mm512_loadu_si512(codes);
 }
 
@@ -104,15 +106,15 @@ QWEN3VL_INLINE void multiply_nibbles(const uint8_t* codes, const int8_t* x, int 
   sums.to_lanes(products);
 }
 
-template <int R>
+template <int R, bool FETCHES>
 QWEN3VL_INLINE void multiply_bytes(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
   Chains<R> sums;
 #pragma GCC unroll 1
   for (int k = 0; k < block; k += 16, codes += 256, x += 16) {
-    sums.template at<0>().add(load_codes(codes), x, block);
-    sums.template at<1>().add(load_codes(codes + 64), x + 4, block);
-    sums.template at<2>().add(load_codes(codes + 128), x + 8, block);
-    sums.template at<3>().add(load_codes(codes + 192), x + 12, block);
+    sums.template at<0>().add(load_codes<FETCHES>(codes), x, block);
+    sums.template at<1>().add(load_codes<FETCHES>(codes + 64), x + 4, block);
+    sums.template at<2>().add(load_codes<FETCHES>(codes + 128), x + 8, block);
+    sums.template at<3>().add(load_codes<FETCHES>(codes + 192), x + 12, block);
   }
   sums.to_lanes(products);
 }
@@ -122,7 +124,7 @@ QWEN3VL_INLINE void multiply_codes(const uint8_t* codes, const int8_t* x, int bl
   if constexpr (BITS == 4) {
     multiply_nibbles<R>(codes, x, block, products);
   } else {
-    multiply_bytes<R>(codes, x, block, products);
+    multiply_bytes<R, true>(codes, x, block, products);
   }
 }
 
@@ -141,7 +143,7 @@ static const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer) {
 
 template <int BITS, int R>
 QWEN3VL_INLINE void multiply_unpacked(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
-  multiply_bytes<R>(codes, x, block, products);
+  multiply_bytes<R, BITS == 8>(codes, x, block, products);
 }
 
 #include "products.h"

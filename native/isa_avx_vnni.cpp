@@ -95,17 +95,18 @@ struct Sums<0> {
 template <int R>
 constexpr bool kHasTwoSums = R <= 3;
 
-template <int R>
+// FETCHES: the codes are those of the weight; unpacked ones are in the first level cache.
+template <int R, bool FETCHES>
 QWEN3VL_INLINE void multiply_bytes(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
   constexpr int step = kHasTwoSums<R> ? 8 : 4;
   Sums<R> sums;
   Sums<kHasTwoSums<R> ? R : 0> others;
 #pragma GCC unroll 1
   for (int k = 0; k < block; k += step, codes += 16 * step, x += step) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
+    if constexpr (FETCHES) _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T1);
     sums.add(load_codes(codes), load_codes(codes + 32), x, block);
     if constexpr (kHasTwoSums<R>) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + 64, _MM_HINT_T1);
+      if constexpr (FETCHES) _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + 64, _MM_HINT_T1);
       others.add(load_codes(codes + 64), load_codes(codes + 96), x + 4, block);
     }
   }
@@ -146,7 +147,7 @@ QWEN3VL_INLINE void multiply_codes(const uint8_t* codes, const int8_t* x, int bl
   if constexpr (BITS == 4) {
     multiply_nibbles<R>(codes, x, block, products);
   } else {
-    multiply_bytes<R>(codes, x, block, products);
+    multiply_bytes<R, true>(codes, x, block, products);
   }
 }
 
@@ -168,7 +169,7 @@ static const uint8_t* unpack(const uint8_t* codes, int block, uint8_t* buffer) {
 
 template <int BITS, int R>
 QWEN3VL_INLINE void multiply_unpacked(const uint8_t* codes, const int8_t* x, int block, Lanes* products) {
-  multiply_bytes<R>(codes, x, block, products);
+  multiply_bytes<R, BITS == 8>(codes, x, block, products);
 }
 
 #include "products.h"

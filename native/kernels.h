@@ -18,8 +18,8 @@ constexpr int64_t kPanelRows = 96;  // rows of x that are multiplied together: a
 constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kAlignment = 64;  // bytes: a cache line, and the widest vector
 
-constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-constexpr int64_t align_up(int64_t value, int64_t by) { return divide_up(value, by) * by; }
+QWEN3VL_SHARED constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+QWEN3VL_SHARED constexpr int64_t align_up(int64_t value, int64_t by) { return divide_up(value, by) * by; }
 
 // W [N, K] in few bits, as docs/cpu_kernels.md describes the tiles:
 // w(n, k) = unit * scale(n, block of k) * (code(n, k) - zero_point(n, block of k)).
@@ -30,11 +30,11 @@ struct Weight {
   int32_t bits;         // 4 or 8
   int32_t block;        // G: 32, 64, 128 or 256
 
-  int64_t num_blocks() const { return divide_up(num_columns, block); }
-  int64_t num_tiles() const { return divide_up(num_rows, kTileRows); }
-  int64_t padded_columns() const { return num_blocks() * block; }
-  int64_t block_bytes() const { return kTileRows * block * bits / 8; }
-  int64_t tile_bytes() const {
+  QWEN3VL_SHARED int64_t num_blocks() const { return divide_up(num_columns, block); }
+  QWEN3VL_SHARED int64_t num_tiles() const { return divide_up(num_rows, kTileRows); }
+  QWEN3VL_SHARED int64_t padded_columns() const { return num_blocks() * block; }
+  QWEN3VL_SHARED int64_t block_bytes() const { return kTileRows * block * bits / 8; }
+  QWEN3VL_SHARED int64_t tile_bytes() const {
     return align_up(num_blocks() * (block_bytes() + kTileRows * 3) + int64_t{sizeof(float)}, kAlignment);
   }
 };
@@ -46,7 +46,7 @@ struct Tile {
   const uint8_t* zero_points;  // [J, 16]
   float unit;
 
-  Tile(const Weight& weight, int64_t index) {
+  QWEN3VL_SHARED Tile(const Weight& weight, int64_t index) {
     codes = weight.tiles + index * weight.tile_bytes();
     const int64_t num_blocks = weight.num_blocks();
     const uint8_t* rest = codes + num_blocks * weight.block_bytes();
@@ -64,7 +64,7 @@ struct Source {
   bool gated;
   int64_t num_columns;  // K
 
-  const float* row(int64_t index) const { return x + index * (gated ? 2 * num_columns : num_columns); }
+  QWEN3VL_SHARED const float* row(int64_t index) const { return x + index * (gated ? 2 * num_columns : num_columns); }
 };
 
 // Up to kPanelRows rows of a source, each block of a row rounded to 8 bits by a scale of its own.

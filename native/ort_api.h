@@ -60,7 +60,6 @@ enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 class Api {
  public:
   void set(const void* const* table) { table_ = table; }
-  bool is_set() const { return table_ != nullptr; }
 
   OrtStatus* status(ErrorCode code, const char* message) const {
     return call<OrtStatus* (*)(int, const char*)>(0)(code, message);

@@ -19,9 +19,14 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     return api.status(qwen3vl::ort::kFail, message);
   }
   api.set(table);
-  OrtCustomOpDomain* domain = nullptr;
-  QWEN3VL_TRY(api.create_domain("qwen3vl.cpu", &domain));
-  QWEN3VL_TRY(qwen3vl::add_products(domain));
-  QWEN3VL_TRY(qwen3vl::add_attention(domain));
+  // ONNX Runtime borrows a domain, so one serves all sessions. Two threads that come first at once make one each.
+  static OrtCustomOpDomain* shared = nullptr;
+  OrtCustomOpDomain* domain = __atomic_load_n(&shared, __ATOMIC_ACQUIRE);
+  if (domain == nullptr) {
+    QWEN3VL_TRY(api.create_domain("qwen3vl.cpu", &domain));
+    QWEN3VL_TRY(qwen3vl::add_products(domain));
+    QWEN3VL_TRY(qwen3vl::add_attention(domain));
+    __atomic_store_n(&shared, domain, __ATOMIC_RELEASE);
+  }
   return api.add_domain(options, domain);
 }
