@@ -60,7 +60,8 @@ def _problem() -> str:
 
 
 def _drawback() -> str:
-    return "this processor runs their portable code alone" if native.isa() == native.PORTABLE else ""
+    # Not the one in use: QWEN3VL_CPU_ISA may name portable code for this process, which says nothing of the processor.
+    return "this processor runs their portable code alone" if native.isas() == (native.PORTABLE,) else ""
 
 
 def _causal_attention(config: ModelConfig) -> str:

@@ -133,7 +133,7 @@ def test_kernels_count_by_what_they_are_and_not_by_who_chose_them(
     def built(**options: Any) -> str:
         return find_or_build(str(checkpoint), cache=tmp_path / "cache", target="ort-cpu-int8", **options).name
 
-    monkeypatch.setattr(native, "isa", lambda: "avx2")
+    monkeypatch.setattr(native, "isas", lambda: ("avx2", "portable"))
     monkeypatch.setattr(native, "failure", lambda: None)
     own, ort = built(), built(kernels="ort")
     assert own != ort and built(kernels="own") == own and len(exporter.requests) == 2

@@ -41,7 +41,7 @@ def traced(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace the demo once for all tests; to build an engine takes no library."""
     monkeypatch.setattr(exporting, "make_bundle", lambda *_: demo_bundle)
     monkeypatch.setattr(native, "failure", lambda: None)
-    monkeypatch.setattr(native, "isa", lambda: "avx2")
+    monkeypatch.setattr(native, "isas", lambda: ("avx2", "portable"))
 
 
 def built(folder: Path, log: Log | None = None, **options: Any) -> Manifest:
