@@ -5,6 +5,7 @@ Shapes: see runtime/session.py.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import math
@@ -242,9 +243,17 @@ def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
 
     `numpy.zeros` asks for huge pages, and each holds more rows of a head than most prompts have, so that a few tokens
     committed a whole slot: 470 MB, and 1 s of the first prompt (2B, 2048 rows in float32).
+
+    Raises:
+        MemoryError: The process may not have so much, as `numpy.zeros` says it.
     """
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemoryError(f"a KV cache of {num_bytes} bytes") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)

@@ -26,3 +26,9 @@ def test_few_rows_commit_little_memory() -> None:
     cache.copy_rows(0, 1, 8192)
     assert resident_bytes() - before > cache.num_bytes // 4, "the measure sees memory that is written"
     assert not cache.layer(0)[0].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems may promise any memory")
+def test_more_than_there_are_addresses_is_a_lack_of_memory() -> None:
+    with pytest.raises(MemoryError):
+        OrtKVCache(1, (1, 1, 1 << 40, 128), "float32")
