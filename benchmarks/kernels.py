@@ -16,9 +16,9 @@ import numpy as np
 import typer
 
 from benchmarks import kernels_profile, measure, options
+from benchmarks.kernels_profile import inputs
 from benchmarks.result_files import RESULTS, markdown, write
 from runtime import native
-from runtime.contract import DecoderInputs
 from runtime.errors import UsageError
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
@@ -102,6 +102,7 @@ def _take_turns(
         bandwidths.append(_bandwidth(read))
         for engine, taken in zip(opened, times, strict=True):
             for name, call, calls in _work(engine, context, prompt):
+                call()  # what the other engines left in the caches
                 each = measure.seconds(call) / calls
                 if turn:  # the first turn warms up
                     taken.setdefault(name, []).append(each)
@@ -119,20 +120,6 @@ def _work(engine: Opened, context: int, prompt: int) -> list[tuple[str, Callable
     decode = [(f"decode, {batch} sequences", steps(batch), _STEPS) for batch in _BATCHES]
     prefill = inputs(engine.manifest, 1, prompt, 0)
     return [*decode, (f"prompt of {prompt}", lambda: engine.session.prefill(prefill, engine.cache), 1)]
-
-
-def inputs(manifest: Manifest, batch: int, num_new: int, past: int) -> DecoderInputs:
-    """Return inputs of text tokens, the same in each sequence."""
-    text = manifest.model.text
-    positions = np.arange(past, past + num_new, dtype=np.int64)
-    return DecoderInputs(
-        input_ids=np.tile(positions % text.vocab_size, (batch, 1)),
-        position_ids=np.tile(positions, (3, batch, 1)),
-        visual_rows=np.full((batch, num_new), -1, np.int64),
-        visual_embeds=np.zeros((1 + len(manifest.model.vision.deepstack_layers), 1, text.hidden_size), np.float32),
-        past_lengths=np.full(batch, past, np.int64),
-        logits_positions=np.full((batch, 1), num_new - 1, np.int64),
-    )
 
 
 def _bandwidth(array: np.ndarray[Any, np.dtype[np.uint64]]) -> float:
@@ -178,8 +165,8 @@ def table(result: dict[str, Any]) -> str:
             ["resident memory less KV cache", *(f"{r['memory']['resident_bytes'] / 1e9:.2f} GB" for r in rows)]
         )
     text = (
-        f"{result['threads']} threads, {result['context']} cached tokens before a decode step; medians, engines in turns. "
-        f"The memory gave {bandwidth / 1e9:.1f} GB/s. In brackets: how many times as fast as the last column.\n\n"
+        f"{result['threads']} threads, {result['context']} cached tokens before a decode step; medians, engines in "
+        f"turns. The memory gave {bandwidth / 1e9:.1f} GB/s. In brackets: how many times as fast as the last column.\n\n"
     )
     return text + markdown(lines)
 

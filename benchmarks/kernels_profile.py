@@ -13,16 +13,29 @@ import onnx
 import onnxruntime as ort
 
 from runtime import native
+from runtime.contract import DecoderInputs
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
 
 PRODUCTS = ("MatMulInt4", "MatMulInt8", "MatMulNBits")
 
 
+def inputs(manifest: Manifest, batch: int, num_new: int, past: int) -> DecoderInputs:
+    """Return inputs of text tokens, the same in each sequence."""
+    text = manifest.model.text
+    positions = np.arange(past, past + num_new, dtype=np.int64)
+    return DecoderInputs(
+        input_ids=np.tile(positions % text.vocab_size, (batch, 1)),
+        position_ids=np.tile(positions, (3, batch, 1)),
+        visual_rows=np.full((batch, num_new), -1, np.int64),
+        visual_embeds=np.zeros((1 + len(manifest.model.vision.deepstack_layers), 1, text.hidden_size), np.float32),
+        past_lengths=np.full(batch, past, np.int64),
+        logits_positions=np.full((batch, 1), num_new - 1, np.int64),
+    )
+
+
 def products(engine: Path, context: int, rounds: int) -> dict[str, float]:
     """Return the median seconds of all products of a decode step of one sequence, and the bytes of their weights."""
-    from benchmarks.kernels import inputs
-
     manifest = Manifest.read(engine)
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
