@@ -90,8 +90,7 @@ def test_results_are_the_same_bits_as_here(cpu: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("cpu", ["Haswell", "SandyBridge"])
 def test_all_tests(cpu: str) -> None:
-    done = run_tests(
-        ROOT, *TESTS, "--deselect", f"{TESTS[1]}::test_what_lies_beside_is_no_memory", before=emulated(cpu)
-    )
+    # Fences are left out: the emulated process ends there with AVX2, which the processor itself does not.
+    done = run_tests(ROOT, *TESTS, "-k", "not beside", before=emulated(cpu))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "passed" in done.stdout
