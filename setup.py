@@ -72,6 +72,14 @@ class BuildLibrary(build_ext):
                 raise
             print(f"note: the library of own kernels was not built: {error}", file=sys.stderr)
 
+    def copy_extensions_to_source(self) -> None:
+        """Put the library into the checkout, or remove the one of other sources that lies there."""
+        for ext in self.extensions:
+            name = self.get_ext_filename(ext.name)
+            if not Path(self.build_lib, name).is_file():
+                Path(name).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
     def _compiled(self, source: str, flags: list[str]) -> str:
         """Compile a source and return the path of its object."""
         (path,) = self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)

@@ -69,6 +69,19 @@ def test_without_a_compiler_it_holds_all_else(tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith(".so")] and "runtime/native/__init__.py" in names
 
 
+def test_a_library_of_other_sources_does_not_stay_in_a_checkout(tmp_path: Path) -> None:
+    """An editable install would run it."""
+    wheels.copy_tracked(tmp_path)
+    library = tmp_path / "runtime" / "native" / native.LIBRARY.name
+    library.touch()
+    os.utime(library, (0, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("CC", "CXX"):
+            patch.setenv(name, "/no/compiler")
+        run(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=tmp_path)
+    assert not library.exists()
+
+
 def test_the_source_distribution_holds_what_is_compiled(tmp_path: Path) -> None:
     wheels.copy_tracked(tmp_path / "source")
     code = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
