@@ -173,7 +173,7 @@ class Cache:
         return np.full(shape, np.nan, np.float16 if self.kind == "Float16" else np.float32)
 
 
-# Five query heads on each: kernels take four of them together where registers allow. Half of a head fills no 16 lanes.
+# Five query heads on each: kernels take four together where registers allow. Half of a head fills no 16 lanes.
 _Q, _K, _H = 10, 2, 48
 _HALF = _H // 2
 _FREE_ROWS = 5
