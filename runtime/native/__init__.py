@@ -45,7 +45,7 @@ _FUNCTIONS = {
 }
 # What every error of loading ends with, since it is met where an engine is opened.
 _OTHERWISE = "or build the engine again with qwen3vl-export --kernels ort"
-_BUILD = "build it: `make setup` in a checkout, or `pip install .` there with g++ 12 or later"
+_BUILD = "build it: `make setup` in a checkout, or install the package from there with g++ 12 or later"
 _LOGGER = logging.getLogger(__name__)
 
 
