@@ -65,7 +65,7 @@ def test_an_empty_variable_chooses_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_a_missing_library_is_said_with_the_command_that_builds_it(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="the library of own kernels is missing") as caught:
         native.register(ort.SessionOptions(), tmp_path / "none.so")
-    for words in ("make setup", "pip install .", "g++", "qwen3vl-export --kernels ort"):
+    for words in ("make setup", "install the package", "g++", "qwen3vl-export --kernels ort"):
         assert words in str(caught.value.remedy)
 
 
