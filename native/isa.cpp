@@ -75,7 +75,8 @@ bool always() { return true; }
 struct Choice {
   const Kernels* kernels;
   bool (*is_here)();
-  bool (*request)();  // of the system, before the first use
+  bool (*request)();    // of the system, before the first use
+  bool is_by_name_only;  // it has not run on such a processor yet, so it is taken where it is asked for
 
   bool can_be_used() const { return is_here() && request(); }
 };
@@ -83,19 +84,19 @@ struct Choice {
 // Best first.
 const Choice kChoices[] = {
 #if defined(__x86_64__)
-    {&kAmxInt8, has_amx_int8, request_tiles},
-    {&kAvx512Vnni, has_avx512_vnni, always},
-    {&kAvxVnni, has_avx_vnni, always},
-    {&kAvx2, has_avx2, always},
+    {&kAmxInt8, has_amx_int8, request_tiles, true},
+    {&kAvx512Vnni, has_avx512_vnni, always, false},
+    {&kAvxVnni, has_avx_vnni, always, false},
+    {&kAvx2, has_avx2, always, false},
 #elif defined(__aarch64__)
-    {&kNeonDotprod, has_dotprod, always},
+    {&kNeonDotprod, has_dotprod, always, false},
 #endif
-    {&kPortable, always, always},
+    {&kPortable, always, always, false},
 };
 
 const Kernels* best() {
   for (const Choice& choice : kChoices) {
-    if (choice.can_be_used()) return choice.kernels;
+    if (!choice.is_by_name_only && choice.can_be_used()) return choice.kernels;
   }
   return &kPortable;
 }
