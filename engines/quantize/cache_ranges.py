@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from engines.bundle import DECODER, PREFILL
-from engines.kernels import kernels_of
+from engines.quantised_kernels import kernels_of
 from engines.target import Target
 from runtime.errors import BundleError, UsageError
 from runtime.manifest import FileRecord, Manifest

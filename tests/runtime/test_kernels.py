@@ -15,7 +15,7 @@ import pytest
 from onnx import numpy_helper
 
 from engines.bundle import Bundle
-from engines.kernels import BITS
+from engines.quantised_kernels import BITS
 from helpers import PICTURES
 from helpers.engines import build
 from helpers.own_kernels import needs_own_kernels

@@ -18,7 +18,7 @@ import pytest
 from engines.bundle import DECODER, VISION, Bundle
 from engines.external_data import write_model
 from engines.initializers import add_initializer, add_integers
-from engines.kernels import kernels_of
+from engines.quantised_kernels import kernels_of
 from engines.lower import lower
 from engines.passes.fuse_cpu_products import FuseCpuProductsPass
 from engines.passes.quantize_weights import QuantizeWeightsPass
