@@ -13,11 +13,11 @@ import onnx_ir as ir
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, PREFILL, Bundle
 from engines.external_data import weight_bytes, write_model
-from engines.quantised_kernels import kernels_of
 from engines.lower import lower
 from engines.output import output_folder
 from engines.passes.fold_static_shapes import fix_capacity
 from engines.progress import SILENT, Progress, Stage
+from engines.quantised_kernels import kernels_of
 from engines.quantize.cache_ranges import CacheQuantization, quantize_cache
 from engines.quantize.formats import WeightFormats
 from engines.target import Target

@@ -18,13 +18,13 @@ import pytest
 from engines.bundle import DECODER, VISION, Bundle
 from engines.external_data import write_model
 from engines.initializers import add_initializer, add_integers
-from engines.quantised_kernels import kernels_of
 from engines.lower import lower
 from engines.passes.fuse_cpu_products import FuseCpuProductsPass
 from engines.passes.quantize_weights import QuantizeWeightsPass
 from engines.passes.remove_split_concat import RemoveSplitConcatPass
 from engines.passes.set_cache_type import SetCacheTypePass
 from engines.passes.use_cpu_products import UseCpuProductsPass
+from engines.quantised_kernels import kernels_of
 from engines.quantize.blockwise import QuantizedBlocks, quantize_blocks
 from engines.quantize.formats import WeightFormats
 from engines.quantize.imported import GroupQuantizedTensor
