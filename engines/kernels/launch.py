@@ -110,3 +110,7 @@ GPUS = {
         Gpu(120, 99 << 10, 188),
     )
 }
+
+
+class Unserved(ValueError):
+    """No kernel serves a shape or format; the message says which and why."""
