@@ -109,7 +109,7 @@ def read_decoder(model: ir.Model, config: ModelConfig) -> Decoder:
     if len(attention) != text.num_layers:
         raise Unserved(f"{len(attention)} nodes of attention for {text.num_layers} layers")
     nodes = iter(queue)
-    layers = tuple(_layer(nodes, each, config) for each in attention)
+    layers = tuple(_layer(nodes, each, config, index) for index, each in enumerate(attention))
     head = _take(nodes, "the head")
     if next(nodes, None) is not None:
         raise Unserved("more products than the layers and the head have")
@@ -132,7 +132,7 @@ def read_decoder(model: ir.Model, config: ModelConfig) -> Decoder:
     )
 
 
-def _layer(nodes: Iterator[ir.Node], attention: ir.Node, config: ModelConfig) -> Layer:
+def _layer(nodes: Iterator[ir.Node], attention: ir.Node, config: ModelConfig, index: int) -> Layer:
     text = config.text
     heads, kv_heads, width = text.num_heads, text.num_kv_heads, text.head_dim
     qkv, output = _take(nodes, "q, k and v"), _take(nodes, "attention's output")
@@ -141,7 +141,8 @@ def _layer(nodes: Iterator[ir.Node], attention: ir.Node, config: ModelConfig) ->
     first = _take(nodes, "the feed-forward part")
     mlp_norm = _norm_before(first.inputs[0])
     gate_up = down = experts = None
-    if text.experts is None:
+    if text.experts_of(index) is None:
+        _check_gate_is_first(first)
         gate_up = _weight(first, 2 * text.intermediate_size, text.hidden_size)
         down = _weight(_take(nodes, "down"), text.hidden_size, text.intermediate_size)
     else:
@@ -158,6 +159,14 @@ def _layer(nodes: Iterator[ir.Node], attention: ir.Node, config: ModelConfig) ->
         down=down,
         experts=experts,
     )
+
+
+def _check_gate_is_first(product: ir.Node) -> None:
+    """Raise unless the first rows of a product of gate and up are those of the gate, which SiLU takes."""
+    (split,) = product.outputs[0].consumers() or (None,)
+    gate = split.outputs[0].consumers() if split is not None and split.op_type == "Split" else ()
+    if not any(node.op_type == "Sigmoid" for node in gate):
+        raise Unserved(f"{product.name}: gate and up are not one product")
 
 
 def _experts(router: ir.Node, node: ir.Node, config: ModelConfig) -> Experts:
