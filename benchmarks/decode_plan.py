@@ -53,9 +53,7 @@ class Usage:
 def decode_plan(
     models: Annotated[list[str] | None, typer.Option("--model", help="Shapes; all six by default.")] = None,
     targets: Annotated[list[str] | None, typer.Option("--target", help="Targets; all that take a plan.")] = None,
-    capabilities: Annotated[
-        list[str] | None, typer.Option("--compute-capability", help="GPUs; all by default.")
-    ] = None,
+    gpus: Annotated[list[str] | None, typer.Option("--compute-capability", help="GPUs; all by default.")] = None,
     results: options.Results = RESULTS,
 ) -> None:
     """Compile the decode kernels of models for GPUs that need not be there, and list what they take."""
