@@ -64,6 +64,7 @@ def write_plan(
             "file": name,
             "max_shared_bytes": each.gpu.shared_bytes,
             "dependent_launch": each.gpu.has_dependent_launch,
+            "ptxas": next(codes[job].ptxas for job in jobs if job.sm == sm),
         }
 
     def row(gpu: Gpu, launch: Launch) -> list[Any]:
@@ -73,6 +74,7 @@ def write_plan(
     plan = {
         "format": FORMAT,
         "versions": {"triton": triton_version()},
+        "decoder": FileRecord.of(folder / "decoder.onnx").sha256,
         "dtype": _DTYPES[decoder.dtype],
         "top_k": top_k,
         "batches": list(BATCHES),
