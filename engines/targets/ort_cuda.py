@@ -141,6 +141,7 @@ TARGETS = tuple(
         float_dtype=dtype,
         device=GPU,
         top_k=_TOP_K,
+        decode_plan=True,
         check_model=bodies.check_heads,
         check_library=_check_library,
         **numbers_of("ort_cuda", precision),
