@@ -15,7 +15,7 @@ from engines.kernels.launch import Argument, Gpu, Launch, Unserved
 _MAX_GROUP: Final = 16  # rows of a tensor-core product
 _HEAD_DIMS: Final = (16, 32, 64, 128, 256)
 _MAX_SPLITS: Final = 32
-_INVARIANT_SPLITS: Final = 16
+_INVARIANT_BATCH: Final = 2  # whose tiles all batches take
 
 Array = NDArray[Any]
 
@@ -54,15 +54,14 @@ class Tiles:
 def tiles(heads: Heads, batch: int, gpu: Gpu, *, invariant: bool) -> Tiles:
     """Return the tiles for a batch; with `invariant` the same ones for all batches.
 
-    On an H200 with 512 cached rows and 8 key/value heads, 16 splits were the fastest for one sequence, 8 for 4 and 8;
-    a program for each multiprocessor, then two and four. A quarter of the rows or fewer is worth no split of its own.
+    As many programs as multiprocessors for one sequence, twice as many for up to 4, then four times as many: on an H200
+    with 512 cached rows and 8 key/value heads, 16 splits were the fastest for one sequence, 8 for 4 and for 8.
     """
     if invariant:
-        splits = _INVARIANT_SPLITS
-    else:
-        per_multiprocessor = 1 if batch == 1 else 2 if batch <= 4 else 4
-        wanted = per_multiprocessor * gpu.num_sms // (heads.num_kv_heads * batch)
-        splits = min(_MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
+        batch = _INVARIANT_BATCH
+    per_multiprocessor = 1 if batch == 1 else 2 if batch <= 4 else 4
+    wanted = per_multiprocessor * gpu.num_sms // (heads.num_kv_heads * batch)
+    splits = min(_MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
     # Two stages of keys and values of 64 rows of 128 take 64 KiB.
     return Tiles(splits, block=64 if heads.head_dim <= 128 else 32, stages=2, warps=4)
 
