@@ -65,6 +65,7 @@ class HostDevice:
         self.compute_capability = compute_capability
         self.driver_version = driver_version
         self.total_bytes = total_bytes
+        self.max_shared_bytes = 99 << 10 if compute_capability in ("8.6", "8.9", "12.0") else 163 << 10
         self.events: list[str] = []
         self._allocations: list[Allocation] = []
         self._streams: dict[int, StreamState] = {}
