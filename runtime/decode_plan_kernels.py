@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -22,7 +21,7 @@ _HIDDEN = (ctypes.c_void_p(None), ctypes.c_void_p(None))
 
 
 class PlanKernels:
-    """The kernels of a plan for one kind of GPU, loaded; freed by `close` or with the last reference.
+    """The kernels of a plan for one kind of GPU, loaded; `close` frees them and their memory.
 
     Args:
         device: Where.
@@ -63,8 +62,11 @@ class PlanKernels:
                     modules[place] = device.load_module(code[kernel.offset : kernel.offset + kernel.num_bytes])
                     stack.callback(device.unload_module, modules[place])
                 self._kernels[index] = device.kernel(modules[place], kernel.entry, kernel.shared_bytes)
-            self.close = weakref.finalize(self, stack.pop_all().close)
-            self.close.atexit = False  # the driver frees what a process leaves
+            self._taken = stack.pop_all()
+
+    def close(self) -> None:
+        """Unload the kernels and free their memory; none of them may be at work."""
+        self._taken.close()
 
     def enqueue(self, batch: int, form: str, addresses: Mapping[str, int], capacity: int) -> None:
         """Enqueue all launches of a step.

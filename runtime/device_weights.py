@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from runtime.cuda import CudaDevice
 from runtime.errors import EngineError
@@ -33,7 +31,7 @@ _BESIDE_WEIGHTS_BYTES = 256 << 20
 class DeviceWeights:
     """All weights of a graph on the device; those that lie at one place of a file are there once.
 
-    The memory is freed by `close` or with the last reference.
+    The memory is freed by `close`.
 
     Args:
         folder: Of the files.
@@ -52,7 +50,8 @@ class DeviceWeights:
 
     def __init__(self, folder: Path, weights: Mapping[str, StoredWeight], device: CudaDevice, stream: int) -> None:
         self._weights = weights
-        self._held: list[Any] = []
+        # Of which the options keep addresses alone.
+        self._values: list[ort.OrtValue] = []
         self.addresses: dict[str, int] = {}
         self.num_bytes = 0
         places: dict[tuple[str, int, int], int] = {}
@@ -65,8 +64,11 @@ class DeviceWeights:
                     self.num_bytes += weight.num_bytes
                 self.addresses[name] = places[place]
             _upload(folder, places, device, stream)
-            self.close = weakref.finalize(self, stack.pop_all().close)
-            self.close.atexit = False  # the driver frees what a process leaves
+            self._taken = stack.pop_all()
+
+    def close(self) -> None:
+        """Free the memory; no session that was given it may run any more."""
+        self._taken.close()
 
     def give_to(self, options: ort.SessionOptions, device_name: str) -> None:
         """Let a session that is opened with these options read the weights where they are.
@@ -77,19 +79,9 @@ class DeviceWeights:
         """
         for name, weight in self._weights.items():
             if weight.is_shared:
-                value = self._as_value(self.addresses[name], weight, device_name)
+                value = _as_value(self.addresses[name], weight, device_name)
                 options.add_initializer(name, value)
-
-    def _as_value(self, address: int, weight: StoredWeight, device_name: str) -> ort.OrtValue:
-        code, bits = ELEMENTS[weight.onnx_type]
-        shape = (ctypes.c_int64 * len(weight.shape))(*weight.shape)
-        device, kind = _Device(_DEVICE_TYPES[device_name], 0), _DataType(code, bits, 1)
-        tensor = _Tensor(address, device, len(weight.shape), kind, shape, None, 0)
-        managed = _ManagedTensor(tensor, None, None)
-        value = ort.OrtValue.from_dlpack(_new_capsule(ctypes.addressof(managed), b"dltensor", None))
-        # ONNX Runtime keeps addresses of all of these.
-        self._held += [shape, managed, value]
-        return value
+                self._values.append(value)
 
 
 def is_second_copy(taken_bytes: int, weights_bytes: int) -> bool:
@@ -99,6 +91,20 @@ def is_second_copy(taken_bytes: int, weights_bytes: int) -> bool:
     of a few hundred megabytes, is not seen.
     """
     return taken_bytes >= weights_bytes // 2 + _BESIDE_WEIGHTS_BYTES
+
+
+def _as_value(address: int, weight: StoredWeight, device_name: str) -> ort.OrtValue:
+    """Describe memory to ONNX Runtime, which frees the description with the last reference to the value."""
+    code, bits = ELEMENTS[weight.onnx_type]
+    num_dims = len(weight.shape)
+    place = _raw_alloc(ctypes.sizeof(_ManagedTensor) + num_dims * ctypes.sizeof(ctypes.c_int64))
+    shape = (ctypes.c_int64 * num_dims).from_address(place + ctypes.sizeof(_ManagedTensor))
+    shape[:] = list(weight.shape)
+    managed = _ManagedTensor.from_address(place)
+    device, kind = _Device(_DEVICE_TYPES[device_name], 0), _DataType(code, bits, 1)
+    managed.dl_tensor = _Tensor(address, device, num_dims, kind, ctypes.addressof(shape), None, 0)
+    managed.manager_ctx, managed.deleter = None, ctypes.cast(ctypes.pythonapi.PyMem_RawFree, ctypes.c_void_p)
+    return ort.OrtValue.from_dlpack(_new_capsule(place, b"dltensor", None))
 
 
 def _upload(folder: Path, places: Mapping[tuple[str, int, int], int], device: CudaDevice, stream: int) -> None:
@@ -155,17 +161,21 @@ class _Tensor(ctypes.Structure):
         ("device", _Device),
         ("ndim", ctypes.c_int32),
         ("dtype", _DataType),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
         ("byte_offset", ctypes.c_uint64),
     ]
 
 
 class _ManagedTensor(ctypes.Structure):
-    # No deleter: whoever made it keeps it.
+    # The deleter is called with the address of all this.
     _fields_ = [("dl_tensor", _Tensor), ("manager_ctx", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
 
 
+# They need no lock of Python's, and ONNX Runtime may call the latter from any thread.
+_raw_alloc = ctypes.pythonapi.PyMem_RawMalloc
+_raw_alloc.restype = ctypes.c_void_p
+_raw_alloc.argtypes = [ctypes.c_size_t]
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
