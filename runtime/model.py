@@ -20,7 +20,7 @@ from runtime.arguments import AUTO, folder_path, reading
 from runtime.calls import Call, check_callback, run_batch, seconds
 from runtime.choices import refuse_several, run_choices, run_choices_async
 from runtime.context_room import ContextRoom
-from runtime.contract import FloatArray, no_visual_embeds
+from runtime.contract import FloatArray, no_visual_embeds, on_host
 from runtime.conversation import Conversation, complete
 from runtime.engine_options import EngineOptions
 from runtime.errors import Qwen3VLError, UsageError
@@ -229,7 +229,7 @@ class Qwen3VLModel:
         one = plan_limits(manifest, ServingOptions(1, 0, vision_cache_bytes=0), options.max_context, None)
         needed = held_bytes(manifest, one)
         check_fits(needed, options.max_memory)
-        preparation = Preparation.from_folder(folder, manifest.model)
+        preparation = Preparation.from_folder(folder, manifest.model).for_engine(manifest.capabilities)
         limits_of_inputs = InputLimits(options.min_pixels, options.max_pixels)
         preparation = preparation.with_limits(limits_of_inputs, options.max_image_pixels)
         preparation = dataclasses.replace(preparation, keeps_markers=not options.legacy_video_prompt)
@@ -695,7 +695,7 @@ class Qwen3VLModel:
         return np.concatenate(embeds, axis=1) if embeds else no_visual_embeds(self.config)
 
     def _encode(self, image: ProcessedImage) -> FloatArray:
-        return self.session.vision(self.preparation.vision_inputs(image))
+        return on_host(self.session.vision(self.preparation.vision_inputs(image)))
 
     def _check_memory(self, images: Sequence[ProcessedImage], *, logits_of: int = 0) -> None:
         patches = [math.prod(image.grid_thw) for image in images]

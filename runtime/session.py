@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 import runtime.sessions
-from runtime.contract import DecoderInputs, FloatArray, IntArray, VisionInputs
+from runtime.contract import DecoderInputs, FloatArray, IntArray, VisionInputs, VisualEmbeds
 from runtime.decode_plan import has_plan
 from runtime.errors import EngineError, UsageError
 from runtime.manifest import Manifest
@@ -64,8 +64,11 @@ class Session(Protocol):
       or None: why not our own.
     """
 
-    def vision(self, inputs: VisionInputs) -> FloatArray:
-        """Run the vision tower on I segments of one grid: visual embeddings [1+D, I·P / merge², hidden]."""
+    def vision(self, inputs: VisionInputs) -> VisualEmbeds:
+        """Run the vision tower on I segments of one grid: visual embeddings [1+D, I·P / merge², hidden].
+
+        They may stay in the session's own memory, a part for each segment; `decode` takes them from there.
+        """
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Allocate an empty cache of at least `capacity` rows in each of `batch` slots."""

@@ -98,6 +98,7 @@ def _passes(dtype: str, formats: WeightFormats) -> Sequence[ir.passes.InPlacePas
     from engines.passes.fuse_shared_input import FuseSharedInputPass
     from engines.passes.fuse_transposed_matmul import FuseTransposedMatMulPass
     from engines.passes.half_precision import HalfPrecisionPass
+    from engines.passes.normalise_pixels import NormalisePixelsPass
     from engines.passes.quantize_weights import QuantizeWeightsPass
 
     return [
@@ -108,6 +109,7 @@ def _passes(dtype: str, formats: WeightFormats) -> Sequence[ir.passes.InPlacePas
         HalfPrecisionPass(ir.DataType[dtype.upper()], FLOAT32_OPS[dtype]),
         FuseTransposedMatMulPass(),
         FuseResidualNormPass(),
+        NormalisePixelsPass(),
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
         CheckPlacementPass(),
@@ -142,6 +144,7 @@ TARGETS = tuple(
         device=GPU,
         top_k=_TOP_K,
         decode_plan=True,
+        normalises_pixels=True,
         check_model=bodies.check_heads,
         check_library=_check_library,
         **numbers_of("ort_cuda", precision),

@@ -192,7 +192,7 @@ def model_of(folder: Path, manifest: Manifest, session: LoweredSession) -> Qwen3
     from runtime.preparation import Preparation
 
     max_context = min(session.capacity or DEFAULT_MAX_CONTEXT, manifest.model.text.max_positions)
-    preparation = Preparation.from_folder(folder, manifest.model)
+    preparation = Preparation.from_folder(folder, manifest.model).for_engine(manifest.capabilities)
     return Qwen3VLModel(manifest, session, preparation, max_context, machine_bytes())
 
 

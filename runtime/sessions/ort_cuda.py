@@ -35,11 +35,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import DECODER_DTYPES, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
+from runtime.contract import DECODER_DTYPES, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs, VisualEmbeds
 from runtime.cuda import CudaDevice
 from runtime.decode_plan_session import open_with_plan
 from runtime.decode_step import StepBuffers, padded_batch
-from runtime.device_buffers import Staging
+from runtime.device_arrays import DeviceEmbeds, EmbedsMemory
+from runtime.device_buffers import InputBuffer, Staging
 from runtime.device_cache import DeviceKVCache
 from runtime.device_weights import DeviceWeights
 from runtime.engine_paths import check_paths
@@ -213,6 +214,10 @@ class OrtCudaSession:
                 folder, manifest, options, self._memory, self._staging, open_decoder, stack
             )
             self.decodes_anywhere = self._own is not None
+            self._inputs = InputBuffer(self._memory, self._staging)
+            stack.callback(self._inputs.close)
+            self._embeds = EmbedsMemory(self._memory, self._staging)
+            stack.callback(self._embeds.close)
             stack.callback(self._idle.clear)
             self.close = weakref.finalize(self, stack.pop_all().close)
             self.close.atexit = False  # the driver frees what a process leaves
@@ -230,13 +235,32 @@ class OrtCudaSession:
     @property
     def free_bytes(self) -> int:
         """Bytes that a new cache of another size may take, less what runs will take for their activations."""
+        self._embeds.collect()
         idle = sum(buffers.cache.num_bytes for each in self._idle.values() for buffers in each)
         return self._memory.memory_info()[0] + idle
 
-    def vision(self, inputs: VisionInputs) -> FloatArray:
-        """Run the vision tower; see `runtime.session.Session.vision`."""
-        (embeds,) = self._guard(partial(self._vision.run, VISION_OUTPUTS, inputs.arrays()))
-        return np.asarray(embeds, np.float32)
+    def vision(self, inputs: VisionInputs) -> DeviceEmbeds:
+        """Run the vision tower; see `runtime.session.Session.vision`. The embeddings stay on the device."""
+        embeds: DeviceEmbeds = self._guard(partial(self._run_vision, inputs))
+        return embeds
+
+    def _run_vision(self, inputs: VisionInputs) -> DeviceEmbeds:
+        num_segments, num_patches, _ = inputs.pixel_values.shape
+        rows = [num_patches // self._config.vision.patches_per_token] * num_segments
+        embeds = self._embeds.new(self._config.num_visual_levels, rows, self._config.text.hidden_size)
+        binding = self._vision.io_binding()
+        self._bind_uploaded(binding, inputs.arrays())
+        (name,), address = VISION_OUTPUTS, self._embeds.reserve(embeds)
+        binding.bind_output(name, self._device.name, 0, np.float32, embeds.shape, address)
+        self._vision.run_with_iobinding(binding)
+        self._embeds.fill(embeds)
+        return embeds
+
+    def _bind_uploaded(self, binding: ort.IOBinding, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Bind inputs to copies on the device; they hold until the next call."""
+        addresses = self._inputs.upload(arrays)
+        for name, array in arrays.items():
+            binding.bind_input(name, self._device.name, 0, array.dtype.type, array.shape, addresses[name])
 
     def new_cache(self, capacity: int, batch: int = 1) -> OrtDeviceCache:
         """Return a cache of at least that capacity.
@@ -247,6 +271,7 @@ class OrtCudaSession:
         Raises:
             CapacityError: The GPU is out of memory.
         """
+        self._embeds.collect()
         text = self._config.text
         rounded = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
         shape = (batch, text.num_kv_heads, rounded, text.head_dim)
@@ -388,14 +413,22 @@ class OrtCudaSession:
         self, cache: DeviceKVCache, slot: int, inputs: DecoderInputs, names: tuple[str, ...]
     ) -> Mapping[str, ort.OrtValue]:
         binding = self._decoder.io_binding()
-        # With its own embeddings alone, so that a chunk does not upload those of the whole prompt.
-        for name, array in inputs.with_used_rows().arrays().items():
-            binding.bind_cpu_input(name, array)
+        # With its own embeddings alone, so that a chunk does not upload or join those of the whole prompt.
+        inputs = inputs.with_used_rows()
+        self._bind_uploaded(binding, inputs.host_arrays())
+        self._bind_embeds(binding, inputs.visual_embeds)
         for name in names:
             binding.bind_output(name, self._device.name)
         _bind_cache(binding, cache, self._device.name, slot, len(inputs.input_ids))
         self._decoder.run_with_iobinding(binding, _run_options(_UNCAPTURED))
         return dict(zip(names, binding.get_outputs(), strict=False))
+
+    def _bind_embeds(self, binding: ort.IOBinding, embeds: VisualEmbeds) -> None:
+        """Bind visual embeddings that are on the device: those of one segment in place, of several joined there."""
+        if isinstance(embeds, DeviceEmbeds):
+            self._embeds.collect()
+            address = self._embeds.contiguous(embeds, 0, embeds.shape[1])
+            binding.bind_input("visual_embeds", self._device.name, 0, np.float32, embeds.shape, address)
 
     def _guard(self, work: Callable[[], Any]) -> Any:
         """Run, and say what to do if the device has no memory left."""
