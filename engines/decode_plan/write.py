@@ -19,7 +19,6 @@ FORMAT = 1
 PLAN_NAME = "decode_plan.json"
 # A kernel begins at a multiple of this, for the readers' sake.
 _ALIGNMENT = 16
-_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 _CONSTANT_TYPES = {"float32": "fp32", "int64": "i64"}
 
 
@@ -75,7 +74,7 @@ def write_plan(
         "format": FORMAT,
         "versions": {"triton": triton_version()},
         "decoder": FileRecord.of(folder / "decoder.onnx").sha256,
-        "dtype": _DTYPES[decoder.dtype],
+        "dtype": decoder.dtype,
         "top_k": top_k,
         "batches": list(BATCHES),
         "buffers": _buffers(steps),
