@@ -11,6 +11,10 @@ import onnxruntime as ort
 from helpers.host_kernels import array_at
 
 
+def add_one(grid: tuple[int, int, int], address: int, count: int) -> None:
+    array_at(address, (count,), np.int64)[:] += 1
+
+
 def embed_rows(grid: tuple[int, int, int], input_ids: int, table: int, hidden: int, *, width: int, vocab: int) -> None:
     ids = array_at(input_ids, (grid[0],), np.int64)
     array_at(hidden, (grid[0], width), np.float16)[:] = array_at(table, (vocab, width), np.float16)[ids]

@@ -19,4 +19,4 @@ def embed_rows(ids, table, hidden, K: tl.constexpr, KP: tl.constexpr, ASM: tl.co
 def count_steps(counter, capacity, scale, ASM: tl.constexpr, PDL: tl.constexpr):
     tl.store(counter, tl.load(counter) + 1)
     tl.store(counter + 1, capacity)
-    tl.store(counter + 2, (scale * 4).to(tl.int32))
+    tl.store(counter + 2, (capacity * scale).to(tl.int32))
