@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.errors import EngineError
 from runtime.files import read_json_object
 from runtime.json_entry import Entry
@@ -37,6 +40,7 @@ _MOST_WARPS, _MOST_SHARED_BYTES = 32, 1 << 20
 _MOST_BLOCKS = ((1 << 31) - 1, (1 << 16) - 1, (1 << 16) - 1)
 _INTEGERS = {f"{sign}{bits}": (bits, sign == "i") for sign in "iu" for bits in (8, 16, 32, 64)}
 _FLOATS = ("fp32", "fp64")
+_CONSTANT_TYPES = ("fp32", "i64")
 _POINTER = re.compile(r"\*(k)?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16|fp8e(4nv|5))")
 # From here on, machine code is for one compute capability alone, not for later ones of the same generation.
 _FIRST_EXACT_SM = 90
@@ -97,6 +101,7 @@ class DecodePlan:
     Attributes:
         batches: Batch sizes that have launches, rising.
         buffers: Memory that its kernels share: bytes, and whether it begins as zeros; by name.
+        constants: Numbers that its kernels take and no file of weights holds, by name, one-dimensional.
         weights: Weights of the decoder by the name of their initializer.
         top_k: Largest logits that a step gives.
         sms: Compute capabilities that it was made for, as numbers such as 90.
@@ -122,6 +127,7 @@ class DecodePlan:
             name: (entry.get("bytes").integer(1, _MOST_BYTES), entry.get("zeroed").truth())
             for name, entry in self._root.get("buffers").items()
         }
+        self.constants = {name: _constant(entry) for name, entry in self._root.get("constants").items()}
         self.weights = {name: self._weight(entry) for name, entry in self._root.get("weights").items()}
         self.sms = tuple(self._sm(name, entry) for name, entry in self._root.get("gpus").items())
 
@@ -181,7 +187,7 @@ class DecodePlan:
             made_for = ", ".join(f"{each // 10}.{each % 10}" for each in self.sms)
             return f"the decode plan is for compute capability {made_for}, and this GPU has {compute_capability}"
         # Machine code runs with each driver of its major version (CUDA Compatibility, minor version compatibility).
-        ptxas = self._root.get("versions").get("ptxas")
+        ptxas = self._root.get("gpus").get(str(sm)).get("ptxas")
         found = re.match(r"(\d+)\.\d", ptxas.text())
         if found is None:
             ptxas.refuse("a version such as 12.9.86")
@@ -243,6 +249,7 @@ class DecodePlan:
         num_layers = self._manifest.model.text.num_layers
         known: Mapping[str, Any] = {
             "buffer": self.buffers,
+            "constant": self.constants,
             "weight": self.weights,
             "step": STEP_INPUTS + STEP_OUTPUTS,
         }
@@ -272,6 +279,15 @@ def read_code(folder: Path, gpu: GpuPlan, manifest: Manifest) -> bytes:
     if len(code) != manifest.files[gpu.file].num_bytes:
         raise EngineError(f"{path}: {len(code)} bytes, expected {manifest.files[gpu.file].num_bytes}", remedy=_REMEDY)
     return code
+
+
+def _constant(entry: Entry) -> NDArray[Any]:
+    kind, numbers = entry.get("type"), entry.get("values").values()
+    if kind.value not in _CONSTANT_TYPES or not numbers:
+        kind.refuse(f"{' or '.join(_CONSTANT_TYPES)}, with values")
+    if kind.value == "fp32":
+        return np.array([each.number() for each in numbers], np.float32)
+    return np.array([each.integer(-(1 << 63), (1 << 63) - 1) for each in numbers], np.int64)
 
 
 def _kernel(entry: Entry, sm: str, file_bytes: int, most_shared: int) -> Kernel:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.cuda import CudaDevice
 from runtime.decode_plan import CAPACITY, NULL, GpuPlan, Kernel, PlannedLaunch, Source
 
@@ -30,6 +33,7 @@ class PlanKernels:
         code: Its file of machine code.
         buffers: Memory that the kernels share: bytes, and whether it begins as zeros; by name.
         weights: Device address of each weight, by name.
+        constants: Numbers that the kernels take, by name.
 
     Raises:
         EngineError: The driver refuses the code.
@@ -44,6 +48,7 @@ class PlanKernels:
         code: bytes,
         buffers: Mapping[str, tuple[int, bool]],
         weights: Mapping[str, int],
+        constants: Mapping[str, NDArray[Any]],
     ) -> None:
         self._device, self._stream, self._gpu = device, stream, gpu
         self._addresses = {NULL: 0, **{f"weight:{name}": address for name, address in weights.items()}}
@@ -56,6 +61,10 @@ class PlanKernels:
                 if is_zeroed:
                     device.fill(address, 0, num_bytes, stream)
             device.synchronize(stream)
+            for name, values in constants.items():
+                address = self._addresses[f"constant:{name}"] = device.alloc(values.nbytes)
+                stack.callback(device.free, address)
+                _upload(device, address, values, stream)
             for index, kernel in gpu.kernels.items():
                 place = kernel.offset, kernel.num_bytes
                 if place not in modules:
@@ -92,6 +101,16 @@ class PlanKernels:
                 self._stream,
                 is_dependent=self._gpu.is_dependent and i > 0,
             )
+
+
+def _upload(device: CudaDevice, address: int, values: NDArray[Any], stream: int) -> None:
+    pinned = device.pinned(values.nbytes)
+    try:
+        pinned[:] = values.view(np.uint8)
+        device.to_device(address, pinned, stream)
+        device.synchronize(stream)
+    finally:
+        device.free_pinned(pinned)
 
 
 def _arguments(kernel: Kernel, launch: PlannedLaunch, addresses: Mapping[str, int], capacity: int) -> list[Any]:

@@ -109,7 +109,8 @@ def _load(
     sm = plan.sm_for(device.compute_capability)
     assert sm is not None, "a plan that does not fit"
     gpu = plan.for_sm(sm)
-    return PlanKernels(device, stream, gpu, read_code(folder, gpu, manifest), plan.buffers, weights.addresses)
+    code = read_code(folder, gpu, manifest)
+    return PlanKernels(device, stream, gpu, code, plan.buffers, weights.addresses, plan.constants)
 
 
 def _without(open_decoder: Callable[[], ort.InferenceSession], problem: str) -> Opened:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engines.decode_plan.graph import Decoder, Experts, Layer, Norm
-from engines.kernels import attention, candidates, embed, experts, product, router
+from engines.kernels import attention, candidates, embed, product, router
 from engines.kernels.launch import ADD, GLU, LOGITS, STORE, Gpu, Launch, Unserved, Weight
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -91,7 +91,6 @@ class _Step:
         for layer in decoder.layers:
             if layer.experts is not None:
                 found |= router.buffers(layer.experts.num_experts, batch, top_k=layer.experts.top_k)
-                found |= experts.buffers()
         return found
 
     def launches(self) -> Iterator[Launch]:
@@ -153,6 +152,8 @@ class _Step:
         )
 
     def _experts(self, layer: Experts, norm: Norm) -> Iterator[Launch]:
+        from engines.kernels import experts
+
         dtype, top_k = self._decoder.dtype, layer.top_k
         yield router.launch(
             layer.router,

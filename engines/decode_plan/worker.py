@@ -33,7 +33,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     kernel = getattr(importlib.import_module(f"engines.kernels.triton.{job['module']}"), job["function"])
     names = list(inspect.signature(kernel.fn).parameters)
     types, constants = job["types"], job["constants"]
-    if names != [*types, *constants]:
+    if names[: len(types)] != list(types) or set(names[len(types) :]) != set(constants):
         raise TypeError(f"{job['function']} takes {names}, the launch has {[*types, *constants]}")
     source = ASTSource(
         fn=kernel,

@@ -28,7 +28,7 @@ def write_plan(
     decoder: Decoder,
     steps: Mapping[int, Steps],
     top_k: int,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    compiled: Callable[[list[Job]], Mapping[Job, Code]] = compile_all,
 ) -> dict[str, FileRecord]:
     """Compile the kernels of a plan and write it.
 
@@ -38,7 +38,7 @@ def write_plan(
         decoder: What was read of it.
         steps: Launches for each GPU, by SM.
         top_k: Largest logits that a step gives.
-        advance: Told how many kernels of how many are compiled.
+        compiled: Compiles the kernels.
 
     Returns:
         A record for each file written.
@@ -47,7 +47,7 @@ def write_plan(
         TargetError: A kernel does not compile.
     """
     jobs = list(dict.fromkeys(Job.of(launch, each.gpu) for each in steps.values() for launch in each.launches()))
-    codes = compile_all(jobs, advance)
+    codes = compiled(jobs)
     indices = {kernel: index for index, kernel in enumerate(dict.fromkeys(map(Job.for_any_gpu, jobs)))}
     kernels = [{**kernel.to_dict(), "code": {}} for kernel in indices]
     for described in kernels:

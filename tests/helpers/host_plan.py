@@ -42,14 +42,14 @@ def write_host_plan(folder: Path, *, fault: str = "", capability: str = CAPABILI
     (folder / CODE_NAME).write_bytes(codes)
     plan: dict[str, Any] = {
         "format": 1,
-        "versions": {"ptxas": "12.9.86"},
+        "constants": {},
         "decoder": manifest.files["decoder.onnx"].sha256,
         "dtype": "float16",
         "top_k": int(manifest.capabilities["top_k"]),
         "batches": BATCHES,
         "buffers": {"hidden": {"bytes": max(BATCHES) * manifest.model.text.hidden_size * 2, "zeroed": False}},
         "weights": _weights(folder),
-        "gpus": {SM: {"file": CODE_NAME, "max_shared_bytes": 99 << 10, "dependent_launch": True}},
+        "gpus": {SM: {"file": CODE_NAME, "max_shared_bytes": 99 << 10, "dependent_launch": True, "ptxas": "12.9.86"}},
         "kernels": kernels,
         "steps": {SM: {str(batch): _forms(manifest, batch) for batch in BATCHES}},
     }

@@ -169,12 +169,14 @@ def test_code_runs_on_later_gpus_of_its_generation_before_hopper(
 
 def test_a_driver_that_is_too_old_is_named_with_the_version_that_is_needed(folder: Path, plan: dict[str, Any]) -> None:
     for ptxas, needed in (("12.9.86", "12.0"), ("13.0.88", "13.0")):
-        write_plan(folder, plan | {"versions": {"ptxas": ptxas}})
+        plan["gpus"][SM]["ptxas"] = ptxas
+        write_plan(folder, plan)
         found = DecodePlan(folder, Manifest.read(folder))
         assert found.misfit("8.9", needed, 1 << 20) is None
         expected = f"needs a driver of CUDA {needed} or later, and this one is of 11.8"
         assert expected in str(found.misfit("8.9", "11.8", 1 << 20))
-    write_plan(folder, plan | {"versions": {"ptxas": "new"}})
+    plan["gpus"][SM]["ptxas"] = "new"
+    write_plan(folder, plan)
     with pytest.raises(EngineError, match=r"ptxas is 'new', expected a version"):
         DecodePlan(folder, Manifest.read(folder)).misfit("8.9", "13.0", 1 << 20)
 

@@ -40,7 +40,9 @@ def load_words(p, WORDS: tl.constexpr, LATE: tl.constexpr, ASM: tl.constexpr):
                 "ld.global.v2.b32 {$0,$1}, [$2];", "=r,=r,l", [p], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
             )
         else:
-            word = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [p], dtype=tl.int32, is_pure=False, pack=1)
+            word = tl.inline_asm_elementwise(
+                "ld.global.b32 $0, [$1];", "=r,l", [p], dtype=tl.int32, is_pure=False, pack=1
+            )
             words = (word,)
     else:
         q = p.to(tl.pointer_type(tl.int32))
@@ -89,7 +91,9 @@ def load_scale(p, ASM: tl.constexpr):
     """Return a float16 or float32 scale as float32."""
     if p.dtype.element_ty == tl.float32:
         if ASM:
-            s = tl.inline_asm_elementwise("ld.global.f32 $0, [$1];", "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1)
+            s = tl.inline_asm_elementwise(
+                "ld.global.f32 $0, [$1];", "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1
+            )
         else:
             s = tl.load(p)
     else:
