@@ -37,10 +37,12 @@ def load_words(p, WORDS: tl.constexpr, LATE: tl.constexpr, ASM: tl.constexpr):
             )
         elif WORDS == 2:
             words = tl.inline_asm_elementwise(
-                "ld.global.v2.b32 {$0,$1}, [$2];", "=r,=r,l", [p], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
+                f"{ORDER}.v2.b32 {{$0,$1}}, [$2];", "=r,=r,l", [p], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
             )
         else:
-            word = tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [p], dtype=tl.int32, is_pure=False, pack=1)
+            word = tl.inline_asm_elementwise(
+                f"{ORDER}.b32 $0, [$1];", "=r,l", [p], dtype=tl.int32, is_pure=False, pack=1
+            )
             words = (word,)
     else:
         q = p.to(tl.pointer_type(tl.int32))
@@ -363,3 +365,15 @@ def add_squares(s0, s1, x, BF16: tl.constexpr, ASM: tl.constexpr):
         s0 = s0 + tl.reshape(even, [W, 32])
         s1 = s1 + tl.reshape(odd, [W, 32])
     return s0, s1
+
+
+@triton.jit
+def from_lane(x, lane, ASM: tl.constexpr):
+    """Return x [1, 32] of other lanes."""
+    if ASM:
+        y = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=False, pack=1
+        )
+    else:
+        y = tl.gather(x, lane, 1)
+    return y
