@@ -37,11 +37,11 @@ def load_words(p, WORDS: tl.constexpr, LATE: tl.constexpr, ASM: tl.constexpr):
             )
         elif WORDS == 2:
             words = tl.inline_asm_elementwise(
-                "ld.global.v2.b32 {$0,$1}, [$2];", "=r,=r,l", [p], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
+                f"{ORDER}.v2.b32 {{$0,$1}}, [$2];", "=r,=r,l", [p], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
             )
         else:
             word = tl.inline_asm_elementwise(
-                "ld.global.b32 $0, [$1];", "=r,l", [p], dtype=tl.int32, is_pure=False, pack=1
+                f"{ORDER}.b32 $0, [$1];", "=r,l", [p], dtype=tl.int32, is_pure=False, pack=1
             )
             words = (word,)
     else:
@@ -91,9 +91,7 @@ def load_scale(p, ASM: tl.constexpr):
     """Return a float16 or float32 scale as float32."""
     if p.dtype.element_ty == tl.float32:
         if ASM:
-            s = tl.inline_asm_elementwise(
-                "ld.global.f32 $0, [$1];", "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1
-            )
+            s = tl.inline_asm_elementwise("ld.global.f32 $0, [$1];", "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1)
         else:
             s = tl.load(p)
     else:
@@ -367,3 +365,15 @@ def add_squares(s0, s1, x, BF16: tl.constexpr, ASM: tl.constexpr):
         s0 = s0 + tl.reshape(even, [W, 32])
         s1 = s1 + tl.reshape(odd, [W, 32])
     return s0, s1
+
+
+@triton.jit
+def from_lane(x, lane, ASM: tl.constexpr):
+    """Return x [1, 32] of other lanes."""
+    if ASM:
+        y = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=False, pack=1
+        )
+    else:
+        y = tl.gather(x, lane, 1)
+    return y

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from engines.kernels.triton.fragments import rounded
-from engines.kernels.triton.row_products import multiply_rows
+from engines.kernels.triton.row_products import multiply_rows, norm_factors, over_warps
 
 
 @triton.jit
@@ -73,31 +73,6 @@ def store_row(p, y, z, mask, MODE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def norm_factors(s0, s1, K: tl.constexpr, eps, BF16: tl.constexpr):
-    """Return, for the columns 2t and 2t + 1 of each lane, what the products of x · gain have to be multiplied by."""
-    lane = tl.arange(0, 32)
-    row = (lane // 4)[None, :]
-    column = (lane % 4 * 2)[None, :]
-    diagonal = tl.where(column == row, s0, 0.0) + tl.where(column + 1 == row, s1, 0.0)
-    squares = tl.sum(tl.reshape(tl.sum(diagonal, axis=0), [8, 4]), axis=1)
-    factor = tl.rsqrt(squares / K + eps) * (1.0 if BF16 else 16.0)
-    n = tl.arange(0, 8)[None, :]
-    even = tl.sum(tl.where(n == (lane % 4 * 2)[:, None], factor[None, :], 0.0), axis=1)
-    odd = tl.sum(tl.where(n == (lane % 4 * 2 + 1)[:, None], factor[None, :], 0.0), axis=1)
-    return even, odd
-
-
-@triton.jit
-def over_warps(c0, c1, c2, c3):
-    """Return the sums of accumulators over the warps of a program, [32] each."""
-    total = tl.sum(tl.join(tl.join(c0, c1), tl.join(c2, c3)), axis=0)
-    low, high = tl.split(total)
-    c0, c1 = tl.split(low)
-    c2, c3 = tl.split(high)
-    return c0, c1, c2, c3
-
-
-@triton.jit
 def product_fragments(
     X, W, S, Z, GAIN, ZEROS, OUT, eps, B: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
     ROW_BYTES: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, PER: tl.constexpr,
@@ -135,10 +110,10 @@ def product_fragments(
     for group in tl.static_range(GROUPS):
         even, odd = 1.0, 1.0
         if NORM:
-            even, odd = norm_factors(squares[2 * group], squares[2 * group + 1], K, eps, BF16)
+            even, odd = norm_factors(squares[2 * group], squares[2 * group + 1], K, eps, BF16, ASM)
         for tile in tl.static_range(TILES):
             c = sums[4 * (tile * GROUPS + group) : 4 * (tile * GROUPS + group) + 4]
-            c0, c1, c2, c3 = over_warps(c[0], c[1], c[2], c[3])
+            c0, c1, c2, c3 = over_warps(c[0], c[1], c[2], c[3], ASM)
             store_tile(
                 OUT, c0 * even, c1 * odd, c2 * even, c3 * odd, tl.program_id(0) * TILES + tile, 8 * group, B, OUTPUTS,
                 MODE, ASM,
@@ -150,7 +125,7 @@ def store_tile(
     OUT, c0, c1, c2, c3, tile, column, B: tl.constexpr, OUTPUTS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr
 ):
     """Store the results of a tile for 8 columns from `column` on, which are rows of the batch."""
-    lane = tl.arange(0, 32)
+    lane = tl.arange(0, 32)[None, :]
     column = column + lane % 4 * 2
     if MODE == 2:
         row = tile * 8 + lane // 4

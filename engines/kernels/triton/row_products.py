@@ -22,6 +22,7 @@ import triton.language as tl
 from engines.kernels.triton.fragments import (
     add_squares,
     expand,
+    from_lane,
     load_byte,
     load_halves,
     load_scale,
@@ -190,12 +191,12 @@ def multiply_step(
 
 
 @triton.jit
-def add_scaled(totals, sums, scales, GROUPS: tl.constexpr):
-    """Return totals + sums · scale, of each tile, group and row."""
+def add_scaled(totals, sums, scales, GROUPS: tl.constexpr, FACTOR: tl.constexpr):
+    """Return totals + sums · scale · FACTOR, of each tile, group and row."""
     after = ()
     for n in tl.static_range(len(sums) // 4):
         for i in tl.static_range(4):
-            scale = scales[n // GROUPS * 2 + i // 2] + tl.zeros_like(sums[4 * n + i])
+            scale = scales[n // GROUPS * 2 + i // 2] * FACTOR + tl.zeros_like(sums[4 * n + i])
             after = after + (tl.fma(sums[4 * n + i], scale, totals[4 * n + i]),)
     return after
 
@@ -235,10 +236,11 @@ def multiply_rows(
     GROUPS: tl.constexpr = len(xs)
     STEPS: tl.constexpr = UNIT // 32
     WORDS: tl.constexpr = STEPS * (4 if KIND == "half" else 1 if KIND == "int4" else 2)
+    FACTOR: tl.constexpr = 256.0 if KIND == "fp8" and not CVT else 1.0  # see expand_e4m3
     ring = ()
     for r in tl.static_range(min(DEPTH, ROUNDS)):
         ring = ring + request_unit(
-            rows, scales, zeros, first, start, r, KIND, K, CODES, UNIT, UNITS, PER, STRIDE, ZP, LATE, ASM
+            rows, scales, zeros, first, start, r, KIND, K, CODES, UNIT, UNITS, PER, STRIDE, ZP, LATE or not PDL, ASM
         )
     SIZE: tl.constexpr = len(ring) // min(DEPTH, ROUNDS)
     gains = ()
@@ -274,7 +276,7 @@ def multiply_rows(
                     )
             sums = multiply_step(sums, unit, shifts, x, step, ROWS, WORDS, KIND, CVT, BF16, ASM)
         if KIND != "half":
-            totals = add_scaled(totals, sums, unit[ROWS * WORDS :], GROUPS)
+            totals = add_scaled(totals, sums, unit[ROWS * WORDS :], GROUPS, FACTOR)
             sums = copies(none, 2 * ROWS * GROUPS)
         if r + DEPTH < ROUNDS:
             ring = ring + request_unit(
@@ -283,3 +285,46 @@ def multiply_rows(
     if KIND != "half":
         sums = totals
     return sums, squares
+
+
+@triton.jit
+def add2(a0, a1, b0, b1):
+    """Add pairs."""
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    """Add fours."""
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def over_warps(c0, c1, c2, c3, ASM: tl.constexpr):
+    """Return the sums of the accumulators of a tile over the warps of a program, [1, 32] each."""
+    if ASM:
+        c0, c1, c2, c3 = tl.reduce((c0, c1, c2, c3), 0, add4, keep_dims=True)
+    else:  # the interpreter knows sums, and takes anything else apart
+        c0 = tl.sum(c0, axis=0, keep_dims=True)
+        c1 = tl.sum(c1, axis=0, keep_dims=True)
+        c2 = tl.sum(c2, axis=0, keep_dims=True)
+        c3 = tl.sum(c3, axis=0, keep_dims=True)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def norm_factors(s0, s1, K: tl.constexpr, eps, BF16: tl.constexpr, ASM: tl.constexpr):
+    """Return, for the columns 2t and 2t + 1 of each lane, [1, 32], by what products of x · gain are normalised.
+
+    Row and column 2t of `add_squares` are in s0 of lane 9t, row and column 2t + 1 in s1 of lane 9t + 4.
+    """
+    if ASM:
+        s0, s1 = tl.reduce((s0, s1), 0, add2, keep_dims=True)
+    else:
+        s0 = tl.sum(s0, axis=0, keep_dims=True)
+        s1 = tl.sum(s1, axis=0, keep_dims=True)
+    lane = tl.arange(0, 32)[None, :] % 4 * 9
+    SCALE: tl.constexpr = 1.0 if BF16 else 16.0  # of the gain
+    even = tl.rsqrt(from_lane(s0, lane, ASM) / K + eps) * SCALE
+    odd = tl.rsqrt(from_lane(s1, lane + 4, ASM) / K + eps) * SCALE
+    return even, odd
