@@ -22,7 +22,7 @@ def _sizes(vocab: int, top_k: int) -> tuple[int, int, int]:
     top = min(top_k, vocab)
     if not 0 < top <= _MAX_TOP:
         raise Unserved(f"{top_k} candidates; the kernel finds 1 to {_MAX_TOP}")
-    kept = power_of_two(top)
+    kept = max(2, power_of_two(top))
     tile = max(kept, min(_TILE, power_of_two(vocab)))
     if -(-vocab // tile) * kept > _MAX_MERGED:
         raise Unserved(f"a vocabulary of {vocab}; with {top} candidates the kernel takes {_MAX_MERGED // kept * tile}")
