@@ -14,7 +14,7 @@ from runtime.cuda import CudaDevice
 from runtime.decode_plan import STEP_INPUTS, STEP_OUTPUTS
 from runtime.decode_plan_kernels import PlanKernels
 from runtime.decode_plan_proof import StepResult, StepWindow, wrong_candidates
-from runtime.decode_step import StepBuffers
+from runtime.decode_step import SLOTS, StepBuffers
 from runtime.device_buffers import Staging
 from runtime.device_cache import DeviceKVCache
 from runtime.errors import CapacityError, EngineError, Qwen3VLError
@@ -185,7 +185,8 @@ class PlanSteps:
 def step_addresses(cache: DeviceKVCache, io: StepBuffers) -> dict[str, int]:
     """Return the device addresses of what steps read and write, by the names that plans have for them."""
     bound = cache.bindings()
-    addresses = {f"step:{name}": io.addresses[name] for name in STEP_INPUTS + STEP_OUTPUTS}
+    of_graph = {**io.addresses, SLOTS: io.slots_address}
+    addresses = {f"step:{name}": of_graph[name] for name in STEP_INPUTS + STEP_OUTPUTS}
     for i in range(len(cache.past_names) // 2):
         addresses[f"key:{i}"] = bound[cache.past_names[2 * i]]
         addresses[f"value:{i}"] = bound[cache.past_names[2 * i + 1]]

@@ -36,8 +36,8 @@ class StepBuffers:
         num_top: Largest logits that the graph gives of each sequence.
 
     Attributes:
-        addresses: Device address of every input but the KV cache, of `logits`, `top_ids` and `top_logits`, by name; and
-            of `slots`, the slot of each sequence's cache, int64 [B], which no graph of ONNX takes.
+        addresses: Device address of every input but the KV cache, of `logits`, `top_ids` and `top_logits`, by name.
+        slots_address: That of the slot of each sequence's cache, int64 [B], which no graph of ONNX takes.
 
     Raises:
         CapacityError: The GPU is out of memory.
@@ -62,7 +62,9 @@ class StepBuffers:
             self.close = weakref.finalize(self, stack.pop_all().close)
             self.close.atexit = False  # the driver frees what a process leaves
         others = {"visual_embeds": embeds.address, "logits": logits.address}
-        self.addresses: dict[str, int] = {**self._inputs.addresses(), **self._tops.addresses(), **others}
+        inputs = self._inputs.addresses()
+        self.slots_address = inputs.pop(SLOTS)
+        self.addresses: dict[str, int] = {**inputs, **self._tops.addresses(), **others}
 
     def shapes(self, batch: int) -> dict[str, Shape]:
         """Return the shape of every input but the KV cache."""
