@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.command_line import call
+from helpers.host_cuda import HostDevice
 from helpers.host_plan import CODE_NAME, SM, TABLE, read_plan, write_host_plan, write_plan
+from qwen3vl_export.cli.run import app
+from runtime import decode_plan_report
 from runtime.decode_plan import PLAN_NAME, DecodePlan, read_code
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
@@ -187,3 +192,47 @@ def test_more_shared_memory_than_the_gpu_has_does_not_fit(folder: Path, plan: di
     found = DecodePlan(folder, Manifest.read(folder))
     assert found.misfit("8.9", "13.0", 101_376) is None
     assert "takes 90000 bytes of shared memory" in str(found.misfit("8.9", "13.0", 65_536))
+
+
+# What is said without opening an engine
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "reason"),
+    [
+        (HostDevice(), "own", None),
+        (HostDevice(compute_capability="9.0"), "onnxruntime", "and this GPU has 9.0"),
+        (EngineError("no NVIDIA driver is loaded on this machine"), None, "no NVIDIA driver"),
+    ],
+)
+def test_inspect_says_whose_kernels_decode_here(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: HostDevice | EngineError,
+    here: str | None,
+    reason: str | None,
+) -> None:
+    def found(extra: str) -> HostDevice:
+        if isinstance(device, EngineError):
+            raise device
+        return device
+
+    monkeypatch.setattr(decode_plan_report, "CudaDevice", found)
+    report = json.loads(call(app, "inspect", str(folder), "--json")[1])["decode_kernels"]
+    assert (report["compute_capabilities"], report["batches"], report["here"]) == (["8.9"], [1, 2, 4], here)
+    assert report["reason"] is None if reason is None else reason in report["reason"]
+    (line,) = [each for each in call(app, "inspect", str(folder))[1].splitlines() if each.startswith("decode  ")]
+    assert "own kernels for compute capability 8.9; batches 1, 2, 4; here: " in line
+    assert reason is None or reason in line
+
+
+def test_an_engine_without_a_plan_says_so(folder: Path, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_plan_report, "CudaDevice", lambda extra: HostDevice())
+    manifest = Manifest.read(folder)
+    capabilities = {name: value for name, value in manifest.capabilities.items() if name != "decode_plan"}
+    report = decode_plan_report.decode_report(folder, dataclasses.replace(manifest, capabilities=capabilities))
+    assert report is not None
+    assert (report.compute_capabilities, report.here) == ((), "onnxruntime")
+    assert report.reason == "the engine has no decode plan"
+    assert decode_plan_report.decode_report(tiny_engine, Manifest.read(tiny_engine)) is None
+    assert "decode  " not in call(app, "inspect", str(tiny_engine))[1]
