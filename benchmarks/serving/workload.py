@@ -138,7 +138,7 @@ def opened(folder: str, threads: int, max_context: int = 2048, **serving: Any) -
     manifest = Manifest.read(path)
     session = TimedSession(open_session(path, manifest, SessionOptions(threads)))
     limits = plan_limits(manifest, ServingOptions.checked(**serving), max_context, None)
-    preparation = Preparation.from_folder(path, manifest.model)
+    preparation = Preparation.from_folder(path, manifest.model).for_engine(manifest.capabilities)
     model = Qwen3VLModel(
         manifest, session, preparation, max_context, machine_bytes(), limits=limits, source=folder, threads=threads
     )
