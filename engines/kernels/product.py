@@ -122,9 +122,7 @@ def _fits_vector(weight: Weight, mode: int) -> bool:
     return weight.columns * 2 * (2 if mode == GLU else 1) <= _MAX_VECTOR_BYTES and weight.columns % 8 == 0
 
 
-def _vector(
-    weight: Weight, x: str, out: str, gpu: Gpu, dtype: str, mode: int, norm: str | None, eps: float
-) -> Launch:
+def _vector(weight: Weight, x: str, out: str, gpu: Gpu, dtype: str, mode: int, norm: str | None, eps: float) -> Launch:
     half = TYPES[dtype]
     outputs = weight.rows // (2 if mode == GLU else 1)
     rows, warps = _vector_tile(weight, gpu, mode)

@@ -91,7 +91,9 @@ def load_scale(p, ASM: tl.constexpr):
     """Return a float16 or float32 scale as float32."""
     if p.dtype.element_ty == tl.float32:
         if ASM:
-            s = tl.inline_asm_elementwise("ld.global.f32 $0, [$1];", "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1)
+            s = tl.inline_asm_elementwise(
+                "ld.global.f32 $0, [$1];", "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1
+            )
         else:
             s = tl.load(p)
     else:

@@ -269,9 +269,7 @@ def multiply_rows(
             ahead = ahead[4 * GROUPS :]
             gains = gains[4:]
             if r * STEPS + step + AHEAD < ROUNDS * STEPS:
-                ahead = ahead + request_step(
-                    xs, start, r * STEPS + step + AHEAD, K, CODES, UNIT, STRIDE, True, ASM
-                )
+                ahead = ahead + request_step(xs, start, r * STEPS + step + AHEAD, K, CODES, UNIT, STRIDE, True, ASM)
                 if NORM:
                     gains = gains + request_gain(
                         gain, start, r * STEPS + step + AHEAD, K, CODES, UNIT, STRIDE, BF16, ASM
