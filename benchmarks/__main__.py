@@ -9,6 +9,7 @@ import typer
 
 from benchmarks.build import build
 from benchmarks.compare.command import compare, compare_setup
+from benchmarks.decode_plan import decode_plan
 from benchmarks.export import export
 from benchmarks.gpu_check import gpu_check
 from benchmarks.imports import time_imports
@@ -32,6 +33,7 @@ _COMMANDS = (
     build,
     compare,
     compare_setup,
+    decode_plan,
     export,
     gpu_check,
     kernels,

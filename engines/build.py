@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, PREFILL, Bundle
+from engines.decode_plan.build import add_plan
+from engines.decode_plan.options import NO_PLAN, PlanOptions
 from engines.external_data import weight_bytes, write_model
 from engines.lower import lower
 from engines.output import output_folder
@@ -59,6 +61,7 @@ def build_engine(
     progress: Progress = SILENT,
     cache: CacheQuantization | None = None,
     options: BuildOptions | None = None,
+    plan: PlanOptions = NO_PLAN,
 ) -> Manifest:
     """Build `output`; until it is complete, what was there before stays.
 
@@ -71,6 +74,7 @@ def build_engine(
         progress: Told of each stage of the work when it begins, and of the weights as they are written.
         cache: Store the KV cache in fewer bits. Not without weights: the engine may be opened to find the scales.
         options: Sizes of an engine that is compiled for fixed ones.
+        plan: Of decode steps on a GPU, for a target that takes one.
 
     Raises:
         UsageError: `output` holds something that is no engine, or an option is out of range.
@@ -98,9 +102,11 @@ def build_engine(
             progress.report(Stage.COMPILING, f"compiling for {target.name}")
             made = target.compile(folder, graphs, bundle.config, sizes)
             files, compiled = {**made.files, **(files if made.keeps_graphs else {})}, made.capabilities
-        files |= bundle.write_assets(folder)
+        planned = add_plan(folder, graphs[DECODER], target, bundle.config, plan, progress)
+        files |= planned | bundle.write_assets(folder)
         kernels = sorted(set().union(*map(kernels_of, graphs.values())))
         capabilities = {**target.capabilities(bundle.config, sizes), **compiled, "kernels": kernels}
+        capabilities |= {"decode_plan": True} if planned else {}
         manifest = _manifest(bundle, target, capabilities, files)
         if cache is not None:
             progress.report(Stage.QUANTISING_CACHE, cache.work)

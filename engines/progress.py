@@ -27,5 +27,8 @@ class Progress:
     def advance(self, num_bytes: int, total_bytes: int) -> None:
         """Take the bytes of weights that were written since the last call, and those of all that will be."""
 
+    def count(self, done: int, total: int, unit: str) -> None:
+        """Take how many things of how many are done in this stage, and what they are."""
+
 
 SILENT = Progress()

@@ -101,6 +101,7 @@ def entry_name(request: ExportRequest, model: Model, target: Target) -> str:
     Raises:
         UsageError, TargetError: It cannot have the kernels that are asked for.
     """
+    from engines.decode_plan.compile import triton_version
     from engines.kernel_sets import with_kernels
 
     kernels = with_kernels(target, request.kernels).kernels
@@ -110,6 +111,7 @@ def entry_name(request: ExportRequest, model: Model, target: Target) -> str:
         **({"kernels": kernels} if kernels else {}),  # asked for, or the best of this machine
         "options": _options_for(request, target),
         "calibration": None if request.calibration is None else digest_of_folder(request.calibration),
+        **({"decode_plan": bool(triton_version())} if target.decode_plan else {}),
         "version": __version__,
         "format": FORMAT_VERSION,
         # A plan is for a version of its library, and most for one kind of GPU.

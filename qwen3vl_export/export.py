@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from engines.build import build_engine, check_options
 from engines.build_options import BuildOptions
 from engines.bundle import DECODER, VISION, Bundle
 from engines.choose import AUTO, resolve_target, weight_bytes
+from engines.decode_plan.options import NO_PLAN, PlanOptions, check_plan
 from engines.kernel_sets import with_kernels
 from engines.output import check_output, output_folder
 from engines.progress import SILENT, Progress, Stage
@@ -140,6 +141,7 @@ class _Job:
     options: BuildOptions | None
     prompts: Sequence[CalibrationPrompt]
     cache: CacheQuantization | None
+    plan: PlanOptions
 
 
 def _checked(request: ExportRequest, progress: Progress) -> _Job:
@@ -151,6 +153,7 @@ def _checked(request: ExportRequest, progress: Progress) -> _Job:
     target = None if named is None else with_kernels(named, request.kernels)
     if request.is_engine and target is not None:
         _check_can_build(target)
+    plan = _wanted_plan(request, target)
     prompts = [] if request.calibration is None else read_prompts(request.calibration)
     cache = _wanted_cache(request, target, prompts)
     checkpoint = Checkpoint.open(request.model)
@@ -165,7 +168,7 @@ def _checked(request: ExportRequest, progress: Progress) -> _Job:
     # All that may be refused of the checkpoint, before the seconds of loading torch and of tracing.
     checkpoint.used_keys  # noqa: B018
     checkpoint.assets()
-    return _Job(request, checkpoint, target, output, options, prompts, cache)
+    return _Job(request, checkpoint, target, output, options, prompts, cache, plan)
 
 
 def _wanted_cache(
@@ -178,6 +181,33 @@ def _wanted_cache(
     return None if request.kv_cache is None else wanted_cache(request.kv_cache, prompts, target)
 
 
+def _wanted_plan(request: ExportRequest, target: Target | None) -> PlanOptions:
+    """Return how a decode plan is to be made.
+
+    Raises:
+        UsageError: The target takes none, or kernels are made for no such GPU.
+        TargetError: One has to be made, and triton is missing.
+    """
+    if target is None or not target.decode_plan:
+        if request.decode_plan is not None:
+            raise UsageError(
+                f"--decode-plan: {'a bundle' if target is None else target.name} takes no decode plan",
+                remedy="leave it out; the targets ort-cuda-* take one",
+            )
+        return NO_PLAN
+    if not request.compile:
+        if request.decode_plan:
+            raise UsageError("--no-compile compiles nothing, a decode plan neither", remedy="leave one of them out")
+        return NO_PLAN
+    if request.decode_plan is False and request.compute_capability:
+        raise UsageError(
+            "--compute-capability is for the decode plan, which --no-decode-plan leaves out", remedy="leave one out"
+        )
+    plan = PlanOptions(request.decode_plan, tuple(request.compute_capability or ()))
+    check_plan(plan, target.name)
+    return plan
+
+
 def _resolved(request: ExportRequest, progress: Progress) -> tuple[Target | None, BuildOptions | None]:
     """Return the target as the registry has it, None for a bundle, and the options that it is to take."""
     options = request.build_options
@@ -187,6 +217,9 @@ def _resolved(request: ExportRequest, progress: Progress) -> tuple[Target | None
         return None, options
     say = partial(progress.report, Stage.CHOOSING)
     target = resolve_target(request.target, lambda: Checkpoint.open(request.model).config, say, options=options)
+    if target.decode_plan:  # whose kernels the capabilities are for, not a compiler's plans
+        request = replace(request, compute_capability=None)
+        options = request.build_options
     is_for_choice = request.target == AUTO and target.compile is None and not request.compiler_options
     return target, None if is_for_choice else options  # they said how much has to fit
 
@@ -229,4 +262,5 @@ def _build(bundle: Bundle, job: _Job, target: Target, progress: Progress) -> Man
             progress=progress,
             cache=job.cache,
             options=job.options,
+            plan=job.plan,
         )

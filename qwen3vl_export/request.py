@@ -39,7 +39,10 @@ class ExportRequest:
         prefill_chunk: For compiled targets: most new tokens of one call. [default: 512]
         max_patches: For compiled targets: most patches of 16 x 16 pixels of one image. Optimisation profiles are built
             for 1024, 4096 and 16384 patches, up to this limit. [default: 16384]
-        compute_capability: For trt-rtx-*: build for this GPU generation, such as 8.6; may be repeated. [default: all]
+        decode_plan: For ort-cuda-*: --decode-plan fails where no own kernels can be compiled for decode steps;
+            --no-decode-plan compiles none. [default: compiled if triton is installed]
+        compute_capability: For trt-rtx-*, and the decode plan of ort-cuda-*: build for this GPU generation, such as
+            8.6; may be repeated. [default: all]
         strip_weights: For trt*: leave the weights out of the plans; opening the engine puts them in.
         weight_streaming: For trt*: let weights stay in host memory, for GPUs with little memory.
         version_compatible: For trt-*: let newer versions of the library open the plans.
@@ -59,6 +62,7 @@ class ExportRequest:
     calibration: Annotated[Path | None, typer.Option(metavar="DIR")] = None
     kv_cache: Annotated[str | None, typer.Option(metavar="KIND")] = None
     kernels: Annotated[str | None, typer.Option(metavar="KIND")] = None
+    decode_plan: bool | None = None
     max_context: Annotated[int | None, typer.Option(min=_LEAST["max_context"])] = None
     max_batch: Annotated[int | None, typer.Option(min=_LEAST["max_batch"])] = None
     prefill_chunk: Annotated[int | None, typer.Option(min=_LEAST["prefill_chunk"])] = None
@@ -101,6 +105,10 @@ class ExportRequest:
                 remedy="leave --kv-cache out",
             )
 
+        if self.decode_plan is not None:
+            true_or_false("decode_plan", self.decode_plan)
+        if self.decode_plan is not None and self.bundle is not None:
+            raise UsageError("--decode-plan is a target's, and a bundle is for none", remedy="leave it out")
         if self.kernels is not None and self.bundle is not None:
             raise UsageError("--kernels are a target's, and a bundle is for none", remedy="leave --kernels out")
 

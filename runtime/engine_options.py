@@ -39,6 +39,9 @@ class EngineOptions:
         threads: Any = None,
         huge_pages: bool = False,
         cuda_graphs: bool = True,
+        decode_plan: bool = True,
+        batch_invariant: bool = False,
+        weights_twice: bool = False,
         max_context: Any = None,
         min_pixels: Any = None,
         max_pixels: Any = None,
@@ -67,7 +70,7 @@ class EngineOptions:
         if max_memory is None:
             max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
         max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
-        session = SessionOptions(threads, huge_pages, cuda_graphs)
+        session = SessionOptions(threads, huge_pages, cuda_graphs, decode_plan, batch_invariant, weights_twice)
         limits = min_pixels, max_pixels, max_image_pixels, true_or_false("legacy_video_prompt", legacy_video_prompt)
         return cls(max_context, max_memory, session, *limits, ServingOptions.checked(**serving))
 

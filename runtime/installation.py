@@ -36,6 +36,7 @@ EXTRAS = {
     "torch": "export",
     "torchvision": "verify",
     "transformers": "verify",
+    "triton": "decode-plan",
     "uvicorn": "serve",
 }
 """Extra of pyproject.toml that installs a module."""

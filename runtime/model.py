@@ -154,6 +154,9 @@ class Qwen3VLModel:
         threads: int | None = None,
         huge_pages: bool = False,
         cuda_graphs: bool = True,
+        decode_plan: bool = True,
+        batch_invariant: bool = False,
+        weights_twice: bool = False,
         max_context: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -170,6 +173,10 @@ class Qwen3VLModel:
             threads: Threads of the engine; by default OMP_NUM_THREADS, or the cores that this process may run on.
             huge_pages: Move the weights to huge pages: seconds to open, faster tokens (`runtime.huge_pages`).
             cuda_graphs: On a GPU, record the decode step once and launch it from then on: faster tokens.
+            decode_plan: On a GPU, decode with the engine's own kernels, where it brings some for it (docs/targets.md).
+            batch_invariant: Of these kernels, take the form whose rounding does not depend on how many sequences run
+                beside each other: the same answer whatever else is asked, and a little slower.
+            weights_twice: Take these kernels even where ONNX Runtime keeps a second copy of the weights on the GPU.
             max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for,
                 or the capacity that the engine was built with.
             min_pixels: Smaller images, and frames of videos, are enlarged to this area.
@@ -197,6 +204,9 @@ class Qwen3VLModel:
             threads=threads,
             huge_pages=huge_pages,
             cuda_graphs=cuda_graphs,
+            decode_plan=decode_plan,
+            batch_invariant=batch_invariant,
+            weights_twice=weights_twice,
             max_context=max_context,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
@@ -604,7 +614,10 @@ class Qwen3VLModel:
     def statistics(self) -> dict[str, Any]:
         """Return what the engine has done and holds, as plain data; see `runtime.scheduling.counters`."""
         self._owner.check()
-        return self._worker.statistics()
+        kernels = getattr(self.session, "decode_kernels", None)
+        problem = getattr(self.session, "decode_plan_problem", None)
+        path = {} if kernels is None else {"decode_kernels": kernels, "decode_plan_problem": problem}
+        return {**self._worker.statistics(), **path}
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests and end the engine's thread.

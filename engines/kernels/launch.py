@@ -23,8 +23,9 @@ class Argument:
     Attributes:
         type: As Triton writes types: `*fp16`, `*i64`, `i32`, `fp32`, …
         source: Where a pointer leads to: `buffer:NAME` (memory of the plan), `weight:NAME` (an initializer of
-            decoder.onnx), `key:LAYER`, `value:LAYER` (the KV cache), `step:NAME` (what a step reads and writes), `null`.
-            For an integer `capacity` (rows of a cache's slot), or a number itself.
+            decoder.onnx), `constant:NAME` (a small one that the plan brings), `key:LAYER`, `value:LAYER` (the KV
+            cache), `step:NAME` (what a step reads and writes), `null`. For an integer `capacity` (rows of a cache's
+            slot), or a number itself.
     """
 
     type: str

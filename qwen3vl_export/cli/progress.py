@@ -54,6 +54,10 @@ class BarProgress(Progress):
         """Move the bar."""
         self.bars.update(self._task, advance=num_bytes, total=total_bytes, size=f"of {total_bytes / 1e6:,.1f} MB")
 
+    def count(self, done: int, total: int, unit: str) -> None:
+        """Move the bar."""
+        self.bars.update(self._task, completed=done, total=total, size=f"{done} of {total} {unit}")
+
 
 @contextmanager
 def progress(*, is_quiet: bool = False, is_json: bool = False) -> Iterator[Progress]:
