@@ -10,6 +10,7 @@ Times are milliseconds of whole calls on the host, inputs and answers included (
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -19,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.fill import LAYOUT
 from benchmarks.gpu.values import Values, parser, repeated
 from runtime.contract import DecoderInputs, no_visual_embeds
 from runtime.input_limits import InputLimits
 from runtime.manifest import Manifest
+from runtime.model_config import ModelConfig
 from runtime.preparation import Preparation, Prepared
 from runtime.session import open_session
 
@@ -30,6 +33,7 @@ CHUNK = 512
 # Beyond the weights: what the libraries take for themselves, such as workspaces of cuBLAS.
 _SLACK_BYTES = 1 << 29
 _SLACK = 1.25
+_CACHE_ITEM_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,20 @@ def weights_problem(memory: dict[str, int]) -> str:
     )
 
 
+def step_bytes(folder: Path, config: ModelConfig, batch: int, past: int) -> int | None:
+    """Return the bytes that a decode step has to read: weights of the decoder, and the cache; None with experts.
+
+    The table of an untied head is not read but for a row of each sequence.
+    """
+    if config.text.experts is not None:
+        return None  # which experts are read depends on the tokens
+    tensors = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))["decoder.onnx.data"]["tensors"]
+    is_read = [config.text.tie_word_embeddings or ".embed_tokens." not in each["name"] for each in tensors]
+    weights = sum(each["num_bytes"] for each, read in zip(tensors, is_read, strict=True) if read)
+    text = config.text
+    return weights + batch * past * 2 * text.num_layers * text.num_kv_heads * text.head_dim * _CACHE_ITEM_BYTES
+
+
 def main() -> int:
     """Run the section."""
     from runtime.cuda import CudaDevice
@@ -208,7 +226,11 @@ def main() -> int:
         problem = weights_problem(memory)
         values["problems"] = [problem] if problem else []
 
-    measure(engine, values, note, Sizes(), decode_only=args.no_plan)
+    sizes = Sizes()
+    if (args.folder / LAYOUT).is_file():  # of a pack's graphs, not of an engine with weights of its own
+        each = {str(batch): step_bytes(args.folder, engine.config, batch, sizes.past) for batch in sizes.batches}
+        values["step_bytes"] = each
+    measure(engine, values, note, sizes, decode_only=args.no_plan)
     if not values["finite"]:
         values["problems"] = [*values["problems"], "logits that are not numbers"]
     return 0
