@@ -59,6 +59,8 @@ def main() -> int:
     """Run the section."""
     args = parser().parse_args()
     values = Values(args.values)
+    import torch  # noqa: F401 (before the session, so that its profiler and ONNX Runtime share CUDA's libraries)
+
     engine = Engine(args.folder)
     cache = engine.session.new_cache(_PAST + CHUNK)
     engine.fill(cache, _PAST)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 _TAIL_LINES = 15
 # A section that has less than this left would only be killed.
 _LEAST_S = 3.0
+_PREPARING = "preparing"
 
 
 @dataclass(frozen=True)
@@ -41,37 +44,37 @@ class Section:
         arguments: Module and arguments, after `python -m`; the file for its values is added.
         limit_s: After which it is killed.
         after: Sections that must have passed.
+        group: Neighbours of one group run side by side: what is not timed, such as parity and the filling of weights.
     """
 
     name: str
     arguments: tuple[str, ...]
     limit_s: float
     after: tuple[str, ...] = ()
+    group: str = ""
 
 
 def sections(work: Path) -> list[Section]:
     """Return what can be measured of an unpacked pack, the most important first."""
-    parity = [
-        _section("parity", folder, "parity", str(work / "references"), limit_s=60)
-        for folder in _folders(work / "engines")
-    ]
+    references = str(work / "references")
     graphs = [work / "graphs" / name for name in description(work).get("graphs", [])]
-    first, later = [], []
-    for folder in graphs:
-        fill = _section("fill", folder, "fill", limit_s=90)
-        has_plan = (folder / "decode_plan.json").is_file()
-        speed = _section("speed", folder, "speed", limit_s=60, after=(fill.name,))
-        first += [fill, speed]
-        if has_plan:
-            later.append(_section("speed-without-plan", folder, "speed", "--no-plan", limit_s=45, after=(fill.name,)))
-        later.append(_section("kernels", folder, "kernel_times", limit_s=45, after=(fill.name,)))
-    torch = [
-        _section("torch", folder, "torch_step", limit_s=45, after=(f"fill {folder.name}",))
-        for folder in graphs
-        if folder.name.endswith("fp16")
+    prepared = [
+        *(_section("fill", folder, "fill", limit_s=90, group=_PREPARING) for folder in graphs),
+        *(
+            _section("parity", folder, "parity", references, limit_s=60, group=_PREPARING)
+            for folder in _folders(work / "engines")
+        ),
     ]
-    machine = Section("machine", ("benchmarks.gpu.machine",), 40)
-    return [machine, *parity, *first, *torch, *later]
+    speed, torch, later = [], [], []
+    for folder in graphs:
+        filled = (f"fill {folder.name}",)
+        speed.append(_section("speed", folder, "speed", limit_s=60, after=filled))
+        if folder.name.endswith("fp16"):
+            torch.append(_section("torch", folder, "torch_step", limit_s=45, after=filled))
+        if (folder / "decode_plan.json").is_file():
+            later.append(_section("speed-without-plan", folder, "speed", "--no-plan", limit_s=45, after=filled))
+        later.append(_section("kernels", folder, "kernel_times", limit_s=45, after=filled))
+    return [Section("machine", ("benchmarks.gpu.machine",), 40), *prepared, *speed, *torch, *later]
 
 
 def measure(
@@ -88,25 +91,37 @@ def measure(
         chosen: In this order.
         seconds: For all of them.
         run: Runs one for so many seconds at most; a process of its own by default.
-        on_result: Told all results after each section.
+        on_result: Told all results after each section, or after each group.
         clock: Gives seconds.
     """
     run = run or run_section
     deadline = clock() + seconds
     results: dict[str, Any] = {}
-    for section in chosen:
-        left = deadline - clock()
-        missing = [name for name in section.after if results.get(name, {}).get("state") != PASSED]
-        if missing:
-            results[section.name] = {"state": SKIPPED, "why": f"{', '.join(missing)} did not pass", "seconds": 0.0}
-        elif left < _LEAST_S:
-            results[section.name] = {"state": SKIPPED, "why": f"the {seconds:.0f} s were over", "seconds": 0.0}
-        else:
-            results[section.name] = run(section, min(section.limit_s, left))
-        each = results[section.name]
-        print(f"{section.name}: {each['state']} in {each['seconds']:.1f} s{_reason(each)}", flush=True)
+    names = {each.name for each in chosen}
+    places = enumerate(chosen)
+    for _, group in itertools.groupby(places, lambda pair: pair[1].group or pair[0]):
+        allowed, left = [], deadline - clock()
+        for _, section in group:
+            why = _obstacle(section, names, results, left, seconds)
+            if why:
+                results[section.name] = {"state": SKIPPED, "why": why, "seconds": 0.0}
+            else:
+                allowed.append(section)
+        with ThreadPoolExecutor(max(1, len(allowed))) as pool:
+            done = list(pool.map(run, allowed, [min(each.limit_s, left) for each in allowed]))
+        results |= {section.name: each for section, each in zip(allowed, done, strict=True)}
         on_result(results)
     return results
+
+
+def _obstacle(section: Section, names: set[str], results: dict[str, Any], left: float, seconds: float) -> str:
+    """Return why a section is not run, empty if it is."""
+    # A section that was not asked for has perhaps run earlier: the section that needs it will say.
+    needed = [name for name in section.after if name in names]
+    missing = [name for name in needed if results.get(name, {}).get("state") != PASSED]
+    if missing:
+        return f"{', '.join(missing)} did not pass"
+    return f"the {seconds:.0f} s were over" if left < _LEAST_S else ""
 
 
 def run_section(section: Section, limit_s: float) -> dict[str, Any]:
@@ -136,6 +151,8 @@ def run_section(section: Section, limit_s: float) -> dict[str, Any]:
         result |= {"state": FAILED, "why": "; ".join(values.get("problems", [])) or (said[-1] if said else f"{code}")}
     if result["state"] == FAILED:
         result["log"] = said[-_TAIL_LINES:]
+    why = f" ({result['why']})" if result["why"] else ""
+    print(f"{section.name}: {result['state']} in {result['seconds']:.1f} s{why}", flush=True)
     return result
 
 
@@ -202,18 +219,20 @@ def description(work: Path) -> dict[str, Any]:
 
 
 def _section(
-    kind: str, folder: Path, module: str, *arguments: str, limit_s: float, after: tuple[str, ...] = ()
+    kind: str,
+    folder: Path,
+    module: str,
+    *arguments: str,
+    limit_s: float,
+    after: tuple[str, ...] = (),
+    group: str = "",
 ) -> Section:
-    name = f"{kind} {folder.name}"
-    return Section(name, (f"benchmarks.gpu.{module}", str(folder), *arguments), limit_s, after)
+    command = f"benchmarks.gpu.{module}", str(folder), *arguments
+    return Section(f"{kind} {folder.name}", command, limit_s, after, group)
 
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.is_dir())
-
-
-def _reason(result: dict[str, Any]) -> str:
-    return f" ({result['why']})" if result["why"] else ""
 
 
 if __name__ == "__main__":

@@ -233,7 +233,10 @@ def main() -> int:
     measure(engine, values, note, sizes, decode_only=args.no_plan)
     if not values["finite"]:
         values["problems"] = [*values["problems"], "logits that are not numbers"]
-    return 0
+    print(json.dumps(values))
+    for problem in values["problems"]:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if values["problems"] else 0
 
 
 if __name__ == "__main__":

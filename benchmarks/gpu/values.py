@@ -16,7 +16,7 @@ def parser(*, with_folder: bool = True) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser()
     if with_folder:
         result.add_argument("folder", type=Path)
-    result.add_argument("--values", type=Path, required=True)
+    result.add_argument("--values", type=Path, required=True, help="file for the values, as JSON")
     return result
 
 

@@ -1,4 +1,4 @@
-"""Graphs without weights, filled and opened as an engine on the host: values, manifest, times, agreement with PyTorch."""
+"""Graphs without weights, filled and opened as an engine: values, manifest, times, agreement with PyTorch."""
 
 from __future__ import annotations
 
