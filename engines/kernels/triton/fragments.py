@@ -351,22 +351,21 @@ def multiply_add(c0, c1, c2, c3, low, high, x, BF16: tl.constexpr, ASM: tl.const
 
 
 @triton.jit
-def add_squares(s0, s1, x, BF16: tl.constexpr, ASM: tl.constexpr):
+def add_squares(s0, s1, s2, s3, x, BF16: tl.constexpr, ASM: tl.constexpr):
     """Return the sums after a step of x by itself: column 2t of row g in s0, 2t + 1 in s1. The diagonal is wanted.
 
-    Two mma take the place of sixteen conversions and sums.
+    Two mma take the place of sixteen conversions and sums. s2 and s3 stay zero: carried along they cost nothing.
     """
-    zero = tl.zeros([1, 1], tl.int32)
     if ASM:
-        none = tl.zeros([1, 1], tl.float32)
-        s0, s1, _, _ = multiply_add(s0, s1, none, none, x, (zero, zero, zero, zero), x, BF16, ASM)
+        zero = tl.zeros([1, 1], tl.int32)
+        s0, s1, s2, s3 = multiply_add(s0, s1, s2, s3, x, (zero, zero, zero, zero), x, BF16, ASM)
     else:
         W: tl.constexpr = s0.shape[0]
         xs = tl.broadcast_to(lanes(x, BF16), [W, 8, 32])
         even, odd = tl.split(tl.reshape(tl.dot(xs, tl.permute(xs, [0, 2, 1])), [W, 8, 4, 2]))
         s0 = s0 + tl.reshape(even, [W, 32])
         s1 = s1 + tl.reshape(odd, [W, 32])
-    return s0, s1
+    return s0, s1, s2, s3
 
 
 @triton.jit

@@ -111,7 +111,7 @@ def product_fragments(
     for group in tl.static_range(GROUPS):
         even, odd = 1.0, 1.0
         if NORM:
-            even, odd = norm_factors(squares[2 * group], squares[2 * group + 1], K, eps, BF16, ASM)
+            even, odd = norm_factors(squares[4 * group], squares[4 * group + 1], K, eps, BF16, ASM)
         for tile in tl.static_range(TILES):
             c = sums[4 * (tile * GROUPS + group) : 4 * (tile * GROUPS + group) + 4]
             c0, c1, c2, c3 = over_warps(c[0], c[1], c[2], c[3], ASM)

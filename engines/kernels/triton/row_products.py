@@ -147,7 +147,8 @@ def prepare_step(
     for group in tl.static_range(GROUPS):
         x = words[4 * group : 4 * group + 4]
         if NORM:
-            after = after + add_squares(squares[2 * group], squares[2 * group + 1], x, BF16, ASM)
+            s = squares[4 * group : 4 * group + 4]
+            after = after + add_squares(s[0], s[1], s[2], s[3], x, BF16, ASM)
             x = (
                 times2(x[0], gain[0], BF16, ASM),
                 times2(x[1], gain[1], BF16, ASM),
@@ -230,7 +231,7 @@ def multiply_rows(
         start: Column of the lane in round 0.
 
     Returns:
-        For each tile and group four accumulators of `multiply_add`; for each group two of `add_squares`.
+        For each tile and group four accumulators of `multiply_add`; for each group four of `add_squares`.
     """
     ROWS: tl.constexpr = len(rows)
     GROUPS: tl.constexpr = len(xs)
@@ -257,7 +258,7 @@ def multiply_rows(
     none = load_zero(zero, ASM)
     totals = copies(none, 2 * ROWS * GROUPS)
     sums = totals
-    squares = copies(none, 2 * GROUPS)
+    squares = copies(none, 4 * GROUPS)
     for r in tl.static_range(ROUNDS):
         unit = ring[:SIZE]
         ring = ring[SIZE:]
