@@ -165,8 +165,8 @@ def _vector(weight: Weight, x: str, out: str, gpu: Gpu, dtype: str, mode: int, n
 def _vector_tile(weight: Weight, gpu: Gpu, mode: int) -> tuple[int, int]:
     """Return rows and warps of a program of the vector form, from what was fastest on an H200.
 
-    16 KB of weights for 4 warps and 32 KB for 8; 32 KB for queries, keys and values; 48 KB for what is added, whose rows
-    are long.
+    16 KB of weights for 4 warps and 32 KB for 8; 32 KB for queries, keys and values; 48 KB for what is added, whose
+    rows are long.
     """
     row_bytes = 2 * weight.columns * (2 if mode == GLU else 1)
     outputs = weight.rows // (2 if mode == GLU else 1)
