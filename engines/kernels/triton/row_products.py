@@ -212,6 +212,50 @@ def copies(x, N: tl.constexpr):
 
 
 @triton.jit
+def next_steps(
+    ahead, gains, xs, gain, start, STEP: tl.constexpr, TOTAL: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr,
+    UNIT: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Return the steps of x and of the gain on their way: without the first, with STEP if it is one of TOTAL."""
+    ahead = ahead[4 * len(xs) :]
+    gains = gains[4:]
+    if STEP < TOTAL:
+        ahead = ahead + request_step(xs, start, STEP, K, CODES, UNIT, STRIDE, True, ASM)
+        if NORM:
+            gains = gains + request_gain(gain, start, STEP, K, CODES, UNIT, STRIDE, BF16, ASM)
+    return ahead, gains
+
+
+@triton.jit
+def request_first(
+    rows, scales, zeros, gain, first, start, KIND: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr,
+    UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.constexpr,
+    COUNT_STEPS: tl.constexpr, NORM: tl.constexpr, ZP: tl.constexpr, LATE: tl.constexpr, BF16: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Return COUNT units of a weight and COUNT_STEPS steps of the gain, which no kernel before writes."""
+    ring = ()
+    for r in tl.static_range(COUNT):
+        ring = ring + request_unit(
+            rows, scales, zeros, first, start, r, KIND, K, CODES, UNIT, UNITS, PER, STRIDE, ZP, LATE, ASM
+        )
+    gains = ()
+    if NORM:
+        for step in tl.static_range(COUNT_STEPS):
+            gains = gains + request_gain(gain, start, step, K, CODES, UNIT, STRIDE, BF16, ASM)
+    return ring, gains
+
+
+@triton.jit
+def zero_words_of_rows(unit, ROWS: tl.constexpr, KIND: tl.constexpr, ZP: tl.constexpr):
+    """Return `zero_words` of each row of a unit, whose zero points are its last words."""
+    words = ()
+    for i in tl.static_range(ROWS):
+        words = words + (zero_words(unit[len(unit) - ROWS + i], KIND, ZP),)
+    return words
+
+
+@triton.jit
 def multiply_rows(
     rows, scales, zeros, xs, gain, zero, first, start, KIND: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr,
     UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr, ROUNDS: tl.constexpr,
@@ -221,9 +265,7 @@ def multiply_rows(
     """Return a warp's part of the products, and of the sums of the squares of x.
 
     Args:
-        rows: Pointers of `request_unit`; scales and zeros too.
-        scales: See `rows`.
-        zeros: See `rows`.
+        rows, scales, zeros: Pointers of `request_unit`.
         xs: For each group of columns, the pointer to the lane's first column of its row of x.
         gain: Pointer to the lane's first column of the gain.
         zero: Pointer to a zero of the lane.
@@ -238,16 +280,11 @@ def multiply_rows(
     STEPS: tl.constexpr = UNIT // 32
     WORDS: tl.constexpr = STEPS * (4 if KIND == "half" else 1 if KIND == "int4" else 2)
     FACTOR: tl.constexpr = 256.0 if KIND == "fp8" and not CVT else 1.0  # see expand_e4m3
-    ring = ()
-    for r in tl.static_range(min(DEPTH, ROUNDS)):
-        ring = ring + request_unit(
-            rows, scales, zeros, first, start, r, KIND, K, CODES, UNIT, UNITS, PER, STRIDE, ZP, LATE or not PDL, ASM
-        )
+    ring, gains = request_first(
+        rows, scales, zeros, gain, first, start, KIND, K, CODES, UNIT, UNITS, PER, STRIDE, min(DEPTH, ROUNDS),
+        min(AHEAD, ROUNDS * STEPS), NORM, ZP, LATE or not PDL, BF16, ASM,
+    )  # fmt: skip
     SIZE: tl.constexpr = len(ring) // min(DEPTH, ROUNDS)
-    gains = ()
-    if NORM:
-        for step in tl.static_range(min(AHEAD, ROUNDS * STEPS)):
-            gains = gains + request_gain(gain, start, step, K, CODES, UNIT, STRIDE, BF16, ASM)
     if PDL:
         if not LATE:
             tl.extra.cuda.gdc_wait()
@@ -262,19 +299,13 @@ def multiply_rows(
     for r in tl.static_range(ROUNDS):
         unit = ring[:SIZE]
         ring = ring[SIZE:]
-        shifts = ()
-        for i in tl.static_range(ROWS):
-            shifts = shifts + (zero_words(unit[SIZE - ROWS + i], KIND, ZP),)
+        shifts = zero_words_of_rows(unit, ROWS, KIND, ZP)
         for step in tl.static_range(STEPS):
             x, squares = prepare_step(ahead[: 4 * GROUPS], gains[:4], squares, GROUPS, KIND, NORM, BF16, ASM)
-            ahead = ahead[4 * GROUPS :]
-            gains = gains[4:]
-            if r * STEPS + step + AHEAD < ROUNDS * STEPS:
-                ahead = ahead + request_step(xs, start, r * STEPS + step + AHEAD, K, CODES, UNIT, STRIDE, True, ASM)
-                if NORM:
-                    gains = gains + request_gain(
-                        gain, start, r * STEPS + step + AHEAD, K, CODES, UNIT, STRIDE, BF16, ASM
-                    )
+            ahead, gains = next_steps(
+                ahead, gains, xs, gain, start, r * STEPS + step + AHEAD, ROUNDS * STEPS, K, CODES, UNIT, STRIDE, NORM,
+                BF16, ASM,
+            )  # fmt: skip
             sums = multiply_step(sums, unit, shifts, x, step, ROWS, WORDS, KIND, CVT, BF16, ASM)
         if KIND != "half":
             totals = add_scaled(totals, sums, unit[ROWS * WORDS :], GROUPS, FACTOR)
