@@ -166,13 +166,15 @@ def _vector_tile(weight: Weight, gpu: Gpu, mode: int) -> tuple[int, int]:
     """Return rows and warps of a program of the vector form, from what was fastest on an H200.
 
     16 KB of weights for 4 warps and 32 KB for 8; 32 KB for queries, keys and values; 48 KB for what is added, whose
-    rows are long.
+    rows are long. Of short rows enough for two loads a lane.
     """
     row_bytes = 2 * weight.columns * (2 if mode == GLU else 1)
     outputs = weight.rows // (2 if mode == GLU else 1)
     warps = 4 if 2 * weight.columns <= 4096 and mode != ADD else 8
     most = {STORE: 8192 * 4, ADD: 6144 * warps}.get(mode, 4096 * warps)
     rows = 1
+    while rows * row_bytes < 1024 * warps and 2 * rows <= outputs:
+        rows *= 2
     while (
         rows < 8 and 2 * rows * row_bytes <= most and -(-outputs // (2 * rows)) * warps >= _WARPS_PER_SM * gpu.num_sms
     ):

@@ -16,9 +16,9 @@ Constants of all functions:
     CVT: Whether the GPU converts float8.       LATE: Whether the kernel before has been waited for.
 """
 
-import triton
 import triton.language as tl
 
+from engines.kernels.triton.device import device_function
 from engines.kernels.triton.fragments import (
     add_squares,
     expand,
@@ -34,7 +34,7 @@ from engines.kernels.triton.fragments import (
 )
 
 
-@triton.jit
+@device_function
 def request_unit(
     rows, scales, zeros, first, start, ROUND: tl.constexpr, KIND: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr,
     UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr, ZP: tl.constexpr,
@@ -74,7 +74,7 @@ def request_unit(
     return unit
 
 
-@triton.jit
+@device_function
 def zero_words(zero, KIND: tl.constexpr, ZP: tl.constexpr):
     """Return what `expand` adds to codes: two halves of -(1024 + z), and of -(64 + z) for 4 bits."""
     if KIND == "int4":
@@ -91,7 +91,7 @@ def zero_words(zero, KIND: tl.constexpr, ZP: tl.constexpr):
     return words
 
 
-@triton.jit
+@device_function
 def request_step(
     pointers, start, STEP: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr,
     STRIDE: tl.constexpr, LATE: tl.constexpr, ASM: tl.constexpr,
@@ -118,7 +118,7 @@ def request_step(
     return words
 
 
-@triton.jit
+@device_function
 def request_gain(
     gain, start, STEP: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr,
     BF16: tl.constexpr, ASM: tl.constexpr,
@@ -136,7 +136,7 @@ def request_gain(
     return words
 
 
-@triton.jit
+@device_function
 def prepare_step(
     words, gain, squares, GROUPS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr, BF16: tl.constexpr,
     ASM: tl.constexpr,
@@ -159,7 +159,7 @@ def prepare_step(
     return xs, after
 
 
-@triton.jit
+@device_function
 def multiply_step(
     sums, unit, zeros, x, STEP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, KIND: tl.constexpr,
     CVT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
@@ -191,7 +191,7 @@ def multiply_step(
     return after
 
 
-@triton.jit
+@device_function
 def add_scaled(totals, sums, scales, GROUPS: tl.constexpr, FACTOR: tl.constexpr):
     """Return totals + sums · scale · FACTOR, of each tile, group and row."""
     after = ()
@@ -202,7 +202,7 @@ def add_scaled(totals, sums, scales, GROUPS: tl.constexpr, FACTOR: tl.constexpr)
     return after
 
 
-@triton.jit
+@device_function
 def copies(x, N: tl.constexpr):
     """Return a tuple of N times the same."""
     many = ()
@@ -211,7 +211,7 @@ def copies(x, N: tl.constexpr):
     return many
 
 
-@triton.jit
+@device_function
 def next_steps(
     ahead, gains, xs, gain, start, STEP: tl.constexpr, TOTAL: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr,
     UNIT: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
@@ -226,7 +226,7 @@ def next_steps(
     return ahead, gains
 
 
-@triton.jit
+@device_function
 def request_first(
     rows, scales, zeros, gain, first, start, KIND: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr,
     UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.constexpr,
@@ -246,7 +246,7 @@ def request_first(
     return ring, gains
 
 
-@triton.jit
+@device_function
 def zero_words_of_rows(unit, ROWS: tl.constexpr, KIND: tl.constexpr, ZP: tl.constexpr):
     """Return `zero_words` of each row of a unit, whose zero points are its last words."""
     words = ()
@@ -255,7 +255,7 @@ def zero_words_of_rows(unit, ROWS: tl.constexpr, KIND: tl.constexpr, ZP: tl.cons
     return words
 
 
-@triton.jit
+@device_function
 def multiply_rows(
     rows, scales, zeros, xs, gain, zero, first, start, KIND: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr,
     UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr, ROUNDS: tl.constexpr,
@@ -319,19 +319,19 @@ def multiply_rows(
     return sums, squares
 
 
-@triton.jit
+@device_function
 def add2(a0, a1, b0, b1):
     """Add pairs."""
     return a0 + b0, a1 + b1
 
 
-@triton.jit
+@device_function
 def add4(a0, a1, a2, a3, b0, b1, b2, b3):
     """Add fours."""
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
-@triton.jit
+@device_function
 def over_warps(c0, c1, c2, c3, ASM: tl.constexpr):
     """Return the sums of the accumulators of a tile over the warps of a program, [1, 32] each."""
     if ASM:
@@ -344,7 +344,7 @@ def over_warps(c0, c1, c2, c3, ASM: tl.constexpr):
     return c0, c1, c2, c3
 
 
-@triton.jit
+@device_function
 def norm_factors(s0, s1, K: tl.constexpr, eps, BF16: tl.constexpr, ASM: tl.constexpr):
     """Return, for the columns 2t and 2t + 1 of each lane, [1, 32], by what products of x · gain are normalised.
 
