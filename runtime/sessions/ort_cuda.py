@@ -5,9 +5,12 @@ captures it once for each batch size as a CUDA graph and replays it; a step then
 uncaptured. A graph is of the thread that captured it, so another one that calls captures anew. Where the engine has a
 decode plan for the GPU, own kernels run such steps instead, from any slot on (`runtime.decode_plan_session`).
 
-The memory of caches and steps is ours, by `runtime.cuda` and not from ONNX Runtime: its arena grows by powers of two,
-so it could take up to twice what a cache needs, and it copies neither a part of a buffer nor a new buffer's zeros
-without the host. The package cuda-bindings brings that into one context with the provider: both use the primary one.
+An image stays on the device: its pixels go up as grey levels where the engine normalises them, through pinned memory,
+and the vision tower writes its embeddings where prefill reads them (`runtime.device_arrays`).
+
+The memory of caches, embeddings and steps is ours, by `runtime.cuda` and not from ONNX Runtime: its arena grows by
+powers of two, so it could take up to twice what a cache needs, and it copies neither a part of a buffer nor a new
+buffer's zeros without the host. The package cuda-bindings brings that into one context with the provider: both use the primary one.
 
 ONNX Runtime has a stream of its own; neither waits for the other. Two rules order them: a run waits for its stream
 before it returns (CUDAExecutionProvider::OnRunEnd and CUDAGraphManager::Replay, as long as the run option
