@@ -1,7 +1,7 @@
 """How the rows of a weight are split over the lanes of a warp, in the kernels that multiply on tensor cores.
 
-Four lanes share a row. What a lane loads at once is 16 bytes, or less where a block of codes has less than 64 bytes: what
-one accumulator adds up has one scale. A unit is up to 128 columns (32 halves).
+Four lanes share a row. What a lane loads at once is 16 bytes, or less where a block of codes has less than 64 bytes:
+what one accumulator adds up has one scale. A unit is up to 128 columns; of halves it is 32.
 """
 
 from __future__ import annotations

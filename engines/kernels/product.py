@@ -1,7 +1,7 @@
 """A product of the rows of a batch by a weight, with what comes before and after it: the norm, SiLU · up, the residual.
 
-Two forms. `product_vector` multiplies one row by a weight of halves in plain arithmetic, with the whole tile of a program
-in registers before x is there: on an H200 a step of the 2B shape took 1.18 ms by it, 1.30 by the other one.
+Two forms. `product_vector` multiplies one row by a weight of halves in plain arithmetic, with the whole tile of a
+program in registers before x is there: on an H200 a step of the 2B shape took 1.18 ms by it, 1.30 by the other one.
 `product_fragments` does everything else on tensor cores, with up to 32 columns a program (see
 `engines.kernels.triton.row_products`). The sums of its columns do not depend on how many there are.
 """
@@ -100,8 +100,8 @@ def reference(
 def tiling(weight: Weight, batch: int, gpu: Gpu, mode: int, invariant: bool) -> Tiling:
     """Return how a product on tensor cores is split.
 
-    Tuned on an H200: enough warps to fill the multiprocessors as long as each has three loads or more of its rows, and 128
-    to 256 bytes a lane on their way. `invariant` has what serves every batch.
+    Tuned on an H200: enough warps to fill the multiprocessors as long as each has three loads or more of its rows, and
+    128 to 256 bytes a lane on their way. `invariant` has what serves every batch.
     """
     units, size = num_units(weight), unit_bytes(weight)
     programs = -(-weight.rows // 16)
@@ -155,7 +155,7 @@ def _vector(weight: Weight, x: str, out: str, gpu: Gpu, dtype: str, mode: int, n
 
 
 def _vector_tile(weight: Weight, gpu: Gpu, mode: int) -> tuple[int, int]:
-    """Return rows and warps of a program of the vector form; best on an H200: 16 KB of weights for 4 warps, 32 for 8."""
+    """Return rows and warps of a program of the vector form; best on an H200: 16 KB of weights for 4 warps."""
     row_bytes = 2 * weight.columns * (2 if mode == GLU else 1)
     outputs = weight.rows // (2 if mode == GLU else 1)
     warps = 4 if 2 * weight.columns <= 4096 and mode != ADD else 8

@@ -1,7 +1,7 @@
 """Products by the experts that the router chose, as `engines.kernels.experts` launches them.
 
-TOP experts a row of the batch. One row is multiplied at a time: all 8 columns of the tensor cores' tile are that row, and
-column 0 is stored.
+TOP experts a row of the batch. One row is multiplied at a time: all 8 columns of the tensor cores' tile are that row,
+and column 0 is stored.
 """
 
 import triton

@@ -1,16 +1,16 @@
 """Products on tensor cores of weights that lie row by row: what the kernels of products and of experts share.
 
-A warp multiplies 16 rows of a weight by 8 columns (rows of the batch) with `mma.m16n8k16` (PTX ISA, "Matrix Fragments for
-mma.m16n8k16"): lane 4g + t holds values of rows g and g + 8 and of column g. Which k a value has does not matter for the
-sum as long as both factors agree. So every lane loads consecutive bytes of its two rows, and x at the same k, and nothing
-has to be rearranged: decoder.onnx's own layout is read, which ONNX Runtime's prefill reads too.
+A warp multiplies 16 rows of a weight by 8 columns (rows of the batch) with `mma.m16n8k16` (PTX ISA, "Matrix Fragments
+for mma.m16n8k16"): lane 4g + t holds values of rows g and g + 8 and of column g. Which k a value has does not matter
+for the sum as long as both factors agree. So every lane loads consecutive bytes of its two rows, and x at the same k,
+and nothing has to be rearranged: decoder.onnx's own layout is read, which ONNX Runtime's prefill reads too.
 
 Tensors are [W, 32], warp by lane; Triton keeps that layout as long as nothing but elementwise operations and inline
 assembly touch them, so loads are inline assembly as well. `ASM` 0 is the interpreter, which has none: there the same
 lanes are multiplied by plain operations.
 
-Words: a "word" is an int32 of two halves, four codes of 8 bits or eight of 4 bits. A "step" is 8 consecutive k of a lane:
-one load of x, two mma.
+A "word" is an int32 of two halves, four codes of 8 bits or eight of 4 bits. A "step" is 8 consecutive k of a lane: one
+load of x, two mma.
 """
 
 import triton
@@ -91,7 +91,9 @@ def load_scale(p, ASM: tl.constexpr):
     """Return a float16 or float32 scale as float32."""
     if p.dtype.element_ty == tl.float32:
         if ASM:
-            s = tl.inline_asm_elementwise("ld.global.f32 $0, [$1];", "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1)
+            s = tl.inline_asm_elementwise(
+                "ld.global.f32 $0, [$1];", "=f,l", [p], dtype=tl.float32, is_pure=False, pack=1
+            )
         else:
             s = tl.load(p)
     else:

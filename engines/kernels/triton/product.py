@@ -1,7 +1,7 @@
 """Products of a few rows by a weight, as `engines.kernels.product` launches them.
 
-B rows of the batch, N rows and K columns of the weight. MODE as in `engines.kernels.launch`: 0 stores, 1 adds to what is
-there, 2 stores SiLU(gate) · up of rows r and N/2 + r, 3 stores float32.
+B rows of the batch, N rows and K columns of the weight. MODE as in `engines.kernels.launch`: 0 stores, 1 adds to what
+is there, 2 stores SiLU(gate) · up of rows r and N/2 + r, 3 stores float32.
 """
 
 import triton
@@ -76,8 +76,9 @@ def store_row(p, y, z, mask, MODE: tl.constexpr, ASM: tl.constexpr):
 def product_fragments(
     X, W, S, Z, GAIN, ZEROS, OUT, eps, B: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
     ROW_BYTES: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, PER: tl.constexpr,
-    ZP: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
-    NORM: tl.constexpr, MODE: tl.constexpr, CVT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    ZP: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr,
+    GROUPS: tl.constexpr, NORM: tl.constexpr, MODE: tl.constexpr, CVT: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Multiply up to 8 · GROUPS rows by 16 · TILES rows of a weight, on tensor cores."""
     if PDL:

@@ -254,7 +254,7 @@ def multiply_rows(
     for step in tl.static_range(min(AHEAD, ROUNDS * STEPS)):
         ahead = ahead + request_step(xs, start, step, K, CODES, UNIT, STRIDE, True, ASM)
     # After the loads above: the assembler would put each of them off until its mma.
-    none = load_zero(zero, ASM) + tl.zeros([first.shape[0], 32], tl.float32)
+    none = load_zero(zero, ASM)
     totals = copies(none, 2 * ROWS * GROUPS)
     sums = totals
     squares = copies(none, 2 * GROUPS)

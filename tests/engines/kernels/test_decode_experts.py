@@ -23,7 +23,7 @@ def _choice(batch, top):
     return ids, rng.dirichlet(np.ones(top), batch).astype(np.float32)
 
 
-def _gate_up(kind, block, batch, top, *, rows=48, columns=192, dtype="float16", gpu=90, change=None):
+def _gate_up(kind, block, batch, top, *, rows=32, columns=192, dtype="float16", gpu=90, change=None):
     """Return the result of the kernel and of the reference."""
     weight, memory = made_weight(kind, rows, columns, block, experts=EXPERTS, dtype=dtype)
     rng = np.random.default_rng(batch)
@@ -47,7 +47,7 @@ def _gate_up(kind, block, batch, top, *, rows=48, columns=192, dtype="float16", 
     return out.astype(np.float64), expected
 
 
-def _down(kind, block, batch, top, *, rows=48, columns=192, dtype="float16", change=None):
+def _down(kind, block, batch, top, *, rows=32, columns=192, dtype="float16", change=None):
     """Return the result of the kernel and of the reference."""
     weight, memory = made_weight(kind, rows, columns, block, experts=EXPERTS, dtype=dtype)
     rng = np.random.default_rng(batch)
@@ -75,15 +75,15 @@ def _error(result, expected):
 
 
 @pytest.mark.parametrize(("kind", "block"), FORMATS)
-@pytest.mark.parametrize(("batch", "top"), [(1, 2), (3, 3)])
-def test_gate_and_up(kind, block, batch, top):
-    assert _error(*_gate_up(kind, block, batch, top)) < 1e-3
+def test_formats(kind, block):
+    assert _error(*_gate_up(kind, block, 1, 2)) < 1e-3
+    assert _error(*_down(kind, block, 1, 2)) < 1e-3
 
 
-@pytest.mark.parametrize(("kind", "block"), FORMATS)
-@pytest.mark.parametrize(("batch", "top"), [(1, 2), (3, 3), (2, 1)])
-def test_down(kind, block, batch, top):
-    assert _error(*_down(kind, block, batch, top)) < 1e-3
+@pytest.mark.parametrize(("batch", "top"), [(3, 3), (2, 1)])
+def test_batches_and_experts_of_a_row(batch, top):
+    assert _error(*_gate_up(HALF, 0, batch, top, rows=16)) < 1e-3
+    assert _error(*_down(HALF, 0, batch, top, rows=16)) < 1e-3
 
 
 def test_bfloat16():
@@ -92,13 +92,13 @@ def test_bfloat16():
 
 
 def test_rows_that_fill_no_tile():
-    assert _error(*_gate_up(INT4, 128, 2, 2, rows=24, columns=256)) < 1e-3
-    assert _error(*_down(INT4, 128, 2, 2, rows=24, columns=256)) < 1e-3
+    assert _error(*_gate_up(HALF, 0, 1, 2, rows=24)) < 1e-3
+    assert _error(*_down(HALF, 0, 1, 2, rows=24)) < 1e-3
 
 
 def test_a_row_has_the_same_bits_in_every_batch():
-    one, _ = _down(INT4, 128, 1, 2)
-    sixteen, _ = _down(INT4, 128, 16, 2, change=_like_a_batch_of_one)
+    one, _ = _down(HALF, 0, 1, 2, rows=16)
+    sixteen, _ = _down(HALF, 0, 16, 2, rows=16, change=_like_a_batch_of_one)
     assert (sixteen[7] == one[0]).all()
 
 
@@ -106,7 +106,7 @@ def _like_a_batch_of_one(sources):
     """Give row 7 what the only row of a batch of one has."""
     rng = np.random.default_rng(1)
     sources["buffer:x"][7] = rng.normal(0, 1, (1, 2, 192)).astype(np.float16)[0]
-    sources["buffer:out"][7] = rng.normal(0, 1, (1, 48)).astype(np.float16)[0]
+    sources["buffer:out"][7] = rng.normal(0, 1, (1, 16)).astype(np.float16)[0]
     ids, shares = _choice(1, 2)
     sources["buffer:ids"][7], sources["buffer:shares"][7] = ids[0], shares[0]
 
@@ -115,8 +115,8 @@ def test_a_wrong_expert_is_seen():
     def next_one(sources):
         sources["buffer:ids"][0, 0] = (sources["buffer:ids"][0, 0] + 1) % EXPERTS
 
-    assert _error(*_gate_up(INT4, 128, 1, 2, change=next_one)) > 0.1
-    assert _error(*_down(INT4, 128, 1, 2, change=next_one)) > 0.1
+    assert _error(*_gate_up(HALF, 0, 1, 2, change=next_one)) > 0.1
+    assert _error(*_down(HALF, 0, 1, 2, change=next_one)) > 0.1
 
 
 def test_what_is_not_served_is_said():
