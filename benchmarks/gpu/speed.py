@@ -70,7 +70,7 @@ class Engine:
             capabilities = {name: value for name, value in manifest.capabilities.items() if name != "decode_plan"}
             manifest = replace(manifest, capabilities=capabilities)
         self.manifest, self.config = manifest, manifest.model
-        self.preparation = Preparation.from_folder(folder, self.config)
+        self.preparation = Preparation.from_folder(folder, self.config).for_engine(manifest.capabilities)
         self.session = opener(folder, manifest)
         self._embeds = no_visual_embeds(self.config)
         self._random = np.random.default_rng(0)
