@@ -24,7 +24,7 @@ from runtime.video.config import VideoProcessorConfig
 from runtime.video.opening import open_video
 from runtime.video.processor import process_video
 from runtime.video.source import VideoSource
-from runtime.vision_inputs import VISION_PATCHES, vision_inputs
+from runtime.vision_inputs import VISION_PATCHES, inputs_of_segments, takes_grey_levels
 
 STAGES = ("decode", "resize", "patchify")
 # As published with Qwen3-VL.
@@ -106,11 +106,10 @@ def times(path: Path, config: VideoProcessorConfig, repeats: int) -> dict[str, A
 def vision_time(model: Qwen3VLModel, path: Path, config: VideoProcessorConfig, repeats: int) -> dict[str, Any]:
     """Return the seconds that an engine's vision tower takes for the whole video, from those of a full call."""
     found = process_video(VideoSource(path), config, max_image_pixels=_MOST_PIXELS)
-    num_patches = len(found.segments[0].pixel_values)
+    num_patches = len(found.segments[0].patches)
     group = found.segments[: max(1, VISION_PATCHES // num_patches)]
-    _, height, width = group[0].grid_thw
-    pixels = np.stack([each.pixel_values for each in group])
-    inputs = vision_inputs(pixels, (len(group), height, width), model.config.vision)
+    takes_levels = takes_grey_levels(model.manifest.capabilities)
+    inputs = inputs_of_segments(group, model.config.vision, takes_levels=takes_levels)
     model.session.vision(inputs)
     values = [measure.seconds(lambda: model.session.vision(inputs)) for _ in range(repeats)]
     num_calls = len(found.segments) / len(group)

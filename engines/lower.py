@@ -19,7 +19,8 @@ def lower(
     """Lower one graph in place: native bodies in, functions inlined, passes of the target, then clean up.
 
     Returns:
-        The same model, without functions; its inputs, outputs and weights are those of the bundle.
+        The same model, without functions; its inputs, outputs and weights are those of the bundle, but for
+        what passes of the target say.
 
     Raises:
         TargetError: A pass of the target finds something that its kernels do not take.

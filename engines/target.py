@@ -13,6 +13,7 @@ from engines import hardware
 from engines.build_options import BuildOptions
 from engines.quantize.formats import WeightFormats
 from runtime.installation import how_to_install
+from runtime.vision_inputs import GREY_LEVELS, PIXELS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,6 +115,7 @@ class Target:
         cache_pass: Makes the pass that stores the KV cache in 8 or 4 bits by scales [L, 2, K, H], keys before values;
             None if no kernel of the target reads such a cache.
         top_k: Candidates of the next token that the decoder gives beside the logits; 0 for none.
+        normalises_pixels: Its vision graph takes grey levels of 8 bits: `engines.passes.normalise_pixels` is a pass.
         prefill_workspace: Bytes that a call of so many tokens takes beside activations; None for none.
         check_model: Raises, before any work, for a model of a shape that no kernel of the target takes.
         check_options: Raises, before any work, for options that the compiler does not take.
@@ -155,6 +157,7 @@ class Target:
     libraries: tuple[str, ...] = ("onnx-ir",)
     cache_pass: Callable[[int, NDArray[np.float32] | None], ir.passes.InPlacePass] | None = None
     top_k: int = 0
+    normalises_pixels: bool = False
     compile: Compiler | None = None
     check_model: Callable[[ModelConfig], None] | None = None
     check_options: Callable[[BuildOptions], None] | None = None
@@ -219,6 +222,7 @@ class Target:
             **({"device": self.device} if self.device != CPU else {}),
             **({"prefill_min_tokens": self.prefill_min_tokens} if self.prefill_formats is not None else {}),
             **({"top_k": min(self.top_k, config.text.vocab_size)} if self.top_k else {}),
+            **({PIXELS: GREY_LEVELS} if self.normalises_pixels else {}),
             **(fixed if self.compile is not None else {}),
         }
 

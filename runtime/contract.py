@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.device_arrays import DeviceEmbeds
 from runtime.errors import EngineError
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
-DType: TypeAlias = type[np.float32] | type[np.int64]
+ByteArray = NDArray[np.uint8]
+VisualEmbeds: TypeAlias = FloatArray | DeviceEmbeds
+"""Visual embeddings [1+D, V, hidden], float32: on the host, or in the memory of the session that made them."""
+DType: TypeAlias = type[np.float32] | type[np.int64] | type[np.uint8]
 Dims = tuple[int | str, ...]
 """Dimensions of an input; a letter is dynamic."""
 
@@ -40,6 +44,10 @@ class _GraphInputs:
         """Return the arrays by the names of the inputs, in the graph's order, each in one piece of memory."""
         # `vars` and not `fields`: a decode step of the demo takes 0.4 ms, and that took 5 us of it.
         return {name: np.ascontiguousarray(array) for name, array in vars(self).items()}
+
+    def host_arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the same without what is in device memory."""
+        return {name: np.ascontiguousarray(each) for name, each in vars(self).items() if isinstance(each, np.ndarray)}
 
     def _check_dtypes(self, dtypes: Mapping[str, DType]) -> None:
         for name, dtype in dtypes.items():
@@ -58,7 +66,7 @@ class VisionInputs(_GraphInputs):
         rope_sin: Its sines, [P, H/2].
     """
 
-    pixel_values: FloatArray
+    pixel_values: FloatArray | ByteArray
     pos_indices: IntArray
     pos_weights: FloatArray
     rope_cos: FloatArray
@@ -66,11 +74,35 @@ class VisionInputs(_GraphInputs):
 
     def __post_init__(self) -> None:
         """Check types, and that the shapes agree."""
-        self._check_dtypes(VISION_DTYPES)
+        self._check_dtypes(self._expected_dtypes())
         assert self.pixel_values.ndim == 3, self.pixel_values.shape
         num_patches = self.pixel_values.shape[1]
         assert self.pos_indices.shape == self.pos_weights.shape == (num_patches, 4), self.pos_indices.shape
         assert self.rope_cos.shape == self.rope_sin.shape == (num_patches, self.rope_cos.shape[1]), self.rope_cos.shape
+
+    def _expected_dtypes(self) -> Mapping[str, DType]:
+        return VISION_DTYPES
+
+
+@dataclass(frozen=True, eq=False)
+class LevelInputs(VisionInputs):
+    """The same for an engine that normalises pixels itself: `pixel_values` are grey levels, uint8.
+
+    Attributes:
+        pixel_scale: What is subtracted from each element of a patch, what that is divided by, and what the quotient is
+            multiplied by, [3, C·Tp·p·p].
+    """
+
+    pixel_values: ByteArray
+    pixel_scale: FloatArray
+
+    def __post_init__(self) -> None:
+        """Check types, and that the shapes agree."""
+        super().__post_init__()
+        assert self.pixel_scale.shape == (3, self.pixel_values.shape[2]), self.pixel_scale.shape
+
+    def _expected_dtypes(self) -> Mapping[str, DType]:
+        return LEVEL_DTYPES
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +121,7 @@ class DecoderInputs(_GraphInputs):
     input_ids: IntArray
     position_ids: IntArray
     visual_rows: IntArray
-    visual_embeds: FloatArray
+    visual_embeds: VisualEmbeds
     past_lengths: IntArray
     logits_positions: IntArray
 
@@ -110,7 +142,7 @@ class DecoderInputs(_GraphInputs):
         cls,
         input_ids: Sequence[int],
         positions: PromptPositions,
-        visual_embeds: FloatArray,
+        visual_embeds: VisualEmbeds,
         *,
         all_logits: bool = False,
     ) -> DecoderInputs:
@@ -130,7 +162,7 @@ class DecoderInputs(_GraphInputs):
         cls,
         input_ids: IntArray,
         past_lengths: IntArray,
-        visual_embeds: FloatArray,
+        visual_embeds: VisualEmbeds,
         *,
         delta: IntArray | int = 0,
         logits_positions: IntArray | None = None,
@@ -167,7 +199,7 @@ class DecoderInputs(_GraphInputs):
         """
         num_new = max(each.input_ids.shape[1] for each in sequences)
         num_asked = max(each.logits_positions.shape[1] for each in sequences)
-        embeds: list[FloatArray] = []
+        embeds: list[VisualEmbeds] = []
         rows: list[IntArray] = []
         for each in sequences:
             used = each.with_used_rows()
@@ -179,7 +211,7 @@ class DecoderInputs(_GraphInputs):
             input_ids=np.concatenate([_padded(each.input_ids, num_new) for each in sequences]),
             position_ids=np.concatenate([_padded(each.position_ids, num_new) for each in sequences], axis=1),
             visual_rows=np.concatenate(rows),
-            visual_embeds=np.concatenate(embeds or [sequences[0].visual_embeds[:, :1]], axis=1),
+            visual_embeds=join_embeds(embeds or [rows_around(sequences[0].visual_embeds, 0, 1)[0]]),
             past_lengths=np.concatenate([each.past_lengths for each in sequences]),
             logits_positions=np.concatenate([_padded(each.logits_positions, num_asked) for each in sequences]),
         )
@@ -239,14 +271,47 @@ class DecoderInputs(_GraphInputs):
         return inside
 
     def with_used_rows(self) -> DecoderInputs:
-        """Return the same call with the visual embeddings cut down to what lies between the rows that it takes."""
+        """Return the same call with the visual embeddings cut down to what lies between the rows that it takes.
+
+        Those in device memory keep whole segments.
+        """
         used = self.visual_rows[self.visual_rows >= 0]
         if not used.size:
-            return replace(self, visual_embeds=self.visual_embeds[:, :1])
+            return replace(self, visual_embeds=rows_around(self.visual_embeds, 0, 1)[0])
         first, last = int(used.min()), int(used.max())
         assert last < self.visual_embeds.shape[1], "a visual row that is not there"
-        rows = np.where(self.visual_rows < 0, -1, self.visual_rows - first)
-        return replace(self, visual_rows=rows, visual_embeds=self.visual_embeds[:, first : last + 1])
+        embeds, begin = rows_around(self.visual_embeds, first, last + 1)
+        rows = np.where(self.visual_rows < 0, -1, self.visual_rows - begin)
+        return replace(self, visual_rows=rows, visual_embeds=embeds)
+
+
+def rows_around(embeds: VisualEmbeds, first: int, stop: int) -> tuple[VisualEmbeds, int]:
+    """Return visual embeddings that hold rows first … stop - 1, not copied, and the row that they begin with."""
+    return embeds.around(first, stop) if isinstance(embeds, DeviceEmbeds) else (embeds[:, first:stop], first)
+
+
+def join_embeds(embeds: Sequence[VisualEmbeds]) -> VisualEmbeds:
+    """Return visual embeddings one after the other: all on the host, or all of one session."""
+    if len(embeds) == 1:
+        return embeds[0]
+    on_device = [each for each in embeds if isinstance(each, DeviceEmbeds)]
+    if on_device:
+        assert len(on_device) == len(embeds), "visual embeddings on the host and on a device"
+        return DeviceEmbeds([part for each in on_device for part in each.parts])
+    return np.concatenate([on_host(each) for each in embeds], axis=1)
+
+
+def split_embeds(embeds: VisualEmbeds, num_segments: int) -> list[VisualEmbeds]:
+    """Return the visual embeddings of each of several segments of one grid, in memory of their own."""
+    if isinstance(embeds, DeviceEmbeds):
+        assert len(embeds.parts) == num_segments, "a part is a segment"
+        return [DeviceEmbeds([part]) for part in embeds.parts]
+    return [np.ascontiguousarray(part) for part in np.split(embeds, num_segments, axis=1)]
+
+
+def on_host(embeds: VisualEmbeds) -> FloatArray:
+    """Return visual embeddings as an array: a copy if they are in device memory, by a call of their session."""
+    return embeds.numpy() if isinstance(embeds, DeviceEmbeds) else embeds
 
 
 def _padded(values: IntArray, length: int, fill: int | None = None) -> IntArray:
@@ -265,6 +330,8 @@ def _dtypes(inputs: type[_GraphInputs]) -> dict[str, DType]:
 VISION_DTYPES: Mapping[str, DType] = _dtypes(VisionInputs)
 DECODER_DTYPES: Mapping[str, DType] = _dtypes(DecoderInputs)
 """Element types of the inputs, by name and in the graph's order."""
+LEVEL_DTYPES: Mapping[str, DType] = {**VISION_DTYPES, "pixel_values": np.uint8, "pixel_scale": np.float32}
+"""Those of the vision graph of an engine that normalises pixels itself."""
 VISION_INPUTS = tuple(VISION_DTYPES)
 DECODER_INPUTS = tuple(DECODER_DTYPES)
 

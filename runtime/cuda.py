@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,9 @@ from runtime.errors import CapacityError, EngineError
 from runtime.installation import how_to_install
 
 Bytes = NDArray[np.uint8]
+Grid = tuple[int, int, int]
+# A kernel that takes more has to be allowed to first (CUDA C++ Programming Guide, compute capability 7.x).
+_PLAIN_SHARED_BYTES = 48 << 10
 
 
 class Pieces(NamedTuple):
@@ -36,6 +40,7 @@ class CudaDevice:
         name: Name of the GPU, such as `NVIDIA H200`.
         compute_capability: SM version of the GPU, such as `9.0`.
         driver_version: The newest CUDA version that the driver knows, such as `13.0`.
+        max_shared_bytes: Shared memory that one block of a kernel may take.
 
     Raises:
         EngineError: Package, driver or GPU is missing.
@@ -64,6 +69,8 @@ class CudaDevice:
             for part in ("Major", "Minor")
         )
         self.compute_capability = f"{major}.{minor}"
+        shared = attribute.cudaDevAttrMaxSharedMemoryPerBlockOptin
+        self.max_shared_bytes = int(self._call("cudaDeviceGetAttribute", shared, 0))
         self.name = bytes(self._call("cudaGetDeviceProperties", 0).name).split(b"\0")[0].decode()
 
     def memory_info(self) -> tuple[int, int]:
@@ -157,6 +164,102 @@ class CudaDevice:
         """Destroy a graph."""
         self._call("cudaGraphExecDestroy", graph)
 
+    def load_module(self, code: bytes) -> int:
+        """Return a module of the kernels in a cubin.
+
+        Raises:
+            EngineError: It is for another GPU, or the driver cannot read it.
+            CapacityError: The GPU is out of memory.
+        """
+        self._call("cudaSetDevice", 0)  # which makes the context that the driver's functions need this thread's own
+        return int(self._drive("cuModuleLoadData", code))
+
+    def unload_module(self, module: int) -> None:
+        """Unload a module; none of its kernels may be at work."""
+        self._drive("cuModuleUnload", module)
+
+    def kernel(self, module: int, entry: str, shared_bytes: int) -> int:
+        """Return a kernel of a module by its name, ready to be launched with so much shared memory.
+
+        Raises:
+            EngineError: There is none of that name, or the GPU does not have so much.
+        """
+        found = int(self._drive("cuModuleGetFunction", module, entry.encode()))
+        if shared_bytes > _PLAIN_SHARED_BYTES:
+            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._drive("cuFuncSetAttribute", found, attribute, shared_bytes)
+        return found
+
+    def launch_kernel(
+        self,
+        kernel: int,
+        grid: Grid,
+        num_threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Any],
+        stream: int,
+        *,
+        is_dependent: bool = False,
+    ) -> None:
+        """Enqueue a kernel. Something of this class must have been enqueued in the calling thread before.
+
+        Args:
+            kernel: Of `kernel`.
+            grid: Blocks along x, y and z.
+            num_threads: Threads of a block.
+            shared_bytes: Shared memory of a block.
+            arguments: Values of ctypes, all that the kernel takes, in its order.
+            stream: Where.
+            is_dependent: It may begin before the one before it has ended, and waits for it by itself (programmatic
+                dependent launch, from compute capability 9.0 on).
+
+        Raises:
+            EngineError, CapacityError: It cannot be launched.
+        """
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
+        config.sharedMemBytes, config.hStream = shared_bytes, stream
+        if is_dependent:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        # The driver has copied the values when it returns, while recording too.
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
+        self._drive("cuLaunchKernelEx", config, kernel, ctypes.addressof(pointers), 0)
+
+    @property
+    def _driver(self) -> Any:
+        return importlib.import_module("cuda.bindings.driver")
+
+    def _drive(self, name: str, *args: Any) -> Any:
+        """Call a function of the CUDA driver, which says how it went as those of the runtime do."""
+        driver = self._driver
+        code, *results = getattr(driver, name)(*args)
+        if code != driver.CUresult.CUDA_SUCCESS:
+            raise self._driver_error(name, code)
+        return results[0] if len(results) == 1 else results
+
+    def _driver_error(self, name: str, code: Any) -> CapacityError | EngineError:
+        codes = self._driver.CUresult
+        if code == codes.CUDA_ERROR_OUT_OF_MEMORY:
+            return self._error(name, self._cuda.cudaError_t.cudaErrorMemoryAllocation, 0)
+        if code == codes.CUDA_ERROR_NO_BINARY_FOR_GPU:
+            return EngineError(
+                f"the machine code is for another GPU than {self.name} of compute capability "
+                f"{self.compute_capability} ({name}: {code.name})",
+                remedy="build the engine again with qwen3vl-export ... --compute-capability "
+                f"{self.compute_capability}, or open it with decode_plan=False",
+            )
+        if code in (codes.CUDA_ERROR_INVALID_IMAGE, codes.CUDA_ERROR_UNSUPPORTED_PTX_VERSION):
+            return EngineError(
+                f"the driver, of CUDA {self.driver_version}, does not read the machine code ({name}: {code.name})",
+                remedy="install a newer driver, or open the engine with decode_plan=False",
+            )
+        return self._failure(name, code.name)
+
     def _copy(self, target: int, source: int, num_bytes: int, kind: str, stream: int) -> None:
         direction = getattr(self._cuda.cudaMemcpyKind, f"cudaMemcpy{kind}")
         self._call("cudaMemcpyAsync", target, source, num_bytes, direction, stream)
@@ -184,6 +287,9 @@ class CudaDevice:
                 f"this engine runs on an NVIDIA GPU, and none can be used here ({name}: {text})",
                 remedy="install a driver for this CUDA version (nvidia-smi shows it), or check CUDA_VISIBLE_DEVICES",
             )
+        return self._failure(name, text)
+
+    def _failure(self, name: str, text: str) -> EngineError:
         return EngineError(
             f"CUDA failed: {name}: {text}",
             remedy="restart the program, since the GPU stays in error until then; if it happens again, report it",

@@ -19,6 +19,7 @@ from runtime.model_config import ModelConfig
 _FLOAT_BYTES = 4
 # A step takes no visual row, but the graph wants some: they are zeros, written once.
 _INTS = [name for name, dtype in DECODER_DTYPES.items() if dtype is np.int64]
+SLOTS = "slots"
 
 
 class StepBuffers:
@@ -36,6 +37,7 @@ class StepBuffers:
 
     Attributes:
         addresses: Device address of every input but the KV cache, of `logits`, `top_ids` and `top_logits`, by name.
+        slots_address: That of the slot of each sequence's cache, int64 [B], which no graph of ONNX takes.
 
     Raises:
         CapacityError: The GPU is out of memory.
@@ -46,7 +48,8 @@ class StepBuffers:
         shapes, top = self.shapes(max_batch), (max_batch, 1, num_top)
         embeds_bytes = math.prod(shapes["visual_embeds"]) * _FLOAT_BYTES
         with ExitStack() as stack:
-            self._inputs = Block(device, {name: (shapes[name], np.int64) for name in _INTS})
+            ints = {name: (shapes[name], np.int64) for name in _INTS}
+            self._inputs = Block(device, {**ints, SLOTS: ((max_batch,), np.int64)})
             stack.callback(self._inputs.close)
             self._tops = Block(device, {"top_ids": (top, np.int64), "top_logits": (top, np.float32)})
             stack.callback(self._tops.close)
@@ -59,7 +62,9 @@ class StepBuffers:
             self.close = weakref.finalize(self, stack.pop_all().close)
             self.close.atexit = False  # the driver frees what a process leaves
         others = {"visual_embeds": embeds.address, "logits": logits.address}
-        self.addresses: dict[str, int] = {**self._inputs.addresses(), **self._tops.addresses(), **others}
+        inputs = self._inputs.addresses()
+        self.slots_address = inputs.pop(SLOTS)
+        self.addresses: dict[str, int] = {**inputs, **self._tops.addresses(), **others}
 
     def shapes(self, batch: int) -> dict[str, Shape]:
         """Return the shape of every input but the KV cache."""
@@ -72,11 +77,26 @@ class StepBuffers:
         top = (batch, 1, self._num_top)
         return {"logits": (batch, 1, self._config.text.vocab_size), "top_ids": top, "top_logits": top}
 
-    def write(self, inputs: DecoderInputs) -> None:
-        """Take over the inputs of a step, for `enqueue_upload`."""
+    def write(self, inputs: DecoderInputs, slot: int = 0) -> None:
+        """Take over the inputs of a step of the sequences from a slot on, for `enqueue_upload`."""
         for name in _INTS:
             array = getattr(inputs, name)
             self._inputs.array(name, array.shape)[:] = array
+        num_sequences = len(inputs.input_ids)
+        self._inputs.array(SLOTS, (num_sequences,))[:] = np.arange(slot, slot + num_sequences)
+
+    def write_padded(self, inputs: DecoderInputs, slot: int, batch: int) -> None:
+        """Take over the inputs of a step as one of a larger batch, whose last rows all are those of the last sequence.
+
+        They write the same values to the same rows of the cache, so that no other slot is needed.
+        """
+        num_sequences = len(inputs.input_ids)
+        rows = np.minimum(np.arange(batch), num_sequences - 1)
+        for name in _INTS:
+            array = getattr(inputs, name)
+            padded = array.take(rows, axis=1 if name == "position_ids" else 0)
+            self._inputs.array(name, padded.shape)[:] = padded
+        self._inputs.array(SLOTS, (batch,))[:] = slot + rows
 
     def enqueue_upload(self) -> None:
         """Enqueue the copy of the inputs to the device."""

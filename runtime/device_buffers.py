@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -15,6 +15,8 @@ from runtime.errors import CapacityError
 _ALIGNMENT = 256
 # Pinned memory is taken from the whole machine, so large arrays pass through a small buffer piece by piece.
 _STAGING_BYTES = 8 << 20
+# One piece is copied by the host while the one before is on the bus; smaller ones would cost more calls.
+_PIECE_BYTES = 1 << 20
 
 Shape = tuple[int, ...]
 
@@ -67,12 +69,28 @@ class Staging:
 
     def upload(self, address: int, array: NDArray[np.generic]) -> None:
         """Copy an array to device memory."""
-        source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        for start, stop in self._pieces(source.nbytes):
-            piece = self._pinned[: stop - start]
-            piece[:] = source[start:stop]
-            self._device.to_device(address + start, piece, self.stream)
-            self._device.synchronize(self.stream)
+        self.upload_all([(address, array)])
+
+    def upload_all(self, arrays: Iterable[tuple[int, NDArray[np.generic]]]) -> None:
+        """Copy arrays to device memory, each to its address.
+
+        A piece is on its way while the next is written into pinned memory; it is waited for only where that is full,
+        and at the end.
+        """
+        filled = 0
+        for address, array in arrays:
+            source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            start = 0
+            while start < source.nbytes:
+                if filled == self._pinned.nbytes:
+                    self._device.synchronize(self.stream)
+                    filled = 0
+                num_bytes = min(source.nbytes - start, self._pinned.nbytes - filled, _PIECE_BYTES)
+                piece = self._pinned[filled : filled + num_bytes]
+                piece[:] = source[start : start + num_bytes]
+                self._device.to_device(address + start, piece, self.stream)
+                filled, start = filled + num_bytes, start + num_bytes
+        self._device.synchronize(self.stream)
 
     def download(self, address: int, shape: Shape, dtype: DTypeLike) -> NDArray[np.generic]:
         """Return a copy of device memory, once all that is enqueued has run."""
@@ -92,6 +110,38 @@ class Staging:
     def _pieces(self, num_bytes: int) -> list[tuple[int, int]]:
         step = self._pinned.nbytes
         return [(start, min(start + step, num_bytes)) for start in range(0, num_bytes, step)]
+
+
+class InputBuffer:
+    """Device memory for the inputs of one call at a time, side by side.
+
+    Args:
+        device: Where.
+        staging: Copies them.
+    """
+
+    def __init__(self, device: CudaDevice, staging: Staging) -> None:
+        self._staging, self._buffer = staging, DeviceBuffer(device)
+
+    def upload(self, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, int]:
+        """Copy arrays to the device and return their addresses, which hold until the next call.
+
+        Raises:
+            CapacityError: The device is out of memory.
+        """
+        offsets: dict[str, int] = {}
+        num_bytes = 0
+        for name, array in arrays.items():
+            offsets[name] = num_bytes
+            num_bytes += aligned(array.nbytes)
+        start = self._buffer.reserve(num_bytes)
+        addresses = {name: start + offset for name, offset in offsets.items()}
+        self._staging.upload_all((addresses[name], array) for name, array in arrays.items())
+        return addresses
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._buffer.close()
 
 
 class Block:

@@ -69,6 +69,8 @@ _NOT_NULL = frozenset(
         "temporal_patch_size",
     }
 )
+# What no checkpoint says.
+_OWN_SETTINGS = frozenset({"fixed_size", "keeps_levels"})
 _UNSUPPORTED_KEYS = frozenset({"do_pad", "do_center_crop", "crop_size", "pad_size"})
 
 
@@ -90,6 +92,7 @@ class ImageProcessorConfig:
         do_normalize: Subtract the mean and divide by the standard deviation.
         do_convert_rgb: Always true: the vision tower has three input channels.
         resample: Pillow's number of the filter, 2 or 3: see `FILTERS`.
+        keeps_levels: Leave patches as grey levels, for an engine that normalises them; no checkpoint's setting.
         fixed_size: Height and width that every image is brought to, multiples of `factor`; no checkpoint's setting.
     """
 
@@ -107,6 +110,7 @@ class ImageProcessorConfig:
     do_convert_rgb: bool = True
     resample: int = 3
     fixed_size: tuple[int, int] | None = None
+    keeps_levels: bool = False
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -158,7 +162,7 @@ class ImageProcessorConfig:
             CheckpointError: A key is unknown, or a value is not one this processor can honour.
         """
         try:
-            return cls(**_values_of(settings, frozenset(field.name for field in fields(cls)) - {"fixed_size"}))
+            return cls(**_values_of(settings, frozenset(field.name for field in fields(cls)) - _OWN_SETTINGS))
         except UsageError as error:
             raise CheckpointError(f"image processor settings: {error.message}", remedy=error.remedy) from error
 

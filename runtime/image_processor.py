@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from runtime.errors import CapacityError
+from runtime.errors import CapacityError, UsageError
 from runtime.image_bounds import MAX_IMAGE_PIXELS
 from runtime.image_config import FILTERS, NUM_CHANNELS, ImageProcessorConfig
 from runtime.images import load_image
-from runtime.patches import patchify
+from runtime.patches import PixelScale, grey_levels, normalised, patchify
 from runtime.resize import resize
 from runtime.still_wanted import Check, always
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from runtime.images import ImageSource, RgbImage
+    from runtime.patches import Patches
 
 
 MAX_PIXEL_VALUES_BYTES = 2 * 1024**3
@@ -41,20 +42,47 @@ class ProcessedImage:
     """One segment as the vision tower takes it: an image, or a temporal patch of a video.
 
     Attributes:
-        pixel_values: float32 [P, E]; patches in merge order: the merge_size² patches of one visual token follow each
-            other, tokens row by row. A patch is laid out channel, frame, row, column.
+        patches: [P, E]: normalised, float32, or grey levels, uint8, for an engine that normalises them. In merge order:
+            the merge_size² patches of one visual token follow each other, tokens row by row. A patch is laid out
+            channel, frame, row, column.
         grid_thw: Patches along time (1), height and width; P is their product.
         merge_size: Patches along a side of one visual token.
         digest: SHA-256 of the resized frames and their shape: what caches know the image by.
+        scale: How grey levels are normalised.
         source_size: Width and height in pixels of the upright image before it was resized, which boxes in an answer
             are drawn on. Images of one digest may have different ones.
     """
 
-    pixel_values: npt.NDArray[np.float32] = field(repr=False)
+    patches: Patches = field(repr=False)
     grid_thw: tuple[int, int, int]
     merge_size: int
     digest: bytes = field(repr=False)
+    scale: PixelScale = field(repr=False)
     source_size: tuple[int, int]
+
+    @property
+    def pixel_values(self) -> npt.NDArray[np.float32]:
+        """Normalised patches, float32 [P, E]; computed each time if grey levels are kept."""
+        if self.patches.dtype == np.float32:
+            return np.asarray(self.patches, np.float32)
+        return normalised(np.asarray(self.patches, np.uint8), self.scale)
+
+    @property
+    def levels(self) -> npt.NDArray[np.uint8]:
+        """Grey levels, uint8 [P, E]; computed each time if normalised patches are kept.
+
+        Raises:
+            UsageError: The patches are of no grey levels.
+        """
+        if self.patches.dtype == np.uint8:
+            return np.asarray(self.patches, np.uint8)
+        levels = grey_levels(np.asarray(self.patches, np.float32), self.scale)
+        if levels is None:
+            raise UsageError(
+                "a processed image whose values are of no grey levels from 0 to 255, which this engine takes",
+                remedy="pass the image itself, or one of model.prepare(messages).inputs as it is",
+            )
+        return levels
 
     @property
     def merged_grid_thw(self) -> tuple[int, int, int]:
@@ -132,8 +160,14 @@ def segment(
         frames = frames[:-1]
     height, width = frames[0].shape[:2]
     grid_thw = (1, height // config.patch_size, width // config.patch_size)
-    values = patchify(frames, config)
-    return ProcessedImage(values, grid_thw, config.merge_size, _digest(frames, config), source_size or (width, height))
+    return ProcessedImage(
+        patchify(frames, config),
+        grid_thw,
+        config.merge_size,
+        _digest(frames, config),
+        PixelScale.of(config),
+        source_size or (width, height),
+    )
 
 
 def _digest(frames: Sequence[RgbImage], config: ImageProcessorConfig) -> bytes:

@@ -186,6 +186,7 @@ _CAPABILITIES: Mapping[str, Callable[[str, object], None]] = {
     "cache_scales": _file_name,
     "capacity": _positive,
     "custom_ops": _text,
+    "decode_plan": _boolean,
     "device": _one_of("cpu", "gpu"),
     "hardware_compatible": _boolean,
     "kernels": _texts,

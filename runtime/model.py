@@ -20,9 +20,9 @@ from runtime.arguments import AUTO, folder_path, reading
 from runtime.calls import Call, check_callback, run_batch, seconds
 from runtime.choices import refuse_several, run_choices, run_choices_async
 from runtime.context_room import ContextRoom
-from runtime.contract import FloatArray, no_visual_embeds
+from runtime.contract import FloatArray, no_visual_embeds, on_host
 from runtime.conversation import Conversation, complete
-from runtime.engine_options import EngineOptions
+from runtime.engine_options import EngineOptions, OpeningKeywords
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import RequestKeywords
@@ -42,7 +42,7 @@ from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import held_bytes, plan_limits
 from runtime.scheduling.request import Limits, Request
 from runtime.scheduling.worker import Worker
-from runtime.serving_options import ServingKeywords, ServingOptions
+from runtime.serving_options import ServingOptions
 from runtime.session import Session, is_on_gpu, open_session
 from runtime.shown import shown
 from runtime.still_wanted import Check, NotWanted, StillWanted, always
@@ -160,7 +160,7 @@ class Qwen3VLModel:
         max_memory: int | None = None,
         max_image_pixels: int | None = None,
         legacy_video_prompt: bool = False,
-        **serving: Unpack[ServingKeywords],
+        **keywords: Unpack[OpeningKeywords],
     ) -> Qwen3VLModel:
         """Open an engine folder.
 
@@ -179,7 +179,7 @@ class Qwen3VLModel:
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
             legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
-            **serving: How many requests run and wait, and what is kept for later ones (`ServingKeywords`).
+            **keywords: How many requests run, wait and are kept, and which kernels decode (`OpeningKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -203,7 +203,7 @@ class Qwen3VLModel:
             max_memory=max_memory,
             max_image_pixels=max_image_pixels,
             legacy_video_prompt=legacy_video_prompt,
-            **serving,
+            **keywords,
         )
         return cls.from_manifest(folder, manifest, options, source=source)
 
@@ -219,7 +219,7 @@ class Qwen3VLModel:
         one = plan_limits(manifest, ServingOptions(1, 0, vision_cache_bytes=0), options.max_context, None)
         needed = held_bytes(manifest, one)
         check_fits(needed, options.max_memory)
-        preparation = Preparation.from_folder(folder, manifest.model)
+        preparation = Preparation.from_folder(folder, manifest.model).for_engine(manifest.capabilities)
         limits_of_inputs = InputLimits(options.min_pixels, options.max_pixels)
         preparation = preparation.with_limits(limits_of_inputs, options.max_image_pixels)
         preparation = dataclasses.replace(preparation, keeps_markers=not options.legacy_video_prompt)
@@ -604,7 +604,10 @@ class Qwen3VLModel:
     def statistics(self) -> dict[str, Any]:
         """Return what the engine has done and holds, as plain data; see `runtime.scheduling.counters`."""
         self._owner.check()
-        return self._worker.statistics()
+        kernels = getattr(self.session, "decode_kernels", None)
+        problem = getattr(self.session, "decode_plan_problem", None)
+        path = {} if kernels is None else {"decode_kernels": kernels, "decode_plan_problem": problem}
+        return {**self._worker.statistics(), **path}
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests and end the engine's thread.
@@ -682,7 +685,7 @@ class Qwen3VLModel:
         return np.concatenate(embeds, axis=1) if embeds else no_visual_embeds(self.config)
 
     def _encode(self, image: ProcessedImage) -> FloatArray:
-        return self.session.vision(self.preparation.vision_inputs(image))
+        return on_host(self.session.vision(self.preparation.vision_inputs(image)))
 
     def _check_memory(self, images: Sequence[ProcessedImage], *, logits_of: int = 0) -> None:
         patches = [math.prod(image.grid_thw) for image in images]

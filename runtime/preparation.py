@@ -22,7 +22,7 @@ import numpy as np
 
 from runtime.arguments import reading
 from runtime.chat import ChatTemplate, template_source
-from runtime.contract import DecoderInputs, FloatArray, VisionInputs
+from runtime.contract import DecoderInputs, VisionInputs, VisualEmbeds
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import MAX_TOKENIZER_BYTES, parse_json_object, read_small_file
 from runtime.generation_config import GenerationOptions
@@ -37,6 +37,7 @@ from runtime.machine import default_threads
 from runtime.messages import Attachment, Messages, normalise_messages
 from runtime.model_config import ModelConfig
 from runtime.parallel import ordered_map
+from runtime.patches import PixelScale
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.prompt_builder import PromptBuilder
 from runtime.raw_prompt import RawPrompt
@@ -44,7 +45,7 @@ from runtime.still_wanted import Check, always
 from runtime.tokenizer import Tokenizer
 from runtime.video.config import VideoProcessorConfig
 from runtime.video.processor import ProcessedVideo
-from runtime.vision_inputs import VISION_PATCHES, vision_inputs
+from runtime.vision_inputs import VISION_PATCHES, inputs_of_segments, takes_grey_levels
 
 if TYPE_CHECKING:
     from runtime.input_kinds.kind import Processed
@@ -97,7 +98,7 @@ class Prepared:
         """Tokens of all segments."""
         return sum(span.num_tokens for span in self.prompt.spans)
 
-    def decoder_inputs(self, visual_embeds: FloatArray, *, all_logits: bool = False) -> DecoderInputs:
+    def decoder_inputs(self, visual_embeds: VisualEmbeds, *, all_logits: bool = False) -> DecoderInputs:
         """Return what the decoder takes; see `DecoderInputs.prompt`.
 
         Args:
@@ -185,6 +186,14 @@ class Preparation:
         with opening(folder / GENERATION):
             defaults = GenerationOptions.from_generation_config(settings_in(GENERATION))
         return cls(config, tokenizer, template, InputSettings(image, video, MAX_IMAGE_PIXELS), defaults)
+
+    def for_engine(self, capabilities: Mapping[str, Any]) -> Preparation:
+        """Return a copy whose images are what an engine takes: grey levels where it normalises them itself."""
+        if not takes_grey_levels(capabilities):
+            return self
+        image, video = replace(self.inputs.image, keeps_levels=True), self.inputs.video
+        video = replace(video, image=replace(video.image, keeps_levels=True))
+        return replace(self, inputs=replace(self.inputs, image=image, video=video))
 
     def with_limits(self, limits: InputLimits, max_image_pixels: int | None = None) -> Preparation:
         """Return a copy with other limits; None keeps the checkpoint's, or what a lower `max_pixels` leaves of it.
@@ -350,9 +359,10 @@ class Preparation:
         shape = (math.prod(image.grid_thw), self.config.vision.patch_elements)
         return (
             image.merge_size == self.config.vision.spatial_merge_size
-            and isinstance(image.pixel_values, np.ndarray)
-            and image.pixel_values.dtype == np.float32
-            and image.pixel_values.shape == shape
+            and isinstance(image.patches, np.ndarray)
+            and image.patches.dtype in (np.float32, np.uint8)
+            and image.patches.shape == shape
+            and isinstance(image.scale, PixelScale)
             and image.grid_thw[0] == 1
             and all(side > 0 and side % image.merge_size == 0 for side in image.grid_thw[1:])
             and isinstance(image.digest, bytes)
@@ -361,7 +371,7 @@ class Preparation:
 
     def vision_inputs(self, image: ProcessedImage) -> VisionInputs:
         """Return what the vision tower takes of an image."""
-        return vision_inputs(image.pixel_values, image.grid_thw, self.config.vision)
+        return inputs_of_segments([image], self.config.vision, takes_levels=self.inputs.image.keeps_levels)
 
 
 def _placed(attachments: Sequence[Attachment], places: Sequence[tuple[int, str]]) -> Iterator[tuple[int, Attachment]]:
@@ -398,7 +408,7 @@ def _sharing(attachments: Sequence[Attachment]) -> list[Attachment]:
 
 def _fills_a_call(image: ProcessedImage) -> bool:
     """Return whether an image goes through the vision tower alone, with no others of its grid."""
-    return 2 * len(image.pixel_values) > VISION_PATCHES
+    return 2 * len(image.patches) > VISION_PATCHES
 
 
 def _shown(

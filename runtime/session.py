@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 import runtime.sessions
-from runtime.contract import DecoderInputs, FloatArray, IntArray, VisionInputs
+from runtime.contract import DecoderInputs, FloatArray, IntArray, VisionInputs, VisualEmbeds
+from runtime.decode_plan import has_plan
 from runtime.errors import EngineError, UsageError
 from runtime.manifest import Manifest
 
@@ -59,10 +60,15 @@ class Session(Protocol):
     - `decodes_anywhere`, a bool: decode steps are as fast from any slot on; else they begin at slot 0.
     - `runs_vision_beside`, a bool: `vision` may be called in another thread while the decoder runs.
     - `max_segments`, an int: most segments of one call of `vision`; any number where it is missing.
+    - `decode_kernels`, a str: whose kernels run decode steps, `own` or `onnxruntime`; and `decode_plan_problem`, a str
+      or None: why not our own.
     """
 
-    def vision(self, inputs: VisionInputs) -> FloatArray:
-        """Run the vision tower on I segments of one grid: visual embeddings [1+D, I·P / merge², hidden]."""
+    def vision(self, inputs: VisionInputs) -> VisualEmbeds:
+        """Run the vision tower on I segments of one grid: visual embeddings [1+D, I·P / merge², hidden].
+
+        They may stay in the session's own memory, a part for each segment; `decode` takes them from there.
+        """
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Allocate an empty cache of at least `capacity` rows in each of `batch` slots."""
@@ -134,11 +140,17 @@ class SessionOptions:
         threads: Threads of the engine, at least 1; None for `runtime.machine.default_threads`.
         huge_pages: Spend seconds to move the weights to huge pages (`runtime.huge_pages`).
         cuda_graphs: Record decode steps on a GPU.
+        decode_plan: Run decode steps with the engine's own kernels, where it brings some for the GPU.
+        batch_invariant: Of these kernels, take the form whose rounding does not depend on the batch.
+        weights_twice: Take them even where ONNX Runtime keeps a second copy of the weights on the GPU.
     """
 
     threads: int | None = None
     huge_pages: bool = False
     cuda_graphs: bool = True
+    decode_plan: bool = True
+    batch_invariant: bool = False
+    weights_twice: bool = False
 
 
 def open_session(folder: Path, manifest: Manifest, options: SessionOptions = SessionOptions()) -> Session:
@@ -152,6 +164,7 @@ def open_session(folder: Path, manifest: Manifest, options: SessionOptions = Ses
         raise UsageError(
             f"cuda_graphs=False: {folder} does not run on a GPU", remedy="leave cuda_graphs (--no-cuda-graphs) out"
         )
+    _check_plan_options(folder, manifest, options)
     if options.huge_pages and is_on_gpu(manifest):
         raise UsageError("huge_pages: the weights are on the GPU", remedy="leave huge_pages out")
     known = sorted(module.name for module in pkgutil.iter_modules(runtime.sessions.__path__))
@@ -169,3 +182,19 @@ def open_session(folder: Path, manifest: Manifest, options: SessionOptions = Ses
             remedy="build the engine again",
         )
     return session
+
+
+def _check_plan_options(folder: Path, manifest: Manifest, options: SessionOptions) -> None:
+    """Refuse options of the decode plan where there is none.
+
+    Raises:
+        UsageError: One was given.
+    """
+    for name in ("batch_invariant", "weights_twice"):
+        if getattr(options, name) and not (options.decode_plan and has_plan(manifest)):
+            reason = f"{folder} brings no decode plan" if options.decode_plan else "decode_plan=False switches it off"
+            raise UsageError(f"{name}: it is of the decode plan, and {reason}", remedy=f"leave {name} out")
+    if not (options.decode_plan or is_on_gpu(manifest)):
+        raise UsageError(
+            f"decode_plan=False: {folder} does not run on a GPU", remedy="leave decode_plan (--no-decode-plan) out"
+        )

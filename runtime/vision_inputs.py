@@ -9,25 +9,61 @@ Shapes: I segments of one grid, P = h · w patches of one segment, H head dim of
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from runtime.contract import FloatArray, IntArray, VisionInputs
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.contract import ByteArray, FloatArray, IntArray, LevelInputs, VisionInputs
 from runtime.model_config import VisionConfig
 
+if TYPE_CHECKING:
+    from runtime.image_processor import ProcessedImage
+    from runtime.patches import PixelScale
+
+PIXELS, GREY_LEVELS = "pixels", "uint8"
+"""The capability of an engine that normalises pixels itself, and its value: it takes grey levels of 8 bits."""
 VISION_PATCHES = 4096
 """Images of one grid go through the vision tower in one call while they have no more patches than this together."""
 
 
-def vision_inputs(pixel_values: FloatArray, grid_thw: tuple[int, int, int], vision: VisionConfig) -> VisionInputs:
+def vision_inputs(
+    patches: FloatArray | ByteArray,
+    grid_thw: tuple[int, int, int],
+    vision: VisionConfig,
+    scale: PixelScale | None = None,
+) -> VisionInputs:
     """Return what the vision tower takes of one image or video.
 
     Args:
-        pixel_values: Patches in merge order, in any shape whose elements are those of [t, h · w, C·Tp·p·p].
+        patches: Patches in merge order, in any shape whose elements are those of [t, h · w, C·Tp·p·p].
         grid_thw: Patches along time, height and width; each along time is a segment.
         vision: The shape of the tower.
+        scale: Given with grey levels: how the engine normalises them.
     """
     t, h, w = grid_thw
-    return VisionInputs(pixel_values.reshape(t, h * w, vision.patch_elements), *position_tables(h, w, vision))
+    patches, tables = patches.reshape(t, h * w, vision.patch_elements), position_tables(h, w, vision)
+    if scale is None:
+        return VisionInputs(patches, *tables)
+    return LevelInputs(patches.astype(np.uint8, copy=False), *tables, scale.rows(vision.patch_elements))
+
+
+def inputs_of_segments(
+    images: Sequence[ProcessedImage], vision: VisionConfig, *, takes_levels: bool = False
+) -> VisionInputs:
+    """Return what the vision tower takes of segments of one grid, and one scale where it takes grey levels.
+
+    Raises:
+        UsageError: It takes grey levels, and an image has none.
+    """
+    first = images[0]
+    (t, h, w), scale = first.grid_thw, first.scale if takes_levels else None
+    assert t == 1, "a segment is one image or one temporal patch"
+    assert scale is None or all(image.scale == scale for image in images), "segments of several scales"
+    patches: Sequence[NDArray[Any]] = [image.levels if takes_levels else image.pixel_values for image in images]
+    joined = patches[0][None] if len(patches) == 1 else np.stack(patches)
+    return vision_inputs(joined, (len(images), h, w), vision, scale)
 
 
 def position_tables(h: int, w: int, vision: VisionConfig) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
@@ -37,6 +73,19 @@ def position_tables(h: int, w: int, vision: VisionConfig) -> tuple[IntArray, Flo
         *position_interpolation(h, w, vision.num_grid_per_side, merge_size),
         *vision_rotary(h, w, vision.head_dim, merge_size, vision.rope_theta),
     )
+
+
+def blank_inputs(h: int, w: int, vision: VisionConfig, *, takes_levels: bool = False) -> VisionInputs:
+    """Return what the vision tower takes of one segment of h × w patches of zeros."""
+    patches = np.zeros((h * w, vision.patch_elements), np.uint8 if takes_levels else np.float32)
+    scale = np.repeat(np.array([[0], [1], [1]], np.float32), vision.patch_elements, axis=1)
+    tables = position_tables(h, w, vision)
+    return LevelInputs(patches[None], *tables, scale) if takes_levels else VisionInputs(patches[None], *tables)
+
+
+def takes_grey_levels(capabilities: Mapping[str, Any]) -> bool:
+    """Return whether an engine normalises pixels itself."""
+    return bool(capabilities.get(PIXELS) == GREY_LEVELS)
 
 
 def patch_coordinates(h: int, w: int, merge_size: int) -> tuple[IntArray, IntArray]:

@@ -18,6 +18,8 @@ from helpers.garbage import set_aside
 # Before PyTorch is imported: models this small gain nothing from a second thread, and where other processes want the
 # cores, two threads that wait for each other were measured to take fifty times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before Triton is imported: kernels run in its interpreter here, and are compiled in processes of their own.
+os.environ["TRITON_INTERPRET"] = "1"
 
 from helpers.random_checkpoints import write_random
 

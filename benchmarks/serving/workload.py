@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.contract import DecoderInputs, FloatArray, VisionInputs
+    from runtime.contract import DecoderInputs, FloatArray, VisionInputs, VisualEmbeds
     from runtime.model import Qwen3VLModel
     from runtime.session import KVCache, Session
 
@@ -92,7 +92,7 @@ class TimedSession:
             raise AttributeError(name)
         return getattr(self.session, name)
 
-    def vision(self, inputs: VisionInputs) -> FloatArray:
+    def vision(self, inputs: VisionInputs) -> VisualEmbeds:
         start = time.perf_counter()
         embeds = self.session.vision(inputs)
         self._note(VISION, start, *inputs.pixel_values.shape[:2])
@@ -138,7 +138,7 @@ def opened(folder: str, threads: int, max_context: int = 2048, **serving: Any) -
     manifest = Manifest.read(path)
     session = TimedSession(open_session(path, manifest, SessionOptions(threads)))
     limits = plan_limits(manifest, ServingOptions.checked(**serving), max_context, None)
-    preparation = Preparation.from_folder(path, manifest.model)
+    preparation = Preparation.from_folder(path, manifest.model).for_engine(manifest.capabilities)
     model = Qwen3VLModel(
         manifest, session, preparation, max_context, machine_bytes(), limits=limits, source=folder, threads=threads
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from engines.decode_plan.compile import compile_all
 from engines.decode_plan.graph import read_decoder
 from engines.decode_plan.options import PlanOptions, names_of, plan_problem
 from engines.decode_plan.steps import make_steps
@@ -51,7 +52,8 @@ def add_plan(
             problem = str(error)
         else:
             progress.report(Stage.COMPILING, f"compiling decode kernels for compute capability {names_of(gpus)}")
-            return write_plan(folder, model, decoder, steps, top_k, partial(progress.count, unit="kernels"))
+            compiled = partial(compile_all, advance=partial(progress.count, unit="kernels"))
+            return write_plan(folder, model, decoder, steps, top_k, compiled)
     if options.is_wanted:
         raise TargetError(f"{target.name}: no decode plan can be made: {problem}", remedy="or give --no-decode-plan")
     progress.report(

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -83,11 +83,13 @@ class Code:
     Attributes:
         entry: Its name in the code.
         shared_bytes: Shared memory that a program takes.
+        ptxas: Version of the assembler, whose major version a driver has to have.
         binary: A cubin.
     """
 
     entry: str
     shared_bytes: int
+    ptxas: str
     binary: bytes
 
 
@@ -174,7 +176,7 @@ def _answer(job: Job, line: str) -> tuple[Job, Code] | TargetError:
     values = json.loads(line)
     if "error" in values:
         return TargetError(f"{where} does not compile: {values['error']}", remedy=remedy)
-    return job, Code(values["entry"], values["shared_bytes"], base64.b64decode(values["code"]))
+    return job, Code(values["entry"], values["shared_bytes"], values["ptxas"], base64.b64decode(values["code"]))
 
 
 def _start(folder: str) -> subprocess.Popen[str]:
@@ -220,10 +222,10 @@ class _Kept:
             return None
         try:
             head, _, binary = self._path(job).read_bytes().partition(b"\n")
-            values: Mapping[str, Any] = json.loads(head)
-            if hashlib.sha256(binary).hexdigest() != values["sha256"]:
+            values: dict[str, Any] = json.loads(head)
+            if hashlib.sha256(binary).hexdigest() != values.pop("sha256"):
                 return None
-            return Code(values["entry"], values["shared_bytes"], binary)
+            return Code(**values, binary=binary)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

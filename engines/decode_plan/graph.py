@@ -18,7 +18,10 @@ _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "R
 # What stands between a norm and the operator that takes its result.
 _BETWEEN = ("Reshape", "Cast", "RotaryEmbedding", "Split", "Gather", "GatherElements")
 _CODES = {4: INT4, 8: INT8}
-_DTYPES: dict[ir.DataType | None, str] = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+_DTYPES: dict[ir.DataType | None, str] = {
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -57,26 +60,13 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows to look up: halves, or codes with scales and perhaps zero points; all are initializers."""
-
-    kind: str
-    rows: int
-    columns: int
-    data: str
-    block: int = 0
-    scales: str | None = None
-    zero_points: str | None = None
-
-
-@dataclass(frozen=True)
 class Decoder:
     """All weights of a decode step.
 
     Attributes:
-        dtype: `fp16` or `bf16`: of activations, KV cache and halves.
+        dtype: `float16` or `bfloat16`: of activations, KV cache and halves.
         num_heads, num_kv_heads, head_dim: Of attention.
-        table: Embeddings.
+        table: Embeddings, in whole rows of codes as GatherBlockQuantized reads them.
         layers: In order.
         final_norm, head: What makes the logits.
         constants: Values of the small initializers that the rotary embedding takes: `inv_freq`, `axis_of_frequency`.
@@ -86,7 +76,7 @@ class Decoder:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    table: Table
+    table: Weight
     layers: tuple[Layer, ...]
     final_norm: Norm
     head: Weight
@@ -227,19 +217,19 @@ def _weight(node: ir.Node, rows: int, columns: int) -> Weight:
     return Weight(_CODES[bits], rows, columns, _name(data), block, _name(scales), zero_points)
 
 
-def _table(node: ir.Node, columns: int) -> Table:
+def _table(node: ir.Node, columns: int) -> Weight:
     data = _initializer(node, 0)
     assert data.shape is not None
     rows = int(data.shape.numpy()[0])
     if node.op_type == "Gather":
         _expect(data, (rows, columns))
-        return Table(HALF, rows, columns, _name(data))
+        return Weight(HALF, rows, columns, _name(data))
     if node.op_type != "GatherBlockQuantized" or data.dtype != ir.DataType.UINT8:
         raise Unserved(f"{node.name}: token ids are looked up by {node.op_type} in {data.dtype}")
     bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
     _expect(data, (rows, columns * bits // 8))
     zero_points = _name(_initializer(node, 3)) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    return Table(_CODES[bits], rows, columns, _name(data), block, _name(_initializer(node, 2)), zero_points)
+    return Weight(_CODES[bits], rows, columns, _name(data), block, _name(_initializer(node, 2)), zero_points)
 
 
 def _is_product(node: ir.Node) -> bool:

@@ -4,7 +4,7 @@ Triton is imported here alone. Whether it compiles or interprets is decided when
 interprets kernels, as tests do, cannot compile them.
 
 A job is what `engines.decode_plan.compile.Job` holds. The answer has `entry`, the kernel's name in the machine code,
-`shared_bytes`, and the code in base64; or `error`.
+`shared_bytes`, the version of `ptxas`, and the code in base64; or `error`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     """
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(f"engines.kernels.triton.{job['module']}"), job["function"])
     names = list(inspect.signature(kernel.fn).parameters)
     types, constants = job["types"], job["constants"]
-    if names != [*types, *constants]:
+    if names[: len(types)] != list(types) or set(names[len(types) :]) != set(constants):
         raise TypeError(f"{job['function']} takes {names}, the launch has {[*types, *constants]}")
     source = ASTSource(
         fn=kernel,
@@ -55,6 +56,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "entry": compiled.metadata.name,
         "shared_bytes": compiled.metadata.shared,
+        "ptxas": get_ptxas(job["sm"]).version,
         "code": base64.b64encode(compiled.asm["cubin"]).decode(),
     }
 

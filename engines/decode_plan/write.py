@@ -19,7 +19,6 @@ FORMAT = 1
 PLAN_NAME = "decode_plan.json"
 # A kernel begins at a multiple of this, for the readers' sake.
 _ALIGNMENT = 16
-_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 _CONSTANT_TYPES = {"float32": "fp32", "int64": "i64"}
 
 
@@ -29,7 +28,7 @@ def write_plan(
     decoder: Decoder,
     steps: Mapping[int, Steps],
     top_k: int,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    compiled: Callable[[list[Job]], Mapping[Job, Code]] = compile_all,
 ) -> dict[str, FileRecord]:
     """Compile the kernels of a plan and write it.
 
@@ -39,7 +38,7 @@ def write_plan(
         decoder: What was read of it.
         steps: Launches for each GPU, by SM.
         top_k: Largest logits that a step gives.
-        advance: Told how many kernels of how many are compiled.
+        compiled: Compiles the kernels.
 
     Returns:
         A record for each file written.
@@ -48,7 +47,7 @@ def write_plan(
         TargetError: A kernel does not compile.
     """
     jobs = list(dict.fromkeys(Job.of(launch, each.gpu) for each in steps.values() for launch in each.launches()))
-    codes = compile_all(jobs, advance)
+    codes = compiled(jobs)
     indices = {kernel: index for index, kernel in enumerate(dict.fromkeys(map(Job.for_any_gpu, jobs)))}
     kernels = [{**kernel.to_dict(), "code": {}} for kernel in indices]
     for described in kernels:
@@ -64,6 +63,7 @@ def write_plan(
             "file": name,
             "max_shared_bytes": each.gpu.shared_bytes,
             "dependent_launch": each.gpu.has_dependent_launch,
+            "ptxas": next(codes[job].ptxas for job in jobs if job.sm == sm),
         }
 
     def row(gpu: Gpu, launch: Launch) -> list[Any]:
@@ -73,7 +73,8 @@ def write_plan(
     plan = {
         "format": FORMAT,
         "versions": {"triton": triton_version()},
-        "dtype": _DTYPES[decoder.dtype],
+        "decoder": FileRecord.of(folder / "decoder.onnx").sha256,
+        "dtype": decoder.dtype,
         "top_k": top_k,
         "batches": list(BATCHES),
         "buffers": _buffers(steps),

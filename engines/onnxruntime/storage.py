@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, ROWWISE, WeightFormat
+from engines.quantize.formats import BLOCK_SIZES, BLOCKWISE, FLOAT8_WEIGHTS, ROWWISE, WeightFormat
 from runtime.errors import TargetError
 
 if TYPE_CHECKING:
+    from engines.quantize.float8_blocks import Float8Weight
     from engines.quantize.tensors import BlockwiseWeight
     from engines.quantize.transposed import RowwiseWeight
     from engines.weights import StackedTensor, StreamedTensor
@@ -30,26 +31,31 @@ class OrtStorage:
         expert_multiple: MoE takes unquantised experts whose rows are multiples of this.
         table_in_whole_bytes: A table gets blocks of which a row's zero points fill whole bytes. GatherBlockQuantized on
             CUDA numbers them through from row to row (gather_block_quantized.cu), on the CPU a row begins with a byte.
+        reads_float8: There is a kernel of products with float8 weights.
     """
 
     accuracy_level: int = _INT8_PRODUCTS
     expert_blocks: tuple[int, ...] = BLOCK_SIZES
     expert_multiple: int = 1
     table_in_whole_bytes: bool = False
+    reads_float8: bool = False
 
     def product(
         self, tensor: StreamedTensor, weight_format: WeightFormat, *, is_table: bool
-    ) -> BlockwiseWeight | RowwiseWeight:
+    ) -> BlockwiseWeight | Float8Weight | RowwiseWeight:
         """Return the weight of a product, whose rows may also be looked up in the same bytes.
 
         Raises:
             TargetError: No kernel reads the format, or no block divides the rows of a table.
         """
+        from engines.quantize.float8_blocks import Float8Weight
         from engines.quantize.tensors import BlockwiseWeight
         from engines.quantize.transposed import RowwiseWeight
 
         if weight_format.kind == ROWWISE:
             return RowwiseWeight(tensor)
+        if weight_format.kind == FLOAT8_WEIGHTS and self.reads_float8:
+            return Float8Weight(tensor, weight_format.block)
         if weight_format.kind != BLOCKWISE:
             raise TargetError(
                 f"{tensor.name}: {weight_format}: no kernel of ONNX Runtime multiplies by it",
@@ -68,15 +74,18 @@ class OrtStorage:
 
         return stored_block(tensor, weight_format, is_table=is_table, multiple=self._table_multiple(weight_format))
 
-    def table(self, tensor: StreamedTensor, weight_format: WeightFormat) -> BlockwiseWeight | None:
+    def table(self, tensor: StreamedTensor, weight_format: WeightFormat) -> BlockwiseWeight | Float8Weight | None:
         """Return a table that is only looked up; None if the kernels read none in that format.
 
         Raises:
             TargetError: No block divides its rows.
         """
         from engines.quantize.blocks import table_block
+        from engines.quantize.float8_blocks import Float8Weight
         from engines.quantize.tensors import BlockwiseWeight
 
+        if weight_format.kind == FLOAT8_WEIGHTS and self.reads_float8:
+            return Float8Weight(tensor, weight_format.block)
         if weight_format.kind != BLOCKWISE:
             return None
         block = table_block(tensor, weight_format, self._table_multiple(weight_format))

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.initializers import add_initializer
+from engines.onnx_text import MICROSOFT
 from engines.passes.operator_types import output_types
 from engines.weights import CastTensor, StreamedTensor
 
@@ -26,6 +27,8 @@ _MOVES = frozenset(
 )
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _ANY_TYPE = frozenset({"Shape", "Size"})
+# Input of MatMulBlockQuantizedFp8Weight and GatherBlockQuantized.
+_SCALES = 2
 _CACHE_INPUTS, _CACHE_OUTPUTS = "past_key_values.", "present_key_values."
 
 
@@ -86,7 +89,9 @@ class _Conversion:
     def _convert(self, node: ir.Node) -> None:
         wanted = self._wanted(node)
         for index, value in enumerate(node.inputs):
-            if value is not None and wanted is not None and self._is_float(value) and self._types[value] != wanted:
+            if value is None or wanted is None or not self._is_float(value) or _is_scale_of_float8(node, index):
+                continue
+            if self._types[value] != wanted:
                 node.replace_input_with(index, self._as(value, wanted))
         if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
             target = ir.DataType.FLOAT if node in self._float32_nodes else self._half
@@ -160,6 +165,16 @@ class _Conversion:
                 if cast.const_value is not None:
                     cast.const_value.name = value.name
             self._graph.register_initializer(cast or value)
+
+
+def _is_scale_of_float8(node: ir.Node, index: int) -> bool:
+    """Whether an input holds scales of float8 codes, which MatMulBlockQuantizedFp8Weight takes in float32 alone.
+
+    A lookup in the same table reads the same scales, so it gives float32.
+    """
+    if index != _SCALES or node.domain != MICROSOFT:
+        return False
+    return any(value is not None and value.dtype == ir.DataType.FLOAT8E4M3FN for value in node.inputs[:index])
 
 
 def stray_casts(model: ir.Model, float32_ops: frozenset[str] = FLOAT32_OPS) -> list[str]:

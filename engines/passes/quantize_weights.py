@@ -11,6 +11,7 @@ from engines.initializers import add_initializer, add_integers
 from engines.onnx_text import MICROSOFT
 from engines.onnxruntime.storage import CPU_STORAGE, OrtStorage
 from engines.passes.matmul_weight import MatMulWeight, find_weight
+from engines.quantize.float8_blocks import Float8Weight
 from engines.quantize.formats import FLOAT, WeightFormats
 from engines.quantize.tensors import BlockwiseWeight
 from engines.quantize.transposed import RowwiseWeight
@@ -21,6 +22,7 @@ _SMALLEST = 1e-30
 # The code of 0. GELU gives no less than -0.17 (Hendrycks and Gimpel, arXiv:1606.08415), so most codes are for what is
 # above: on the demo the errors of the levels are 1.1, 3.0, 2.2 % so, with 128 they are 1.3, 3.1, 2.5 %.
 _MIDDLE, _MIDDLE_OF_GELU = 128, 32
+_FLOAT8_BITS = 8
 
 
 class QuantizeWeightsPass(ir.passes.InPlacePass):
@@ -31,6 +33,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     | format | product | lookup |
     |---|---|---|
     | blockwise | MatMulNBits | GatherBlockQuantized, on the same bytes of the file |
+    | float8_weights | MatMulBlockQuantizedFp8Weight | GatherBlockQuantized, on the same tensors |
     | rowwise | DynamicQuantizeMatMul; MatMulIntegerToFloat with a scale for each token | |
 
     Args:
@@ -56,7 +59,9 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         for found in products:
             weight_format = self._formats.format_of(found.key)
             weight = self._storage.product(found.tensor, weight_format, is_table=found.is_table)
-            if isinstance(weight, BlockwiseWeight):
+            if isinstance(weight, Float8Weight):
+                _float8(model, found, weight, lookups.pop(found.value, []))
+            elif isinstance(weight, BlockwiseWeight):
                 self._blockwise(model, found, weight, lookups.pop(found.value, []))
             else:
                 _rowwise(model, found, weight, has_scale_per_token=weight_format.has_scale_per_token)
@@ -65,7 +70,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
             assert isinstance(source, StreamedTensor)
             table = self._storage.table(source, self._formats.format_of(str(value.name)))
             if table is not None:
-                _look_up(model, nodes, table, table.packed)
+                _look_up(model, nodes, table, table.codes if isinstance(table, Float8Weight) else table.packed)
                 modified = True
         if modified:
             model.graph.opset_imports.setdefault(MICROSOFT, 1)
@@ -92,6 +97,20 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
             table = ViewTensor(f"{weight.packed.name}.table", weight.packed, (num_rows, math.prod(row)))
             _look_up(model, lookups, weight, table)
         found.replace(model, [node], node.outputs[0])
+
+
+def _float8(model: ir.Model, found: MatMulWeight, weight: Float8Weight, lookups: list[ir.Node]) -> None:
+    inputs = [found.x, *(add_initializer(model, tensor) for tensor in weight.tensors)]
+    # The input between scales and bias would round the activations to float8, too.
+    node = ir.node(
+        "MatMulBlockQuantizedFp8Weight",
+        [*inputs, None, found.bias] if found.bias is not None else inputs,
+        attributes={"block_size": weight.block},
+        domain=MICROSOFT,
+        name=found.nodes[0].name,
+    )
+    _look_up(model, lookups, weight, weight.codes)
+    found.replace(model, [node], node.outputs[0])
 
 
 def _rowwise(model: ir.Model, found: MatMulWeight, weight: RowwiseWeight, *, has_scale_per_token: bool) -> None:
@@ -135,14 +154,19 @@ def _rowwise(model: ir.Model, found: MatMulWeight, weight: RowwiseWeight, *, has
     found.replace(model, nodes, nodes[-1].outputs[0])
 
 
-def _look_up(model: ir.Model, nodes: list[ir.Node], weight: BlockwiseWeight, table: StreamedTensor) -> None:
+def _look_up(
+    model: ir.Model, nodes: list[ir.Node], weight: BlockwiseWeight | Float8Weight, table: StreamedTensor
+) -> None:
     """Read rows of a quantised table."""
-    codes, scales, zero_points = (add_initializer(model, t) for t in (table, *weight.tensors[1:]))
+    if not nodes:
+        return
+    codes, *others = (add_initializer(model, t) for t in (table, *weight.tensors[1:]))
+    bits = weight.bits if isinstance(weight, BlockwiseWeight) else _FLOAT8_BITS
     for node in nodes:
         lookup = ir.node(
             "GatherBlockQuantized",
-            [codes, node.inputs[1], scales, zero_points],
-            attributes={"bits": weight.bits, "block_size": weight.block, "gather_axis": 0, "quantize_axis": 1},
+            [codes, node.inputs[1], *others],
+            attributes={"bits": bits, "block_size": weight.block, "gather_axis": 0, "quantize_axis": 1},
             domain=MICROSOFT,
             name=node.name,
         )

@@ -13,7 +13,8 @@ from typing import Any
 from runtime.errors import TargetError
 
 BLOCKWISE, ROWWISE, FLOAT8, NVFP4, FLOAT = "blockwise", "rowwise", "float8", "nvfp4", "float32"
-_KINDS = (BLOCKWISE, ROWWISE, FLOAT8, NVFP4, FLOAT)
+FLOAT8_WEIGHTS = "float8_weights"
+_KINDS = (BLOCKWISE, ROWWISE, FLOAT8, FLOAT8_WEIGHTS, NVFP4, FLOAT)
 _IN_CONFIG = "mend the format in the target's file in configs/targets"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -25,10 +26,11 @@ class WeightFormat:
     Attributes:
         kind: `blockwise` (bits, one scale and zero point for each block of a row), `rowwise` (int8, one scale for each
             row; the activations are quantised to 8 bits), `float8` (E4M3, one scale for each row; the activations are
-            E4M3 too, by a scale that calibration finds), `nvfp4` (E2M1, an E4M3 scale for each 16 weights of a row, and
+            E4M3 too, by a scale that calibration finds), `float8_weights` (E4M3, one scale for each block of a row; the
+            activations stay as they are), `nvfp4` (E2M1, an E4M3 scale for each 16 weights of a row, and
             one scale for all of these) or `float32`.
         bits: 4 or 8, for blockwise.
-        block: Weights of a block, for blockwise; the last block of a row may be padded.
+        block: Weights of a block, for blockwise and float8_weights; the last block of a row may be padded, or shorter.
         activations: `tensor` or `token`, for rowwise: one scale for all activations of a call, or one for each token.
         symmetric: For blockwise: no zero points, since the kernel has none.
     """
@@ -47,7 +49,11 @@ class WeightFormat:
                 f"blockwise format of {self.bits} bits in blocks of {self.block}: no kernel reads it",
                 remedy=f"choose 4 or 8 bits and a block of {', '.join(map(str, BLOCK_SIZES))}",
             )
-
+        if self.kind == FLOAT8_WEIGHTS and self.block not in BLOCK_SIZES:
+            raise TargetError(
+                f"float8 in blocks of {self.block}: no kernel reads it",
+                remedy=f"choose a block of {', '.join(map(str, BLOCK_SIZES))}",
+            )
         if self.activations not in ("tensor", "token"):
             raise TargetError(f"activations {self.activations!r}, expected tensor or token", remedy=_IN_CONFIG)
 
@@ -57,6 +63,7 @@ class WeightFormat:
         return {
             ROWWISE: f"int8, one scale a row, activations by {self.activations}",
             FLOAT8: "float8 (E4M3), one scale a row, activations too",
+            FLOAT8_WEIGHTS: f"float8 (E4M3), block {self.block}",
             NVFP4: "float4 (E2M1), block 16, scales in float8",
             FLOAT: "float32",
         }[self.kind]

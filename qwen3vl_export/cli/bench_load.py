@@ -101,8 +101,9 @@ def bench_load(
 
     report = offered(InProcess(model), prompts, new_tokens, options)
     if as_json:
-        recorded = getattr(model.session, "decode_recorded", None)  # known after the first step
-        print_json({**where, "decode_recorded": recorded, **options.asked(), **asdict(report)})
+        # Known after the first step.
+        decode = {name: getattr(model.session, name, None) for name in ("decode_recorded", "decode_kernels")}
+        print_json({**where, **decode, **options.asked(), **asdict(report)})
         return
     rows = [
         ("device", f"{where['device']}, threads: {where['threads']}"),

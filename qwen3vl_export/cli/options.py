@@ -75,6 +75,9 @@ class Opening:
         threads: Number of CPU threads. [default: OMP_NUM_THREADS, or the number of cores]
         huge_pages: Move the weights to huge pages: opening takes seconds longer, tokens come faster.
         no_cuda_graphs: On a GPU, do not record the decode step as a CUDA graph.
+        no_decode_plan: On a GPU, let ONNX Runtime decode, and not the engine's own kernels.
+        batch_invariant: Take the form of these kernels whose rounding does not depend on how many requests run at once.
+        weights_twice: Take these kernels even where ONNX Runtime keeps a second copy of the weights on the GPU.
         legacy_video_prompt: Write prompts with videos as transformers before 5.10 did.
     """
 
@@ -86,6 +89,9 @@ class Opening:
     threads: int | None = None
     huge_pages: bool = False
     no_cuda_graphs: bool = False
+    no_decode_plan: bool = False
+    batch_invariant: bool = False
+    weights_twice: bool = False
     legacy_video_prompt: bool = False
 
     def open(self, engine: Path, *, check: bool = False, serving: Serving | None = None) -> Qwen3VLModel:
@@ -109,8 +115,9 @@ class Opening:
                     remedy="leave it out for the machine's",
                 )
             options["max_memory"] = round(self.max_memory * 1e9)
-        if options.pop("no_cuda_graphs", False):
-            options["cuda_graphs"] = False
+        for name in ("cuda_graphs", "decode_plan"):
+            if options.pop(f"no_{name}", False):
+                options[name] = False
         if serving is not None:
             options |= serving.arguments()
         return Qwen3VLModel.from_engine(engine, check=check, **options)

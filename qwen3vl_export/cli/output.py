@@ -17,6 +17,7 @@ _DIM, _UNDIM = "\x1b[2m", "\x1b[22m"
 
 if TYPE_CHECKING:
     from runtime.answer import Generation, Stats
+    from runtime.decode_plan_report import DecodeReport
     from runtime.logprobs import Likelihood
     from runtime.manifest import Manifest
     from runtime.piece import Piece
@@ -171,6 +172,16 @@ def manifest_text(manifest: Manifest) -> str:
     total = sum(record.num_bytes for record in manifest.files.values())
     summary = f"files      {len(files)}, {_size(total)}, of it weights {_size(manifest.weight_bytes)}; SHA-256:"
     return "\n".join([*columns(rows), summary, *columns(files)])
+
+
+def decode_text(report: DecodeReport) -> str:
+    """Return what `qwen3vl inspect` says of the kernels of decode steps on a GPU."""
+    brings = "no own kernels: ONNX Runtime's"
+    if report.compute_capabilities:
+        sizes = ", ".join(map(str, report.batches))
+        brings = f"own kernels for compute capability {', '.join(report.compute_capabilities)}; batches {sizes}"
+    here = {"own": "own kernels", "onnxruntime": "ONNX Runtime's", None: "nothing"}[report.here]
+    return f"{brings}; here: {here}{f' ({report.reason})' if report.reason else ''}"
 
 
 def _kernel_rows(kernels: Sequence[str] | None) -> Iterator[tuple[str, str]]:

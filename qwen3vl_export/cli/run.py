@@ -38,6 +38,7 @@ from qwen3vl_export.cli.options import (
 from qwen3vl_export.cli.output import (
     answer_details,
     answer_json,
+    decode_text,
     is_terminal,
     manifest_text,
     print_json,
@@ -200,13 +201,16 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
     Hashes catch damage and mix-ups, not malice: whoever can write the folder can write its manifest.
 
     --json prints one object: target, session, capabilities, model, versions, source, files (num_bytes, sha256,
-    is_weights), format_version, weight_bytes, check (passed, compared, note).
+    is_weights), format_version, weight_bytes, check (passed, compared, note); of ort-cuda engines decode_kernels, which
+    says for which GPUs there are own kernels, and whose run on this machine (compute_capabilities, batches, here,
+    reason).
 
     \b
     Examples:
       qwen3vl inspect demo-engine
       qwen3vl inspect demo-engine --check --json
     """
+    from runtime.decode_plan_report import decode_report
     from runtime.manifest import Manifest
     from runtime.urls import check_local
 
@@ -216,12 +220,17 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
         # Printed before the check, since it helps to understand what the check finds.
         print_text(manifest_text(manifest))
     manifest.check(engine, full=check)
+    report = decode_report(engine, manifest)
     compared = "SHA-256 of every file" if check else "SHA-256 of small files, size of weight files"
     if as_json:
         values = {**dataclasses.asdict(manifest), "model": manifest.model.to_dict()}
         values["weight_bytes"] = manifest.weight_bytes
+        if report is not None:
+            values["decode_kernels"] = dataclasses.asdict(report)
         print_json({**values, "check": {"passed": True, "compared": compared, "note": HASH_NOTE}})
     else:
+        if report is not None:
+            print_text(f"decode     {decode_text(report)}")
         print(f"check      passed: {compared} ({HASH_NOTE})")
         if any(name.endswith(".plan") for name in manifest.files):
             print("note       a plan is code that the library runs: open only engines that you trust")

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import DECODER, VISION
+from qwen3vl_export.parity.float8_products import expand_float8_products
 from runtime import native
 from runtime.contract import DECODER_OUTPUTS, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
 from runtime.errors import CapacityError, ParityError
@@ -192,7 +193,7 @@ def model_of(folder: Path, manifest: Manifest, session: LoweredSession) -> Qwen3
     from runtime.preparation import Preparation
 
     max_context = min(session.capacity or DEFAULT_MAX_CONTEXT, manifest.model.text.max_positions)
-    preparation = Preparation.from_folder(folder, manifest.model)
+    preparation = Preparation.from_folder(folder, manifest.model).for_engine(manifest.capabilities)
     return Qwen3VLModel(manifest, session, preparation, max_context, machine_bytes())
 
 
@@ -208,10 +209,11 @@ def is_lowered(folder: Path) -> bool:
 
 
 def _held(path: Path) -> bytes:
-    """Return the graph of a file with two Identities after each tensor that a node computes."""
+    """Return the graph of a file, in operators that the CPU runs, with two Identities after each tensor of a node."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
+    expand_float8_products(model.graph)
     outputs = {value.name for value in model.graph.output}
     nodes = []
     for node in model.graph.node:

@@ -10,7 +10,6 @@ from runtime.manifest import Manifest
 from runtime.memory import CACHE, EMBEDS, PREFILL, WEIGHTS, cache_bytes, prefill_bytes
 from runtime.scheduling.request import Limits
 from runtime.serving_options import ServingOptions
-from runtime.session import is_on_gpu
 
 DEFAULT_SEQUENCES = 8
 DEFAULT_KEPT = 4
@@ -38,12 +37,10 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
     built_for = capabilities.get("max_batch")
     capacity = int(capabilities.get("capacity", max_context))
     slot_bytes = cache_bytes(manifest.model, capabilities, capacity)
-    on_device = is_on_gpu(manifest)
     # One sequence comes first: with embeddings that leave it no room, an engine would open and refuse each request.
-    spare = None if room_bytes is None or on_device else max(0, room_bytes - slot_bytes)
+    spare = None if room_bytes is None else max(0, room_bytes - slot_bytes)
     embeds_bytes = _embeds_bytes(options.vision_cache_bytes, room_bytes, spare)
-    # Embeddings are kept in the host's memory.
-    cache_room = None if room_bytes is None else max(0, room_bytes - (0 if on_device else embeds_bytes))
+    cache_room = None if room_bytes is None else max(0, room_bytes - embeds_bytes)
     fitting = None if cache_room is None else cache_room // slot_bytes
     # What nobody asked for leaves memory to others.
     modest = None if cache_room is None else max(1, cache_room // _PARTS_OF_CACHE // slot_bytes)
@@ -92,14 +89,14 @@ def _embeds_bytes(given: int | None, room_bytes: int | None, spare_bytes: int | 
 def held_bytes(manifest: Manifest, limits: Limits) -> dict[str, int]:
     """Return what an opened engine takes at most, part by part, but for the images and logits of a call.
 
-    On a GPU that is device memory, which kept embeddings take none of.
+    On a GPU that is device memory.
     """
     capacity = int(manifest.capabilities.get("capacity", limits.max_context))
     return {
         WEIGHTS: manifest.weight_bytes,
         CACHE: limits.num_slots * cache_bytes(manifest.model, manifest.capabilities, capacity),
         PREFILL: prefill_bytes(manifest.model, capacity),
-        EMBEDS: 0 if is_on_gpu(manifest) else limits.vision_cache_bytes,
+        EMBEDS: limits.vision_cache_bytes,
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from runtime.contract import FloatArray
+from runtime.contract import FloatArray, VisualEmbeds
 from runtime.generation_config import GenerationOptions
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
@@ -40,7 +40,7 @@ class Request:
     prompt_ready: float
     priority: int = 0
     deadline: float | None = None
-    ahead: Mapping[bytes, Future[FloatArray]] = field(default_factory=dict)
+    ahead: Mapping[bytes, Future[VisualEmbeds]] = field(default_factory=dict)
     on_logits: Callable[[FloatArray], object] | None = None
     expected_calls: ExpectedCalls | None = None
     make_constraint: MakeConstraint | None = None

@@ -6,14 +6,13 @@ Shapes: S prompt tokens, V visual rows, D DeepStack levels, L positions that get
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
 
 from runtime.answer import Answer, Generation, Stats
-from runtime.contract import DecoderInputs, FloatArray, IntArray
+from runtime.contract import DecoderInputs, FloatArray, IntArray, VisualEmbeds, join_embeds
 from runtime.image_processor import ProcessedImage
 from runtime.logprobs import TokenLogprob, token_logprob
 from runtime.piece import Piece
@@ -62,8 +61,8 @@ class Sequence:
         self._answer = _answer(request, tokenizer)
         limit = options.max_thinking_tokens
         self._budget = None if limit is None else ThinkingBudget(tokenizer, ids, limit)
-        self._embeds: dict[int, FloatArray] = {}
-        self._ahead: dict[int, Future[FloatArray]] = {}
+        self._embeds: dict[int, VisualEmbeds] = {}
+        self._ahead: dict[int, Future[VisualEmbeds]] = {}
         self._needed: list[int] = []
         self._inputs: DecoderInputs | None = None
         self._num_shared = 0
@@ -140,7 +139,7 @@ class Sequence:
         """Whether the vision tower has ended with a segment that it was given ahead."""
         return any(future.done() for future in self._ahead.values())
 
-    def take_ahead(self) -> list[tuple[ProcessedImage, FloatArray]]:
+    def take_ahead(self) -> list[tuple[ProcessedImage, VisualEmbeds]]:
         """Take the embeddings that are ready and return them; a segment that failed has to be encoded again."""
         ready = [(index, future) for index, future in self._ahead.items() if future.done()]
         taken = []
@@ -151,7 +150,7 @@ class Sequence:
                 taken.append((self.request.prepared.images[index], self._embeds[index]))
         return taken
 
-    def take_embeds(self, index: int, embeds: FloatArray, *, is_cached: bool = False) -> None:
+    def take_embeds(self, index: int, embeds: VisualEmbeds, *, is_cached: bool = False) -> None:
         """Take the embeddings of an image, [1+D, V, hidden]."""
         self._embeds[index] = embeds
         self._num_cached_images += is_cached
@@ -231,7 +230,7 @@ class Sequence:
         """Return the prompt as one call, with the embeddings of those images that are needed."""
         prepared, needed = self.request.prepared, self._needed
         spans = prepared.prompt.spans
-        embeds = _joined([self._embeds[index] for index in needed]) if needed else no_embeds
+        embeds = join_embeds([self._embeds[index] for index in needed]) if needed else no_embeds
         inputs = prepared.decoder_inputs(embeds, all_logits=self.request.on_logits is not None)
         num_skipped = sum(span.num_tokens for index, span in enumerate(spans) if index not in needed)
         if not num_skipped:
@@ -262,7 +261,3 @@ def _constraint(request: Request, tokenizer: Tokenizer) -> Constraint | None:
     marks = thinking_marks(tokenizer)
     is_thinking = marks is not None and opens_thought(tokenizer, request.prepared.prompt.input_ids)
     return request.make_constraint((marks.closing,) if marks is not None and is_thinking else None)
-
-
-def _joined(embeds: Items[FloatArray]) -> FloatArray:
-    return embeds[0] if len(embeds) == 1 else np.concatenate(embeds, axis=1)

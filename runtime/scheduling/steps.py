@@ -14,7 +14,15 @@ from typing import Any, cast
 import numpy as np
 
 from runtime.answer import Generation
-from runtime.contract import DecoderInputs, FloatArray, IntArray, VisionInputs, no_visual_embeds
+from runtime.contract import (
+    DecoderInputs,
+    FloatArray,
+    IntArray,
+    VisionInputs,
+    VisualEmbeds,
+    no_visual_embeds,
+    split_embeds,
+)
 from runtime.errors import CapacityError, EngineError, Qwen3VLError
 from runtime.guard import as_engine_error
 from runtime.image_processor import ProcessedImage
@@ -29,7 +37,7 @@ from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.slots import Slots
 from runtime.scheduling.vision_cache import VisionCache
 from runtime.session import Session, TopLogits, TopLogitsSession
-from runtime.vision_inputs import VISION_PATCHES, vision_inputs
+from runtime.vision_inputs import VISION_PATCHES, blank_inputs, inputs_of_segments, takes_grey_levels
 
 _RUNS_TO_RECORD = 2  # TensorRT sets up what a new shape needs in the first run, and records the second
 MAX_FAILURES = 3
@@ -57,6 +65,7 @@ class Steps:
         self._num_top = int(manifest.capabilities.get("top_k", 0))
         # Where prompts run on weights of their own, rows of an answer are not those that a prompt would have.
         self._keeps_answers = "prefill_min_tokens" not in manifest.capabilities
+        self._takes_levels = takes_grey_levels(manifest.capabilities)
         self._row_bytes = cache_bytes(manifest.model, manifest.capabilities, 1)
         self._no_embeds = no_visual_embeds(manifest.model)
         self._chunks = ChunkSize(limits.prefill_chunk, limits.max_delay_s)
@@ -66,7 +75,7 @@ class Steps:
         runs_beside = getattr(session, "runs_vision_beside", False)
         self._encoder = _started(ThreadPoolExecutor(1, "qwen3vl-vision")) if runs_beside else None
         self._max_segments = getattr(session, "max_segments", None)
-        self._encoding: tuple[list[tuple[Sequence, int, ProcessedImage]], Future[FloatArray]] | None = None
+        self._encoding: tuple[list[tuple[Sequence, int, ProcessedImage]], Future[VisualEmbeds]] | None = None
         self._num_failures: dict[str, int] = {}
         self.slots = Slots(
             session.new_cache(limits.max_context, limits.num_slots),
@@ -117,13 +126,12 @@ class Steps:
             else:
                 sequence.await_ahead(index)
 
-    def encode_ahead(self, images: list[ProcessedImage]) -> list[FloatArray]:
+    def encode_ahead(self, images: list[ProcessedImage]) -> list[VisualEmbeds]:
         """Run the vision tower on segments of one grid and return the embeddings of each, [1+D, V, hidden].
 
         Where the tower works beside the steps, this runs in its thread.
         """
-        embeds = self._session.vision(self._vision_inputs(images))
-        return [np.ascontiguousarray(part) for part in np.split(embeds, len(images), axis=1)]
+        return split_embeds(self._session.vision(self._vision_inputs(images)), len(images))
 
     def encode(self, sequence: Sequence) -> None:
         """Run the vision tower on the next image of a sequence, and on those of its grid that wait as well."""
@@ -132,7 +140,7 @@ class Steps:
         for each, _, _ in group:
             each.is_in_call = True
         self.counters.vision_calls += 1
-        future: Future[FloatArray] = Future()
+        future: Future[VisualEmbeds] = Future()
         try:
             if self._encoder is None:
                 future.set_result(self._session.vision(self._vision_inputs(images)))
@@ -174,12 +182,11 @@ class Steps:
         for sequence, _, _ in group:
             sequence.is_in_call = False
         with self._failing([sequence for sequence, _, _ in group], "vision"):
-            embeds = np.split(future.result(), len(group), axis=1)
-            found: dict[bytes, FloatArray] = {}
-            for (sequence, index, image), part in zip(group, embeds, strict=True):
-                found[image.digest] = np.ascontiguousarray(part)
-                self.vision_cache.put(image.digest, found[image.digest])
-                sequence.take_embeds(index, found[image.digest])
+            found: dict[bytes, VisualEmbeds] = {}
+            for (sequence, index, image), part in zip(group, split_embeds(future.result(), len(group)), strict=True):
+                found[image.digest] = part
+                self.vision_cache.put(image.digest, part)
+                sequence.take_embeds(index, part)
             # Others may wait for the same image, or one of these for it a second time; the cache need not hold it.
             for sequence in self.prompts:
                 for index, image in sequence.missing_images:
@@ -250,8 +257,7 @@ class Steps:
         """
         session, slots = self._session, self.slots
         merge, capacity = self._config.vision.spatial_merge_size, slots.cache.capacity
-        pixels = np.zeros((1, merge * merge, self._config.vision.patch_elements), np.float32)
-        session.vision(vision_inputs(pixels, (1, merge, merge), self._config.vision))
+        session.vision(blank_inputs(merge, merge, self._config.vision, takes_levels=self._takes_levels))
         roomy = min(range(len(slots)), key=slots.num_rows)
         past = np.array([slots.num_rows(roomy)], np.int64)
         for size in getattr(session, "chunk_sizes", (self._chunks.max_tokens,)):
@@ -289,22 +295,18 @@ class Steps:
 
     def _group(self, sequence: Sequence) -> list[tuple[Sequence, int, ProcessedImage]]:
         _, first = sequence.missing_images[0]
-        most = max(1, VISION_PATCHES // len(first.pixel_values))
+        most = max(1, VISION_PATCHES // len(first.patches))
         most = most if self._max_segments is None else min(most, self._max_segments)
         others = [each for each in self.prompts if each is not sequence and each.waits_for_vision]
         group: dict[bytes, tuple[Sequence, int, ProcessedImage]] = {}
         for each in [sequence, *others]:
             for index, image in each.missing_images:
-                if image.grid_thw == first.grid_thw and len(group) < most:
+                if (image.grid_thw, image.scale) == (first.grid_thw, first.scale) and len(group) < most:
                     group.setdefault(image.digest, (each, index, image))
         return list(group.values())
 
     def _vision_inputs(self, images: list[ProcessedImage]) -> VisionInputs:
-        pixels = [image.pixel_values for image in images]
-        joined = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
-        t, h, w = images[0].grid_thw
-        assert t == 1, "a segment is one image or one temporal patch"
-        return vision_inputs(joined, (len(images), h, w), self._config.vision)
+        return inputs_of_segments(images, self._config.vision, takes_levels=self._takes_levels)
 
     def _drafts(self) -> list[int]:
         """Return drafted tokens, of a sequence that decodes alone."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from runtime.contract import FloatArray
+from runtime.contract import VisualEmbeds
+from runtime.device_arrays import DeviceEmbeds
 
 
 class VisionCache:
@@ -18,14 +19,15 @@ class VisionCache:
 
     Attributes:
         num_bytes: Bytes of all.
+        device_bytes: Those of them in device memory.
         hits, misses: Images that were found, and were not.
         evictions: Images that had to make room.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._embeds: OrderedDict[bytes, FloatArray] = OrderedDict()
-        self.num_bytes = self.hits = self.misses = self.evictions = 0
+        self._embeds: OrderedDict[bytes, VisualEmbeds] = OrderedDict()
+        self.num_bytes = self.device_bytes = self.hits = self.misses = self.evictions = 0
 
     def __len__(self) -> int:
         return len(self._embeds)
@@ -33,7 +35,7 @@ class VisionCache:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._embeds
 
-    def get(self, digest: bytes) -> FloatArray | None:
+    def get(self, digest: bytes) -> VisualEmbeds | None:
         """Return the embeddings of an image, [1+D, V, hidden], not to be written to; None if they are not here."""
         embeds = self._embeds.get(digest)
         if embeds is None:
@@ -43,13 +45,17 @@ class VisionCache:
         self._embeds.move_to_end(digest)
         return embeds
 
-    def put(self, digest: bytes, embeds: FloatArray) -> None:
+    def put(self, digest: bytes, embeds: VisualEmbeds) -> None:
         """Keep the embeddings of an image, unless they alone are too large."""
         if embeds.nbytes > self._max_bytes or digest in self._embeds:
             return
         while self.num_bytes + embeds.nbytes > self._max_bytes:
             _, oldest = self._embeds.popitem(last=False)
-            self.num_bytes -= oldest.nbytes
+            self._count(oldest, -oldest.nbytes)
             self.evictions += 1
         self._embeds[digest] = embeds
-        self.num_bytes += embeds.nbytes
+        self._count(embeds, embeds.nbytes)
+
+    def _count(self, embeds: VisualEmbeds, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self.device_bytes += num_bytes if isinstance(embeds, DeviceEmbeds) else 0

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from runtime.contract import FloatArray
+from runtime.contract import VisualEmbeds
 from runtime.errors import DeadlineError, EngineError, OverloadError, Qwen3VLError, UsageError
 from runtime.image_processor import ProcessedImage
 from runtime.manifest import Manifest
@@ -30,6 +30,7 @@ from runtime.tokenizer import Tokenizer
 _T = TypeVar("_T")
 # While all that runs waits for the vision tower, nothing wakes the thread for a deadline.
 _LOOK_AGAIN_S = 0.1
+_VISION_COUNTS = ("num_bytes", "device_bytes", "hits", "misses", "evictions")
 
 
 class Place:
@@ -232,7 +233,7 @@ class Worker:
     def encode_ahead(
         self,
         images: Items[ProcessedImage],
-        ahead: dict[bytes, Future[FloatArray]],
+        ahead: dict[bytes, Future[VisualEmbeds]],
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         """Give the vision tower segments of a prompt that is not complete yet, and return at once.
@@ -247,7 +248,7 @@ class Worker:
         wanted = {digest: each for digest, each in wanted.items() if digest not in self._steps.vision_cache}
         if not wanted:
             return
-        futures: dict[bytes, Future[FloatArray]] = {digest: Future() for digest in wanted}
+        futures: dict[bytes, Future[VisualEmbeds]] = {digest: Future() for digest in wanted}
 
         def work() -> None:
             if is_wanted():
@@ -288,7 +289,7 @@ class Worker:
                 "max_cache_rows": len(steps.slots) * self.limits.max_context,
                 "moved_rows": steps.slots.moved_rows,
                 "evicted_rows": steps.slots.evicted_rows,
-                "vision_cache": {name: getattr(vision, name) for name in ("num_bytes", "hits", "misses", "evictions")},
+                "vision_cache": {name: getattr(vision, name) for name in _VISION_COUNTS},
             }
 
     def close(self, *, drains: bool, timeout_s: float | None = None) -> bool:

@@ -2,11 +2,15 @@
 
 A decode step of one token a sequence, of the sequences from slot 0 on, reads and writes fixed buffers, so the provider
 captures it once for each batch size as a CUDA graph and replays it; a step then costs one launch. All other calls run
-uncaptured. A graph is of the thread that captured it, so another one that calls captures anew.
+uncaptured. A graph is of the thread that captured it, so another one that calls captures anew. Where the engine has a
+decode plan for the GPU, own kernels run such steps instead, from any slot on (`runtime.decode_plan_session`).
 
-The memory of caches and steps is ours, by `runtime.cuda` and not from ONNX Runtime: its arena grows by powers of two,
-so it could take up to twice what a cache needs, and it copies neither a part of a buffer nor a new buffer's zeros
-without the host. The package cuda-bindings brings that into one context with the provider: both use the primary one.
+An image stays on the device: its pixels go up as grey levels where the engine normalises them, through pinned memory,
+and the vision tower writes its embeddings where prefill reads them (`runtime.device_arrays`).
+
+The memory of caches, embeddings and steps is ours, by `runtime.cuda` and not from ONNX Runtime: its arena grows by
+powers of two, so it could take up to twice what a cache needs, and it copies neither a part of a buffer nor a new
+buffer's zeros without the host. The package cuda-bindings brings that into one context with the provider: both use the primary one.
 
 ONNX Runtime has a stream of its own; neither waits for the other. Two rules order them: a run waits for its stream
 before it returns (CUDAExecutionProvider::OnRunEnd and CUDAGraphManager::Replay, as long as the run option
@@ -34,11 +38,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import DECODER_DTYPES, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
+from runtime.contract import DECODER_DTYPES, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs, VisualEmbeds
 from runtime.cuda import CudaDevice
+from runtime.decode_plan_session import open_with_plan
 from runtime.decode_step import StepBuffers, padded_batch
-from runtime.device_buffers import Staging
+from runtime.device_arrays import DeviceEmbeds, EmbedsMemory
+from runtime.device_buffers import InputBuffer, Staging
 from runtime.device_cache import DeviceKVCache
+from runtime.device_weights import DeviceWeights
 from runtime.engine_paths import check_paths
 from runtime.errors import CapacityError, EngineError
 from runtime.installation import from_extra, how_to_install
@@ -54,7 +61,7 @@ _OUTPUT_DTYPES = {LOGITS: np.float32, TOP_LOGITS: np.float32, TOP_IDS: np.int64}
 _ONNX_TYPES = {"float16": 10, "bfloat16": 16}
 # A capacity is rounded up to this, so that the buffers of one answer, and their captured step, serve the next.
 _CAPACITY_STEP = 512
-_UNCAPTURED = "-1"
+_UNCAPTURED = -1
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class Device:
         memory: Gives the memory.
         options: Options of the provider, for both graphs.
         decoder_options: Further ones for the decoder.
+        stream_option: Option of the provider that takes a stream of ours; empty if it has none.
+        shared_weights: Entries of a session's configuration without which it copies the weights that it is given.
     """
 
     provider: str
@@ -74,6 +83,8 @@ class Device:
     memory: Callable[[], CudaDevice]
     options: Mapping[str, str] = field(default_factory=dict)
     decoder_options: Mapping[str, str] = field(default_factory=dict)
+    stream_option: str = ""
+    shared_weights: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def records(self) -> bool:
@@ -89,6 +100,7 @@ CUDA = Device(
     lambda: CudaDevice("cuda"),
     {"enable_skip_layer_norm_strict_mode": "1"},
     {"enable_cuda_graph": "1"},
+    "user_compute_stream",
 )
 
 
@@ -133,10 +145,16 @@ class OrtDeviceCache:
 
 
 class _Step:
-    """One new token of each sequence from slot 0 on, in buffers that never move: what a CUDA graph replays."""
+    """One new token of each sequence from a slot on, in buffers that never move: what a CUDA graph replays."""
 
     def __init__(
-        self, session: ort.InferenceSession, buffers: CacheBuffers, batch: int, graph_id: int, device: str
+        self,
+        session: ort.InferenceSession,
+        buffers: CacheBuffers,
+        batch: int,
+        graph_id: int,
+        device: str,
+        slot: int = 0,
     ) -> None:
         io, addresses = buffers.io, buffers.io.addresses
         self._session = session
@@ -145,9 +163,9 @@ class _Step:
             self._binding.bind_input(name, device, 0, DECODER_DTYPES[name], shape, addresses[name])
         for name, shape in io.output_shapes(batch).items():
             self._binding.bind_output(name, device, 0, _OUTPUT_DTYPES[name], shape, addresses[name])
-        _bind_cache(self._binding, buffers.cache, device, 0, batch)
+        _bind_cache(self._binding, buffers.cache, device, slot, batch)
         self.graph_id = graph_id
-        self._options = _run_options(str(graph_id))
+        self._options = _run_options(graph_id)
 
     def run(self) -> None:
         """Run on the inputs that are on the device."""
@@ -164,19 +182,26 @@ class OrtCudaSession:
             60 to 90 ms longer than later ones (H200, 2B in float16: 6 to 8 ms for 20 to 512 tokens).
         decode_recorded: Whether decode steps run as a CUDA graph; none before the first. With the option set, ONNX
             Runtime repeats a run until it has recorded it, or fails.
+        decodes_anywhere: Decode steps are as fast from any slot on: own kernels run them.
     """
 
     chunk_sizes = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None, *, device: Device = CUDA) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        options: SessionOptions | None = None,
+        *,
+        device: Device = CUDA,
+    ) -> None:
+        options = options or SessionOptions()
         self._config = manifest.model
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._device = device
         self.decode_recorded: bool | None = None
         _check_provider(folder, device)
         self._memory = device.memory()
-        self._vision = _open(folder / "vision.onnx", device, device.options, threads)
-        self._decoder = _open(folder / "decoder.onnx", device, {**device.options, **device.decoder_options}, threads)
         self._idle: dict[tuple[int, ...], list[CacheBuffers]] = {}
         self._graph_ids = itertools.count(1)
         self._num_calls = 0
@@ -185,20 +210,60 @@ class OrtCudaSession:
             stack.callback(self._memory.free_stream, self._stream)
             self._staging = self._guard(partial(Staging, self._memory, self._stream))
             stack.callback(self._staging.close)
+            self._vision = _open(folder / "vision.onnx", device, device.options, options.threads)
+            decoder_options = {**device.options, **device.decoder_options}
+            open_decoder = partial(_open, folder / "decoder.onnx", device, decoder_options, options.threads)
+            self._decoder, self._own, self._plan_problem = open_with_plan(
+                folder, manifest, options, self._memory, self._staging, open_decoder, stack
+            )
+            self.decodes_anywhere = self._own is not None
+            self._inputs = InputBuffer(self._memory, self._staging)
+            stack.callback(self._inputs.close)
+            self._embeds = EmbedsMemory(self._memory, self._staging)
+            stack.callback(self._embeds.close)
             stack.callback(self._idle.clear)
             self.close = weakref.finalize(self, stack.pop_all().close)
             self.close.atexit = False  # the driver frees what a process leaves
 
     @property
+    def decode_kernels(self) -> str:
+        """Whose kernels run decode steps: `own`, or `onnxruntime`."""
+        return "onnxruntime" if self.decode_plan_problem else "own"
+
+    @property
+    def decode_plan_problem(self) -> str | None:
+        """Why the engine's own kernels do not run decode steps; None if they do."""
+        return self._plan_problem if self._own is None else self._own.problem
+
+    @property
     def free_bytes(self) -> int:
         """Bytes that a new cache of another size may take, less what runs will take for their activations."""
+        self._embeds.collect()
         idle = sum(buffers.cache.num_bytes for each in self._idle.values() for buffers in each)
         return self._memory.memory_info()[0] + idle
 
-    def vision(self, inputs: VisionInputs) -> FloatArray:
-        """Run the vision tower; see `runtime.session.Session.vision`."""
-        (embeds,) = self._guard(partial(self._vision.run, VISION_OUTPUTS, inputs.arrays()))
-        return np.asarray(embeds, np.float32)
+    def vision(self, inputs: VisionInputs) -> DeviceEmbeds:
+        """Run the vision tower; see `runtime.session.Session.vision`. The embeddings stay on the device."""
+        embeds: DeviceEmbeds = self._guard(partial(self._run_vision, inputs))
+        return embeds
+
+    def _run_vision(self, inputs: VisionInputs) -> DeviceEmbeds:
+        num_segments, num_patches, _ = inputs.pixel_values.shape
+        rows = [num_patches // self._config.vision.patches_per_token] * num_segments
+        embeds = self._embeds.new(self._config.num_visual_levels, rows, self._config.text.hidden_size)
+        binding = self._vision.io_binding()
+        self._bind_uploaded(binding, inputs.arrays())
+        (name,), address = VISION_OUTPUTS, self._embeds.reserve(embeds)
+        binding.bind_output(name, self._device.name, 0, np.float32, embeds.shape, address)
+        self._vision.run_with_iobinding(binding)
+        self._embeds.fill(embeds)
+        return embeds
+
+    def _bind_uploaded(self, binding: ort.IOBinding, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Bind inputs to copies on the device; they hold until the next call."""
+        addresses = self._inputs.upload(arrays)
+        for name, array in arrays.items():
+            binding.bind_input(name, self._device.name, 0, array.dtype.type, array.shape, addresses[name])
 
     def new_cache(self, capacity: int, batch: int = 1) -> OrtDeviceCache:
         """Return a cache of at least that capacity.
@@ -209,6 +274,7 @@ class OrtCudaSession:
         Raises:
             CapacityError: The GPU is out of memory.
         """
+        self._embeds.collect()
         text = self._config.text
         rounded = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
         shape = (batch, text.num_kv_heads, rounded, text.head_dim)
@@ -224,8 +290,9 @@ class OrtCudaSession:
         num_top = next(output.shape[-1] for output in self._decoder.get_outputs() if output.name == TOP_IDS)
         num_layers = self._config.text.num_layers
         cache = DeviceKVCache(self._memory, self._staging, num_layers, shape_BKTH, self._cache_dtype)
+        most = max(cache.batch, (self._own and self._own.padded(cache.batch)) or 0)
         try:
-            return CacheBuffers(cache, StepBuffers(self._memory, self._staging, self._config, cache.batch, num_top))
+            return CacheBuffers(cache, StepBuffers(self._memory, self._staging, self._config, most, num_top))
         except CapacityError:
             cache.close()
             raise
@@ -237,7 +304,14 @@ class OrtCudaSession:
                     self._decoder.release_captured_graph(step.graph_id)
 
     def decode_batch(self, num_sequences: int, num_slots: int) -> int:
-        """Return the next batch size that is recorded; see `runtime.session.Session.decode_batch`."""
+        """Return the next batch size that is recorded; see `runtime.session.Session.decode_batch`.
+
+        Own kernels fill a batch up by themselves. Their session never asks for more: the slots behind those that decode
+        need not be there, since these begin anywhere.
+        """
+        return num_sequences if self.decodes_anywhere else self._recorded_batch(num_sequences, num_slots)
+
+    def _recorded_batch(self, num_sequences: int, num_slots: int) -> int:
         return padded_batch(num_sequences, num_slots) if self._device.records else num_sequences
 
     def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
@@ -251,8 +325,7 @@ class OrtCudaSession:
     def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder and copy all logits to the host; see `runtime.session.Session.decode`."""
         buffers = self._checked(inputs, cache, slot)
-        if self._is_step(inputs, buffers.cache, slot):
-            self._guard(partial(self._run_step, buffers, inputs))
+        if self._has_stepped(buffers, inputs, slot):
             return buffers.io.logits(len(inputs.input_ids))
         runs = self._runs(inputs, buffers.cache, slot, (LOGITS,))
         return np.concatenate([np.asarray(outputs[LOGITS].numpy(), np.float32) for outputs in runs])
@@ -260,8 +333,7 @@ class OrtCudaSession:
     def decode_top(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> list[list[TopLogits]]:
         """Run the decoder and copy the largest logits alone; see `runtime.session.TopLogitsSession.decode_top`."""
         buffers = self._checked(inputs, cache, slot)
-        if self._is_step(inputs, buffers.cache, slot):
-            self._guard(partial(self._run_step, buffers, inputs))
+        if self._has_stepped(buffers, inputs, slot):
             return self._top_of_step(buffers.io, len(inputs.input_ids))
         runs = self._runs(inputs, buffers.cache, slot, (LOGITS, TOP_LOGITS, TOP_IDS))
         return [row for outputs in runs for row in self._top_of(outputs)]
@@ -291,11 +363,31 @@ class OrtCudaSession:
         self._num_calls += 1
         return cache.buffers
 
+    def _has_stepped(self, buffers: CacheBuffers, inputs: DecoderInputs, slot: int) -> bool:
+        """Run a call in the buffers of steps, if it is a step that own kernels run or a graph repeats."""
+        if self._own is not None and self._own.takes(inputs):
+            reference = partial(self._run_reference, buffers, inputs, slot)
+            self._guard(partial(self._own.run, buffers.cache, buffers.io, inputs, slot, reference))
+            self.decode_recorded = self._own.recorded
+            return True
+        is_step = self._is_step(inputs, buffers.cache, slot)
+        if is_step:
+            self._guard(partial(self._run_step, buffers, inputs))
+        return is_step
+
+    def _run_reference(self, buffers: CacheBuffers, inputs: DecoderInputs, slot: int) -> None:
+        """Run a step in ONNX Runtime, uncaptured, from any slot on."""
+        step = _Step(self._decoder, buffers, len(inputs.input_ids), _UNCAPTURED, self._device.name, slot)
+        buffers.io.write(inputs)
+        buffers.io.enqueue_upload()
+        self._memory.synchronize(self._stream)
+        step.run()
+
     def _is_step(self, inputs: DecoderInputs, cache: DeviceKVCache, slot: int) -> bool:
         """Return whether a call is one that a graph repeats."""
         (batch, num_new), num_asked = inputs.input_ids.shape, inputs.logits_positions.shape[1]
         is_text = num_new == 1 == num_asked and not (inputs.visual_rows >= 0).any()
-        return is_text and slot == 0 and batch == self.decode_batch(batch, cache.batch)
+        return is_text and slot == 0 and batch == self._recorded_batch(batch, cache.batch)
 
     def _run_step(self, buffers: CacheBuffers, inputs: DecoderInputs) -> None:
         batch = len(inputs.input_ids)
@@ -324,14 +416,22 @@ class OrtCudaSession:
         self, cache: DeviceKVCache, slot: int, inputs: DecoderInputs, names: tuple[str, ...]
     ) -> Mapping[str, ort.OrtValue]:
         binding = self._decoder.io_binding()
-        # With its own embeddings alone, so that a chunk does not upload those of the whole prompt.
-        for name, array in inputs.with_used_rows().arrays().items():
-            binding.bind_cpu_input(name, array)
+        # With its own embeddings alone, so that a chunk does not upload or join those of the whole prompt.
+        inputs = inputs.with_used_rows()
+        self._bind_uploaded(binding, inputs.host_arrays())
+        self._bind_embeds(binding, inputs.visual_embeds)
         for name in names:
             binding.bind_output(name, self._device.name)
         _bind_cache(binding, cache, self._device.name, slot, len(inputs.input_ids))
         self._decoder.run_with_iobinding(binding, _run_options(_UNCAPTURED))
         return dict(zip(names, binding.get_outputs(), strict=False))
+
+    def _bind_embeds(self, binding: ort.IOBinding, embeds: VisualEmbeds) -> None:
+        """Bind visual embeddings that are on the device: those of one segment in place, of several joined there."""
+        if isinstance(embeds, DeviceEmbeds):
+            self._embeds.collect()
+            address = self._embeds.contiguous(embeds, 0, embeds.shape[1])
+            binding.bind_input("visual_embeds", self._device.name, 0, np.float32, embeds.shape, address)
 
     def _guard(self, work: Callable[[], Any]) -> Any:
         """Run, and say what to do if the device has no memory left."""
@@ -352,7 +452,7 @@ def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> O
     """
     check_paths(folder, manifest)
     device = CUDA if options.cuda_graphs else replace(CUDA, decoder_options={})
-    return OrtCudaSession(folder, manifest, options.threads, device=device)
+    return OrtCudaSession(folder, manifest, options, device=device)
 
 
 def _bind_cache(binding: ort.IOBinding, cache: DeviceKVCache, device: str, slot: int, batch: int) -> None:
@@ -374,7 +474,15 @@ def _check_provider(folder: Path, device: Device) -> None:
         )
 
 
-def _open(path: Path, device: Device, provider_options: Mapping[str, str], threads: int | None) -> ort.InferenceSession:
+def _open(
+    path: Path,
+    device: Device,
+    provider_options: Mapping[str, str],
+    threads: int | None,
+    weights: DeviceWeights | None = None,
+    stream: int = 0,
+) -> ort.InferenceSession:
+    """Open a graph; with weights that are on the device, on the stream that they were written on."""
     if device.name == "cuda":
         # CUDA's libraries from the package index lie where the loader does not look; it prints what it misses.
         with contextlib.redirect_stdout(sys.stderr):
@@ -382,6 +490,12 @@ def _open(path: Path, device: Device, provider_options: Mapping[str, str], threa
     options = ort.SessionOptions()
     options.log_severity_level = 4  # as in ort_cpu.py
     options.intra_op_num_threads = threads or 1  # the CPU computes shapes alone
+    if weights is not None:
+        for name, value in device.shared_weights.items():
+            options.add_session_config_entry(name, value)
+        weights.give_to(options, device.name)
+        if device.stream_option:
+            provider_options = {**provider_options, device.stream_option: str(stream)}
     try:
         session = ort.InferenceSession(
             str(path), options, providers=[(device.provider, dict(provider_options))], enable_fallback=0
@@ -415,7 +529,7 @@ def _capacity_error(error: Exception, device: Device) -> CapacityError:
     )
 
 
-def _run_options(graph_id: str) -> ort.RunOptions:
+def _run_options(graph_id: int) -> ort.RunOptions:
     options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", graph_id)
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
     return options

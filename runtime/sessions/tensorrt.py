@@ -32,6 +32,7 @@ from runtime.contract import (
 )
 from runtime.cuda import CudaDevice
 from runtime.decode_step import StepBuffers, padded_batch
+from runtime.device_arrays import DeviceEmbeds, EmbedsMemory
 from runtime.device_buffers import DeviceBuffer, Staging, aligned
 from runtime.device_cache import DeviceKVCache
 from runtime.errors import CapacityError, EngineError, Qwen3VLError, UsageError
@@ -95,6 +96,8 @@ class TensorRtSession:
             stack.callback(device.free_stream, self._stream)
             self._staging = Staging(device, self._stream)
             stack.callback(self._staging.close)
+            self._embeds = EmbedsMemory(device, self._staging)
+            stack.callback(self._embeds.close)
             self._buffers: dict[str, DeviceBuffer] = {}
             stack.callback(_close_all, self._buffers)
             plans: dict[str, Plan] = {}
@@ -125,10 +128,11 @@ class TensorRtSession:
     @property
     def free_bytes(self) -> int:
         """Bytes that new caches may take, less what larger prompts than before will take for inputs and logits."""
+        self._embeds.collect()
         return self._device.memory_info()[0]
 
-    def vision(self, inputs: VisionInputs) -> FloatArray:
-        """Run the vision tower; see `runtime.session.Session.vision`.
+    def vision(self, inputs: VisionInputs) -> DeviceEmbeds:
+        """Run the vision tower; see `runtime.session.Session.vision`. The embeddings stay on the device.
 
         Raises:
             CapacityError: The image has more patches than the engine was built for.
@@ -137,10 +141,12 @@ class TensorRtSession:
         shapes = _shapes_of(arrays)
         profile = choose(self._vision.profiles, shapes)
         num_segments, num_patches, _ = inputs.pixel_values.shape
-        num_rows = num_segments * num_patches // self._config.vision.patches_per_token
-        shape = (self._config.num_visual_levels, num_rows, self._config.text.hidden_size)
-        addresses = self._run(self._vision, profile, arrays, {"visual_embeds": shape}, shapes, {})
-        return self._download(addresses["visual_embeds"], shape)
+        rows = [num_patches // self._config.vision.patches_per_token] * num_segments
+        embeds = self._embeds.new(self._config.num_visual_levels, rows, self._config.text.hidden_size)
+        self._run(self._vision, profile, arrays, {}, shapes, {"visual_embeds": self._embeds.reserve(embeds)})
+        self._embeds.fill(embeds)
+        self._device.synchronize(self._stream)
+        return embeds
 
     def new_cache(self, capacity: int, batch: int = 1) -> DeviceKVCache:
         """Allocate a cache of zeros; its capacity is that of the engine, which is at least the one asked for.
@@ -154,6 +160,7 @@ class TensorRtSession:
                 f"asked for {capacity} and {batch}",
                 remedy="build the engine again with a larger --max-context or --max-batch: qwen3vl-export ...",
             )
+        self._embeds.collect()
         text = self._config.text
         shape = (batch, text.num_kv_heads, self._capacity, text.head_dim)
         return DeviceKVCache(self._device, self._staging, text.num_layers, shape, self._cache_dtype)
@@ -208,12 +215,17 @@ class TensorRtSession:
         self, inputs: DecoderInputs, logits: int, cache: DeviceKVCache, slot: int
     ) -> tuple[IntArray, FloatArray]:
         """Run new tokens of one sequence; the logits go to the address `logits`."""
-        arrays = inputs.with_used_rows().arrays()  # so that a chunk uploads its own embeddings alone
+        inputs = inputs.with_used_rows()  # so that a chunk uploads, or joins, its own embeddings alone
+        arrays, embeds = inputs.host_arrays(), inputs.visual_embeds
         shapes = _shapes_of(arrays) | dict.fromkeys(cache.past_names, (1, *cache.shape_BKTH[1:]))
+        shapes["visual_embeds"] = embeds.shape
         profile = choose(self._decoder.profiles, shapes)
         top = (*inputs.logits_positions.shape, self._num_top)
         outputs = {"top_ids": top, "top_logits": top}
         bound = cache.bindings(slot) | {"logits": logits}
+        if isinstance(embeds, DeviceEmbeds):
+            self._embeds.collect()
+            bound["visual_embeds"] = self._embeds.contiguous(embeds, 0, embeds.shape[1])
         addresses = self._run(self._decoder, profile, arrays, outputs, shapes, bound)
         ids = np.asarray(self._staging.download(addresses["top_ids"], top, np.int64), np.int64)
         return ids, self._download(addresses["top_logits"], top)

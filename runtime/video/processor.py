@@ -258,4 +258,4 @@ def _told(segments: Iterator[ProcessedImage], on_images: OnImages | None) -> Ite
 
 def _fills(group: Sequence[ProcessedImage]) -> bool:
     """Return whether one more segment would not go through the vision tower with these."""
-    return (len(group) + 1) * len(group[0].pixel_values) > VISION_PATCHES
+    return (len(group) + 1) * len(group[0].patches) > VISION_PATCHES

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from helpers.host_kernels import HostKernel
 from runtime.cuda import Pieces
-from runtime.errors import CapacityError
+from runtime.errors import CapacityError, EngineError
 
 _ALIGNMENT = 256
 _FRESH, _FREED, _STALE = 0xFF, 0xDD, 0xCD
@@ -49,6 +50,7 @@ class Work:
     uses: Sequence[Allocation]
     writes_host: np.ndarray | None = None
     holds: Callable[[], bool] = lambda: True
+    is_kernel: bool = False
 
 
 @dataclass
@@ -65,10 +67,13 @@ class HostDevice:
         self.compute_capability = compute_capability
         self.driver_version = driver_version
         self.total_bytes = total_bytes
+        self.max_shared_bytes = 99 << 10 if compute_capability in ("8.6", "8.9", "12.0") else 163 << 10
         self.events: list[str] = []
         self._allocations: list[Allocation] = []
         self._streams: dict[int, StreamState] = {}
         self._graphs: dict[int, list[Work]] = {}
+        self._modules: dict[int, HostKernel] = {}
+        self._kernels: dict[int, tuple[int, int]] = {}
 
     # memory
 
@@ -184,6 +189,55 @@ class HostDevice:
         if self._graphs.pop(graph, None) is None:
             raise HostCudaError("a graph was destroyed twice")
 
+    # kernels
+
+    def load_module(self, code: bytes) -> int:
+        self._refuse_while_recording("load_module")
+        kernel = HostKernel.of(code)
+        if kernel.compute_capability != self.compute_capability:
+            raise EngineError("the machine code is for another GPU", remedy="--compute-capability")
+        module = next(_HANDLES)
+        self._modules[module] = kernel
+        return module
+
+    def unload_module(self, module: int) -> None:
+        if self._modules.pop(module, None) is None:
+            raise HostCudaError("a module was unloaded twice")
+
+    def kernel(self, module: int, entry: str, shared_bytes: int) -> int:
+        if shared_bytes > self.max_shared_bytes or self._modules[module].function != entry:
+            raise HostCudaError(f"no {entry} of {shared_bytes} bytes of shared memory")
+        kernel = next(_HANDLES)
+        self._kernels[kernel] = module, shared_bytes
+        return kernel
+
+    def launch_kernel(
+        self,
+        kernel: int,
+        grid: tuple[int, int, int],
+        num_threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Any],
+        stream: int,
+        *,
+        is_dependent: bool = False,
+    ) -> None:
+        module, most_shared = self._kernels[kernel]
+        if module not in self._modules:
+            raise HostCudaError("launch of a kernel whose module was unloaded")
+        if shared_bytes > most_shared or num_threads % 32 or min(grid) < 1:
+            raise HostCudaError(f"a launch of {grid} blocks of {num_threads} threads, {shared_bytes} bytes")
+        state = self._stream(stream)
+        before = state.queue if state.recording is None else state.recording
+        if is_dependent and not (before and before[-1].is_kernel):
+            raise HostCudaError("a dependent launch behind something that is no kernel")
+        function = self._modules[module]
+        values = function.values(arguments)
+        pointers = [value for kind, value in zip(function.types.values(), values, strict=True) if kind[0] == "*"]
+        uses = [self.allocation_at(value) for value in pointers if value]
+        work = Work(function.function, lambda: function.run(grid, values), uses, is_kernel=True)
+        self.enqueue(stream, work)
+
     # for tests and for tests/helpers/host_tensorrt.py
 
     @property
@@ -203,7 +257,8 @@ class HostDevice:
     def leaks(self) -> list[str]:
         """Say what was not freed."""
         kinds = [("pinned" if each.is_pinned else "device") for each in self._allocations if each.is_alive]
-        return [*kinds, *("stream" for _ in self._streams), *("graph" for _ in self._graphs)]
+        rest = {"stream": self._streams, "graph": self._graphs, "module": self._modules}
+        return [*kinds, *(name for name, handles in rest.items() for _ in handles)]
 
     def take_events(self) -> list[str]:
         events, self.events = self.events, []

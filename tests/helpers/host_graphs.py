@@ -25,8 +25,11 @@ class HostGraphs:
         self._graphs: dict[tuple[int, str], tuple[Any, int]] = {}
         self._run = ort.InferenceSession.run_with_iobinding
 
-        def run(session: ort.InferenceSession, binding: Any, options: ort.RunOptions) -> None:
-            self._run_or_replay(session, binding, options)
+        def run(session: ort.InferenceSession, binding: Any, options: ort.RunOptions | None = None) -> None:
+            if options is None:  # the vision tower, of which nothing is recorded
+                self._run(session, binding)
+            else:
+                self._run_or_replay(session, binding, options)
 
         def release(session: ort.InferenceSession, graph_id: int) -> None:
             assert self._graphs.pop((id(session), str(graph_id)), None), "a graph that is not there is released"

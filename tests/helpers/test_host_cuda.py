@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from helpers.host_cuda import HostCudaError, HostDevice, Work
+from helpers.host_kernels import host_code
 from runtime.cuda import Pieces
+from runtime.device_buffers import Staging
+from runtime.errors import EngineError
+
+ADD_ONE = host_code("helpers.host_step", "add_one", {"address": "*i64", "count": "i32"}, {})
 
 
 class Bench:
@@ -22,6 +28,24 @@ class Bench:
         self.device.begin_capture(self.stream)
         self.device.to_device(self.address, self.pinned, self.stream)
         self.graph = self.device.end_capture(self.stream)
+
+    def kernel(self) -> int:
+        """A kernel that adds one to each number at an address."""
+        code = host_code("helpers.host_step", "add_one", {"address": "*i64", "count": "i32"}, {})
+        return self.device.kernel(self.device.load_module(code), "add_one", 0)
+
+    def add_one(self, address: int, *, is_dependent: bool = False, threads: int = 32, shared_bytes: int = 0) -> None:
+        values = [ctypes.c_void_p(address), ctypes.c_int32(4), ctypes.c_void_p(None), ctypes.c_void_p(None)]
+        self.device.launch_kernel(
+            self.kernel(), (1, 1, 1), threads, shared_bytes, values, self.stream, is_dependent=is_dependent
+        )
+
+    def unloaded(self) -> None:
+        code = host_code("helpers.host_step", "add_one", {}, {})
+        module = self.device.load_module(code)
+        kernel = self.device.kernel(module, "add_one", 0)
+        self.device.unload_module(module)
+        self.device.launch_kernel(kernel, (1, 1, 1), 32, 0, [ctypes.c_void_p(None)] * 2, self.stream)
 
     def free_then(self, action: Callable[[], object]) -> None:
         self.device.free(self.address)
@@ -85,6 +109,15 @@ FAULTS: dict[str, tuple[str, Callable[[Bench], object]]] = {
         lambda b: b.free_then(lambda: b.device.launch(b.graph, b.stream)),
     ),
     "launch of a graph whose context has moved": ("other shapes", lambda b: b.launch_moved()),
+    "kernel with memory that is none": ("no device", lambda b: b.add_one(b.pinned.ctypes.data)),
+    "kernel with memory that was freed": ("was freed", lambda b: b.free_then(lambda: b.add_one(b.address))),
+    "kernel that depends on a copy": ("no kernel", lambda b: b.add_one(b.address, is_dependent=True)),
+    "kernel of half a warp": ("16 threads", lambda b: b.add_one(b.address, threads=16)),
+    "more shared memory than was allowed": ("8 bytes", lambda b: b.add_one(b.address, shared_bytes=8)),
+    "kernel of a module that is gone": ("unloaded", lambda b: b.unloaded()),
+    "kernel of another name": ("no other", lambda b: b.device.kernel(b.device.load_module(ADD_ONE), "other", 0)),
+    "module while recording": ("load_module while", lambda b: b.recording(lambda: b.device.load_module(ADD_ONE))),
+    "module unloaded twice": ("unloaded twice", lambda b: b.device.unload_module(7)),
     "unknown stream": ("destroyed", lambda b: b.device.synchronize(7)),
 }
 
@@ -139,3 +172,57 @@ def test_fresh_memory_is_nan() -> None:
     device = HostDevice()
     assert np.isnan(device.view(device.alloc(64), (16,), np.float32)).all()
     assert np.isnan(device.view(device.alloc(64), (32,), np.float16)).all()
+
+
+def test_kernels_run_in_order_once_they_are_waited_for_and_with_each_launch_of_a_graph() -> None:
+    bench = Bench()
+    device, numbers = bench.device, bench.device.view(bench.address, (4,), np.int64)
+    device.fill(bench.address, 0, 64, bench.stream)
+    bench.add_one(bench.address)
+    bench.add_one(bench.address, is_dependent=True)
+    assert numbers[0] != 2
+    device.synchronize(bench.stream)
+    assert numbers.tolist() == [2] * 4
+    kernel, values = bench.kernel(), [ctypes.c_void_p(bench.address), ctypes.c_int32(4), *[ctypes.c_void_p(None)] * 2]
+    device.begin_capture(bench.stream)
+    device.launch_kernel(kernel, (1, 1, 1), 32, 0, values, bench.stream)
+    graph = device.end_capture(bench.stream)
+    assert numbers.tolist() == [2] * 4, "what is recorded does not run"
+    for _ in range(3):
+        device.launch(graph, bench.stream)
+    device.synchronize(bench.stream)
+    assert numbers.tolist() == [5] * 4
+
+
+def test_a_kernel_for_another_gpu_is_refused() -> None:
+    with pytest.raises(EngineError, match="another GPU"):
+        HostDevice(compute_capability="9.0").load_module(ADD_ONE)
+
+
+def test_kernels_of_triton_run_in_its_interpreter() -> None:
+    pytest.importorskip("triton")
+    device = HostDevice()
+    stream = device.new_stream()
+    staging = Staging(device, stream)
+    table = np.arange(5 * 6, dtype=np.float16).reshape(5, 6)
+    address, ids, hidden = device.alloc(table.nbytes), device.alloc(24), device.alloc(3 * 12)
+    staging.upload(address, table)
+    staging.upload(ids, np.array([4, 0, 2]))
+    constants = {"K": 6, "KP": 8, "ASM": 0, "PDL": 0}
+    types = {"ids": "*i64", "table": "*fp16", "hidden": "*fp16"}
+    embed = device.load_module(host_code("helpers.step_kernels", "embed_rows", types, constants))
+    types = {"counter": "*i32", "capacity": "i32", "scale": "fp32"}
+    count = device.load_module(host_code("helpers.step_kernels", "count_steps", types, {"ASM": 0, "PDL": 0}))
+    counter = device.alloc(12)
+    device.fill(counter, 0, 12, stream)
+    null = ctypes.c_void_p(None)
+    device.begin_capture(stream)
+    pointers = [ctypes.c_void_p(each) for each in (ids, address, hidden)]
+    device.launch_kernel(device.kernel(embed, "embed_rows", 0), (3, 1, 1), 128, 0, [*pointers, null, null], stream)
+    values = [ctypes.c_void_p(counter), ctypes.c_int32(512), ctypes.c_float(1.5), null, null]
+    device.launch_kernel(device.kernel(count, "count_steps", 0), (1, 1, 1), 128, 0, values, stream, is_dependent=True)
+    graph = device.end_capture(stream)
+    for _ in range(2):
+        device.launch(graph, stream)
+    assert np.array_equal(staging.download(hidden, (3, 6), np.float16), table[[4, 0, 2]])
+    assert staging.download(counter, (3,), np.int32).tolist() == [2, 512, 768]

@@ -650,9 +650,9 @@ def test_a_processed_image_that_does_not_fit_is_refused(image: Any, watched: Wat
         {"grid_thw": (2, 6, 2)},
         {"grid_thw": (1, 3, 8)},
         {"grid_thw": None},
-        {"pixel_values": pixels[:-1]},
-        {"pixel_values": pixels.astype(np.float64)},
-        {"pixel_values": pixels.tolist()},
+        {"patches": pixels[:-1]},
+        {"patches": pixels.astype(np.float64)},
+        {"patches": pixels.tolist()},
     ):
         broken = dataclasses.replace(image, **wrong)
         with pytest.raises(UsageError, match="processed input"):

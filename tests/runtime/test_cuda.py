@@ -15,6 +15,7 @@ from runtime.cuda import CudaDevice, Pieces
 from runtime.errors import CapacityError, EngineError
 
 real = pytest.importorskip("cuda.bindings.runtime")
+real_driver = pytest.importorskip("cuda.bindings.driver")
 OK = real.cudaError_t.cudaSuccess
 _MEMORY = ctypes.create_string_buffer(4096)
 RESULTS: dict[str, tuple[Any, ...]] = {
@@ -28,20 +29,24 @@ RESULTS: dict[str, tuple[Any, ...]] = {
     "cudaStreamCreateWithFlags": (5,),
     "cudaStreamEndCapture": (6,),
     "cudaGraphInstantiate": (7,),
+    "cuModuleLoadData": (8,),
+    "cuModuleGetFunction": (9,),
 }
 
 
 class FakeRuntime(ModuleType):
     """The functions of cuda-bindings, which only count and keep their arguments; other names are the real ones."""
 
-    def __init__(self) -> None:
-        super().__init__("cuda.bindings.runtime")
+    def __init__(self, module: Any = real, ok: Any = OK) -> None:
+        super().__init__(module.__name__)
+        self._module, self._ok = module, ok
         self.failing: dict[str, Any] = {}
+        self.on_call: Any = None  # of what is launched, while its arguments are there
         self.calls: list[str] = []
         self.arguments: dict[str, tuple[Any, ...]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(real, name)  # AttributeError: the binding has no such name
+        found = getattr(self._module, name)  # AttributeError: the binding has no such name
         if not callable(found) or isinstance(found, type) or name == "cudaGetErrorString":
             return found
         signature = found.__doc__.splitlines()[0]
@@ -52,7 +57,9 @@ class FakeRuntime(ModuleType):
             assert len(args) == num_expected, signature
             self.calls.append(name)
             self.arguments[name] = args
-            return (self.failing.get(name, OK), *RESULTS.get(name, ()))
+            if self.on_call is not None and name == "cuLaunchKernelEx":
+                self.on_call(*args)
+            return (self.failing.get(name, self._ok), *RESULTS.get(name, ()))
 
         return call
 
@@ -61,6 +68,13 @@ class FakeRuntime(ModuleType):
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     fake = FakeRuntime()
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
+    return fake
+
+
+@pytest.fixture
+def driver(cuda: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    fake = FakeRuntime(real_driver, real_driver.CUresult.CUDA_SUCCESS)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
     return fake
 
 
@@ -152,3 +166,70 @@ def test_a_graph_that_cannot_be_made_leaves_no_recording_behind(cuda: FakeRuntim
     with pytest.raises(EngineError, match="cudaGraphInstantiate"):
         device.end_capture(5)
     assert cuda.calls[-1] == "cudaGraphDestroy"
+
+
+# Kernels
+
+
+def test_kernels_are_loaded_and_launched_by_the_driver(cuda: FakeRuntime, driver: FakeRuntime) -> None:
+    device = CudaDevice()
+    assert device.max_shared_bytes == 8
+    module = device.load_module(b"cubin")
+    assert cuda.calls[-1] == "cudaSetDevice", "the driver works in the context of the thread"
+    assert driver.arguments["cuModuleLoadData"] == (b"cubin",)
+    assert device.kernel(module, "product", 48 << 10) == 9
+    assert "cuFuncSetAttribute" not in driver.calls
+    kernel = device.kernel(module, "product", 100_000)
+    assert driver.arguments["cuModuleGetFunction"] == (8, b"product")
+    attribute = real_driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    assert driver.arguments["cuFuncSetAttribute"] == (9, attribute, 100_000)
+    values = [ctypes.c_void_p(4096), ctypes.c_int32(-7), ctypes.c_float(0.5), ctypes.c_void_p(None)]
+    for is_dependent in (False, True):
+        seen: list[Any] = []
+        driver.on_call = lambda config, _, address, __, seen=seen: seen.extend(
+            [ctypes.c_int32.from_address((ctypes.c_void_p * 4).from_address(address)[1]).value, config.numAttrs]
+        )
+        device.launch_kernel(kernel, (3, 2, 1), 128, 100_000, values, 5, is_dependent=is_dependent)
+        assert seen == [-7, int(is_dependent)]
+    config, function, _, extra = driver.arguments["cuLaunchKernelEx"]
+    assert (function, extra) == (9, 0)
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (3, 2, 1)
+    assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (128, 1, 1)
+    assert (config.sharedMemBytes, int(config.hStream)) == (100_000, 5)
+    (found,) = config.attrs
+    assert found.id == real_driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert found.value.programmaticStreamSerializationAllowed == 1
+    device.unload_module(module)
+    assert driver.arguments["cuModuleUnload"] == (8,)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message", "remedy"),
+    [
+        (
+            "CUDA_ERROR_NO_BINARY_FOR_GPU",
+            EngineError,
+            "another GPU than Test GPU of .* 8.8",
+            "--compute-capability 8.8",
+        ),
+        ("CUDA_ERROR_INVALID_IMAGE", EngineError, "of CUDA 13.1, does not read", "a newer driver"),
+        ("CUDA_ERROR_UNSUPPORTED_PTX_VERSION", EngineError, "of CUDA 13.1, does not read", "a newer driver"),
+        ("CUDA_ERROR_OUT_OF_MEMORY", CapacityError, "out of memory: cuModuleLoadData failed", "--max-context"),
+        ("CUDA_ERROR_UNKNOWN", EngineError, "CUDA failed: cuModuleLoadData: CUDA_ERROR_UNKNOWN", "restart the program"),
+    ],
+)
+def test_why_code_does_not_load_is_said(
+    cuda: FakeRuntime, driver: FakeRuntime, code: str, error: type[Exception], message: str, remedy: str
+) -> None:
+    device = CudaDevice()
+    driver.failing["cuModuleLoadData"] = getattr(real_driver.CUresult, code)
+    with pytest.raises(error, match=message) as caught:
+        device.load_module(b"cubin")
+    assert remedy in str(getattr(caught.value, "remedy", None))
+
+
+def test_no_memory_for_a_recorded_graph_is_a_capacity_error(cuda: FakeRuntime) -> None:
+    device = CudaDevice()
+    cuda.failing["cudaGraphInstantiate"] = real.cudaError_t.cudaErrorMemoryAllocation
+    with pytest.raises(CapacityError, match="cudaGraphInstantiate failed"):
+        device.end_capture(5)

@@ -11,8 +11,10 @@ import numpy as np
 from benchmarks.compare.driver import Call, Driver, FirstToken
 from benchmarks.compare.onnx_bytes import bytes_of_products
 from runtime.contract import DecoderInputs, no_visual_embeds
+from runtime.image_config import NUM_CHANNELS
 from runtime.model import Qwen3VLModel
-from runtime.vision_inputs import vision_inputs
+from runtime.patches import PixelScale, normalised
+from runtime.vision_inputs import takes_grey_levels, vision_inputs
 
 _CACHE_POSITIONS = 128
 
@@ -30,8 +32,12 @@ class EngineDriver(Driver):
     def vision(self, height: int, width: int) -> Call:
         """Prepare random pixels."""
         vision = self._model.config.vision
-        pixels = np.random.default_rng(0).standard_normal((1, height * width, vision.patch_elements), np.float32)
-        inputs = vision_inputs(pixels, (1, height, width), vision)
+        levels = np.random.default_rng(0).integers(0, 256, (height * width, vision.patch_elements), np.uint8)
+        scale = PixelScale((127.5,) * NUM_CHANNELS, (127.5,) * NUM_CHANNELS, 1.0)
+        if takes_grey_levels(self._model.manifest.capabilities):
+            inputs = vision_inputs(levels, (1, height, width), vision, scale)
+        else:
+            inputs = vision_inputs(normalised(levels, scale), (1, height, width), vision)
         return lambda: self._model.session.vision(inputs)
 
     def prefill(self, batch: int, length: int) -> Call:

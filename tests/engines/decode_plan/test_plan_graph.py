@@ -28,7 +28,7 @@ def test_every_target_has_a_plan(target: registry.Target, demo_bundle: Bundle) -
     decoder = read_decoder(lowered(demo_bundle, target.name), demo_bundle.config)
     text = demo_bundle.config.text
     assert len(decoder.layers) == text.num_layers
-    assert decoder.dtype == ("bf16" if target.precision == "bf16" else "fp16")
+    assert decoder.dtype == ("bfloat16" if target.precision == "bf16" else "float16")
     assert (decoder.head.rows, decoder.head.columns) == (text.vocab_size, text.hidden_size)
     assert all(layer.qkv.columns == text.hidden_size == layer.output.rows for layer in decoder.layers)
 

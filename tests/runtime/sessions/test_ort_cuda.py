@@ -254,14 +254,14 @@ def test_the_largest_logits_of_a_step_are_gone_with_the_next_call(session: OrtCu
 
 def test_a_chunk_uploads_the_embeddings_that_it_takes(session: OrtCudaSession, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
-    bind = onnxruntime.IOBinding.bind_cpu_input
+    bind = onnxruntime.IOBinding.bind_input
 
-    def counted(binding: Any, name: str, array: np.ndarray) -> None:
+    def counted(binding: Any, name: str, device: str, index: int, dtype: Any, shape: Any, address: int) -> None:
         if name == "visual_embeds":
-            given.append(array.shape[1])
-        bind(binding, name, array)
+            given.append(shape[1])
+        bind(binding, name, device, index, dtype, shape, address)
 
-    monkeypatch.setattr(onnxruntime.IOBinding, "bind_cpu_input", counted)
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_input", counted)
     inputs = inputs_of(np.array([[3, 4, 5, 6]]), np.array([0]))
     embeds = np.random.default_rng(0).normal(size=(CONFIG.num_visual_levels, 50, CONFIG.text.hidden_size))
     rows = np.array([[-1, 30, 31, -1]])

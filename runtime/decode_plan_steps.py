@@ -1,0 +1,193 @@
+"""Decode steps of own kernels: recorded as CUDA graphs, and compared with ONNX Runtime's at their first use.
+
+A step of a batch size that the plan does not have is filled up to the next one that it has.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+from runtime.contract import DecoderInputs
+from runtime.cuda import CudaDevice
+from runtime.decode_plan import STEP_INPUTS, STEP_OUTPUTS
+from runtime.decode_plan_kernels import PlanKernels
+from runtime.decode_plan_proof import StepResult, StepWindow, wrong_candidates
+from runtime.decode_step import SLOTS, StepBuffers
+from runtime.device_buffers import Staging
+from runtime.device_cache import DeviceKVCache
+from runtime.errors import CapacityError, EngineError, Qwen3VLError
+
+# Python shows warnings on stderr if the program sets up no logging of its own.
+_LOGGER = logging.getLogger(__name__)
+
+
+class PlanSteps:
+    """The decode steps of a session whose engine has a plan for this GPU.
+
+    Args:
+        device: The GPU.
+        staging: Copies; everything runs on its stream.
+        kernels: The plan's kernels.
+        batches: Batch sizes that they can run, rising.
+        form: `fast` or `invariant`.
+        has_experts: The decoder is a mixture of experts.
+        records: Record steps as CUDA graphs.
+
+    Attributes:
+        problem: Why the plan runs no more; None while it does.
+        recorded: Whether steps run as a CUDA graph; none before there was an opportunity.
+    """
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        staging: Staging,
+        kernels: PlanKernels,
+        batches: tuple[int, ...],
+        form: str,
+        *,
+        has_experts: bool,
+        records: bool,
+    ) -> None:
+        self.problem: str | None = None
+        self.recorded: bool | None = None if records else False
+        self._device, self._staging, self._kernels = device, staging, kernels
+        self._batches, self._form, self._has_experts = batches, form, has_experts
+        self._proven: set[int] = set()
+
+    def padded(self, num_sequences: int) -> int | None:
+        """Return the batch that so many sequences run in; None if the plan has none that is large enough."""
+        return next((batch for batch in self._batches if batch >= num_sequences), None)
+
+    def takes(self, inputs: DecoderInputs) -> bool:
+        """Return whether a call is a step that the plan runs: of text, one token a sequence, its logits asked for."""
+        (num_sequences, num_new), num_asked = inputs.input_ids.shape, inputs.logits_positions.shape[1]
+        is_text = num_new == 1 == num_asked and not (inputs.visual_rows >= 0).any()
+        return self.problem is None and is_text and self.padded(num_sequences) is not None
+
+    def run(
+        self,
+        cache: DeviceKVCache,
+        io: StepBuffers,
+        inputs: DecoderInputs,
+        slot: int,
+        reference: Callable[[], None],
+    ) -> None:
+        """Enqueue a step of the sequences from a slot on; what it gives lies in `io` once that was waited for.
+
+        Args:
+            cache: Their cache.
+            io: What steps read and write, for a batch of `padded` at least.
+            inputs: What `takes` accepts.
+            slot: Slot of the first sequence.
+            reference: Runs the same step in ONNX Runtime, into the same memory, and returns when it is done.
+
+        Raises:
+            EngineError: CUDA failed.
+            CapacityError: The GPU is out of memory.
+        """
+        batch = self.padded(len(inputs.input_ids))
+        assert batch is not None, "a batch beyond the plan"
+        if batch in self._proven:
+            io.write_padded(inputs, slot, batch)
+            self._enqueue(cache, io, batch)
+        else:
+            self._prove(cache, io, inputs, slot, batch, reference)
+
+    def _prove(
+        self,
+        cache: DeviceKVCache,
+        io: StepBuffers,
+        inputs: DecoderInputs,
+        slot: int,
+        batch: int,
+        reference: Callable[[], None],
+    ) -> None:
+        """Run a step by ONNX Runtime and by the plan; if the results differ, the former stands and the plan is off."""
+        num_sequences = len(inputs.input_ids)
+        reference()
+        window = StepWindow(self._device, self._staging, cache, slot, inputs.past_lengths)
+        expected = StepResult(io.logits(num_sequences)[:, 0], window.read())
+        window.blank(expected.rows)
+        try:
+            io.write_padded(inputs, slot, batch)
+            self._enqueue_kernels(cache, io, batch)
+            found = StepResult(io.logits(num_sequences)[:, 0], window.read())
+            difference = window.difference(expected, found, has_experts=self._has_experts)
+            problem = difference or self._wrong_candidates(io, num_sequences, found)
+        except EngineError as error:
+            problem = error.message
+        if problem is None:
+            # Without a past, attention was hardly asked.
+            if inputs.past_lengths.min() > 0:
+                self._proven.add(batch)
+            return
+        self.problem = f"at its first step of {batch} sequences it did not do what ONNX Runtime does: {problem}"
+        _LOGGER.warning(
+            "warning: the decode plan is switched off: %s. ONNX Runtime decodes, which takes longer; report this with "
+            "the GPU and its driver",
+            self.problem,
+        )
+        window.write(expected.rows)
+        reference()
+
+    def _wrong_candidates(self, io: StepBuffers, num_sequences: int, found: StepResult) -> str | None:
+        io.enqueue_download()
+        self._device.synchronize(self._staging.stream)
+        ids, values = io.tops(num_sequences)
+        return wrong_candidates(found.logits_BV, ids[:, 0], values[:, 0])
+
+    def _enqueue(self, cache: DeviceKVCache, io: StepBuffers, batch: int) -> None:
+        if self.recorded is not False and batch not in cache.graphs:
+            self._record(cache, io, batch)
+        if batch in cache.graphs:
+            self._device.launch(cache.graphs[batch], self._staging.stream)
+        else:
+            self._enqueue_kernels(cache, io, batch)
+
+    def _record(self, cache: DeviceKVCache, io: StepBuffers, batch: int) -> None:
+        try:
+            cache.graphs[batch] = self._capture(cache, io, batch)
+            self.recorded = True
+        except CapacityError as error:
+            self.recorded = False
+            _LOGGER.warning(
+                "warning: the GPU has no memory for the recorded decode step of %d sequences, so its kernels are "
+                "launched one by one, which takes longer: %s",
+                batch,
+                error.message,
+            )
+
+    def _capture(self, cache: DeviceKVCache, io: StepBuffers, batch: int) -> int:
+        stream = self._staging.stream
+        try:
+            self._device.begin_capture(stream)
+            self._enqueue_kernels(cache, io, batch)
+            return self._device.end_capture(stream)
+        except BaseException as error:  # Ctrl-C too, which may come anywhere
+            # The stream must leave its recording, whatever that says of it.
+            with suppress(Qwen3VLError):
+                self._device.free_graph(self._device.end_capture(stream))
+            if isinstance(error, EngineError):
+                raise EngineError(
+                    f"{error.message}, while the decode step was recorded as a CUDA graph",
+                    remedy="open the engine with cuda_graphs=False (--no-cuda-graphs), and report it",
+                ) from error
+            raise
+
+    def _enqueue_kernels(self, cache: DeviceKVCache, io: StepBuffers, batch: int) -> None:
+        io.enqueue_upload()
+        self._kernels.enqueue(batch, self._form, step_addresses(cache, io), cache.capacity)
+
+
+def step_addresses(cache: DeviceKVCache, io: StepBuffers) -> dict[str, int]:
+    """Return the device addresses of what steps read and write, by the names that plans have for them."""
+    bound = cache.bindings()
+    of_graph = {**io.addresses, SLOTS: io.slots_address}
+    addresses = {f"step:{name}": of_graph[name] for name in STEP_INPUTS + STEP_OUTPUTS}
+    for i in range(len(cache.past_names) // 2):
+        addresses[f"key:{i}"] = bound[cache.past_names[2 * i]]
+        addresses[f"value:{i}"] = bound[cache.past_names[2 * i + 1]]
+    return addresses

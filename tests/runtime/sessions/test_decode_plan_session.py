@@ -1,0 +1,467 @@
+"""Decode steps of own kernels in the session of ONNX Runtime on CUDA, on the host: what runs them, and when not."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from engines.bundle import Bundle
+from helpers import PICTURES
+from helpers.engines import build
+from helpers.host_cuda import HostDevice
+from helpers.host_plan import TABLE, read_plan, write_host_plan, write_plan
+from qwen3vl_export.checkpoint import Checkpoint
+from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
+from runtime.decode_plan import DecodePlan
+from runtime.device_weights import DeviceWeights
+from runtime.errors import CapacityError, EngineError, UsageError
+from runtime.manifest import Manifest
+from runtime.messages import user_message
+from runtime.model import Qwen3VLModel
+from runtime.session import SessionOptions
+from runtime.sessions import ort_cuda
+from runtime.sessions.ort_cuda import Device, OrtCudaSession, OrtDeviceCache
+
+CONFIG = Checkpoint.open("demo").config
+IN_PLACE = {"session.disable_prepacking": "1"}
+# The engine without a plan has its weights packed, and rounds otherwise.
+NEAR = 0.03
+KERNELS = ["embed_rows", "whole_step"]
+
+
+@pytest.fixture(scope="module")
+def plain(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine without a plan."""
+    return build(demo_bundle, "ort-cuda-fp16", tmp_path_factory.mktemp("plain") / "engine")
+
+
+@pytest.fixture(scope="module")
+def planned(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The engine with a plan that has a fault."""
+    made: dict[str, Path] = {}
+
+    def folder(fault: str = "") -> Path:
+        if fault not in made:
+            copy = tmp_path_factory.mktemp("planned") / "engine"
+            made[fault] = write_host_plan(Path(shutil.copytree(plain, copy)), fault=fault)
+        return made[fault]
+
+    return folder
+
+
+def device_of(memory: HostDevice) -> Device:
+    return Device("CPUExecutionProvider", "cpu", lambda: memory, shared_weights=IN_PLACE)
+
+
+def opened(folder: Path, memory: HostDevice | None = None, **options: Any) -> OrtCudaSession:
+    memory = memory or HostDevice()
+    return OrtCudaSession(folder, Manifest.read(folder), SessionOptions(**options), device=device_of(memory))
+
+
+def inputs_of(ids: list[list[int]], past: list[int]) -> DecoderInputs:
+    tokens, lengths = np.array(ids, np.int64), np.array(past, np.int64)
+    last = np.full((len(ids), 1), tokens.shape[1] - 1)
+    return DecoderInputs.text(tokens, lengths, no_visual_embeds(CONFIG), logits_positions=last)
+
+
+PROMPTS = [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17, 18], [19, 20, 21, 22]]
+
+
+def filled(session: OrtCudaSession, slots: int = 5) -> OrtDeviceCache:
+    cache = session.new_cache(32, slots)
+    for slot, prompt in enumerate(PROMPTS[:slots]):
+        session.prefill(inputs_of([prompt], [0]), cache, slot)
+    return cache
+
+
+def steps(session: OrtCudaSession, cache: OrtDeviceCache, num: int, slot: int, count: int = 3) -> list[FloatArray]:
+    """Logits of steps of sequences from a slot on, [B, vocab] each."""
+    return [
+        session.decode(inputs_of([[30 + slot + b + 7 * i] for b in range(num)], [4 + i] * num), cache, slot)[:, 0]
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("num", "slot"), [(1, 0), (1, 4), (2, 1), (3, 2), (4, 1)])
+def test_steps_from_any_slot_are_those_of_the_engine_without_a_plan(
+    plain: Path, planned: Callable[[str], Path], num: int, slot: int
+) -> None:
+    memory = HostDevice()
+    session, expected = opened(planned(""), memory), opened(plain)
+    caches = filled(session), filled(expected)
+    memory.take_events()
+    found = steps(session, caches[0], num, slot)
+    for given, wanted in zip(found, steps(expected, caches[1], num, slot), strict=True):
+        np.testing.assert_allclose(given, wanted, atol=NEAR)
+    events = memory.take_events()
+    assert (events.count("whole_step"), events.count("begin_capture"), events.count("launch")) == (3, 1, 2)
+    assert (session.decode_kernels, session.decode_plan_problem, session.decode_recorded) == ("own", None, True)
+    for index in range(CONFIG.text.num_layers):
+        for given, wanted in zip(caches[0].layer(index), caches[1].layer(index), strict=True):
+            np.testing.assert_allclose(given[:, :, :8], wanted[:, :, :8], atol=NEAR)
+
+
+def test_the_largest_logits_come_from_the_plan(planned: Callable[[str], Path]) -> None:
+    memory = HostDevice()
+    session = opened(planned(""), memory)
+    cache = filled(session)
+    steps(session, cache, 2, 1, count=2)
+    memory.take_events()
+    rows = session.decode_top(inputs_of([[40], [41]], [6, 6]), cache, 1)
+    assert [name for name in memory.take_events() if name in KERNELS] == KERNELS
+    for (row,) in rows:
+        whole = row.fetch()
+        assert np.array_equal(row.values, np.sort(whole)[::-1][: len(row.values)])
+        assert np.array_equal(whole[row.ids], row.values)
+
+
+def test_a_batch_that_the_plan_has_not_is_filled_up_by_its_last_row(planned: Callable[[str], Path]) -> None:
+    session = opened(planned(""))
+    assert [session.decode_batch(n, 5) for n in (1, 3, 5)] == [1, 3, 5], "no idle slot is asked for"
+    cache = filled(session)
+    held = [cache.layer(index) for index in range(CONFIG.text.num_layers)]
+    for each in steps(session, cache, 3, 2):
+        assert np.isfinite(each).all()
+    for index, before in enumerate(held):
+        for now, then in zip(cache.layer(index), before, strict=True):
+            assert np.array_equal(now[:2], then[:2]), "no other slot was written"
+            assert not np.array_equal(now[2:], then[2:])
+
+
+def test_more_sequences_than_the_plan_has_run_in_onnx_runtime(plain: Path, planned: Callable[[str], Path]) -> None:
+    memory = HostDevice()
+    session, expected = opened(planned(""), memory), opened(plain)
+    caches = filled(session), filled(expected)
+    memory.take_events()
+    for given, wanted in zip(steps(session, caches[0], 5, 0), steps(expected, caches[1], 5, 0), strict=True):
+        np.testing.assert_allclose(given, wanted, atol=NEAR)
+    assert not set(KERNELS) & set(memory.take_events())
+    assert session.decode_kernels == "own", "smaller batches still run it"
+
+
+def test_calls_of_several_tokens_run_in_onnx_runtime(planned: Callable[[str], Path]) -> None:
+    memory = HostDevice()
+    session = opened(planned(""), memory)
+    cache = filled(session)
+    memory.take_events()
+    session.decode(inputs_of([[5, 6]], [4]), cache)
+    assert not set(KERNELS) & set(memory.take_events())
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("logits", "logits of sequence 0 are off by"),
+        ("append", "beside the new one of sequence 0 were written"),
+        ("scale", "the new keys of layer 1 of sequence 0 are off by"),
+        ("candidates", "the largest logits of sequence 0 are not the largest of all"),
+        ("nothing", "logits of sequence 0 are off by nan"),
+    ],
+)
+def test_a_plan_that_computes_something_else_is_switched_off_loudly(
+    plain: Path, planned: Callable[[str], Path], caplog: pytest.LogCaptureFixture, fault: str, expected: str
+) -> None:
+    memory = HostDevice()
+    session, reference = opened(planned(fault), memory), opened(plain)
+    caches = filled(session), filled(reference)
+    with caplog.at_level(logging.WARNING):
+        found = steps(session, caches[0], 2, 1)
+    assert "the decode plan is switched off" in caplog.text
+    assert expected in caplog.text
+    assert session.decode_kernels == "onnxruntime"
+    assert expected in str(session.decode_plan_problem)
+    for given, wanted in zip(found, steps(reference, caches[1], 2, 1), strict=True):
+        np.testing.assert_allclose(given, wanted, atol=NEAR, err_msg="ONNX Runtime's answer stands")
+    for index in range(CONFIG.text.num_layers):
+        for given, wanted in zip(caches[0].layer(index), caches[1].layer(index), strict=True):
+            np.testing.assert_allclose(given[:, :, :7], wanted[:, :, :7], atol=NEAR)
+    events = memory.take_events()
+    assert events.count("whole_step") == 1
+    assert "begin_capture" not in events
+
+
+def test_a_step_without_a_past_proves_nothing(planned: Callable[[str], Path]) -> None:
+    memory = HostDevice()
+    session = opened(planned(""), memory)
+    cache = session.new_cache(32)
+    for past in (0, 0, 1, 2):
+        memory.take_events()
+        session.decode(inputs_of([[5]], [past]), cache)
+    assert "launch" in memory.take_events()
+    assert session.decode_recorded is True
+
+
+def test_without_cuda_graphs_kernels_are_launched_one_by_one(planned: Callable[[str], Path]) -> None:
+    memory = HostDevice()
+    session = opened(planned(""), memory, cuda_graphs=False)
+    cache = filled(session)
+    memory.take_events()
+    steps(session, cache, 2, 0)
+    events = memory.take_events()
+    assert not {"begin_capture", "launch"} & set(events)
+    assert events.count("whole_step") == 3
+    assert session.decode_recorded is False
+
+
+def test_batch_invariant_takes_the_other_launches(planned: Callable[[str], Path]) -> None:
+    memory = HostDevice()
+    session = opened(planned(""), memory, batch_invariant=True)
+    cache = filled(session)
+    memory.take_events()
+    steps(session, cache, 1, 0)
+    assert [name for name in memory.take_events() if name in KERNELS] == ["embed_rows", *KERNELS] * 3
+
+
+def test_the_plan_is_switched_off_on_request(planned: Callable[[str], Path]) -> None:
+    memory = HostDevice()
+    session = opened(planned(""), memory, decode_plan=False)
+    cache = filled(session)
+    steps(session, cache, 1, 0)
+    assert not set(KERNELS) & set(memory.take_events())
+    assert session.decode_plan_problem == "it was opened with decode_plan=False"
+    assert not session.decodes_anywhere
+
+
+# One copy of the weights
+
+
+def test_onnx_runtime_and_the_kernels_read_the_same_memory(planned: Callable[[str], Path]) -> None:
+    memory = HostDevice()
+    folder = planned("")
+    stream = memory.new_stream()
+    weights = DeviceWeights(folder, DecodePlan(folder, Manifest.read(folder)).weights, memory, stream)
+    options = onnxruntime.SessionOptions()
+    for name, value in IN_PLACE.items():
+        options.add_session_config_entry(name, value)
+    weights.give_to(options, "cpu")
+    session = onnxruntime.InferenceSession(folder / "decoder.onnx", options, providers=["CPUExecutionProvider"])
+    table = memory.view(weights.addresses[TABLE], (CONFIG.text.vocab_size, CONFIG.text.hidden_size), np.float16)
+    arrays = inputs_of([[5]], [0]).arrays()
+    shape = (1, CONFIG.text.num_kv_heads, 4, CONFIG.text.head_dim)
+    feeds = arrays | {
+        f"past_key_values.{i}.{kind}": np.zeros(shape, np.float16)
+        for i in range(CONFIG.text.num_layers)
+        for kind in ("key", "value")
+    }
+    before = session.run(["logits"], feeds)[0]
+    table[5] *= -1
+    assert not np.array_equal(session.run(["logits"], feeds)[0], before)
+    table[5] *= -1
+    assert np.array_equal(session.run(["logits"], feeds)[0], before)
+
+
+def test_weights_at_one_place_are_there_once_and_all_bytes_arrive(planned: Callable[[str], Path]) -> None:
+    memory, folder = HostDevice(), planned("")
+    stored = dict(DecodePlan(folder, Manifest.read(folder)).weights)
+    stored["again"] = stored[TABLE]
+    stream = memory.new_stream()
+    weights = DeviceWeights(folder, stored, memory, stream)
+    assert weights.addresses["again"] == weights.addresses[TABLE]
+    assert weights.num_bytes == sum(each.num_bytes for each in stored.values()) - stored[TABLE].num_bytes
+    data = (folder / "decoder.onnx.data").read_bytes()
+    for name, each in stored.items():
+        found = memory.view(weights.addresses[name], (each.num_bytes,), np.uint8)
+        assert found.tobytes() == data[each.offset : each.offset + each.num_bytes]
+    weights.close()
+    assert memory.leaks() == ["stream"]
+
+
+@pytest.mark.parametrize("allows", [False, True])
+def test_a_second_copy_of_the_weights_is_taken_on_request_alone(
+    planned: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, allows: bool
+) -> None:
+    memory = HostDevice(total_bytes=1 << 40)
+    make = onnxruntime.InferenceSession
+
+    def greedy(path: str, options: Any, **keywords: Any) -> Any:
+        memory.total_bytes -= 1 << 30
+        return make(path, options, **keywords)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", greedy)
+    with caplog.at_level(logging.WARNING):
+        session = opened(planned(""), memory, weights_twice=allows)
+    assert "keeps a second copy of 0.00 GB of weights" in caplog.text
+    assert session.decode_kernels == ("own" if allows else "onnxruntime")
+    cache = filled(session)
+    steps(session, cache, 1, 0)
+    del cache, session
+    gc.collect()
+    assert memory.leaks() == []
+
+
+# What does not fit, and what fails
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ({"compute_capability": "8.6"}, "is for compute capability 8.9, and this GPU has 8.6"),
+        ({"compute_capability": "9.0"}, "is for compute capability 8.9, and this GPU has 9.0"),
+        ({"driver_version": "11.8"}, "needs a driver of CUDA 12.0 or later, and this one is of 11.8"),
+    ],
+)
+def test_a_gpu_or_driver_without_kernels_decodes_in_onnx_runtime(
+    planned: Callable[[str], Path], caplog: pytest.LogCaptureFixture, device: dict[str, str], expected: str
+) -> None:
+    memory = HostDevice(**device)
+    with caplog.at_level(logging.WARNING):
+        session = opened(planned(""), memory)
+    assert expected in caplog.text
+    assert expected in str(session.decode_plan_problem)
+    steps(session, filled(session), 1, 0)
+    assert not set(KERNELS) & set(memory.take_events())
+
+
+def test_code_of_another_gpu_than_the_plan_says_decodes_in_onnx_runtime(plain: Path, tmp_path: Path) -> None:
+    folder = write_host_plan(Path(shutil.copytree(plain, tmp_path / "engine")), capability="9.0")
+    memory = HostDevice()
+    session = opened(folder, memory)
+    assert session.decode_plan_problem == "the machine code is for another GPU"
+    steps(session, filled(session), 1, 0)
+    session.close()
+    gc.collect()
+    assert "module" not in memory.leaks()
+
+
+def test_a_plan_of_another_decoder_is_refused(plain: Path, tmp_path: Path) -> None:
+    folder = write_host_plan(Path(shutil.copytree(plain, tmp_path / "engine")))
+    write_plan(folder, read_plan(folder) | {"decoder": "0" * 64})
+    with pytest.raises(EngineError, match=r"decode_plan.json.decoder is .*, expected the SHA-256") as caught:
+        opened(folder)
+    assert "--no-decode-plan" in str(caught.value.remedy)
+    assert opened(folder, decode_plan=False).decode_kernels == "onnxruntime"
+
+
+class Failing(HostDevice):
+    """A device one of whose functions fails from some call on."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__()
+        self.failing: tuple[str, Exception] | None = None
+        self._later = name, error
+
+    def break_down(self) -> None:
+        self.failing = self._later
+
+    def _fail(self, name: str) -> None:
+        if self.failing is not None and self.failing[0] == name:
+            raise self.failing[1]
+
+    def end_capture(self, stream: int) -> int:
+        if not self.is_recording:
+            raise EngineError("CUDA failed: illegal state", remedy="restart")
+        graph = super().end_capture(stream)
+        try:
+            self._fail("end_capture")
+        except BaseException:
+            self.free_graph(graph)
+            raise
+        return graph
+
+    def launch(self, graph: int, stream: int) -> None:
+        self._fail("launch")
+        super().launch(graph, stream)
+
+    def launch_kernel(self, *args: Any, **keywords: Any) -> None:
+        self._fail("launch_kernel")
+        super().launch_kernel(*args, **keywords)
+
+
+def test_without_memory_to_record_a_step_its_kernels_run_one_by_one(
+    plain: Path, planned: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = Failing("end_capture", CapacityError("the GPU is out of memory", remedy="--max-context"))
+    session, expected = opened(planned(""), memory), opened(plain)
+    memory.break_down()
+    with caplog.at_level(logging.WARNING):
+        found = steps(session, filled(session), 1, 0)
+    assert "no memory for the recorded decode step of 1 sequences" in caplog.text
+    for given, wanted in zip(found, steps(expected, filled(expected), 1, 0), strict=True):
+        np.testing.assert_allclose(given, wanted, atol=NEAR)
+    assert (session.decode_kernels, session.decode_recorded) == ("own", False)
+
+
+def test_a_kernel_that_cannot_be_recorded_says_how_to_do_without(planned: Callable[[str], Path]) -> None:
+    memory = Failing("launch_kernel", EngineError("CUDA failed: not permitted", remedy="restart"))
+    session = opened(planned(""), memory)
+    cache = filled(session)
+    steps(session, cache, 1, 0, count=1)
+    memory.break_down()
+    with pytest.raises(EngineError, match="while the decode step was recorded") as caught:
+        steps(session, cache, 1, 0)
+    assert "cuda_graphs=False" in str(caught.value.remedy)
+    memory.failing = None
+    steps(session, cache, 1, 0)  # the stream has left its recording
+
+
+def test_a_kernel_that_the_gpu_refuses_at_first_is_switched_off(planned: Callable[[str], Path]) -> None:
+    memory = Failing("launch_kernel", EngineError("CUDA failed: invalid value", remedy="restart"))
+    session = opened(planned(""), memory)
+    cache = filled(session)
+    memory.break_down()
+    steps(session, cache, 1, 0)
+    assert "CUDA failed: invalid value" in str(session.decode_plan_problem)
+
+
+def test_a_gpu_that_vanishes_is_an_error_and_no_other_answer(planned: Callable[[str], Path]) -> None:
+    memory = Failing("launch", EngineError("CUDA failed: cudaErrorUnknown", remedy="restart the program"))
+    session = opened(planned(""), memory)
+    cache = filled(session)
+    steps(session, cache, 1, 0)
+    memory.break_down()
+    with pytest.raises(EngineError, match="cudaErrorUnknown"):
+        steps(session, cache, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["batch_invariant", "weights_twice"])
+def test_options_of_the_plan_are_refused_without_one(
+    plain: Path, planned: Callable[[str], Path], demo_engine: Path, name: str
+) -> None:
+    for folder, more in ((plain, {}), (demo_engine, {}), (planned(""), {"decode_plan": False})):
+        with pytest.raises(UsageError, match=f"{name}: it is of the decode plan"):
+            Qwen3VLModel.from_engine(folder, **{name: True}, **more)
+    with pytest.raises(UsageError, match=r"decode_plan=False: .* does not run on a GPU"):
+        Qwen3VLModel.from_engine(demo_engine, decode_plan=False)
+
+
+def test_answers_and_statistics(plain: Path, planned: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = HostDevice()
+
+    def on_host(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCudaSession:
+        return OrtCudaSession(folder, manifest, options, device=device_of(memory))
+
+    monkeypatch.setattr(ort_cuda, "open_session", on_host)
+    prompts = [user_message("Read the digits.", [PICTURES / f"held_out_{i}.png"]) for i in range(2)]
+    with Qwen3VLModel.from_engine(plain) as model:
+        expected = [model.generate(each, max_new_tokens=6).token_ids for each in prompts]
+        assert model.statistics()["decode_plan_problem"] == "the engine has no decode plan"
+    memory.take_events()
+    with Qwen3VLModel.from_engine(planned("")) as model:
+        assert [each.token_ids for each in model.generate_batch(prompts, max_new_tokens=6)] == expected
+        found = model.statistics()
+    assert (found["decode_kernels"], found["decode_plan_problem"]) == ("own", None)
+    assert memory.take_events().count("whole_step") >= 4
+
+
+def test_nothing_is_left_behind(planned: Callable[[str], Path]) -> None:
+    memory = HostDevice()
+    session = opened(planned(""), memory)
+    cache = filled(session)
+    steps(session, cache, 2, 0)
+    assert "module" in memory.leaks()
+    del cache, session
+    gc.collect()
+    assert memory.leaks() == []
+    memory = HostDevice(total_bytes=1_000_000)
+    with pytest.raises(CapacityError, match="out of memory"):
+        opened(planned(""), memory)
+    gc.collect()
+    assert memory.leaks() == []
