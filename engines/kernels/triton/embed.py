@@ -27,6 +27,7 @@ def embed(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     ZERO_POINTS: tl.constexpr,
+    FLOAT8: tl.constexpr,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
     ASM: tl.constexpr,
@@ -34,7 +35,8 @@ def embed(
 ):
     """Look up COLUMNS of a row. Programs: parts of a row, rows; `positions` [3, B], `hidden` [B, K], `cos` [B, D].
 
-    BITS is 16 for a table of halves [V, K], else the table holds codes in groups of GROUP with a scale each.
+    BITS is 16 for a table of halves [V, K], else the table holds codes in groups of GROUP with a scale each; with FLOAT8
+    the codes are float8 e4m3.
     """
     part = tl.program_id(0)
     row = tl.program_id(1)
@@ -47,10 +49,14 @@ def embed(
     if BITS == 16:
         value = tl.load(table + token * K + column, mask=is_column, other=0.0)
     else:
-        GROUPS: tl.constexpr = K // GROUP
+        GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
         group = column // GROUP
         code = _codes(table + token * (K * BITS // 8), column, BITS, is_column)
-        if ZERO_POINTS:
+        if FLOAT8:
+            # The bits of a float16 of 1/256 of the number: its exponent has another bias, 15 for 7.
+            bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+            code = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        elif ZERO_POINTS:
             code -= _codes(zero_points + token * ((GROUPS * BITS + 7) // 8), group, BITS, is_column)
         else:
             code -= 1 << (BITS - 1)
