@@ -12,6 +12,7 @@ INPUTS ?= 20000
 SEED ?= 0
 FAMILIES ?=
 CASE ?=
+SM ?= 90
 
 CHECK_PYTHON := import sys; sys.exit(f"{sys.executable}: Python 3.11 to 3.14 is needed; choose one with PYTHON=... or another folder with VENV=...") if not (3, 11) <= sys.version_info < (3, 15) else 0
 # Names of files reach the recipes through the environment: they may hold any character.
@@ -26,7 +27,7 @@ endif
 # The library of own kernels: `pip install` builds it where it can, and says nothing where it cannot.
 LIBRARY := runtime/native/libqwen3vl_cpu.so
 
-.PHONY: setup native wheel demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients lint bench compare-setup gpu-check
+.PHONY: setup native wheel demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients lint bench compare-setup gpu-check gpu-pack
 
 setup: $(DEV_STAMP) $(LIBRARY)
 
@@ -144,3 +145,7 @@ compare-setup: setup
 # Beside the demo, the model that is asked for: MODEL=FOLDER, MODEL=owner/name, or MODEL=qwen3-vl-2b for random weights.
 gpu-check: setup
 	$(BIN)/python -m benchmarks gpu-check $(if $(filter file,$(origin MODEL)),,--model '$(MODEL)')
+
+# What measures a machine with a GPU and without a package index; see docs/benchmarks.md. SM is the GPU's: 90 for H100 and H200.
+gpu-pack: setup
+	$(BIN)/python -m benchmarks gpu-pack --sm $(SM)

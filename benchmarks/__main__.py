@@ -12,6 +12,7 @@ from benchmarks.compare.command import compare, compare_setup
 from benchmarks.decode_plan import decode_plan
 from benchmarks.export import export
 from benchmarks.gpu_check import gpu_check
+from benchmarks.gpu_pack import gpu_pack
 from benchmarks.imports import time_imports
 from benchmarks.kernels import kernels
 from benchmarks.lowered import lowered
@@ -36,6 +37,7 @@ _COMMANDS = (
     decode_plan,
     export,
     gpu_check,
+    gpu_pack,
     kernels,
     lowered,
     preprocess,

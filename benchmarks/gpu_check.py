@@ -36,6 +36,7 @@ from engines.quantize.calibration import needs_prompts
 from engines.registry import all_targets
 from engines.target import GPU
 from runtime.errors import CheckpointError, Qwen3VLError, TargetError
+from runtime.manifest import MANIFEST_NAME, Manifest
 from runtime.shown import columns
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Shipped checkpoints take seconds of it. A 2B checkpoint takes minutes to build, and verify reads it in float32.
 LIMIT_S = 1800.0
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
-BUILD, VERIFY, INSPECT, BENCH = "build", "verify", "inspect", "bench"
+BUILD, VERIFY, INSPECT, BENCH, SPEED = "build", "verify", "inspect", "bench", "speed"
+_TIMED_SESSION = "ort_cuda"
 _ERROR_LINES = 12
 _COMMANDS = "qwen3vl_export.cli"
 
@@ -226,6 +228,9 @@ def _steps(source: str, target: str, folder: Path, calibration: Path | None) -> 
     if any(folder.glob("*.plan")):
         yield INSPECT, [*python, "benchmarks.plans", str(folder)]
     yield BENCH, [*python, f"{_COMMANDS}.run", "bench", str(folder), "--json"]
+    if (folder / MANIFEST_NAME).is_file() and Manifest.read(folder).session == _TIMED_SESSION:
+        # The section of a GPU pack: steps of all batches, prompts, images, device memory.
+        yield SPEED, [*python, "benchmarks.gpu.speed", str(folder), "--values", str(folder.with_name("speed.json"))]
 
 
 def _failure(name: str, done: Done, limit_s: float) -> str:

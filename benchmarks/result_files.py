@@ -1,7 +1,7 @@
 """Result files: `name.json`, and `name.md` made of the JSON alone, so that it can be made again.
 
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`, `run-MODEL-TARGET`,
-`hostile-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `peers-MODEL-TARGET`, `preprocess`, `routes`,
+`gpu-NAME`, `hostile-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `peers-MODEL-TARGET`, `preprocess`, `routes`,
 `serve-MODEL-TARGET`, `serving-MODEL-TARGET`, `video`.
 """
 

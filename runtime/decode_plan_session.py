@@ -86,21 +86,18 @@ def open_with_plan(
         free_bytes = device.memory_info()[0]
         decoder = open_decoder(weights, staging.stream)
         _check_top(decoder, plan, folder)
-        twice = is_second_copy(free_bytes - device.memory_info()[0], weights.num_bytes)
-        if twice and not options.weights_twice:
-            del decoder
-            gc.collect()
-            taken.close()
-            return _without(open_decoder, _second_copy(weights.num_bytes))
-        if twice:
-            _LOGGER.warning("warning: %s, as weights_twice allows", _second_copy(weights.num_bytes))
+        if is_second_copy(free_bytes - device.memory_info()[0], weights.num_bytes):
+            problem = f"ONNX Runtime keeps a second copy of {weights.num_bytes / 1e9:.2f} GB of weights on the GPU"
+            if not options.weights_twice:
+                del decoder
+                gc.collect()
+                taken.close()
+                return _without(open_decoder, problem)
+            _LOGGER.warning("warning: %s, as weights_twice allows", problem)
         stack.push(taken.pop_all())
     form = INVARIANT if options.batch_invariant else FAST
-    has_experts = manifest.model.text.experts is not None
-    steps = PlanSteps(
-        device, staging, kernels, plan.batches, form, has_experts=has_experts, records=options.cuda_graphs
-    )
-    return decoder, steps, None
+    traits = {"has_experts": manifest.model.text.experts is not None, "records": options.cuda_graphs}
+    return decoder, PlanSteps(device, staging, kernels, plan.batches, form, **traits), None
 
 
 def _load(
@@ -116,10 +113,6 @@ def _load(
 def _without(open_decoder: Callable[[], ort.InferenceSession], problem: str) -> Opened:
     _LOGGER.warning("warning: ONNX Runtime decodes, and not the engine's own kernels, which are faster: %s", problem)
     return open_decoder(), None, problem
-
-
-def _second_copy(weights_bytes: int) -> str:
-    return f"ONNX Runtime keeps a second copy of the decoder's {weights_bytes / 1e9:.2f} GB of weights on the GPU"
 
 
 def _check_top(decoder: ort.InferenceSession, plan: DecodePlan, folder: Path) -> None:

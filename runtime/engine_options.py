@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from runtime.arguments import whole_number
 from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
@@ -12,10 +12,29 @@ from runtime.machine import MAX_THREADS_PER_CORE, available_cores
 from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
 from runtime.option_checks import true_or_false
-from runtime.serving_options import ServingOptions
+from runtime.serving_options import ServingKeywords, ServingOptions
 from runtime.session import SessionOptions, is_on_gpu
 
 DEFAULT_MAX_CONTEXT = 4096
+
+
+class KernelKeywords(TypedDict, total=False):
+    """Which kernels run decode steps on a GPU (docs/targets.md), as keyword arguments.
+
+    Attributes:
+        decode_plan: The engine's own, where it brings some for the GPU; True by default.
+        batch_invariant: Of these, the form whose rounding does not depend on how many sequences run beside each other:
+            the same answer whatever else is asked, and a little slower.
+        weights_twice: These even where ONNX Runtime keeps a second copy of the weights on the GPU.
+    """
+
+    decode_plan: bool
+    batch_invariant: bool
+    weights_twice: bool
+
+
+class OpeningKeywords(ServingKeywords, KernelKeywords, total=False):
+    """What `Qwen3VLModel.from_engine` takes beside its own arguments."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from runtime.choices import refuse_several, run_choices, run_choices_async
 from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray, no_visual_embeds, on_host
 from runtime.conversation import Conversation, complete
-from runtime.engine_options import EngineOptions
+from runtime.engine_options import EngineOptions, OpeningKeywords
 from runtime.errors import Qwen3VLError, UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import RequestKeywords
@@ -42,7 +42,7 @@ from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import held_bytes, plan_limits
 from runtime.scheduling.request import Limits, Request
 from runtime.scheduling.worker import Worker
-from runtime.serving_options import ServingKeywords, ServingOptions
+from runtime.serving_options import ServingOptions
 from runtime.session import Session, is_on_gpu, open_session
 from runtime.shown import shown
 from runtime.still_wanted import Check, NotWanted, StillWanted, always
@@ -154,16 +154,13 @@ class Qwen3VLModel:
         threads: int | None = None,
         huge_pages: bool = False,
         cuda_graphs: bool = True,
-        decode_plan: bool = True,
-        batch_invariant: bool = False,
-        weights_twice: bool = False,
         max_context: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         max_memory: int | None = None,
         max_image_pixels: int | None = None,
         legacy_video_prompt: bool = False,
-        **serving: Unpack[ServingKeywords],
+        **keywords: Unpack[OpeningKeywords],
     ) -> Qwen3VLModel:
         """Open an engine folder.
 
@@ -173,10 +170,6 @@ class Qwen3VLModel:
             threads: Threads of the engine; by default OMP_NUM_THREADS, or the cores that this process may run on.
             huge_pages: Move the weights to huge pages: seconds to open, faster tokens (`runtime.huge_pages`).
             cuda_graphs: On a GPU, record the decode step once and launch it from then on: faster tokens.
-            decode_plan: On a GPU, decode with the engine's own kernels, where it brings some for it (docs/targets.md).
-            batch_invariant: Of these kernels, take the form whose rounding does not depend on how many sequences run
-                beside each other: the same answer whatever else is asked, and a little slower.
-            weights_twice: Take these kernels even where ONNX Runtime keeps a second copy of the weights on the GPU.
             max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for,
                 or the capacity that the engine was built with.
             min_pixels: Smaller images, and frames of videos, are enlarged to this area.
@@ -186,7 +179,7 @@ class Qwen3VLModel:
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
             legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
-            **serving: How many requests run and wait, and what is kept for later ones (`ServingKeywords`).
+            **keywords: How many requests run, wait and are kept, and which kernels decode (`OpeningKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -204,16 +197,13 @@ class Qwen3VLModel:
             threads=threads,
             huge_pages=huge_pages,
             cuda_graphs=cuda_graphs,
-            decode_plan=decode_plan,
-            batch_invariant=batch_invariant,
-            weights_twice=weights_twice,
             max_context=max_context,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             max_memory=max_memory,
             max_image_pixels=max_image_pixels,
             legacy_video_prompt=legacy_video_prompt,
-            **serving,
+            **keywords,
         )
         return cls.from_manifest(folder, manifest, options, source=source)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engines.decode_plan.graph import Decoder, Experts, Layer, Norm
-from engines.kernels import attention, candidates, embed, product, router
+from engines.kernels import attention, candidates, embed, experts, product, router
 from engines.kernels.launch import ADD, GLU, LOGITS, STORE, Gpu, Launch, Unserved, Weight
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -18,6 +18,7 @@ FORMS = (FAST, INVARIANT)
 
 _HALF_BYTES = 2
 HIDDEN, QKV, ATTENTION, INNER = "buffer:hidden", "buffer:qkv", "buffer:attention", "buffer:inner"
+IDS, SHARES = "buffer:expert_ids", "buffer:expert_weights"
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,6 @@ class _Step:
         )
 
     def _experts(self, layer: Experts, norm: Norm) -> Iterator[Launch]:
-        from engines.kernels import experts
-
         dtype, top_k = self._decoder.dtype, layer.top_k
         yield router.launch(
             layer.router,
@@ -169,23 +168,16 @@ class _Step:
         yield experts.launch_gate_up(
             layer.gate_up,
             HIDDEN,
+            IDS,
             INNER,
             self._batch,
+            top_k,
             self._gpu,
             dtype=dtype,
-            top_k=top_k,
             norm=norm.gain,
             eps=norm.epsilon,
         )
-        yield experts.launch_down(
-            layer.down,
-            INNER,
-            HIDDEN,
-            self._batch,
-            self._gpu,
-            dtype=dtype,
-            top_k=top_k,
-        )
+        yield experts.launch_down(layer.down, INNER, IDS, SHARES, HIDDEN, self._batch, top_k, self._gpu, dtype=dtype)
 
 
 def _inner_width(layer: Layer) -> int:

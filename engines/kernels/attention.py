@@ -15,6 +15,7 @@ from engines.kernels.launch import Argument, Gpu, Launch, Unserved
 _MAX_GROUP: Final = 16  # rows of a tensor-core product
 _HEAD_DIMS: Final = (16, 32, 64, 128, 256)
 _MAX_SPLITS: Final = 32
+_WIDTH_OF_SPLIT: Final = 8  # columns of a cached row, over all heads, for which a row gets one split at most
 _INVARIANT_BATCH: Final = 2  # whose tiles all batches take
 
 Array = NDArray[Any]
@@ -61,7 +62,9 @@ def tiles(heads: Heads, batch: int, gpu: Gpu, *, invariant: bool) -> Tiles:
         batch = _INVARIANT_BATCH
     per_multiprocessor = 1 if batch == 1 else 2 if batch <= 4 else 4
     wanted = per_multiprocessor * gpu.num_sms // (heads.num_kv_heads * batch)
-    splits = min(_MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
+    # Of narrow rows a program has little to read.
+    wanted = min(wanted, _MAX_SPLITS, heads.num_kv_heads * heads.head_dim // _WIDTH_OF_SPLIT)
+    splits = 1 << max(0, wanted.bit_length() - 1)
     # Two stages of keys and values of 64 rows of 128 take 64 KiB.
     return Tiles(splits, block=64 if heads.head_dim <= 128 else 32, stages=2, warps=4)
 

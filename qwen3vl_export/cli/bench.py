@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 _PROMPT = "Describe the image. "
 _DEFAULT_RUNS = 5
+_OPENING = (
+    *("threads", "huge_pages", "no_cuda_graphs", "no_decode_plan", "batch_invariant", "weights_twice"),
+    *("max_context", "max_memory"),
+)
 _GRAPH = {True: ", as a CUDA graph", False: ", without a CUDA graph", None: ""}
 
 
@@ -70,13 +74,7 @@ def bench(
         int | None, typer.Option(min=1, help="Number of answers to time, after one that warms up. [default: 5]")
     ] = None,
     load: LoadOptions,
-    opening: Annotated[
-        Opening,
-        (
-            *("threads", "huge_pages", "no_cuda_graphs", "no_decode_plan", "batch_invariant", "weights_twice"),
-            *("max_context", "max_memory"),
-        ),
-    ],
+    opening: Annotated[Opening, _OPENING],
     serving: Serving,
     as_json: AsJson = False,
 ) -> None:
@@ -116,8 +114,7 @@ def bench(
         return
     speed = measure(model, size, prompt_tokens, new_tokens, runs or _DEFAULT_RUNS)
     # Known after the first step; None if this kind of engine records nothing.
-    where["decode_recorded"] = getattr(model.session, "decode_recorded", None)
-    where["decode_kernels"] = getattr(model.session, "decode_kernels", None)
+    where |= {name: getattr(model.session, name, None) for name in ("decode_recorded", "decode_kernels")}
     if as_json:
         print_json({**where, **asdict(speed)})
     else:

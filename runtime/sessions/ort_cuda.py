@@ -5,9 +5,13 @@ captures it once for each batch size as a CUDA graph and replays it; a step then
 uncaptured. A graph is of the thread that captured it, so another one that calls captures anew. Where the engine has a
 decode plan for the GPU, own kernels run such steps instead, from any slot on (`runtime.decode_plan_session`).
 
-The memory of caches and steps is ours, by `runtime.cuda` and not from ONNX Runtime: its arena grows by powers of two,
-so it could take up to twice what a cache needs, and it copies neither a part of a buffer nor a new buffer's zeros
-without the host. The package cuda-bindings brings that into one context with the provider: both use the primary one.
+An image stays on the device: its pixels go up as grey levels where the engine normalises them, through pinned memory,
+and the vision tower writes its embeddings where prefill reads them (`runtime.device_arrays`).
+
+The memory of caches, embeddings and steps is ours, by `runtime.cuda` and not from ONNX Runtime: its arena grows by
+powers of two, so it could take up to twice what a cache needs, and it copies neither a part of a buffer nor a new
+buffer's zeros without the host. The package cuda-bindings brings that into one context with the provider: both use the
+primary one.
 
 ONNX Runtime has a stream of its own; neither waits for the other. Two rules order them: a run waits for its stream
 before it returns (CUDAExecutionProvider::OnRunEnd and CUDAGraphManager::Replay, as long as the run option
@@ -35,7 +39,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import DECODER_DTYPES, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs, VisualEmbeds
+from runtime.contract import (
+    DECODER_DTYPES,
+    VISION_OUTPUTS,
+    DecoderInputs,
+    FloatArray,
+    LevelInputs,
+    VisionInputs,
+    VisualEmbeds,
+)
 from runtime.cuda import CudaDevice
 from runtime.decode_plan_session import open_with_plan
 from runtime.decode_step import StepBuffers, padded_batch
@@ -48,6 +60,7 @@ from runtime.errors import CapacityError, EngineError
 from runtime.installation import from_extra, how_to_install
 from runtime.manifest import Manifest
 from runtime.session import KVCache, SessionOptions, TopLogits, top_logits
+from runtime.vision_inputs import takes_grey_levels
 
 with from_extra("cuda"):
     import onnxruntime as ort
@@ -194,6 +207,7 @@ class OrtCudaSession:
     ) -> None:
         options = options or SessionOptions()
         self._config = manifest.model
+        self._takes_levels = takes_grey_levels(manifest.capabilities)
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._device = device
         self.decode_recorded: bool | None = None
@@ -245,6 +259,7 @@ class OrtCudaSession:
         return embeds
 
     def _run_vision(self, inputs: VisionInputs) -> DeviceEmbeds:
+        assert isinstance(inputs, LevelInputs) == self._takes_levels, "pixels as `Preparation.for_engine` leaves them"
         num_segments, num_patches, _ = inputs.pixel_values.shape
         rows = [num_patches // self._config.vision.patches_per_token] * num_segments
         embeds = self._embeds.new(self._config.num_visual_levels, rows, self._config.text.hidden_size)

@@ -27,6 +27,7 @@ from engines.target import Target
 from helpers import ROOT
 from helpers.targets import like
 from runtime.errors import TargetError
+from runtime.manifest import Manifest
 
 GPU = Gpu("NVIDIA H200", "9.0", 140 << 30, 139 << 30, "570.1")
 MACHINE = Hardware("Abacus", (), 2, 24 << 30, (GPU,))
@@ -118,6 +119,28 @@ def test_an_engine_without_plans_is_not_inspected(tmp_path: Path) -> None:
     commands = Commands(plans=False)
     check(tmp_path, commands, named("ort-cuda-fp16"))
     assert commands.steps == [BUILD, VERIFY, BENCH]
+
+
+def test_an_engine_of_onnxruntime_on_cuda_is_timed_like_those_of_a_pack(tmp_path: Path, gpu_engine: Path) -> None:
+    commands = Commands(plans=False)
+
+    def run(command: Sequence[str], timeout_s: float) -> Done:
+        if "benchmarks.gpu.speed" in command:
+            commands.ran.append((gpu_check.SPEED, list(command), timeout_s))
+            return Done(1, '{"finite": true}', "error: weights twice\n", 1.0)
+        done = commands(command, timeout_s)
+        if step_of(command) == BUILD:
+            folder = Path(command[command.index("--output") + 1])
+            folder.mkdir(parents=True)
+            replace(Manifest.read(gpu_engine), session="ort_cuda").write(folder)
+        return done
+
+    (outcome,), (result,), _ = check(tmp_path, run, named("ort-cuda-fp16"))
+    assert commands.steps == [BUILD, VERIFY, BENCH, gpu_check.SPEED]
+    engine = commands.ran[0][1][commands.ran[0][1].index("--output") + 1]
+    assert commands.ran[-1][1][1:4] == ["-m", "benchmarks.gpu.speed", engine]
+    assert (outcome.result, outcome.why) == (FAILED, "speed: weights twice")
+    assert result["values"][gpu_check.SPEED] == {"finite": True}
 
 
 def test_a_failed_build_ends_its_target_and_no_other(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import qwen3_vl
 import qwen3_vl.core
 from helpers import ROOT
 from qwen3vl_export.demo import IMAGES
+from runtime.engine_options import OpeningKeywords
 from runtime.errors import CapacityError, ImageError, Qwen3VLError, UsageError
 from runtime.generation_config import OPTIONS as OPTION_NAMES
 from runtime.generation_config import GenerationOptions
@@ -218,7 +219,7 @@ def test_no_value_of_an_option_ends_in_an_exception_of_python(name: str, model: 
     assert refused > len(VALUES) // 2
 
 
-OPENING = {*inspect.signature(Qwen3VLModel.from_engine).parameters, *get_type_hints(ServingKeywords)} - {"serving"}
+OPENING = {*inspect.signature(Qwen3VLModel.from_engine).parameters, *get_type_hints(OpeningKeywords)} - {"keywords"}
 
 
 @pytest.mark.portable

@@ -15,6 +15,7 @@ from engines.kernels.attention import Heads
 from engines.kernels.launch import GPUS, Gpu, Launch, Unserved
 from helpers.broken_kernels import with_fault
 from helpers.interpret import guarded, interpret, untouched
+from qwen3vl_export.ops import causal_attention
 
 pytest.importorskip("triton")
 
@@ -141,7 +142,7 @@ def test_ragged_lengths_and_permuted_slots(batch: int) -> None:
 
 @pytest.mark.parametrize("batch", [16, 32])
 def test_large_batches(batch: int) -> None:
-    case = Case(Heads(4, 1, 16), [(11 * row) % 61 for row in range(batch)], gpu=Gpu(86, 99 << 10, 16), seed=batch)
+    case = Case(Heads(4, 1, 32), [(11 * row) % 61 for row in range(batch)], gpu=Gpu(86, 99 << 10, 16), seed=batch)
     assert case.launch.grid[0] == 64 // batch
     assert case.run() < 1
 
@@ -154,7 +155,7 @@ def test_no_past() -> None:
 
 
 def test_many_splits() -> None:
-    case = Case(Heads(3, 1, 64), [1500], gpu=Gpu(90, 227 << 10, 40), capacity=1501)
+    case = Case(Heads(3, 1, 256), [1500], gpu=Gpu(90, 227 << 10, 40), capacity=1501)
     assert case.launch.grid == (32, 1, 1)
     assert case.run() < 1
 
@@ -214,7 +215,10 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         ("split * chunk", "split * chunk + 1"),
         ("shrink = tl.exp2(peak - higher)", "shrink = tl.exp2(higher - higher)"),
         ("partner = column ^ (D // 2)", "partner = column ^ 1"),
-        ("score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1)", "score = tl.sum(q, axis=1)"),
+        (
+            "score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1)",
+            "score = tl.sum(q.to(tl.float32), axis=1)",
+        ),
     ],
 )
 def test_faults_are_found(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +242,26 @@ def test_other_heads_are_refused(heads: Heads) -> None:
 def test_other_types_are_refused() -> None:
     with pytest.raises(Unserved, match="float32"):
         attention.launch(DEMO, 0, "q", "k", 1, SMALL, dtype="float32", eps=EPS, invariant=False)
+
+
+def test_the_reference_is_the_definition_of_the_op() -> None:
+    case = Case(SHAPES["narrow"], [9, 0, 30])
+    memory, heads, slots = case.memory, case.heads, case.memory["step:slots"]
+    widths = [heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim]
+    q, k, v = np.split(memory["buffer:qkv"][:, None], [widths[0], sum(widths)], axis=-1)
+    gains = memory["weight:q_norm"], memory["weight:k_norm"]
+    halves = [memory[f"buffer:{name}"][:, None, : heads.head_dim // 2] for name in ("cos", "sin")]
+    caches = memory["key:3"], memory["value:3"]
+    lengths = np.array(case.lengths)
+    op = causal_attention.reference(
+        q, k, v, *gains, *halves, *(cache[slots] for cache in caches), lengths, scale=heads.head_dim**-0.5, epsilon=EPS
+    )
+    rotary = memory["buffer:cos"], memory["buffer:sin"]
+    own = attention.reference(heads, memory["buffer:qkv"], gains, rotary, caches, lengths, slots, eps=EPS)
+    np.testing.assert_allclose(own[0], op[0][:, 0], rtol=1e-12, atol=1e-12)
+    for found, present in zip(own[1:], op[1:], strict=True):
+        appended = np.stack([present[row, :, length] for row, length in enumerate(lengths)])
+        np.testing.assert_allclose(found, appended, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("batch", "splits"), [(1, 16), (2, 16), (4, 8), (8, 8), (16, 4), (32, 2)])

@@ -73,7 +73,7 @@ class Case:
             memory["weight:inv_freq"],
         )
         interpret(launch or self.launch, memory)
-        # A code times its scale is exact in float32, and rounded once; by Triton 3.8's interpreter, cut off for bfloat16.
+        # A code times its scale is exact in float32, and rounded once; Triton 3.8's interpreter cuts off to bfloat16.
         rounding = 2**-7 if self.dtype == "bfloat16" and self.bits < 16 else 0
         np.testing.assert_allclose(
             self.hidden.astype(np.float64), wanted.astype(self.hidden.dtype).astype(np.float64), rtol=rounding, atol=0

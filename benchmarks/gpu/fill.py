@@ -1,0 +1,150 @@
+"""Fill an engine's graphs with random weights of the right spread, and write its manifest: `fill FOLDER`.
+
+`layout.json` in the folder says where each weight lies and of which kind it is (`benchmarks/gpu_pack_graphs.py`
+makes it of the graphs), so nothing of ONNX is needed here. Values are the same on every machine: all tensors of a
+kind are cut out of one block of random numbers, each from a place of its own. The block's length is a prime, so no
+two rows of a matrix are equal, and neither are two logits. Norms are 1, biases small, products N(0, 0.02), as in
+`benchmarks synthetic`; codes of few bits are spread evenly around their zero point, with scales that give about the
+same deviation.
+
+The manifest's hashes of weights are zeros, since nobody compares them: the folder is opened without a full check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.gpu.values import Values, parser
+from runtime.manifest import FileRecord, Manifest
+from runtime.model_config import ModelConfig
+
+LAYOUT = "layout.json"
+MANIFEST = "manifest.json"
+_PRIME = 33_554_467  # the next after 2^25
+_PIECE = 1 << 24
+_STD = 0.02
+_DEVIATIONS = {"scales4": 4.61, "scales8": 73.9}  # of evenly spread codes of 4 and 8 bits
+_MIDDLES = {"zero_points4": 0x88, "zero_points8": 0x80}  # in 4 bits, two in a byte
+_NO_HASH = "0" * 64
+Bytes = NDArray[np.uint8]
+
+
+class Blocks:
+    """One block of random numbers for each kind of weight, made when it is first asked for.
+
+    Args:
+        elements: Length of a block; a prime.
+    """
+
+    def __init__(self, elements: int = _PRIME) -> None:
+        self._elements = elements
+        self._made: dict[tuple[str, str], Bytes] = {}
+
+    def get(self, kind: str, dtype: str) -> Bytes:
+        """Return a block's bytes; `kind` and `dtype` as in the layout."""
+        key = kind, dtype
+        if key not in self._made:
+            self._made[key] = np.ascontiguousarray(self._values(kind, dtype)).view(np.uint8)
+        return self._made[key]
+
+    def _values(self, kind: str, dtype: str) -> NDArray[Any]:
+        random = np.random.default_rng([len(kind), *kind.encode()])
+        if dtype == "uint8":
+            if kind in _MIDDLES:
+                return np.full(self._elements, _MIDDLES[kind], np.uint8)
+            return random.integers(0, 256, self._elements, np.uint8)
+        if kind == "norm":
+            values = np.ones(self._elements, np.float32)
+        elif kind in _DEVIATIONS:
+            middle = _STD / _DEVIATIONS[kind]
+            values = random.uniform(0.8 * middle, 1.2 * middle, self._elements).astype(np.float32)
+        else:
+            values = random.standard_normal(self._elements, np.float32)
+            values *= np.float32(_STD if kind == "weight" else 0.1 * _STD)
+        return to_dtype(values, dtype)
+
+
+def to_dtype(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Return float32 values in a stored type; bfloat16 as the upper halves, cut off."""
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+def write_weights(folder: Path, layout: Mapping[str, Any], *, blocks: Blocks | None = None, threads: int = 8) -> int:
+    """Write all weight files of a layout and return their bytes."""
+    blocks = blocks or Blocks()
+    # Blocks are made before the threads ask for them.
+    for described in layout.values():
+        for tensor in described["tensors"]:
+            blocks.get(tensor["kind"], tensor["dtype"])
+    with ThreadPoolExecutor(threads) as pool:
+        for name, described in layout.items():
+            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                os.truncate(descriptor, described["num_bytes"])
+                done = [
+                    pool.submit(_write, descriptor, each, blocks.get(each["kind"], each["dtype"]))
+                    for each in described["tensors"]
+                ]
+                for each in done:
+                    each.result()
+            finally:
+                os.close(descriptor)
+    return sum(int(described["num_bytes"]) for described in layout.values())
+
+
+def write_manifest(folder: Path) -> Manifest:
+    """Write `engine.json` of `manifest.json`, which the pack brings, and the files of the folder."""
+    values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    weights = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
+    files = {
+        path.name: FileRecord(path.stat().st_size, _NO_HASH, is_weights=True)
+        if path.name in weights
+        else FileRecord.of(path)
+        for path in sorted(folder.iterdir())
+        if path.name not in (MANIFEST, LAYOUT, "engine.json") and path.is_file()
+    }
+    manifest = Manifest(**{**values, "model": ModelConfig.from_dict(values["model"]), "files": files})
+    manifest.write(folder)
+    return manifest
+
+
+def _write(descriptor: int, tensor: Mapping[str, Any], block: Bytes) -> None:
+    """Write one tensor, from a place in the block that its name gives."""
+    item_bytes = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}[tensor["dtype"]]
+    digest = hashlib.sha256(tensor["name"].encode()).digest()
+    begin = int.from_bytes(digest[:8], "little") % (len(block) // item_bytes) * item_bytes
+    position, left = int(tensor["offset"]), int(tensor["num_bytes"])
+    while left:
+        piece = block[begin : begin + min(left, _PIECE)]
+        written = os.pwrite(descriptor, memoryview(piece), position)
+        position, left, begin = position + written, left - written, (begin + written) % len(block)
+
+
+def main() -> int:
+    """Run the section."""
+    args = parser().parse_args()
+    values = Values(args.values)
+    start = time.perf_counter()
+    layout = json.loads((args.folder / LAYOUT).read_text(encoding="utf-8"))
+    num_bytes = write_weights(args.folder, layout)
+    write_manifest(args.folder)
+    values["weight_bytes"] = num_bytes
+    values["gb_per_s"] = round(num_bytes / 1e9 / (time.perf_counter() - start), 2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

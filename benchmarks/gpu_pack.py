@@ -1,0 +1,193 @@
+"""`python -m benchmarks gpu-pack`: everything that measures a bare GPU machine, in archives of a size that travels.
+
+Written into a folder: `gpu_pack.py`, which needs the standard library alone, `pack.json`, and the parts. They hold
+onnxruntime-gpu without the machine code of other GPUs, wheels that the machine's Python may lack, this package,
+engines of the shipped checkpoints for every target of ONNX Runtime on CUDA, the CPU's answers of these, and graphs
+of large shapes without weights, which are filled there (`benchmarks/gpu/fill.py`). Nothing of a GPU is needed here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import gpu_pack_libraries as libraries
+from benchmarks import synthetic
+from benchmarks.build import SHIPPED
+from benchmarks.gpu import standalone
+from benchmarks.gpu.questions import NUM_POSITIONS, NUM_TOKENS, questions
+from benchmarks.gpu_pack_graphs import describe
+from benchmarks.gpu_pack_parts import MANIFEST, Piece, write_pack
+from engines.quantize.calibration import needs_prompts
+from engines.registry import all_targets, get
+from engines.target import Target
+from runtime.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = "gpu_pack.py"
+_SESSION = "ort_cuda"
+_REFERENCE = "ort-cpu-fp32"
+# Of the repository: what sections import, and the pictures that they ask about; not the checkpoints.
+_PACKAGES = ("runtime", "engines", "qwen3_vl", "configs", "qwen3vl_export", "benchmarks/gpu")
+_FILES = ("benchmarks/__init__.py", "benchmarks/measure.py")
+_LEFT_OUT = ("__pycache__", "checkpoint", "checkpoint_moe", "native")
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def gpu_pack(
+    sm: Annotated[int, typer.Option(help="The GPU's compute capability without its point: 90 for H100 and H200.")] = 90,
+    output: Annotated[Path, typer.Option(help="Folder for the pack; it must be empty.")] = Path("out/gpu-pack"),
+    python: Annotated[str, typer.Option(help="The machine's Python.")] = "3.12",
+    part_bytes: Annotated[str, typer.Option(help="The most bytes of one part, such as 60M.")] = "60M",
+    models: Annotated[str, typer.Option(help="Shapes of configs/models, comma-separated.")] = "qwen3-vl-2b,qwen3-vl-8b",
+    targets: Annotated[str, typer.Option(help="Targets of these shapes.")] = "ort-cuda-fp16,ort-cuda-int4",
+    checkpoints: Annotated[str, typer.Option(help="Shipped checkpoints, whole.")] = ",".join(SHIPPED),
+    onnxruntime: Annotated[Path | None, typer.Option(help="A wheel of onnxruntime-gpu; fetched by default.")] = None,
+    wheels: Annotated[Path | None, typer.Option(help="Folder of the other wheels; fetched by default.")] = None,
+    no_wheels: Annotated[bool, typer.Option("--no-wheels", help="The machine has these libraries already.")] = False,
+    decode_plan: Annotated[bool | None, typer.Option(help="As for qwen3vl-export.")] = None,
+) -> None:
+    """Write a pack that measures a GPU machine without a package index: `python gpu_pack.py run` there."""
+    limit = parsed_bytes(part_bytes)
+    if output.exists() and any(output.iterdir()):
+        raise UsageError(f"{output} is not empty", remedy="give another --output, or empty it")
+    if no_wheels and wheels is not None:
+        raise UsageError("--no-wheels leaves out what --wheels gives", remedy="give one of them")
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gpu-pack-", dir=output.parent) as name:
+        work = Path(name)
+        site = libraries.unpack_onnxruntime(onnxruntime, python, sm, work)
+        (work / "wheels").mkdir()
+        chosen = [] if no_wheels else libraries.collect_wheels(wheels, python, work / "wheels")
+        plan: dict[str, Any] = {"decode_plan": decode_plan}
+        if decode_plan is not False:
+            plan["compute_capability"] = [f"{sm // 10}.{sm % 10}"]
+        copy_project(work / "project")
+        engines = build_shipped(_listed(checkpoints), work / "content" / "engines", plan)
+        write_references(_listed(checkpoints), work)
+        graphs = build_graphs(_listed(models), _listed(targets), work, plan)
+        description = {
+            "title": f"SM {sm}, Python {python}, {', '.join((*engines, *graphs))}",
+            "sm": sm,
+            "python": python,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": {"qwen3vl-export": metadata.version("qwen3vl-export"), "onnxruntime-gpu": site.version},
+            "pruned": site.pruned,
+            "wheels": chosen,
+            "engines": engines,
+            "graphs": graphs,
+        }
+        (work / "content" / "description.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        pieces = [
+            Piece("onnxruntime", site.folder, "site"),
+            Piece("wheels", work / "wheels", "wheels"),
+            Piece("project", work / "project", "project"),
+            Piece("content", work / "content", "."),
+        ]
+        typer.echo("compressing")
+        pack = write_pack(pieces, output, limit, description)
+    (output / MANIFEST).write_text(json.dumps(pack, indent=1) + "\n", encoding="utf-8")
+    shutil.copyfile(standalone.__file__, output / PROGRAM)
+    for part in pack["parts"]:
+        typer.echo(f"{part['num_bytes'] / 1e6:6.1f} MB  {output / part['name']}")
+    typer.echo(f"copy {output} to the machine, then there: python{python} {PROGRAM} run --json gpu.json")
+
+
+def parsed_bytes(text: str) -> int:
+    """Return the number of bytes of a text such as 60M.
+
+    Raises:
+        UsageError: It is none, or below what any part needs.
+    """
+    unit = _UNITS.get(text[-1:].upper(), 1)
+    digits = text[:-1] if unit > 1 else text
+    if not digits.isdecimal() or int(digits) * unit < _UNITS["K"]:
+        raise UsageError(f"--part-bytes {text}: not a number of bytes from 1K on", remedy="give one such as 60M")
+    return int(digits) * unit
+
+
+def copy_project(folder: Path) -> None:
+    """Copy what the sections import, and the pictures that they ask about."""
+    for package in _PACKAGES:
+        ignored = shutil.ignore_patterns(*_LEFT_OUT, "*.so", "*.pyc")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    for name in _FILES:
+        shutil.copyfile(ROOT / name, folder / name)
+
+
+def shipped_targets() -> list[Target]:
+    """Return the targets of ONNX Runtime on CUDA."""
+    return [target for target in all_targets() if target.session == _SESSION]
+
+
+def build_shipped(checkpoints: Sequence[str], folder: Path, plan: dict[str, Any]) -> list[str]:
+    """Build engines of shipped checkpoints for every target; return their names."""
+    names = []
+    for checkpoint in checkpoints:
+        for target in shipped_targets():
+            name = f"{checkpoint}-{target.name}"
+            typer.echo(f"building {name}")
+            with tempfile.TemporaryDirectory() as prompts:
+                calibration = synthetic.write_calibration(Path(prompts)) if needs_prompts(target) else None
+                _export(checkpoint, target, folder / name, plan, calibration=calibration)
+            names.append(name)
+    return names
+
+
+def write_references(checkpoints: Sequence[str], work: Path) -> None:
+    """Write the CPU's answers to all questions: token ids as JSON, logits as `.npz`, by checkpoint."""
+    import numpy as np
+
+    from qwen3_vl import Qwen3VLModel
+
+    folder = work / "content" / "references"
+    folder.mkdir(parents=True)
+    for checkpoint in checkpoints:
+        typer.echo(f"asking {checkpoint} on the CPU")
+        engine = work / f"reference-{checkpoint}"
+        _export(checkpoint, get(_REFERENCE), engine, {})
+        model = Qwen3VLModel.from_engine(engine)
+        ids, logits = {}, {}
+        for name, messages in questions().items():
+            logits[name] = np.asarray(model.logits(messages)[-NUM_POSITIONS:], np.float32)
+            answer = model.generate(messages, max_new_tokens=NUM_TOKENS, do_sample=False)
+            ids[name] = [int(each) for each in answer.token_ids]
+        (folder / f"{checkpoint}.json").write_text(json.dumps(ids), encoding="utf-8")
+        np.savez_compressed(folder / f"{checkpoint}.npz", **logits)
+
+
+def build_graphs(models: Sequence[str], targets: Sequence[str], work: Path, plan: dict[str, Any]) -> list[str]:
+    """Export graphs without weights of large shapes; return their names in the order in which they are measured."""
+    names = []
+    for model in models:
+        checkpoint = work / f"checkpoint-{model}"
+        synthetic.write_checkpoint(checkpoint, model, sparse=True)
+        for target in targets:
+            name = f"{model}-{target}"
+            typer.echo(f"graphs of {name}")
+            folder = work / "content" / "graphs" / name
+            manifest = _export(str(checkpoint), get(target), folder, plan, weights=False)
+            describe(folder, manifest)
+            names.append(name)
+    return names
+
+
+def _export(model: str, target: Target, output: Path, plan: dict[str, Any], **options: Any) -> Any:
+    from qwen3vl_export.export import export
+    from qwen3vl_export.request import ExportRequest
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    mine = plan if target.decode_plan else {}
+    return export(ExportRequest(model=model, target=target.name, output=output, **mine, **options)).manifest
+
+
+def _listed(text: str) -> list[str]:
+    return [each.strip() for each in text.split(",") if each.strip()]

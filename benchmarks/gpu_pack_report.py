@@ -1,0 +1,156 @@
+"""Tables of a result of `gpu_pack.py run` (`benchmarks/gpu/measure.py` says what the file holds)."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result_files import markdown
+
+Result = Mapping[str, Any]
+_MISSING = "not measured"
+_NUM_KERNELS = 8
+_GOALS = Path(__file__).with_name("gpu_pack_goals.toml")
+
+
+def table(result: Result) -> str:
+    """Return all tables: goals, engines, parity, kernels; and what failed."""
+    gpu = values(result, "machine").get("gpu", {})
+    copies = values(result, "machine").get("copy_bytes_per_s")
+    head = f"{gpu.get('name', 'GPU unknown')}, SM {gpu.get('sm', '?')}, CUDA {gpu.get('driver', '?')}"
+    head += f", copies on the device {copies / 1e12:.2f} TB/s" if copies else ""
+    parts = [head + f", {result['date']}.", goals_table(result), engines_table(result), parity_table(result)]
+    parts += [kernels_table(result), troubles(result)]
+    return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
+
+
+def values(result: Result, section: str) -> Mapping[str, Any]:
+    """Return what a section found, even if it failed later; empty if it did not run."""
+    found: Mapping[str, Any] = result["sections"].get(section, {}).get("values", {})
+    return found
+
+
+def decode_ms(result: Result, engine: str, batch: int, section: str = "speed") -> float | None:
+    """Return the median of a decode step after 512 tokens, of a section such as speed or torch."""
+    step = values(result, f"{section} {engine}").get("decode", {}).get(str(batch))
+    return None if step is None else float(step["median_ms"])
+
+
+def share_of_copies(result: Result, engine: str, batch: int, section: str = "speed") -> float | None:
+    """Return the bytes that a step reads in its time, in percent of what copies on the device read and write."""
+    step = decode_ms(result, engine, batch, section)
+    num_bytes = values(result, f"speed {engine}").get("step_bytes", {}).get(str(batch))
+    copies = values(result, "machine").get("copy_bytes_per_s")
+    if step is None or num_bytes is None or not copies:
+        return None
+    return 100 * float(num_bytes) / (1e-3 * step) / float(copies)
+
+
+def first_token_ms(result: Result, engine: str, batch: int, section: str = "speed") -> float | None:
+    """Return the median from resized pixels of 1024² to the first token."""
+    taken = values(result, f"{section} {engine}").get("first_token")
+    return None if taken is None else float(taken["median_ms"])
+
+
+def weights_on_device(result: Result, engine: str, batch: int, section: str = "speed") -> float | None:
+    """Return the device memory after the first step, without the cache, over the bytes of the weights."""
+    memory = values(result, f"{section} {engine}").get("memory")
+    if memory is None:
+        return None
+    return float(memory["taken_at_step_bytes"] - memory["cache_bytes"]) / float(memory["weight_bytes"])
+
+
+FIGURES = {
+    "decode_ms": (decode_ms, "decode, batch {}", " ms"),
+    "share_of_copies": (share_of_copies, "decode, batch {}: bytes read over copies on the device", " %"),
+    "first_token_ms": (first_token_ms, "image of 1024² to first token", " ms"),
+    "weights_on_device": (weights_on_device, "device memory over bytes of weights", " ×"),
+}
+
+
+def goals_table(result: Result) -> str:
+    """Return what was asked beside what was reached, and beside ONNX Runtime's own step and PyTorch's."""
+    rows = [("engine", "figure", "asked", "reached", "met", "without decode plan", "plain PyTorch")]
+    for goal in tomllib.loads(_GOALS.read_text(encoding="utf-8"))["goals"]:
+        figure, what, unit = FIGURES[goal["figure"]]
+        engine, batch = f"{goal['model']}-{goal['target']}", goal.get("batch", 1)
+        reached = figure(result, engine, batch)
+        limit, sign = (goal["at_most"], "≤") if "at_most" in goal else (goal["at_least"], "≥")
+        is_met = reached is not None and (reached <= limit if sign == "≤" else reached >= limit)
+        others = [_figure(figure(result, engine, batch, section), unit) for section in ("speed-without-plan", "torch")]
+        verdict = "" if reached is None else "yes" if is_met else "**no**"
+        rows.append(
+            (
+                engine,
+                what.format(batch),
+                f"{sign} {limit:g}{unit}",
+                _figure(reached, unit) or _MISSING,
+                verdict,
+                *others,
+            )
+        )
+    return markdown(rows)
+
+
+def engines_table(result: Result) -> str:
+    """Return the milliseconds of every large engine: steps, prompts, images."""
+    names = [name.partition(" ")[2] for name in result["sections"] if name.startswith("speed ")]
+    if not any(values(result, f"speed {name}") for name in names):
+        return ""
+    rows: list[list[str]] = [["ms", *names]]
+    found = [values(result, f"speed {name}") for name in names]
+    rows.append(["decode kernels", *(str(each.get("decode_kernels", "")) for each in found)])
+    labels = {"decode": "decode after 512, batch {}", "prefill": "prefill of {}", "vision": "vision, {} patches"}
+    for kind, label in labels.items():
+        keys = sorted({key for each in found for key in each.get(kind, {})}, key=int)
+        rows += [[label.format(key), *(_median(each.get(kind, {}).get(key)) for each in found)] for key in keys]
+    rows.append(["decode after 3500, batch 1", *(_median(each.get("decode_long")) for each in found)])
+    rows.append(["image of 1024² to first token", *(_median(each.get("first_token")) for each in found)])
+    return markdown(rows)
+
+
+def parity_table(result: Result) -> str:
+    """Return how shipped engines answer on the GPU, against the CPU's float32."""
+    rows = [("engine", "answers as on the CPU", "least cosine of logits", "decode kernels")]
+    for name, section in result["sections"].items():
+        found = section.get("values", {})
+        if name.startswith("parity ") and "num_questions" in found:
+            cosine = found.get("min_cosine")
+            shown = "not a number" if cosine is None else f"{cosine:.7f}"
+            same = f"{found['num_same']} of {found['num_questions']}"
+            rows.append((name.removeprefix("parity "), same, shown, found.get("decode_kernels", "")))
+    return markdown(rows) if len(rows) > 1 else ""
+
+
+def kernels_table(result: Result) -> str:
+    """Return what takes longest in a decode step of each engine."""
+    rows = [("engine, decode step", "µs", "launches")]
+    for name, section in result["sections"].items():
+        found = section.get("values", {}).get("decode")
+        if name.startswith("kernels ") and found:
+            rows.append(
+                (f"**{name.removeprefix('kernels ')}**", f"{found['total_us']:g}", f"{found['num_launches']:g}")
+            )
+            for each in found["largest"][:_NUM_KERNELS]:
+                rows.append((f"`{each['name']}`".replace("|", "\\|"), f"{each['us']:g}", f"{each['num_launches']:g}"))
+    return markdown(rows) if len(rows) > 1 else ""
+
+
+def troubles(result: Result) -> str:
+    """Return which sections did not pass, and why."""
+    lines = [
+        f"- {name}: {section['state']}: {section['why']}"
+        for name, section in result["sections"].items()
+        if section["state"] != "passed"
+    ]
+    return "\n".join(["Sections that did not pass:", "", *lines]) if lines else "All sections passed."
+
+
+def _figure(value: float | None, unit: str) -> str:
+    return "" if value is None else f"{value:.3g}{unit}"
+
+
+def _median(step: Mapping[str, float] | None) -> str:
+    return "" if step is None else f"{step['median_ms']:.3g}"

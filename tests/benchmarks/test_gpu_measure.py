@@ -1,0 +1,254 @@
+"""The sections of a GPU pack: order, time, crashes and hangs, one result file, its tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_pack_report as shown
+from benchmarks import report
+from benchmarks.gpu import measure as measured
+from benchmarks.gpu.kernel_times import by_kernel
+from benchmarks.gpu.measure import FAILED, PASSED, SKIPPED, Section
+from benchmarks.gpu.values import Values, repeated, summary
+from benchmarks.measure import environment
+from helpers import ROOT
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def section(name: str, *, after: tuple[str, ...] = (), group: str = "", limit_s: float = 10.0) -> Section:
+    return Section(name, ("module",), limit_s, after, group)
+
+
+def taking(clock: Clock, seconds: float, ran: list[tuple[str, float]], fails: str = "") -> Callable[..., Any]:
+    def run(each: Section, limit_s: float) -> dict[str, Any]:
+        ran.append((each.name, limit_s))
+        clock.now += seconds
+        return {"state": FAILED if each.name == fails else PASSED, "why": "", "seconds": seconds}
+
+    return run
+
+
+def test_sections_run_in_order_until_the_time_is_over() -> None:
+    clock, ran, told = Clock(), [], []
+    chosen = [section(name) for name in "abcd"]
+    results = measured.measure(
+        chosen, 13.0, run=taking(clock, 5.0, ran), on_result=lambda each: told.append(len(each)), clock=clock
+    )
+    assert ran == [("a", 10.0), ("b", 8.0), ("c", 3.0)]
+    assert [each["state"] for each in results.values()] == [PASSED, PASSED, PASSED, SKIPPED]
+    assert results["d"]["why"] == "the 13 s were over"
+    assert told == [1, 2, 3, 4]
+
+
+def test_what_builds_on_a_failed_section_is_skipped_and_the_others_run() -> None:
+    clock, ran = Clock(), []
+    chosen = [section("fill"), section("speed", after=("fill",)), section("other")]
+    results = measured.measure(chosen, 60.0, run=taking(clock, 1.0, ran, fails="fill"), clock=clock)
+    assert [name for name, _ in ran] == ["fill", "other"]
+    assert results["speed"] == {"state": SKIPPED, "why": "fill did not pass", "seconds": 0.0}
+
+
+def test_a_section_that_was_not_asked_for_does_not_hold_up_another() -> None:
+    clock, ran = Clock(), []
+    measured.measure([section("speed", after=("fill",))], 60.0, run=taking(clock, 1.0, ran), clock=clock)
+    assert [name for name, _ in ran] == ["speed"]
+
+
+def test_a_group_runs_side_by_side() -> None:
+    meeting = threading.Barrier(2, timeout=30)
+
+    def run(each: Section, limit_s: float) -> dict[str, Any]:
+        if each.group:
+            meeting.wait()  # breaks unless both are there
+        return {"state": PASSED, "why": "", "seconds": 0.0}
+
+    results = measured.measure([section("a", group="g"), section("b", group="g"), section("c")], 60.0, run=run)
+    assert list(results) == ["a", "b", "c"]
+
+
+PROGRAM = """
+import json, os, sys, time
+from pathlib import Path
+from benchmarks.gpu.values import Values
+values = Values(Path(sys.argv[sys.argv.index("--values") + 1]))
+values["first"] = 1
+kind = sys.argv[1]
+if kind == "crash":
+    os.kill(os.getpid(), 11)
+if kind == "hang":
+    time.sleep(600)
+if kind == "raise":
+    raise RuntimeError("no memory left\\n  remedy: free the GPU")
+if kind == "problem":
+    values["problems"] = ["weights twice"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit_s", "why"),
+    [
+        ("good", 60.0, ""),
+        ("crash", 60.0, "killed by SIGSEGV"),
+        ("hang", 3.0, "not done after 3 s"),
+        ("raise", 60.0, "RuntimeError: no memory left"),
+        ("problem", 60.0, "weights twice"),
+    ],
+)
+def test_a_section_that_ends_badly_keeps_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, limit_s: float, why: str
+) -> None:
+    (tmp_path / "a_section.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    result = measured.run_section(Section("s", ("a_section", kind), limit_s), limit_s)
+    assert (result["state"], result["why"]) == (FAILED if why else PASSED, why)
+    assert result["values"]["first"] == 1
+
+
+def test_a_pack_has_sections_for_all_that_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "engines" / "demo-ort-cuda-fp16").mkdir(parents=True)
+    for name in ("m-ort-cuda-fp16", "m-ort-cuda-int4"):
+        (tmp_path / "graphs" / name).mkdir(parents=True)
+    (tmp_path / "graphs" / "m-ort-cuda-int4" / "decode_plan.json").touch()
+    graphs = {"graphs": ["m-ort-cuda-fp16", "m-ort-cuda-int4"]}
+    (tmp_path / "description.json").write_text(json.dumps(graphs))
+    assert [each.name for each in measured.sections(tmp_path)] == [
+        "machine",
+        "fill m-ort-cuda-fp16",
+        "fill m-ort-cuda-int4",
+        "parity demo-ort-cuda-fp16",
+        "speed m-ort-cuda-fp16",
+        "speed m-ort-cuda-int4",
+        "torch m-ort-cuda-fp16",
+        "kernels m-ort-cuda-fp16",
+        "speed-without-plan m-ort-cuda-int4",
+        "kernels m-ort-cuda-int4",
+    ]
+
+
+def test_without_a_gpu_a_section_fails_and_the_file_says_so(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.measure", str(tmp_path), "--json", str(output), "--seconds", "60"]
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=tmp_path)
+    result = json.loads(output.read_text())
+    assert done.returncode == 1
+    assert (result["schema"], list(result["sections"])) == (measured.SCHEMA, ["machine"])
+    assert result["sections"]["machine"]["state"] == FAILED
+    assert "runtime.errors.EngineError" in result["sections"]["machine"]["why"]
+    assert "Sections that did not pass" in report.render("gpu-none", result)
+
+
+def test_summaries_are_of_all_calls() -> None:
+    calls: list[int] = []
+    assert repeated(lambda: calls.append(1), warmup=2, repeats=3)["n"] == 3
+    assert len(calls) == 5
+    ten = summary([float(each) for each in range(10, 0, -1)])
+    assert ten == {"median_ms": 5.5, "min_ms": 1.0, "p90_ms": 9.0, "n": 10}
+
+
+def test_kernels_are_added_up_by_name() -> None:
+    found = by_kernel([("gemm", 5.0), ("copy", 1.0), ("gemm", 7.0), ("copy", 1.0)], 2)
+    assert (found["total_us"], found["num_launches"]) == (7.0, 2.0)
+    assert found["largest"][0] == {"name": "gemm", "us": 6.0, "num_launches": 1.0}
+
+
+ENGINE = "qwen3-vl-2b-ort-cuda-fp16"
+
+
+def a_result(step_ms: float = 1.0) -> dict[str, Any]:
+    def step(ms: float) -> dict[str, float]:
+        return {"median_ms": ms, "min_ms": ms, "p90_ms": ms, "n": 9}
+
+    memory = {"weight_bytes": 4_000, "taken_at_step_bytes": 4_900, "cache_bytes": 500, "taken_at_open_bytes": 4_200}
+    speed = {
+        "decode_kernels": "own",
+        "decode": {"1": step(step_ms), "4": step(1.5)},
+        "step_bytes": {"1": 3_500_000_000},
+        "prefill": {"512": step(6.0)},
+        "first_token": step(31.0),
+        "memory": memory,
+    }
+    cards = {"name": "NVIDIA H200", "sm": "9.0", "driver": "13.0"}
+    parity = {"num_same": 11, "num_questions": 12, "min_cosine": 0.9988, "decode_kernels": "own"}
+    kernels = {
+        "decode": {
+            "total_us": 900.0,
+            "num_launches": 140.0,
+            "largest": [{"name": "p|q", "us": 700.0, "num_launches": 28.0}],
+        }
+    }
+    sections = {
+        "machine": {"gpu": cards, "copy_bytes_per_s": 4.0e12},
+        f"speed {ENGINE}": speed,
+        f"torch {ENGINE}": {"decode": {"1": step(2.9)}},
+        "parity demo-ort-cuda-int4": parity,
+        f"kernels {ENGINE}": kernels,
+    }
+    all_passed = {
+        name: {"state": PASSED, "why": "", "seconds": 1.0, "values": values} for name, values in sections.items()
+    }
+    return {"schema": 1, "date": "2026-11-27", "environment": environment(), "sections": all_passed}
+
+
+def row_of(text: str, *words: str) -> list[str]:
+    (line,) = [each for each in text.splitlines() if all(word in each for word in words)]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_goals_stand_beside_what_was_reached() -> None:
+    table = shown.goals_table(a_result())
+    assert row_of(table, "2b", "fp16", "batch 1 ") == [
+        ENGINE,
+        "decode, batch 1",
+        "≤ 1.15 ms",
+        "1 ms",
+        "yes",
+        "",
+        "2.9 ms",
+    ]
+    # 3.5 GB in 1 ms, where copies read and write 4 TB/s.
+    assert row_of(table, "2b", "batch 1:")[3:5] == ["87.5 %", "yes"]
+    assert row_of(table, "2b", "batch 4")[3:5] == ["1.5 ms", "**no**"]
+    assert row_of(table, "2b", "first token")[3:5] == ["31 ms", "**no**"]
+    assert row_of(table, "2b", "fp16", "weights")[3:5] == ["1.1 ×", "yes"]
+    assert row_of(table, "30b-a3b")[3:5] == ["not measured", ""]
+    slower = shown.goals_table(a_result(step_ms=1.16))
+    assert row_of(slower, "2b", "fp16", "batch 1 ")[4] == "**no**"
+
+
+def test_a_result_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "gpu-nvidia-h200.json").write_text(json.dumps(a_result()))
+    ((name, result),) = report.load(tmp_path).items()
+    text = report.render(name, result)
+    assert "NVIDIA H200, SM 9.0, CUDA 13.0, copies on the device 4.00 TB/s, 2026-11-27." in text
+    assert row_of(text, "demo-ort-cuda-int4") == ["demo-ort-cuda-int4", "11 of 12", "0.9988000", "own"]
+    assert "`p\\|q`" in text and "All sections passed." in text
+
+
+def test_a_value_that_a_section_never_reached_is_a_gap() -> None:
+    result = a_result()
+    result["sections"][f"speed {ENGINE}"] = {"state": FAILED, "why": "killed by SIGSEGV", "seconds": 1.0, "values": {}}
+    text = shown.table(result)
+    assert row_of(text, "2b", "fp16", "batch 4")[3] == "not measured"
+    assert f"- speed {ENGINE}: failed: killed by SIGSEGV" in text
+
+
+def test_values_are_written_as_they_come(tmp_path: Path) -> None:
+    values = Values(tmp_path / "v.json")
+    values["a"] = 1
+    assert json.loads((tmp_path / "v.json").read_text()) == {"a": 1}
