@@ -112,8 +112,8 @@ def tiling(weight: Weight, batch: int, gpu: Gpu, *, invariant: bool) -> Tiling:
     rounds, size = -(-num_units(weight) // warps), unit_bytes(weight)
     while num_units(weight) <= 4 and 2 * tiles * groups <= 4 and 2 * tiles * rounds * size <= 128:
         tiles *= 2
-    follows = groups > 1 or programs * warps > 2 * _WARPS_PER_SM * gpu.num_sms
-    depth = min(rounds, max(2, (128 if follows else 256) // (size * tiles)))
+    at_once = tiles == 1 and groups == 1 and programs * warps <= 2 * _WARPS_PER_SM * gpu.num_sms
+    depth = min(rounds, max(2, (256 if at_once else 128) // (size * tiles)))
     return Tiling(warps, depth, 2 if groups == 1 else 1, tiles)
 
 
