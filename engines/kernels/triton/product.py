@@ -91,7 +91,7 @@ def product_fragments(
     lane = tl.arange(0, 32)[None, :]
     start = first * UNIT + lane % 4 * CODES
     inside = tl.where(start < K, start, 0)
-    bytes = inside * 2 if KIND == "half" else inside // 2 if KIND == "int4" else inside
+    offset = inside * 2 if KIND == "half" else inside // 2 if KIND == "int4" else inside
     rows, scales, zeros, xs = (), (), (), ()
     for i in tl.static_range(2 * TILES):
         if MODE == 2:
@@ -100,7 +100,7 @@ def product_fragments(
         else:
             row = tl.minimum(tl.program_id(0) * (16 * TILES) + i * 8 + lane // 4, N - 1)
         row = row.to(tl.int64)
-        rows = rows + (W.to(tl.pointer_type(tl.int8)) + (row * ROW_BYTES + bytes),)
+        rows = rows + (W.to(tl.pointer_type(tl.int8)) + (row * ROW_BYTES + offset),)
         scales = scales + (S + row * SCALES,)
         zeros = zeros + (Z + row * ((SCALES + 1) // 2 if KIND == "int4" else SCALES),)
     for i in tl.static_range(GROUPS):
