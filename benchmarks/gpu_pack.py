@@ -52,17 +52,21 @@ def gpu_pack(
     checkpoints: Annotated[str, typer.Option(help="Shipped checkpoints, whole.")] = ",".join(SHIPPED),
     onnxruntime: Annotated[Path | None, typer.Option(help="A wheel of onnxruntime-gpu; fetched by default.")] = None,
     wheels: Annotated[Path | None, typer.Option(help="Folder of the other wheels; fetched by default.")] = None,
+    no_wheels: Annotated[bool, typer.Option("--no-wheels", help="The machine has these libraries already.")] = False,
     decode_plan: Annotated[bool | None, typer.Option(help="As for qwen3vl-export.")] = None,
 ) -> None:
     """Write a pack that measures a GPU machine without a package index: `python gpu_pack.py run` there."""
     limit = parsed_bytes(part_bytes)
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty", remedy="give another --output, or empty it")
+    if no_wheels and wheels is not None:
+        raise UsageError("--no-wheels leaves out what --wheels gives", remedy="give one of them")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-pack-", dir=output.parent) as name:
         work = Path(name)
         site = libraries.unpack_onnxruntime(onnxruntime, python, sm, work)
-        chosen = libraries.collect_wheels(wheels, python, work / "wheels")
+        (work / "wheels").mkdir()
+        chosen = [] if no_wheels else libraries.collect_wheels(wheels, python, work / "wheels")
         plan: dict[str, Any] = {"decode_plan": decode_plan}
         if decode_plan is not False:
             plan["compute_capability"] = [f"{sm // 10}.{sm % 10}"]

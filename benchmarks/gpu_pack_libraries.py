@@ -94,7 +94,7 @@ def collect_wheels(source: Path | None, python: str, folder: Path) -> list[dict[
     Raises:
         UsageError: One is missing in `source`, or cannot be fetched.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if source is None:
         typer.echo(f"fetching {', '.join(WHEELS)}")
         fetch([f"{name}{wanted}" for name, (_, wanted) in WHEELS.items()], python, folder)

@@ -91,7 +91,7 @@ def write_weights(folder: Path, layout: Mapping[str, Any], *, blocks: Blocks | N
             blocks.get(tensor["kind"], tensor["dtype"])
     with ThreadPoolExecutor(threads) as pool:
         for name, described in layout.items():
-            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             try:
                 os.truncate(descriptor, described["num_bytes"])
                 done = [

@@ -148,12 +148,17 @@ def run_section(section: Section, limit_s: float) -> dict[str, Any]:
     elif code < 0:
         result |= {"state": FAILED, "why": f"killed by {signal.Signals(-code).name}"}
     elif code or values.get("problems"):
-        result |= {"state": FAILED, "why": "; ".join(values.get("problems", [])) or (said[-1] if said else f"{code}")}
+        result |= {"state": FAILED, "why": "; ".join(values.get("problems", [])) or _last_message(said, code)}
     if result["state"] == FAILED:
         result["log"] = said[-_TAIL_LINES:]
     why = f" ({result['why']})" if result["why"] else ""
     print(f"{section.name}: {result['state']} in {result['seconds']:.1f} s{why}", flush=True)
     return result
+
+
+def _last_message(lines: Sequence[str], code: int) -> str:
+    """Return the last line that is not indented: below an error's own line stands its remedy."""
+    return next((line for line in reversed(lines) if line and not line.startswith(" ")), f"exit code {code}")
 
 
 def main() -> int:

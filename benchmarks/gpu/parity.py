@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks.gpu.questions import NUM_POSITIONS, NUM_TOKENS, questions
 from benchmarks.gpu.values import Values, parser
 from qwen3_vl import Qwen3VLModel
+from runtime.decode_plan import has_plan
 
 # Cosines of logits with the CPU's float32, by precision: what the H200 gave, with room for other kernels
 # (fp16 0.9999999, int4 of a mixture 0.9988).
@@ -67,9 +68,12 @@ def main() -> int:
     values["open_s"] = round(time.perf_counter() - start, 2)
     checkpoint = args.folder.name.partition("-ort-")[0]
     compare(model, args.references, checkpoint, values)
-    values["decode_kernels"] = str(getattr(model.session, "decode_kernels", "onnxruntime"))
-    values["decode_recorded"] = getattr(model.session, "decode_recorded", None)
-    values["problems"] = problems(values, str(model.manifest.capabilities["precision"]))
+    values["decode_kernels"], plan_problem = model.session.decode_kernels, model.session.decode_plan_problem
+    values["decode_recorded"] = model.session.decode_recorded
+    found = problems(values, str(model.manifest.capabilities["precision"]))
+    if plan_problem and has_plan(model.manifest):
+        found.append(f"the decode plan does not run: {plan_problem}")
+    values["problems"] = found
     return 0
 
 

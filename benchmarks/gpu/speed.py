@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ import numpy as np
 from benchmarks.gpu.fill import LAYOUT
 from benchmarks.gpu.values import Values, parser, repeated
 from runtime.contract import DecoderInputs, no_visual_embeds
+from runtime.decode_plan import has_plan
 from runtime.input_limits import InputLimits
 from runtime.manifest import Manifest
 from runtime.model_config import ModelConfig
 from runtime.preparation import Preparation, Prepared
-from runtime.session import open_session
+from runtime.session import SessionOptions, open_session
 
 CHUNK = 512
 # Beyond the weights: what the libraries take for themselves, such as workspaces of cuBLAS.
@@ -65,20 +66,23 @@ class Engine:
     """An opened engine and the calls that are timed."""
 
     def __init__(self, folder: Path, *, with_plan: bool = True, opener: Callable[..., Any] = open_session) -> None:
-        manifest = Manifest.read(folder)
-        if not with_plan:
-            capabilities = {name: value for name, value in manifest.capabilities.items() if name != "decode_plan"}
-            manifest = replace(manifest, capabilities=capabilities)
-        self.manifest, self.config = manifest, manifest.model
-        self.preparation = Preparation.from_folder(folder, self.config).for_engine(manifest.capabilities)
-        self.session = opener(folder, manifest)
+        self.manifest = Manifest.read(folder)
+        self.config = self.manifest.model
+        self.preparation = Preparation.from_folder(folder, self.config).for_engine(self.manifest.capabilities)
+        self.session = opener(folder, self.manifest, SessionOptions(decode_plan=with_plan))
         self._embeds = no_visual_embeds(self.config)
         self._random = np.random.default_rng(0)
 
     @property
     def decode_kernels(self) -> str:
         """Whose kernels decode."""
-        return str(getattr(self.session, "decode_kernels", "onnxruntime"))
+        return str(self.session.decode_kernels)
+
+    @property
+    def plan_problem(self) -> str:
+        """Why the engine has a decode plan that does not run; empty if it runs, or if there is none."""
+        problem = self.session.decode_plan_problem
+        return f"the decode plan does not run: {problem}" if problem and has_plan(self.manifest) else ""
 
     def text(self, batch: int, num_new: int, past: int) -> DecoderInputs:
         """Return random tokens after so many, of which the last of each sequence gets logits."""
@@ -224,7 +228,7 @@ def main() -> int:
         memory["cache_bytes"] = cache.num_bytes
         values["memory"] = memory
         problem = weights_problem(memory)
-        values["problems"] = [problem] if problem else []
+        values["problems"] = [each for each in (problem, "" if args.no_plan else engine.plan_problem) if each]
 
     sizes = Sizes()
     if (args.folder / LAYOUT).is_file():  # of a pack's graphs, not of an engine with weights of its own

@@ -10,7 +10,8 @@ and the vision tower writes its embeddings where prefill reads them (`runtime.de
 
 The memory of caches, embeddings and steps is ours, by `runtime.cuda` and not from ONNX Runtime: its arena grows by
 powers of two, so it could take up to twice what a cache needs, and it copies neither a part of a buffer nor a new
-buffer's zeros without the host. The package cuda-bindings brings that into one context with the provider: both use the primary one.
+buffer's zeros without the host. The package cuda-bindings brings that into one context with the provider: both use the
+primary one.
 
 ONNX Runtime has a stream of its own; neither waits for the other. Two rules order them: a run waits for its stream
 before it returns (CUDAExecutionProvider::OnRunEnd and CUDAGraphManager::Replay, as long as the run option

@@ -19,6 +19,7 @@ from engines.registry import get
 from helpers.host_cuda import HostDevice
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
+from runtime.session import SessionOptions
 from runtime.sessions.ort_cuda import Device, OrtCudaSession
 
 # Long enough for the embeddings of the demo's shape, and a prime.
@@ -26,8 +27,8 @@ BLOCK = 131_101
 TINY = speed.Sizes(batches=(1, 2), past=8, long_past=16, prefills=(8,), grids=((4, 4), (4, 8)), repeats=2)
 
 
-def on_host(folder: Path, manifest: Manifest) -> OrtCudaSession:
-    return OrtCudaSession(folder, manifest, device=Device("CPUExecutionProvider", "cpu", HostDevice))
+def on_host(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCudaSession:
+    return OrtCudaSession(folder, manifest, options, device=Device("CPUExecutionProvider", "cpu", HostDevice))
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +121,14 @@ def test_every_figure_is_measured_through_the_session(graphs: dict[str, Path], p
 
 def test_without_its_plan_only_steps_are_timed(graphs: dict[str, Path], tmp_path: Path) -> None:
     values = Values(tmp_path / "values.json")
-    engine = speed.Engine(graphs["fp16"], with_plan=False, opener=on_host)
-    assert "decode_plan" not in engine.manifest.capabilities
+    asked: list[SessionOptions] = []
+
+    def opener(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCudaSession:
+        asked.append(options)
+        return on_host(folder, manifest, options)
+
+    engine = speed.Engine(graphs["fp16"], with_plan=False, opener=opener)
+    assert asked == [SessionOptions(decode_plan=False)] and engine.plan_problem == ""
     speed.measure(engine, values, lambda what, cache: None, TINY, decode_only=True)
     assert set(values) == {"finite", "decode_kernels", "decode", "decode_long"}
 

@@ -253,6 +253,12 @@ def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
         gpu_pack.gpu_pack(output=tmp_path)
 
 
+def test_wheels_are_either_given_or_left_out(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--no-wheels"):
+        gpu_pack.gpu_pack(output=tmp_path / "pack", wheels=tmp_path, no_wheels=True)
+    assert not (tmp_path / "pack").exists()
+
+
 def test_what_travels_imports_without_the_rest_of_the_repository(tmp_path: Path) -> None:
     gpu_pack.copy_project(tmp_path)
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.so"))
