@@ -23,6 +23,7 @@ from benchmarks import gpu_pack_libraries as libraries
 from benchmarks import synthetic
 from benchmarks.build import SHIPPED
 from benchmarks.gpu import standalone
+from benchmarks.gpu.fill import LAYOUT
 from benchmarks.gpu.questions import NUM_POSITIONS, NUM_TOKENS, questions
 from benchmarks.gpu_pack_graphs import describe
 from benchmarks.gpu_pack_parts import MANIFEST, Piece, write_pack
@@ -81,6 +82,7 @@ def gpu_pack(
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": {"qwen3vl-export": metadata.version("qwen3vl-export"), "onnxruntime-gpu": site.version},
             "pruned": site.pruned,
+            "work_bytes": work_bytes(work),
             "wheels": chosen,
             "engines": engines,
             "graphs": graphs,
@@ -178,6 +180,14 @@ def build_graphs(models: Sequence[str], targets: Sequence[str], work: Path, plan
             describe(folder, manifest)
             names.append(name)
     return names
+
+
+def work_bytes(work: Path) -> int:
+    """Return the bytes that the pack takes where it is unpacked and its weights are written."""
+    folders = [work / name for name in ("site", "wheels", "project", "content")]
+    files = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    layouts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.glob(f"content/graphs/*/{LAYOUT}"))]
+    return files + sum(int(weights["num_bytes"]) for layout in layouts for weights in layout.values())
 
 
 def _export(model: str, target: Target, output: Path, plan: dict[str, Any], **options: Any) -> Any:

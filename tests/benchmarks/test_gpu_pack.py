@@ -15,14 +15,14 @@ import pytest
 from benchmarks import gpu_pack
 from benchmarks import gpu_pack_libraries as libraries
 from benchmarks.gpu import standalone
-from benchmarks.gpu.standalone import DAMAGED, NO_GPU, WRONG_PYTHON, PackError
+from benchmarks.gpu.standalone import DAMAGED, NO_GPU, NO_ROOM, WRONG_PYTHON, PackError
 from benchmarks.gpu_pack_parts import MANIFEST, Piece, write_pack
 from helpers import ROOT
 from runtime.errors import UsageError
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 PART_BYTES = 1500
-DESCRIPTION = {"title": "a pack", "sm": 90, "python": HERE, "wheels": [], "graphs": []}
+DESCRIPTION = {"title": "a pack", "sm": 90, "python": HERE, "wheels": [], "graphs": [], "work_bytes": 10_000}
 
 
 def noise(seed: int, size: int = 2000) -> bytes:
@@ -52,7 +52,8 @@ def pack(tmp_path: Path) -> Path:
 
 
 def run(pack: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(pack / "gpu_pack.py"), *arguments]
+    work = ["--work", str(pack / "gpu-pack-work")] if arguments[0] == "run" else []
+    command = [sys.executable, str(pack / "gpu_pack.py"), *arguments, *work]
     return subprocess.run(command, capture_output=True, text=True, cwd=pack)
 
 
@@ -144,6 +145,26 @@ def test_without_the_right_gpu_nothing_runs(pack: Path) -> None:
         standalone.check_gpu(manifest(pack), [80, 90])
     assert caught.value.exit_code == NO_GPU
     standalone.check_gpu(manifest(pack), [90])
+
+
+def test_too_little_room_is_said_before_anything_is_unpacked(pack: Path) -> None:
+    (pack / MANIFEST).write_text(json.dumps({**manifest(pack), "work_bytes": 10**15}))
+    done = run(pack, "run", "--dry-run")
+    assert done.returncode == NO_ROOM
+    assert "1000000.0 are needed" in done.stderr and "--work" in done.stderr
+    assert not (pack / "gpu-pack-work").exists()
+
+
+def test_weights_are_filled_in_memory_where_that_has_the_room(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    memory, packed = tmp_path / "memory", manifest(pack)
+    memory.mkdir()
+    assert standalone.work_folder(packed, None, memory) == memory / standalone.WORK
+    assert standalone.work_folder(packed, "mine", memory) == tmp_path / "mine"
+    monkeypatch.setattr(standalone.Path, "read_text", lambda path: "MemAvailable: 19 kB\n")
+    assert standalone.work_folder(packed, None, memory) == tmp_path / standalone.WORK
 
 
 def test_a_name_that_leads_out_of_the_folder_is_not_unpacked(tmp_path: Path) -> None:
