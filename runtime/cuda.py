@@ -176,6 +176,7 @@ class CudaDevice:
 
     def unload_module(self, module: int) -> None:
         """Unload a module; none of its kernels may be at work."""
+        self._call("cudaSetDevice", 0)  # as in load_module: garbage is collected in any thread
         self._drive("cuModuleUnload", module)
 
     def kernel(self, module: int, entry: str, shared_bytes: int) -> int:

@@ -113,6 +113,7 @@ class DecodePlan:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         manifest.require(folder, PLAN_NAME)
         self._manifest = manifest
+        self._checked: dict[int, GpuPlan] = {}
         path = folder / PLAN_NAME
         values = read_json_object(path, max_bytes=_MOST_PLAN_BYTES, remedy=_REMEDY)
         self._root = Entry(values, str(path), _REMEDY)
@@ -207,6 +208,11 @@ class DecodePlan:
         Raises:
             EngineError: An index, size or name in it leads nowhere.
         """
+        if sm not in self._checked:
+            self._checked[sm] = self._for_sm(sm)
+        return self._checked[sm]
+
+    def _for_sm(self, sm: int) -> GpuPlan:
         gpu, kernels = self._root.get("gpus").get(str(sm)), self._root.get("kernels").values()
         file, file_bytes = self._file(gpu.get("file"))
         most_shared = gpu.get("max_shared_bytes").integer(0, _MOST_SHARED_BYTES)

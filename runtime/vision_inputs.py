@@ -46,6 +46,7 @@ def vision_inputs(
     patches, tables = patches.reshape(t, h * w, vision.patch_elements), position_tables(h, w, vision)
     if scale is None:
         return VisionInputs(patches, *tables)
+    assert patches.dtype == np.uint8, "a scale is of grey levels"
     return LevelInputs(patches.astype(np.uint8, copy=False), *tables, scale.rows(vision.patch_elements))
 
 

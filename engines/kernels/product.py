@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.kernels.fragments import Tiling, num_units, unit_bytes, unit_constants
-from engines.kernels.launch import ADD, GLU, HALF, LOGITS, Argument, Gpu, Launch, Unserved, Weight
+from engines.kernels.launch import ADD, GLU, HALF, LOGITS, STORE, Argument, Gpu, Launch, Unserved, Weight
 
 TYPES = {"float16": "fp16", "bfloat16": "bf16"}
 MAX_BATCH = 32
@@ -97,24 +97,32 @@ def reference(
     return y
 
 
-def tiling(weight: Weight, batch: int, gpu: Gpu, mode: int, invariant: bool) -> Tiling:
-    """Return how a product on tensor cores is split.
+def tiling(weight: Weight, batch: int, gpu: Gpu, *, invariant: bool) -> Tiling:
+    """Return how a product on tensor cores is split; `invariant` has what serves every batch.
 
-    Tuned on an H200: enough warps to fill the multiprocessors as long as each has three loads or more of its rows, and
-    128 to 256 bytes a lane on their way. `invariant` has what serves every batch.
+    From what was fastest on an H200 with weights of the same sizes in another order: enough warps to fill the
+    multiprocessors, as long as each has 96 bytes a lane or more to load, and 128 to 256 bytes a lane on their way. Two
+    tiles a program halve the work on x, which for codes is as much as that on the weights: 193 instructions for a KB of
+    weights of 4 bits instead of 248.
     """
+    groups = _groups(MAX_BATCH if invariant else batch)
     units, size = num_units(weight), unit_bytes(weight)
-    programs = -(-weight.rows // 16)
+    tiles = 2 if weight.kind != HALF and groups <= 2 and weight.rows >= 64 * gpu.num_sms else 1
+    programs = -(-weight.rows // (16 * tiles))
     warps = 4
     while warps < 16 and -(-units // (2 * warps)) * size >= 96:
-        busy = programs * warps >= _WARPS_PER_SM * gpu.num_sms
+        busy = programs * warps >= _WARPS_PER_SM * gpu.num_sms // tiles
         if busy and (warps >= 8 or -(-units // warps) * size <= 384):
             break
         warps *= 2
-    groups = -(-MAX_BATCH // 8) if invariant else -(-batch // 8)
     rounds = -(-units // warps)
-    depth = max(1, min(rounds, (128 if groups > 1 else 256) // size))
-    return Tiling(warps, depth, 2 if groups == 1 else 1)
+    depth = max(1, min(rounds, (128 if groups > 1 else 256) // (size * tiles)))
+    return Tiling(warps, depth, 2 if groups == 1 else 1, tiles)
+
+
+def _groups(batch: int) -> int:
+    """Return the groups of 8 columns of a program: a power of two."""
+    return 1 << (-(-batch // 8) - 1).bit_length()
 
 
 def _fits_vector(weight: Weight, mode: int) -> bool:
@@ -155,15 +163,20 @@ def _vector(weight: Weight, x: str, out: str, gpu: Gpu, dtype: str, mode: int, n
 
 
 def _vector_tile(weight: Weight, gpu: Gpu, mode: int) -> tuple[int, int]:
-    """Return rows and warps of a program of the vector form; best on an H200: 16 KB of weights for 4 warps."""
+    """Return rows and warps of a program of the vector form, from what was fastest on an H200.
+
+    16 KB of weights for 4 warps and 32 KB for 8; 32 KB for queries, keys and values; 48 KB for what is added, whose
+    rows are long. Of short rows enough for two loads a lane.
+    """
     row_bytes = 2 * weight.columns * (2 if mode == GLU else 1)
     outputs = weight.rows // (2 if mode == GLU else 1)
     warps = 4 if 2 * weight.columns <= 4096 and mode != ADD else 8
+    most = {STORE: 8192 * 4, ADD: 6144 * warps}.get(mode, 4096 * warps)
     rows = 1
+    while rows * row_bytes < 1024 * warps and 2 * rows <= outputs:
+        rows *= 2
     while (
-        rows < 8
-        and 2 * rows * row_bytes <= 4096 * warps
-        and -(-outputs // (2 * rows)) * warps >= _WARPS_PER_SM * gpu.num_sms
+        rows < 8 and 2 * rows * row_bytes <= most and -(-outputs // (2 * rows)) * warps >= _WARPS_PER_SM * gpu.num_sms
     ):
         rows *= 2
     return rows, warps
@@ -182,7 +195,7 @@ def _fragments(
     invariant: bool,
 ) -> Launch:
     half = TYPES[dtype]
-    tile = tiling(weight, batch, gpu, mode, invariant)
+    tile = tiling(weight, batch, gpu, invariant=invariant)
     constants = unit_constants(weight, dtype, gpu) | {
         "B": batch,
         "N": weight.rows,
@@ -191,7 +204,7 @@ def _fragments(
         "DEPTH": tile.depth,
         "AHEAD": tile.ahead,
         "TILES": tile.tiles,
-        "GROUPS": 1 << (-(-batch // 8) - 1).bit_length(),
+        "GROUPS": _groups(batch),
         "NORM": int(norm is not None),
         "MODE": mode,
     }

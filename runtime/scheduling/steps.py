@@ -266,7 +266,8 @@ class Steps:
             last = np.array([[num_tokens - 1]])
             session.prefill(DecoderInputs.text(ids, past, self._no_embeds, logits_positions=last), slots.cache, roomy)
         for batch in sorted({session.decode_batch(n + 1, len(slots)) for n in range(self._max_sequences)}):
-            pasts = np.array([min(slots.num_rows(b), capacity - 1) for b in range(batch)], np.int64)
+            # One row further than need be: steps of own kernels are compared with others once they have a past.
+            pasts = np.array([min(slots.num_rows(b) + 1, capacity - 1) for b in range(batch)], np.int64)
             inputs = DecoderInputs.text(np.zeros((batch, 1), np.int64), pasts, self._no_embeds)
             for _ in range(_RUNS_TO_RECORD):
                 session.decode(inputs, slots.cache)

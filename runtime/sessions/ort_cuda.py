@@ -38,7 +38,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import DECODER_DTYPES, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs, VisualEmbeds
+from runtime.contract import (
+    DECODER_DTYPES,
+    VISION_OUTPUTS,
+    DecoderInputs,
+    FloatArray,
+    LevelInputs,
+    VisionInputs,
+    VisualEmbeds,
+)
 from runtime.cuda import CudaDevice
 from runtime.decode_plan_session import open_with_plan
 from runtime.decode_step import StepBuffers, padded_batch
@@ -51,6 +59,7 @@ from runtime.errors import CapacityError, EngineError
 from runtime.installation import from_extra, how_to_install
 from runtime.manifest import Manifest
 from runtime.session import KVCache, SessionOptions, TopLogits, top_logits
+from runtime.vision_inputs import takes_grey_levels
 
 with from_extra("cuda"):
     import onnxruntime as ort
@@ -197,6 +206,7 @@ class OrtCudaSession:
     ) -> None:
         options = options or SessionOptions()
         self._config = manifest.model
+        self._takes_levels = takes_grey_levels(manifest.capabilities)
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._device = device
         self.decode_recorded: bool | None = None
@@ -248,6 +258,7 @@ class OrtCudaSession:
         return embeds
 
     def _run_vision(self, inputs: VisionInputs) -> DeviceEmbeds:
+        assert isinstance(inputs, LevelInputs) == self._takes_levels, "pixels as `Preparation.for_engine` leaves them"
         num_segments, num_patches, _ = inputs.pixel_values.shape
         rows = [num_patches // self._config.vision.patches_per_token] * num_segments
         embeds = self._embeds.new(self._config.num_visual_levels, rows, self._config.text.hidden_size)

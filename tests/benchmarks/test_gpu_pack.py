@@ -165,6 +165,9 @@ def test_weights_are_filled_in_memory_where_that_has_the_room(
     assert standalone.work_folder(packed, "mine", memory) == tmp_path / "mine"
     monkeypatch.setattr(standalone.Path, "read_text", lambda path: "MemAvailable: 19 kB\n")
     assert standalone.work_folder(packed, None, memory) == tmp_path / standalone.WORK
+    (memory / standalone.WORK).mkdir()
+    (memory / standalone.WORK / "unpacked").touch()  # an earlier run took the room
+    assert standalone.work_folder(packed, None, memory) == memory / standalone.WORK
 
 
 def test_a_name_that_leads_out_of_the_folder_is_not_unpacked(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ and column 0 is stored.
 import triton
 import triton.language as tl
 
+from engines.kernels.triton.device import device_function
 from engines.kernels.triton.fragments import load_words, rounded
 from engines.kernels.triton.row_products import add2, multiply_rows, norm_factors, over_warps
 
@@ -103,7 +104,7 @@ def experts_down(
         add_row(p + 8, high, (lane % 4 == 0) & (row + 8 < N), ASM)
 
 
-@triton.jit
+@device_function
 def add_row(p, y, mask, ASM: tl.constexpr):
     """Add to what is there, with one rounding."""
     y += tl.load(p, mask, 0.0).to(tl.float32)

@@ -13,11 +13,12 @@ A "word" is an int32 of two halves, four codes of 8 bits or eight of 4 bits. A "
 load of x, two mma.
 """
 
-import triton
 import triton.language as tl
 
+from engines.kernels.triton.device import device_function
 
-@triton.jit
+
+@device_function
 def load_words(p, WORDS: tl.constexpr, LATE: tl.constexpr, ASM: tl.constexpr):
     """Return 1, 2 or 4 words of a weight that follow a pointer.
 
@@ -52,7 +53,7 @@ def load_words(p, WORDS: tl.constexpr, LATE: tl.constexpr, ASM: tl.constexpr):
     return words
 
 
-@triton.jit
+@device_function
 def load_halves(p, LATE: tl.constexpr, ASM: tl.constexpr):
     """Return 8 halves as 4 words. LATE: what the kernel before wrote, in the order of the program."""
     if ASM:
@@ -74,7 +75,7 @@ def load_halves(p, LATE: tl.constexpr, ASM: tl.constexpr):
     return a, b, c, d
 
 
-@triton.jit
+@device_function
 def load_zero(p, ASM: tl.constexpr):
     """Return float32 zeros from memory. An mma that adds to them cannot move ahead of the loads before this one."""
     if ASM:
@@ -86,7 +87,7 @@ def load_zero(p, ASM: tl.constexpr):
     return x
 
 
-@triton.jit
+@device_function
 def load_scale(p, ASM: tl.constexpr):
     """Return a float16 or float32 scale as float32."""
     if p.dtype.element_ty == tl.float32:
@@ -105,7 +106,7 @@ def load_scale(p, ASM: tl.constexpr):
     return s
 
 
-@triton.jit
+@device_function
 def load_byte(p, ASM: tl.constexpr):
     """Return a byte as int32."""
     if ASM:
@@ -115,7 +116,7 @@ def load_byte(p, ASM: tl.constexpr):
     return b
 
 
-@triton.jit
+@device_function
 def values(words, BF16: tl.constexpr):
     """Return the halves of words as float32, low and high; of the interpreter alone."""
     low = words.to(tl.int16)
@@ -129,7 +130,7 @@ def values(words, BF16: tl.constexpr):
     return low, high
 
 
-@triton.jit
+@device_function
 def bits(low, high, BF16: tl.constexpr):
     """Return float32 numbers rounded to halves, as words; of the interpreter alone, which truncates to bfloat16."""
     if BF16:
@@ -145,7 +146,7 @@ def bits(low, high, BF16: tl.constexpr):
     return words
 
 
-@triton.jit
+@device_function
 def rounded(x, TYPE: tl.constexpr, ASM: tl.constexpr):
     """Return float32 numbers rounded to the nearest of a type."""
     if ASM or TYPE != tl.bfloat16:
@@ -156,7 +157,7 @@ def rounded(x, TYPE: tl.constexpr, ASM: tl.constexpr):
     return y
 
 
-@triton.jit
+@device_function
 def times2(a, b, BF16: tl.constexpr, ASM: tl.constexpr):
     """Return the products of two pairs of halves; `mul.bf16x2` would need SM 9.0."""
     if ASM:
@@ -175,7 +176,7 @@ def times2(a, b, BF16: tl.constexpr, ASM: tl.constexpr):
     return r
 
 
-@triton.jit
+@device_function
 def expand4(w, zl, zh, ASM: tl.constexpr):
     """Return 8 codes of 4 bits as 4 words of float16: (0, 4), (1, 5), (2, 6), (3, 7), without their zero point.
 
@@ -203,7 +204,7 @@ def expand4(w, zl, zh, ASM: tl.constexpr):
     return a, b, c, d
 
 
-@triton.jit
+@device_function
 def expand8(w, z, ASM: tl.constexpr):
     """Return 4 codes of 8 bits as 2 words of float16, without their zero point; z is -(1024 + zero point) twice."""
     if ASM:
@@ -223,7 +224,7 @@ def expand8(w, z, ASM: tl.constexpr):
     return a, b
 
 
-@triton.jit
+@device_function
 def expand_e4m3(w, CVT: tl.constexpr, ASM: tl.constexpr):
     """Return 4 numbers of float8 e4m3 as 2 words of float16; without CVT (below SM 8.9) divided by 256.
 
@@ -262,7 +263,7 @@ def expand_e4m3(w, CVT: tl.constexpr, ASM: tl.constexpr):
     return a, b
 
 
-@triton.jit
+@device_function
 def expand(words, zero, KIND: tl.constexpr, CVT: tl.constexpr, ASM: tl.constexpr):
     """Return the weights of a step as 4 words of halves. zero: of `int4` a pair, of `int8` one word."""
     if KIND == "int4":
@@ -276,7 +277,7 @@ def expand(words, zero, KIND: tl.constexpr, CVT: tl.constexpr, ASM: tl.constexpr
     return halves
 
 
-@triton.jit
+@device_function
 def ordered(x, KIND: tl.constexpr, ASM: tl.constexpr):
     """Return 8 halves of x in the order in which `expand` returns the weights."""
     if KIND == "int4":
@@ -302,7 +303,7 @@ def ordered(x, KIND: tl.constexpr, ASM: tl.constexpr):
     return y
 
 
-@triton.jit
+@device_function
 def lanes(w, BF16: tl.constexpr):
     """Return the halves of 4 words a lane as [W, 8, 32]: 8 rows (or columns) by k; of the interpreter alone."""
     W: tl.constexpr = w[0].shape[0]
@@ -311,7 +312,7 @@ def lanes(w, BF16: tl.constexpr):
     return tl.reshape(tl.join(low, high), [W, 8, 32])
 
 
-@triton.jit
+@device_function
 def multiply_add(c0, c1, c2, c3, low, high, x, BF16: tl.constexpr, ASM: tl.constexpr):
     """Return the accumulators after a step: rows g and g + 8 in words `low` and `high`, column g in words `x`.
 
@@ -350,26 +351,25 @@ def multiply_add(c0, c1, c2, c3, low, high, x, BF16: tl.constexpr, ASM: tl.const
     return c0, c1, c2, c3
 
 
-@triton.jit
-def add_squares(s0, s1, x, BF16: tl.constexpr, ASM: tl.constexpr):
+@device_function
+def add_squares(s0, s1, s2, s3, x, BF16: tl.constexpr, ASM: tl.constexpr):
     """Return the sums after a step of x by itself: column 2t of row g in s0, 2t + 1 in s1. The diagonal is wanted.
 
-    Two mma take the place of sixteen conversions and sums.
+    Two mma take the place of sixteen conversions and sums. s2 and s3 stay zero: carried along they cost nothing.
     """
-    zero = tl.zeros([1, 1], tl.int32)
     if ASM:
-        none = tl.zeros([1, 1], tl.float32)
-        s0, s1, _, _ = multiply_add(s0, s1, none, none, x, (zero, zero, zero, zero), x, BF16, ASM)
+        zero = tl.zeros([1, 1], tl.int32)
+        s0, s1, s2, s3 = multiply_add(s0, s1, s2, s3, x, (zero, zero, zero, zero), x, BF16, ASM)
     else:
         W: tl.constexpr = s0.shape[0]
         xs = tl.broadcast_to(lanes(x, BF16), [W, 8, 32])
         even, odd = tl.split(tl.reshape(tl.dot(xs, tl.permute(xs, [0, 2, 1])), [W, 8, 4, 2]))
         s0 = s0 + tl.reshape(even, [W, 32])
         s1 = s1 + tl.reshape(odd, [W, 32])
-    return s0, s1
+    return s0, s1, s2, s3
 
 
-@triton.jit
+@device_function
 def from_lane(x, lane, ASM: tl.constexpr):
     """Return x [1, 32] of other lanes."""
     if ASM:

@@ -7,6 +7,7 @@ is there, 2 stores SiLU(gate) · up of rows r and N/2 + r, 3 stores float32.
 import triton
 import triton.language as tl
 
+from engines.kernels.triton.device import device_function
 from engines.kernels.triton.fragments import rounded
 from engines.kernels.triton.row_products import multiply_rows, norm_factors, over_warps
 
@@ -62,7 +63,7 @@ def product_vector(
     store_row(OUT + row, y, z, row < OUTPUTS, MODE, ASM)
 
 
-@triton.jit
+@device_function
 def store_row(p, y, z, mask, MODE: tl.constexpr, ASM: tl.constexpr):
     """Store results y of which z is the up of a gate."""
     if MODE == 1:
@@ -111,7 +112,7 @@ def product_fragments(
     for group in tl.static_range(GROUPS):
         even, odd = 1.0, 1.0
         if NORM:
-            even, odd = norm_factors(squares[2 * group], squares[2 * group + 1], K, eps, BF16, ASM)
+            even, odd = norm_factors(squares[4 * group], squares[4 * group + 1], K, eps, BF16, ASM)
         for tile in tl.static_range(TILES):
             c = sums[4 * (tile * GROUPS + group) : 4 * (tile * GROUPS + group) + 4]
             c0, c1, c2, c3 = over_warps(c[0], c[1], c[2], c[3], ASM)
@@ -121,7 +122,7 @@ def product_fragments(
             )  # fmt: skip
 
 
-@triton.jit
+@device_function
 def store_tile(
     OUT, c0, c1, c2, c3, tile, column, B: tl.constexpr, OUTPUTS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr
 ):

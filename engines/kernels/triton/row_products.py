@@ -16,9 +16,9 @@ Constants of all functions:
     CVT: Whether the GPU converts float8.       LATE: Whether the kernel before has been waited for.
 """
 
-import triton
 import triton.language as tl
 
+from engines.kernels.triton.device import device_function
 from engines.kernels.triton.fragments import (
     add_squares,
     expand,
@@ -34,7 +34,7 @@ from engines.kernels.triton.fragments import (
 )
 
 
-@triton.jit
+@device_function
 def request_unit(
     rows, scales, zeros, first, start, ROUND: tl.constexpr, KIND: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr,
     UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr, ZP: tl.constexpr,
@@ -74,7 +74,7 @@ def request_unit(
     return unit
 
 
-@triton.jit
+@device_function
 def zero_words(zero, KIND: tl.constexpr, ZP: tl.constexpr):
     """Return what `expand` adds to codes: two halves of -(1024 + z), and of -(64 + z) for 4 bits."""
     if KIND == "int4":
@@ -91,7 +91,7 @@ def zero_words(zero, KIND: tl.constexpr, ZP: tl.constexpr):
     return words
 
 
-@triton.jit
+@device_function
 def request_step(
     pointers, start, STEP: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr,
     STRIDE: tl.constexpr, LATE: tl.constexpr, ASM: tl.constexpr,
@@ -118,7 +118,7 @@ def request_step(
     return words
 
 
-@triton.jit
+@device_function
 def request_gain(
     gain, start, STEP: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr,
     BF16: tl.constexpr, ASM: tl.constexpr,
@@ -136,7 +136,7 @@ def request_gain(
     return words
 
 
-@triton.jit
+@device_function
 def prepare_step(
     words, gain, squares, GROUPS: tl.constexpr, KIND: tl.constexpr, NORM: tl.constexpr, BF16: tl.constexpr,
     ASM: tl.constexpr,
@@ -147,7 +147,8 @@ def prepare_step(
     for group in tl.static_range(GROUPS):
         x = words[4 * group : 4 * group + 4]
         if NORM:
-            after = after + add_squares(squares[2 * group], squares[2 * group + 1], x, BF16, ASM)
+            s = squares[4 * group : 4 * group + 4]
+            after = after + add_squares(s[0], s[1], s[2], s[3], x, BF16, ASM)
             x = (
                 times2(x[0], gain[0], BF16, ASM),
                 times2(x[1], gain[1], BF16, ASM),
@@ -158,7 +159,7 @@ def prepare_step(
     return xs, after
 
 
-@triton.jit
+@device_function
 def multiply_step(
     sums, unit, zeros, x, STEP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, KIND: tl.constexpr,
     CVT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
@@ -190,7 +191,7 @@ def multiply_step(
     return after
 
 
-@triton.jit
+@device_function
 def add_scaled(totals, sums, scales, GROUPS: tl.constexpr, FACTOR: tl.constexpr):
     """Return totals + sums · scale · FACTOR, of each tile, group and row."""
     after = ()
@@ -201,7 +202,7 @@ def add_scaled(totals, sums, scales, GROUPS: tl.constexpr, FACTOR: tl.constexpr)
     return after
 
 
-@triton.jit
+@device_function
 def copies(x, N: tl.constexpr):
     """Return a tuple of N times the same."""
     many = ()
@@ -210,7 +211,51 @@ def copies(x, N: tl.constexpr):
     return many
 
 
-@triton.jit
+@device_function
+def next_steps(
+    ahead, gains, xs, gain, start, STEP: tl.constexpr, TOTAL: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr,
+    UNIT: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Return the steps of x and of the gain on their way: without the first, with STEP if it is one of TOTAL."""
+    ahead = ahead[4 * len(xs) :]
+    gains = gains[4:]
+    if STEP < TOTAL:
+        ahead = ahead + request_step(xs, start, STEP, K, CODES, UNIT, STRIDE, True, ASM)
+        if NORM:
+            gains = gains + request_gain(gain, start, STEP, K, CODES, UNIT, STRIDE, BF16, ASM)
+    return ahead, gains
+
+
+@device_function
+def request_first(
+    rows, scales, zeros, gain, first, start, KIND: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr,
+    UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.constexpr,
+    COUNT_STEPS: tl.constexpr, NORM: tl.constexpr, ZP: tl.constexpr, LATE: tl.constexpr, BF16: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Return COUNT units of a weight and COUNT_STEPS steps of the gain, which no kernel before writes."""
+    ring = ()
+    for r in tl.static_range(COUNT):
+        ring = ring + request_unit(
+            rows, scales, zeros, first, start, r, KIND, K, CODES, UNIT, UNITS, PER, STRIDE, ZP, LATE, ASM
+        )
+    gains = ()
+    if NORM:
+        for step in tl.static_range(COUNT_STEPS):
+            gains = gains + request_gain(gain, start, step, K, CODES, UNIT, STRIDE, BF16, ASM)
+    return ring, gains
+
+
+@device_function
+def zero_words_of_rows(unit, ROWS: tl.constexpr, KIND: tl.constexpr, ZP: tl.constexpr):
+    """Return `zero_words` of each row of a unit, whose zero points are its last words."""
+    words = ()
+    for i in tl.static_range(ROWS):
+        words = words + (zero_words(unit[len(unit) - ROWS + i], KIND, ZP),)
+    return words
+
+
+@device_function
 def multiply_rows(
     rows, scales, zeros, xs, gain, zero, first, start, KIND: tl.constexpr, K: tl.constexpr, CODES: tl.constexpr,
     UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr, ROUNDS: tl.constexpr,
@@ -220,9 +265,7 @@ def multiply_rows(
     """Return a warp's part of the products, and of the sums of the squares of x.
 
     Args:
-        rows: Pointers of `request_unit`; scales and zeros too.
-        scales: See `rows`.
-        zeros: See `rows`.
+        rows, scales, zeros: Pointers of `request_unit`.
         xs: For each group of columns, the pointer to the lane's first column of its row of x.
         gain: Pointer to the lane's first column of the gain.
         zero: Pointer to a zero of the lane.
@@ -230,23 +273,18 @@ def multiply_rows(
         start: Column of the lane in round 0.
 
     Returns:
-        For each tile and group four accumulators of `multiply_add`; for each group two of `add_squares`.
+        For each tile and group four accumulators of `multiply_add`; for each group four of `add_squares`.
     """
     ROWS: tl.constexpr = len(rows)
     GROUPS: tl.constexpr = len(xs)
     STEPS: tl.constexpr = UNIT // 32
     WORDS: tl.constexpr = STEPS * (4 if KIND == "half" else 1 if KIND == "int4" else 2)
     FACTOR: tl.constexpr = 256.0 if KIND == "fp8" and not CVT else 1.0  # see expand_e4m3
-    ring = ()
-    for r in tl.static_range(min(DEPTH, ROUNDS)):
-        ring = ring + request_unit(
-            rows, scales, zeros, first, start, r, KIND, K, CODES, UNIT, UNITS, PER, STRIDE, ZP, LATE or not PDL, ASM
-        )
+    ring, gains = request_first(
+        rows, scales, zeros, gain, first, start, KIND, K, CODES, UNIT, UNITS, PER, STRIDE, min(DEPTH, ROUNDS),
+        min(AHEAD, ROUNDS * STEPS), NORM, ZP, LATE or not PDL, BF16, ASM,
+    )  # fmt: skip
     SIZE: tl.constexpr = len(ring) // min(DEPTH, ROUNDS)
-    gains = ()
-    if NORM:
-        for step in tl.static_range(min(AHEAD, ROUNDS * STEPS)):
-            gains = gains + request_gain(gain, start, step, K, CODES, UNIT, STRIDE, BF16, ASM)
     if PDL:
         if not LATE:
             tl.extra.cuda.gdc_wait()
@@ -257,23 +295,17 @@ def multiply_rows(
     none = load_zero(zero, ASM)
     totals = copies(none, 2 * ROWS * GROUPS)
     sums = totals
-    squares = copies(none, 2 * GROUPS)
+    squares = copies(none, 4 * GROUPS)
     for r in tl.static_range(ROUNDS):
         unit = ring[:SIZE]
         ring = ring[SIZE:]
-        shifts = ()
-        for i in tl.static_range(ROWS):
-            shifts = shifts + (zero_words(unit[SIZE - ROWS + i], KIND, ZP),)
+        shifts = zero_words_of_rows(unit, ROWS, KIND, ZP)
         for step in tl.static_range(STEPS):
             x, squares = prepare_step(ahead[: 4 * GROUPS], gains[:4], squares, GROUPS, KIND, NORM, BF16, ASM)
-            ahead = ahead[4 * GROUPS :]
-            gains = gains[4:]
-            if r * STEPS + step + AHEAD < ROUNDS * STEPS:
-                ahead = ahead + request_step(xs, start, r * STEPS + step + AHEAD, K, CODES, UNIT, STRIDE, True, ASM)
-                if NORM:
-                    gains = gains + request_gain(
-                        gain, start, r * STEPS + step + AHEAD, K, CODES, UNIT, STRIDE, BF16, ASM
-                    )
+            ahead, gains = next_steps(
+                ahead, gains, xs, gain, start, r * STEPS + step + AHEAD, ROUNDS * STEPS, K, CODES, UNIT, STRIDE, NORM,
+                BF16, ASM,
+            )  # fmt: skip
             sums = multiply_step(sums, unit, shifts, x, step, ROWS, WORDS, KIND, CVT, BF16, ASM)
         if KIND != "half":
             totals = add_scaled(totals, sums, unit[ROWS * WORDS :], GROUPS, FACTOR)
@@ -287,19 +319,19 @@ def multiply_rows(
     return sums, squares
 
 
-@triton.jit
+@device_function
 def add2(a0, a1, b0, b1):
     """Add pairs."""
     return a0 + b0, a1 + b1
 
 
-@triton.jit
+@device_function
 def add4(a0, a1, a2, a3, b0, b1, b2, b3):
     """Add fours."""
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
-@triton.jit
+@device_function
 def over_warps(c0, c1, c2, c3, ASM: tl.constexpr):
     """Return the sums of the accumulators of a tile over the warps of a program, [1, 32] each."""
     if ASM:
@@ -312,7 +344,7 @@ def over_warps(c0, c1, c2, c3, ASM: tl.constexpr):
     return c0, c1, c2, c3
 
 
-@triton.jit
+@device_function
 def norm_factors(s0, s1, K: tl.constexpr, eps, BF16: tl.constexpr, ASM: tl.constexpr):
     """Return, for the columns 2t and 2t + 1 of each lane, [1, 32], by what products of x · gain are normalised.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,19 @@ from helpers.interpret import guarded, interpret, untouched
 GPU = GPUS[90]
 
 
-def _run(weight, memory, batch, *, dtype="float16", mode=STORE, norm=True, invariant=False, gpu=GPU, change=None):
+def _run(
+    weight,
+    memory,
+    batch,
+    *,
+    dtype="float16",
+    mode=STORE,
+    norm=True,
+    invariant=False,
+    gpu=GPU,
+    change=None,
+    of=lambda launch: launch,
+):
     """Return a product by its kernel, the reference, and the launch."""
     rng = np.random.default_rng(batch)
     half = HALVES[dtype]
@@ -35,7 +49,7 @@ def _run(weight, memory, batch, *, dtype="float16", mode=STORE, norm=True, invar
     sources |= {"weight:gain": gain, "buffer:x": x, "buffer:out": out, "buffer:zeros": np.zeros(32, np.float32)}
     if change is not None:
         change(sources)
-    interpret(launch, sources)
+    interpret(of(launch), sources)
     assert untouched(whole)
     expected = product.reference(
         dequantized(weight, memory), x.astype(np.float64), mode=mode,
@@ -103,6 +117,16 @@ def test_bfloat16(batch):
 @pytest.mark.parametrize("kind", [HALF, INT8])
 def test_more_columns_than_a_tile_has(kind, batch):
     assert _error(*_run(*made_weight(kind, 16, 128, 128), batch)) < 8e-4
+
+
+@pytest.mark.parametrize(("kind", "batch", "mode"), [(INT4, 9, GLU), (FP8, 1, STORE)])
+def test_two_tiles_of_a_program(kind, batch, mode):
+    weight, memory = made_weight(kind, 48, 128, 128)
+
+    def doubled(launch):
+        return replace(launch, constants=launch.constants | {"TILES": 2}, grid=(2, 1, 1))
+
+    assert _error(*_run(weight, memory, batch, mode=mode, of=doubled)) < 8e-4
 
 
 def test_float8_without_a_conversion():

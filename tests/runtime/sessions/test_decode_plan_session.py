@@ -444,11 +444,16 @@ def test_answers_and_statistics(plain: Path, planned: Callable[[str], Path], mon
         expected = [model.generate(each, max_new_tokens=6).token_ids for each in prompts]
         assert model.statistics()["decode_plan_problem"] == "the engine has no decode plan"
     memory.take_events()
-    with Qwen3VLModel.from_engine(planned("")) as model:
+    with Qwen3VLModel.from_engine(planned(""), max_sequences=3) as model:
+        model.warm_up()
+        events = memory.take_events()
+        assert events.count("begin_capture") == 3, "steps of 1, 2 and 4 sequences are compared and recorded"
         assert [each.token_ids for each in model.generate_batch(prompts, max_new_tokens=6)] == expected
         found = model.statistics()
     assert (found["decode_kernels"], found["decode_plan_problem"]) == ("own", None)
-    assert memory.take_events().count("whole_step") >= 4
+    events = memory.take_events()
+    assert events.count("whole_step") >= 4
+    assert "begin_capture" not in events
 
 
 def test_nothing_is_left_behind(planned: Callable[[str], Path]) -> None:

@@ -21,7 +21,8 @@ from helpers import PICTURES, host_tensorrt
 from helpers.garbage import set_aside
 from helpers.host_cuda import HostDevice
 from helpers.host_engine import build_host_engine, with_capabilities
-from runtime.contract import DecoderInputs, no_visual_embeds
+from runtime.contract import DecoderInputs, join_embeds, no_visual_embeds, on_host
+from runtime.device_arrays import DeviceEmbeds
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.generation import decode_steps, prefill
 from runtime.generation_config import GenerationOptions
@@ -108,6 +109,24 @@ def test_an_image_runs_in_the_profile_of_its_size(model: Qwen3VLModel, device: H
     patches = [int(run.split("x")[1]) for run in runs]
     assert [run.split()[1] for run in runs] == ["0", "1"]
     assert patches[0] <= BUCKETS[0] < patches[1] <= BUCKETS[1]
+
+
+def test_embeddings_of_images_stay_on_the_device(model: Qwen3VLModel, device: HostDevice) -> None:
+    prepared = model.prepare(MESSAGES["two sizes"])
+    device.take_events()
+    parts = [model.session.vision(model.preparation.vision_inputs(image)) for image in prepared.images]
+    assert "to_host" not in device.take_events()
+    embeds = join_embeds(parts)
+    assert isinstance(embeds, DeviceEmbeds) and embeds.shape[1] == prepared.num_visual_tokens
+    logits = []
+    for each in (embeds, on_host(embeds)):
+        inputs = prepared.decoder_inputs(each)
+        cache = model.session.new_cache(inputs.num_cache_rows)
+        device.take_events()
+        logits.append(prefill(model.session, cache, inputs, chunk=CHUNK))
+        moves = device.take_events().count("copy_pieces")
+        assert (moves > 0) == isinstance(each, DeviceEmbeds), "a chunk of both images joins them"
+    assert np.array_equal(*logits)
 
 
 def test_the_second_step_of_a_cache_is_recorded_and_all_later_ones_launched(
