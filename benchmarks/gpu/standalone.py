@@ -178,6 +178,8 @@ def check_gpu(pack: dict[str, Any], versions: list[int]) -> None:
 def work_folder(pack: dict[str, Any], given: str | None, memory: Path = MEMORY) -> Path:
     """Return where to unpack and to fill weights: what was given, or memory if that has twice the room, or here."""
     needed = int(pack["work_bytes"])
+    if given is None and (memory / WORK / "unpacked").exists():
+        return memory / WORK
     folder = Path(given or WORK).resolve()
     if (
         given is None

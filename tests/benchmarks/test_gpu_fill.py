@@ -97,6 +97,34 @@ def test_a_bfloat16_is_the_upper_half_of_a_float32() -> None:
     assert np.allclose((halves.astype(np.uint32) << 16).view(np.float32), values, rtol=2**-7)
 
 
+def test_a_float8_is_the_nearest() -> None:
+    import onnx
+
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT8E4M3FN)
+    values = np.array([0.0, 1.0, -1.0, 0.0019, 3.3, -447.0, 1e6, 17.4], np.float32)
+    assert fill.to_float8(values).view(dtype).astype(np.float32).tolist() == [0, 1, -1, 2**-9, 3.25, -448, 448, 18]
+
+
+def test_float8_weights_have_the_spread_of_products(demo_bundle: Bundle, tmp_path: Path) -> None:
+    import onnx
+
+    folder = tmp_path / "demo-ort-cuda-fp8"
+    layout = describe(folder, build_engine(demo_bundle, get("ort-cuda-fp8"), folder, with_weights=False))
+    fill.write_weights(folder, layout, blocks=fill.Blocks(BLOCK), threads=2)
+    weight = "model.language_model.layers.0.self_attn.o_proj.weight"
+    tensors = {each["name"]: each for each in layout["decoder.onnx.data"]["tensors"]}
+    data = (folder / "decoder.onnx.data").read_bytes()
+
+    def read(name: str, dtype: Any) -> np.ndarray:
+        each = tensors[name]
+        return np.frombuffer(data[each["offset"] : each["offset"] + each["num_bytes"]], dtype).reshape(each["shape"])
+
+    float8 = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT8E4M3FN)
+    codes = read(f"{weight}.f8", float8).astype(np.float64)
+    scales = np.repeat(read(f"{weight}.scales", np.float32), 128, 1)
+    assert abs((codes * scales).std() - 0.02) < 0.002
+
+
 def test_the_folder_is_an_engine(graphs: dict[str, Path]) -> None:
     for precision, folder in graphs.items():
         manifest = Manifest.read(folder)
