@@ -23,7 +23,7 @@ from benchmarks import gpu_pack_libraries as libraries
 from benchmarks import synthetic
 from benchmarks.build import SHIPPED
 from benchmarks.gpu import standalone
-from benchmarks.gpu.fill import LAYOUT
+from benchmarks.gpu.measure import LAYOUT
 from benchmarks.gpu.questions import NUM_POSITIONS, NUM_TOKENS, questions
 from benchmarks.gpu_pack_graphs import describe
 from benchmarks.gpu_pack_parts import MANIFEST, Piece, write_pack

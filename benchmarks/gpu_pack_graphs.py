@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.fill import LAYOUT, MANIFEST
+from benchmarks.gpu.fill import MANIFEST
+from benchmarks.gpu.measure import LAYOUT
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 

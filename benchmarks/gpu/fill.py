@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.gpu.measure import LAYOUT
 from benchmarks.gpu.values import Values, parser
 from runtime.manifest import FileRecord, Manifest
 from runtime.model_config import ModelConfig
 
-LAYOUT = "layout.json"
 MANIFEST = "manifest.json"
 _PRIME = 33_554_467  # the next after 2^25
 _PIECE = 1 << 24

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.gpu import fill, parity, speed, torch_step
+from benchmarks.gpu import fill, measure, parity, speed, torch_step
 from benchmarks.gpu.questions import NUM_POSITIONS, NUM_TOKENS, questions
 from benchmarks.gpu.values import Values
 from benchmarks.gpu_pack_graphs import describe, kind_of
@@ -48,7 +48,7 @@ def graphs(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def stored(folder: Path, name: str) -> np.ndarray:
-    tensors = json.loads((folder / fill.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
+    tensors = json.loads((folder / measure.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
     (tensor,) = [each for each in tensors if each["name"] == name]
     data = (folder / "decoder.onnx.data").read_bytes()[tensor["offset"] : tensor["offset"] + tensor["num_bytes"]]
     return np.frombuffer(data, tensor["dtype"]).reshape(tensor["shape"])
@@ -62,7 +62,7 @@ def test_weights_have_the_spread_of_their_kind_and_no_two_rows_are_equal(graphs:
 
 
 def test_codes_of_few_bits_lie_around_their_zero_point(graphs: dict[str, Path]) -> None:
-    tensors = json.loads((graphs["int4"] / fill.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
+    tensors = json.loads((graphs["int4"] / measure.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
     names = {each["name"] for each in tensors}
     kinds = {each["kind"] for each in tensors}
     assert {"codes", "norm"} <= kinds and any(kind.startswith("scales") for kind in kinds)
@@ -84,7 +84,7 @@ def test_zero_points_of_eight_bits_are_those_of_eight_bits() -> None:
 
 
 def test_the_same_weights_come_out_whatever_the_number_of_threads(graphs: dict[str, Path], tmp_path: Path) -> None:
-    layout = json.loads((graphs["fp16"] / fill.LAYOUT).read_text())
+    layout = json.loads((graphs["fp16"] / measure.LAYOUT).read_text())
     fill.write_weights(tmp_path, layout, blocks=fill.Blocks(BLOCK), threads=1)
     for name in layout:
         assert (tmp_path / name).read_bytes() == (graphs["fp16"] / name).read_bytes()
@@ -182,7 +182,7 @@ def test_bytes_of_a_step_are_those_of_the_decoder_and_of_the_cache(graphs: dict[
     folder = graphs["fp16"]
     config = Manifest.read(folder).model
     assert config.text.tie_word_embeddings
-    tensors = json.loads((folder / fill.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
+    tensors = json.loads((folder / measure.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
     weights = sum(each["num_bytes"] for each in tensors)
     text = config.text
     row = 2 * text.num_layers * text.num_kv_heads * text.head_dim * 2
