@@ -17,8 +17,9 @@ from benchmarks import gpu_pack_libraries as libraries
 from benchmarks.gpu import standalone
 from benchmarks.gpu.standalone import DAMAGED, NO_GPU, NO_ROOM, WRONG_PYTHON, PackError
 from benchmarks.gpu_pack_parts import MANIFEST, Piece, write_pack
+from engines.registry import get
 from helpers import ROOT
-from runtime.errors import UsageError
+from runtime.errors import TargetError, UsageError
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 PART_BYTES = 1500
@@ -281,6 +282,30 @@ def test_wheels_are_either_given_or_left_out(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--no-wheels"):
         gpu_pack.gpu_pack(output=tmp_path / "pack", wheels=tmp_path, no_wheels=True)
     assert not (tmp_path / "pack").exists()
+
+
+@pytest.mark.parametrize(("option", "error"), [("models", UsageError), ("targets", TargetError)])
+def test_a_name_that_is_none_is_refused_before_anything_is_built(tmp_path: Path, option: str, error: Any) -> None:
+    with pytest.raises(error, match="no-such"):
+        gpu_pack.gpu_pack(output=tmp_path / "pack", **{option: "no-such"})
+    assert not (tmp_path / "pack").exists()
+
+
+def test_engines_of_every_target_and_graphs_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, Any]] = []
+
+    def export(model: str, target: Any, output: Path, plan: dict[str, Any], **options: Any) -> None:
+        output.mkdir(parents=True)
+        asked.append((Path(model).name, target.name, options.get("weights", True)))
+
+    monkeypatch.setattr(gpu_pack, "export_engine", export)
+    monkeypatch.setattr(gpu_pack, "describe", lambda folder, manifest: {})
+    names = gpu_pack.build_shipped(["demo"], tmp_path / "engines", {})
+    assert {"demo-ort-cuda-fp16", "demo-ort-cuda-bf16", "demo-ort-cuda-int4"} <= set(names)
+    graphs = gpu_pack.build_graphs(["tiny"], [get("ort-cuda-int4")], tmp_path, {})
+    assert graphs == ["tiny-ort-cuda-int4"]
+    assert asked[-1] == ("checkpoint-tiny", "ort-cuda-int4", False)
+    assert all(is_whole for _, _, is_whole in asked[:-1])
 
 
 def test_what_travels_imports_without_the_rest_of_the_repository(tmp_path: Path) -> None:
