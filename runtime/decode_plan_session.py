@@ -63,7 +63,7 @@ def open_with_plan(
         The decoder; the steps of own kernels, or None; and why there are none, or None.
 
     Raises:
-        EngineError: The plan is damaged, or ONNX Runtime refuses the decoder.
+        EngineError: The plan is damaged, ONNX Runtime refuses the decoder, or `batch_invariant` cannot be kept.
         CapacityError: The GPU is out of memory.
     """
     if not has_plan(manifest):
@@ -73,15 +73,19 @@ def open_with_plan(
     plan = DecodePlan(folder, manifest)
     problem = plan.misfit(device.compute_capability, device.driver_version, device.max_shared_bytes)
     if problem is not None:
-        return _without(open_decoder, problem)
+        return _without(open_decoder, problem, options)
+    sm = plan.sm_for(device.compute_capability)
+    assert sm is not None, "a plan that does not fit"
+    gpu = plan.for_sm(sm)
+    code = read_code(folder, gpu, manifest)
     with ExitStack() as taken:
         weights = DeviceWeights(folder, plan.weights, device, staging.stream)
         taken.callback(weights.close)
         try:
-            kernels = _load(folder, manifest, plan, device, staging.stream, weights)
+            kernels = PlanKernels(device, staging.stream, gpu, code, plan.buffers, weights.addresses, plan.constants)
         except EngineError as error:
             taken.close()
-            return _without(open_decoder, error.message)
+            return _without(open_decoder, error.message, options)
         taken.callback(kernels.close)
         free_bytes = device.memory_info()[0]
         decoder = open_decoder(weights, staging.stream)
@@ -92,7 +96,7 @@ def open_with_plan(
                 del decoder
                 gc.collect()
                 taken.close()
-                return _without(open_decoder, problem)
+                return _without(open_decoder, problem, options)
             _LOGGER.warning("warning: %s, as weights_twice allows", problem)
         stack.push(taken.pop_all())
     form = INVARIANT if options.batch_invariant else FAST
@@ -100,17 +104,12 @@ def open_with_plan(
     return decoder, PlanSteps(device, staging, kernels, plan.batches, form, **traits), None
 
 
-def _load(
-    folder: Path, manifest: Manifest, plan: DecodePlan, device: CudaDevice, stream: int, weights: DeviceWeights
-) -> PlanKernels:
-    sm = plan.sm_for(device.compute_capability)
-    assert sm is not None, "a plan that does not fit"
-    gpu = plan.for_sm(sm)
-    code = read_code(folder, gpu, manifest)
-    return PlanKernels(device, stream, gpu, code, plan.buffers, weights.addresses, plan.constants)
-
-
-def _without(open_decoder: Callable[[], ort.InferenceSession], problem: str) -> Opened:
+def _without(open_decoder: Callable[[], ort.InferenceSession], problem: str, options: SessionOptions) -> Opened:
+    if options.batch_invariant:
+        raise EngineError(
+            f"batch_invariant: the engine's own kernels do not run here, and no others keep it: {problem}",
+            remedy="open the engine without batch_invariant",
+        )
     _LOGGER.warning("warning: ONNX Runtime decodes, and not the engine's own kernels, which are faster: %s", problem)
     return open_decoder(), None, problem
 
