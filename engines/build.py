@@ -91,8 +91,7 @@ def build_engine(
     # A plan holds the weights once more, and lies beside the graph that it is made of until it is complete.
     compiles = target.compile is not None and with_weights and runnable
     with output_folder(output, 2 * num_bytes if compiles else num_bytes, max(bytes_of_graphs)) as folder:
-        size = f", {num_bytes / 1e6:,.1f} MB of weights" if with_weights else ""
-        progress.report(Stage.WRITING, f"writing {output}{size}")
+        progress.report(Stage.WRITING, f"writing {output}{_size(num_bytes) if with_weights else ''}")
         files: dict[str, FileRecord] = {}
         advance = partial(progress.advance, total_bytes=num_bytes)
         for name, model in graphs.items():
@@ -104,10 +103,8 @@ def build_engine(
             files, compiled = {**made.files, **(files if made.keeps_graphs else {})}, made.capabilities
         planned = add_plan(folder, graphs[DECODER], target, bundle.config, plan, progress)
         files |= planned | bundle.write_assets(folder)
-        kernels = sorted(set().union(*map(kernels_of, graphs.values())))
-        capabilities = {**target.capabilities(bundle.config, sizes), **compiled, "kernels": kernels}
-        capabilities |= {"decode_plan": True} if planned else {}
-        manifest = _manifest(bundle, target, capabilities, files)
+        more = {**compiled, "kernels": _kernels(graphs), **({"decode_plan": True} if planned else {})}
+        manifest = _manifest(bundle, target, target.capabilities(bundle.config, sizes) | more, files)
         if cache is not None:
             progress.report(Stage.QUANTISING_CACHE, cache.work)
             manifest = quantize_cache(folder, manifest, cache, target)
@@ -127,6 +124,15 @@ def _lowered(bundle: Bundle, target: Target, sizes: BuildOptions) -> dict[str, i
 
     second = {} if target.prefill_formats is None else {PREFILL: lowered(DECODER, target.prefill_formats)}
     return second | {name: lowered(name, target.formats) for name in bundle.graphs}
+
+
+def _kernels(graphs: Mapping[str, ir.Model]) -> list[str]:
+    """Return the kernels that the runtime proves before it opens the engine."""
+    return sorted(set().union(*map(kernels_of, graphs.values())))
+
+
+def _size(num_bytes: int) -> str:
+    return f", {num_bytes / 1e6:,.1f} MB of weights"
 
 
 def _manifest(

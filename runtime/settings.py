@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 TELEMETRY_VARIABLE = "ORT_DISABLE_TELEMETRY"
@@ -55,3 +56,8 @@ def user_cache_folder() -> Path | None:
         return Path.home() / ".cache"
     except RuntimeError:
         return None
+
+
+def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of this process with some variables changed, for a child."""
+    return {**os.environ, **changes}

@@ -25,7 +25,7 @@ from typing import Any
 from engines.kernels.launch import Gpu, Launch
 from runtime.errors import TargetError
 from runtime.machine import available_cores
-from runtime.settings import user_cache_folder
+from runtime.settings import child_environment, user_cache_folder
 
 _KEPT = Path("qwen3vl") / "kernels"
 # Constants of a kernel that the GPU decides: inline machine code at all, and programmatic dependent launch.
@@ -72,8 +72,11 @@ class Job:
         return replace(self, sm=0, constants=constants)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return asdict(self) | {"types": dict(self.types), "constants": dict(self.constants)}
+        """Return it as plain values; without `sm` if it is for any GPU."""
+        values = asdict(self) | {"types": dict(self.types), "constants": dict(self.constants)}
+        if not self.sm:
+            del values["sm"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -180,8 +183,7 @@ def _answer(job: Job, line: str) -> tuple[Job, Code] | TargetError:
 
 
 def _start(folder: str) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
+    changes = {
         "TRITON_INTERPRET": "0",
         "TRITON_CACHE_DIR": folder,
         "TRITON_DISABLE_LINE_INFO": "1",  # which would be most of the code's bytes
@@ -192,7 +194,7 @@ def _start(folder: str) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=environment,
+        env=child_environment(changes),
         text=True,
     )
 

@@ -48,28 +48,15 @@ def write_plan(
     """
     jobs = list(dict.fromkeys(Job.of(launch, each.gpu) for each in steps.values() for launch in each.launches()))
     codes = compiled(jobs)
-    indices = {kernel: index for index, kernel in enumerate(dict.fromkeys(map(Job.for_any_gpu, jobs)))}
-    kernels = [{**kernel.to_dict(), "code": {}} for kernel in indices]
-    for described in kernels:
-        del described["sm"]
+    kernels = {kernel: {**kernel.to_dict(), "code": {}} for kernel in map(Job.for_any_gpu, jobs)}
     gpus, records = {}, {}
     for sm, each in steps.items():
         name = f"decode_plan_sm{sm}.bin"
         places = _write_code(folder / name, {job.for_any_gpu(): codes[job] for job in jobs if job.sm == sm})
         for kernel, place in places.items():
-            kernels[indices[kernel]]["code"][str(sm)] = place
+            kernels[kernel]["code"][str(sm)] = place
         records[name] = FileRecord.of(folder / name)
-        gpus[str(sm)] = {
-            "file": name,
-            "max_shared_bytes": each.gpu.shared_bytes,
-            "dependent_launch": each.gpu.has_dependent_launch,
-            "ptxas": next(codes[job].ptxas for job in jobs if job.sm == sm),
-        }
-
-    def row(gpu: Gpu, launch: Launch) -> list[Any]:
-        sources = [argument.source for argument in launch.arguments.values()]
-        return [indices[Job.of(launch, gpu).for_any_gpu()], list(launch.grid), sources]
-
+        gpus[str(sm)] = _described(each.gpu, name, next(codes[job].ptxas for job in jobs if job.sm == sm))
     plan = {
         "format": FORMAT,
         "versions": {"triton": triton_version()},
@@ -78,25 +65,48 @@ def write_plan(
         "top_k": top_k,
         "batches": list(BATCHES),
         "buffers": _buffers(steps),
-        "constants": {
-            name: {"type": _CONSTANT_TYPES[values.dtype.name], "values": values.tolist()}
-            for name, values in decoder.constants.items()
-        },
+        "constants": _constants(decoder),
         "weights": _weights(model),
         "gpus": gpus,
-        "kernels": kernels,
-        "steps": {
-            str(sm): {
-                str(batch): {form: [row(each.gpu, launch) for launch in each.of(batch, form)] for form in FORMS}
-                for batch in BATCHES
-            }
-            for sm, each in steps.items()
-        },
+        "kernels": list(kernels.values()),
+        "steps": _rows(steps, {kernel: index for index, kernel in enumerate(kernels)}),
     }
     path = folder / PLAN_NAME
     path.write_text(json.dumps(plan, separators=(",", ":")) + "\n", encoding="utf-8")
     records[PLAN_NAME] = FileRecord.of(path)
     return records
+
+
+def _described(gpu: Gpu, file: str, ptxas: str) -> dict[str, Any]:
+    return {
+        "file": file,
+        "max_shared_bytes": gpu.shared_bytes,
+        "dependent_launch": gpu.has_dependent_launch,
+        "ptxas": ptxas,
+    }
+
+
+def _constants(decoder: Decoder) -> dict[str, Any]:
+    return {
+        name: {"type": _CONSTANT_TYPES[values.dtype.name], "values": values.tolist()}
+        for name, values in decoder.constants.items()
+    }
+
+
+def _rows(steps: Mapping[int, Steps], indices: Mapping[Job, int]) -> dict[str, Any]:
+    """Return the launches by GPU, batch and form: index of the kernel, grid, sources of the arguments."""
+
+    def row(gpu: Gpu, launch: Launch) -> list[Any]:
+        sources = [argument.source for argument in launch.arguments.values()]
+        return [indices[Job.of(launch, gpu).for_any_gpu()], list(launch.grid), sources]
+
+    return {
+        str(sm): {
+            str(batch): {form: [row(each.gpu, launch) for launch in each.of(batch, form)] for form in FORMS}
+            for batch in BATCHES
+        }
+        for sm, each in steps.items()
+    }
 
 
 def _write_code(path: Path, codes: Mapping[Job, Code]) -> dict[Job, dict[str, Any]]:

@@ -153,7 +153,13 @@ def launch(
         "eps": Argument("fp32", eps),
         "scale": Argument("fp32", factor / math.log(2.0)),
     }
-    constants = {
+    constants = _constants(heads, cut)
+    grid = (cut.splits, heads.num_kv_heads, batch)
+    return Launch("attention", "attention", arguments, constants, grid, cut.warps, cut.stages)
+
+
+def _constants(heads: Heads, cut: Tiles) -> dict[str, int]:
+    return {
         "H": heads.num_heads,
         "KVH": heads.num_kv_heads,
         "PADDED": power_of_two(heads.group),
@@ -162,8 +168,6 @@ def launch(
         "BLOCK": cut.block,
         "STAGES": cut.stages,
     }
-    grid = (cut.splits, heads.num_kv_heads, batch)
-    return Launch("attention", "attention", arguments, constants, grid, cut.warps, cut.stages)
 
 
 def reference(

@@ -79,14 +79,8 @@ def launch(
     Raises:
         Unserved: The kernel does not serve this weight or so many experts.
     """
+    _check(weight, top_k)
     num_experts, columns = weight.rows, weight.columns
-    if weight.kind != HALF or num_experts > _MAX_EXPERTS or columns > _MAX_COLUMNS:
-        raise Unserved(
-            f"a router of {weight.kind} [{num_experts}, {columns}]; the kernel takes halves, up to "
-            f"[{_MAX_EXPERTS}, {_MAX_COLUMNS}]"
-        )
-    if not 0 < top_k <= min(_MAX_TOP, num_experts):
-        raise Unserved(f"{top_k} of {num_experts} experts; the kernel chooses up to {_MAX_TOP}")
     half = pointer(dtype)
     arguments = {
         "x": Argument(half, x),
@@ -111,6 +105,16 @@ def launch(
         "CHUNKS": -(-columns // size),
     }
     return Launch("router", "router", arguments, constants, (-(-num_experts // experts), batch, 1))
+
+
+def _check(weight: Weight, top_k: int) -> None:
+    if weight.kind != HALF or weight.rows > _MAX_EXPERTS or weight.columns > _MAX_COLUMNS:
+        raise Unserved(
+            f"a router of {weight.kind} [{weight.rows}, {weight.columns}]; the kernel takes halves, up to "
+            f"[{_MAX_EXPERTS}, {_MAX_COLUMNS}]"
+        )
+    if not 0 < top_k <= min(_MAX_TOP, weight.rows):
+        raise Unserved(f"{top_k} of {weight.rows} experts; the kernel chooses up to {_MAX_TOP}")
 
 
 def reference(x: Array, gain: Array, weight: Array, *, top_k: int, eps: float) -> tuple[Array, Array, Array]:

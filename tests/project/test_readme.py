@@ -265,12 +265,13 @@ def options_of(command: str) -> set[str]:
 
 
 def test_documented_options_of_the_runtime() -> None:
+    from runtime.engine_options import OpeningKeywords
     from runtime.model import Qwen3VLModel
     from runtime.serving_options import ServingOptions
 
     rows = re.findall(r"^\| `(--[\w-]+)`.*? \| `(\w+)`", COMMANDS, re.MULTILINE)
-    arguments = set(inspect.signature(Qwen3VLModel.from_engine).parameters) - {"path", "serving"}
-    arguments |= set(ServingOptions.__dataclass_fields__)
+    arguments = set(inspect.signature(Qwen3VLModel.from_engine).parameters) - {"path", "serving", "keywords"}
+    arguments |= set(ServingOptions.__dataclass_fields__) | set(OpeningKeywords.__annotations__)
     section = (
         (ROOT / "docs" / "requests.md").read_text(encoding="utf-8").split("## Limits, refusals")[1].split("\n- ")[0]
     )

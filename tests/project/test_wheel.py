@@ -105,9 +105,8 @@ def test_the_wheel_is_small_and_trains_nothing(wheel: Path) -> None:
     demo = {name.removeprefix("qwen3vl_export/demo/") for name in names if name.startswith("qwen3vl_export/demo/")}
     assert {name for name in demo if name.endswith(".py")} == {"__init__.py", "data.py", "distractors.py", "tasks.py"}
     assert {"checkpoint/model.safetensors", "checkpoint_moe/model.safetensors", "images/truth.json"} <= demo
-    assert (
-        wheel.stat().st_size <= 13_900_000
-    )  # 12 MB of them are the two demo checkpoints, 0.6 the own kernels and their proofs
+    # 12 MB of them are the two demo checkpoints, 0.6 the own kernels and their proofs.
+    assert wheel.stat().st_size <= 14_000_000
 
 
 def install(binaries: Path, wheel: Path, extras: str) -> None:
