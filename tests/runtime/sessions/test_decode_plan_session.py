@@ -295,9 +295,9 @@ def test_a_second_copy_of_the_weights_is_taken_on_request_alone(
     memory = HostDevice(total_bytes=1 << 40)
     make = onnxruntime.InferenceSession
 
-    def greedy(path: str, options: Any, **keywords: Any) -> Any:
+    def greedy(path: str, *options: Any, **keywords: Any) -> Any:
         memory.total_bytes -= 1 << 30
-        return make(path, options, **keywords)
+        return make(path, *options, **keywords)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", greedy)
     with caplog.at_level(logging.WARNING):
@@ -307,6 +307,40 @@ def test_a_second_copy_of_the_weights_is_taken_on_request_alone(
     cache = filled(session)
     steps(session, cache, 1, 0)
     del cache, session
+    gc.collect()
+    assert memory.leaks() == []
+
+
+@pytest.mark.parametrize("message", ["Failed to allocate memory for requested buffer", "initializer on another device"])
+def test_where_onnx_runtime_does_not_take_the_weights_it_opens_without_the_plan(
+    plain: Path, planned: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    message: str,
+) -> None:  # fmt: skip
+    memory, make, give_to = HostDevice(), onnxruntime.InferenceSession, DeviceWeights.give_to
+    given: list[Any] = []
+
+    def noted(weights: DeviceWeights, options: Any, device_name: str) -> None:
+        give_to(weights, options, device_name)
+        given.append(options)
+
+    def refusing(path: str, options: Any, **keywords: Any) -> Any:
+        if any(options is each for each in given):
+            raise RuntimeError(message)
+        return make(path, options, **keywords)
+
+    monkeypatch.setattr(DeviceWeights, "give_to", noted)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refusing)
+    with caplog.at_level(logging.WARNING):
+        session = opened(planned(""), memory)
+    assert given
+    assert message in caplog.text
+    assert message in str(session.decode_plan_problem)
+    reference = opened(plain)
+    for found, wanted in zip(
+        steps(session, filled(session), 1, 0), steps(reference, filled(reference), 1, 0), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, atol=NEAR)
+    session.close()
     gc.collect()
     assert memory.leaks() == []
 
