@@ -208,7 +208,6 @@ def _fragments(
     half = TYPES[dtype]
     tile = tiling(weight, batch, gpu, invariant=invariant)
     constants = unit_constants(weight, dtype, gpu) | {
-        "B": batch,
         "N": weight.rows,
         "K": weight.columns,
         "WARPS": tile.warps,
@@ -229,6 +228,7 @@ def _fragments(
             "ZEROS": Argument("*fp32", ZEROS),
             "OUT": Argument("*fp32" if mode == LOGITS else f"*{half}", out),
             "eps": Argument("fp32", eps),
+            "B": Argument("i32", batch),
         },
         constants=constants,
         grid=(-(-weight.rows // (16 * tile.tiles)), 1, 1),

@@ -75,7 +75,7 @@ def store_row(p, y, z, mask, MODE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def product_fragments(
-    X, W, S, Z, GAIN, ZEROS, OUT, eps, B: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
+    X, W, S, Z, GAIN, ZEROS, OUT, eps, B, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
     ROW_BYTES: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, PER: tl.constexpr,
     ZP: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr,
     GROUPS: tl.constexpr, NORM: tl.constexpr, MODE: tl.constexpr, CVT: tl.constexpr, ASM: tl.constexpr,
@@ -123,9 +123,7 @@ def product_fragments(
 
 
 @device_function
-def store_tile(
-    OUT, c0, c1, c2, c3, tile, column, B: tl.constexpr, OUTPUTS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr
-):
+def store_tile(OUT, c0, c1, c2, c3, tile, column, B, OUTPUTS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr):
     """Store the results of a tile for 8 columns from `column` on, which are rows of the batch."""
     lane = tl.arange(0, 32)[None, :]
     column = column + lane % 4 * 2
