@@ -398,9 +398,9 @@ def test_a_plan_of_another_decoder_is_refused(plain: Path, tmp_path: Path) -> No
 class Failing(HostDevice):
     """A device one of whose functions fails from some call on."""
 
-    def __init__(self, name: str, error: Exception) -> None:
+    def __init__(self, name: str, error: BaseException) -> None:
         super().__init__()
-        self.failing: tuple[str, Exception] | None = None
+        self.failing: tuple[str, BaseException] | None = None
         self._later = name, error
 
     def break_down(self) -> None:
@@ -464,6 +464,24 @@ def test_a_kernel_that_the_gpu_refuses_at_first_is_switched_off(planned: Callabl
     memory.break_down()
     steps(session, cache, 1, 0)
     assert "CUDA failed: invalid value" in str(session.decode_plan_problem)
+
+
+@pytest.mark.parametrize(
+    "error", [CapacityError("the GPU is out of memory", remedy="--max-context"), KeyboardInterrupt()]
+)
+def test_a_comparison_that_breaks_off_leaves_the_rows_of_onnx_runtime(
+    planned: Callable[[str], Path], error: BaseException
+) -> None:
+    memory = Failing("launch_kernel", error)
+    whole, broken = opened(planned("")), opened(planned(""), memory)
+    caches = filled(whole), filled(broken)
+    steps(whole, caches[0], 1, 0, count=1)
+    memory.break_down()
+    with pytest.raises(type(error)):
+        steps(broken, caches[1], 1, 0)
+    for index in range(CONFIG.text.num_layers):
+        for given, wanted in zip(caches[1].layer(index), caches[0].layer(index), strict=True):
+            np.testing.assert_allclose(given[0, :, :5], wanted[0, :, :5], atol=NEAR)
 
 
 def test_a_gpu_that_vanishes_is_an_error_and_no_other_answer(planned: Callable[[str], Path]) -> None:
