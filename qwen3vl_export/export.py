@@ -190,14 +190,16 @@ def _wanted_plan(request: ExportRequest, target: Target | None) -> PlanOptions:
     """
     if target is None or not target.decode_plan:
         if request.decode_plan is not None:
+            option = "--decode-plan" if request.decode_plan else "--no-decode-plan"
             raise UsageError(
-                f"--decode-plan: {'a bundle' if target is None else target.name} takes no decode plan",
+                f"{option}: {'a bundle' if target is None else target.name} takes no decode plan",
                 remedy="leave it out; the targets ort-cuda-* take one",
             )
         return NO_PLAN
     if not request.compile:
-        if request.decode_plan:
-            raise UsageError("--no-compile compiles nothing, a decode plan neither", remedy="leave one of them out")
+        given = {"--decode-plan": request.decode_plan, "--compute-capability": request.compute_capability}
+        for option in (name for name, value in given.items() if value):
+            raise UsageError(f"{option}: --no-compile compiles no decode plan", remedy="leave one of them out")
         return NO_PLAN
     if request.decode_plan is False and request.compute_capability:
         raise UsageError(

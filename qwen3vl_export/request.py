@@ -108,7 +108,8 @@ class ExportRequest:
         if self.decode_plan is not None:
             true_or_false("decode_plan", self.decode_plan)
         if self.decode_plan is not None and self.bundle is not None:
-            raise UsageError("--decode-plan is a target's, and a bundle is for none", remedy="leave it out")
+            option = "--decode-plan" if self.decode_plan else "--no-decode-plan"
+            raise UsageError(f"{option} is a target's, and a bundle is for none", remedy="leave it out")
         if self.kernels is not None and self.bundle is not None:
             raise UsageError("--kernels are a target's, and a bundle is for none", remedy="leave --kernels out")
 

@@ -18,7 +18,7 @@ from runtime.decode_plan_kernels import PlanKernels
 from runtime.decode_plan_steps import PlanSteps
 from runtime.device_buffers import Staging
 from runtime.device_weights import DeviceWeights, is_second_copy
-from runtime.errors import EngineError
+from runtime.errors import CapacityError, EngineError
 from runtime.installation import from_extra
 from runtime.manifest import Manifest
 from runtime.session import SessionOptions
@@ -79,25 +79,34 @@ def open_with_plan(
     with ExitStack() as taken:
         weights = DeviceWeights(folder, plan.weights, device, staging.stream)
         taken.callback(weights.close)
+        decoder = None
         try:
             kernels = PlanKernels(device, staging.stream, gpu, code, plan.buffers, weights.addresses, plan.constants)
-        except EngineError as error:
-            taken.close()
-            return _without(open_decoder, error.message, options)
-        taken.callback(kernels.close)
-        free_bytes = device.memory_info()[0]
-        decoder = open_decoder(weights, staging.stream)
-        _check_top(decoder, plan, folder)
-        if is_second_copy(free_bytes - device.memory_info()[0], weights.num_bytes):
-            problem = f"ONNX Runtime keeps a second copy of {weights.num_bytes / 1e9:.2f} GB of weights on the GPU"
-            if not options.weights_twice:
-                del decoder
-                gc.collect()  # its memory has to be free before the decoder is opened again
-                taken.close()
-                return _without(open_decoder, problem, options)
-            _LOGGER.warning("warning: %s, as weights_twice allows", problem)
-        stack.push(taken.pop_all())
-    return decoder, _steps(manifest, options, device, staging, kernels, plan.batches), None
+            taken.callback(kernels.close)
+            free_bytes = device.memory_info()[0]
+            decoder = open_decoder(weights, staging.stream)
+        except (CapacityError, EngineError) as error:  # without the plan it may open all the same
+            problem = error.message
+        else:
+            _check_top(decoder, plan, folder)
+            problem = _copy_problem(free_bytes - device.memory_info()[0], weights, options)
+        if decoder is not None and problem is None:
+            stack.push(taken.pop_all())
+            return decoder, _steps(manifest, options, device, staging, kernels, plan.batches), None
+        del decoder
+        gc.collect()  # its memory has to be free before the decoder is opened again
+    return _without(open_decoder, str(problem), options)
+
+
+def _copy_problem(taken_bytes: int, weights: DeviceWeights, options: SessionOptions) -> str | None:
+    """Say that a session has copied the weights, unless that is allowed; None if it has not."""
+    if not is_second_copy(taken_bytes, weights.num_bytes):
+        return None
+    problem = f"ONNX Runtime keeps a second copy of {weights.num_bytes / 1e9:.2f} GB of weights on the GPU"
+    if not options.weights_twice:
+        return problem
+    _LOGGER.warning("warning: %s, as weights_twice allows", problem)
+    return None
 
 
 def _steps(

@@ -124,8 +124,8 @@ class PlanSteps:
         reference()
         window = StepWindow(self._device, self._staging, cache, slot, inputs.past_lengths)
         expected = StepResult(io.logits(num_sequences)[:, 0], window.read())
-        window.blank(expected.rows)
         try:
+            window.blank(expected.rows)
             io.write_padded(inputs, slot, batch)
             self._enqueue_kernels(cache, io, batch)
             found = StepResult(io.logits(num_sequences)[:, 0], window.read())
@@ -133,6 +133,10 @@ class PlanSteps:
             problem = difference or self._wrong_candidates(io, num_sequences, found)
         except EngineError as error:
             problem = error.message
+        except BaseException:  # Ctrl-C too; what is blank must not stay behind a sequence
+            with suppress(Qwen3VLError):
+                window.write(expected.rows)
+            raise
         if problem is None:
             # Without a past, attention was hardly asked.
             if inputs.past_lengths.min() > 0:

@@ -153,6 +153,7 @@ def measure(
         step = repeated(lambda cache=cache: engine.decode(cache, sizes.past), warmup=8, repeats=sizes.repeats)
         decode[str(batch)] = step
         values["decode"] = decode
+        values["decode_kernels"] = engine.decode_kernels  # a plan may be given up at any batch size
     del cache
     if not decode_only:
         _prompts(engine, values, sizes)
@@ -160,6 +161,14 @@ def measure(
         cache = engine.session.new_cache(sizes.long_past + CHUNK)
         engine.fill(cache, sizes.long_past)
         values["decode_long"] = repeated(lambda: engine.decode(cache, sizes.long_past), warmup=8, repeats=sizes.repeats)
+
+
+def problems(engine: Engine, values: Any, *, with_plan: bool) -> list[str]:
+    """Return those that are known already, and what the calls since have shown."""
+    found = [*values["problems"], engine.plan_problem if with_plan else ""]
+    if not values["finite"]:
+        found.append("logits that are not numbers")
+    return [each for each in dict.fromkeys(found) if each]
 
 
 def _prompts(engine: Engine, values: Any, sizes: Sizes) -> None:
@@ -235,8 +244,7 @@ def main() -> int:
         each = {str(batch): step_bytes(args.folder, engine.config, batch, sizes.past) for batch in sizes.batches}
         values["step_bytes"] = each
     measure(engine, values, note, sizes, decode_only=args.no_plan)
-    if not values["finite"]:
-        values["problems"] = [*values["problems"], "logits that are not numbers"]
+    values["problems"] = problems(engine, values, with_plan=not args.no_plan)
     print(json.dumps(values))
     for problem in values["problems"]:
         print(f"error: {problem}", file=sys.stderr)

@@ -174,7 +174,7 @@ def _feed(
 def _answer(job: Job, line: str) -> tuple[Job, Code] | TargetError:
     where = f"{job.module}.{job.function} for SM {job.sm // 10}.{job.sm % 10}"
     remedy = "leave the decode plan out with --no-decode-plan, and report this with the version of triton"
-    if not line:
+    if not line.endswith("\n"):  # a part of a line, too
         return TargetError(f"the process that compiles {where} died", remedy=f"see that memory is free, or {remedy}")
     values = json.loads(line)
     if "error" in values:

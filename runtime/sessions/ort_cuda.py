@@ -505,10 +505,11 @@ def _open(
     if weights is not None:
         for name, value in device.shared_weights.items():
             options.add_session_config_entry(name, value)
-        weights.give_to(options, device.name)
         if device.stream_option:
             provider_options = {**provider_options, device.stream_option: str(stream)}
     try:
+        if weights is not None:
+            weights.give_to(options, device.name)
         session = ort.InferenceSession(
             str(path), options, providers=[(device.provider, dict(provider_options))], enable_fallback=0
         )

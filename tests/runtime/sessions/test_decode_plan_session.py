@@ -295,9 +295,9 @@ def test_a_second_copy_of_the_weights_is_taken_on_request_alone(
     memory = HostDevice(total_bytes=1 << 40)
     make = onnxruntime.InferenceSession
 
-    def greedy(path: str, options: Any, **keywords: Any) -> Any:
+    def greedy(path: str, *options: Any, **keywords: Any) -> Any:
         memory.total_bytes -= 1 << 30
-        return make(path, options, **keywords)
+        return make(path, *options, **keywords)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", greedy)
     with caplog.at_level(logging.WARNING):
@@ -307,6 +307,40 @@ def test_a_second_copy_of_the_weights_is_taken_on_request_alone(
     cache = filled(session)
     steps(session, cache, 1, 0)
     del cache, session
+    gc.collect()
+    assert memory.leaks() == []
+
+
+@pytest.mark.parametrize("message", ["Failed to allocate memory for requested buffer", "initializer on another device"])
+def test_where_onnx_runtime_does_not_take_the_weights_it_opens_without_the_plan(
+    plain: Path, planned: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    message: str,
+) -> None:  # fmt: skip
+    memory, make, give_to = HostDevice(), onnxruntime.InferenceSession, DeviceWeights.give_to
+    given: list[Any] = []
+
+    def noted(weights: DeviceWeights, options: Any, device_name: str) -> None:
+        give_to(weights, options, device_name)
+        given.append(options)
+
+    def refusing(path: str, options: Any, **keywords: Any) -> Any:
+        if any(options is each for each in given):
+            raise RuntimeError(message)
+        return make(path, options, **keywords)
+
+    monkeypatch.setattr(DeviceWeights, "give_to", noted)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refusing)
+    with caplog.at_level(logging.WARNING):
+        session = opened(planned(""), memory)
+    assert given
+    assert message in caplog.text
+    assert message in str(session.decode_plan_problem)
+    reference = opened(plain)
+    for found, wanted in zip(
+        steps(session, filled(session), 1, 0), steps(reference, filled(reference), 1, 0), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, atol=NEAR)
+    session.close()
     gc.collect()
     assert memory.leaks() == []
 
@@ -364,9 +398,9 @@ def test_a_plan_of_another_decoder_is_refused(plain: Path, tmp_path: Path) -> No
 class Failing(HostDevice):
     """A device one of whose functions fails from some call on."""
 
-    def __init__(self, name: str, error: Exception) -> None:
+    def __init__(self, name: str, error: BaseException) -> None:
         super().__init__()
-        self.failing: tuple[str, Exception] | None = None
+        self.failing: tuple[str, BaseException] | None = None
         self._later = name, error
 
     def break_down(self) -> None:
@@ -430,6 +464,24 @@ def test_a_kernel_that_the_gpu_refuses_at_first_is_switched_off(planned: Callabl
     memory.break_down()
     steps(session, cache, 1, 0)
     assert "CUDA failed: invalid value" in str(session.decode_plan_problem)
+
+
+@pytest.mark.parametrize(
+    "error", [CapacityError("the GPU is out of memory", remedy="--max-context"), KeyboardInterrupt()]
+)
+def test_a_comparison_that_breaks_off_leaves_the_rows_of_onnx_runtime(
+    planned: Callable[[str], Path], error: BaseException
+) -> None:
+    memory = Failing("launch_kernel", error)
+    whole, broken = opened(planned("")), opened(planned(""), memory)
+    caches = filled(whole), filled(broken)
+    steps(whole, caches[0], 1, 0, count=1)
+    memory.break_down()
+    with pytest.raises(type(error)):
+        steps(broken, caches[1], 1, 0)
+    for index in range(CONFIG.text.num_layers):
+        for given, wanted in zip(caches[1].layer(index), caches[0].layer(index), strict=True):
+            np.testing.assert_allclose(given[0, :, :5], wanted[0, :, :5], atol=NEAR)
 
 
 def test_a_gpu_that_vanishes_is_an_error_and_no_other_answer(planned: Callable[[str], Path]) -> None:
