@@ -423,7 +423,11 @@ def test_what_is_not_ours_stays(make: Callable[[Path], None], message: str, tmp_
 
 @pytest.mark.portable
 @pytest.mark.parametrize(
-    "names", [["engine.json"], ["lowered.json"], ["bundle.json"], ["decoder.onnx", "vision.onnx"], []]
+    "names",
+    [
+        *(["engine.json"], ["lowered.json"], ["bundle.json"], ["decoder.onnx", "vision.onnx"], []),
+        ["engine.json", "decode_plan.json", "decode_plan_sm90.bin", "decode_plan_sm120.bin"],
+    ],
 )
 def test_what_the_exporter_writes_may_be_replaced(names: list[str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
