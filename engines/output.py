@@ -143,8 +143,11 @@ def _is_ours(folder: Path) -> bool:
         names = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
     found = {name for name in names if not is_work_folder(name) and name != "lost+found"}
     has_mark = bool(found & {*_MANIFESTS}) or found >= _GRAPHS
-    are_ours = all(name in _OWN_NAMES or _CODE_NAME.fullmatch(name) for name in found)
-    return not found or (has_mark and are_ours and not any(names[name] for name in found))
+    return not found or (has_mark and all(map(_is_own_name, found)) and not any(names[name] for name in found))
+
+
+def _is_own_name(name: str) -> bool:
+    return name in _OWN_NAMES or _CODE_NAME.fullmatch(name) is not None
 
 
 def _can_be_renamed(place: Path) -> bool:
@@ -222,7 +225,7 @@ def _fill(fresh: Path, place: Path) -> None:
         for name in _MANIFESTS:
             (place / name).unlink(missing_ok=True)
         sync_folder(place)
-        for name in sorted(_OWN_NAMES - {*names}):
+        for name in sorted(filter(_is_own_name, {*os.listdir(place)} - {*names})):
             (place / name).unlink(missing_ok=True)
         for name in names:
             if name in _MANIFESTS:
