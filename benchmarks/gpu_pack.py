@@ -23,6 +23,7 @@ from benchmarks import gpu_pack_libraries as libraries
 from benchmarks import synthetic
 from benchmarks.build import SHIPPED
 from benchmarks.gpu import standalone
+from benchmarks.gpu.measure import LAYOUT
 from benchmarks.gpu.questions import NUM_POSITIONS, NUM_TOKENS, questions
 from benchmarks.gpu_pack_graphs import describe
 from benchmarks.gpu_pack_parts import MANIFEST, Piece, write_pack
@@ -57,6 +58,12 @@ def gpu_pack(
 ) -> None:
     """Write a pack that measures a GPU machine without a package index: `python gpu_pack.py run` there."""
     limit = parsed_bytes(part_bytes)
+    plan: dict[str, Any] = {"decode_plan": decode_plan}
+    if decode_plan is not False:
+        plan["compute_capability"] = [f"{sm // 10}.{sm % 10}"]
+    shapes, wanted = _listed(models), [get(name) for name in _listed(targets)]
+    for shape in shapes:
+        synthetic.hf_config(shape)  # raises for a shape that is not there
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty", remedy="give another --output, or empty it")
     if no_wheels and wheels is not None:
@@ -67,38 +74,47 @@ def gpu_pack(
         site = libraries.unpack_onnxruntime(onnxruntime, python, sm, work)
         (work / "wheels").mkdir()
         chosen = [] if no_wheels else libraries.collect_wheels(wheels, python, work / "wheels")
-        plan: dict[str, Any] = {"decode_plan": decode_plan}
-        if decode_plan is not False:
-            plan["compute_capability"] = [f"{sm // 10}.{sm % 10}"]
-        copy_project(work / "project")
-        engines = build_shipped(_listed(checkpoints), work / "content" / "engines", plan)
-        write_references(_listed(checkpoints), work)
-        graphs = build_graphs(_listed(models), _listed(targets), work, plan)
-        description = {
-            "title": f"SM {sm}, Python {python}, {', '.join((*engines, *graphs))}",
-            "sm": sm,
-            "python": python,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": {"qwen3vl-export": metadata.version("qwen3vl-export"), "onnxruntime-gpu": site.version},
-            "pruned": site.pruned,
-            "wheels": chosen,
-            "engines": engines,
-            "graphs": graphs,
-        }
-        (work / "content" / "description.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        pieces = [
-            Piece("onnxruntime", site.folder, "site"),
-            Piece("wheels", work / "wheels", "wheels"),
-            Piece("project", work / "project", "project"),
-            Piece("content", work / "content", "."),
-        ]
-        typer.echo("compressing")
-        pack = write_pack(pieces, output, limit, description)
+        content = write_content(work, _listed(checkpoints), shapes, wanted, plan)
+        title = f"SM {sm}, Python {python}, {', '.join((*content['engines'], *content['graphs']))}"
+        machine = {"title": title, "sm": sm, "python": python, "wheels": chosen}
+        pack = _compress(work, site, output, limit, machine | content)
     (output / MANIFEST).write_text(json.dumps(pack, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(standalone.__file__, output / PROGRAM)
     for part in pack["parts"]:
         typer.echo(f"{part['num_bytes'] / 1e6:6.1f} MB  {output / part['name']}")
     typer.echo(f"copy {output} to the machine, then there: python{python} {PROGRAM} run --json gpu.json")
+
+
+def write_content(
+    work: Path, checkpoints: Sequence[str], models: Sequence[str], targets: Sequence[Target], plan: dict[str, Any]
+) -> dict[str, list[str]]:
+    """Write package, engines, answers of the CPU and graphs; return the names of `engines` and `graphs`."""
+    copy_project(work / "project")
+    engines = build_shipped(checkpoints, work / "content" / "engines", plan)
+    write_references(checkpoints, work)
+    return {"engines": engines, "graphs": build_graphs(models, targets, work, plan)}
+
+
+def _compress(
+    work: Path, site: libraries.Site, output: Path, part_bytes: int, description: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the parts, and what they are into one of them; return what `pack.json` is to hold."""
+    described = {
+        **description,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"qwen3vl-export": metadata.version("qwen3vl-export"), "onnxruntime-gpu": site.version},
+        "pruned": site.pruned,
+        "work_bytes": work_bytes(work),
+    }
+    (work / "content" / "description.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    pieces = [
+        Piece("onnxruntime", site.folder, "site"),
+        Piece("wheels", work / "wheels", "wheels"),
+        Piece("project", work / "project", "project"),
+        Piece("content", work / "content", "."),
+    ]
+    typer.echo("compressing")
+    return write_pack(pieces, output, part_bytes, described)
 
 
 def parsed_bytes(text: str) -> int:
@@ -137,7 +153,7 @@ def build_shipped(checkpoints: Sequence[str], folder: Path, plan: dict[str, Any]
             typer.echo(f"building {name}")
             with tempfile.TemporaryDirectory() as prompts:
                 calibration = synthetic.write_calibration(Path(prompts)) if needs_prompts(target) else None
-                _export(checkpoint, target, folder / name, plan, calibration=calibration)
+                export_engine(checkpoint, target, folder / name, plan, calibration=calibration)
             names.append(name)
     return names
 
@@ -153,7 +169,7 @@ def write_references(checkpoints: Sequence[str], work: Path) -> None:
     for checkpoint in checkpoints:
         typer.echo(f"asking {checkpoint} on the CPU")
         engine = work / f"reference-{checkpoint}"
-        _export(checkpoint, get(_REFERENCE), engine, {})
+        export_engine(checkpoint, get(_REFERENCE), engine, {})
         model = Qwen3VLModel.from_engine(engine)
         ids, logits = {}, {}
         for name, messages in questions().items():
@@ -164,23 +180,32 @@ def write_references(checkpoints: Sequence[str], work: Path) -> None:
         np.savez_compressed(folder / f"{checkpoint}.npz", **logits)
 
 
-def build_graphs(models: Sequence[str], targets: Sequence[str], work: Path, plan: dict[str, Any]) -> list[str]:
+def build_graphs(models: Sequence[str], targets: Sequence[Target], work: Path, plan: dict[str, Any]) -> list[str]:
     """Export graphs without weights of large shapes; return their names in the order in which they are measured."""
     names = []
     for model in models:
         checkpoint = work / f"checkpoint-{model}"
         synthetic.write_checkpoint(checkpoint, model, sparse=True)
         for target in targets:
-            name = f"{model}-{target}"
+            name = f"{model}-{target.name}"
             typer.echo(f"graphs of {name}")
             folder = work / "content" / "graphs" / name
-            manifest = _export(str(checkpoint), get(target), folder, plan, weights=False)
+            manifest = export_engine(str(checkpoint), target, folder, plan, weights=False)
             describe(folder, manifest)
             names.append(name)
     return names
 
 
-def _export(model: str, target: Target, output: Path, plan: dict[str, Any], **options: Any) -> Any:
+def work_bytes(work: Path) -> int:
+    """Return the bytes that the pack takes where it is unpacked and its weights are written."""
+    folders = [work / name for name in ("site", "wheels", "project", "content")]
+    files = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    layouts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.glob(f"content/graphs/*/{LAYOUT}"))]
+    return files + sum(int(weights["num_bytes"]) for layout in layouts for weights in layout.values())
+
+
+def export_engine(model: str, target: Target, output: Path, plan: dict[str, Any], **options: Any) -> Any:
+    """Export in this process and return the manifest."""
     from qwen3vl_export.export import export
     from qwen3vl_export.request import ExportRequest
 

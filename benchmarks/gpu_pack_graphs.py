@@ -12,11 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.fill import LAYOUT, MANIFEST
+from benchmarks.gpu.fill import MANIFEST
+from benchmarks.gpu.measure import LAYOUT
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 
-_DTYPES = {1: "float32", 2: "uint8", 10: "float16", 16: "bfloat16"}  # TensorProto.DataType
+_DTYPES = {1: "float32", 2: "uint8", 10: "float16", 16: "bfloat16", 17: "float8"}  # TensorProto.DataType
 
 
 def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -51,9 +52,11 @@ def kind_of(name: str, dtype: str, names: set[str]) -> str:
     """
     for suffix in ("scales", "zero_points"):
         if name.endswith(f".{suffix}"):
-            bits = 8 if f"{name.removesuffix(suffix)}q8" in names else 4
-            return f"{suffix}{bits}"
-    if dtype == "uint8":
+            stem = name.removesuffix(suffix)
+            if f"{stem}f8" in names:
+                return f"{suffix}_float8"
+            return f"{suffix}{8 if f'{stem}q8' in names else 4}"
+    if dtype in ("uint8", "float8"):
         return "codes"
     if name.endswith(".bias"):
         return "bias"

@@ -94,7 +94,7 @@ def write_pack(pieces: Sequence[Piece], output: Path, part_bytes: int, descripti
     for piece in pieces:
         start, hashed = writer.position, _Hashed(writer)
         with (
-            lzma.LZMAFile(hashed, "wb", preset=_PRESET) as compressed,  # type: ignore[call-overload]
+            lzma.LZMAFile(hashed, "wb", preset=_PRESET) as compressed,
             tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as archive,
         ):
             for path in sorted(piece.source.rglob("*")):

@@ -63,25 +63,27 @@ def open_with_plan(
         The decoder; the steps of own kernels, or None; and why there are none, or None.
 
     Raises:
-        EngineError: The plan is damaged, or ONNX Runtime refuses the decoder.
+        EngineError: Plan or decoder are damaged, or `batch_invariant` cannot be kept.
         CapacityError: The GPU is out of memory.
     """
-    if not has_plan(manifest):
-        return open_decoder(), None, "the engine has no decode plan"
-    if not options.decode_plan:
-        return open_decoder(), None, "it was opened with decode_plan=False"
+    if not (has_plan(manifest) and options.decode_plan):
+        asked = "it was opened with decode_plan=False"
+        return open_decoder(), None, asked if has_plan(manifest) else "the engine has no decode plan"
     plan = DecodePlan(folder, manifest)
     problem = plan.misfit(device.compute_capability, device.driver_version, device.max_shared_bytes)
-    if problem is not None:
-        return _without(open_decoder, problem)
+    sm = plan.sm_for(device.compute_capability)
+    if problem is not None or sm is None:
+        return _without(open_decoder, str(problem), options)
+    gpu = plan.for_sm(sm)
+    code = read_code(folder, gpu, manifest)
     with ExitStack() as taken:
         weights = DeviceWeights(folder, plan.weights, device, staging.stream)
         taken.callback(weights.close)
         try:
-            kernels = _load(folder, manifest, plan, device, staging.stream, weights)
+            kernels = PlanKernels(device, staging.stream, gpu, code, plan.buffers, weights.addresses, plan.constants)
         except EngineError as error:
             taken.close()
-            return _without(open_decoder, error.message)
+            return _without(open_decoder, error.message, options)
         taken.callback(kernels.close)
         free_bytes = device.memory_info()[0]
         decoder = open_decoder(weights, staging.stream)
@@ -90,27 +92,33 @@ def open_with_plan(
             problem = f"ONNX Runtime keeps a second copy of {weights.num_bytes / 1e9:.2f} GB of weights on the GPU"
             if not options.weights_twice:
                 del decoder
-                gc.collect()
+                gc.collect()  # its memory has to be free before the decoder is opened again
                 taken.close()
-                return _without(open_decoder, problem)
+                return _without(open_decoder, problem, options)
             _LOGGER.warning("warning: %s, as weights_twice allows", problem)
         stack.push(taken.pop_all())
+    return decoder, _steps(manifest, options, device, staging, kernels, plan.batches), None
+
+
+def _steps(
+    manifest: Manifest,
+    options: SessionOptions,
+    device: CudaDevice,
+    staging: Staging,
+    kernels: PlanKernels,
+    batches: tuple[int, ...],
+) -> PlanSteps:
     form = INVARIANT if options.batch_invariant else FAST
-    traits = {"has_experts": manifest.model.text.experts is not None, "records": options.cuda_graphs}
-    return decoder, PlanSteps(device, staging, kernels, plan.batches, form, **traits), None
+    has_experts = manifest.model.text.experts is not None
+    return PlanSteps(device, staging, kernels, batches, form, has_experts=has_experts, records=options.cuda_graphs)
 
 
-def _load(
-    folder: Path, manifest: Manifest, plan: DecodePlan, device: CudaDevice, stream: int, weights: DeviceWeights
-) -> PlanKernels:
-    sm = plan.sm_for(device.compute_capability)
-    assert sm is not None, "a plan that does not fit"
-    gpu = plan.for_sm(sm)
-    code = read_code(folder, gpu, manifest)
-    return PlanKernels(device, stream, gpu, code, plan.buffers, weights.addresses, plan.constants)
-
-
-def _without(open_decoder: Callable[[], ort.InferenceSession], problem: str) -> Opened:
+def _without(open_decoder: Callable[[], ort.InferenceSession], problem: str, options: SessionOptions) -> Opened:
+    if options.batch_invariant:
+        raise EngineError(
+            f"batch_invariant: the engine's own kernels do not run here, and no others keep it: {problem}",
+            remedy="open the engine without batch_invariant",
+        )
     _LOGGER.warning("warning: ONNX Runtime decodes, and not the engine's own kernels, which are faster: %s", problem)
     return open_decoder(), None, problem
 

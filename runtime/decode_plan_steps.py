@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from runtime.contract import DecoderInputs
 from runtime.cuda import CudaDevice
-from runtime.decode_plan import STEP_INPUTS, STEP_OUTPUTS
+from runtime.decode_plan import INVARIANT, STEP_INPUTS, STEP_OUTPUTS
 from runtime.decode_plan_kernels import PlanKernels
 from runtime.decode_plan_proof import StepResult, StepWindow, wrong_candidates
 from runtime.decode_step import SLOTS, StepBuffers
@@ -62,10 +62,24 @@ class PlanSteps:
         return next((batch for batch in self._batches if batch >= num_sequences), None)
 
     def takes(self, inputs: DecoderInputs) -> bool:
-        """Return whether a call is a step that the plan runs: of text, one token a sequence, its logits asked for."""
+        """Return whether a call is a step that the plan runs: of text, one token a sequence, its logits asked for.
+
+        Raises:
+            CapacityError: More sequences step together than the batch-invariant kernels can.
+            EngineError: These are switched off.
+        """
         (num_sequences, num_new), num_asked = inputs.input_ids.shape, inputs.logits_positions.shape[1]
         is_text = num_new == 1 == num_asked and not (inputs.visual_rows >= 0).any()
-        return self.problem is None and is_text and self.padded(num_sequences) is not None
+        self._check_kept()
+        if self.problem is not None or not is_text:
+            return False
+        has_batch = self.padded(num_sequences) is not None
+        if not has_batch and self._form == INVARIANT:
+            raise CapacityError(
+                f"batch_invariant: at most {self._batches[-1]} sequences can step together, asked for {num_sequences}",
+                remedy=f"open the engine with max_sequences={self._batches[-1]} or less, or without batch_invariant",
+            )
+        return has_batch
 
     def run(
         self,
@@ -131,7 +145,16 @@ class PlanSteps:
             self.problem,
         )
         window.write(expected.rows)
+        self._check_kept()
         reference()
+
+    def _check_kept(self) -> None:
+        """Raise if the plan is off and ONNX Runtime cannot do what was asked of it."""
+        if self.problem is not None and self._form == INVARIANT:
+            raise EngineError(
+                f"batch_invariant: the engine's own kernels are switched off, and no others keep it: {self.problem}",
+                remedy="open the engine without batch_invariant",
+            )
 
     def _wrong_candidates(self, io: StepBuffers, num_sequences: int, found: StepResult) -> str | None:
         io.enqueue_download()

@@ -25,16 +25,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.gpu.measure import LAYOUT
 from benchmarks.gpu.values import Values, parser
 from runtime.manifest import FileRecord, Manifest
 from runtime.model_config import ModelConfig
 
-LAYOUT = "layout.json"
 MANIFEST = "manifest.json"
 _PRIME = 33_554_467  # the next after 2^25
 _PIECE = 1 << 24
 _STD = 0.02
-_DEVIATIONS = {"scales4": 4.61, "scales8": 73.9}  # of evenly spread codes of 4 and 8 bits
+_FLOAT8_STD = 100.0  # the largest float8 (E4M3) is 448
+# Of evenly spread codes of 4 and 8 bits, and of codes that are floats.
+_DEVIATIONS = {"scales4": 4.61, "scales8": 73.9, "scales_float8": _FLOAT8_STD}
 _MIDDLES = {"zero_points4": 0x88, "zero_points8": 0x80}  # in 4 bits, two in a byte
 _NO_HASH = "0" * 64
 Bytes = NDArray[np.uint8]
@@ -60,6 +62,8 @@ class Blocks:
 
     def _values(self, kind: str, dtype: str) -> NDArray[Any]:
         random = np.random.default_rng([len(kind), *kind.encode()])
+        if dtype == "float8":
+            return to_float8(_FLOAT8_STD * random.standard_normal(self._elements, np.float32))
         if dtype == "uint8":
             if kind in _MIDDLES:
                 return np.full(self._elements, _MIDDLES[kind], np.uint8)
@@ -80,6 +84,15 @@ def to_dtype(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     if dtype == "bfloat16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(dtype)
+
+
+def to_float8(values: NDArray[np.float32]) -> Bytes:
+    """Return the codes of numbers as float8 (E4M3, no infinities), rounded, and cut off at the largest."""
+    code = np.arange(127)  # the next one is no number
+    exponent, fraction = code >> 3, code & 7
+    known = np.where(exponent == 0, fraction / 8 * 2.0**-6, (1 + fraction / 8) * 2.0 ** (exponent - 7.0))
+    middles = ((known[1:] + known[:-1]) / 2).astype(np.float32)
+    return (np.searchsorted(middles, np.abs(values)) | np.where(values < 0, 0x80, 0)).astype(np.uint8)
 
 
 def write_weights(folder: Path, layout: Mapping[str, Any], *, blocks: Blocks | None = None, threads: int = 8) -> int:
@@ -123,7 +136,7 @@ def write_manifest(folder: Path) -> Manifest:
 
 def _write(descriptor: int, tensor: Mapping[str, Any], block: Bytes) -> None:
     """Write one tensor, from a place in the block that its name gives."""
-    item_bytes = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}[tensor["dtype"]]
+    item_bytes = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "float8": 1}[tensor["dtype"]]
     digest = hashlib.sha256(tensor["name"].encode()).digest()
     begin = int.from_bytes(digest[:8], "little") % (len(block) // item_bytes) * item_bytes
     position, left = int(tensor["offset"]), int(tensor["num_bytes"])

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+LAYOUT = "layout.json"
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 _TAIL_LINES = 15
 # A section that has less than this left would only be killed.
@@ -69,7 +70,7 @@ def sections(work: Path) -> list[Section]:
     for folder in graphs:
         filled = (f"fill {folder.name}",)
         speed.append(_section("speed", folder, "speed", limit_s=60, after=filled))
-        if folder.name.endswith("fp16"):
+        if _is_plain(folder):
             torch.append(_section("torch", folder, "torch_step", limit_s=45, after=filled))
         if (folder / "decode_plan.json").is_file():
             later.append(_section("speed-without-plan", folder, "speed", "--no-plan", limit_s=45, after=filled))
@@ -234,6 +235,13 @@ def _section(
 ) -> Section:
     command = f"benchmarks.gpu.{module}", str(folder), *arguments
     return Section(f"{kind} {folder.name}", command, limit_s, after, group)
+
+
+def _is_plain(folder: Path) -> bool:
+    """Return whether PyTorch can run a decoder as it is stored: dense, in 16 bits."""
+    layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
+    tensors = layout["decoder.onnx.data"]["tensors"]
+    return all(each["dtype"] in ("float16", "bfloat16") and ".experts." not in each["name"] for each in tensors)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.fill import LAYOUT
+from benchmarks.gpu.measure import LAYOUT
 from benchmarks.gpu.values import Values, parser, repeated
 from runtime.contract import DecoderInputs, no_visual_embeds
 from runtime.decode_plan import has_plan

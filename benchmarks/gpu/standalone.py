@@ -9,7 +9,7 @@ The parts and pack.json lie beside this file, or in folders that --parts names. 
 standard library alone; the Python that runs it should be one that has numpy and, for the comparison, PyTorch.
 
 Exit codes: 0 all passed, 1 a section failed, 2 no GPU of the pack's kind (or a wrong command line), 3 a part is missing
-or damaged, 4 this Python or system is not the one that the pack was made for.
+or damaged, 4 this Python or system is not the one that the pack was made for, 5 too little room for what is unpacked.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import lzma
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -35,7 +36,9 @@ from typing import Any, BinaryIO
 
 MANIFEST = "pack.json"
 FORMAT = 1
-FAILED, NO_GPU, DAMAGED, WRONG_PYTHON = 1, 2, 3, 4
+FAILED, NO_GPU, DAMAGED, WRONG_PYTHON, NO_ROOM = 1, 2, 3, 4, 5
+MEMORY = Path("/dev/shm")
+WORK = "gpu-pack-work"
 _BLOCK = 1 << 20
 
 
@@ -52,9 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "check"))
     parser.add_argument("--parts", action="append", default=[], metavar="DIR", help="where parts lie; may be repeated")
-    parser.add_argument(
-        "--work", default="gpu-pack-work", metavar="DIR", help="what is unpacked; it may stay for later"
-    )
+    where = "what is unpacked; /dev/shm if it has the room, since weights are read from there faster, else here"
+    parser.add_argument("--work", metavar="DIR", help=where)
     parser.add_argument("--json", default="gpu.json", metavar="FILE", help="the result")
     parser.add_argument("--minutes", type=float, default=4.0, help="time for everything, unpacking included")
     parser.add_argument("--only", metavar="NAMES", help="sections whose names begin with one of these, comma-separated")
@@ -78,7 +80,8 @@ def _command(args: argparse.Namespace) -> int:
     check_python(pack)
     if not args.dry_run:
         check_gpu(pack, gpu_versions())
-    work = Path(args.work).resolve()
+    work = work_folder(pack, args.work)
+    print(f"working in {work}", flush=True)
     unpack(pack, folders, work)
     add_wheels(pack, work)
     left_s = max(10.0, 60 * args.minutes - (time.monotonic() - start))
@@ -170,6 +173,44 @@ def check_gpu(pack: dict[str, Any], versions: list[int]) -> None:
             f"python -m benchmarks gpu-pack --sm {versions[0]}",
             NO_GPU,
         )
+
+
+def work_folder(pack: dict[str, Any], given: str | None, memory: Path = MEMORY) -> Path:
+    """Return where to unpack and to fill weights: what was given, or memory if that has twice the room, or here."""
+    needed = int(pack["work_bytes"])
+    if given is None and (memory / WORK / "unpacked").exists():
+        return memory / WORK
+    folder = Path(given or WORK).resolve()
+    if (
+        given is None
+        and not (folder / "unpacked").exists()
+        and _room(memory) >= needed
+        and _free_memory() >= 2 * needed
+    ):
+        folder = memory / WORK
+    room = _room(folder)
+    if not (folder / "unpacked").exists() and room < needed:
+        raise PackError(
+            f"{folder}: {room / 1e9:.1f} GB are free, {needed / 1e9:.1f} are needed: give a folder with more by "
+            "--work, or make a pack with fewer --models",
+            NO_ROOM,
+        )
+    return folder
+
+
+def _room(folder: Path) -> int:
+    """Return the bytes that are free where a folder is, or would be; 0 if there is no such place."""
+    place = next((each for each in (folder, *folder.parents) if each.exists()), None)
+    return 0 if place is None or not os.access(place, os.W_OK) else shutil.disk_usage(place).free
+
+
+def _free_memory() -> int:
+    """Return the bytes of memory that programs may still take; 0 if the kernel does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
 
 
 class _Parts:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.fill import LAYOUT
 from benchmarks.gpu.machine import copy_rate, on_device
+from benchmarks.gpu.measure import LAYOUT
 from benchmarks.gpu.values import Values, parser
 from runtime.manifest import Manifest
 from runtime.model_config import ModelConfig

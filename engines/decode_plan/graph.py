@@ -224,9 +224,12 @@ def _table(node: ir.Node, columns: int) -> Weight:
     if node.op_type == "Gather":
         _expect(data, (rows, columns))
         return Weight(HALF, rows, columns, _name(data))
-    if node.op_type != "GatherBlockQuantized" or data.dtype != ir.DataType.UINT8:
+    if node.op_type != "GatherBlockQuantized" or data.dtype not in (ir.DataType.UINT8, ir.DataType.FLOAT8E4M3FN):
         raise Unserved(f"{node.name}: token ids are looked up by {node.op_type} in {data.dtype}")
     bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+    if data.dtype == ir.DataType.FLOAT8E4M3FN:
+        _expect(data, (rows, columns))
+        return Weight(FP8, rows, columns, _name(data), block, _name(_initializer(node, 2)))
     _expect(data, (rows, columns * bits // 8))
     zero_points = _name(_initializer(node, 3)) if len(node.inputs) > 3 and node.inputs[3] is not None else None
     return Weight(_CODES[bits], rows, columns, _name(data), block, _name(_initializer(node, 2)), zero_points)

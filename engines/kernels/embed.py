@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.kernels.dtypes import pointer
-from engines.kernels.launch import HALF, INT4, INT8, Argument, Gpu, Launch, Unserved, Weight
+from engines.kernels.launch import FP8, HALF, INT4, INT8, Argument, Gpu, Launch, Unserved, Weight
 
-_BITS: Final = {HALF: 16, INT8: 8, INT4: 4}
+_BITS: Final = {HALF: 16, FP8: 8, INT8: 8, INT4: 4}
 _COLUMNS: Final = 1024
 
 Array = NDArray[Any]
@@ -31,7 +31,7 @@ def launch(
 
     Args:
         table: Of `dtype`, or codes in the layout of GatherBlockQuantized: as those of a product, in rows that no block
-            fills up.
+            fills up; of float8 the last block may be shorter.
         batch: Rows of the step.
         gpu: Where it runs.
         dtype: Of the embedding, `float16` or `bfloat16`.
@@ -44,16 +44,17 @@ def launch(
         Unserved: The kernel does not read such a table, or turn such heads.
     """
     bits = _BITS.get(table.kind)
-    if bits is None or (bits < 16 and (table.columns * bits % 8 or table.columns % table.block)):
+    is_integer = table.kind in (INT8, INT4)
+    if bits is None or (is_integer and (table.columns * bits % 8 or table.columns % table.block)):
         raise Unserved(f"a table of {table.kind} with {table.columns} columns in blocks of {table.block}")
     if head_dim < 2 or head_dim & (head_dim - 1):
         raise Unserved(f"heads of {head_dim}; the kernel takes powers of two")
-    half = pointer(dtype)
+    half, scale = pointer(dtype), "*fp32" if table.kind == FP8 else "*fp16"
     arguments = {
         "ids": Argument("*i64", "step:input_ids"),
         "positions": Argument("*i64", "step:position_ids"),
         "table": Argument(half if bits == 16 else "*u8", f"weight:{table.data}"),
-        "scales": Argument("*fp16", f"weight:{table.scales}" if table.scales else "null"),
+        "scales": Argument(scale, f"weight:{table.scales}" if table.scales else "null"),
         "zero_points": Argument("*u8", f"weight:{table.zero_points}" if table.zero_points else "null"),
         "axes": Argument("*i64", axes),
         "inv_freq": Argument("*fp32", inv_freq),
@@ -65,6 +66,7 @@ def launch(
         "K": table.columns,
         "BITS": bits,
         "GROUP": table.block or table.columns,
+        "FLOAT8": int(table.kind == FP8),
         "ZERO_POINTS": int(table.zero_points is not None),
         "D": head_dim,
         "COLUMNS": _COLUMNS,

@@ -100,24 +100,35 @@ def reference(
 def tiling(weight: Weight, batch: int, gpu: Gpu, *, invariant: bool) -> Tiling:
     """Return how a product on tensor cores is split; `invariant` has what serves every batch.
 
-    From what was fastest on an H200 with weights of the same sizes in another order: enough warps to fill the
-    multiprocessors, as long as each has 96 bytes a lane or more to load, and 128 to 256 bytes a lane on their way. Two
-    tiles a program halve the work on x, which for codes is as much as that on the weights: 193 instructions for a KB of
-    weights of 4 bits instead of 248.
+    From what was fastest on an H200 with weights of the same sizes in another order: warps that fill the
+    multiprocessors, as long as each has something to load; 256 bytes a lane on their way where all programs run at
+    once, half of that where others follow. Two tiles a program halve the work on x, which for codes is as much as that
+    on the weights: 193 instructions for a KB of weights of 4 bits instead of 248.
     """
     groups = _groups(MAX_BATCH if invariant else batch)
-    units, size = num_units(weight), unit_bytes(weight)
     tiles = 2 if weight.kind != HALF and groups <= 2 and weight.rows >= 64 * gpu.num_sms else 1
     programs = -(-weight.rows // (16 * tiles))
-    warps = 4
-    while warps < 16 and -(-units // (2 * warps)) * size >= 96:
-        busy = programs * warps >= _WARPS_PER_SM * gpu.num_sms // tiles
-        if busy and (warps >= 8 or -(-units // warps) * size <= 384):
+    warps = _warps(weight, programs, tiles, gpu)
+    rounds, size = -(-num_units(weight) // warps), unit_bytes(weight)
+    while num_units(weight) <= 4 and 2 * tiles * groups <= 4 and 2 * tiles * rounds * size <= 128:
+        tiles *= 2
+    at_once = tiles == 1 and groups == 1 and programs * warps <= 2 * _WARPS_PER_SM * gpu.num_sms
+    depth = min(rounds, max(2, (256 if at_once else 128) // (size * tiles)))
+    return Tiling(warps, depth, 2 if groups == 1 else 1, tiles)
+
+
+def _warps(weight: Weight, programs: int, tiles: int, gpu: Gpu) -> int:
+    """Return the warps of a program: up to 16, as long as a lane of each has enough bytes of its rows to load."""
+    units, size = num_units(weight), unit_bytes(weight)
+    warps = min(4, 1 << (units - 1).bit_length())
+    while warps < 16 and 2 * warps <= units:
+        bytes_now, bytes_then = -(-units // warps) * size, -(-units // (2 * warps)) * size
+        resident = programs * warps * tiles / gpu.num_sms
+        enough = 256 if warps >= 8 else 64 if resident < _WARPS_PER_SM / 2 else 96
+        if bytes_then < enough or (resident >= _WARPS_PER_SM and (warps >= 8 or bytes_now <= 384)):
             break
         warps *= 2
-    rounds = -(-units // warps)
-    depth = max(1, min(rounds, (128 if groups > 1 else 256) // (size * tiles)))
-    return Tiling(warps, depth, 2 if groups == 1 else 1, tiles)
+    return warps
 
 
 def _groups(batch: int) -> int:
@@ -197,7 +208,6 @@ def _fragments(
     half = TYPES[dtype]
     tile = tiling(weight, batch, gpu, invariant=invariant)
     constants = unit_constants(weight, dtype, gpu) | {
-        "B": batch,
         "N": weight.rows,
         "K": weight.columns,
         "WARPS": tile.warps,
@@ -218,6 +228,7 @@ def _fragments(
             "ZEROS": Argument("*fp32", ZEROS),
             "OUT": Argument("*fp32" if mode == LOGITS else f"*{half}", out),
             "eps": Argument("fp32", eps),
+            "B": Argument("i32", batch),
         },
         constants=constants,
         grid=(-(-weight.rows // (16 * tile.tiles)), 1, 1),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.gpu import fill, parity, speed, torch_step
+from benchmarks.gpu import fill, measure, parity, speed, torch_step
 from benchmarks.gpu.questions import NUM_POSITIONS, NUM_TOKENS, questions
 from benchmarks.gpu.values import Values
 from benchmarks.gpu_pack_graphs import describe, kind_of
@@ -48,7 +48,7 @@ def graphs(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def stored(folder: Path, name: str) -> np.ndarray:
-    tensors = json.loads((folder / fill.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
+    tensors = json.loads((folder / measure.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
     (tensor,) = [each for each in tensors if each["name"] == name]
     data = (folder / "decoder.onnx.data").read_bytes()[tensor["offset"] : tensor["offset"] + tensor["num_bytes"]]
     return np.frombuffer(data, tensor["dtype"]).reshape(tensor["shape"])
@@ -62,7 +62,7 @@ def test_weights_have_the_spread_of_their_kind_and_no_two_rows_are_equal(graphs:
 
 
 def test_codes_of_few_bits_lie_around_their_zero_point(graphs: dict[str, Path]) -> None:
-    tensors = json.loads((graphs["int4"] / fill.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
+    tensors = json.loads((graphs["int4"] / measure.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
     names = {each["name"] for each in tensors}
     kinds = {each["kind"] for each in tensors}
     assert {"codes", "norm"} <= kinds and any(kind.startswith("scales") for kind in kinds)
@@ -84,7 +84,7 @@ def test_zero_points_of_eight_bits_are_those_of_eight_bits() -> None:
 
 
 def test_the_same_weights_come_out_whatever_the_number_of_threads(graphs: dict[str, Path], tmp_path: Path) -> None:
-    layout = json.loads((graphs["fp16"] / fill.LAYOUT).read_text())
+    layout = json.loads((graphs["fp16"] / measure.LAYOUT).read_text())
     fill.write_weights(tmp_path, layout, blocks=fill.Blocks(BLOCK), threads=1)
     for name in layout:
         assert (tmp_path / name).read_bytes() == (graphs["fp16"] / name).read_bytes()
@@ -95,6 +95,34 @@ def test_a_bfloat16_is_the_upper_half_of_a_float32() -> None:
     halves = fill.to_dtype(values, "bfloat16")
     assert halves.dtype == np.uint16
     assert np.allclose((halves.astype(np.uint32) << 16).view(np.float32), values, rtol=2**-7)
+
+
+def test_a_float8_is_the_nearest() -> None:
+    import onnx
+
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT8E4M3FN)
+    values = np.array([0.0, 1.0, -1.0, 0.0019, 3.3, -447.0, 1e6, 17.4], np.float32)
+    assert fill.to_float8(values).view(dtype).astype(np.float32).tolist() == [0, 1, -1, 2**-9, 3.25, -448, 448, 18]
+
+
+def test_float8_weights_have_the_spread_of_products(demo_bundle: Bundle, tmp_path: Path) -> None:
+    import onnx
+
+    folder = tmp_path / "demo-ort-cuda-fp8"
+    layout = describe(folder, build_engine(demo_bundle, get("ort-cuda-fp8"), folder, with_weights=False))
+    fill.write_weights(folder, layout, blocks=fill.Blocks(BLOCK), threads=2)
+    weight = "model.language_model.layers.0.self_attn.o_proj.weight"
+    tensors = {each["name"]: each for each in layout["decoder.onnx.data"]["tensors"]}
+    data = (folder / "decoder.onnx.data").read_bytes()
+
+    def read(name: str, dtype: Any) -> np.ndarray:
+        each = tensors[name]
+        return np.frombuffer(data[each["offset"] : each["offset"] + each["num_bytes"]], dtype).reshape(each["shape"])
+
+    float8 = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT8E4M3FN)
+    codes = read(f"{weight}.f8", float8).astype(np.float64)
+    scales = np.repeat(read(f"{weight}.scales", np.float32), 128, 1)
+    assert abs((codes * scales).std() - 0.02) < 0.002
 
 
 def test_the_folder_is_an_engine(graphs: dict[str, Path]) -> None:
@@ -154,7 +182,7 @@ def test_bytes_of_a_step_are_those_of_the_decoder_and_of_the_cache(graphs: dict[
     folder = graphs["fp16"]
     config = Manifest.read(folder).model
     assert config.text.tie_word_embeddings
-    tensors = json.loads((folder / fill.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
+    tensors = json.loads((folder / measure.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
     weights = sum(each["num_bytes"] for each in tensors)
     text = config.text
     row = 2 * text.num_layers * text.num_kv_heads * text.head_dim * 2

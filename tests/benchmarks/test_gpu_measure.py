@@ -121,8 +121,10 @@ def test_a_section_that_ends_badly_keeps_what_it_had(
 
 def test_a_pack_has_sections_for_all_that_it_holds(tmp_path: Path) -> None:
     (tmp_path / "engines" / "demo-ort-cuda-fp16").mkdir(parents=True)
-    for name in ("m-ort-cuda-fp16", "m-ort-cuda-int4"):
+    for name, dtype in (("m-ort-cuda-fp16", "float16"), ("m-ort-cuda-int4", "uint8")):
         (tmp_path / "graphs" / name).mkdir(parents=True)
+        layout = {"decoder.onnx.data": {"num_bytes": 2, "tensors": [{"name": "w", "dtype": dtype}]}}
+        (tmp_path / "graphs" / name / measured.LAYOUT).write_text(json.dumps(layout))
     (tmp_path / "graphs" / "m-ort-cuda-int4" / "decode_plan.json").touch()
     graphs = {"graphs": ["m-ort-cuda-fp16", "m-ort-cuda-int4"]}
     (tmp_path / "description.json").write_text(json.dumps(graphs))

@@ -15,14 +15,15 @@ import pytest
 from benchmarks import gpu_pack
 from benchmarks import gpu_pack_libraries as libraries
 from benchmarks.gpu import standalone
-from benchmarks.gpu.standalone import DAMAGED, NO_GPU, WRONG_PYTHON, PackError
+from benchmarks.gpu.standalone import DAMAGED, NO_GPU, NO_ROOM, WRONG_PYTHON, PackError
 from benchmarks.gpu_pack_parts import MANIFEST, Piece, write_pack
+from engines.registry import get
 from helpers import ROOT
-from runtime.errors import UsageError
+from runtime.errors import TargetError, UsageError
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 PART_BYTES = 1500
-DESCRIPTION = {"title": "a pack", "sm": 90, "python": HERE, "wheels": [], "graphs": []}
+DESCRIPTION = {"title": "a pack", "sm": 90, "python": HERE, "wheels": [], "graphs": [], "work_bytes": 10_000}
 
 
 def noise(seed: int, size: int = 2000) -> bytes:
@@ -52,7 +53,8 @@ def pack(tmp_path: Path) -> Path:
 
 
 def run(pack: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(pack / "gpu_pack.py"), *arguments]
+    work = ["--work", str(pack / "gpu-pack-work")] if arguments[0] == "run" else []
+    command = [sys.executable, str(pack / "gpu_pack.py"), *arguments, *work]
     return subprocess.run(command, capture_output=True, text=True, cwd=pack)
 
 
@@ -144,6 +146,29 @@ def test_without_the_right_gpu_nothing_runs(pack: Path) -> None:
         standalone.check_gpu(manifest(pack), [80, 90])
     assert caught.value.exit_code == NO_GPU
     standalone.check_gpu(manifest(pack), [90])
+
+
+def test_too_little_room_is_said_before_anything_is_unpacked(pack: Path) -> None:
+    (pack / MANIFEST).write_text(json.dumps({**manifest(pack), "work_bytes": 10**15}))
+    done = run(pack, "run", "--dry-run")
+    assert done.returncode == NO_ROOM
+    assert "1000000.0 are needed" in done.stderr and "--work" in done.stderr
+    assert not (pack / "gpu-pack-work").exists()
+
+
+def test_weights_are_filled_in_memory_where_that_has_the_room(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    memory, packed = tmp_path / "memory", manifest(pack)
+    memory.mkdir()
+    assert standalone.work_folder(packed, None, memory) == memory / standalone.WORK
+    assert standalone.work_folder(packed, "mine", memory) == tmp_path / "mine"
+    monkeypatch.setattr(standalone.Path, "read_text", lambda path: "MemAvailable: 19 kB\n")
+    assert standalone.work_folder(packed, None, memory) == tmp_path / standalone.WORK
+    (memory / standalone.WORK).mkdir()
+    (memory / standalone.WORK / "unpacked").touch()  # an earlier run took the room
+    assert standalone.work_folder(packed, None, memory) == memory / standalone.WORK
 
 
 def test_a_name_that_leads_out_of_the_folder_is_not_unpacked(tmp_path: Path) -> None:
@@ -257,6 +282,30 @@ def test_wheels_are_either_given_or_left_out(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--no-wheels"):
         gpu_pack.gpu_pack(output=tmp_path / "pack", wheels=tmp_path, no_wheels=True)
     assert not (tmp_path / "pack").exists()
+
+
+@pytest.mark.parametrize(("option", "error"), [("models", UsageError), ("targets", TargetError)])
+def test_a_name_that_is_none_is_refused_before_anything_is_built(tmp_path: Path, option: str, error: Any) -> None:
+    with pytest.raises(error, match="no-such"):
+        gpu_pack.gpu_pack(output=tmp_path / "pack", **{option: "no-such"})
+    assert not (tmp_path / "pack").exists()
+
+
+def test_engines_of_every_target_and_graphs_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, Any]] = []
+
+    def export(model: str, target: Any, output: Path, plan: dict[str, Any], **options: Any) -> None:
+        output.mkdir(parents=True)
+        asked.append((Path(model).name, target.name, options.get("weights", True)))
+
+    monkeypatch.setattr(gpu_pack, "export_engine", export)
+    monkeypatch.setattr(gpu_pack, "describe", lambda folder, manifest: {})
+    names = gpu_pack.build_shipped(["demo"], tmp_path / "engines", {})
+    assert {"demo-ort-cuda-fp16", "demo-ort-cuda-bf16", "demo-ort-cuda-int4"} <= set(names)
+    graphs = gpu_pack.build_graphs(["tiny"], [get("ort-cuda-int4")], tmp_path, {})
+    assert graphs == ["tiny-ort-cuda-int4"]
+    assert asked[-1] == ("checkpoint-tiny", "ort-cuda-int4", False)
+    assert all(is_whole for _, _, is_whole in asked[:-1])
 
 
 def test_what_travels_imports_without_the_rest_of_the_repository(tmp_path: Path) -> None:

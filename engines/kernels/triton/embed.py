@@ -26,6 +26,7 @@ def embed(
     K: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    FLOAT8: tl.constexpr,
     ZERO_POINTS: tl.constexpr,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -34,7 +35,8 @@ def embed(
 ):
     """Look up COLUMNS of a row. Programs: parts of a row, rows; `positions` [3, B], `hidden` [B, K], `cos` [B, D].
 
-    BITS is 16 for a table of halves [V, K], else the table holds codes in groups of GROUP with a scale each.
+    BITS is 16 for a table of halves [V, K], else the table holds codes in groups of GROUP with a scale each: E4M3 with
+    FLOAT8, where the last group may be shorter, or whole numbers.
     """
     part = tl.program_id(0)
     row = tl.program_id(1)
@@ -47,15 +49,20 @@ def embed(
     if BITS == 16:
         value = tl.load(table + token * K + column, mask=is_column, other=0.0)
     else:
-        GROUPS: tl.constexpr = K // GROUP
+        GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
         group = column // GROUP
         code = _codes(table + token * (K * BITS // 8), column, BITS, is_column)
-        if ZERO_POINTS:
-            code -= _codes(zero_points + token * ((GROUPS * BITS + 7) // 8), group, BITS, is_column)
-        else:
-            code -= 1 << (BITS - 1)
         scale = tl.load(scales + token * GROUPS + group, mask=is_column, other=0.0)
-        value = code.to(tl.float32) * scale.to(tl.float32)
+        if FLOAT8:
+            # The bits of a half whose exponent is read with a bias of 15 and not 7.
+            bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+            step = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        elif ZERO_POINTS:
+            code -= _codes(zero_points + token * ((GROUPS * BITS + 7) // 8), group, BITS, is_column)
+            step = code.to(tl.float32)
+        else:
+            step = (code - (1 << (BITS - 1))).to(tl.float32)
+        value = step * scale.to(tl.float32)
     tl.store(hidden + row * K + column, value.to(hidden.dtype.element_ty), mask=is_column)
     if part == 0:
         HALF: tl.constexpr = D // 2

@@ -31,12 +31,12 @@ def experts_gate_up(
     lane = tl.arange(0, 32)[None, :]
     start = first * UNIT + lane % 4 * CODES
     inside = tl.where(start < K, start, 0)
-    bytes = inside * 2 if KIND == "half" else inside // 2 if KIND == "int4" else inside
+    offset = inside * 2 if KIND == "half" else inside // 2 if KIND == "int4" else inside
     rows, scales, zeros = (), (), ()
     for i in tl.static_range(2 * TILES):
         pair = tl.minimum(tl.program_id(0) * (8 * TILES) + i // 2 * 8 + lane // 4, N // 2 - 1)
         row = expert + pair * 2 + i % 2
-        rows = rows + (W.to(tl.pointer_type(tl.int8)) + (row * ROW_BYTES + bytes),)
+        rows = rows + (W.to(tl.pointer_type(tl.int8)) + (row * ROW_BYTES + offset),)
         scales = scales + (S + row * SCALES,)
         zeros = zeros + (Z + row * ((SCALES + 1) // 2 if KIND == "int4" else SCALES),)
     x = X + tl.program_id(1) // TOP * K + inside
@@ -78,11 +78,11 @@ def experts_down(
     share = tl.where(warp // PARTS < TOP, share, 0.0)
     start = first * UNIT + lane % 4 * CODES
     inside = tl.where(start < K, start, 0)
-    bytes = inside * 2 if KIND == "half" else inside // 2 if KIND == "int4" else inside
+    offset = inside * 2 if KIND == "half" else inside // 2 if KIND == "int4" else inside
     rows, scales, zeros = (), (), ()
     for i in tl.static_range(2 * TILES):
         row = expert + tl.minimum(tl.program_id(0) * (16 * TILES) + i * 8 + lane // 4, N - 1)
-        rows = rows + (W.to(tl.pointer_type(tl.int8)) + (row * ROW_BYTES + bytes),)
+        rows = rows + (W.to(tl.pointer_type(tl.int8)) + (row * ROW_BYTES + offset),)
         scales = scales + (S + row * SCALES,)
         zeros = zeros + (Z + row * ((SCALES + 1) // 2 if KIND == "int4" else SCALES),)
     x = X + (tl.program_id(1) * TOP + slot) * K + inside

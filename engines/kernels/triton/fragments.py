@@ -158,120 +158,114 @@ def rounded(x, TYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @device_function
-def times2(a, b, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Return the products of two pairs of halves; `mul.bf16x2` would need SM 9.0."""
+def times(a, b, BF16: tl.constexpr, ASM: tl.constexpr):
+    """Return the products of 8 halves, 4 words each; `mul.bf16x2` would need SM 9.0."""
     if ASM:
         if BF16:
-            r = tl.inline_asm_elementwise(
-                "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, -2147450880], dtype=tl.int32, is_pure=True, pack=1
+            NONE: tl.constexpr = -2147450880  # -0.0 twice
+            OPERATION: tl.constexpr = "fma.rn.bf16x2 $0, $4, $8, $12; fma.rn.bf16x2 $1, $5, $9, $12;"
+            words = tl.inline_asm_elementwise(
+                f"{OPERATION} fma.rn.bf16x2 $2, $6, $10, $12; fma.rn.bf16x2 $3, $7, $11, $12;",
+                "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+                [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], NONE],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
             )
         else:
-            r = tl.inline_asm_elementwise(
-                "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+            words = tl.inline_asm_elementwise(
+                "mul.rn.f16x2 $0, $4, $8; mul.rn.f16x2 $1, $5, $9; mul.rn.f16x2 $2, $6, $10; mul.rn.f16x2 $3, $7, $11;",
+                "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
+                [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
             )
     else:
-        al, ah = values(a, BF16)
-        bl, bh = values(b, BF16)
-        r = bits(al * bl, ah * bh, BF16)
-    return r
+        al, ah = values(tl.join(tl.join(a[0], a[1]), tl.join(a[2], a[3])), BF16)
+        bl, bh = values(tl.join(tl.join(b[0], b[1]), tl.join(b[2], b[3])), BF16)
+        first, last = tl.split(bits(al * bl, ah * bh, BF16))
+        words = tl.split(first) + tl.split(last)
+    return words
 
 
 @device_function
-def expand4(w, zl, zh, ASM: tl.constexpr):
+def expand4(w, zl, zh):
     """Return 8 codes of 4 bits as 4 words of float16: (0, 4), (1, 5), (2, 6), (3, 7), without their zero point.
 
     zl is -(1024 + z) twice, zh is -(64 + z) twice: bits 0-3 of a half with exponent 0x6400 are 1024 + q, bits 4-7 16 q.
     """
-    if ASM:
-        a, b, c, d = tl.inline_asm_elementwise(
-            "{ .reg .b32 h; shr.u32 h, $4, 8;"
-            " lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;"
-            " lop3.b32 $2, h, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $3, h, 0x00F000F0, 0x64006400, 0xEA;"
-            " add.rn.f16x2 $0, $0, $5; fma.rn.f16x2 $1, $1, $7, $6; add.rn.f16x2 $2, $2, $5;"
-            " fma.rn.f16x2 $3, $3, $7, $6; }",
-            "=&r,=&r,=&r,=&r,r,r,r,r",
-            [w, zl, zh, 0x2C002C00],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        z = (zl & 15).to(tl.float32)
-        a = bits((w & 15).to(tl.float32) - z, ((w >> 16) & 15).to(tl.float32) - z, False)
-        b = bits(((w >> 4) & 15).to(tl.float32) - z, ((w >> 20) & 15).to(tl.float32) - z, False)
-        c = bits(((w >> 8) & 15).to(tl.float32) - z, ((w >> 24) & 15).to(tl.float32) - z, False)
-        d = bits(((w >> 12) & 15).to(tl.float32) - z, ((w >> 28) & 15).to(tl.float32) - z, False)
-    return a, b, c, d
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 h; shr.u32 h, $4, 8;"
+        " lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;"
+        " lop3.b32 $2, h, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $3, h, 0x00F000F0, 0x64006400, 0xEA;"
+        " add.rn.f16x2 $0, $0, $5; fma.rn.f16x2 $1, $1, $7, $6; add.rn.f16x2 $2, $2, $5;"
+        " fma.rn.f16x2 $3, $3, $7, $6; }",
+        "=&r,=&r,=&r,=&r,r,r,r,r",
+        [w, zl, zh, 0x2C002C00],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
 
 
 @device_function
-def expand8(w, z, ASM: tl.constexpr):
+def expand8(w, z):
     """Return 4 codes of 8 bits as 2 words of float16, without their zero point; z is -(1024 + zero point) twice."""
-    if ASM:
-        a, b = tl.inline_asm_elementwise(
-            "{ .reg .b32 m; mov.b32 m, 0x64646464; prmt.b32 $0, $2, m, 0x4140; prmt.b32 $1, $2, m, 0x4342;"
-            " add.rn.f16x2 $0, $0, $3; add.rn.f16x2 $1, $1, $3; }",
-            "=&r,=&r,r,r",
-            [w, z],
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 m; mov.b32 m, 0x64646464; prmt.b32 $0, $2, m, 0x4140; prmt.b32 $1, $2, m, 0x4342;"
+        " add.rn.f16x2 $0, $0, $3; add.rn.f16x2 $1, $1, $3; }",
+        "=&r,=&r,r,r",
+        [w, z],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@device_function
+def expand_e4m3(w, CVT: tl.constexpr):
+    """Return 4 numbers of float8 e4m3 as 2 words of float16; without CVT (below SM 8.9) divided by 256.
+
+    The exponent's bias is 7 in the one, 15 in the other: moved by a bit, a number is itself over 2^8, exactly.
+    """
+    if CVT:
+        words = tl.inline_asm_elementwise(
+            "{ .reg .b16 p, q; mov.b32 {p, q}, $2; cvt.rn.f16x2.e4m3x2 $0, p; cvt.rn.f16x2.e4m3x2 $1, q; }",
+            "=&r,=&r,r",
+            [w],
             dtype=(tl.int32, tl.int32),
             is_pure=True,
             pack=1,
         )
     else:
-        y = (z & 255).to(tl.float32)
-        a = bits((w & 255).to(tl.float32) - y, ((w >> 8) & 255).to(tl.float32) - y, False)
-        b = bits(((w >> 16) & 255).to(tl.float32) - y, ((w >> 24) & 255).to(tl.float32) - y, False)
-    return a, b
+        words = tl.inline_asm_elementwise(
+            "{ .reg .b32 p, q, r, s; prmt.b32 p, $2, 0, 0x1404; prmt.b32 q, $2, 0, 0x3424;"
+            " and.b32 r, p, 0x7F007F00; and.b32 s, q, 0x7F007F00; shr.u32 r, r, 1; shr.u32 s, s, 1;"
+            " lop3.b32 $0, p, 0x80008000, r, 0xEA; lop3.b32 $1, q, 0x80008000, s, 0xEA; }",
+            "=&r,=&r,r",
+            [w],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    return words
 
 
 @device_function
-def expand_e4m3(w, CVT: tl.constexpr, ASM: tl.constexpr):
-    """Return 4 numbers of float8 e4m3 as 2 words of float16; without CVT (below SM 8.9) divided by 256.
+def expand(words, zero, KIND: tl.constexpr, CVT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """Return the weights of a step as 4 words of halves; interpreted as what `lanes` makes of them.
 
-    The exponent's bias is 7 in the one, 15 in the other: moved by a bit, a number is itself over 2^8, exactly.
+    zero: Of `int4` a pair, of `int8` one word (see `expand4` and `expand8`).
     """
-    if ASM:
-        if CVT:
-            a, b = tl.inline_asm_elementwise(
-                "{ .reg .b16 p, q; mov.b32 {p, q}, $2; cvt.rn.f16x2.e4m3x2 $0, p; cvt.rn.f16x2.e4m3x2 $1, q; }",
-                "=&r,=&r,r",
-                [w],
-                dtype=(tl.int32, tl.int32),
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            a, b = tl.inline_asm_elementwise(
-                "{ .reg .b32 p, q, r, s; prmt.b32 p, $2, 0, 0x1404; prmt.b32 q, $2, 0, 0x3424;"
-                " and.b32 r, p, 0x7F007F00; and.b32 s, q, 0x7F007F00; shr.u32 r, r, 1; shr.u32 s, s, 1;"
-                " lop3.b32 $0, p, 0x80008000, r, 0xEA; lop3.b32 $1, q, 0x80008000, s, 0xEA; }",
-                "=&r,=&r,r",
-                [w],
-                dtype=(tl.int32, tl.int32),
-                is_pure=True,
-                pack=1,
-            )
-    else:
-        a = ((w << 8) & 0x8000) | ((w << 7) & 0x3F80) | ((w << 16) & -2147483648) | ((w << 15) & 0x3F800000)
-        v = (w >> 16) & 0xFFFF
-        b = ((v << 8) & 0x8000) | ((v << 7) & 0x3F80) | ((v << 16) & -2147483648) | ((v << 15) & 0x3F800000)
-        if CVT:
-            low, high = values(a, False)
-            a = bits(low * 256, high * 256, False)
-            low, high = values(b, False)
-            b = bits(low * 256, high * 256, False)
-    return a, b
-
-
-@device_function
-def expand(words, zero, KIND: tl.constexpr, CVT: tl.constexpr, ASM: tl.constexpr):
-    """Return the weights of a step as 4 words of halves. zero: of `int4` a pair, of `int8` one word."""
-    if KIND == "int4":
-        halves = expand4(words[0], zero[0], zero[1], ASM)
+    if not ASM:
+        halves = expanded_lanes(words, zero, KIND, CVT, BF16)
+    elif KIND == "int4":
+        halves = expand4(words[0], zero[0], zero[1])
     elif KIND == "int8":
-        halves = expand8(words[0], zero[0], ASM) + expand8(words[1], zero[0], ASM)
+        halves = expand8(words[0], zero[0]) + expand8(words[1], zero[0])
     elif KIND == "fp8":
-        halves = expand_e4m3(words[0], CVT, ASM) + expand_e4m3(words[1], CVT, ASM)
+        halves = expand_e4m3(words[0], CVT) + expand_e4m3(words[1], CVT)
     else:
         halves = words
     return halves
@@ -305,11 +299,33 @@ def ordered(x, KIND: tl.constexpr, ASM: tl.constexpr):
 
 @device_function
 def lanes(w, BF16: tl.constexpr):
-    """Return the halves of 4 words a lane as [W, 8, 32]: 8 rows (or columns) by k; of the interpreter alone."""
-    W: tl.constexpr = w[0].shape[0]
+    """Return the halves of 4 words a lane as [W, 8, 32]: 8 rows (or columns) by k; of the interpreter alone.
+
+    Those of a lane are in the order 0l 0h 2l 2h 1l 1h 3l 3h, low and high of each word.
+    """
     words = tl.join(tl.join(w[0], w[1]), tl.join(w[2], w[3]))
     low, high = values(words, BF16)
-    return tl.reshape(tl.join(low, high), [W, 8, 32])
+    return tl.reshape(tl.join(low, high), [w[0].shape[0], 8, 32])
+
+
+@device_function
+def expanded_lanes(words, zero, KIND: tl.constexpr, CVT: tl.constexpr, BF16: tl.constexpr):
+    """Return the weights of a step in the order of `lanes`; of the interpreter alone."""
+    if KIND == "half":
+        return lanes(words, BF16)
+    i = tl.arange(0, 8)[None, None, :]
+    word, pair, high = (i >> 2) & 1, (i >> 1) & 1, i & 1  # word of the pair (0, 1) or (2, 3), low or high half
+    if KIND == "int4":
+        codes = (words[0][:, :, None] >> (4 * (word + 2 * pair + 4 * high))) & 15
+        numbers = (codes - (zero[0] & 15)[:, :, None]).to(tl.float32)
+    else:
+        codes = tl.where(pair == 0, words[0][:, :, None], words[1][:, :, None]) >> (8 * (2 * word + high))
+        if KIND == "int8":
+            numbers = ((codes & 255) - (zero[0] & 255)[:, :, None]).to(tl.float32)
+        else:
+            halves = (((codes & 0x80) << 8) | ((codes & 0x7F) << 7)).to(tl.int16)
+            numbers = halves.to(tl.float16, bitcast=True).to(tl.float32) * (256.0 if CVT else 1.0)
+    return tl.reshape(numbers, [words[0].shape[0], 8, 32])
 
 
 @device_function
@@ -339,9 +355,9 @@ def multiply_add(c0, c1, c2, c3, low, high, x, BF16: tl.constexpr, ASM: tl.const
         )
     else:
         W: tl.constexpr = c0.shape[0]
-        columns = tl.permute(tl.broadcast_to(lanes(x, BF16), [W, 8, 32]), [0, 2, 1])
-        upper = tl.reshape(tl.dot(lanes(low, BF16), columns), [W, 8, 4, 2])
-        lower = tl.reshape(tl.dot(lanes(high, BF16), columns), [W, 8, 4, 2])
+        columns = tl.permute(lanes(x, BF16), [0, 2, 1])
+        upper = tl.reshape(tl.dot(low, columns), [W, 8, 4, 2])
+        lower = tl.reshape(tl.dot(high, columns), [W, 8, 4, 2])
         even, odd = tl.split(upper)
         c0 = c0 + tl.reshape(even, [W, 32])
         c1 = c1 + tl.reshape(odd, [W, 32])
@@ -362,7 +378,7 @@ def add_squares(s0, s1, s2, s3, x, BF16: tl.constexpr, ASM: tl.constexpr):
         s0, s1, s2, s3 = multiply_add(s0, s1, s2, s3, x, (zero, zero, zero, zero), x, BF16, ASM)
     else:
         W: tl.constexpr = s0.shape[0]
-        xs = tl.broadcast_to(lanes(x, BF16), [W, 8, 32])
+        xs = lanes(x, BF16)
         even, odd = tl.split(tl.reshape(tl.dot(xs, tl.permute(xs, [0, 2, 1])), [W, 8, 4, 2]))
         s0 = s0 + tl.reshape(even, [W, 32])
         s1 = s1 + tl.reshape(odd, [W, 32])

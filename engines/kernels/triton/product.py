@@ -75,7 +75,7 @@ def store_row(p, y, z, mask, MODE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def product_fragments(
-    X, W, S, Z, GAIN, ZEROS, OUT, eps, B: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
+    X, W, S, Z, GAIN, ZEROS, OUT, eps, B, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
     ROW_BYTES: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, PER: tl.constexpr,
     ZP: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr,
     GROUPS: tl.constexpr, NORM: tl.constexpr, MODE: tl.constexpr, CVT: tl.constexpr, ASM: tl.constexpr,
@@ -91,7 +91,7 @@ def product_fragments(
     lane = tl.arange(0, 32)[None, :]
     start = first * UNIT + lane % 4 * CODES
     inside = tl.where(start < K, start, 0)
-    bytes = inside * 2 if KIND == "half" else inside // 2 if KIND == "int4" else inside
+    offset = inside * 2 if KIND == "half" else inside // 2 if KIND == "int4" else inside
     rows, scales, zeros, xs = (), (), (), ()
     for i in tl.static_range(2 * TILES):
         if MODE == 2:
@@ -100,7 +100,7 @@ def product_fragments(
         else:
             row = tl.minimum(tl.program_id(0) * (16 * TILES) + i * 8 + lane // 4, N - 1)
         row = row.to(tl.int64)
-        rows = rows + (W.to(tl.pointer_type(tl.int8)) + (row * ROW_BYTES + bytes),)
+        rows = rows + (W.to(tl.pointer_type(tl.int8)) + (row * ROW_BYTES + offset),)
         scales = scales + (S + row * SCALES,)
         zeros = zeros + (Z + row * ((SCALES + 1) // 2 if KIND == "int4" else SCALES),)
     for i in tl.static_range(GROUPS):
@@ -123,9 +123,7 @@ def product_fragments(
 
 
 @device_function
-def store_tile(
-    OUT, c0, c1, c2, c3, tile, column, B: tl.constexpr, OUTPUTS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr
-):
+def store_tile(OUT, c0, c1, c2, c3, tile, column, B, OUTPUTS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr):
     """Store the results of a tile for 8 columns from `column` on, which are rows of the batch."""
     lane = tl.arange(0, 32)[None, :]
     column = column + lane % 4 * 2

@@ -30,7 +30,7 @@ from engines.kernels.triton.fragments import (
     load_zero,
     multiply_add,
     ordered,
-    times2,
+    times,
 )
 
 
@@ -126,13 +126,8 @@ def request_gain(
     """Return the gain of a step; of float16 a sixteenth, so that its product with x stays in range."""
     words = request_step((gain,), start, STEP, K, CODES, UNIT, STRIDE, False, ASM)
     if not BF16:
-        sixteenth = tl.full([1, 1], 0x2C002C00, tl.int32)
-        words = (
-            times2(words[0], sixteenth, BF16, ASM),
-            times2(words[1], sixteenth, BF16, ASM),
-            times2(words[2], sixteenth, BF16, ASM),
-            times2(words[3], sixteenth, BF16, ASM),
-        )
+        sixteenth = tl.full(words[0].shape, 0x2C002C00, tl.int32)
+        words = times(words, (sixteenth, sixteenth, sixteenth, sixteenth), BF16, ASM)
     return words
 
 
@@ -149,12 +144,7 @@ def prepare_step(
         if NORM:
             s = squares[4 * group : 4 * group + 4]
             after = after + add_squares(s[0], s[1], s[2], s[3], x, BF16, ASM)
-            x = (
-                times2(x[0], gain[0], BF16, ASM),
-                times2(x[1], gain[1], BF16, ASM),
-                times2(x[2], gain[2], BF16, ASM),
-                times2(x[3], gain[3], BF16, ASM),
-            )
+            x = times(x, gain, BF16, ASM)
         xs = xs + ordered(x, KIND, ASM)
     return xs, after
 
@@ -181,9 +171,9 @@ def multiply_step(
     after = ()
     for tile in tl.static_range(ROWS // 2):
         low = unit[2 * tile * WORDS + FIRST : 2 * tile * WORDS + FIRST + TAKEN]
-        low = expand(low, zeros[2 * tile], KIND, CVT, ASM)
+        low = expand(low, zeros[2 * tile], KIND, CVT, BF16, ASM)
         high = unit[(2 * tile + 1) * WORDS + FIRST : (2 * tile + 1) * WORDS + FIRST + TAKEN]
-        high = expand(high, zeros[2 * tile + 1], KIND, CVT, ASM)
+        high = expand(high, zeros[2 * tile + 1], KIND, CVT, BF16, ASM)
         for group in tl.static_range(GROUPS):
             c = sums[4 * (tile * GROUPS + group) : 4 * (tile * GROUPS + group) + 4]
             x8 = x[4 * group : 4 * group + 4]

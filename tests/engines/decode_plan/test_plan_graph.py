@@ -11,8 +11,9 @@ import pytest
 from engines import registry
 from engines.bundle import DECODER, Bundle
 from engines.decode_plan.graph import Decoder, read_decoder
-from engines.kernels.launch import HALF, INT4, INT8, Unserved
+from engines.kernels.launch import FP8, HALF, INT4, INT8, Unserved
 from engines.lower import lower
+from engines.weight_shapes import EMBEDDING_KEY
 from helpers.targets import by_name
 
 TARGETS = registry.load_family("ort_cuda")
@@ -58,6 +59,14 @@ def test_formats_and_blocks(demo_bundle: Bundle) -> None:
     assert {layer.qkv.block for layer in decoder.layers} == {128}
     assert all(layer.output.zero_points and layer.output.scales for layer in decoder.layers)
     assert (decoder.table.kind, decoder.table.block, decoder.head.block) == (INT4, 32, 32)
+
+
+def test_float8_weights(demo_bundle: Bundle) -> None:
+    decoder = read_decoder(lowered(demo_bundle, "ort-cuda-fp8"), demo_bundle.config)
+    weights = [decoder.table, decoder.head, *(layer.qkv for layer in decoder.layers)]
+    assert {(each.kind, each.block, each.zero_points) for each in weights} == {(FP8, 128, None)}
+    assert (decoder.table.data, decoder.table.scales) == (decoder.head.data, decoder.head.scales)
+    assert decoder.table.scales == f"{EMBEDDING_KEY}.scales"
 
 
 def test_experts(demo_moe_bundle: Bundle) -> None:

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.kernels import embed
-from engines.kernels.launch import FP8, GPUS, Unserved, Weight
+from engines.kernels.launch import GPUS, Unserved, Weight
 from helpers.broken_kernels import with_fault
 from helpers.interpret import guarded, interpret, untouched
 
@@ -31,7 +31,7 @@ class Case:
     ) -> None:
         rng = np.random.default_rng(batch)
         self.dtype, self.batch, self.block = dtype, batch, block
-        bits = self.bits = {"half": 16, "int8": 8, "int4": 4}[kind]
+        bits = self.bits = {"half": 16, "fp8": 8, "int8": 8, "int4": 4}[kind]
         self.memory: dict[str, np.ndarray[Any, Any]] = {
             "step:input_ids": rng.integers(0, VOCAB, (batch, 1)),
             "step:position_ids": rng.integers(0, 262144, (3, batch, 1)),
@@ -43,6 +43,15 @@ class Case:
             self.table = rng.standard_normal((VOCAB, columns)).astype(TYPES[dtype])
             self.memory["weight:t"] = self.table
             self.weight = Weight(kind, VOCAB, columns, "t")
+        elif kind == "fp8":
+            codes = rng.standard_normal((VOCAB, columns)).astype(np.float32) * 100
+            codes[0, :4] = [448, -448, 2.0**-9, -(2.0**-7)]  # the ends of the range, and below the least normal number
+            stored = codes.astype(ml_dtypes.float8_e4m3fn)
+            scales = rng.uniform(0.01, 0.02, (VOCAB, -(-columns // block))).astype(np.float32)
+            self.table = stored.astype(np.float32) * np.repeat(scales, block, 1)[:, :columns]
+            self.memory |= {"weight:t": stored.view(np.uint8), "weight:s": scales}
+            self.memory["step:input_ids"][0] = 0
+            self.weight = Weight(kind, VOCAB, columns, "t", block, "s")
         else:
             blocks = columns // block
             codes = rng.integers(0, 256, (VOCAB, columns * bits // 8), np.uint8)
@@ -95,6 +104,11 @@ def test_halves(columns: int, dtype: str) -> None:
 @pytest.mark.parametrize(("columns", "block"), [(192, 32), (1088, 64), (1280, 128), (96, 32), (80, 16)])
 def test_codes(columns: int, block: int, kind: str, zero_points: bool) -> None:
     Case(columns, kind, 2, block=block, zero_points=zero_points).check()
+
+
+@pytest.mark.parametrize(("columns", "block"), [(192, 128), (1280, 128), (100, 16)])
+def test_float8(columns: int, block: int) -> None:
+    Case(columns, "fp8", 3, block=block).check()
 
 
 def test_codes_in_bfloat16() -> None:
@@ -151,7 +165,7 @@ def test_faults_are_found(old: str, new: str, tmp_path: Path, monkeypatch: pytes
 
 
 def test_other_tables_are_refused() -> None:
-    for table in (Weight(FP8, 9, 64, "t", 32, "s"), Weight("int4", 9, 100, "t", 32, "s")):
+    for table in (Weight("float3", 9, 64, "t", 32, "s"), Weight("int4", 9, 100, "t", 32, "s")):
         with pytest.raises(Unserved, match="a table of"):
             embed.launch(table, 1, GPUS[90], dtype="float16", head_dim=DIM)
     with pytest.raises(Unserved, match="heads of 96"):

@@ -17,7 +17,7 @@ from engines.bundle import Bundle
 from helpers import PICTURES
 from helpers.engines import build
 from helpers.host_cuda import HostDevice
-from helpers.host_plan import TABLE, read_plan, write_host_plan, write_plan
+from helpers.host_plan import CODE_NAME, TABLE, read_plan, write_host_plan, write_plan
 from qwen3vl_export.checkpoint import Checkpoint
 from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
 from runtime.decode_plan import DecodePlan
@@ -220,6 +220,20 @@ def test_batch_invariant_takes_the_other_launches(planned: Callable[[str], Path]
     assert [name for name in memory.take_events() if name in KERNELS] == ["embed_rows", *KERNELS] * 3
 
 
+def test_batch_invariant_is_no_promise_that_is_broken(planned: Callable[[str], Path]) -> None:
+    with pytest.raises(EngineError, match=r"batch_invariant: .* this GPU has 8\.6") as caught:
+        opened(planned(""), HostDevice(compute_capability="8.6"), batch_invariant=True)
+    assert "without batch_invariant" in str(caught.value.remedy)
+    session = opened(planned(""), batch_invariant=True)
+    with pytest.raises(CapacityError, match="at most 4 sequences can step together, asked for 5"):
+        steps(session, filled(session), 5, 0)
+    session = opened(planned("logits"), batch_invariant=True)
+    cache = filled(session)
+    for _ in range(2):
+        with pytest.raises(EngineError, match="batch_invariant: the engine's own kernels are switched off"):
+            steps(session, cache, 2, 0)
+
+
 def test_the_plan_is_switched_off_on_request(planned: Callable[[str], Path]) -> None:
     memory = HostDevice()
     session = opened(planned(""), memory, decode_plan=False)
@@ -329,6 +343,13 @@ def test_code_of_another_gpu_than_the_plan_says_decodes_in_onnx_runtime(plain: P
     session.close()
     gc.collect()
     assert "module" not in memory.leaks()
+
+
+def test_missing_code_is_an_error(plain: Path, tmp_path: Path) -> None:
+    folder = write_host_plan(Path(shutil.copytree(plain, tmp_path / "engine")))
+    (folder / CODE_NAME).unlink()
+    with pytest.raises(EngineError, match=r"decode_plan_sm89\.bin: cannot be read"):
+        opened(folder)
 
 
 def test_a_plan_of_another_decoder_is_refused(plain: Path, tmp_path: Path) -> None:
