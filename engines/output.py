@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from engines.bundle import BUNDLE_MANIFEST_NAME, DECODER, PREFILL, VISION
 from engines.disk import check_disk_space, check_file_size, disk_error, full_disk_error, sync_files, sync_folder
 from engines.exchange import exchange
 from engines.work_folder import OLD, is_work_folder, work_folder
+from runtime.decode_plan import PLAN_NAME
 from runtime.errors import UsageError
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME
 
@@ -33,11 +35,13 @@ _GRAPHS = frozenset({f"{VISION}.onnx", f"{DECODER}.onnx"})
 _OWN_NAMES = (
     _GRAPHS
     | {f"{PREFILL}.onnx", *(f"{graph}.onnx.data" for graph in (VISION, DECODER, PREFILL)), "cache_scales.npy"}
-    | {f"{VISION}.plan", f"{DECODER}.plan"}
+    | {f"{VISION}.plan", f"{DECODER}.plan", PLAN_NAME}
     | {*_MANIFESTS}
     | {"config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json"}
     | {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 )
+# Machine code of a decode plan, one file for each kind of GPU.
+_CODE_NAME = re.compile(r"decode_plan_sm[0-9]{2,3}\.bin")
 _IN_USE = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 # A mount point; a folder of a lower layer of overlayfs; a folder in a sticky one, or itself not writable.
 _FIXED = frozenset({errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES})
@@ -139,7 +143,11 @@ def _is_ours(folder: Path) -> bool:
         names = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
     found = {name for name in names if not is_work_folder(name) and name != "lost+found"}
     has_mark = bool(found & {*_MANIFESTS}) or found >= _GRAPHS
-    return not found or (has_mark and found <= _OWN_NAMES and not any(names[name] for name in found))
+    return not found or (has_mark and all(map(_is_own_name, found)) and not any(names[name] for name in found))
+
+
+def _is_own_name(name: str) -> bool:
+    return name in _OWN_NAMES or _CODE_NAME.fullmatch(name) is not None
 
 
 def _can_be_renamed(place: Path) -> bool:
@@ -217,7 +225,7 @@ def _fill(fresh: Path, place: Path) -> None:
         for name in _MANIFESTS:
             (place / name).unlink(missing_ok=True)
         sync_folder(place)
-        for name in sorted(_OWN_NAMES - {*names}):
+        for name in sorted(filter(_is_own_name, {*os.listdir(place)} - {*names})):
             (place / name).unlink(missing_ok=True)
         for name in names:
             if name in _MANIFESTS:

@@ -187,10 +187,10 @@ def _start(folder: str) -> subprocess.Popen[str]:
         "TRITON_INTERPRET": "0",
         "TRITON_CACHE_DIR": folder,
         "TRITON_DISABLE_LINE_INFO": "1",  # which would be most of the code's bytes
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", _MODULE],
+        [sys.executable, "-P", "-m", _MODULE],  # -P: the folder that the user is in has no modules for it
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -211,7 +211,7 @@ def _end(workers: Sequence[subprocess.Popen[str]]) -> None:
 
 
 class _Kept:
-    """Compiled code in a folder, one file for each job: a line of JSON, then the cubin."""
+    """Compiled code in a folder, one file for each job: a digest of the rest, a line of JSON, and the cubin."""
 
     def __init__(self, folder: Path | None) -> None:
         user = user_cache_folder() if folder is None else None
@@ -223,11 +223,11 @@ class _Kept:
         if self._folder is None:
             return None
         try:
-            head, _, binary = self._path(job).read_bytes().partition(b"\n")
-            values: dict[str, Any] = json.loads(head)
-            if hashlib.sha256(binary).hexdigest() != values.pop("sha256"):
+            digest, _, content = self._path(job).read_bytes().partition(b"\n")
+            if hashlib.sha256(content).hexdigest().encode() != digest:
                 return None
-            return Code(**values, binary=binary)
+            head, _, binary = content.partition(b"\n")
+            return Code(**json.loads(head), binary=binary)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -235,16 +235,13 @@ class _Kept:
         """Keep the code of a job, if there is a place for it."""
         if self._folder is None:
             return
-        head = {
-            "entry": code.entry,
-            "shared_bytes": code.shared_bytes,
-            "sha256": hashlib.sha256(code.binary).hexdigest(),
-        }
+        head = {"entry": code.entry, "shared_bytes": code.shared_bytes, "ptxas": code.ptxas}
+        content = json.dumps(head).encode() + b"\n" + code.binary
         with contextlib.suppress(OSError):  # a cache that cannot be written makes the next build slower, no more
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
                 try:
-                    file.write(json.dumps(head).encode() + b"\n" + code.binary)
+                    file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
                     file.close()
                     os.replace(file.name, self._path(job))
                 except BaseException:

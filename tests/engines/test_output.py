@@ -195,6 +195,7 @@ def test_a_leftover_with_a_strange_record_harms_nothing(record: str, tmp_path: P
 @pytest.mark.portable
 def test_the_working_directory_is_filled_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = engine(tmp_path / "out", "old")
+    (output / "decode_plan_sm90.bin").write_text("old")
     inode = output.stat().st_ino
     monkeypatch.chdir(output)
     with output_folder(Path(), 0) as folder:
@@ -423,7 +424,11 @@ def test_what_is_not_ours_stays(make: Callable[[Path], None], message: str, tmp_
 
 @pytest.mark.portable
 @pytest.mark.parametrize(
-    "names", [["engine.json"], ["lowered.json"], ["bundle.json"], ["decoder.onnx", "vision.onnx"], []]
+    "names",
+    [
+        *(["engine.json"], ["lowered.json"], ["bundle.json"], ["decoder.onnx", "vision.onnx"], []),
+        ["engine.json", "decode_plan.json", "decode_plan_sm90.bin", "decode_plan_sm120.bin"],
+    ],
 )
 def test_what_the_exporter_writes_may_be_replaced(names: list[str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
