@@ -131,6 +131,8 @@ class DecodePlan:
         self.constants = {name: _constant(entry) for name, entry in self._root.get("constants").items()}
         self.weights = {name: self._weight(entry) for name, entry in self._root.get("weights").items()}
         self.sms = tuple(self._sm(name, entry) for name, entry in self._root.get("gpus").items())
+        if not self.sms:
+            self._root.get("gpus").refuse("at least one GPU")
 
     def _check_engine(self) -> None:
         """Compare with what the manifest says of the decoder that the plan was made of."""
@@ -307,5 +309,7 @@ def _kernel(entry: Entry, sm: str, file_bytes: int, most_shared: int) -> Kernel:
     offset = code.get("offset").integer(0, file_bytes)
     num_bytes = code.get("bytes").integer(1, file_bytes - offset)
     name, shared = code.get("entry").text(), code.get("shared_bytes").integer(0, most_shared)
+    if not name.isascii():  # half a surrogate, as JSON may have one, is no name for the driver
+        code.get("entry").refuse("a name in ASCII")
     warps = entry.get("num_warps").integer(1, _MOST_WARPS)
     return Kernel(tuple(types), offset, num_bytes, name, shared, 32 * warps)

@@ -74,6 +74,11 @@ FAULTS: dict[str, tuple[str, Change]] = {
     "weight's shape": (r"bytes is \d+, expected 2, what", lambda p: p["weights"][TABLE].update(shape=[1])),
     "shared": (r"shared is 0, expected true or false", lambda p: p["weights"][TABLE].update(shared=0)),
     "gpu": (r"a name in gpus is '8.9'", lambda p: p["gpus"].update({"8.9": {}})),
+    "no gpu": (r"gpus is a dict of 0, expected at least one", lambda p: p.update(gpus={})),
+    "name of a kernel": (
+        r"kernels\[0\]\.code\.89\.entry is .*, expected a name in ASCII",
+        lambda p: p["kernels"][0]["code"][SM].update(entry="\ud800"),
+    ),
     "code file": (r"gpus\.89\.file is 'y'", lambda p: p["gpus"][SM].update(file="y")),
     "dependent": (r"dependent_launch is None", lambda p: p["gpus"][SM].pop("dependent_launch")),
     "unknown kernel": (r"fast\[0\]\[0\] is 2, expected an integer of 0 to 1", lambda p: launch(p).__setitem__(0, 2)),
