@@ -21,6 +21,10 @@ from runtime.errors import CapacityError, EngineError, Qwen3VLError
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
+# A fault of a kernel is there at every step. But rounding may differ by more than a bound where a token's hidden state
+# nearly cancels: with random weights that was so in 2 of 12 steps of 32 sequences on an H200, and ONNX Runtime's own
+# results for 1 and 32 sequences were then 5 % apart. So other tokens are asked before the plan is given up.
+_MOST_DOUBTS = 3
 
 
 class PlanSteps:
@@ -56,6 +60,7 @@ class PlanSteps:
         self._device, self._staging, self._kernels = device, staging, kernels
         self._batches, self._form, self._has_experts = batches, form, has_experts
         self._proven: set[int] = set()
+        self._doubts: dict[int, int] = {}
 
     def padded(self, num_sequences: int) -> int | None:
         """Return the batch that so many sequences run in; None if the plan has none that is large enough."""
@@ -120,7 +125,7 @@ class PlanSteps:
         reference: Callable[[], None],
     ) -> None:
         """Run a step by ONNX Runtime and by the plan; if the results differ, the former stands and the plan is off."""
-        num_sequences = len(inputs.input_ids)
+        num_sequences, has_failed = len(inputs.input_ids), False
         reference()
         window = StepWindow(self._device, self._staging, cache, slot, inputs.past_lengths)
         expected = StepResult(io.logits(num_sequences)[:, 0], window.read())
@@ -132,7 +137,7 @@ class PlanSteps:
             difference = window.difference(expected, found, has_experts=self._has_experts)
             problem = difference or self._wrong_candidates(io, num_sequences, found)
         except EngineError as error:
-            problem = error.message
+            problem, has_failed = error.message, True
         except BaseException:  # Ctrl-C too; what is blank must not stay behind a sequence
             with suppress(Qwen3VLError):
                 window.write(expected.rows)
@@ -142,15 +147,21 @@ class PlanSteps:
             if inputs.past_lengths.min() > 0:
                 self._proven.add(batch)
             return
-        self.problem = f"at its first step of {batch} sequences it did not do what ONNX Runtime does: {problem}"
+        window.write(expected.rows)
+        self._doubts[batch] = self._doubts.get(batch, 0) + 1
+        # What keeps its bits in every batch may not be answered by others, not even once.
+        if has_failed or self._form == INVARIANT or self._doubts[batch] == _MOST_DOUBTS:
+            self._switch_off(batch, problem)
+        reference()
+
+    def _switch_off(self, batch: int, problem: str) -> None:
+        self.problem = f"at its first steps of {batch} sequences it did not do what ONNX Runtime does: {problem}"
         _LOGGER.warning(
             "warning: the decode plan is switched off: %s. ONNX Runtime decodes, which takes longer; report this with "
             "the GPU and its driver",
             self.problem,
         )
-        window.write(expected.rows)
         self._check_kept()
-        reference()
 
     def _check_kept(self) -> None:
         """Raise if the plan is off and ONNX Runtime cannot do what was asked of it."""
