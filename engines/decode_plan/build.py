@@ -54,8 +54,11 @@ def add_plan(
             progress.report(Stage.COMPILING, f"compiling decode kernels for compute capability {names_of(gpus)}")
             compiled = partial(compile_all, advance=partial(progress.count, unit="kernels"))
             return write_plan(folder, model, decoder, steps, top_k, compiled)
-    if options.is_wanted:
-        raise TargetError(f"{target.name}: no decode plan can be made: {problem}", remedy="or give --no-decode-plan")
+    if options.is_required:
+        raise TargetError(
+            f"{target.name}: no decode plan can be made: {problem}",
+            remedy="leave --decode-plan and --compute-capability out: ONNX Runtime then decodes",
+        )
     progress.report(
         Stage.CHOOSING, f"note: {target.name} is built without a decode plan, so steps are slower: {problem}"
     )

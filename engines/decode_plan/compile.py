@@ -258,7 +258,8 @@ def _source_digest() -> str:
     """Return a digest of the source of all kernels, which call each other."""
     digest = hashlib.sha256()
     folder = resources.files("engines.kernels") / "triton"
-    for file in sorted(folder.iterdir(), key=lambda each: each.name):
+    worker = resources.files("engines.decode_plan") / "worker.py"  # which says how they are compiled
+    for file in (worker, *sorted(folder.iterdir(), key=lambda each: each.name)):
         if file.name.endswith(".py"):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

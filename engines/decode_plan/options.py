@@ -24,6 +24,11 @@ class PlanOptions:
     compute_capabilities: tuple[str, ...] = ()
 
     @property
+    def is_required(self) -> bool:
+        """Whether a plan was asked for, by itself or by naming GPUs for it, so that none is an error."""
+        return bool(self.is_wanted or self.compute_capabilities)
+
+    @property
     def gpus(self) -> tuple[Gpu, ...]:
         """The GPUs to compile for, ascending.
 
@@ -59,8 +64,11 @@ def check_plan(options: PlanOptions, target: str) -> None:
     """
     options.gpus  # noqa: B018 (raises)
     problem = plan_problem()
-    if options.is_wanted and problem:
-        raise TargetError(f"{target}: no decode plan can be made: {problem}", remedy="or give --no-decode-plan")
+    if options.is_required and problem:
+        raise TargetError(
+            f"{target}: no decode plan can be made: {problem}",
+            remedy="install it, or leave --decode-plan and --compute-capability out",
+        )
 
 
 def names_of(gpus: Sequence[Gpu]) -> str:

@@ -55,8 +55,9 @@ class Tiles:
 def tiles(heads: Heads, batch: int, gpu: Gpu, *, invariant: bool) -> Tiles:
     """Return the tiles for a batch; with `invariant` the same ones for all batches.
 
-    As many programs as multiprocessors for one sequence, twice as many for up to 4, then four times as many: on an H200
-    with 512 cached rows and 8 key/value heads, 16 splits were the fastest for one sequence, 8 for 4 and for 8.
+    As many programs as multiprocessors for one sequence, twice as many for up to 4, then four times as many: of a
+    prototype on an H200 with 512 cached rows and 8 key/value heads, 16 splits were the fastest for one sequence, 8 for
+    4 and for 8.
     """
     if invariant:
         batch = _INVARIANT_BATCH

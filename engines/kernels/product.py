@@ -1,7 +1,7 @@
 """A product of the rows of a batch by a weight, with what comes before and after it: the norm, SiLU · up, the residual.
 
 Two forms. `product_vector` multiplies one row by a weight of halves in plain arithmetic, with the whole tile of a
-program in registers before x is there: on an H200 a step of the 2B shape took 1.18 ms by it, 1.30 by the other one.
+program in registers before x is there: by it a prototype's step of 2B took 1.18 ms on an H200, 1.30 by the other.
 `product_fragments` does everything else on tensor cores, with up to 32 columns a program (see
 `engines.kernels.triton.row_products`). The sums of its columns do not depend on how many there are.
 """
@@ -100,7 +100,7 @@ def reference(
 def tiling(weight: Weight, batch: int, gpu: Gpu, *, invariant: bool) -> Tiling:
     """Return how a product on tensor cores is split; `invariant` has what serves every batch.
 
-    From what was fastest on an H200 with weights of the same sizes in another order: warps that fill the
+    From what was fastest in a prototype on an H200, with weights in another order: warps that fill the
     multiprocessors, as long as each has something to load; 256 bytes a lane on their way where all programs run at
     once, half of that where others follow. Two tiles a program halve the work on x, which for codes is as much as that
     on the weights: 193 instructions for a KB of weights of 4 bits instead of 248.
@@ -174,7 +174,7 @@ def _vector(weight: Weight, x: str, out: str, gpu: Gpu, dtype: str, mode: int, n
 
 
 def _vector_tile(weight: Weight, gpu: Gpu, mode: int) -> tuple[int, int]:
-    """Return rows and warps of a program of the vector form, from what was fastest on an H200.
+    """Return rows and warps of a program of the vector form, from what was fastest in a prototype on an H200.
 
     16 KB of weights for 4 warps and 32 KB for 8; 32 KB for queries, keys and values; 48 KB for what is added, whose
     rows are long. Of short rows enough for two loads a lane.

@@ -28,8 +28,8 @@ def chunk(columns: int) -> int:
 def experts_of_program(batch: int, columns: int, *, invariant: bool) -> int:
     """Return how many experts a program has.
 
-    Two were the fastest for one row of 2048 on an H200. More rows make programs enough, and with more experts each of
-    them the row is normalised less often. A program holds 8192 halves of the weight at most.
+    Two were the fastest for one row of 2048 in a prototype on an H200. More rows make programs enough, and with more
+    experts each of them the row is normalised less often. A program holds 8192 halves of the weight at most.
     """
     if invariant:
         batch = _INVARIANT_BATCH
