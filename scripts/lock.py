@@ -54,7 +54,20 @@ class Lock:
 ALL = (
     Lock(
         "dev.txt",
-        ("export", "cpu", "verify", "tensorrt-rtx", "plot", "video", "structured", "heif", "serve", "dev"),
+        (
+            "export",
+            "cpu",
+            "verify",
+            "tensorrt-rtx",
+            "plot",
+            "video",
+            "structured",
+            "heif",
+            "serve",
+            "optimum",
+            "polygraphy",
+            "dev",
+        ),
         TORCH_PAIR,
         keeps=("cuda-bindings", "cuda-pathfinder"),  # asked for by the extra tensorrt-rtx
     ),
