@@ -161,7 +161,7 @@ def test_entry_points_and_extras() -> None:
         "qwen3vl": "qwen3vl_export.cli.run:main",
     }
     extras = {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "verify", "plot", "test", "dev"}
-    extras |= {"video", "structured", "heif", "serve", "decode-plan"}
+    extras |= {"video", "structured", "heif", "optimum", "polygraphy", "serve", "decode-plan"}
     assert set(project["optional-dependencies"]) == extras
     assert HEAVY.isdisjoint(project["dependencies"])
 
