@@ -173,11 +173,23 @@ class _Step:
             self._batch,
             top_k,
             self._gpu,
+            num_experts=layer.num_experts,
             dtype=dtype,
             norm=norm.gain,
             eps=norm.epsilon,
         )
-        yield experts.launch_down(layer.down, INNER, IDS, SHARES, HIDDEN, self._batch, top_k, self._gpu, dtype=dtype)
+        yield experts.launch_down(
+            layer.down,
+            INNER,
+            IDS,
+            SHARES,
+            HIDDEN,
+            self._batch,
+            top_k,
+            self._gpu,
+            num_experts=layer.num_experts,
+            dtype=dtype,
+        )
 
 
 def _inner_width(layer: Layer) -> int:

@@ -63,6 +63,7 @@ def launch(
         "sin": Argument("*fp32", "buffer:sin"),
     }
     constants = {
+        "VOCAB": table.rows,
         "K": table.columns,
         "BITS": bits,
         "GROUP": table.block or table.columns,

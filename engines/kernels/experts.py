@@ -27,6 +27,7 @@ def launch_gate_up(
     top: int,
     gpu: Gpu,
     *,
+    num_experts: int,
     dtype: str,
     norm: str,
     eps: float,
@@ -41,6 +42,7 @@ def launch_gate_up(
         batch: Rows of x.
         top: Experts of a row.
         gpu: What it runs on.
+        num_experts: E; an id outside [0, E) counts as the nearest one inside.
         dtype: Of x and out, `float16` or `bfloat16`.
         norm: Initializer of the gain of the RMSNorm of x.
         eps: Of the norm.
@@ -66,14 +68,24 @@ def launch_gate_up(
             "OUT": Argument(f"*{half}", out),
             "eps": Argument("fp32", eps),
         },
-        constants=_constants(weight, dtype, top, gpu, warps, -(-units // warps), ahead=2),
+        constants=_constants(weight, num_experts, dtype, top, gpu, warps, -(-units // warps), ahead=2),
         grid=(-(-weight.rows // 16), batch * top, 1),
         num_warps=warps,
     )
 
 
 def launch_down(
-    weight: Weight, x: str, ids: str, shares: str, out: str, batch: int, top: int, gpu: Gpu, *, dtype: str
+    weight: Weight,
+    x: str,
+    ids: str,
+    shares: str,
+    out: str,
+    batch: int,
+    top: int,
+    gpu: Gpu,
+    *,
+    num_experts: int,
+    dtype: str,
 ) -> Launch:
     """Return the launch of out[b] += the sum over j of shares[b, j] · (W[ids[b, j]] · x[b, j]), rounded once.
 
@@ -86,6 +98,7 @@ def launch_down(
         batch: Rows of out.
         top: Experts of a row.
         gpu: What it runs on.
+        num_experts: E; an id outside [0, E) counts as the nearest one inside.
         dtype: Of x and out, `float16` or `bfloat16`.
 
     Raises:
@@ -110,7 +123,8 @@ def launch_down(
             "ZEROS": Argument("*fp32", ZEROS),
             "OUT": Argument(f"*{half}", out),
         },
-        constants=_constants(weight, dtype, top, gpu, slots * parts, rounds, ahead=2) | {"PARTS": parts},
+        constants=_constants(weight, num_experts, dtype, top, gpu, slots * parts, rounds, ahead=2)
+        | {"PARTS": parts},
         grid=(-(-weight.rows // 16), batch, 1),
         num_warps=slots * parts,
     )
@@ -150,9 +164,10 @@ def _check(weight: Weight, batch: int, top: int) -> None:
 
 
 def _constants(
-    weight: Weight, dtype: str, top: int, gpu: Gpu, warps: int, rounds: int, ahead: int
+    weight: Weight, num_experts: int, dtype: str, top: int, gpu: Gpu, warps: int, rounds: int, ahead: int
 ) -> dict[str, int | str]:
     return unit_constants(weight, dtype, gpu) | {
+        "E": num_experts,
         "N": weight.rows,
         "K": weight.columns,
         "TOP": top,

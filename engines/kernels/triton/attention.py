@@ -100,9 +100,11 @@ def attention(
     GROUP: tl.constexpr = H // KVH
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    # Lengths, slots and the cache below them are older than the step: they are read before the wait.
-    past = tl.load(lengths + row).to(tl.int32)
-    slot = tl.load(slots + row).to(tl.int64)
+    # Lengths, slots and the cache below them are older than the step: they are read before the wait, the first two past
+    # L1, where those of the step before may be. No row is appended outside of the slot, whatever the length.
+    past = tl.load(lengths + row, cache_modifier=".cg").to(tl.int32)
+    past = tl.minimum(tl.maximum(past, 0), capacity - 1)
+    slot = tl.load(slots + row, cache_modifier=".cg").to(tl.int64)
     # The bounds of a split depend on the row's own length alone.
     chunk = ((past + SPLITS - 1) // SPLITS + 15) // 16 * 16
     begin = split * chunk

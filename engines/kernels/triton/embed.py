@@ -23,6 +23,7 @@ def embed(
     hidden,
     cos,
     sin,
+    VOCAB: tl.constexpr,
     K: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -43,7 +44,8 @@ def embed(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    token = tl.load(ids + row)
+    # A wrong token makes a wrong row, and no address outside the table.
+    token = tl.minimum(tl.maximum(tl.load(ids + row, cache_modifier=".cg"), 0), VOCAB - 1)
     column = part * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < K
     if BITS == 16:
@@ -67,8 +69,8 @@ def embed(
     if part == 0:
         HALF: tl.constexpr = D // 2
         frequency = tl.arange(0, HALF)
-        axis = tl.load(axes + frequency)
-        position = tl.load(positions + axis * tl.num_programs(1) + row)
+        axis = tl.minimum(tl.maximum(tl.load(axes + frequency), 0), 2)
+        position = tl.load(positions + axis * tl.num_programs(1) + row, cache_modifier=".cg")
         angle = position.to(tl.float32) * tl.load(inv_freq + frequency)
         cosine = tl.cos(angle)
         sine = tl.sin(angle)

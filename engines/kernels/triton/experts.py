@@ -1,7 +1,8 @@
 """Products by the experts that the router chose, as `engines.kernels.experts` launches them.
 
-TOP experts a row of the batch. One row is multiplied at a time: all 8 columns of the tensor cores' tile are that row,
-and column 0 is stored.
+TOP of E experts a row of the batch. One row is multiplied at a time: all 8 columns of the tensor cores' tile are that
+row, and column 0 is stored. What the router wrote is read past L1, which a kernel that ran here before may have filled,
+and clamped: a wrong id makes a wrong result, which a comparison finds, and never an address outside the weights.
 """
 
 import triton
@@ -12,12 +13,18 @@ from engines.kernels.triton.fragments import load_words, rounded
 from engines.kernels.triton.row_products import add2, multiply_rows, norm_factors, over_warps
 
 
+@device_function
+def clamped(expert, E: tl.constexpr):
+    """Return the id that the router wrote as int64, in [0, E)."""
+    return tl.minimum(tl.maximum(expert, 0), E - 1).to(tl.int64)
+
+
 @triton.jit
 def experts_gate_up(
-    X, IDS, W, S, Z, GAIN, ZEROS, OUT, eps, N: tl.constexpr, K: tl.constexpr, TOP: tl.constexpr, KIND: tl.constexpr,
-    ROW_BYTES: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, PER: tl.constexpr,
-    ZP: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr,
-    CVT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    X, IDS, W, S, Z, GAIN, ZEROS, OUT, eps, E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOP: tl.constexpr,
+    KIND: tl.constexpr, ROW_BYTES: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr,
+    PER: tl.constexpr, ZP: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr,
+    TILES: tl.constexpr, CVT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Store SiLU(gate) · up of one of the experts of a row; gate and up are rows 2r and 2r + 1 of its N."""
     if PDL:
@@ -26,7 +33,7 @@ def experts_gate_up(
         tl.extra.cuda.gdc_launch_dependents()
     BF16: tl.constexpr = X.dtype.element_ty == tl.bfloat16
     UNITS: tl.constexpr = (K + UNIT - 1) // UNIT
-    expert = tl.load(IDS + tl.program_id(1)).to(tl.int64) * N
+    expert = clamped(tl.load(IDS + tl.program_id(1), cache_modifier=".cg"), E) * N
     first = tl.arange(0, WARPS)[:, None]
     lane = tl.arange(0, 32)[None, :]
     start = first * UNIT + lane % 4 * CODES
@@ -57,10 +64,10 @@ def experts_gate_up(
 
 @triton.jit
 def experts_down(
-    X, IDS, SHARES, W, S, Z, ZEROS, OUT, N: tl.constexpr, K: tl.constexpr, TOP: tl.constexpr, KIND: tl.constexpr,
-    ROW_BYTES: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, PER: tl.constexpr,
-    ZP: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr,
-    TILES: tl.constexpr, CVT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    X, IDS, SHARES, W, S, Z, ZEROS, OUT, E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOP: tl.constexpr,
+    KIND: tl.constexpr, ROW_BYTES: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr,
+    PER: tl.constexpr, ZP: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
+    AHEAD: tl.constexpr, TILES: tl.constexpr, CVT: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add the shares of all experts of a row to it: PARTS warps for each expert, and one sum over all warps."""
     if PDL:
@@ -73,8 +80,8 @@ def experts_down(
     slot = tl.minimum(warp // PARTS, TOP - 1)
     at = tl.program_id(1) * TOP + slot + lane * 0
     # The router's results: the kernel before this one has waited for them before it let this one start.
-    expert = load_words(IDS + at, 1, False, ASM)[0].to(tl.int64) * N
-    share = load_words(SHARES + at, 1, False, ASM)[0].to(tl.float32, bitcast=True)
+    expert = clamped(load_words(IDS + at, 1, True, ASM)[0], E) * N
+    share = load_words(SHARES + at, 1, True, ASM)[0].to(tl.float32, bitcast=True)
     share = tl.where(warp // PARTS < TOP, share, 0.0)
     start = first * UNIT + lane % 4 * CODES
     inside = tl.where(start < K, start, 0)

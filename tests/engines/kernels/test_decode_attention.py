@@ -135,6 +135,13 @@ def test_shapes_and_types(shape: str, dtype: str) -> None:
     assert Case(SHAPES[shape], [37], dtype).run() < 1
 
 
+@pytest.mark.parametrize(("outside", "nearest"), [(96, 95), (-1, 0)])
+def test_a_length_outside_appends_at_the_nearest_row(outside: int, nearest: int) -> None:
+    case = Case(DEMO, [nearest])
+    case.memory["step:past_lengths"][0] = outside
+    assert case.run() < 1
+
+
 @pytest.mark.parametrize("batch", range(2, 9))
 def test_ragged_lengths_and_permuted_slots(batch: int) -> None:
     assert Case(DEMO, [70, 0, 1, 95, 16, 33, 2, 64][:batch], seed=batch).run() < 1

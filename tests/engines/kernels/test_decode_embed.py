@@ -120,6 +120,17 @@ def test_batches(batch: int) -> None:
     Case(192, "half", batch).check()
 
 
+@pytest.mark.parametrize("kind", ["half", "int4"])
+def test_a_token_outside_reads_the_nearest_row(kind: str) -> None:
+    found = []
+    for tokens in ([VOCAB, -1], [VOCAB - 1, 0]):
+        case = Case(192, kind, 2)
+        case.memory["step:input_ids"][:, 0] = tokens
+        interpret(case.launch, case.memory)
+        found.append(case.hidden)
+    np.testing.assert_array_equal(*found)
+
+
 @pytest.mark.parametrize("zero_points", [True, False])
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_codes_mean_what_onnx_runtime_reads(kind: str, zero_points: bool) -> None:

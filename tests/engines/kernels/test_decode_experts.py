@@ -32,8 +32,9 @@ def _gate_up(kind, block, batch, top, *, rows=32, columns=192, dtype="float16", 
     ids, _ = _choice(batch, top)
     out, whole = guarded((batch, top, rows // 2), HALVES[dtype])
     launch = experts.launch_gate_up(
-        weight, "buffer:x", "buffer:ids", "buffer:out", batch, top, GPUS[gpu], dtype=dtype, norm="gain", eps=1e-6
-    )
+        weight, "buffer:x", "buffer:ids", "buffer:out", batch, top, GPUS[gpu], num_experts=EXPERTS, dtype=dtype,
+        norm="gain", eps=1e-6,
+    )  # fmt: skip
     sources = {f"weight:{name}": array for name, array in memory.items()}
     sources |= {"weight:gain": gain, "buffer:x": x, "buffer:ids": ids.copy(), "buffer:out": out}
     sources["buffer:zeros"] = np.zeros(32, np.float32)
@@ -57,8 +58,9 @@ def _down(kind, block, batch, top, *, rows=32, columns=192, dtype="float16", cha
     out, whole = guarded((batch, rows), HALVES[dtype])
     out[:] = residual
     launch = experts.launch_down(
-        weight, "buffer:x", "buffer:ids", "buffer:shares", "buffer:out", batch, top, GPUS[90], dtype=dtype
-    )
+        weight, "buffer:x", "buffer:ids", "buffer:shares", "buffer:out", batch, top, GPUS[90], num_experts=EXPERTS,
+        dtype=dtype,
+    )  # fmt: skip
     sources = {f"weight:{name}": array for name, array in memory.items()}
     sources |= {"buffer:x": x, "buffer:ids": ids.copy(), "buffer:shares": shares, "buffer:out": out}
     sources["buffer:zeros"] = np.zeros(32, np.float32)
@@ -119,9 +121,25 @@ def test_a_wrong_expert_is_seen():
     assert _error(*_down(HALF, 0, 1, 2, change=next_one)) > 0.1
 
 
+@pytest.mark.parametrize(("outside", "nearest"), [(EXPERTS, EXPERTS - 1), (-1, 0)])
+@pytest.mark.parametrize("product", [_gate_up, _down])
+def test_an_id_outside_reads_the_nearest_expert(product, outside, nearest):
+    def first_is(expert):
+        def change(sources):
+            sources["buffer:ids"][0, 0] = expert
+
+        return change
+
+    result, _ = product(HALF, 0, 1, 2, rows=16, change=first_is(outside))
+    wanted, _ = product(HALF, 0, 1, 2, rows=16, change=first_is(nearest))
+    assert (result == wanted).all()
+
+
 def test_what_is_not_served_is_said():
     weight, _ = made_weight(HALF, 32, 64, experts=2)
     with pytest.raises(Unserved, match="17 experts"):
-        experts.launch_down(weight, "", "", "", "", 1, 17, GPUS[90], dtype="float16")
+        experts.launch_down(weight, "", "", "", "", 1, 17, GPUS[90], num_experts=2, dtype="float16")
     with pytest.raises(Unserved, match="batch of 33"):
-        experts.launch_gate_up(weight, "", "", "", 33, 2, GPUS[90], dtype="float16", norm="gain", eps=0)
+        experts.launch_gate_up(
+            weight, "", "", "", 33, 2, GPUS[90], num_experts=2, dtype="float16", norm="gain", eps=0
+        )
