@@ -87,7 +87,7 @@ class _Step:
             **product.buffers(),
             **embed.buffers(batch, decoder.head_dim),
             **attention.buffers(self._heads, batch, gpu, invariant=self._invariant),
-            **candidates.buffers(decoder.head.rows, batch, top_k=self._top_k),
+            **candidates.buffers(decoder.head.rows, batch),
         }
         for layer in decoder.layers:
             if layer.experts is not None:

@@ -123,8 +123,7 @@ def launch_down(
             "ZEROS": Argument("*fp32", ZEROS),
             "OUT": Argument(f"*{half}", out),
         },
-        constants=_constants(weight, num_experts, dtype, top, gpu, slots * parts, rounds, ahead=2)
-        | {"PARTS": parts},
+        constants=_constants(weight, num_experts, dtype, top, gpu, slots * parts, rounds, ahead=2) | {"PARTS": parts},
         grid=(-(-weight.rows // 16), batch, 1),
         num_warps=slots * parts,
     )

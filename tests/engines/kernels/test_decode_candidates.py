@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def find(logits: Array, top_k: int = 64, steps: list[Launch] | None = None) -> t
     values, whole_values = guarded((batch, top), np.float32)
     ids, whole_ids = guarded((batch, top), np.int64)
     memory = {"step:logits": logits, "step:top_logits": values, "step:top_ids": ids}
-    for name, (num_bytes, _) in candidates.buffers(vocab, batch, top_k=top_k).items():
+    for name, (num_bytes, _) in candidates.buffers(vocab, batch).items():
         memory[f"buffer:{name}"] = np.full(num_bytes // 8, 77, np.int64)
     for launch in steps or candidates.launches(vocab, batch, GPUS[90], top_k=top_k):
         interpret(launch, memory)
@@ -55,16 +56,16 @@ def test_vocabularies(vocab: int) -> None:
     check(draw(2 if vocab < 2048 else 1, vocab))
 
 
-def test_the_vocabulary_of_a_released_checkpoint() -> None:
-    """The second launch alone, on keys that another program made: a tile takes the interpreter long."""
-    vocab, batch = 151936, 2
+def join(vocab: int, batch: int, change: Callable[[Launch], Launch] = lambda launch: launch) -> None:
+    """Run the second launch alone, on keys that another program made, and compare: tiles take the interpreter long."""
     logits = draw(batch, vocab, levels=2000)
     first, second = candidates.launches(vocab, batch, GPUS[90])
     tiles = first.grid[0]
-    padded = np.full((batch, tiles * 2048), -np.inf, np.float32)
+    size = 64 * first.constants["RUNS"] * first.constants["W"]
+    padded = np.full((batch, tiles * size), -np.inf, np.float32)
     padded[:, :vocab] = logits
-    in_tiles, ids = candidates.reference(padded.reshape(-1, 2048))
-    tokens = ids.reshape(batch, tiles, 64) + 2048 * np.arange(tiles)[:, None]
+    in_tiles, ids = candidates.reference(padded.reshape(-1, size))
+    tokens = ids.reshape(batch, tiles, 64) + size * np.arange(tiles)[:, None]
     bits = in_tiles.reshape(batch, tiles, 64).view(np.int32).astype(np.int64)
     order = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     memory = {
@@ -73,10 +74,20 @@ def test_the_vocabulary_of_a_released_checkpoint() -> None:
         "step:top_ids": np.zeros((batch, 64), np.int64),
     }
     assert memory["buffer:candidate_keys"].nbytes == candidates.buffers(vocab, batch)["candidate_keys"][0]
-    interpret(second, memory)
+    interpret(change(second), memory)
     wanted = candidates.reference(logits)
     np.testing.assert_array_equal(memory["step:top_ids"], wanted[1])
     np.testing.assert_array_equal(memory["step:top_logits"], wanted[0])
+
+
+@pytest.mark.parametrize("vocab", [151936, 2048 * 256, 1_000_003])
+def test_vocabularies_of_many_tiles(vocab: int) -> None:
+    join(vocab, 2)
+
+
+@pytest.mark.slow
+def test_the_vocabulary_of_a_released_checkpoint() -> None:
+    check(draw(1, 151936, levels=2000))
 
 
 @pytest.mark.parametrize("batch", [*range(1, 9), 16, 32])
@@ -98,6 +109,8 @@ def test_the_lower_of_equal_tokens_comes_first(vocab: int) -> None:
 def test_the_largest_in_one_tile() -> None:
     logits = draw(1, 8192)
     logits[0, 4100:4300] += 100
+    check(logits)
+    logits[0, -70:] += 200
     check(logits)
 
 
@@ -131,23 +144,35 @@ def test_as_onnx_runtime_s_own() -> None:
 @pytest.mark.parametrize(
     ("step", "old", "new"),
     [
-        (0, "token = tile * 2**DIMS", "token = tile * 2 ** (DIMS - 1)"),
-        (0, "keys = tl.max(keys, axis=DIMS - joined - 1 - KEPT)", "keys = tl.min(keys, axis=DIMS - joined - 1 - KEPT)"),
-        (1, "2**KEPT - 1 - rank[None, :]", "rank[None, :]"),
-        (1, "other=LOWEST)\n    best", "other=2**63 - 1)\n    best"),
-        (1, "mask=run < TILES,", "mask=run < TILES - 1,"),
+        (0, "((tile * RUNS + run) * W + warp) * 64", "((tile * RUNS + run) * W + warp) * 32"),
+        (0, "where(token < VOCAB, ", "where(token < VOCAB + 1, "),
+        (0, "(places() >> bits) & 1 == 0", "places() >= 0"),
+        (0, "keys = tl.max(tl.reshape", "keys = tl.min(tl.reshape"),
+        (0, "1 << join, W", "1, W"),
+        (1, "tl.where(falls, places(), 63 - places())", "places()"),
+        (1, "tl.where(tile < tiles, ", "tl.where(tile < tiles - 1, "),
     ],
 )
 def test_faults_are_found(step: int, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = draw(1, 5000)
+    logits[0, -1] = 100
     steps = candidates.launches(5000, 1, GPUS[90])
     steps[step] = with_fault(steps[step], old, new, tmp_path, monkeypatch)
     with pytest.raises(AssertionError):
         check(logits, steps=steps)
 
 
+@pytest.mark.parametrize(("old", "new"), [("joined = ahead", "pass"), ("first + W + warp", "first + warp")])
+def test_faults_of_more_tiles_than_warps_are_found(
+    old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(launch: Launch) -> Launch:
+        return with_fault(launch, old, new, tmp_path, monkeypatch)
+
+    with pytest.raises(AssertionError, match=r"(?i)not equal"):
+        join(151936, 1, broken)
+
+
 def test_too_many_are_refused() -> None:
     with pytest.raises(Unserved, match="65 candidates"):
         candidates.launches(100, 1, GPUS[90], top_k=65)
-    with pytest.raises(Unserved, match="524288"):
-        candidates.launches(524289, 1, GPUS[90])

@@ -140,6 +140,4 @@ def test_what_is_not_served_is_said():
     with pytest.raises(Unserved, match="17 experts"):
         experts.launch_down(weight, "", "", "", "", 1, 17, GPUS[90], num_experts=2, dtype="float16")
     with pytest.raises(Unserved, match="batch of 33"):
-        experts.launch_gate_up(
-            weight, "", "", "", 33, 2, GPUS[90], num_experts=2, dtype="float16", norm="gain", eps=0
-        )
+        experts.launch_gate_up(weight, "", "", "", 33, 2, GPUS[90], num_experts=2, dtype="float16", norm="gain", eps=0)
