@@ -8,12 +8,8 @@ compiler, is not made again, so a run that was ended goes on where it was.
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,10 +17,11 @@ import typer
 
 from benchmarks import options
 from benchmarks.decode_plan_report import MODELS, NAME, TARGETS, cells, is_current, place_of, table
+from benchmarks.kernel_usage import usage_of
 from benchmarks.measure import environment
 from benchmarks.result_files import RESULTS, write
 from benchmarks.synthetic import write_checkpoint
-from engines.decode_plan.compile import Code, Job, compile_all, source_digest, triton_version
+from engines.decode_plan.compile import Job, compile_all, source_digest, triton_version
 from engines.decode_plan.graph import read_decoder
 from engines.decode_plan.options import PlanOptions, plan_problem
 from engines.decode_plan.steps import FAST, make_steps
@@ -39,23 +36,6 @@ from runtime.errors import TargetError
 if TYPE_CHECKING:
     from engines.bundle import Bundle
     from engines.decode_plan.decoder import Decoder
-
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a kernel takes, by `cuobjdump -res-usage`.
-
-    Attributes:
-        registers: Of a thread.
-        stack_bytes: Of a thread, where registers are spilled to.
-        shared_bytes: Of a program, static or as triton asks for it at launch.
-    """
-
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
 
 
 def decode_plan(
@@ -113,7 +93,7 @@ def _bundle(model: str) -> Bundle:
 def _plan(decoder: Decoder, gpu: Gpu, top_k: int) -> dict[str, Any]:
     steps = make_steps(decoder, gpu, top_k)
     codes = compile_all([Job.of(launch, gpu) for launch in steps.launches()])
-    usages = {job: usage_of(code) for job, code in codes.items()}
+    usages = {job: usage_of(code.binary) for job, code in codes.items()}
     return {
         "kernels": len(codes),
         "launches": len(steps.of(1, FAST)),
@@ -123,7 +103,7 @@ def _plan(decoder: Decoder, gpu: Gpu, top_k: int) -> dict[str, Any]:
         "spilling_kernels": sorted({job.function for job, usage in usages.items() if usage.stack_bytes}),
         "most_registers": max(usage.registers for usage in usages.values()),
         "most_stack_bytes": max(usage.stack_bytes for usage in usages.values()),
-        "most_shared_bytes": max(usage.shared_bytes for usage in usages.values()),
+        "most_shared_bytes": max(code.shared_bytes for code in codes.values()),
     }
 
 
@@ -149,21 +129,3 @@ def _stored_bytes(weight: Weight) -> int:
     scale_bytes = 2 if weight.kind in (INT4, INT8) else 4
     zeros = -(-blocks * bits // 8) if weight.zero_points else 0
     return weight.rows * (columns * bits // 8 + blocks * scale_bytes + zeros)
-
-
-def usage_of(code: Code) -> Usage:
-    """Return what a kernel takes.
-
-    Raises:
-        ValueError: `cuobjdump` says it in other words.
-    """
-    tool = resources.files("triton") / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code.binary)
-        file.flush()
-        text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    match = _USAGE.search(text)
-    if match is None or code.entry not in text:
-        raise ValueError(f"cuobjdump: {text[:200]}")
-    registers, stack, shared, local = map(int, match.groups())
-    return Usage(registers, stack + local, max(shared, code.shared_bytes))

@@ -23,10 +23,10 @@ _HEAD = (
     *("model", "target", "GPU", "kernels", "launches", "compiled in", "registers", "stack", "shared memory", "code"),
     *("weights read", "at the card's bandwidth"),
 )
-_TEXT = """Kernels for 1 to 32 sequences, in both forms; launches of a step of one sequence. Compiled in: processor time.
-Registers and stack of a thread (spilled registers are on the stack, whose kernels are named) and shared memory of a
-program: the most that a kernel takes. Weights read: by a step of one sequence. At the card's bandwidth: how long reading
-them takes by its data sheet, which is less than a step takes; an expectation, not measured."""
+_TEXT = """Kernels for 1 to 32 sequences, in both forms; launches of a step of one sequence. Compiled in: processor
+time. Registers and stack of a thread (spilled registers are on the stack; kernels with one are named) and shared memory
+of a program: the most that a kernel takes. Weights read: by a step of one sequence. At the card's bandwidth: how long
+that takes by its data sheet, which is less than a step takes; an expectation, not measured."""
 _STALE = "\\* Kernels have changed since."
 
 
