@@ -178,11 +178,14 @@ def _answer(job: Job, line: str) -> tuple[Job, Code] | TargetError:
     remedy = "leave the decode plan out with --no-decode-plan, and report this with the version of triton"
     if not line.endswith("\n"):  # a part of a line, too
         return TargetError(f"the process that compiles {where} died", remedy=f"see that memory is free, or {remedy}")
-    values = json.loads(line)
-    if "error" in values:
-        return TargetError(f"{where} does not compile: {values['error']}", remedy=remedy)
-    binary = base64.b64decode(values.pop("code"))
-    return job, Code(**values, binary=binary)
+    try:
+        values = json.loads(line)
+        if "error" in values:
+            return TargetError(f"{where} does not compile: {values['error']}", remedy=remedy)
+        binary = base64.b64decode(values.pop("code"))
+        return job, Code(**values, binary=binary)
+    except (ValueError, KeyError, TypeError, AttributeError):  # as if it had died: a thread that raises answers nothing
+        return TargetError(f"the process that compiles {where} answered {line[:80]!r}", remedy=remedy)
 
 
 def _start(folder: str) -> subprocess.Popen[str]:

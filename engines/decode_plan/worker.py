@@ -67,15 +67,16 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Answer jobs until stdin ends."""
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # what Triton prints is no answer
-    for line in sys.stdin:
-        try:
-            answer = compile_job(json.loads(line))
-        except Exception as error:  # whatever the compiler raises is the answer
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    # What Triton prints is no answer, and its C++ parts know the descriptor alone.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        for line in sys.stdin:
+            try:
+                answer = compile_job(json.loads(line))
+            except Exception as error:  # whatever the compiler raises is the answer
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":

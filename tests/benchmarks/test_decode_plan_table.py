@@ -52,7 +52,6 @@ def test_what_was_compiled_is_kept(
     rows, table = run(tmp_path, "9.0")
     (kernels,) = compiled
     assert len(rows) == 1 and kernels > 9
-    layers = demo_bundle.config.text.num_layers
     text = demo_bundle.config.text
     last = candidates.launches(text.vocab_size, 1, GPUS[90])
     assert rows[0].pop("weight_bytes") > 0 and "embed" in rows[0].pop("spilling_kernels")
