@@ -1,80 +1,87 @@
 """`python -m benchmarks decode-plan`: what the decode kernels of every model and GPU take, as the compiler says.
 
 Needs no GPU: kernels are compiled for the exact shapes of each model, and `cuobjdump`, which triton brings, reads
-registers, local memory (spills) and shared memory out of the machine code.
+registers, stack and shared memory out of the machine code. A plan that the result has already, of the same kernels and
+compiler, is not made again, so a run that was ended goes on where it was.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
+import json
 import tempfile
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from benchmarks import options
+from benchmarks.decode_plan_report import MODELS, NAME, TARGETS, cells, is_current, place_of, table
+from benchmarks.kernel_usage import usage_of
 from benchmarks.measure import environment
-from benchmarks.result_files import RESULTS, markdown, write
+from benchmarks.result_files import RESULTS, write
 from benchmarks.synthetic import write_checkpoint
-from engines.decode_plan.compile import Code, Job, compile_all
+from engines.decode_plan.compile import Job, compile_all, source_digest, triton_version
 from engines.decode_plan.graph import read_decoder
-from engines.decode_plan.options import PlanOptions
-from engines.decode_plan.steps import FAST, FORMS, Steps, make_steps
-from engines.kernels.launch import Unserved
+from engines.decode_plan.options import PlanOptions, plan_problem
+from engines.decode_plan.steps import FAST, make_steps
+from engines.kernels.fragments import BITS
+from engines.kernels.launch import HALF, INT4, INT8, Gpu, Unserved, Weight
 from engines.lower import lower
 from engines.registry import get
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.export import make_bundle
+from runtime.errors import TargetError
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
-
-_MODELS = ("qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b", "qwen3-vl-32b", "qwen3-vl-30b-a3b", "qwen3-vl-235b-a22b")
-_TARGETS = ("ort-cuda-fp16", "ort-cuda-bf16", "ort-cuda-int4", "ort-cuda-fp8")
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a kernel takes, by `cuobjdump -res-usage`: registers of a thread, bytes of a thread's stack, of a program's
-    shared memory (static, or as triton asks for it at launch)."""
-
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
+    from engines.decode_plan.decoder import Decoder
 
 
 def decode_plan(
-    models: Annotated[list[str] | None, typer.Option("--model", help="Shapes; all six by default.")] = None,
-    targets: Annotated[list[str] | None, typer.Option("--target", help="Targets; all that take a plan.")] = None,
+    models: Annotated[list[str] | None, typer.Option("--model", help="Shapes; those of the table by default.")] = None,
+    targets: Annotated[list[str] | None, typer.Option("--target", help="Targets; fp16, int4, fp8 by default.")] = None,
     gpus: Annotated[list[str] | None, typer.Option("--compute-capability", help="GPUs; all by default.")] = None,
     results: options.Results = RESULTS,
 ) -> None:
     """Compile the decode kernels of models for GPUs that need not be there, and list what they take."""
+    if problem := plan_problem():
+        raise TargetError(f"nothing can be compiled: {problem}", remedy="install it")
     wanted = PlanOptions(True, tuple(gpus or ())).gpus
-    machine = environment()
-    found = []
-    for model in models or _MODELS:
-        bundle = _bundle(model)
-        for name in targets or _TARGETS:
-            for gpu in wanted:
-                target = get(name)
-                graph = lower(bundle.graphs["decoder"].clone(), target, bundle.config, target.passes(target.formats))
-                try:
-                    steps = make_steps(read_decoder(graph, bundle.config), gpu, target.top_k)
-                except Unserved as error:
-                    found.append({"model": model, "target": name, "sm": gpu.sm, "unserved": str(error)})
-                    break
-                found.append({"model": model, "target": name, "sm": gpu.sm, **_compiled(steps)})
-                typer.echo(_row(found[-1]), err=True)
-    result = {"plans": found, "environment": machine}
-    write("decode-plan", result, table(result), results)
+    compiler = {"source": source_digest(), "triton": triton_version()}
+    result = {**compiler, "plans": _kept(results), "environment": environment()}
+    for model in models or MODELS:
+        for row in _rows(model, targets or TARGETS, wanted, result):
+            result["plans"] = [each for each in result["plans"] if place_of(each) != place_of(row)] + [row]
+            write(NAME, result, table(result), results, shown=False)
+            typer.echo("  ".join(cells(row, result)), err=True)
+    write(NAME, result, table(result), results)
+
+
+def _kept(folder: Path) -> list[dict[str, Any]]:
+    path = folder / f"{NAME}.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["plans"]) if path.is_file() else []
+
+
+def _rows(
+    model: str, targets: Sequence[str], gpus: Sequence[Gpu], result: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a model that a result does not have yet, of these kernels and this compiler."""
+    have = {place_of(row) for row in result["plans"] if is_current(row, result)}
+    bundle = None
+    for name in targets:
+        missing = [gpu for gpu in gpus if (model, name, gpu.sm) not in have]
+        if not missing:
+            continue
+        target = get(name)
+        bundle = bundle or _bundle(model)
+        graph = lower(bundle.graphs["decoder"].clone(), target, bundle.config, target.passes(target.formats))
+        for gpu in missing:
+            row = {"model": model, "target": name, "sm": gpu.sm, **{key: result[key] for key in ("source", "triton")}}
+            try:
+                yield row | _plan(read_decoder(graph, bundle.config), gpu, target.top_k)
+            except Unserved as error:
+                yield row | {"unserved": str(error)}
 
 
 def _bundle(model: str) -> Bundle:
@@ -83,77 +90,42 @@ def _bundle(model: str) -> Bundle:
         return make_bundle(Checkpoint.open(str(Path(folder) / model)))
 
 
-def _compiled(steps: Steps) -> dict[str, Any]:
-    started = time.perf_counter()
-    jobs = list(dict.fromkeys(Job.of(launch, steps.gpu) for launch in steps.launches()))
-    with tempfile.TemporaryDirectory() as cache:  # so that all is compiled, and timed
-        codes = compile_all(jobs, cache=Path(cache))
-    taken = time.perf_counter() - started
-    kernels = {}
-    for job, code in codes.items():
-        usage = usage_of(code)
-        key = f"{job.function}({', '.join(f'{name}={value}' for name, value in job.constants)})"
-        kernels[f"{key} warps={job.num_warps}"] = vars(usage) | {"code_bytes": len(code.binary)}
+def _plan(decoder: Decoder, gpu: Gpu, top_k: int) -> dict[str, Any]:
+    steps = make_steps(decoder, gpu, top_k)
+    codes = compile_all([Job.of(launch, gpu) for launch in steps.launches()])
+    usages = {job: usage_of(code.binary) for job, code in codes.items()}
     return {
-        "compile_s": round(taken, 1),
+        "kernels": len(codes),
+        "launches": len(steps.of(1, FAST)),
+        "compile_s": round(sum(code.compile_s for code in codes.values()), 1),
         "code_bytes": sum(len(code.binary) for code in codes.values()),
-        "launches": {str(batch): len(each) for (batch, form), each in steps.by_batch.items() if form == FAST},
-        "forms": list(FORMS),
-        "kernels": kernels,
+        "weight_bytes": weight_bytes(decoder),
+        "spilling_kernels": sorted({job.function for job, usage in usages.items() if usage.stack_bytes}),
+        "most_registers": max(usage.registers for usage in usages.values()),
+        "most_stack_bytes": max(usage.stack_bytes for usage in usages.values()),
+        "most_shared_bytes": max(code.shared_bytes for code in codes.values()),
     }
 
 
-def usage_of(code: Code) -> Usage:
-    """Return what a kernel takes.
-
-    Raises:
-        ValueError: `cuobjdump` says it in other words.
-    """
-    tool = resources.files("triton") / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code.binary)
-        file.flush()
-        text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    match = _USAGE.search(text)
-    if match is None:
-        raise ValueError(f"cuobjdump: {text[:200]}")
-    registers, stack, shared, local = map(int, match.groups())
-    return Usage(registers, stack + local, max(shared, code.shared_bytes))
+def weight_bytes(decoder: Decoder) -> int:
+    """Return the bytes of weights that a step of one sequence reads, norms and a row of the table left out."""
+    total = _stored_bytes(decoder.head)
+    for layer in decoder.layers:
+        total += _stored_bytes(layer.qkv) + _stored_bytes(layer.output)
+        total += sum(_stored_bytes(each) for each in (layer.gate_up, layer.down) if each is not None)
+        if layer.experts is not None:
+            chosen = _stored_bytes(layer.experts.gate_up) + _stored_bytes(layer.experts.down)
+            total += _stored_bytes(layer.experts.router) + layer.experts.top_k * chosen
+    return total
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """Return the Markdown table of a result."""
-    head = [
-        "model",
-        "target",
-        "GPU",
-        "launches",
-        "kernels",
-        "most registers",
-        "most spilled",
-        "most shared",
-        "code",
-        "time",
-    ]
-    return markdown([head, *(_cells(each) for each in result["plans"])])
-
-
-def _cells(plan: Mapping[str, Any]) -> list[str]:
-    where = [plan["model"], plan["target"], f"{plan['sm'] // 10}.{plan['sm'] % 10}"]
-    if "unserved" in plan:
-        return [*where, f"none: {plan['unserved']}", *[""] * 6]
-    usages = plan["kernels"].values()
-    return [
-        *where,
-        str(plan["launches"]["1"]),
-        str(len(usages)),
-        str(max(each["registers"] for each in usages)),
-        f"{max(each['stack_bytes'] for each in usages)} B",
-        f"{max(each['shared_bytes'] for each in usages) / 1024:.0f} KiB",
-        f"{plan['code_bytes'] / 1e6:.1f} MB",
-        f"{plan['compile_s']:.0f} s",
-    ]
-
-
-def _row(plan: Mapping[str, Any]) -> str:
-    return "  ".join(_cells(plan))
+def _stored_bytes(weight: Weight) -> int:
+    """Return the bytes of a weight [N, K], or of one expert's, with scales and zero points."""
+    bits = BITS[weight.kind]
+    if weight.kind == HALF:
+        return weight.rows * weight.columns * bits // 8
+    blocks = -(-weight.columns // weight.block)
+    columns = blocks * weight.block if weight.kind in (INT4, INT8) else weight.columns
+    scale_bytes = 2 if weight.kind in (INT4, INT8) else 4
+    zeros = -(-blocks * bits // 8) if weight.zero_points else 0
+    return weight.rows * (columns * bits // 8 + blocks * scale_bytes + zeros)

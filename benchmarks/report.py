@@ -15,6 +15,7 @@ import typer
 
 from benchmarks import (
     build,
+    decode_plan_report,
     export,
     goals,
     gpu_pack_report,
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "build": build.table,
     "compare": tables.render,
+    "decode": decode_plan_report.table,
     "export": export.table,
     "gpu": gpu_pack_report.table,
     "hostile": serve_hostile.table,

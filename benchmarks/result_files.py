@@ -1,8 +1,8 @@
 """Result files: `name.json`, and `name.md` made of the JSON alone, so that it can be made again.
 
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`, `run-MODEL-TARGET`,
-`gpu-NAME`, `hostile-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `peers-MODEL-TARGET`, `preprocess`, `routes`,
-`serve-MODEL-TARGET`, `serving-MODEL-TARGET`, `video`.
+`decode-plan`, `gpu-NAME`, `hostile-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `peers-MODEL-TARGET`,
+`preprocess`, `routes`, `serve-MODEL-TARGET`, `serving-MODEL-TARGET`, `video`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ def page(name: str, result: Mapping[str, Any], body: str) -> str:
     return f"# {name}\n\n{body}\n{_environment_line(result['environment'])}\n"
 
 
-def write(name: str, result: Mapping[str, Any], body: str, folder: Path = RESULTS) -> Path:
-    """Write `name.json` and `name.md`, print the latter, and return its path."""
+def write(name: str, result: Mapping[str, Any], body: str, folder: Path = RESULTS, *, shown: bool = True) -> Path:
+    """Write `name.json` and `name.md`, print the latter unless it is not to be shown yet, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / f"{name}.json", json.dumps(result, indent=2) + "\n")
     path = folder / f"{name}.md"
     text = page(name, result, body)
     replace_text(path, text)
-    typer.echo(text)
+    if shown:
+        typer.echo(text)
     return path
 
 

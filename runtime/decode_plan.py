@@ -7,6 +7,7 @@ the device. The checks find damage and mix-ups, not malice: the plan brings code
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import EngineError
-from runtime.files import read_json_object
+from runtime.files import read_json_object, read_small_file
 from runtime.json_entry import Entry
-from runtime.manifest import Manifest
+from runtime.manifest import MANIFEST_NAME, Manifest
 from runtime.stored_weight import ELEMENTS, StoredWeight, stored_bytes
 
 PLAN_NAME = "decode_plan.json"
+DECODER_NAME = "decoder.onnx"
 PLAN_CAPABILITY = "decode_plan"
 FAST, INVARIANT = "fast", "invariant"
 """Forms of a step: the fastest for its batch, and the one whose sums do not depend on the batch."""
@@ -34,6 +36,7 @@ _FORMAT = 1
 _REMEDY = "build the engine again, or open it with decode_plan=False (--no-decode-plan)"
 # 94 layers for six kinds of GPU and six batches have 15 MB.
 _MOST_PLAN_BYTES = 64 << 20
+_MOST_CODE_BYTES = 256 << 20
 _MOST_BATCH, _MOST_BYTES = 1 << 10, 1 << 40
 _MOST_WARPS, _MOST_SHARED_BYTES = 32, 1 << 20
 # Blocks along x, y and z (CUDA C++ Programming Guide, technical specifications).
@@ -111,7 +114,7 @@ class DecodePlan:
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        manifest.require(folder, PLAN_NAME)
+        manifest.require(folder, PLAN_NAME, DECODER_NAME)
         self._manifest = manifest
         self._checked: dict[int, GpuPlan] = {}
         path = folder / PLAN_NAME
@@ -139,9 +142,9 @@ class DecodePlan:
         found, expected = self._root.get("dtype"), self._manifest.capabilities["cache_dtype"]
         if found.value != expected:
             found.refuse(f"{expected}, the type of this engine's cache")
-        decoder = self._manifest.files["decoder.onnx"].sha256
+        decoder = self._manifest.files[DECODER_NAME].sha256
         if self._root.get("decoder").value != decoder:
-            self._root.get("decoder").refuse(f"the SHA-256 of this engine's decoder.onnx, {decoder}")
+            self._root.get("decoder").refuse(f"the SHA-256 of this engine's {DECODER_NAME}, {decoder}")
 
     def _file(self, entry: Entry) -> tuple[str, int]:
         """Return a file that the manifest lists, and its size."""
@@ -160,8 +163,7 @@ class DecodePlan:
             entry.get("onnx_type").refuse(f"one of {', '.join(map(str, ELEMENTS))}")
         if stored_bytes(kind, shape) != num_bytes:
             entry.get("bytes").refuse(f"{stored_bytes(kind, shape)}, what its shape and type take")
-        shared = entry.get("shared")
-        return StoredWeight(file, offset, num_bytes, kind, shape, shared.value is None or shared.truth())
+        return StoredWeight(file, offset, num_bytes, kind, shape)
 
     def _sm(self, name: str, entry: Entry) -> int:
         if not re.fullmatch(r"[1-9]\d{1,2}", name):
@@ -276,16 +278,18 @@ def has_plan(manifest: Manifest) -> bool:
 def read_code(folder: Path, gpu: GpuPlan, manifest: Manifest) -> bytes:
     """Return the machine code of all kernels for one kind of GPU.
 
+    Whoever opens an engine compares its files with the manifest before; what a GPU is given is compared itself, since
+    nothing would notice a wrong kernel that computes something.
+
     Raises:
-        EngineError: The file is missing, or has another size than the manifest says.
+        EngineError: The file is missing, or has other contents than the manifest says.
     """
-    path = folder / gpu.file
-    try:
-        code = path.read_bytes()
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read: {error.strerror}", remedy=_REMEDY) from error
-    if len(code) != manifest.files[gpu.file].num_bytes:
-        raise EngineError(f"{path}: {len(code)} bytes, expected {manifest.files[gpu.file].num_bytes}", remedy=_REMEDY)
+    path, record = folder / gpu.file, manifest.files[gpu.file]
+    code = read_small_file(path, max_bytes=_MOST_CODE_BYTES, remedy=_REMEDY)
+    if len(code) != record.num_bytes:
+        raise EngineError(f"{path}: {len(code)} bytes, expected {record.num_bytes}", remedy=_REMEDY)
+    if hashlib.sha256(code).hexdigest() != record.sha256:
+        raise EngineError(f"{path}: its SHA-256 is not the one in {MANIFEST_NAME}", remedy=_REMEDY)
     return code
 
 

@@ -78,10 +78,9 @@ class DeviceWeights:
             device_name: `cuda`, or `cpu` if the addresses are of the host's memory.
         """
         for name, weight in self._weights.items():
-            if weight.is_shared:
-                value = _as_value(self.addresses[name], weight, device_name)
-                options.add_initializer(name, value)
-                self._values.append(value)
+            value = _as_value(self.addresses[name], weight, device_name)
+            options.add_initializer(name, value)
+            self._values.append(value)
 
 
 def is_second_copy(taken_bytes: int, weights_bytes: int) -> bool:

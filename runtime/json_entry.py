@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -61,8 +61,8 @@ class Entry:
 
     def number(self) -> float:
         """Return a finite number."""
-        value = self.value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        value, most = self.value, sys.float_info.max
+        if not isinstance(value, int | float) or isinstance(value, bool) or not -most <= value <= most:
             self.refuse("a finite number")
         return float(value)
 

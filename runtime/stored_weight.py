@@ -34,7 +34,6 @@ class StoredWeight:
         num_bytes: Its size.
         onnx_type: Element type as ONNX numbers it, one of `ELEMENTS`.
         shape: Its shape.
-        is_shared: ONNX Runtime is given it too, under the same name.
     """
 
     file: str
@@ -42,7 +41,6 @@ class StoredWeight:
     num_bytes: int
     onnx_type: int
     shape: tuple[int, ...]
-    is_shared: bool = True
 
 
 def stored_bytes(onnx_type: int, shape: tuple[int, ...]) -> int:

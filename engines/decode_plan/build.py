@@ -11,7 +11,7 @@ from engines.decode_plan.compile import compile_all
 from engines.decode_plan.graph import read_decoder
 from engines.decode_plan.options import PlanOptions, names_of, plan_problem
 from engines.decode_plan.steps import make_steps
-from engines.decode_plan.write import write_plan
+from engines.decode_plan.write import check_weights, write_plan
 from engines.kernels.launch import Unserved
 from engines.progress import Progress, Stage
 from engines.target import Target
@@ -48,6 +48,7 @@ def add_plan(
         try:
             decoder = read_decoder(model, config)
             steps = {gpu.sm: make_steps(decoder, gpu, top_k) for gpu in gpus}
+            check_weights(model, steps)
         except Unserved as error:
             problem = str(error)
         else:

@@ -88,12 +88,14 @@ class Code:
         shared_bytes: Shared memory that a program takes.
         ptxas: Version of the assembler, whose major version a driver has to have.
         binary: A cubin.
+        compile_s: Processor time that it took, that of the assembler included.
     """
 
     entry: str
     shared_bytes: int
     ptxas: str
     binary: bytes
+    compile_s: float = 0.0
 
 
 def triton_version() -> str:
@@ -176,10 +178,14 @@ def _answer(job: Job, line: str) -> tuple[Job, Code] | TargetError:
     remedy = "leave the decode plan out with --no-decode-plan, and report this with the version of triton"
     if not line.endswith("\n"):  # a part of a line, too
         return TargetError(f"the process that compiles {where} died", remedy=f"see that memory is free, or {remedy}")
-    values = json.loads(line)
-    if "error" in values:
-        return TargetError(f"{where} does not compile: {values['error']}", remedy=remedy)
-    return job, Code(values["entry"], values["shared_bytes"], values["ptxas"], base64.b64decode(values["code"]))
+    try:
+        values = json.loads(line)
+        if "error" in values:
+            return TargetError(f"{where} does not compile: {values['error']}", remedy=remedy)
+        binary = base64.b64decode(values.pop("code"))
+        return job, Code(**values, binary=binary)
+    except (ValueError, KeyError, TypeError, AttributeError):  # as if it had died: a thread that raises answers nothing
+        return TargetError(f"the process that compiles {where} answered {line[:80]!r}", remedy=remedy)
 
 
 def _start(folder: str) -> subprocess.Popen[str]:
@@ -216,7 +222,7 @@ class _Kept:
     def __init__(self, folder: Path | None) -> None:
         user = user_cache_folder() if folder is None else None
         self._folder = folder if user is None else user / _KEPT
-        self._source = _source_digest()
+        self._source = source_digest()
 
     def get(self, job: Job) -> Code | None:
         """Return the code of a job; None if it is not here whole."""
@@ -235,7 +241,7 @@ class _Kept:
         """Keep the code of a job, if there is a place for it."""
         if self._folder is None:
             return
-        head = {"entry": code.entry, "shared_bytes": code.shared_bytes, "ptxas": code.ptxas}
+        head = {name: value for name, value in vars(code).items() if name != "binary"}
         content = json.dumps(head).encode() + b"\n" + code.binary
         with contextlib.suppress(OSError):  # a cache that cannot be written makes the next build slower, no more
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -254,7 +260,7 @@ class _Kept:
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
 
 
-def _source_digest() -> str:
+def source_digest() -> str:
     """Return a digest of the source of all kernels, which call each other."""
     digest = hashlib.sha256()
     folder = resources.files("engines.kernels") / "triton"

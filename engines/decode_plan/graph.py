@@ -2,304 +2,260 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any, Final
 
-import numpy as np
 import onnx_ir as ir
 
-from engines.kernels.launch import FP8, HALF, INT4, INT8, Unserved, Weight
-from engines.onnx_text import MICROSOFT
+from engines.decode_plan.attention import AttentionReader
+from engines.decode_plan.decoder import Decoder, Experts, Layer, Norm
+from engines.decode_plan.match import (
+    attributes,
+    before_cast,
+    check_input,
+    check_numbers,
+    check_same,
+    inputs,
+    is_made_by,
+    made_by,
+    numbers,
+    result,
+    taken,
+)
+from engines.decode_plan.norm import read_norm
+from engines.decode_plan.stored import read_experts, read_product, read_table
+from engines.kernels.launch import Unserved, Weight
+from runtime.contract import past_names, present_names
 from runtime.model_config import ModelConfig
 
-_PRODUCTS = ("FusedMatMul", "MatMulNBits", "MatMulBlockQuantizedFp8Weight")
-_EXPERTS = ("MoE", "QMoE")
-_NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
-# What stands between a norm and the operator that takes its result.
-_BETWEEN = ("Reshape", "Cast", "RotaryEmbedding", "Split", "Gather", "GatherElements")
-_CODES = {4: INT4, 8: INT8}
-_DTYPES: dict[ir.DataType | None, str] = {
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-}
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm: the initializer of its gain, and its epsilon."""
-
-    gain: str
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Router [E, K] and experts of one layer: gate and up [E, 2·I, K], whose rows take turns, and down [E, K, I]."""
-
-    router: Weight
-    gate_up: Weight
-    down: Weight
-    num_experts: int
-    top_k: int
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer; either `gate_up` [2·I, K] and `down` [K, I], or `experts`."""
-
-    attention_norm: Norm
-    qkv: Weight
-    q_norm: Norm
-    k_norm: Norm
-    scale: float
-    output: Weight
-    mlp_norm: Norm
-    gate_up: Weight | None
-    down: Weight | None
-    experts: Experts | None
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """All weights of a decode step.
-
-    Attributes:
-        dtype: `float16` or `bfloat16`: of activations, KV cache and halves.
-        num_heads, num_kv_heads, head_dim: Of attention.
-        table: Embeddings, in whole rows of codes as GatherBlockQuantized reads them.
-        layers: In order.
-        final_norm, head: What makes the logits.
-        constants: Values of the small initializers that the rotary embedding takes: `inv_freq`, `axis_of_frequency`.
-    """
-
-    dtype: str
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    table: Weight
-    layers: tuple[Layer, ...]
-    final_norm: Norm
-    head: Weight
-    constants: dict[str, np.ndarray]
+_LOGITS: Final = ("logits", "top_logits", "top_ids")
+_SUM_AND_NORM: Final = "SkipSimplifiedLayerNormalization"
+_DTYPES: Final = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
+# The exponential of this is 0 in every type, whatever is added by a router.
+_NO_LOGIT: Final = -60000.0
 
 
 def read_decoder(model: ir.Model, config: ModelConfig) -> Decoder:
     """Find the weights of a flat decoder graph of an ort-cuda target.
 
+    The graph is followed from its results back to its inputs, so that whatever the plan's kernels do not compute is
+    found. Where an image would be is left out: a plan runs steps of text.
+
     Args:
-        model: The lowered graph, sorted.
-        config: Shape of the model, which the graph's products are compared with.
+        model: The lowered graph.
+        config: Shape of the model, which the graph is compared with.
 
     Raises:
-        Unserved: The graph is made of other operators, or its products of other shapes, than a plan is made of.
+        Unserved: The graph computes anything else, or stores it otherwise, than a plan is made of.
     """
-    text = config.text
-    queue = [node for node in model.graph if _is_product(node)]
-    attention = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
-    if len(attention) != text.num_layers:
-        raise Unserved(f"{len(attention)} nodes of attention for {text.num_layers} layers")
-    nodes = iter(queue)
-    layers = tuple(_layer(nodes, each, config, index) for index, each in enumerate(attention))
-    head = _take(nodes, "the head")
-    if next(nodes, None) is not None:
-        raise Unserved("more products than the layers and the head have")
-    tables = [node for node in model.graph if any(_is_input(value, "input_ids") for value in node.inputs)]
-    if len(tables) != 1:
-        raise Unserved(f"{len(tables)} lookups of token ids")
-    cache_type = _cache_type(attention[0])
-    if cache_type not in _DTYPES:
-        raise Unserved(f"a KV cache of {cache_type}")
-    return Decoder(
-        dtype=_DTYPES[cache_type],
-        num_heads=text.num_heads,
-        num_kv_heads=text.num_kv_heads,
-        head_dim=text.head_dim,
-        table=_table(tables[0], text.hidden_size),
-        layers=layers,
-        final_norm=_norm_before(head.inputs[0]),
-        head=_weight(head, text.vocab_size, text.hidden_size),
-        constants={name: _constant(model, name) for name in ("inv_freq", "axis_of_frequency")},
-    )
+    return _Reader(model, config).decoder()
 
 
-def _layer(nodes: Iterator[ir.Node], attention: ir.Node, config: ModelConfig, index: int) -> Layer:
-    text = config.text
-    heads, kv_heads, width = text.num_heads, text.num_kv_heads, text.head_dim
-    qkv, output = _take(nodes, "q, k and v"), _take(nodes, "attention's output")
-    if _source(output.inputs[0], ("Reshape",)) is not attention:
-        raise Unserved(f"{output.name}: not the product of attention's result: q, k and v are not one product")
-    first = _take(nodes, "the feed-forward part")
-    mlp_norm = _norm_before(first.inputs[0])
-    gate_up = down = experts = None
-    if text.experts_of(index) is None:
-        _check_gate_is_first(first)
-        gate_up = _weight(first, 2 * text.intermediate_size, text.hidden_size)
-        down = _weight(_take(nodes, "down"), text.hidden_size, text.intermediate_size)
-    else:
-        experts = _experts(first, _take(nodes, "experts"), config)
-    return Layer(
-        attention_norm=_norm_before(qkv.inputs[0]),
-        qkv=_weight(qkv, (heads + 2 * kv_heads) * width, text.hidden_size),
-        q_norm=_norm_before(attention.inputs[0]),
-        k_norm=_norm_before(attention.inputs[1]),
-        scale=attention.attributes["scale"].as_float(),
-        output=_weight(output, text.hidden_size, heads * width),
-        mlp_norm=mlp_norm,
-        gate_up=gate_up,
-        down=down,
-        experts=experts,
-    )
+class _Reader:
+    """Follows one graph. Values: B sequences, S new tokens, L logits asked for, H heads, D head dim, K hidden size."""
+
+    def __init__(self, model: ir.Model, config: ModelConfig) -> None:
+        self._text = config.text
+        self._outputs = {str(value.name): value for value in model.graph.outputs}
+        self._half = _half_of(model)
+        self._attention = AttentionReader(config.text, self._half, self._outputs)
+
+    def decoder(self) -> Decoder:
+        """Return what the graph is."""
+        text = self._text
+        present = present_names(text.num_layers)
+        if set(self._outputs) != {*_LOGITS, *present}:
+            odd = sorted(set(self._outputs) ^ {*_LOGITS, *present})
+            raise Unserved(f"the graph's results are not {', '.join(_LOGITS)} and caches: {', '.join(odd[:4])}")
+        head, normed = self._product(self._logits(), text.vocab_size, text.hidden_size, "the logits")
+        final_norm, asked = self._norm(normed, "what the head multiplies")
+        hidden = self._asked_for(asked)
+        layers = []
+        for index in reversed(range(text.num_layers)):
+            layer, hidden = self._layer(hidden, index)
+            layers.append(layer)
+        looked_up = before_cast(self._of_text(hidden), "the embeddings")
+        table, ids = read_table(looked_up, text.vocab_size, text.hidden_size, self._half)
+        check_input(ids, "input_ids", "what is looked up")
+        return Decoder(
+            dtype=_DTYPES[self._half],
+            num_heads=text.num_heads,
+            num_kv_heads=text.num_kv_heads,
+            head_dim=text.head_dim,
+            table=table,
+            layers=tuple(reversed(layers)),
+            final_norm=final_norm,
+            head=head,
+            constants=self._attention.frequencies,
+        )
+
+    def _logits(self) -> ir.Value:
+        """Return the product that is given as logits, and whose largest elements are."""
+        logits, top_logits, top_ids = (self._outputs[name] for name in _LOGITS)
+        product = before_cast(logits, "the logits")
+        top = made_by(before_cast(top_logits, "the largest logits"), "TopK", what="the largest logits")
+        check_same(top_ids, result(top, 1), "top_ids")
+        searched, count = taken(top, 2)
+        check_same(searched, product, "what the largest logits are chosen of")
+        numbers(count, "the number of largest logits")
+        return searched
+
+    def _asked_for(self, value: ir.Value | None) -> ir.Value:
+        """Return the hidden states that those of the tokens whose logits are asked for are chosen of."""
+        chosen = made_by(value, "GatherElements", what="what the last norm takes")
+        hidden, index = taken(chosen, 2, axis=1)
+        positions, shape = taken(made_by(index, "Expand", what="the chosen positions"), 2)
+        check_numbers(shape, [1, 1, self._text.hidden_size], "the shape of the chosen positions")
+        asked, axis = taken(made_by(positions, "Unsqueeze", what="the chosen positions"), 2)
+        _check_last_axis(axis)
+        check_input(asked, "logits_positions", "the chosen positions")
+        return hidden
+
+    def _of_text(self, value: ir.Value | None) -> ir.Value | None:
+        """Return what a value is for a token of text, where it is another for one of an image."""
+        if not is_made_by(value, "Where"):
+            return value
+        is_visual, _, of_text = taken(made_by(value, "Where", what="hidden states"), 3)
+        row, zero = taken(made_by(is_visual, "GreaterOrEqual", what="whether a token is of an image"), 2)
+        check_numbers(zero, [0], "the first row of an image")
+        rows, axis = taken(made_by(row, "Unsqueeze", what="a token's row of an image"), 2)
+        _check_last_axis(axis)
+        check_input(rows, "visual_rows", "a token's row of an image")
+        return of_text
+
+    def _layer(self, hidden: ir.Value | None, index: int) -> tuple[Layer, ir.Value]:
+        """Return a layer, and the hidden states that it takes."""
+        text = self._text
+        middle, fed = self._sum(self._of_text(hidden), f"the result of layer {index}")
+        gate_up = down = experts = None
+        if text.experts_of(index) is None:
+            gate_up, down, normed = self._dense(fed)
+        else:
+            experts, normed = self._experts(fed)
+        mlp_norm, source = self._norm(normed, "what the feed-forward part takes")
+        check_same(source, middle, "what is normalised for the feed-forward part")
+
+        before, attended = self._sum(middle, f"the result of attention in layer {index}")
+        width = text.num_heads * text.head_dim
+        output, joined = self._product(attended, text.hidden_size, width, "attention's output")
+        attention, qkv_value = self._attention.read(joined, index)
+        rows = (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
+        qkv, normed = self._product(qkv_value, rows, text.hidden_size, "queries, keys and values")
+        attention_norm, source = self._norm(normed, "what attention takes")
+        check_same(source, before, "what is normalised for attention")
+        layer = Layer(
+            attention_norm=attention_norm,
+            qkv=qkv,
+            q_norm=attention.q_norm,
+            k_norm=attention.k_norm,
+            scale=attention.scale,
+            output=output,
+            mlp_norm=mlp_norm,
+            gate_up=gate_up,
+            down=down,
+            experts=experts,
+        )
+        return layer, before
+
+    def _sum(self, value: ir.Value | None, what: str) -> tuple[ir.Value, ir.Value]:
+        """Return the residual and what is added to it."""
+        if is_made_by(value, _SUM_AND_NORM):
+            node = made_by(value, _SUM_AND_NORM, what=what, output=3)
+            residual, added, _ = taken(node, 3, free=("epsilon",))
+        else:
+            residual, added = taken(made_by(value, "Add", what=what), 2)
+        return residual, added
+
+    def _norm(self, value: ir.Value | None, what: str) -> tuple[Norm, ir.Value | None]:
+        return read_norm(value, self._text.hidden_size, self._half, what)
+
+    def _product(self, value: ir.Value | None, rows: int, columns: int, what: str) -> tuple[Weight, ir.Value]:
+        return read_product(value, rows, columns, self._half, what)
+
+    def _dense(self, value: ir.Value) -> tuple[Weight, Weight, ir.Value]:
+        """Return gate and up, down, and what they take, of down(SiLU(gate) · up)."""
+        hidden, inner = self._text.hidden_size, self._text.intermediate_size
+        down, product = self._product(value, hidden, inner, "the feed-forward part")
+        activated, up = taken(made_by(product, "Mul", what="what down takes"), 2)
+        gate, opened = taken(made_by(activated, "Mul", what="SiLU of the gate"), 2)
+        (sigmoid_of,) = taken(made_by(opened, "Sigmoid", what="the sigmoid of the gate"), 1)
+        check_same(sigmoid_of, gate, "what the sigmoid of the gate is of")
+        split = made_by(gate, "Split", what="the gate")
+        check_same(up, result(split, 1), "up")
+        both, sizes = taken(split, 2, axis=-1)
+        check_numbers(sizes, [inner, inner], "the sizes of gate and up")
+        gate_up, normed = self._product(both, 2 * inner, hidden, "gate and up")
+        return gate_up, down, normed
+
+    def _experts(self, value: ir.Value) -> tuple[Experts, ir.Value]:
+        """Return router and experts of a layer, and what they take."""
+        config = self._text.experts
+        if config is None:
+            raise Unserved("experts in a model without")
+        hidden, inner, count = self._text.hidden_size, config.intermediate_size, config.num_experts
+        node = made_by(value, "MoE", "QMoE", what="the experts' result")
+        common: dict[str, Any] = {
+            "k": config.top_k,
+            "activation_type": "swiglu",
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            "swiglu_fusion": 1,  # gate and up take turns
+            "normalize_routing_weights": 1,
+        }
+        if node.op_type == "MoE":
+            attributes(node, **common)
+            normed, chosen, *_ = inputs(node, (0, 1, 2, 4))
+            places, bits, block = (2, 4), (0, 0), 0
+        else:
+            free = ("expert_weight_bits", "fc2_expert_weight_bits", "block_size", "accuracy_level")
+            found = attributes(node, free=free, weights_prepacked=0, **common)
+            normed, chosen, *_ = inputs(node, (0, 1, 2, 3, 5, 6))  # no biases, and no zero points
+            first = int(found["expert_weight_bits"])
+            places, bits = (2, 5), (first, int(found["fc2_expert_weight_bits"]) or first)
+            block = _block_of_experts(found)
+        router, routed = self._router(chosen, count, config.top_k)
+        check_same(routed, normed, "what the router takes")
+        shapes = (count, 2 * inner, hidden), (count, hidden, inner)
+        gate_up, down = (
+            read_experts(node, place, shape, self._half, width, block)
+            for place, shape, width in zip(places, shapes, bits, strict=True)
+        )
+        return Experts(router, gate_up, down, count, config.top_k), routed
+
+    def _router(self, value: ir.Value | None, count: int, top_k: int) -> tuple[Weight, ir.Value]:
+        """Return the router, and what it takes, of logits whose largest alone were left."""
+        scattered = made_by(value, "ScatterElements", what="the logits of the chosen experts")
+        nothing, ids, kept = taken(scattered, 3, axis=-1)
+        top = made_by(kept, "TopK", what="the logits of the chosen experts")
+        check_same(ids, result(top, 1), "the chosen experts")
+        logits, number = taken(top, 2)
+        check_numbers(number, [top_k], "the number of chosen experts")
+        least, shape = taken(made_by(nothing, "Expand", what="the logits of the others"), 2)
+        if not all(each <= _NO_LOGIT for each in numbers(least, "the logits of the others")):
+            raise Unserved("experts that were not chosen have a share")
+        (shape_of_logits,) = taken(made_by(shape, "Shape", what="the shape of the experts' logits"), 1)
+        check_same(shape_of_logits, logits, "what the shape of the experts' logits is of")
+        product, rows = taken(made_by(logits, "Reshape", what="the experts' logits"), 2)
+        check_numbers(rows, [-1, count], "the shape of the experts' logits")
+        return self._product(product, count, self._text.hidden_size, "the router")
 
 
-def _check_gate_is_first(product: ir.Node) -> None:
-    """Raise unless the first rows of a product of gate and up are those of the gate, which SiLU takes."""
-    (split,) = product.outputs[0].consumers() or (None,)
-    gate = split.outputs[0].consumers() if split is not None and split.op_type == "Split" else ()
-    if not any(node.op_type == "Sigmoid" for node in gate):
-        raise Unserved(f"{product.name}: gate and up are not one product")
+def _half_of(model: ir.Model) -> ir.DataType:
+    """Return the type of the KV cache, which is that of activations too."""
+    past = next((value for value in model.graph.inputs if value.name == past_names(1)[0]), None)
+    if past is None or past.dtype not in _DTYPES:
+        found = None if past is None else past.dtype
+        raise Unserved(f"a KV cache of {found}, expected {' or '.join(map(str, _DTYPES))}")
+    return past.dtype
 
 
-def _experts(router: ir.Node, node: ir.Node, config: ModelConfig) -> Experts:
-    text = config.text
-    assert text.experts is not None
-    count, inner = text.experts.num_experts, text.experts.intermediate_size
-    if node.op_type not in _EXPERTS:
-        raise Unserved(f"{node.name}: {node.op_type} where experts are expected")
-    quantised = node.op_type == "QMoE"
-    bits = node.attributes["expert_weight_bits"].as_int() if quantised else 0
-    places = (2, 5) if quantised else (2, 4)
-    weights = []
-    for place, (rows, columns) in zip(places, ((2 * inner, text.hidden_size), (text.hidden_size, inner)), strict=True):
-        data = _initializer(node, place)
-        if not quantised:
-            _expect(data, (count, rows, columns))
-            weights.append(Weight(HALF, rows, columns, _name(data)))
-            continue
-        bits_here = bits
-        if place == 5 and "fc2_expert_weight_bits" in node.attributes:
-            bits_here = node.attributes["fc2_expert_weight_bits"].as_int() or bits
-        _expect(data, (count, rows, columns * bits_here // 8))
-        block = node.attributes["block_size"].as_int()
-        scales = _initializer(node, place + 1)
-        _expect(scales, (count, rows, columns // block))
-        weights.append(Weight(_CODES[bits_here], rows, columns, _name(data), block, _name(scales)))
-    gate_up, down = weights
-    return Experts(_weight(router, count, text.hidden_size), gate_up, down, count, text.experts.top_k)
+def _check_last_axis(value: ir.Value) -> None:
+    """Raise unless a value is the axis after two others."""
+    if numbers(value, "an axis") not in ([2], [-1]):
+        raise Unserved(f"{value.name} is no last axis")
 
 
-def _weight(node: ir.Node, rows: int, columns: int) -> Weight:
-    """Return the weight of a product, once its shape is what the model's says.
-
-    Raises:
-        Unserved: It is another one.
-    """
-    data = _initializer(node, 1)
-    if node.op_type == "FusedMatMul":
-        _expect(data, (rows, columns))
-        return Weight(HALF, rows, columns, _name(data))
-    block = node.attributes["block_size"].as_int()
-    blocks = -(-columns // block)
-    scales = _initializer(node, 2)
-    if node.op_type == "MatMulBlockQuantizedFp8Weight":
-        if len(node.inputs) > 3 and node.inputs[3] is not None:
-            raise Unserved(f"{node.name}: activations in float8")
-        _expect(data, (rows, columns))
-        _expect(scales, (rows, blocks))
-        return Weight(FP8, rows, columns, _name(data), block, _name(scales))
-    bits = node.attributes["bits"].as_int()
-    if bits not in _CODES:
-        raise Unserved(f"{node.name}: codes of {bits} bits")
-    _expect(data, (rows, blocks, block * bits // 8))
-    if scales.shape is None or int(np.prod(scales.shape.numpy())) != rows * blocks:
-        raise Unserved(f"{node.name}: scales {scales.shape}, expected {rows} x {blocks}")
-    has_zeros = len(node.inputs) > 3 and node.inputs[3] is not None
-    zero_points = _name(_initializer(node, 3)) if has_zeros else None
-    return Weight(_CODES[bits], rows, columns, _name(data), block, _name(scales), zero_points)
-
-
-def _table(node: ir.Node, columns: int) -> Weight:
-    data = _initializer(node, 0)
-    assert data.shape is not None
-    rows = int(data.shape.numpy()[0])
-    if node.op_type == "Gather":
-        _expect(data, (rows, columns))
-        return Weight(HALF, rows, columns, _name(data))
-    if node.op_type != "GatherBlockQuantized" or data.dtype not in (ir.DataType.UINT8, ir.DataType.FLOAT8E4M3FN):
-        raise Unserved(f"{node.name}: token ids are looked up by {node.op_type} in {data.dtype}")
-    bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-    if data.dtype == ir.DataType.FLOAT8E4M3FN:
-        _expect(data, (rows, columns))
-        return Weight(FP8, rows, columns, _name(data), block, _name(_initializer(node, 2)))
-    _expect(data, (rows, columns * bits // 8))
-    zero_points = _name(_initializer(node, 3)) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    return Weight(_CODES[bits], rows, columns, _name(data), block, _name(_initializer(node, 2)), zero_points)
-
-
-def _is_product(node: ir.Node) -> bool:
-    if node.domain != MICROSOFT or node.op_type not in (*_PRODUCTS, *_EXPERTS):
-        return False
-    return node.op_type != "FusedMatMul" or (len(node.inputs) > 1 and _is_weight(node.inputs[1]))
-
-
-def _take(nodes: Iterator[ir.Node], what: str) -> ir.Node:
-    node = next(nodes, None)
-    if node is None:
-        raise Unserved(f"no product for {what}")
-    return node
-
-
-def _norm_before(value: ir.Value | None) -> Norm:
-    """Return the norm whose result reaches a value through reshapes, casts and the rotary embedding alone."""
-    node = _source(value, _BETWEEN)
-    if node is None or node.op_type not in _NORMS:
-        raise Unserved(f"{value.name if value is not None else 'an input'}: no RMSNorm before it")
-    place = 2 if node.op_type == "SkipSimplifiedLayerNormalization" else 1
-    return Norm(_name(_initializer(node, place)), node.attributes["epsilon"].as_float())
-
-
-def _source(value: ir.Value | None, through: Sequence[str]) -> ir.Node | None:
-    """Return the node that a value comes of, looking through operators of some kinds."""
-    node = value.producer() if value is not None else None
-    while node is not None and node.op_type in through:
-        before = node.inputs[0]
-        node = before.producer() if before is not None else None
-    return node
-
-
-def _initializer(node: ir.Node, place: int) -> ir.Value:
-    value = node.inputs[place] if place < len(node.inputs) else None
-    # A cast of a stored half to float32, as bfloat16's norms may have, would be a copy of the weight.
-    if value is None or not value.is_initializer():
-        raise Unserved(f"{node.name}: input {place} is no stored weight")
-    return value
-
-
-def _name(value: ir.Value) -> str:
-    assert value.name is not None
-    return value.name
-
-
-def _expect(value: ir.Value, shape: tuple[int, ...]) -> None:
-    found = None if value.shape is None else tuple(value.shape.numpy())
-    if found != shape:
-        raise Unserved(f"{value.name}: {found}, expected {shape}")
-
-
-def _is_weight(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer()
-
-
-def _is_input(value: ir.Value | None, name: str) -> bool:
-    return value is not None and value.is_graph_input() and value.name == name
-
-
-def _cache_type(attention: ir.Node) -> ir.DataType | None:
-    past = attention.inputs[3]
-    return None if past is None else past.dtype
-
-
-def _constant(model: ir.Model, name: str) -> np.ndarray:
-    value = model.graph.initializers.get(name)
-    if value is None or value.const_value is None:
-        raise Unserved(f"the graph has no {name}")
-    return value.const_value.numpy()
+def _block_of_experts(found: dict[str, Any]) -> int:
+    block = int(found["block_size"])
+    if block < 1:
+        raise Unserved(f"experts in blocks of {block}")
+    return block

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engines.decode_plan.graph import Decoder, Experts, Layer, Norm
+from engines.decode_plan.decoder import Decoder, Experts, Layer, Norm
 from engines.kernels import attention, candidates, embed, experts, product, router
 from engines.kernels.launch import ADD, GLU, LOGITS, STORE, Gpu, Launch, Unserved, Weight
 

@@ -4,7 +4,7 @@ Triton is imported here alone. Whether it compiles or interprets is decided when
 interprets kernels, as tests do, cannot compile them.
 
 A job is what `engines.decode_plan.compile.Job` holds. The answer has `entry`, the kernel's name in the machine code,
-`shared_bytes`, the version of `ptxas`, and the code in base64; or `error`.
+`shared_bytes`, the version of `ptxas`, `compile_s` of processor time, and the code in base64; or `error`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import base64
 import importlib
 import inspect
 import json
+import os
 import sys
 from typing import Any
 
@@ -50,6 +51,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         options["maxnreg"] = job["max_registers"]
     if constants.get("PDL"):
         options["launch_pdl"] = True
+    started = os.times()
     compiled = triton.compile(source, target=GPUTarget("cuda", job["sm"], 32), options=options)
     if compiled.metadata.global_scratch_size:
         raise ValueError(f"{job['function']} wants {compiled.metadata.global_scratch_size} bytes of scratch memory")
@@ -57,21 +59,24 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         "entry": compiled.metadata.name,
         "shared_bytes": compiled.metadata.shared,
         "ptxas": get_ptxas(job["sm"]).version,
+        # User and system, of this process and of the assembler's.
+        "compile_s": sum(now - then for now, then in zip(os.times()[:4], started[:4], strict=True)),
         "code": base64.b64encode(compiled.asm["cubin"]).decode(),
     }
 
 
 def main() -> None:
     """Answer jobs until stdin ends."""
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # what Triton prints is no answer
-    for line in sys.stdin:
-        try:
-            answer = compile_job(json.loads(line))
-        except Exception as error:  # whatever the compiler raises is the answer
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    # What Triton prints is no answer, and its C++ parts know the descriptor alone.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        for line in sys.stdin:
+            try:
+                answer = compile_job(json.loads(line))
+            except Exception as error:  # whatever the compiler raises is the answer
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from typing import Any
 import onnx_ir as ir
 
 from engines.decode_plan.compile import Code, Job, compile_all, triton_version
-from engines.decode_plan.graph import Decoder
+from engines.decode_plan.decoder import Decoder
 from engines.decode_plan.steps import BATCHES, FORMS, Steps
-from engines.kernels.launch import Gpu, Launch
+from engines.kernels.launch import Gpu, Launch, Unserved
 from runtime.manifest import FileRecord
 
 FORMAT = 1
-PLAN_NAME = "decode_plan.json"
+PLAN_NAME, DECODER_NAME = "decode_plan.json", "decoder.onnx"
 # A kernel begins at a multiple of this, for the readers' sake.
 _ALIGNMENT = 16
 _CONSTANT_TYPES = {"float32": "fp32", "int64": "i64"}
@@ -60,7 +60,7 @@ def write_plan(
     plan = {
         "format": FORMAT,
         "versions": {"triton": triton_version()},
-        "decoder": FileRecord.of(folder / "decoder.onnx").sha256,
+        "decoder": FileRecord.of(folder / DECODER_NAME).sha256,
         "dtype": decoder.dtype,
         "top_k": top_k,
         "batches": list(BATCHES),
@@ -133,8 +133,26 @@ def _buffers(steps: Mapping[int, Steps]) -> dict[str, Any]:
     return {name: {"bytes": num_bytes, "zeroed": zeroed} for name, (num_bytes, zeroed) in sizes.items()}
 
 
+def check_weights(model: ir.Model, steps: Mapping[int, Steps]) -> None:
+    """Raise unless each weight that a launch reads lies in a file of its own, which a session can put on a GPU.
+
+    Raises:
+        Unserved: One lies inside the graph's own file.
+    """
+    stored = _weights(model)
+    for each in steps.values():
+        for launch in each.launches():
+            for argument in launch.arguments.values():
+                kind, _, name = str(argument.source).partition(":")
+                if kind == "weight" and name not in stored:
+                    raise Unserved(f"{name} lies inside {DECODER_NAME}, and not in a file of weights")
+
+
 def _weights(model: ir.Model) -> dict[str, Any]:
-    """Return where each initializer of the decoder lies that is not inside the graph's own file."""
+    """Return where each initializer of the decoder lies that is not inside the graph's own file.
+
+    They are the references that the graph was written with, so that the plan says what decoder.onnx says.
+    """
     found = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value

@@ -63,6 +63,10 @@ FAULTS: dict[str, tuple[str, Change]] = {
     "batch of a batch": (r"batches\[0\] is True", lambda p: p.update(batches=[True])),
     "a batch without steps": (r"steps\.89\.8 is None, expected an object", lambda p: p.update(batches=[1, 8])),
     "buffer of nothing": (r"buffers\.hidden\.bytes is 0", lambda p: p["buffers"]["hidden"].update(bytes=0)),
+    "constant": (
+        r"constants\.x\.values\[0\] is .*, expected a finite number",
+        lambda p: p["constants"].update(x={"type": "fp32", "values": [10**400]}),
+    ),
     "zeroed": (r"zeroed is 1, expected true or false", lambda p: p["buffers"]["hidden"].update(zeroed=1)),
     "weights": (r"weights is \[\], expected an object", lambda p: p.update(weights=[])),
     "weight's file": (r"file is '\.\./x', expected a file that", lambda p: p["weights"][TABLE].update(file="../x")),
@@ -72,7 +76,6 @@ FAULTS: dict[str, tuple[str, Change]] = {
     ),
     "weight's type": (r"onnx_type is 8, expected one of", lambda p: p["weights"][TABLE].update(onnx_type=8)),
     "weight's shape": (r"bytes is \d+, expected 2, what", lambda p: p["weights"][TABLE].update(shape=[1])),
-    "shared": (r"shared is 0, expected true or false", lambda p: p["weights"][TABLE].update(shared=0)),
     "gpu": (r"a name in gpus is '8.9'", lambda p: p["gpus"].update({"8.9": {}})),
     "no gpu": (r"gpus is a dict of 0, expected at least one", lambda p: p.update(gpus={})),
     "name of a kernel": (
@@ -146,9 +149,28 @@ def test_a_truncated_plan_and_truncated_code_are_refused(folder: Path, plan: dic
     with pytest.raises(EngineError, match=r"decode_plan_sm89\.bin: \d+ bytes, expected"):
         read_code(folder, gpu, manifest)
     code.unlink()
-    with pytest.raises(EngineError, match=r"decode_plan_sm89\.bin: cannot be read"):
+    with pytest.raises(EngineError, match=r"decode_plan_sm89\.bin: missing"):
         read_code(folder, gpu, manifest)
     code.write_bytes(whole)
+
+
+def test_other_code_of_the_same_size_is_not_loaded(folder: Path) -> None:
+    manifest, code = Manifest.read(folder), folder / CODE_NAME
+    gpu = DecodePlan(folder, manifest).for_sm(int(SM))
+    whole = code.read_bytes()
+    code.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        with pytest.raises(EngineError, match=r"decode_plan_sm89\.bin: its SHA-256 is not the one in engine\.json"):
+            read_code(folder, gpu, manifest)
+    finally:
+        code.write_bytes(whole)
+
+
+def test_a_manifest_without_the_decoder_is_refused(folder: Path) -> None:
+    manifest = Manifest.read(folder)
+    files = {name: record for name, record in manifest.files.items() if name != "decoder.onnx"}
+    with pytest.raises(EngineError, match=r"decoder\.onnx: not listed in engine\.json"):
+        DecodePlan(folder, dataclasses.replace(manifest, files=files))
 
 
 def test_a_plan_that_the_manifest_does_not_list_is_not_opened(folder: Path) -> None:

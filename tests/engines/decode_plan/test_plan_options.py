@@ -61,10 +61,10 @@ def test_without_triton_an_export_says_that_it_makes_no_plan(
 def test_a_graph_that_no_kernel_serves_is_an_error_where_a_plan_is_asked_for(
     wanted: PlanOptions, demo_bundle: Bundle, tmp_path: Path
 ) -> None:
-    # The bundle's own decoder, which was not lowered: no attention of ONNX Runtime's is in it.
+    # The bundle's own decoder, which was not lowered.
     model = demo_bundle.graphs["decoder"]
-    with pytest.raises(TargetError, match="no decode plan can be made: 0 nodes of attention"):
+    with pytest.raises(TargetError, match="no decode plan can be made: a KV cache of FLOAT, expected"):
         build.add_plan(tmp_path, model, get(TARGET), demo_bundle.config, wanted, Notes())
     notes = Notes()
     assert build.add_plan(tmp_path, model, get(TARGET), demo_bundle.config, PlanOptions(), notes) == {}
-    assert "0 nodes of attention" in notes.texts[0]
+    assert "a KV cache of FLOAT, expected" in notes.texts[0]

@@ -382,7 +382,7 @@ def test_code_of_another_gpu_than_the_plan_says_decodes_in_onnx_runtime(plain: P
 def test_missing_code_is_an_error(plain: Path, tmp_path: Path) -> None:
     folder = write_host_plan(Path(shutil.copytree(plain, tmp_path / "engine")))
     (folder / CODE_NAME).unlink()
-    with pytest.raises(EngineError, match=r"decode_plan_sm89\.bin: cannot be read"):
+    with pytest.raises(EngineError, match=r"decode_plan_sm89\.bin: missing"):
         opened(folder)
 
 
