@@ -24,7 +24,6 @@ from benchmarks import synthetic
 from benchmarks.build import SHIPPED
 from benchmarks.gpu import standalone
 from benchmarks.gpu.measure import LAYOUT
-from benchmarks.gpu.questions import NUM_POSITIONS, NUM_TOKENS, questions
 from benchmarks.gpu_pack_graphs import describe
 from benchmarks.gpu_pack_parts import MANIFEST, Piece, write_pack
 from engines.quantize.calibration import needs_prompts
@@ -159,25 +158,15 @@ def build_shipped(checkpoints: Sequence[str], folder: Path, plan: dict[str, Any]
 
 
 def write_references(checkpoints: Sequence[str], work: Path) -> None:
-    """Write the CPU's answers to all questions: token ids as JSON, logits as `.npz`, by checkpoint."""
-    import numpy as np
-
+    """Write the CPU's answers to all questions by checkpoint, and the logits of prompts and steps."""
+    from benchmarks.gpu.answers import References
     from qwen3_vl import Qwen3VLModel
 
-    folder = work / "content" / "references"
-    folder.mkdir(parents=True)
     for checkpoint in checkpoints:
         typer.echo(f"asking {checkpoint} on the CPU")
         engine = work / f"reference-{checkpoint}"
         export_engine(checkpoint, get(_REFERENCE), engine, {})
-        model = Qwen3VLModel.from_engine(engine)
-        ids, logits = {}, {}
-        for name, messages in questions().items():
-            logits[name] = np.asarray(model.logits(messages)[-NUM_POSITIONS:], np.float32)
-            answer = model.generate(messages, max_new_tokens=NUM_TOKENS, do_sample=False)
-            ids[name] = [int(each) for each in answer.token_ids]
-        (folder / f"{checkpoint}.json").write_text(json.dumps(ids), encoding="utf-8")
-        np.savez_compressed(folder / f"{checkpoint}.npz", **logits)
+        References.of(Qwen3VLModel.from_engine(engine)).write(work / "content" / "references", checkpoint)
 
 
 def build_graphs(models: Sequence[str], targets: Sequence[Target], work: Path, plan: dict[str, Any]) -> list[str]:

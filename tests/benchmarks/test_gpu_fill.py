@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.gpu import fill, measure, parity, speed, torch_step
-from benchmarks.gpu.questions import NUM_POSITIONS, NUM_TOKENS, questions
+from benchmarks.gpu import fill, measure, speed, torch_step
 from benchmarks.gpu.values import Values
 from benchmarks.gpu_pack_graphs import describe, fan_in_of, kind_of
 from engines.build import build_engine
@@ -18,7 +17,6 @@ from engines.bundle import Bundle
 from engines.registry import get
 from helpers.host_cuda import HostDevice
 from runtime.manifest import Manifest
-from runtime.model import Qwen3VLModel
 from runtime.session import SessionOptions
 from runtime.sessions.ort_cuda import Device, OrtCudaSession
 
@@ -210,33 +208,3 @@ def test_weights_twice_on_the_device_are_a_problem() -> None:
     assert speed.weights_problem(memory) == ""
     memory["taken_at_step_bytes"] += 4 << 30
     assert "expected them once" in speed.weights_problem(memory)
-
-
-def references_of(model: Any, folder: Path) -> None:
-    ids, logits = {}, {}
-    for name, messages in questions().items():
-        logits[name] = np.asarray(model.logits(messages)[-NUM_POSITIONS:], np.float32)
-        answer = model.generate(messages, max_new_tokens=NUM_TOKENS, do_sample=False)
-        ids[name] = [int(each) for each in answer.token_ids]
-    (folder / "demo.json").write_text(json.dumps(ids))
-    np.savez(folder / "demo.npz", **logits)
-
-
-def test_parity_finds_another_answer_and_other_logits(demo_engine: Path, tmp_path: Path) -> None:
-    model = Qwen3VLModel.from_engine(demo_engine)
-    references_of(model, tmp_path)
-    values = Values(tmp_path / "values.json")
-    parity.compare(model, tmp_path, "demo", values)
-    assert (values["num_same"], values["num_questions"], values["different"]) == (12, 12, [])
-    assert parity.problems(values, "fp16") == []
-    ids = json.loads((tmp_path / "demo.json").read_text())
-    ids["count"][0] += 1
-    (tmp_path / "demo.json").write_text(json.dumps(ids))
-    with np.load(tmp_path / "demo.npz") as loaded:
-        logits = dict(loaded)
-    logits["two"] = logits["two"][::-1]
-    np.savez(tmp_path / "demo.npz", **logits)
-    parity.compare(model, tmp_path, "demo", values)
-    assert values["different"] == ["count"]
-    assert len(parity.problems(values, "fp16")) == 2
-    assert [text.split()[0] for text in parity.problems(values, "int4")] == ["cosine"]
