@@ -63,7 +63,9 @@ def difference(found: FloatArray, expected: FloatArray) -> dict[str, Any]:
     }
 
 
-def compare(open_engine: Callable[[bool], Any], values: Any, batches: Sequence[int] = BATCHES, past: int = PAST) -> None:
+def compare(
+    open_engine: Callable[[bool], Any], values: Any, batches: Sequence[int] = BATCHES, past: int = PAST
+) -> None:
     """Run both ways, one after the other, and put what is found into `values`.
 
     Args:

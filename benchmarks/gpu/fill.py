@@ -124,10 +124,7 @@ def write_weights(folder: Path, layout: Mapping[str, Any], *, blocks: Blocks | N
             descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             try:
                 os.truncate(descriptor, described["num_bytes"])
-                done = [
-                    pool.submit(_write, descriptor, each, blocks.get(each))
-                    for each in described["tensors"]
-                ]
+                done = [pool.submit(_write, descriptor, each, blocks.get(each)) for each in described["tensors"]]
                 for each in done:
                     each.result()
             finally:

@@ -1,10 +1,11 @@
 """A shipped engine on the GPU against the CPU's float32 engine: `parity ENGINE REFERENCES`.
 
 An engine with a decode plan is opened with it, and when that is closed, once more without. A mixture of experts is
-opened with `weights_twice`, since its own kernels run in no other way. Values, in `with_plan` and `without_plan`: `num_same` of `num_questions` greedy answers with the CPU's token
-ids, `different` (names of the others), `decode_kernels`, `decode_recorded`, and of three kinds of logits, `prompt`
-(last positions), `alone` and `together` (decode steps of one and of all questions, `benchmarks.gpu.answers`): `num_rows`,
-`min_cosine`, `max_difference`. Those of the first stand beside them too, with the least cosine of all kinds.
+opened with `weights_twice`, since its own kernels run in no other way. Values, in `with_plan` and `without_plan`:
+`num_same` of `num_questions` greedy answers with the CPU's token ids, `different` (names of the others),
+`decode_kernels`, `decode_plan_problem`, `decode_recorded`, and of three kinds of logits, `prompt` (last positions),
+`alone` and `together` (decode steps of one and of all questions, `benchmarks.gpu.answers`): `num_rows`, `min_cosine`,
+`max_difference`. Those of the first stand beside them too, with the least cosine of all kinds.
 
 An engine with a cosine below the limit of its precision (configs/tolerances.toml, [gpu_pack]), or with a logit that is
 not a number, has a problem; other answers alone are no problem where the engine's precision rounds weights.

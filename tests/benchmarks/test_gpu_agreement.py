@@ -106,7 +106,8 @@ def test_without_a_baseline_there_is_nothing_to_compare_with(tmp_path: Path) -> 
     assert values["problems"] == ["the engine does not run as the runtime opens it: no GPU"]
 
 
-def test_without_a_gpu_a_variant_says_why(half: Path) -> None:
+def test_without_a_gpu_a_variant_says_why(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = options.measure_in_child(half, options.BASELINE)
     assert isinstance(found, str) and "EngineError" in found
 

@@ -1,4 +1,4 @@
-"""Random weights of a GPU pack keep hidden states in range, however many layers there are and however they are stored."""
+"""Random weights of a GPU pack keep hidden states in range, however deep a model is and however it is stored."""
 
 from __future__ import annotations
 

@@ -30,8 +30,10 @@ class Clock:
         return self.now
 
 
-def section(name: str, *, after: tuple[str, ...] = (), group: str = "", limit_s: float = 10.0) -> Section:
-    return Section(name, ("module",), limit_s, after, group)
+def section(
+    name: str, *, after: tuple[str, ...] = (), group: str = "", lane: str = "", limit_s: float = 10.0
+) -> Section:
+    return Section(name, ("module",), limit_s, after, group, lane)
 
 
 def taking(clock: Clock, seconds: float, ran: list[tuple[str, float]], fails: str = "") -> Callable[..., Any]:
@@ -81,6 +83,36 @@ def test_a_group_runs_side_by_side() -> None:
     assert list(results) == ["a", "b", "c"]
 
 
+def test_those_of_one_lane_run_one_after_the_other_beside_the_others_of_their_group() -> None:
+    meeting, events = threading.Barrier(2, timeout=30), []
+
+    def run(each: Section, limit_s: float) -> dict[str, Any]:
+        if each.lane:
+            events.append(f"{each.name} begins")
+        if each.name in ("a", "fill"):
+            meeting.wait()  # breaks unless both are there
+        if each.lane:
+            events.append(f"{each.name} ends")
+        return {"state": PASSED, "why": "", "seconds": 0.0}
+
+    lane = [section(name, group="g", lane="gpu") for name in "abc"]
+    told: list[list[str]] = []
+    results = measured.measure(
+        [*lane, section("fill", group="g")], 60.0, run=run, on_result=lambda each: told.append(list(each))
+    )
+    assert events == [f"{name} {what}" for name in "abc" for what in ("begins", "ends")]
+    assert list(results) == ["a", "b", "c", "fill"]
+    assert len(told) == 4 and told[-1] == list(results)
+
+
+def test_what_a_lane_has_no_time_for_is_skipped() -> None:
+    clock, ran = Clock(), []
+    lane = [section(name, group="g", lane="gpu") for name in "abc"]
+    results = measured.measure(lane, 12.0, run=taking(clock, 5.0, ran), clock=clock)
+    assert ran == [("a", 10.0), ("b", 7.0)]
+    assert [each["state"] for each in results.values()] == [PASSED, PASSED, SKIPPED]
+
+
 PROGRAM = """
 import json, os, sys, time
 from pathlib import Path
@@ -119,27 +151,84 @@ def test_a_section_that_ends_badly_keeps_what_it_had(
     assert result["values"]["first"] == 1
 
 
-def test_a_pack_has_sections_for_all_that_it_holds(tmp_path: Path) -> None:
-    (tmp_path / "engines" / "demo-ort-cuda-fp16").mkdir(parents=True)
-    for name, dtype in (("m-ort-cuda-fp16", "float16"), ("m-ort-cuda-int4", "uint8")):
+def test_what_the_time_of_all_ends_is_skipped_and_keeps_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_section.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    result = measured.run_section(Section("s", ("a_section", "hang"), 60.0), 3.0)
+    assert (result["state"], result["values"]["first"]) == (SKIPPED, 1)
+    assert result["why"] == "the time was over after 3 s of it"
+
+
+PLAIN, CODES, EXPERTS = "m-ort-cuda-fp16", "m-ort-cuda-int4", "e-ort-cuda-int4"
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Path:
+    """What an unpacked pack holds, without the graphs themselves."""
+    for name in ("demo-ort-cuda-fp16", "demo-ort-cuda-int4"):
+        (tmp_path / "engines" / name).mkdir(parents=True)
+    weights = {PLAIN: ("w", "float16"), CODES: ("w.q4", "uint8"), EXPERTS: ("mlp.experts.w.q4", "uint8")}
+    for name, (weight, dtype) in weights.items():
         (tmp_path / "graphs" / name).mkdir(parents=True)
-        layout = {"decoder.onnx.data": {"num_bytes": 2, "tensors": [{"name": "w", "dtype": dtype}]}}
+        layout = {"decoder.onnx.data": {"num_bytes": 2, "tensors": [{"name": weight, "dtype": dtype}]}}
         (tmp_path / "graphs" / name / measured.LAYOUT).write_text(json.dumps(layout))
-    (tmp_path / "graphs" / "m-ort-cuda-int4" / "decode_plan.json").touch()
-    graphs = {"graphs": ["m-ort-cuda-fp16", "m-ort-cuda-int4"]}
-    (tmp_path / "description.json").write_text(json.dumps(graphs))
-    assert [each.name for each in measured.sections(tmp_path)] == [
+    for name in (CODES, EXPERTS):
+        (tmp_path / "graphs" / name / "decode_plan.json").touch()
+    (tmp_path / "description.json").write_text(json.dumps({"graphs": list(weights)}))
+    return tmp_path
+
+
+def test_a_pack_has_sections_for_all_that_it_holds(pack: Path) -> None:
+    known = measured.sections(pack)
+    assert [each.name for each in known] == [
         "machine",
-        "fill m-ort-cuda-fp16",
-        "fill m-ort-cuda-int4",
-        "parity demo-ort-cuda-fp16",
-        "speed m-ort-cuda-fp16",
-        "speed m-ort-cuda-int4",
-        "torch m-ort-cuda-fp16",
-        "kernels m-ort-cuda-fp16",
-        "speed-without-plan m-ort-cuda-int4",
-        "kernels m-ort-cuda-int4",
+        *(f"fill {name}" for name in (PLAIN, CODES, EXPERTS)),
+        *("parity demo-ort-cuda-fp16", "parity demo-ort-cuda-int4"),
+        *(f"speed {name}" for name in (PLAIN, CODES, EXPERTS)),
+        f"speed-weights-twice {EXPERTS}",
+        *(f"step {name}" for name in (CODES, EXPERTS)),
+        f"torch {PLAIN}",
+        f"speed-without-plan {CODES}",
+        f"kernels {PLAIN}",
+        *(f"{kind} {name}" for name in (CODES, EXPERTS) for kind in ("agreement", "kernels")),
+        *(f"options {name}" for name in (PLAIN, CODES, EXPERTS)),
     ]
+    arguments = {each.name: each.arguments[2:] for each in known}
+    assert arguments[f"speed {EXPERTS}"] == ()
+    assert arguments[f"speed-weights-twice {EXPERTS}"] == arguments[f"agreement {EXPERTS}"] == ("--weights-twice",)
+    assert arguments[f"speed-without-plan {CODES}"] == ("--no-plan",) and arguments[f"agreement {CODES}"] == ()
+
+
+def test_no_two_sections_that_open_an_engine_run_at_once(pack: Path) -> None:
+    for each in measured.sections(pack):
+        if not each.name.startswith("fill ") and each.name != "machine":
+            assert each.lane == "gpu" if each.group else not each.lane
+
+
+def test_what_is_extra_runs_only_if_it_is_asked_for(pack: Path) -> None:
+    known = measured.sections(pack)
+    assert not any(each.name.startswith("options") for each in measured.choose(known, ()))
+    for name in (PLAIN, CODES, EXPERTS):
+        (pack / "graphs" / name / "engine.json").touch()
+    assert [each.name for each in measured.choose(known, ("options m",))] == [f"options {PLAIN}", f"options {CODES}"]
+
+
+def test_what_is_asked_for_is_filled_first_unless_it_has_been(pack: Path) -> None:
+    known = measured.sections(pack)
+    chosen = [each.name for each in measured.choose(known, ("step",))]
+    assert chosen == [f"fill {CODES}", f"fill {EXPERTS}", f"step {CODES}", f"step {EXPERTS}"]
+    (pack / "graphs" / CODES / "engine.json").touch()
+    assert [each.name for each in measured.choose(known, ("step",))] == chosen[1:]
+
+
+def test_a_section_that_is_none_is_refused(pack: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu.measure", str(pack), "--json", "x.json", "--only", "speed, stpe"]
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=pack)
+    assert done.returncode == 2
+    assert "--only stpe: no section begins so; there are machine, fill, parity, speed" in done.stderr
 
 
 def test_without_a_gpu_a_section_fails_and_the_file_says_so(tmp_path: Path) -> None:

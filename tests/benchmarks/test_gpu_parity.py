@@ -87,9 +87,7 @@ def test_steps_together_are_those_of_each_alone(demo_engine: Path, references: R
         assert np.allclose(logits, references.steps[name], atol=1e-3)
 
 
-def test_an_engine_is_asked_with_its_plan_and_then_without(
-    half: Path, references: References, tmp_path: Path
-) -> None:
+def test_an_engine_is_asked_with_its_plan_and_then_without(half: Path, references: References, tmp_path: Path) -> None:
     folder = write_host_plan(Path(shutil.copytree(half, tmp_path / "engine")))
     values, opener = Values(tmp_path / "values.json"), Opener()
     parity.check(folder, references, values, opener=opener)
@@ -152,7 +150,10 @@ def test_wrong_logits_of_steps_are_found(
     model = Qwen3VLModel.from_engine(demo_engine)
     stand_in = SimpleNamespace(
         session=WrongSteps(model.session, batches),
-        **{name: getattr(model, name) for name in ("generate", "logits", "prepare", "preparation", "config", "manifest")},
+        **{
+            name: getattr(model, name)
+            for name in ("generate", "logits", "prepare", "preparation", "config", "manifest")
+        },
     )
     found = parity.compare(stand_in, references)
     problems = parity.problems(found, "int4", needs_plan=False)
@@ -193,7 +194,11 @@ def test_every_precision_of_the_targets_has_a_limit() -> None:
         ("demo-moe", "ort-cuda-fp8"),
         *(
             pytest.param(checkpoint, target, marks=pytest.mark.slow)
-            for checkpoint, target in [("demo", "ort-cuda-fp8"), ("demo", "ort-cuda-int4"), ("demo-moe", "ort-cuda-int4")]
+            for checkpoint, target in [
+                ("demo", "ort-cuda-fp8"),
+                ("demo", "ort-cuda-int4"),
+                ("demo-moe", "ort-cuda-int4"),
+            ]
         ),
     ],
 )

@@ -1,8 +1,7 @@
-"""The section `step` of a GPU pack: the plan's kernels without ONNX Runtime, their times and the bits that they leave."""
+"""The section `step` of a GPU pack: the plan's kernels without ONNX Runtime, their times and their bits."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

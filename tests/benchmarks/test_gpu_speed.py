@@ -7,10 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from benchmarks.gpu.speed import Sizes, measure, problems, run
-
 
 GB = 10**9
 WEIGHTS, CACHE, SIZES = 4 * GB, GB // 10, Sizes(batches=(1,), long_past=0, repeats=2)
@@ -24,7 +21,8 @@ class ScriptedEngine:
         self.manifest = SimpleNamespace(weight_bytes=WEIGHTS)
         self.is_open = True
         self.session = SimpleNamespace(
-            new_cache=lambda capacity, batch=1: SimpleNamespace(batch=batch, num_bytes=CACHE), vision=lambda inputs: None
+            new_cache=lambda capacity, batch=1: SimpleNamespace(batch=batch, num_bytes=CACHE),
+            vision=lambda inputs: None,
         )
         self.preparation = SimpleNamespace(vision_inputs=lambda image: None)
 
@@ -77,7 +75,7 @@ def test_a_plan_that_runs_is_none() -> None:
 
 
 class Gpu:
-    """The free memory of a GPU on which an engine takes some while it is open, and another process some from then on."""
+    """The free memory of a GPU: an engine takes some while it is open, and another process some from then on."""
 
     def __init__(self, taken_bytes: int, others_bytes: int = 0) -> None:
         self._taken, self._others = taken_bytes, others_bytes
