@@ -327,8 +327,71 @@ def test_a_result_has_a_page(tmp_path: Path) -> None:
     ((name, result),) = report.load(tmp_path).items()
     text = report.render(name, result)
     assert "NVIDIA H200, SM 9.0, CUDA 13.0, copies on the device 4.00 TB/s, 2026-11-27." in text
-    assert row_of(text, "demo-ort-cuda-int4") == ["demo-ort-cuda-int4", "11 of 12", "0.9988000", "own"]
+    assert row_of(text, "demo-ort-cuda-int4") == ["demo-ort-cuda-int4", "11 of 12", "0.9988000", "", "", "own"]
     assert "`p\\|q`" in text and "All sections passed." in text
+
+
+def passed(**values: Any) -> dict[str, Any]:
+    return {"state": PASSED, "why": "", "seconds": 1.0, "values": values}
+
+
+def test_parity_has_a_row_for_each_way() -> None:
+    def way(kernels: str, same: int, *cosines: float | None) -> dict[str, Any]:
+        kinds = {
+            kind: {"min_cosine": each} for kind, each in zip(("prompt", "alone", "together"), cosines, strict=True)
+        }
+        return {"num_same": same, "num_questions": 12, "decode_kernels": kernels, **kinds}
+
+    own, theirs = way("own", 12, 0.9999, 0.9998, None), way("onnxruntime", 11, 0.9997, 0.9996, 0.9995)
+    result = a_result()
+    result["sections"]["parity demo-ort-cuda-fp8"] = passed(**own, with_plan=own, without_plan=theirs)
+    rows = [line.split(" | ")[1:] for line in shown.parity_table(result).splitlines() if "fp8" in line]
+    assert rows == [
+        ["12 of 12", "0.9999000", "0.9998000", "not a number", "own |"],
+        ["11 of 12", "0.9997000", "0.9996000", "0.9995000", "onnxruntime |"],
+    ]
+
+
+def test_steps_of_own_kernels_have_tables() -> None:
+    result = a_result()
+    kernel = {"name": "product", "grid": [192, 1, 1], "num_launches": 28, "us": 8.0, "weight_bytes": 16_000_000}
+    bare = {"name": "embed", "grid": [1, 1, 1], "num_launches": 1, "us": 1.5, "weight_bytes": 0}
+    result["sections"][f"step {ENGINE}"] = passed(
+        step={"1": {"median_ms": 1.1}, "8": {"median_ms": 1.6}},
+        invariant_step={"1": {"median_ms": 1.2}},
+        num_repeats=60,
+        other_bits={"1": 0, "8": 2},
+        not_invariant={"8": 0},
+        kernels={"1": [kernel, bare]},
+    )
+    result["sections"][f"agreement {ENGINE}"] = passed(
+        own={"1": {"rms": 0.0052}, "8": {"rms": None}}, onnxruntime={"1": {"rms": 0.0}, "8": {"rms": 0.0049}}
+    )
+    steps = shown.steps_table(result)
+    assert row_of(steps, "| 1 |") == [ENGINE, "1", "1.1", "1.2", "0 of 60", "", "0.52 %", "0.00 %"]
+    assert row_of(steps, "| 8 |") == [ENGINE, "8", "1.6", "", "2 of 60", "0", "not a number", "0.49 %"]
+    kernels = shown.plan_kernels_table(result)
+    assert row_of(kernels, "product") == [f"{ENGINE} `product`", "1", "192", "28", "8", "2.00"]
+    assert row_of(kernels, "embed") == [f"{ENGINE} `embed`", "1", "1", "1", "1.5", ""]
+    assert steps in shown.table(result) and kernels in shown.table(result)
+
+
+def test_options_of_the_provider_have_a_table() -> None:
+    result = a_result()
+    result["sections"][f"options {ENGINE}"] = passed(
+        ratios={"baseline": {"decode 1": 0.99}, "use_tf32=0": {"decode 1": 1.25}}, refused={"flash": "no such option"}
+    )
+    table = shown.options_table(result)
+    assert row_of(table, "use_tf32=0") == ["use_tf32=0", "1.250"]
+    assert row_of(table, "flash") == ["flash", "no such option"]
+
+
+def test_experts_with_weights_twice_are_held_against_their_goal() -> None:
+    result = a_result()
+    name = "speed-weights-twice qwen3-vl-30b-a3b-ort-cuda-int4"
+    result["sections"][name] = passed(decode={"1": {"median_ms": 1.7}}, decode_kernels="own")
+    assert row_of(shown.goals_table(result), "30b-a3b")[3:5] == ["1.7 ms", "yes"]
+    assert "qwen3-vl-30b-a3b-ort-cuda-int4 `weights_twice`" in shown.engines_table(result)
 
 
 def test_a_value_that_a_section_never_reached_is_a_gap() -> None:
