@@ -134,7 +134,7 @@ def target_states(
         "\n`run`: engines of this target have answered, on the machine of the result files or on the GPU that is named;"
         "\n`FAILED`: what did not do there all that it was to do."
         "\n`built here`: its plans were compiled on a machine without a GPU, and have not been executed."
-        "\n`make gpu-check` runs the rest on a machine with a GPU, `make gpu-pack` writes what does so without packages.\n"
+        "\n`make gpu-check` runs the rest on a machine with a GPU; one without a package index takes `make gpu-pack`.\n"
     )
 
 
