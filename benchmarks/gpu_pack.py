@@ -24,7 +24,6 @@ from benchmarks import synthetic
 from benchmarks.build import SHIPPED
 from benchmarks.gpu import standalone
 from benchmarks.gpu.measure import LAYOUT
-from benchmarks.gpu.questions import NUM_POSITIONS, NUM_TOKENS, questions
 from benchmarks.gpu_pack_graphs import describe
 from benchmarks.gpu_pack_parts import MANIFEST, Piece, write_pack
 from engines.quantize.calibration import needs_prompts
@@ -32,6 +31,8 @@ from engines.registry import all_targets, get
 from engines.target import Target
 from runtime.errors import UsageError
 
+# A shape of configs/models, and the target of its graphs.
+Graph = tuple[str, Target]
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "gpu_pack.py"
 _SESSION = "ort_cuda"
@@ -40,6 +41,7 @@ _REFERENCE = "ort-cpu-fp32"
 _PACKAGES = ("runtime", "engines", "qwen3_vl", "configs", "qwen3vl_export", "benchmarks/gpu")
 _FILES = ("benchmarks/__init__.py", "benchmarks/measure.py")
 _LEFT_OUT = ("__pycache__", "checkpoint", "checkpoint_moe", "native")
+_ALSO_SUCH_AS = "give one such as qwen3-vl-30b-a3b-ort-cuda-int4"
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -50,6 +52,7 @@ def gpu_pack(
     part_bytes: Annotated[str, typer.Option(help="The most bytes of one part, such as 60M.")] = "60M",
     models: Annotated[str, typer.Option(help="Shapes of configs/models, comma-separated.")] = "qwen3-vl-2b,qwen3-vl-8b",
     targets: Annotated[str, typer.Option(help="Targets of these shapes.")] = "ort-cuda-fp16,ort-cuda-int4",
+    also: Annotated[str, typer.Option(help="Further graphs, MODEL-TARGET, such as qwen3-vl-2b-ort-cuda-fp8.")] = "",
     checkpoints: Annotated[str, typer.Option(help="Shipped checkpoints, whole.")] = ",".join(SHIPPED),
     onnxruntime: Annotated[Path | None, typer.Option(help="A wheel of onnxruntime-gpu; fetched by default.")] = None,
     wheels: Annotated[Path | None, typer.Option(help="Folder of the other wheels; fetched by default.")] = None,
@@ -61,9 +64,7 @@ def gpu_pack(
     plan: dict[str, Any] = {"decode_plan": decode_plan}
     if decode_plan is not False:
         plan["compute_capability"] = [f"{sm // 10}.{sm % 10}"]
-    shapes, wanted = _listed(models), [get(name) for name in _listed(targets)]
-    for shape in shapes:
-        synthetic.hf_config(shape)  # raises for a shape that is not there
+    graphs = wanted_graphs(_listed(models), _listed(targets), _listed(also))
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty", remedy="give another --output, or empty it")
     if no_wheels and wheels is not None:
@@ -74,7 +75,7 @@ def gpu_pack(
         site = libraries.unpack_onnxruntime(onnxruntime, python, sm, work)
         (work / "wheels").mkdir()
         chosen = [] if no_wheels else libraries.collect_wheels(wheels, python, work / "wheels")
-        content = write_content(work, _listed(checkpoints), shapes, wanted, plan)
+        content = write_content(work, _listed(checkpoints), graphs, plan)
         title = f"SM {sm}, Python {python}, {', '.join((*content['engines'], *content['graphs']))}"
         machine = {"title": title, "sm": sm, "python": python, "wheels": chosen}
         pack = _compress(work, site, output, limit, machine | content)
@@ -85,14 +86,33 @@ def gpu_pack(
     typer.echo(f"copy {output} to the machine, then there: python{python} {PROGRAM} run --json gpu.json")
 
 
+def wanted_graphs(models: Sequence[str], targets: Sequence[str], also: Sequence[str]) -> list[Graph]:
+    """Return shape and target of each graph, each once: all shapes for all targets, then the further ones.
+
+    Raises:
+        UsageError: There is no such shape, or a further one is not named MODEL-TARGET.
+        TargetError: There is no such target.
+    """
+    graphs = [(model, get(name)) for model in models for name in targets]
+    for name in also:
+        target = next((each for each in shipped_targets() if name.endswith(f"-{each.name}")), None)
+        if target is None:
+            listed = ", ".join(each.name for each in shipped_targets())
+            raise UsageError(f"--also {name}: expected a shape, a dash and one of {listed}", remedy=_ALSO_SUCH_AS)
+        graphs.append((name.removesuffix(f"-{target.name}"), target))
+    for model, _ in graphs:
+        synthetic.hf_config(model)  # raises for a shape that is not there
+    return list({(model, target.name): (model, target) for model, target in graphs}.values())
+
+
 def write_content(
-    work: Path, checkpoints: Sequence[str], models: Sequence[str], targets: Sequence[Target], plan: dict[str, Any]
+    work: Path, checkpoints: Sequence[str], graphs: Sequence[Graph], plan: dict[str, Any]
 ) -> dict[str, list[str]]:
     """Write package, engines, answers of the CPU and graphs; return the names of `engines` and `graphs`."""
     copy_project(work / "project")
     engines = build_shipped(checkpoints, work / "content" / "engines", plan)
     write_references(checkpoints, work)
-    return {"engines": engines, "graphs": build_graphs(models, targets, work, plan)}
+    return {"engines": engines, "graphs": build_graphs(graphs, work, plan)}
 
 
 def _compress(
@@ -159,40 +179,30 @@ def build_shipped(checkpoints: Sequence[str], folder: Path, plan: dict[str, Any]
 
 
 def write_references(checkpoints: Sequence[str], work: Path) -> None:
-    """Write the CPU's answers to all questions: token ids as JSON, logits as `.npz`, by checkpoint."""
-    import numpy as np
-
+    """Write the CPU's answers to all questions by checkpoint, and the logits of prompts and steps."""
+    from benchmarks.gpu.answers import References
     from qwen3_vl import Qwen3VLModel
 
-    folder = work / "content" / "references"
-    folder.mkdir(parents=True)
     for checkpoint in checkpoints:
         typer.echo(f"asking {checkpoint} on the CPU")
         engine = work / f"reference-{checkpoint}"
         export_engine(checkpoint, get(_REFERENCE), engine, {})
-        model = Qwen3VLModel.from_engine(engine)
-        ids, logits = {}, {}
-        for name, messages in questions().items():
-            logits[name] = np.asarray(model.logits(messages)[-NUM_POSITIONS:], np.float32)
-            answer = model.generate(messages, max_new_tokens=NUM_TOKENS, do_sample=False)
-            ids[name] = [int(each) for each in answer.token_ids]
-        (folder / f"{checkpoint}.json").write_text(json.dumps(ids), encoding="utf-8")
-        np.savez_compressed(folder / f"{checkpoint}.npz", **logits)
+        References.of(Qwen3VLModel.from_engine(engine)).write(work / "content" / "references", checkpoint)
 
 
-def build_graphs(models: Sequence[str], targets: Sequence[Target], work: Path, plan: dict[str, Any]) -> list[str]:
+def build_graphs(graphs: Sequence[Graph], work: Path, plan: dict[str, Any]) -> list[str]:
     """Export graphs without weights of large shapes; return their names in the order in which they are measured."""
     names = []
-    for model in models:
+    for model, target in graphs:
         checkpoint = work / f"checkpoint-{model}"
-        synthetic.write_checkpoint(checkpoint, model, sparse=True)
-        for target in targets:
-            name = f"{model}-{target.name}"
-            typer.echo(f"graphs of {name}")
-            folder = work / "content" / "graphs" / name
-            manifest = export_engine(str(checkpoint), target, folder, plan, weights=False)
-            describe(folder, manifest)
-            names.append(name)
+        if not checkpoint.exists():
+            synthetic.write_checkpoint(checkpoint, model, sparse=True)
+        name = f"{model}-{target.name}"
+        typer.echo(f"graphs of {name}")
+        folder = work / "content" / "graphs" / name
+        manifest = export_engine(str(checkpoint), target, folder, plan, weights=False)
+        describe(folder, manifest)
+        names.append(name)
     return names
 
 

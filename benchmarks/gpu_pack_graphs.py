@@ -1,13 +1,14 @@
 """What a GPU pack needs of graphs without weights, so that a machine without the onnx library can fill them.
 
-`layout.json`: for each weight file its bytes and its tensors (name, kind, dtype, shape, offset, bytes), each place
-once. `manifest.json`: the engine's manifest without its files. `benchmarks/gpu/fill.py` reads both.
+`layout.json`: for each weight file its bytes and its tensors (name, kind, fan-in, dtype, shape, offset, bytes), each
+place once. `manifest.json`: the engine's manifest without its files. `benchmarks/gpu/fill.py` reads both.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,27 @@ def kind_of(name: str, dtype: str, names: set[str]) -> str:
                 return f"{suffix}_float8"
             return f"{suffix}{8 if f'{stem}q8' in names else 4}"
     if dtype in ("uint8", "float8"):
-        return "codes"
+        return "codes4" if name.endswith(".q4") else "codes8"
     if name.endswith(".bias"):
         return "bias"
     return "norm" if "norm" in name else "weight"
+
+
+def fan_in_of(name: str, kind: str, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Return of how many inputs a weight, or the codes that scales belong to, makes a sum; 0 of other kinds.
+
+    Args:
+        name: The initializer's.
+        kind: Its kind.
+        shapes: Those of all initializers of the graph. Weights are [..., N, K]; scales [..., N, blocks of K].
+    """
+    if kind == "weight":
+        return int(shapes[name][-1])
+    if not kind.startswith("scales"):
+        return 0
+    suffix, codes_in_byte = {"scales4": ("q4", 2), "scales8": ("q8", 1), "scales_float8": ("f8", 1)}[kind]
+    num_codes = math.prod(shapes[name.removesuffix("scales") + suffix]) * codes_in_byte
+    return num_codes // math.prod(shapes[name][:-1])
 
 
 def _tensors(graph: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -68,7 +86,7 @@ def _tensors(graph: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import onnx
 
     initializers = onnx.load(str(graph), load_external_data=False).graph.initializer
-    names = {each.name for each in initializers}
+    shapes = {each.name: list(each.dims) for each in initializers}
     for each in initializers:
         if each.data_location != onnx.TensorProto.EXTERNAL:
             continue
@@ -79,11 +97,13 @@ def _tensors(graph: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             )
         place = {entry.key: entry.value for entry in each.external_data}
         dtype = _DTYPES[each.data_type]
+        kind = kind_of(each.name, dtype, set(shapes))
         yield (
             place["location"],
             {
                 "name": each.name,
-                "kind": kind_of(each.name, dtype, names),
+                "kind": kind,
+                "fan_in": fan_in_of(each.name, kind, shapes),
                 "dtype": dtype,
                 "shape": list(each.dims),
                 "offset": int(place["offset"]),

@@ -16,13 +16,14 @@ _GOALS = Path(__file__).with_name("gpu_pack_goals.toml")
 
 
 def table(result: Result) -> str:
-    """Return all tables: goals, engines, parity, kernels; and what failed."""
+    """Return all tables: goals, engines, parity, own kernels, all kernels, options; and what did not pass."""
     gpu = values(result, "machine").get("gpu", {})
     copies = values(result, "machine").get("copy_bytes_per_s")
     head = f"{gpu.get('name', 'GPU unknown')}, SM {gpu.get('sm', '?')}, CUDA {gpu.get('driver', '?')}"
     head += f", copies on the device {copies / 1e12:.2f} TB/s" if copies else ""
     parts = [head + f", {result['date']}.", goals_table(result), engines_table(result), parity_table(result)]
-    parts += [kernels_table(result), troubles(result)]
+    parts += [steps_table(result), plan_kernels_table(result), kernels_table(result), options_table(result)]
+    parts.append(troubles(result))
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
 
 
@@ -76,7 +77,7 @@ def goals_table(result: Result) -> str:
     for goal in tomllib.loads(_GOALS.read_text(encoding="utf-8"))["goals"]:
         figure, what, unit = FIGURES[goal["figure"]]
         engine, batch = f"{goal['model']}-{goal['target']}", goal.get("batch", 1)
-        reached = figure(result, engine, batch)
+        reached = figure(result, engine, batch, goal.get("section", "speed"))
         limit, sign = (goal["at_most"], "≤") if "at_most" in goal else (goal["at_least"], "≥")
         is_met = reached is not None and (reached <= limit if sign == "≤" else reached >= limit)
         others = [_figure(figure(result, engine, batch, section), unit) for section in ("speed-without-plan", "torch")]
@@ -96,11 +97,11 @@ def goals_table(result: Result) -> str:
 
 def engines_table(result: Result) -> str:
     """Return the milliseconds of every large engine: steps, prompts, images."""
-    names = [name.partition(" ")[2] for name in result["sections"] if name.startswith("speed ")]
-    if not any(values(result, f"speed {name}") for name in names):
+    names = [name for name in result["sections"] if name.startswith(("speed ", "speed-weights-twice "))]
+    if not any(values(result, name) for name in names):
         return ""
-    rows: list[list[str]] = [["ms", *names]]
-    found = [values(result, f"speed {name}") for name in names]
+    found = [values(result, name) for name in names]
+    rows: list[list[str]] = [["ms", *(_engine(name) for name in names)]]
     rows.append(["decode kernels", *(str(each.get("decode_kernels", "")) for each in found)])
     labels = {"decode": "decode after 512, batch {}", "prefill": "prefill of {}", "vision": "vision, {} patches"}
     for kind, label in labels.items():
@@ -113,15 +114,73 @@ def engines_table(result: Result) -> str:
 
 def parity_table(result: Result) -> str:
     """Return how shipped engines answer on the GPU, against the CPU's float32."""
-    rows = [("engine", "answers as on the CPU", "least cosine of logits", "decode kernels")]
+    head = ("engine", "answers as on the CPU", "least cosine of logits: prompts", "steps alone", "steps together")
+    rows = [(*head, "decode kernels")]
     for name, section in result["sections"].items():
         found = section.get("values", {})
-        if name.startswith("parity ") and "num_questions" in found:
-            cosine = found.get("min_cosine")
-            shown = "not a number" if cosine is None else f"{cosine:.7f}"
-            same = f"{found['num_same']} of {found['num_questions']}"
-            rows.append((name.removeprefix("parity "), same, shown, found.get("decode_kernels", "")))
+        if not name.startswith("parity ") or "num_questions" not in found:
+            continue
+        ways = {way: found[way] for way in ("with_plan", "without_plan") if way in found}
+        # An older result has one way, and prompts alone.
+        for each in ways.values() or [found | {"prompt": found}]:
+            cosines = [_cosine(each[kind]) if kind in each else "" for kind in ("prompt", "alone", "together")]
+            same = f"{each['num_same']} of {each['num_questions']}"
+            rows.append((name.removeprefix("parity "), same, *cosines, str(each.get("decode_kernels", ""))))
     return markdown(rows) if len(rows) > 1 else ""
+
+
+def steps_table(result: Result) -> str:
+    """Return what own kernels do by batch: the recorded step alone, its bits, and how far its logits are."""
+    head = ("engine, own kernels", "batch", "step alone, ms", "batch-invariant, ms", "repetitions with other bits")
+    rows = [(*head, "sequences with other bits than alone", "logits from ONNX Runtime's", "its own from alone")]
+    for name in result["sections"]:
+        found = values(result, name)
+        if not name.startswith("step ") or "step" not in found:
+            continue
+        engine = _engine(name)
+        apart = values(result, f"agreement {engine}")
+        for batch in found["step"]:
+            others = found.get("other_bits", {}).get(batch)
+            rows.append(
+                (
+                    engine,
+                    batch,
+                    _median(found["step"][batch]),
+                    _median(found.get("invariant_step", {}).get(batch)),
+                    "" if others is None else f"{others} of {found['num_repeats']}",
+                    str(found.get("not_invariant", {}).get(batch, "")),
+                    *(_apart(apart.get(side, {}).get(batch)) for side in ("own", "onnxruntime")),
+                )
+            )
+    return markdown(rows) if len(rows) > 1 else ""
+
+
+def plan_kernels_table(result: Result) -> str:
+    """Return what each kernel of a decode plan takes, timed by itself over all layers."""
+    rows = [("engine, own kernel", "batch", "blocks", "launches", "µs each", "weights, TB/s")]
+    for name in result["sections"]:
+        for batch, kernels in values(result, name).get("kernels", {}).items() if name.startswith("step ") else ():
+            for each in kernels[:_NUM_KERNELS]:
+                rate = f"{each['weight_bytes'] / each['us'] / 1e6:.2f}" if each["weight_bytes"] and each["us"] else ""
+                kernel = f"{_engine(name)} `{each['name']}`"
+                blocks = " × ".join(str(size) for size in each["grid"] if size > 1) or "1"
+                rows.append((kernel, batch, blocks, str(each["num_launches"]), f"{each['us']:g}", rate))
+    return markdown(rows) if len(rows) > 1 else ""
+
+
+def options_table(result: Result) -> str:
+    """Return what options of ONNX Runtime's CUDA provider take, over the runtime's own."""
+    parts = []
+    for name in result["sections"]:
+        found = values(result, name)
+        if not name.startswith("options ") or "ratios" not in found:
+            continue
+        figures = list(next(iter(found["ratios"].values())))
+        rows: list[list[str]] = [[f"{_engine(name)}: time over the runtime's options", *figures]]
+        rows += [[variant, *(f"{taken[each]:.3f}" for each in figures)] for variant, taken in found["ratios"].items()]
+        rows += [[variant, why, *([""] * (len(figures) - 1))] for variant, why in found["refused"].items()]
+        parts.append(markdown(rows))
+    return "\n".join(parts)
 
 
 def kernels_table(result: Result) -> str:
@@ -146,6 +205,23 @@ def troubles(result: Result) -> str:
         if section["state"] != "passed"
     ]
     return "\n".join(["Sections that did not pass:", "", *lines]) if lines else "All sections passed."
+
+
+def _engine(section: str) -> str:
+    """Return the engine's name, with the way that it was opened if that was not as it comes."""
+    kind, _, name = section.partition(" ")
+    return name + (" `weights_twice`" if kind == "speed-weights-twice" else "")
+
+
+def _cosine(found: Mapping[str, Any]) -> str:
+    return "not a number" if found["min_cosine"] is None else f"{found['min_cosine']:.7f}"
+
+
+def _apart(found: Mapping[str, Any] | None) -> str:
+    """Return a root mean square in percent of a standard deviation of logits."""
+    if found is None:
+        return ""
+    return "not a number" if found["rms"] is None else f"{100 * found['rms']:.2f} %"
 
 
 def _figure(value: float | None, unit: str) -> str:

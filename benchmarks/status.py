@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,40 @@ from qwen3vl_export.demo.tasks import TASKS
 
 _NOT_SHOWN = "tiny"  # how the names of the tests' shapes begin
 Accuracies = Mapping[str, Mapping[str, Mapping[str, float]]]
-_PASSED = "passed"  # as benchmarks/gpu_check.py writes it
+_PASSED = "passed"  # as benchmarks/gpu_check.py and benchmarks/gpu/measure.py write it
+_SKIPPED = "skipped"
+_SPEEDS = {"speed": "", "speed-weights-twice": ", `weights_twice`"}
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """What became of a target's engine on a GPU.
+
+    Attributes:
+        target, model: Names of both.
+        gpu: Name of the GPU.
+        passed: It did what it was to do.
+        text: What was measured, or why it failed.
+    """
+
+    target: str
+    model: str
+    gpu: str
+    passed: bool
+    text: str
+
+    @property
+    def shown(self) -> str:
+        """One line of the table."""
+        return f"{self.model}: {self.text}" if self.passed else f"{self.model} FAILED: {self.text}"
 
 
 def tables(results: Results, folder: Path, docs: Path) -> str:
     """Return both tables, of result files of `folder` and accuracies of `docs`."""
     accuracies = read_accuracies(docs)
     devices = {target.name: target.device for target in all_targets()}
-    states = target_states(devices, results, accuracies, read_checks(folder))
+    ran = [*checked(read_checks(folder)), *packed(of_kind(results, "gpu"), list(devices))]
+    states = target_states(devices, results, accuracies, ran)
     return f"{works_table(results, accuracies)}\n{states}"
 
 
@@ -70,7 +97,7 @@ def target_states(
     devices: Mapping[str, str],
     results: Results,
     accuracies: Accuracies,
-    checks: Sequence[Mapping[str, Any]],
+    ran: Sequence[OnGpu],
 ) -> str:
     """Return one row for each target: whether it was run, built, or neither, and what shows it.
 
@@ -78,7 +105,7 @@ def target_states(
         devices: `cpu` or `gpu` by target.
         results: What `report.load` returns: an engine that was timed has run; of `build` are plans that were compiled.
         accuracies: Shares of right answers by checkpoint and target: an engine that was asked has run.
-        checks: Results of `make gpu-check`, each of one model and target on one GPU.
+        ran: What engines did on GPUs.
     """
     timed = {str(result["target"]) for result in of_kind(results, "run")}
     compared = [result["sides"] for result in of_kind(results, "compare")]
@@ -86,17 +113,17 @@ def target_states(
     answered = {target for each in accuracies.values() for target in each}
     rows = [("target", "status", "shown by")]
     for target, device in sorted(devices.items()):
-        checked = [each for each in checks if each["target"] == target]
+        mine = [each for each in ran if each.target == target]
         built = [each for each in of_kind(results, "build") if each["target"] == target]
-        passed = [each for each in checked if each["result"] == _PASSED]
+        passed = [each for each in mine if each.passed]
         state, shown = ("**needs a GPU to run**" if device == GPU else "not run"), ""
-        failed = [f"{each['model']} FAILED: {each['why']}" for each in checked if each["result"] != _PASSED]
+        failed = [each for each in mine if not each.passed]
         if passed:
-            state, shown = f"run on {_gpus(passed)}", "<br>".join([*map(_timed, passed), *failed])
+            state, shown = f"run on {_gpus(passed)}", "<br>".join(each.shown for each in [*passed, *failed])
         elif target in timed | answered:
             state, shown = "run here", "the table above"
-        elif checked:
-            state, shown = f"**fails on {_gpus(checked)}**", "<br>".join(failed)
+        elif failed:
+            state, shown = f"**fails on {_gpus(failed)}**", "<br>".join(each.shown for each in failed)
         elif built:
             state = "built here, needs a GPU to run"
             shown = "<br>".join(
@@ -104,9 +131,10 @@ def target_states(
             )
         rows.append((f"`{target}`", state, shown))
     return markdown(rows) + (
-        "\n`run`: engines of this target have answered, on the machine of the result files or on the GPU that is named."
+        "\n`run`: engines of this target have answered, on the machine of the result files or on the GPU that is named;"
+        "\n`FAILED`: what did not do there all that it was to do."
         "\n`built here`: its plans were compiled on a machine without a GPU, and have not been executed."
-        "\n`make gpu-check` runs the rest on a machine with a GPU.\n"
+        "\n`make gpu-check` runs the rest on a machine with a GPU; one without a package index takes `make gpu-pack`.\n"
     )
 
 
@@ -121,14 +149,49 @@ def read_checks(folder: Path) -> list[dict[str, Any]]:
     return list(latest.values())
 
 
-def _gpus(checks: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(sorted({each["gpu"] for each in checks}))
+def checked(checks: Sequence[Mapping[str, Any]]) -> list[OnGpu]:
+    """Return what results of `make gpu-check` say, each of one model and target on one GPU."""
+    found = []
+    for each in checks:
+        passed, text = each["result"] == _PASSED, str(each["why"])
+        if passed:
+            bench = each["values"]["bench"]
+            speed = f"TTFT {1e3 * bench['ttft_p50_s']:.0f} ms, {bench['tokens_per_s']:.1f} tokens/s"
+            text = f"{speed} ({each['gpu']}, {each['date']})"
+        found.append(OnGpu(each["target"], each["model"], each["gpu"], passed, text))
+    return found
 
 
-def _timed(check: Mapping[str, Any]) -> str:
-    bench = check["values"]["bench"]
-    speed = f"TTFT {1e3 * bench['ttft_p50_s']:.0f} ms, {bench['tokens_per_s']:.1f} tokens/s"
-    return f"{check['model']}: {speed} ({check['gpu']}, {check['date']})"
+def packed(packs: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> list[OnGpu]:
+    """Return what sections of GPU packs say, the latest of each engine on each GPU.
+
+    Counted are answers of shipped checkpoints (`parity`) and steps of large shapes (`speed`); what was skipped, or ran
+    on a GPU that is not known, says nothing.
+    """
+    latest: dict[tuple[str, str], OnGpu] = {}
+    for pack in sorted(packs, key=lambda each: str(each["date"])):
+        gpu = pack["sections"].get("machine", {}).get("values", {}).get("gpu", {}).get("name")
+        for name, section in pack["sections"].items():
+            kind, _, engine = name.partition(" ")
+            target = next((each for each in targets if engine.endswith(f"-{each}")), None)
+            if gpu is None or target is None or section["state"] == _SKIPPED or kind not in ("parity", *_SPEEDS):
+                continue
+            passed, model = section["state"] == _PASSED, engine.removesuffix(f"-{target}")
+            text = f"{_measured(kind, section['values'])} ({gpu}, {pack['date']})" if passed else str(section["why"])
+            latest[gpu, name] = OnGpu(target, model, gpu, passed, text)
+    return list(latest.values())
+
+
+def _measured(kind: str, values: Mapping[str, Any]) -> str:
+    if kind == "parity":
+        return f"{values['num_same']} of {values['num_questions']} answers as on the CPU"
+    step, kernels = values["decode"]["1"]["median_ms"], values["decode_kernels"]
+    whose = "own kernels" if kernels == "own" else "ONNX Runtime's kernels"
+    return f"a decode step of one sequence {step:.2f} ms, {whose}, random weights{_SPEEDS[kind]}"
+
+
+def _gpus(ran: Sequence[OnGpu]) -> str:
+    return ", ".join(sorted({each.gpu for each in ran}))
 
 
 def _compared(sides: Mapping[str, Any], target: str, *, has_export: bool) -> list[str]:

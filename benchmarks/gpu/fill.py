@@ -1,11 +1,14 @@
 """Fill an engine's graphs with random weights of the right spread, and write its manifest: `fill FOLDER`.
 
-`layout.json` in the folder says where each weight lies and of which kind it is (`benchmarks/gpu_pack_graphs.py`
-makes it of the graphs), so nothing of ONNX is needed here. Values are the same on every machine: all tensors of a
-kind are cut out of one block of random numbers, each from a place of its own. The block's length is a prime, so no
-two rows of a matrix are equal, and neither are two logits. Norms are 1, biases small, products N(0, 0.02), as in
-`benchmarks synthetic`; codes of few bits are spread evenly around their zero point, with scales that give about the
-same deviation.
+`layout.json` in the folder says where each weight lies, of which kind it is, and of how many inputs it makes a sum
+(`benchmarks/gpu_pack_graphs.py` makes it of the graphs), so nothing of ONNX is needed here. Values are the same on
+every machine: all tensors of a kind are cut out of one block of random numbers, each from a place of its own. The
+block's length is a prime, so no two rows of a matrix are equal, and neither are two logits.
+
+Norms are 1 and biases small. A weight that sums n inputs has the deviation 1 / √n, so that what has the deviation 1
+keeps it: each layer adds to the hidden state what the norm before it gave, and after L layers its deviation is at most
+about √(2 L), far inside float16 at any depth. Codes of few bits are spread evenly and equally far to both sides of
+their zero point, since a mean that is not 0 adds the same to all of a sum and grows with n, and so from layer to layer.
 
 The manifest's hashes of weights are zeros, since nobody compares them: the folder is opened without a full check.
 """
@@ -33,10 +36,10 @@ from runtime.model_config import ModelConfig
 MANIFEST = "manifest.json"
 _PRIME = 33_554_467  # the next after 2^25
 _PIECE = 1 << 24
-_STD = 0.02
+_BIAS_STD = 0.002
 _FLOAT8_STD = 100.0  # the largest float8 (E4M3) is 448
-# Of evenly spread codes of 4 and 8 bits, and of codes that are floats.
-_DEVIATIONS = {"scales4": 4.61, "scales8": 73.9, "scales_float8": _FLOAT8_STD}
+# Of the codes -7 … 7 and -127 … 127, √((n² - 1) / 12) for n of them, and of codes that are floats.
+_DEVIATIONS = {"scales4": 4.32, "scales8": 73.6, "scales_float8": _FLOAT8_STD}
 _MIDDLES = {"zero_points4": 0x88, "zero_points8": 0x80}  # in 4 bits, two in a byte
 _NO_HASH = "0" * 64
 Bytes = NDArray[np.uint8]
@@ -51,32 +54,46 @@ class Blocks:
 
     def __init__(self, elements: int = _PRIME) -> None:
         self._elements = elements
-        self._made: dict[tuple[str, str], Bytes] = {}
+        self._made: dict[tuple[str, str, int], Bytes] = {}
+        self._random: dict[str, NDArray[np.float32]] = {}
 
-    def get(self, kind: str, dtype: str) -> Bytes:
-        """Return a block's bytes; `kind` and `dtype` as in the layout."""
-        key = kind, dtype
+    def get(self, tensor: Mapping[str, Any]) -> Bytes:
+        """Return the bytes of the block that a tensor of the layout is cut out of."""
+        kind, dtype, fan_in = tensor["kind"], tensor["dtype"], tensor["fan_in"]
+        key = kind, dtype, fan_in
         if key not in self._made:
-            self._made[key] = np.ascontiguousarray(self._values(kind, dtype)).view(np.uint8)
+            self._made[key] = np.ascontiguousarray(self._values(kind, dtype, fan_in)).view(np.uint8)
         return self._made[key]
 
-    def _values(self, kind: str, dtype: str) -> NDArray[Any]:
-        random = np.random.default_rng([len(kind), *kind.encode()])
+    def _values(self, kind: str, dtype: str, fan_in: int) -> NDArray[Any]:
         if dtype == "float8":
-            return to_float8(_FLOAT8_STD * random.standard_normal(self._elements, np.float32))
-        if dtype == "uint8":
-            if kind in _MIDDLES:
-                return np.full(self._elements, _MIDDLES[kind], np.uint8)
-            return random.integers(0, 256, self._elements, np.uint8)
+            return to_float8(np.float32(_FLOAT8_STD) * self._drawn(kind))
+        if kind in _MIDDLES:
+            return np.full(self._elements, _MIDDLES[kind], np.uint8)
+        if kind == "codes4":
+            low, high = _generator(kind).integers(1, 16, (2, self._elements), np.uint8)
+            return low | high << 4
+        if kind == "codes8":
+            return _generator(kind).integers(1, 256, self._elements, np.uint8)
         if kind == "norm":
-            values = np.ones(self._elements, np.float32)
-        elif kind in _DEVIATIONS:
-            middle = _STD / _DEVIATIONS[kind]
-            values = random.uniform(0.8 * middle, 1.2 * middle, self._elements).astype(np.float32)
-        else:
-            values = random.standard_normal(self._elements, np.float32)
-            values *= np.float32(_STD if kind == "weight" else 0.1 * _STD)
-        return to_dtype(values, dtype)
+            return to_dtype(np.ones(self._elements, np.float32), dtype)
+        std = _BIAS_STD if kind == "bias" else fan_in**-0.5 / _DEVIATIONS.get(kind, 1.0)
+        return to_dtype(np.float32(std) * self._drawn(kind), dtype)
+
+    def _drawn(self, kind: str) -> NDArray[np.float32]:
+        """Return the numbers of a kind before they are scaled: of scales 0.8 to 1.2, else N(0, 1)."""
+        if kind not in self._random:
+            random = _generator(kind)
+            if kind in _DEVIATIONS:
+                drawn = random.uniform(0.8, 1.2, self._elements).astype(np.float32)
+            else:
+                drawn = random.standard_normal(self._elements, np.float32)
+            self._random[kind] = drawn
+        return self._random[kind]
+
+
+def _generator(kind: str) -> np.random.Generator:
+    return np.random.default_rng([len(kind), *kind.encode()])
 
 
 def to_dtype(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
@@ -101,16 +118,13 @@ def write_weights(folder: Path, layout: Mapping[str, Any], *, blocks: Blocks | N
     # Blocks are made before the threads ask for them.
     for described in layout.values():
         for tensor in described["tensors"]:
-            blocks.get(tensor["kind"], tensor["dtype"])
+            blocks.get(tensor)
     with ThreadPoolExecutor(threads) as pool:
         for name, described in layout.items():
             descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             try:
                 os.truncate(descriptor, described["num_bytes"])
-                done = [
-                    pool.submit(_write, descriptor, each, blocks.get(each["kind"], each["dtype"]))
-                    for each in described["tensors"]
-                ]
+                done = [pool.submit(_write, descriptor, each, blocks.get(each)) for each in described["tensors"]]
                 for each in done:
                     each.result()
             finally:

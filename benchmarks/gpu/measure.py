@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu.measure WORK`: run the sections within a time limit, and write one JSON file.
 
-Each section is a process of its own, which a crash, a hang or a lack of memory ends without the others. The most
-important come first; what no time is left for is reported as skipped. The file is written again after each section,
-so that it holds what was measured even if this process is killed.
+Each section is a process of its own, which a crash, a hang or a lack of memory ends without the others. No two that
+open an engine run at once. The most important come first; what no time is left for is reported as skipped, with what
+it had measured. The file is written again after each section, so that it holds that even if this process is killed.
 
 The file, schema 1: `gpu` (name, SM, driver, memory), `environment`, `pack`, and `sections`, by name: `state`
 (passed, failed, skipped), `why`, `seconds`, and `values`, which the module of the section describes.
@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,11 +30,12 @@ from typing import Any
 
 SCHEMA = 1
 LAYOUT = "layout.json"
+_MANIFEST = "engine.json"
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 _TAIL_LINES = 15
 # A section that has less than this left would only be killed.
 _LEAST_S = 3.0
-_PREPARING = "preparing"
+_PREPARING, _GPU = "preparing", "gpu"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Section:
         arguments: Module and arguments, after `python -m`; the file for its values is added.
         limit_s: After which it is killed.
         after: Sections that must have passed.
-        group: Neighbours of one group run side by side: what is not timed, such as parity and the filling of weights.
+        group: Neighbours of one group run side by side: what is not timed, such as the filling of weights.
+        lane: Those of a group that have one lane run one after the other: what opens an engine, since an engine looks
+            how much of the GPU's memory is taken.
+        is_extra: It takes long and answers one question, so it runs only where it is asked for.
     """
 
     name: str
@@ -53,6 +58,8 @@ class Section:
     limit_s: float
     after: tuple[str, ...] = ()
     group: str = ""
+    lane: str = ""
+    is_extra: bool = False
 
 
 def sections(work: Path) -> list[Section]:
@@ -62,20 +69,35 @@ def sections(work: Path) -> list[Section]:
     prepared = [
         *(_section("fill", folder, "fill", limit_s=90, group=_PREPARING) for folder in graphs),
         *(
-            _section("parity", folder, "parity", references, limit_s=60, group=_PREPARING)
+            _section("parity", folder, "parity", references, limit_s=60, group=_PREPARING, lane=_GPU)
             for folder in _folders(work / "engines")
         ),
     ]
-    speed, torch, later = [], [], []
+    timed: dict[str, list[Section]] = {kind: [] for kind in ("speed", "step", "torch", "speed-without-plan")}
+    later: list[Section] = []
     for folder in graphs:
         filled = (f"fill {folder.name}",)
-        speed.append(_section("speed", folder, "speed", limit_s=60, after=filled))
+        has_plan, has_experts = (folder / "decode_plan.json").is_file(), _has_experts(folder)
+        twice = ("--weights-twice",) if has_experts else ()
+        timed["speed"].append(_section("speed", folder, "speed", limit_s=60, after=filled))
+        if has_plan and has_experts:
+            timed["speed"].append(_section("speed-weights-twice", folder, "speed", *twice, limit_s=60, after=filled))
+        if has_plan:
+            timed["step"].append(_section("step", folder, "plan_step", limit_s=45, after=filled))
+            later.append(_section("agreement", folder, "agreement", *twice, limit_s=60, after=filled))
+        if has_plan and not has_experts:  # experts decode in ONNX Runtime in `speed` too
+            timed["speed-without-plan"].append(
+                _section("speed-without-plan", folder, "speed", "--no-plan", limit_s=45, after=filled)
+            )
         if _is_plain(folder):
-            torch.append(_section("torch", folder, "torch_step", limit_s=45, after=filled))
-        if (folder / "decode_plan.json").is_file():
-            later.append(_section("speed-without-plan", folder, "speed", "--no-plan", limit_s=45, after=filled))
+            timed["torch"].append(_section("torch", folder, "torch_step", limit_s=45, after=filled))
         later.append(_section("kernels", folder, "kernel_times", limit_s=45, after=filled))
-    return [Section("machine", ("benchmarks.gpu.machine",), 40), *prepared, *speed, *torch, *later]
+    extra = [
+        _section("options", folder, "options", limit_s=600, after=(f"fill {folder.name}",), is_extra=True)
+        for folder in graphs
+    ]
+    ordered = [*(each for kind in timed.values() for each in kind), *later, *extra]
+    return [Section("machine", ("benchmarks.gpu.machine",), 40), *prepared, *ordered]
 
 
 def measure(
@@ -92,30 +114,35 @@ def measure(
         chosen: In this order.
         seconds: For all of them.
         run: Runs one for so many seconds at most; a process of its own by default.
-        on_result: Told all results after each section, or after each group.
+        on_result: Told all results after each section.
         clock: Gives seconds.
     """
     run = run or run_section
     deadline = clock() + seconds
     results: dict[str, Any] = {}
-    names = {each.name for each in chosen}
-    places = enumerate(chosen)
-    for _, group in itertools.groupby(places, lambda pair: pair[1].group or pair[0]):
-        allowed, left = [], deadline - clock()
-        for _, section in group:
+    names = [each.name for each in chosen]
+    lock = threading.Lock()
+
+    def run_lane(lane: Sequence[Section]) -> None:
+        for section in lane:
+            left = deadline - clock()
             why = _obstacle(section, names, results, left, seconds)
-            if why:
-                results[section.name] = {"state": SKIPPED, "why": why, "seconds": 0.0}
-            else:
-                allowed.append(section)
-        with ThreadPoolExecutor(max(1, len(allowed))) as pool:
-            done = list(pool.map(run, allowed, [min(each.limit_s, left) for each in allowed]))
-        results |= {section.name: each for section, each in zip(allowed, done, strict=True)}
-        on_result(results)
-    return results
+            skipped = {"state": SKIPPED, "why": why, "seconds": 0.0}
+            found = skipped if why else run(section, min(section.limit_s, left))
+            with lock:
+                results[section.name] = found
+                on_result({name: results[name] for name in names if name in results})
+
+    for _, group in itertools.groupby(enumerate(chosen), lambda pair: pair[1].group or pair[0]):
+        lanes: dict[str, list[Section]] = {}
+        for _, section in group:
+            lanes.setdefault(section.lane or section.name, []).append(section)
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            list(pool.map(run_lane, lanes.values()))
+    return {name: results[name] for name in names}
 
 
-def _obstacle(section: Section, names: set[str], results: dict[str, Any], left: float, seconds: float) -> str:
+def _obstacle(section: Section, names: Sequence[str], results: dict[str, Any], left: float, seconds: float) -> str:
     """Return why a section is not run, empty if it is."""
     # A section that was not asked for has perhaps run earlier: the section that needs it will say.
     needed = [name for name in section.after if name in names]
@@ -144,7 +171,9 @@ def run_section(section: Section, limit_s: float) -> dict[str, Any]:
         values = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     result = {"state": PASSED, "why": "", "seconds": round(time.monotonic() - start, 1), "values": values}
-    if code is None:
+    if code is None and limit_s < section.limit_s:
+        result |= {"state": SKIPPED, "why": f"the time was over after {limit_s:.0f} s of it"}
+    elif code is None:
         result |= {"state": FAILED, "why": f"not done after {limit_s:.0f} s"}
     elif code < 0:
         result |= {"state": FAILED, "why": f"killed by {signal.Signals(-code).name}"}
@@ -172,10 +201,15 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    names = tuple(each for each in args.only.split(",") if each)
-    chosen = [each for each in sections(args.work) if not names or each.name.startswith(names)]
+    known = sections(args.work)
+    names = tuple(each.strip() for each in args.only.split(",") if each.strip())
+    unknown = [name for name in names if not any(each.name.startswith(name) for each in known)]
+    if unknown:
+        parser.error(f"--only {','.join(unknown)}: no section begins so; there are {', '.join(_kinds(known))}")
+    chosen = choose(known, names)
     if args.dry_run:
-        return dry_run(chosen)
+        extra = [each for each in known if each not in chosen and each.is_extra]
+        return dry_run(chosen, extra)
     result = header(args.work)
 
     def keep(results: dict[str, Any]) -> None:
@@ -190,17 +224,36 @@ def main() -> int:
     return 1 if FAILED in states or PASSED not in states else 0
 
 
-def dry_run(chosen: Sequence[Section]) -> int:
+def choose(known: Sequence[Section], names: tuple[str, ...]) -> list[Section]:
+    """Return those whose names begin with one of the given, and what fills their weights if that has not been done.
+
+    Args:
+        known: All.
+        names: None: all but those that run only where they are asked for.
+    """
+    if not names:
+        return [each for each in known if not each.is_extra]
+    asked = [each for each in known if each.name.startswith(names)]
+    needed = {name for each in asked for name in each.after}
+    missing = {
+        each.name for each in known if each.name in needed and not (Path(each.arguments[1]) / _MANIFEST).is_file()
+    }
+    return [each for each in known if each in asked or each.name in missing]
+
+
+def dry_run(chosen: Sequence[Section], extra: Sequence[Section]) -> int:
     """Import what the sections need and list them; a section that cannot be imported is a failure."""
     import importlib
 
-    for module in sorted({each.arguments[0] for each in chosen}):
+    for module in sorted({each.arguments[0] for each in (*chosen, *extra)}):
         importlib.import_module(module)
     import onnxruntime
 
     print(f"onnxruntime {onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}")
     for each in chosen:
         print(f"would run {each.name} (at most {each.limit_s:.0f} s)")
+    if extra:
+        print(f"only with --only: {', '.join(each.name for each in extra)}")
     return 0
 
 
@@ -230,18 +283,31 @@ def _section(
     module: str,
     *arguments: str,
     limit_s: float,
-    after: tuple[str, ...] = (),
-    group: str = "",
+    **options: Any,
 ) -> Section:
     command = f"benchmarks.gpu.{module}", str(folder), *arguments
-    return Section(f"{kind} {folder.name}", command, limit_s, after, group)
+    return Section(f"{kind} {folder.name}", command, limit_s, **options)
 
 
 def _is_plain(folder: Path) -> bool:
     """Return whether PyTorch can run a decoder as it is stored: dense, in 16 bits."""
+    is_half = all(each["dtype"] in ("float16", "bfloat16") for each in _decoder_weights(folder))
+    return is_half and not _has_experts(folder)
+
+
+def _has_experts(folder: Path) -> bool:
+    return any(".experts." in each["name"] for each in _decoder_weights(folder))
+
+
+def _decoder_weights(folder: Path) -> list[dict[str, Any]]:
     layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
-    tensors = layout["decoder.onnx.data"]["tensors"]
-    return all(each["dtype"] in ("float16", "bfloat16") and ".experts." not in each["name"] for each in tensors)
+    tensors: list[dict[str, Any]] = layout["decoder.onnx.data"]["tensors"]
+    return tensors
+
+
+def _kinds(known: Sequence[Section]) -> list[str]:
+    """Return the first words of the names of sections, each once."""
+    return list(dict.fromkeys(each.name.partition(" ")[0] for each in known))
 
 
 def _folders(folder: Path) -> list[Path]:

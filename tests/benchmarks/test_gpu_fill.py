@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.gpu import fill, measure, parity, speed, torch_step
-from benchmarks.gpu.questions import NUM_POSITIONS, NUM_TOKENS, questions
+from benchmarks.gpu import fill, measure, speed, torch_step
 from benchmarks.gpu.values import Values
-from benchmarks.gpu_pack_graphs import describe, kind_of
+from benchmarks.gpu_pack_graphs import describe, fan_in_of, kind_of
 from engines.build import build_engine
 from engines.bundle import Bundle
 from engines.registry import get
 from helpers.host_cuda import HostDevice
 from runtime.manifest import Manifest
-from runtime.model import Qwen3VLModel
 from runtime.session import SessionOptions
 from runtime.sessions.ort_cuda import Device, OrtCudaSession
 
@@ -56,7 +54,8 @@ def stored(folder: Path, name: str) -> np.ndarray:
 
 def test_weights_have_the_spread_of_their_kind_and_no_two_rows_are_equal(graphs: dict[str, Path]) -> None:
     table = stored(graphs["fp16"], "model.language_model.embed_tokens.weight").astype(np.float64)
-    assert abs(table.std() - 0.02) < 0.001 and abs(table.mean()) < 0.001
+    std = table.shape[1] ** -0.5
+    assert abs(table.std() - std) < 0.05 * std and abs(table.mean()) < 0.05 * std
     assert len(np.unique(table, axis=0)) == len(table)
     assert (stored(graphs["fp16"], "model.language_model.norm.weight") == 1).all()
 
@@ -65,13 +64,14 @@ def test_codes_of_few_bits_lie_around_their_zero_point(graphs: dict[str, Path]) 
     tensors = json.loads((graphs["int4"] / measure.LAYOUT).read_text())["decoder.onnx.data"]["tensors"]
     names = {each["name"] for each in tensors}
     kinds = {each["kind"] for each in tensors}
-    assert {"codes", "norm"} <= kinds and any(kind.startswith("scales") for kind in kinds)
+    assert {"codes4", "codes8", "norm"} <= kinds and any(kind.startswith("scales") for kind in kinds)
     codes = next(name for name in sorted(names) if name.endswith(".q4"))
     weight = codes.removesuffix(".q4")
     packed = stored(graphs["int4"], codes).astype(np.int64)
     scales = stored(graphs["int4"], f"{weight}.scales").astype(np.float64)
     values = np.stack([packed & 15, packed >> 4], -1).reshape(*scales.shape, -1) - 8
-    assert abs((values * scales[..., None]).std() - 0.02) < 0.002
+    std = (values.shape[-1] * scales.shape[-1]) ** -0.5
+    assert abs((values * scales[..., None]).std() - std) < 0.05 * std
 
 
 def test_zero_points_of_eight_bits_are_those_of_eight_bits() -> None:
@@ -79,8 +79,21 @@ def test_zero_points_of_eight_bits_are_those_of_eight_bits() -> None:
     assert kind_of("a.zero_points", "uint8", names) == "zero_points8"
     assert kind_of("b.zero_points", "uint8", names) == "zero_points4"
     assert kind_of("a.scales", "float16", names) == "scales8"
-    assert fill.Blocks(7).get("zero_points8", "uint8").tolist() == [0x80] * 7
-    assert fill.Blocks(7).get("zero_points4", "uint8").tolist() == [0x88] * 7
+    for kind, byte in (("zero_points8", 0x80), ("zero_points4", 0x88)):
+        assert fill.Blocks(7).get({"kind": kind, "dtype": "uint8", "fan_in": 0}).tolist() == [byte] * 7
+
+
+def test_a_weight_knows_of_how_many_inputs_it_makes_a_sum() -> None:
+    shapes = {
+        "a": [8, 256, 192],
+        **{"b.q4": [640, 6, 16], "b.scales": [640, 6]},
+        **{"c.q8": [8, 256, 192], "c.scales": [8, 256, 3]},
+        **{"d.f8": [192, 512], "d.scales": [192, 4]},
+    }
+    kinds = {"a": "weight", "b.scales": "scales4", "c.scales": "scales8", "d.scales": "scales_float8"}
+    found = {name: fan_in_of(name, kind, shapes) for name, kind in kinds.items()}
+    assert found == {"a": 192, "b.scales": 192, "c.scales": 192, "d.scales": 512}
+    assert fan_in_of("b.q4", "codes4", shapes) == 0
 
 
 def test_the_same_weights_come_out_whatever_the_number_of_threads(graphs: dict[str, Path], tmp_path: Path) -> None:
@@ -122,7 +135,8 @@ def test_float8_weights_have_the_spread_of_products(demo_bundle: Bundle, tmp_pat
     float8 = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT8E4M3FN)
     codes = read(f"{weight}.f8", float8).astype(np.float64)
     scales = np.repeat(read(f"{weight}.scales", np.float32), 128, 1)
-    assert abs((codes * scales).std() - 0.02) < 0.002
+    std = codes.shape[1] ** -0.5
+    assert abs((codes * scales).std() - std) < 0.05 * std
 
 
 def test_the_folder_is_an_engine(graphs: dict[str, Path]) -> None:
@@ -194,33 +208,3 @@ def test_weights_twice_on_the_device_are_a_problem() -> None:
     assert speed.weights_problem(memory) == ""
     memory["taken_at_step_bytes"] += 4 << 30
     assert "expected them once" in speed.weights_problem(memory)
-
-
-def references_of(model: Any, folder: Path) -> None:
-    ids, logits = {}, {}
-    for name, messages in questions().items():
-        logits[name] = np.asarray(model.logits(messages)[-NUM_POSITIONS:], np.float32)
-        answer = model.generate(messages, max_new_tokens=NUM_TOKENS, do_sample=False)
-        ids[name] = [int(each) for each in answer.token_ids]
-    (folder / "demo.json").write_text(json.dumps(ids))
-    np.savez(folder / "demo.npz", **logits)
-
-
-def test_parity_finds_another_answer_and_other_logits(demo_engine: Path, tmp_path: Path) -> None:
-    model = Qwen3VLModel.from_engine(demo_engine)
-    references_of(model, tmp_path)
-    values = Values(tmp_path / "values.json")
-    parity.compare(model, tmp_path, "demo", values)
-    assert (values["num_same"], values["num_questions"], values["different"]) == (12, 12, [])
-    assert parity.problems(values, "fp16") == []
-    ids = json.loads((tmp_path / "demo.json").read_text())
-    ids["count"][0] += 1
-    (tmp_path / "demo.json").write_text(json.dumps(ids))
-    with np.load(tmp_path / "demo.npz") as loaded:
-        logits = dict(loaded)
-    logits["two"] = logits["two"][::-1]
-    np.savez(tmp_path / "demo.npz", **logits)
-    parity.compare(model, tmp_path, "demo", values)
-    assert values["different"] == ["count"]
-    assert len(parity.problems(values, "fp16")) == 2
-    assert [text.split()[0] for text in parity.problems(values, "int4")] == ["cosine"]

@@ -30,8 +30,10 @@ class Clock:
         return self.now
 
 
-def section(name: str, *, after: tuple[str, ...] = (), group: str = "", limit_s: float = 10.0) -> Section:
-    return Section(name, ("module",), limit_s, after, group)
+def section(
+    name: str, *, after: tuple[str, ...] = (), group: str = "", lane: str = "", limit_s: float = 10.0
+) -> Section:
+    return Section(name, ("module",), limit_s, after, group, lane)
 
 
 def taking(clock: Clock, seconds: float, ran: list[tuple[str, float]], fails: str = "") -> Callable[..., Any]:
@@ -81,6 +83,36 @@ def test_a_group_runs_side_by_side() -> None:
     assert list(results) == ["a", "b", "c"]
 
 
+def test_those_of_one_lane_run_one_after_the_other_beside_the_others_of_their_group() -> None:
+    meeting, events = threading.Barrier(2, timeout=30), []
+
+    def run(each: Section, limit_s: float) -> dict[str, Any]:
+        if each.lane:
+            events.append(f"{each.name} begins")
+        if each.name in ("a", "fill"):
+            meeting.wait()  # breaks unless both are there
+        if each.lane:
+            events.append(f"{each.name} ends")
+        return {"state": PASSED, "why": "", "seconds": 0.0}
+
+    lane = [section(name, group="g", lane="gpu") for name in "abc"]
+    told: list[list[str]] = []
+    results = measured.measure(
+        [*lane, section("fill", group="g")], 60.0, run=run, on_result=lambda each: told.append(list(each))
+    )
+    assert events == [f"{name} {what}" for name in "abc" for what in ("begins", "ends")]
+    assert list(results) == ["a", "b", "c", "fill"]
+    assert len(told) == 4 and told[-1] == list(results)
+
+
+def test_what_a_lane_has_no_time_for_is_skipped() -> None:
+    clock, ran = Clock(), []
+    lane = [section(name, group="g", lane="gpu") for name in "abc"]
+    results = measured.measure(lane, 12.0, run=taking(clock, 5.0, ran), clock=clock)
+    assert ran == [("a", 10.0), ("b", 7.0)]
+    assert [each["state"] for each in results.values()] == [PASSED, PASSED, SKIPPED]
+
+
 PROGRAM = """
 import json, os, sys, time
 from pathlib import Path
@@ -119,27 +151,84 @@ def test_a_section_that_ends_badly_keeps_what_it_had(
     assert result["values"]["first"] == 1
 
 
-def test_a_pack_has_sections_for_all_that_it_holds(tmp_path: Path) -> None:
-    (tmp_path / "engines" / "demo-ort-cuda-fp16").mkdir(parents=True)
-    for name, dtype in (("m-ort-cuda-fp16", "float16"), ("m-ort-cuda-int4", "uint8")):
+def test_what_the_time_of_all_ends_is_skipped_and_keeps_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_section.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    result = measured.run_section(Section("s", ("a_section", "hang"), 60.0), 3.0)
+    assert (result["state"], result["values"]["first"]) == (SKIPPED, 1)
+    assert result["why"] == "the time was over after 3 s of it"
+
+
+PLAIN, CODES, EXPERTS = "m-ort-cuda-fp16", "m-ort-cuda-int4", "e-ort-cuda-int4"
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Path:
+    """What an unpacked pack holds, without the graphs themselves."""
+    for name in ("demo-ort-cuda-fp16", "demo-ort-cuda-int4"):
+        (tmp_path / "engines" / name).mkdir(parents=True)
+    weights = {PLAIN: ("w", "float16"), CODES: ("w.q4", "uint8"), EXPERTS: ("mlp.experts.w.q4", "uint8")}
+    for name, (weight, dtype) in weights.items():
         (tmp_path / "graphs" / name).mkdir(parents=True)
-        layout = {"decoder.onnx.data": {"num_bytes": 2, "tensors": [{"name": "w", "dtype": dtype}]}}
+        layout = {"decoder.onnx.data": {"num_bytes": 2, "tensors": [{"name": weight, "dtype": dtype}]}}
         (tmp_path / "graphs" / name / measured.LAYOUT).write_text(json.dumps(layout))
-    (tmp_path / "graphs" / "m-ort-cuda-int4" / "decode_plan.json").touch()
-    graphs = {"graphs": ["m-ort-cuda-fp16", "m-ort-cuda-int4"]}
-    (tmp_path / "description.json").write_text(json.dumps(graphs))
-    assert [each.name for each in measured.sections(tmp_path)] == [
+    for name in (CODES, EXPERTS):
+        (tmp_path / "graphs" / name / "decode_plan.json").touch()
+    (tmp_path / "description.json").write_text(json.dumps({"graphs": list(weights)}))
+    return tmp_path
+
+
+def test_a_pack_has_sections_for_all_that_it_holds(pack: Path) -> None:
+    known = measured.sections(pack)
+    assert [each.name for each in known] == [
         "machine",
-        "fill m-ort-cuda-fp16",
-        "fill m-ort-cuda-int4",
-        "parity demo-ort-cuda-fp16",
-        "speed m-ort-cuda-fp16",
-        "speed m-ort-cuda-int4",
-        "torch m-ort-cuda-fp16",
-        "kernels m-ort-cuda-fp16",
-        "speed-without-plan m-ort-cuda-int4",
-        "kernels m-ort-cuda-int4",
+        *(f"fill {name}" for name in (PLAIN, CODES, EXPERTS)),
+        *("parity demo-ort-cuda-fp16", "parity demo-ort-cuda-int4"),
+        *(f"speed {name}" for name in (PLAIN, CODES, EXPERTS)),
+        f"speed-weights-twice {EXPERTS}",
+        *(f"step {name}" for name in (CODES, EXPERTS)),
+        f"torch {PLAIN}",
+        f"speed-without-plan {CODES}",
+        f"kernels {PLAIN}",
+        *(f"{kind} {name}" for name in (CODES, EXPERTS) for kind in ("agreement", "kernels")),
+        *(f"options {name}" for name in (PLAIN, CODES, EXPERTS)),
     ]
+    arguments = {each.name: each.arguments[2:] for each in known}
+    assert arguments[f"speed {EXPERTS}"] == ()
+    assert arguments[f"speed-weights-twice {EXPERTS}"] == arguments[f"agreement {EXPERTS}"] == ("--weights-twice",)
+    assert arguments[f"speed-without-plan {CODES}"] == ("--no-plan",) and arguments[f"agreement {CODES}"] == ()
+
+
+def test_no_two_sections_that_open_an_engine_run_at_once(pack: Path) -> None:
+    for each in measured.sections(pack):
+        if not each.name.startswith("fill ") and each.name != "machine":
+            assert each.lane == "gpu" if each.group else not each.lane
+
+
+def test_what_is_extra_runs_only_if_it_is_asked_for(pack: Path) -> None:
+    known = measured.sections(pack)
+    assert not any(each.name.startswith("options") for each in measured.choose(known, ()))
+    for name in (PLAIN, CODES, EXPERTS):
+        (pack / "graphs" / name / "engine.json").touch()
+    assert [each.name for each in measured.choose(known, ("options m",))] == [f"options {PLAIN}", f"options {CODES}"]
+
+
+def test_what_is_asked_for_is_filled_first_unless_it_has_been(pack: Path) -> None:
+    known = measured.sections(pack)
+    chosen = [each.name for each in measured.choose(known, ("step",))]
+    assert chosen == [f"fill {CODES}", f"fill {EXPERTS}", f"step {CODES}", f"step {EXPERTS}"]
+    (pack / "graphs" / CODES / "engine.json").touch()
+    assert [each.name for each in measured.choose(known, ("step",))] == chosen[1:]
+
+
+def test_a_section_that_is_none_is_refused(pack: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu.measure", str(pack), "--json", "x.json", "--only", "speed, stpe"]
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=pack)
+    assert done.returncode == 2
+    assert "--only stpe: no section begins so; there are machine, fill, parity, speed" in done.stderr
 
 
 def test_without_a_gpu_a_section_fails_and_the_file_says_so(tmp_path: Path) -> None:
@@ -238,8 +327,71 @@ def test_a_result_has_a_page(tmp_path: Path) -> None:
     ((name, result),) = report.load(tmp_path).items()
     text = report.render(name, result)
     assert "NVIDIA H200, SM 9.0, CUDA 13.0, copies on the device 4.00 TB/s, 2026-11-27." in text
-    assert row_of(text, "demo-ort-cuda-int4") == ["demo-ort-cuda-int4", "11 of 12", "0.9988000", "own"]
+    assert row_of(text, "demo-ort-cuda-int4") == ["demo-ort-cuda-int4", "11 of 12", "0.9988000", "", "", "own"]
     assert "`p\\|q`" in text and "All sections passed." in text
+
+
+def passed(**values: Any) -> dict[str, Any]:
+    return {"state": PASSED, "why": "", "seconds": 1.0, "values": values}
+
+
+def test_parity_has_a_row_for_each_way() -> None:
+    def way(kernels: str, same: int, *cosines: float | None) -> dict[str, Any]:
+        kinds = {
+            kind: {"min_cosine": each} for kind, each in zip(("prompt", "alone", "together"), cosines, strict=True)
+        }
+        return {"num_same": same, "num_questions": 12, "decode_kernels": kernels, **kinds}
+
+    own, theirs = way("own", 12, 0.9999, 0.9998, None), way("onnxruntime", 11, 0.9997, 0.9996, 0.9995)
+    result = a_result()
+    result["sections"]["parity demo-ort-cuda-fp8"] = passed(**own, with_plan=own, without_plan=theirs)
+    rows = [line.split(" | ")[1:] for line in shown.parity_table(result).splitlines() if "fp8" in line]
+    assert rows == [
+        ["12 of 12", "0.9999000", "0.9998000", "not a number", "own |"],
+        ["11 of 12", "0.9997000", "0.9996000", "0.9995000", "onnxruntime |"],
+    ]
+
+
+def test_steps_of_own_kernels_have_tables() -> None:
+    result = a_result()
+    kernel = {"name": "product", "grid": [192, 1, 1], "num_launches": 28, "us": 8.0, "weight_bytes": 16_000_000}
+    bare = {"name": "embed", "grid": [1, 1, 1], "num_launches": 1, "us": 1.5, "weight_bytes": 0}
+    result["sections"][f"step {ENGINE}"] = passed(
+        step={"1": {"median_ms": 1.1}, "8": {"median_ms": 1.6}},
+        invariant_step={"1": {"median_ms": 1.2}},
+        num_repeats=60,
+        other_bits={"1": 0, "8": 2},
+        not_invariant={"8": 0},
+        kernels={"1": [kernel, bare]},
+    )
+    result["sections"][f"agreement {ENGINE}"] = passed(
+        own={"1": {"rms": 0.0052}, "8": {"rms": None}}, onnxruntime={"1": {"rms": 0.0}, "8": {"rms": 0.0049}}
+    )
+    steps = shown.steps_table(result)
+    assert row_of(steps, "| 1 |") == [ENGINE, "1", "1.1", "1.2", "0 of 60", "", "0.52 %", "0.00 %"]
+    assert row_of(steps, "| 8 |") == [ENGINE, "8", "1.6", "", "2 of 60", "0", "not a number", "0.49 %"]
+    kernels = shown.plan_kernels_table(result)
+    assert row_of(kernels, "product") == [f"{ENGINE} `product`", "1", "192", "28", "8", "2.00"]
+    assert row_of(kernels, "embed") == [f"{ENGINE} `embed`", "1", "1", "1", "1.5", ""]
+    assert steps in shown.table(result) and kernels in shown.table(result)
+
+
+def test_options_of_the_provider_have_a_table() -> None:
+    result = a_result()
+    result["sections"][f"options {ENGINE}"] = passed(
+        ratios={"baseline": {"decode 1": 0.99}, "use_tf32=0": {"decode 1": 1.25}}, refused={"flash": "no such option"}
+    )
+    table = shown.options_table(result)
+    assert row_of(table, "use_tf32=0") == ["use_tf32=0", "1.250"]
+    assert row_of(table, "flash") == ["flash", "no such option"]
+
+
+def test_experts_with_weights_twice_are_held_against_their_goal() -> None:
+    result = a_result()
+    name = "speed-weights-twice qwen3-vl-30b-a3b-ort-cuda-int4"
+    result["sections"][name] = passed(decode={"1": {"median_ms": 1.7}}, decode_kernels="own")
+    assert row_of(shown.goals_table(result), "30b-a3b")[3:5] == ["1.7 ms", "yes"]
+    assert "qwen3-vl-30b-a3b-ort-cuda-int4 `weights_twice`" in shown.engines_table(result)
 
 
 def test_a_value_that_a_section_never_reached_is_a_gap() -> None:

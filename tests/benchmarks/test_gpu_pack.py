@@ -302,16 +302,33 @@ def test_engines_of_every_target_and_graphs_are_described(tmp_path: Path, monkey
     monkeypatch.setattr(gpu_pack, "describe", lambda folder, manifest: {})
     names = gpu_pack.build_shipped(["demo"], tmp_path / "engines", {})
     assert {"demo-ort-cuda-fp16", "demo-ort-cuda-bf16", "demo-ort-cuda-int4"} <= set(names)
-    graphs = gpu_pack.build_graphs(["tiny"], [get("ort-cuda-int4")], tmp_path, {})
-    assert graphs == ["tiny-ort-cuda-int4"]
-    assert asked[-1] == ("checkpoint-tiny", "ort-cuda-int4", False)
-    assert all(is_whole for _, _, is_whole in asked[:-1])
+    wanted = gpu_pack.wanted_graphs(["tiny"], ["ort-cuda-int4"], ["tiny-ort-cuda-fp8", "tiny-moe-ort-cuda-int4"])
+    graphs = gpu_pack.build_graphs(wanted, tmp_path, {})
+    assert graphs == ["tiny-ort-cuda-int4", "tiny-ort-cuda-fp8", "tiny-moe-ort-cuda-int4"]
+    assert asked[-3:] == [
+        ("checkpoint-tiny", "ort-cuda-int4", False),
+        ("checkpoint-tiny", "ort-cuda-fp8", False),
+        ("checkpoint-tiny-moe", "ort-cuda-int4", False),
+    ]
+    assert all(is_whole for _, _, is_whole in asked[:-3])
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-trt-fp16", "ort-cuda-int4", "no-such-ort-cuda-int4"])
+def test_a_further_graph_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(UsageError):
+        gpu_pack.wanted_graphs([], [], [name])
+
+
+def test_a_graph_that_is_asked_for_twice_is_made_once() -> None:
+    found = gpu_pack.wanted_graphs(["tiny"], ["ort-cuda-int4"], ["tiny-ort-cuda-int4"])
+    assert found == [("tiny", get("ort-cuda-int4"))]
 
 
 def test_what_travels_imports_without_the_rest_of_the_repository(tmp_path: Path) -> None:
     gpu_pack.copy_project(tmp_path)
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.so"))
-    modules = ("fill", "kernel_times", "machine", "measure", "parity", "questions", "speed", "torch_step")
+    modules = sorted(path.stem for path in (tmp_path / "benchmarks" / "gpu").glob("*.py") if path.stem != "__init__")
+    assert {"agreement", "fill", "measure", "options", "parity", "plan_step", "speed"} <= set(modules)
     code = f"""import sys
 for each in {modules}:
     __import__("benchmarks.gpu." + each)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ def check(target: str = "trt-fp16", *, model: str = "demo", gpu: str = "NVIDIA H
     return {**result, "values": {"bench": bench}, **values}
 
 
-def rows(checks: list[dict[str, Any]] | None = None, builds: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+def rows(
+    checks: list[dict[str, Any]] | None = None,
+    builds: list[dict[str, Any]] | None = None,
+    ran: Sequence[status.OnGpu] = (),
+) -> dict[str, Any]:
     accuracies = {"demo": {"": {"read": 0.9}, "ort-cpu-fp32": {"read": 0.9}}}
     results = {f"build-{i}": build for i, build in enumerate(builds or [])}
-    text = status.target_states(DEVICES, results, accuracies, checks or [])
+    text = status.target_states(DEVICES, results, accuracies, [*status.checked(checks or []), *ran])
     cells = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| `")]
     return {name.strip(" `"): (state.strip(), shown.strip()) for name, state, shown in cells}
 
@@ -70,6 +75,62 @@ def test_a_check_that_passed_is_a_run_on_that_gpu() -> None:
 def test_a_check_that_failed_is_no_run() -> None:
     checks = [check(result="FAILED", why="verify: does not agree")]
     assert rows(checks)["trt-fp16"] == ("**fails on NVIDIA H200**", "demo FAILED: verify: does not agree")
+
+
+def pack(date: str, gpu: str | None = "NVIDIA H200", **sections: dict[str, Any]) -> dict[str, Any]:
+    """A result of a GPU pack; names of sections have _ in place of the space."""
+    machine = {"state": "passed", "why": "", "values": {} if gpu is None else {"gpu": {"name": gpu}}}
+    named = {name.replace("_", " ", 1).replace("_", "-"): each for name, each in sections.items()}
+    return {"date": date, "sections": {"machine": machine, **named}}
+
+
+def passing(**values: Any) -> dict[str, Any]:
+    return {"state": "passed", "why": "", "values": values}
+
+
+ANSWERS = passing(num_same=11, num_questions=12)
+SPEED = passing(decode={"1": {"median_ms": 1.447}}, decode_kernels="own")
+FAILING = {"state": "failed", "why": "cosine 0.9", "values": {"num_same": 12, "num_questions": 12}}
+SKIPPED = {"state": "skipped", "why": "the 240 s were over", "values": {}}
+
+
+def test_sections_of_a_gpu_pack_that_passed_are_runs_and_those_that_failed_are_not() -> None:
+    result = pack(
+        "2026-11-27",
+        parity_demo_trt_fp16=ANSWERS,
+        parity_demo_moe_trt_fp16=FAILING,
+        speed_2b_trt_fp16=SPEED,
+        speed_8b_trt_fp16=SKIPPED,
+        kernels_8b_trt_fp16=FAILING,
+    )
+    state, shown = rows(ran=status.packed([result], list(DEVICES)))["trt-fp16"]
+    assert state == "run on NVIDIA H200"
+    assert shown.split("<br>") == [
+        "demo: 11 of 12 answers as on the CPU (NVIDIA H200, 2026-11-27)",
+        "2b: a decode step of one sequence 1.45 ms, own kernels, random weights (NVIDIA H200, 2026-11-27)",
+        "demo-moe FAILED: cosine 0.9",
+    ]
+
+
+def test_a_target_of_which_nothing_passed_fails_though_it_answered() -> None:
+    found = status.packed([pack("2026-11-27", parity_demo_trt_fp16=FAILING)], list(DEVICES))
+    assert rows(ran=found)["trt-fp16"] == ("**fails on NVIDIA H200**", "demo FAILED: cosine 0.9")
+
+
+def test_what_was_skipped_or_ran_on_no_known_gpu_says_nothing() -> None:
+    skipped = pack("2026-11-27", parity_demo_trt_fp16=SKIPPED)
+    nameless = pack("2026-11-27", None, parity_demo_trt_fp16=ANSWERS)
+    assert status.packed([skipped, nameless], list(DEVICES)) == []
+    assert rows()["trt-fp16"][0] == "**needs a GPU to run**"
+
+
+def test_the_latest_result_on_a_gpu_stands() -> None:
+    old, new = (
+        pack(date, parity_demo_trt_fp16=each) for date, each in (("2026-11-26", FAILING), ("2026-11-28", ANSWERS))
+    )
+    other = pack("2026-11-25", "NVIDIA L4", parity_demo_trt_fp16=FAILING)
+    found = status.packed([new, old, other], list(DEVICES))
+    assert [(each.gpu, each.passed) for each in found] == [("NVIDIA L4", False), ("NVIDIA H200", True)]
 
 
 def test_files_of_the_gpu_check_are_read(tmp_path: Path) -> None:
