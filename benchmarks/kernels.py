@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from runtime.errors import UsageError
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
 from runtime.session import KVCache, Session, SessionOptions, open_session
+from runtime.vision_inputs import blank_inputs, takes_grey_levels
 
 _BATCHES = (1, 2, 4, 8)
 _STEPS = 4
@@ -45,11 +47,12 @@ def kernels(
     engines: Annotated[list[Path], typer.Argument(help="Engine folders of one checkpoint; ratios are to the last.")],
     context: Annotated[int, typer.Option(help="Cached tokens before a decode step.")] = 512,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
+    image: Annotated[int, typer.Option(help="Patches of the image that is timed, made square; 0 for none.")] = 1024,
     rounds: Annotated[int, typer.Option(min=2, help="Turns of each engine.")] = 9,
     patches: Annotated[int, typer.Option(help="Patches of the image whose memory is measured; 0 for none.")] = 3072,
     results: options.Results = RESULTS,
 ) -> None:
-    """Compare steps, prompts, opening and memory of engines, such as one built with --kernels own and one with ort.
+    """Compare steps, prompts, images, opening and memory of engines, such as those of --kernels own and ort.
 
     Engines take turns, so that a busy minute falls on all of them; the table has medians. The bandwidth of the memory
     is that of as many threads reading 1 GiB, once in each round.
@@ -58,7 +61,7 @@ def kernels(
         raise UsageError("the engines are of several checkpoints", remedy="give engines of one checkpoint")
     memory = [_memory(engine, patches) if patches else None for engine in engines]
     opened = [_open(engine, max(_BATCHES), context + _STEPS, prompt) for engine in engines]
-    times, bandwidths = _take_turns(opened, context, prompt, rounds)
+    times, bandwidths = _take_turns(opened, (context, prompt, image), rounds)
     rows = []
     for engine, taken, used in zip(opened, times, memory, strict=True):
         products = kernels_profile.products(engine.folder, context, rounds)
@@ -94,7 +97,7 @@ def _open(folder: Path, slots: int, context: int, prompt: int) -> Opened:
 
 
 def _take_turns(
-    opened: list[Opened], context: int, prompt: int, rounds: int
+    opened: list[Opened], sizes: tuple[int, int, int], rounds: int
 ) -> tuple[list[dict[str, list[float]]], list[float]]:
     times: list[dict[str, list[float]]] = [{} for _ in opened]
     bandwidths = []
@@ -102,7 +105,7 @@ def _take_turns(
     for turn in range(rounds + 1):
         bandwidths.append(_bandwidth(read))
         for engine, taken in zip(opened, times, strict=True):
-            for name, call, calls in _work(engine, context, prompt):
+            for name, call, calls in _work(engine, *sizes):
                 if calls > 1:  # a step is short, and begins with what another engine left in the caches
                     call()
                 each = measure.seconds(call) / calls
@@ -111,7 +114,7 @@ def _take_turns(
     return times, bandwidths[1:]
 
 
-def _work(engine: Opened, context: int, prompt: int) -> list[tuple[str, Callable[[], object], int]]:
+def _work(engine: Opened, context: int, prompt: int, image: int) -> list[tuple[str, Callable[[], object], int]]:
     """Return name, call and number of steps in it of all that is timed."""
 
     def steps(batch: int) -> Callable[[], object]:
@@ -121,7 +124,14 @@ def _work(engine: Opened, context: int, prompt: int) -> list[tuple[str, Callable
 
     decode = [(f"decode, {batch} sequences", steps(batch), _STEPS) for batch in _BATCHES]
     prefill = inputs(engine.manifest, 1, prompt, 0)
-    return [*decode, (f"prompt of {prompt}", lambda: engine.session.prefill(prefill, engine.cache), 1)]
+    work = [*decode, (f"prompt of {prompt}", lambda: engine.session.prefill(prefill, engine.cache), 1)]
+    if image:
+        vision = engine.manifest.model.vision
+        side = vision.spatial_merge_size * max(1, round(math.sqrt(image) / vision.spatial_merge_size))
+        takes_levels = takes_grey_levels(engine.manifest.capabilities)
+        patches = blank_inputs(side, side, vision, takes_levels=takes_levels)
+        work.append((f"image of {side * side} patches", lambda: engine.session.vision(patches), 1))
+    return work
 
 
 def _bandwidth(array: np.ndarray[Any, np.dtype[np.uint8]]) -> float:

@@ -57,8 +57,9 @@ bool has_amx_int8() {
   return has_avx512_vnni() && (saved_state() & kTiles) == kTiles && has_bit(d, 24) && has_bit(d, 25);  // TILE, INT8
 }
 
-// Linux gives the tiles' registers only to a process that asks (arch_prctl(2), ARCH_REQ_XCOMP_PERM); its signal frames grow,
-// so it is asked where they will be used.
+// Linux gives the tiles' registers only to a process that asks (arch_prctl(2), ARCH_REQ_XCOMP_PERM): to all its threads, also
+// those that it has, and to the processes that it forks. Their signal frames grow, so it is asked where tiles will be used,
+// and refuses while a thread has a smaller stack for signals (sigaltstack(2)).
 bool request_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -75,28 +76,33 @@ bool always() { return true; }
 struct Choice {
   const Kernels* kernels;
   bool (*is_here)();
-  bool (*request)();    // of the system, before the first use
-  bool is_by_name_only;  // it has not run on such a processor yet, so it is taken where it is asked for
+  bool (*request)();        // of the system, before the first use
+  bool is_refused = false;  // by the system, when it was asked last
 
-  bool can_be_used() const { return is_here() && request(); }
+  bool can_be_used() {
+    if (!is_here()) return false;
+    const bool is_granted = request();
+    __atomic_store_n(&is_refused, !is_granted, __ATOMIC_RELAXED);
+    return is_granted;
+  }
 };
 
 // Best first.
-const Choice kChoices[] = {
+Choice choices[] = {
 #if defined(__x86_64__)
-    {&kAmxInt8, has_amx_int8, request_tiles, true},
-    {&kAvx512Vnni, has_avx512_vnni, always, false},
-    {&kAvxVnni, has_avx_vnni, always, false},
-    {&kAvx2, has_avx2, always, false},
+    {&kAmxInt8, has_amx_int8, request_tiles},
+    {&kAvx512Vnni, has_avx512_vnni, always},
+    {&kAvxVnni, has_avx_vnni, always},
+    {&kAvx2, has_avx2, always},
 #elif defined(__aarch64__)
-    {&kNeonDotprod, has_dotprod, always, false},
+    {&kNeonDotprod, has_dotprod, always},
 #endif
-    {&kPortable, always, always, false},
+    {&kPortable, always, always},
 };
 
 const Kernels* best() {
-  for (const Choice& choice : kChoices) {
-    if (!choice.is_by_name_only && choice.can_be_used()) return choice.kernels;
+  for (Choice& choice : choices) {
+    if (choice.can_be_used()) return choice.kernels;
   }
   return &kPortable;
 }
@@ -127,8 +133,8 @@ QWEN3VL_PUBLIC int qwen3vl_cpu_version() { return 1; }
 QWEN3VL_PUBLIC const char* qwen3vl_cpu_isas() {
   static char names[256];
   names[0] = '\0';
-  for (const auto& choice : qwen3vl::kChoices) {
-    if (!choice.is_here()) continue;
+  for (const auto& choice : qwen3vl::choices) {
+    if (!choice.is_here() || __atomic_load_n(&choice.is_refused, __ATOMIC_RELAXED)) continue;
     if (names[0] != '\0') std::strcat(names, ",");
     std::strcat(names, choice.kernels->name);
   }
@@ -137,9 +143,11 @@ QWEN3VL_PUBLIC const char* qwen3vl_cpu_isas() {
 
 QWEN3VL_PUBLIC const char* qwen3vl_cpu_isa() { return qwen3vl::kernels().name; }
 
+// 0: it is used now; -1: there is none of that name for this processor; -2: the system refuses it.
 QWEN3VL_PUBLIC int qwen3vl_cpu_use(const char* name) {
-  for (const auto& choice : qwen3vl::kChoices) {
-    if (std::strcmp(choice.kernels->name, name) != 0 || !choice.can_be_used()) continue;
+  for (auto& choice : qwen3vl::choices) {
+    if (std::strcmp(choice.kernels->name, name) != 0 || !choice.is_here()) continue;
+    if (!choice.can_be_used()) return -2;
     __atomic_store_n(&qwen3vl::chosen, choice.kernels, __ATOMIC_RELEASE);
     return 0;
   }

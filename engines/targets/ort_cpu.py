@@ -117,6 +117,6 @@ TARGETS = tuple(
         "fp32": "ONNX Runtime, CPU, float32: the reference of all other targets",
         "int8": "ONNX Runtime, CPU, 8-bit weights in blocks of 128",
         "int4": "ONNX Runtime, CPU, 4-bit decoder in blocks of 128, 8-bit vision tower",
-        "int4p8": "as int4, and the decoder once more in 8 bits for prompts: fast on AMX, more memory",
+        "int4p8": "as int4 by ONNX Runtime's kernels, and the decoder once more in 8 bits for prompts: more memory",
     }.items()
 )

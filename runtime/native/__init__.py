@@ -2,7 +2,8 @@
 
 The library is built of `native/` where a compiler is, and lies beside this file. It holds the same kernels for several
 instruction sets and reads one layout of weights with all of them, so an engine is built for none in particular: the
-best that the processor has is taken, or the one that `QWEN3VL_CPU_ISA` names. The choice counts for the process.
+best that the processor has and the system grants is taken, or the one that `QWEN3VL_CPU_ISA` names. The choice counts
+for the process.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ _FUNCTIONS = {
     "qwen3vl_cpu_isa": ([], ctypes.c_char_p),
     "qwen3vl_cpu_use": ([ctypes.c_char_p], ctypes.c_int),
 }
+# What qwen3vl_cpu_use returns where the processor has the instruction set and the system does not grant it.
+_REFUSED = -2
 # What every error of loading ends with, since it is met where an engine is opened.
 _OTHERWISE = "or build the engine again with qwen3vl-export --kernels ort"
 _BUILD = "build it: `make setup` in a checkout, or install the package from there with g++ 12 or later"
@@ -72,12 +75,14 @@ def failure(path: Path = LIBRARY) -> Qwen3VLError | None:
 
 
 def isas(path: Path = LIBRARY) -> tuple[str, ...]:
-    """Return the instruction sets that this processor runs and the library has kernels for, the best first.
+    """Return the instruction sets that this process can use and the library has kernels for, the best first.
 
     Raises:
         EngineError, UsageError: As `load`.
     """
-    return _isas(load(path))
+    library = load(path)
+    library.qwen3vl_cpu_isa()  # chooses where nothing is chosen, and so finds what the system refuses
+    return _isas(library)
 
 
 def isa(path: Path = LIBRARY) -> str:
@@ -93,7 +98,7 @@ def use(name: str, path: Path = LIBRARY) -> None:
     """Choose an instruction set for the whole process, opened engines included.
 
     Raises:
-        UsageError: There is none of that name, or this processor does not run it.
+        UsageError: There is none of that name, the processor does not run it, or the system refuses it to this process.
         EngineError: As `load`.
     """
     _use(load(path), name)
@@ -130,7 +135,7 @@ def load(path: Path = LIBRARY) -> ctypes.CDLL:
 
     Raises:
         EngineError: There is no library, it is none, or it is of another version.
-        UsageError: `QWEN3VL_CPU_ISA` names no instruction set that the processor runs.
+        UsageError: `QWEN3VL_CPU_ISA` names no instruction set that this process can use.
     """
     if not path.is_file():
         raise EngineError(f"{path}: the library of own kernels is missing", remedy=f"{_BUILD}; {_OTHERWISE}")
@@ -168,10 +173,16 @@ def _register(options: ort.SessionOptions, path: Path) -> None:
 
 
 def _use(library: ctypes.CDLL, name: str) -> None:
-    runs = _isas(library)
-    if name in runs and library.qwen3vl_cpu_use(name.encode()) == 0:
+    result = library.qwen3vl_cpu_use(name.encode())
+    if result == 0:
         return
-    reason = "this processor does not run it" if name in ISAS else "there is no instruction set of that name"
+    if result == _REFUSED:
+        reason = "the system refuses it to this process"
+    elif name in ISAS:
+        reason = "this processor does not run it"
+    else:
+        reason = "there is no instruction set of that name"
+    runs = _isas(library)
     raise UsageError(
         f"{CPU_ISA_VARIABLE}: {name!r:.40}: {reason}; it runs {', '.join(runs)}",
         remedy=f"choose one of those, or leave {CPU_ISA_VARIABLE} out for {runs[0]}",

@@ -12,10 +12,16 @@ _SOURCE = """
 #include <string.h>
 struct OrtApiBase {{ const void* const* (*GetApi)(unsigned); const char* (*GetVersionString)(void); }};
 static char used[32] = "{best}";
+static int has_refused = 0;
 int qwen3vl_cpu_version(void) {{ return {version}; }}
-const char* qwen3vl_cpu_isas(void) {{ return "{isas}"; }}
+const char* qwen3vl_cpu_isas(void) {{ return has_refused ? "{granted}" : "{isas}"; }}
 const char* qwen3vl_cpu_isa(void) {{ return used; }}
-int qwen3vl_cpu_use(const char* name) {{ return strstr("{isas}", name) ? (strcpy(used, name), 0) : -1; }}
+int qwen3vl_cpu_use(const char* name) {{
+  if ({is_granted}) return strcpy(used, name), 0;
+  if (!({is_there})) return -1;
+  has_refused = 1;
+  return -2;
+}}
 void* RegisterCustomOps(void* options, const struct OrtApiBase* base) {{
   /* CreateStatus is the first function of the interface; 1 is its code of a failure. */
   void* (*create_status)(int, const char*) = (void* (*)(int, const char*))base->GetApi(17)[0];
@@ -24,12 +30,33 @@ void* RegisterCustomOps(void* options, const struct OrtApiBase* base) {{
 """
 
 
-def stand_in(folder: Path, *, version: int = 1, isas: str = "avx2,portable", refuses: bool = False) -> Path:
-    """Compile a library, or skip the test where there is no C compiler."""
-    best = isas.split(",")[0]
-    return compiled(
-        _SOURCE.format(version=version, isas=isas, best=best, refuses=int(refuses)), folder / "libstand_in.so"
+def stand_in(
+    folder: Path, *, version: int = 1, isas: str = "avx2,portable", granted: str = "", refuses: bool = False
+) -> Path:
+    """Compile a library, or skip the test where there is no C compiler.
+
+    Args:
+        folder: Where it goes.
+        version: Of its interface.
+        isas: The instruction sets of the processor, the best first.
+        granted: Those that the system grants; empty: all.
+        refuses: Whether ONNX Runtime is too old for it.
+    """
+    granted = granted or isas
+    text = _SOURCE.format(
+        version=version,
+        isas=isas,
+        granted=granted,
+        best=granted.split(",")[0],
+        is_there=_is_one_of(isas),
+        is_granted=_is_one_of(granted),
+        refuses=int(refuses),
     )
+    return compiled(text, folder / "libstand_in.so")
+
+
+def _is_one_of(names: str) -> str:
+    return " || ".join(f'strcmp(name, "{each}") == 0' for each in names.split(","))
 
 
 def compiled(text: str, library: Path) -> Path:

@@ -57,6 +57,15 @@ def test_what_cannot_run_is_refused_with_what_can(
     assert reason in native.problem(library)
 
 
+def test_what_the_system_refuses_is_said_and_offered_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN3VL_CPU_ISA", "amx_int8")
+    library = stand_in(tmp_path, isas="amx_int8,avx2,portable", granted="avx2,portable")
+    expected = "QWEN3VL_CPU_ISA: 'amx_int8': the system refuses it to this process; it runs avx2, portable"
+    with pytest.raises(UsageError, match=expected) as caught:
+        native.isa(library)
+    assert caught.value.remedy == "choose one of those, or leave QWEN3VL_CPU_ISA out for avx2"
+
+
 def test_an_empty_variable_chooses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN3VL_CPU_ISA", " ")
     assert native.isa(stand_in(tmp_path)) == "avx2"
