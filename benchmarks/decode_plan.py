@@ -79,7 +79,7 @@ def _rows(
         for gpu in missing:
             row = {"model": model, "target": name, "sm": gpu.sm, **{key: result[key] for key in ("source", "triton")}}
             try:
-                yield row | _plan(read_decoder(graph, bundle.config), gpu, target.top_k)
+                yield row | _plan(read_decoder(graph, bundle.config), gpu)
             except Unserved as error:
                 yield row | {"unserved": str(error)}
 
@@ -90,8 +90,8 @@ def _bundle(model: str) -> Bundle:
         return make_bundle(Checkpoint.open(str(Path(folder) / model)))
 
 
-def _plan(decoder: Decoder, gpu: Gpu, top_k: int) -> dict[str, Any]:
-    steps = make_steps(decoder, gpu, top_k)
+def _plan(decoder: Decoder, gpu: Gpu) -> dict[str, Any]:
+    steps = make_steps(decoder, gpu)
     codes = compile_all([Job.of(launch, gpu) for launch in steps.launches()])
     usages = {job: usage_of(code.binary) for job, code in codes.items()}
     return {
