@@ -7,9 +7,11 @@ compiler, is not made again, so a run that was ended goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +50,7 @@ def decode_plan(
     if problem := plan_problem():
         raise TargetError(f"nothing can be compiled: {problem}", remedy="install it")
     wanted = PlanOptions(True, tuple(gpus or ())).gpus
-    compiler = {"source": source_digest(), "triton": triton_version()}
+    compiler = {"source": launches_digest(), "triton": triton_version()}
     result = {**compiler, "plans": _kept(results), "environment": environment()}
     for model in models or MODELS:
         for row in _rows(model, targets or TARGETS, wanted, result):
@@ -56,6 +58,16 @@ def decode_plan(
             write(NAME, result, table(result), results, shown=False)
             typer.echo("  ".join(cells(row, result)), err=True)
     write(NAME, result, table(result), results)
+
+
+def launches_digest() -> str:
+    """Return a digest of the source of what a plan launches: kernels, their tiles and their order."""
+    digest = hashlib.sha256(source_digest().encode())
+    for package, names in (("engines.kernels", None), ("engines.decode_plan", ("steps.py",))):
+        for file in sorted(resources.files(package).iterdir(), key=lambda each: each.name):
+            if file.name.endswith(".py") and (names is None or file.name in names):
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _kept(folder: Path) -> list[dict[str, Any]]:
@@ -79,7 +91,7 @@ def _rows(
         for gpu in missing:
             row = {"model": model, "target": name, "sm": gpu.sm, **{key: result[key] for key in ("source", "triton")}}
             try:
-                yield row | _plan(read_decoder(graph, bundle.config), gpu, target.top_k)
+                yield row | _plan(read_decoder(graph, bundle.config), gpu)
             except Unserved as error:
                 yield row | {"unserved": str(error)}
 
@@ -90,8 +102,8 @@ def _bundle(model: str) -> Bundle:
         return make_bundle(Checkpoint.open(str(Path(folder) / model)))
 
 
-def _plan(decoder: Decoder, gpu: Gpu, top_k: int) -> dict[str, Any]:
-    steps = make_steps(decoder, gpu, top_k)
+def _plan(decoder: Decoder, gpu: Gpu) -> dict[str, Any]:
+    steps = make_steps(decoder, gpu)
     codes = compile_all([Job.of(launch, gpu) for launch in steps.launches()])
     usages = {job: usage_of(code.binary) for job, code in codes.items()}
     return {

@@ -42,6 +42,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def cells(plan: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    """Return the row of a plan, or of one that was not compiled."""
     mark = "" if "source" not in plan or is_current(plan, result) else "\\*"
     where = [plan["model"], plan["target"], f"{plan['sm'] // 10}.{plan['sm'] % 10}{mark}"]
     if "kernels" not in plan:

@@ -23,6 +23,7 @@ from runtime.json_entry import Entry
 from runtime.manifest import MANIFEST_NAME, Manifest
 from runtime.stored_weight import ELEMENTS, StoredWeight, stored_bytes
 
+FORMAT = 1
 PLAN_NAME = "decode_plan.json"
 DECODER_NAME = "decoder.onnx"
 PLAN_CAPABILITY = "decode_plan"
@@ -32,7 +33,6 @@ STEP_INPUTS = ("input_ids", "position_ids", "past_lengths", "slots")
 STEP_OUTPUTS = ("logits", "top_logits", "top_ids")
 CAPACITY, NULL = "capacity", "null"
 
-_FORMAT = 1
 _REMEDY = "build the engine again, or open it with decode_plan=False (--no-decode-plan)"
 # 94 layers for six kinds of GPU and six batches have 15 MB.
 _MOST_PLAN_BYTES = 64 << 20
@@ -120,8 +120,8 @@ class DecodePlan:
         path = folder / PLAN_NAME
         values = read_json_object(path, max_bytes=_MOST_PLAN_BYTES, remedy=_REMEDY)
         self._root = Entry(values, str(path), _REMEDY)
-        if self._root.get("format").value != _FORMAT:
-            self._root.get("format").refuse(f"{_FORMAT}, which this version reads")
+        if self._root.get("format").value != FORMAT:
+            self._root.get("format").refuse(f"{FORMAT}, which this version reads")
         self._check_engine()
         self.top_k = self._root.get("top_k").integer(1, 1 << 20)
         self.batches = tuple(each.integer(1, _MOST_BATCH) for each in self._root.get("batches").values())

@@ -44,17 +44,16 @@ def add_plan(
     problem = plan_problem()
     if not problem:
         gpus = options.gpus
-        top_k = min(target.top_k, config.text.vocab_size)
         try:
             decoder = read_decoder(model, config)
-            steps = {gpu.sm: make_steps(decoder, gpu, top_k) for gpu in gpus}
+            steps = {gpu.sm: make_steps(decoder, gpu) for gpu in gpus}
             check_weights(model, steps)
         except Unserved as error:
             problem = str(error)
         else:
             progress.report(Stage.COMPILING, f"compiling decode kernels for compute capability {names_of(gpus)}")
             compiled = partial(compile_all, advance=partial(progress.count, unit="kernels"))
-            return write_plan(folder, model, decoder, steps, top_k, compiled)
+            return write_plan(folder, model, decoder, steps, compiled)
     if options.is_required:
         raise TargetError(
             f"{target.name}: no decode plan can be made: {problem}",

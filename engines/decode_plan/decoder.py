@@ -54,6 +54,7 @@ class Decoder:
         table: Embeddings, in whole rows of codes as GatherBlockQuantized reads them.
         layers: In order.
         final_norm, head: What makes the logits.
+        top_k: How many of the largest logits a step gives.
         constants: Values of the small initializers that the rotary embedding takes: `inv_freq`, `axis_of_frequency`.
     """
 
@@ -65,4 +66,5 @@ class Decoder:
     layers: tuple[Layer, ...]
     final_norm: Norm
     head: Weight
+    top_k: int
     constants: dict[str, np.ndarray]

@@ -66,7 +66,8 @@ class _Reader:
         if set(self._outputs) != {*_LOGITS, *present}:
             odd = sorted(set(self._outputs) ^ {*_LOGITS, *present})
             raise Unserved(f"the graph's results are not {', '.join(_LOGITS)} and caches: {', '.join(odd[:4])}")
-        head, normed = self._product(self._logits(), text.vocab_size, text.hidden_size, "the logits")
+        logits, top_k = self._logits()
+        head, normed = self._product(logits, text.vocab_size, text.hidden_size, "the logits")
         final_norm, asked = self._norm(normed, "what the head multiplies")
         hidden = self._asked_for(asked)
         layers = []
@@ -85,19 +86,20 @@ class _Reader:
             layers=tuple(reversed(layers)),
             final_norm=final_norm,
             head=head,
+            top_k=top_k,
             constants=self._attention.frequencies,
         )
 
-    def _logits(self) -> ir.Value:
-        """Return the product that is given as logits, and whose largest elements are."""
+    def _logits(self) -> tuple[ir.Value, int]:
+        """Return the product that is given as logits, and how many of its largest elements are."""
         logits, top_logits, top_ids = (self._outputs[name] for name in _LOGITS)
         product = before_cast(logits, "the logits")
         top = made_by(before_cast(top_logits, "the largest logits"), "TopK", what="the largest logits")
         check_same(top_ids, result(top, 1), "top_ids")
         searched, count = taken(top, 2)
         check_same(searched, product, "what the largest logits are chosen of")
-        numbers(count, "the number of largest logits")
-        return searched
+        (top_k,) = numbers(count, "the number of largest logits")
+        return searched, int(top_k)
 
     def _asked_for(self, value: ir.Value | None) -> ir.Value:
         """Return the hidden states that those of the tokens whose logits are asked for are chosen of."""

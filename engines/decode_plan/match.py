@@ -24,8 +24,8 @@ _OF_EXPERTS: Final[Mapping[str, Any]] = {
     "normalize_routing_weights": 0,
     "use_sparse_mixer": 0,
 }
-# Attributes that an operator may have, with what they are if they are absent (docs/Operators.md of ONNX,
-# docs/ContribOperators.md of ONNX Runtime); None if it then does something else, or must have it.
+# Attributes that an operator may have, with what they are if they are absent (operators' documents of ONNX and of ONNX
+# Runtime 1.32); None if it then does something else, or must have it.
 _OPERATORS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     **{
         name: (_ONNX, {})

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from engines.decode_plan.decoder import Decoder, Experts, Layer, Norm
 from engines.kernels import attention, candidates, embed, experts, product, router
 from engines.kernels.launch import ADD, GLU, LOGITS, STORE, Gpu, Launch, Unserved, Weight
+from runtime.decode_plan import FAST, INVARIANT
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 """Numbers of sequences that a step is made for; others are filled up."""
 
-FAST, INVARIANT = "fast", "invariant"
 FORMS = (FAST, INVARIANT)
 """The fastest launches for a batch, and those whose bits do not depend on it."""
 
@@ -45,16 +45,14 @@ class Steps:
             yield from each
 
 
-def make_steps(decoder: Decoder, gpu: Gpu, top_k: int) -> Steps:
+def make_steps(decoder: Decoder, gpu: Gpu) -> Steps:
     """Return the launches of a decoder's steps on a GPU.
 
     Raises:
         Unserved: No kernel serves one of its shapes or formats.
     """
     makers = {
-        (batch, form): _Step(decoder, gpu, batch, top_k, invariant=form == INVARIANT)
-        for batch in BATCHES
-        for form in FORMS
+        (batch, form): _Step(decoder, gpu, batch, invariant=form == INVARIANT) for batch in BATCHES for form in FORMS
     }
     buffers: dict[str, tuple[int, bool]] = {}
     for maker in makers.values():
@@ -71,8 +69,8 @@ class _Step:
     Shapes: B batch, K hidden size, H and KVH heads, D head dim, I inner size, k experts of a token.
     """
 
-    def __init__(self, decoder: Decoder, gpu: Gpu, batch: int, top_k: int, *, invariant: bool) -> None:
-        self._decoder, self._gpu, self._batch, self._top_k, self._invariant = decoder, gpu, batch, top_k, invariant
+    def __init__(self, decoder: Decoder, gpu: Gpu, batch: int, *, invariant: bool) -> None:
+        self._decoder, self._gpu, self._batch, self._invariant = decoder, gpu, batch, invariant
         self._heads = attention.Heads(decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
 
     def buffers(self) -> dict[str, tuple[int, bool]]:
@@ -110,7 +108,7 @@ class _Step:
         for index, layer in enumerate(decoder.layers):
             yield from self._layer(index, layer)
         yield self._product(decoder.head, HIDDEN, "step:logits", LOGITS, decoder.final_norm)
-        yield from candidates.launches(decoder.head.rows, batch, gpu, top_k=self._top_k)
+        yield from candidates.launches(decoder.head.rows, batch, gpu, top_k=decoder.top_k)
 
     def _layer(self, index: int, layer: Layer) -> Iterator[Launch]:
         yield self._product(layer.qkv, HIDDEN, QKV, STORE, layer.attention_norm)

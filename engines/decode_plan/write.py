@@ -13,10 +13,9 @@ from engines.decode_plan.compile import Code, Job, compile_all, triton_version
 from engines.decode_plan.decoder import Decoder
 from engines.decode_plan.steps import BATCHES, FORMS, Steps
 from engines.kernels.launch import Gpu, Launch, Unserved
+from runtime.decode_plan import DECODER_NAME, FORMAT, PLAN_NAME
 from runtime.manifest import FileRecord
 
-FORMAT = 1
-PLAN_NAME, DECODER_NAME = "decode_plan.json", "decoder.onnx"
 # A kernel begins at a multiple of this, for the readers' sake.
 _ALIGNMENT = 16
 _CONSTANT_TYPES = {"float32": "fp32", "int64": "i64"}
@@ -27,7 +26,6 @@ def write_plan(
     model: ir.Model,
     decoder: Decoder,
     steps: Mapping[int, Steps],
-    top_k: int,
     compiled: Callable[[list[Job]], Mapping[Job, Code]] = compile_all,
 ) -> dict[str, FileRecord]:
     """Compile the kernels of a plan and write it.
@@ -37,7 +35,6 @@ def write_plan(
         model: Its decoder, whose weights are references to the written file.
         decoder: What was read of it.
         steps: Launches for each GPU, by SM.
-        top_k: Largest logits that a step gives.
         compiled: Compiles the kernels.
 
     Returns:
@@ -62,7 +59,7 @@ def write_plan(
         "versions": {"triton": triton_version()},
         "decoder": FileRecord.of(folder / DECODER_NAME).sha256,
         "dtype": decoder.dtype,
-        "top_k": top_k,
+        "top_k": decoder.top_k,
         "batches": list(BATCHES),
         "buffers": _buffers(steps),
         "constants": _constants(decoder),

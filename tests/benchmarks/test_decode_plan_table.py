@@ -15,7 +15,7 @@ from benchmarks.decode_plan_report import MODELS, TARGETS
 from benchmarks.kernel_usage import Usage
 from engines import registry
 from engines.bundle import DECODER, Bundle
-from engines.decode_plan.compile import Code, Job, source_digest, triton_version
+from engines.decode_plan.compile import Code, Job, triton_version
 from engines.decode_plan.graph import read_decoder
 from engines.kernels import candidates
 from engines.kernels.launch import GPUS
@@ -57,7 +57,11 @@ def test_what_was_compiled_is_kept(
     assert rows[0].pop("weight_bytes") > 0 and "embed" in rows[0].pop("spilling_kernels")
     assert rows[0] == {
         **{"model": "qwen3-vl-2b", "target": "ort-cuda-fp16", "sm": 90, "kernels": kernels},
-        **{"source": source_digest(), "triton": triton_version(), "launches": 5 * text.num_layers + 2 + len(last)},
+        **{
+            "source": decode_plan.launches_digest(),
+            "triton": triton_version(),
+            "launches": 5 * text.num_layers + 2 + len(last),
+        },
         **{"compile_s": kernels / 2, "code_bytes": 10 * kernels},
         **{"most_registers": 10, "most_stack_bytes": 8, "most_shared_bytes": 2048},
     }
@@ -67,7 +71,7 @@ def test_what_was_compiled_is_kept(
     rows, _ = run(tmp_path, "8.0", "9.0")
     assert [row["sm"] for row in rows] == [90, 80] and len(compiled) == 2
 
-    monkeypatch.setattr(decode_plan, "source_digest", lambda: "of other kernels")
+    monkeypatch.setattr(decode_plan, "launches_digest", lambda: "of other kernels")
     rows, table = run(tmp_path, "8.0")
     assert len(compiled) == 3 and [row["sm"] for row in rows] == [90, 80]
     assert "| 9.0\\* |" in table and "| 8.0 |" in table and "have changed" in table

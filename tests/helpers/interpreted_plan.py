@@ -44,8 +44,7 @@ def add_interpreted_plan(folder: Path) -> Path:
     manifest = Manifest.read(folder)
     model = ir.load(folder / "decoder.onnx")
     decoder = read_decoder(model, manifest.model)
-    top_k = int(manifest.capabilities["top_k"])
-    records = write_plan(folder, model, decoder, {GPU.sm: make_steps(decoder, GPU, top_k)}, top_k, host_codes)
+    records = write_plan(folder, model, decoder, {GPU.sm: make_steps(decoder, GPU)}, host_codes)
     files, capabilities = {**manifest.files, **records}, {**manifest.capabilities, PLAN_CAPABILITY: True}
     dataclasses.replace(manifest, files=files, capabilities=capabilities).write(folder)
     return folder

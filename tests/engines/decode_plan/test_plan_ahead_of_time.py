@@ -43,7 +43,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def steps_of(bundle: Bundle, name: str) -> Steps:
     target = registry.get(name)
     graph = lower(bundle.graphs[DECODER].clone(), target, bundle.config, target.passes(target.formats))
-    return make_steps(read_decoder(graph, bundle.config), GPU, target.top_k)
+    return make_steps(read_decoder(graph, bundle.config), GPU)
 
 
 def check(job: Job, code: Code) -> None:

@@ -46,6 +46,7 @@ def test_every_target_has_a_plan(target: registry.Target, demo_bundle: Bundle) -
     assert len(decoder.layers) == text.num_layers
     assert decoder.dtype == ("bfloat16" if target.precision == "bf16" else "float16")
     assert (decoder.head.rows, decoder.head.columns) == (text.vocab_size, text.hidden_size)
+    assert decoder.top_k == target.top_k
     assert all(layer.qkv.columns == text.hidden_size == layer.output.rows for layer in decoder.layers)
 
 
@@ -119,7 +120,7 @@ def test_what_layers_differ_in_is_read(demo_bundle: Bundle) -> None:
     assert [layer.scale for layer in decoder.layers] == [0.125, 0.125, 0.25, 0.125]
     assert [layer.attention_norm.epsilon for layer in decoder.layers] == pytest.approx([0.5, 1e-6, 1e-6, 1e-6])
     assert [layer.q_norm.epsilon for layer in decoder.layers] == pytest.approx([1e-5, 1e-6, 1e-6, 1e-6])
-    launches = [each for each in make_steps(decoder, GPUS[90], 8).of(1, FAST) if each.function == "attention"]
+    launches = [each for each in make_steps(decoder, GPUS[90]).of(1, FAST) if each.function == "attention"]
     assert [each.arguments["scale"].source for each in launches] == pytest.approx(
         [scale / math.log(2) for scale in (0.125, 0.125, 0.25, 0.125)]
     )
@@ -131,7 +132,7 @@ def test_unequal_epsilons_of_queries_and_keys_have_no_kernel(demo_bundle: Bundle
     norms = [node for node in model.graph if node.op_type == "SimplifiedLayerNormalization"]
     norms[1].attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-3)
     with pytest.raises(Unserved, match="unequal epsilons"):
-        make_steps(read_decoder(model, demo_bundle.config), GPUS[90], 8)
+        make_steps(read_decoder(model, demo_bundle.config), GPUS[90])
 
 
 @pytest.mark.parametrize("target", ["ort-cuda-fp16", "ort-cuda-fp8"])
@@ -150,7 +151,7 @@ def test_one_layer_may_be_dense_among_experts(tmp_path: Path) -> None:
 
 def test_the_last_block_of_a_row_is_filled_up(demo_bundle: Bundle) -> None:
     decoder = read_decoder(lowered(demo_bundle, "ort-cuda-int4"), demo_bundle.config)
-    products = [each for each in make_steps(decoder, GPUS[90], 8).of(1, FAST) if each.module == "product"]
+    products = [each for each in make_steps(decoder, GPUS[90]).of(1, FAST) if each.module == "product"]
     qkv = next(each for each in products if each.arguments["W"].source == f"weight:{decoder.layers[0].qkv.data}")
     # Rows of 192 codes of 8 bits in blocks of 128.
     assert (qkv.constants["K"], qkv.constants["ROW_BYTES"], qkv.constants["SCALES"]) == (192, 256, 2)
@@ -163,22 +164,21 @@ def test_small_blocks_have_no_kernel(demo_bundle: Bundle) -> None:
     decoder = read_decoder(model, demo_bundle.config)
     assert decoder.head.block == 16
     with pytest.raises(Unserved, match="in blocks of 16"):
-        make_steps(decoder, GPUS[90], 8)
+        make_steps(decoder, GPUS[90])
 
 
 def test_the_plan_says_of_the_weights_what_the_decoder_says(demo_bundle: Bundle, tmp_path: Path) -> None:
     """Neither is made of the other: the decoder is read by onnx, the plan from its file."""
-    found = registry.get("ort-cuda-int4")
     model = lowered(demo_bundle, "ort-cuda-int4")
     write_model(model, tmp_path / "decoder.onnx", with_weights=True)
     decoder = read_decoder(model, demo_bundle.config)
-    steps = {90: make_steps(decoder, GPUS[90], found.top_k)}
+    steps = {90: make_steps(decoder, GPUS[90])}
     check_weights(model, steps)
 
     def compiled(jobs: list[Job]) -> dict[Job, Code]:
         return {job: Code("kernel", 0, "12.9.86", b"code") for job in jobs}
 
-    write_plan(tmp_path, model, decoder, steps, found.top_k, compiled)
+    write_plan(tmp_path, model, decoder, steps, compiled)
     plan = json.loads((tmp_path / "decode_plan.json").read_text())
     graph = onnx.load(tmp_path / "decoder.onnx", load_external_data=False).graph
     expected = {}
@@ -204,6 +204,6 @@ def test_a_weight_inside_the_graph_has_no_place_that_a_plan_could_name(demo_bund
     write_model(model, tmp_path / "decoder.onnx", with_weights=True)
     gain = model.graph.initializers["model.language_model.norm.weight"]
     gain.const_value = ir.Tensor(np.ones(192, np.float16), name=gain.name)
-    steps = {90: make_steps(read_decoder(model, demo_bundle.config), GPUS[90], 8)}
+    steps = {90: make_steps(read_decoder(model, demo_bundle.config), GPUS[90])}
     with pytest.raises(Unserved, match=r"norm\.weight lies inside decoder\.onnx"):
         check_weights(model, steps)
