@@ -157,14 +157,15 @@ def steps_table(result: Result) -> str:
 
 def plan_kernels_table(result: Result) -> str:
     """Return what each kernel of a decode plan takes, timed by itself over all layers."""
-    rows = [("engine, own kernel", "batch", "blocks", "launches", "µs each", "weights, TB/s")]
+    rows = [("engine, own kernel", "weight of the first", "batch", "blocks", "launches", "µs each", "weights, TB/s")]
     for name in result["sections"]:
         for batch, kernels in values(result, name).get("kernels", {}).items() if name.startswith("step ") else ():
             for each in kernels[:_NUM_KERNELS]:
                 rate = f"{each['weight_bytes'] / each['us'] / 1e6:.2f}" if each["weight_bytes"] and each["us"] else ""
                 kernel = f"{_engine(name)} `{each['name']}`"
                 blocks = " × ".join(str(size) for size in each["grid"] if size > 1) or "1"
-                rows.append((kernel, batch, blocks, str(each["num_launches"]), f"{each['us']:g}", rate))
+                weight = each["weight"].removeprefix("model.language_model.")
+                rows.append((kernel, weight, batch, blocks, str(each["num_launches"]), f"{each['us']:g}", rate))
     return markdown(rows) if len(rows) > 1 else ""
 
 
