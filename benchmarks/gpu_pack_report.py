@@ -109,6 +109,10 @@ def engines_table(result: Result) -> str:
         rows += [[label.format(key), *(_median(each.get(kind, {}).get(key)) for each in found)] for key in keys]
     rows.append(["decode after 3500, batch 1", *(_median(each.get("decode_long")) for each in found)])
     rows.append(["image of 1024² to first token", *(_median(each.get("first_token")) for each in found)])
+    parts = [values(result, f"first-token {name.partition(' ')[2]}") for name in names]
+    if any(parts):
+        asked = {"vision": "… its vision tower", "prefill": "… its prompt", "model": "… as a request to the model"}
+        rows += [[label, *(_median(each.get(key)) for each in parts)] for key, label in asked.items()]
     return markdown(rows)
 
 

@@ -191,8 +191,8 @@ def test_a_pack_has_sections_for_all_that_it_holds(pack: Path) -> None:
         *(f"step {name}" for name in (CODES, EXPERTS)),
         f"torch {PLAIN}",
         f"speed-without-plan {CODES}",
-        f"kernels {PLAIN}",
-        *(f"{kind} {name}" for name in (CODES, EXPERTS) for kind in ("agreement", "kernels")),
+        *(f"{kind} {PLAIN}" for kind in ("first-token", "kernels")),
+        *(f"{kind} {name}" for name in (CODES, EXPERTS) for kind in ("agreement", "first-token", "kernels")),
         *(f"options {name}" for name in (PLAIN, CODES, EXPERTS)),
     ]
     arguments = {each.name: each.arguments[2:] for each in known}
@@ -378,6 +378,16 @@ def test_steps_of_own_kernels_have_tables() -> None:
     ]
     assert row_of(kernels, "embed") == [f"{ENGINE} `embed`", "", "1", "1", "1", "1.5", ""]
     assert steps in shown.table(result) and kernels in shown.table(result)
+
+
+def test_parts_of_the_time_to_the_first_token_stand_below_it() -> None:
+    result = a_result()
+    assert "as a request to the model" not in shown.engines_table(result)
+    parts = {name: {"median_ms": ms} for name, ms in (("vision", 16.0), ("prefill", 11.0), ("model", 31.5))}
+    result["sections"][f"first-token {ENGINE}"] = passed(**parts)
+    table = shown.engines_table(result)
+    for label, ms in (("its vision tower", "16"), ("its prompt", "11"), ("as a request to the model", "31.5")):
+        assert row_of(table, label)[1] == ms
 
 
 def test_options_of_the_provider_have_a_table() -> None:
