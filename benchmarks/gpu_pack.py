@@ -26,10 +26,12 @@ from benchmarks.gpu import standalone
 from benchmarks.gpu.measure import LAYOUT
 from benchmarks.gpu_pack_graphs import describe
 from benchmarks.gpu_pack_parts import MANIFEST, Piece, write_pack
+from engines.decode_plan.options import plan_problem
+from engines.kernels.launch import GPUS
 from engines.quantize.calibration import needs_prompts
 from engines.registry import all_targets, get
 from engines.target import Target
-from runtime.errors import UsageError
+from runtime.errors import TargetError, UsageError
 
 # A shape of configs/models, and the target of its graphs.
 Graph = tuple[str, Target]
@@ -61,6 +63,7 @@ def gpu_pack(
 ) -> None:
     """Write a pack that measures a GPU machine without a package index: `python gpu_pack.py run` there."""
     limit = parsed_bytes(part_bytes)
+    check_checkpoints(_listed(checkpoints))
     plan: dict[str, Any] = {"decode_plan": decode_plan}
     if decode_plan is not False:
         plan["compute_capability"] = [f"{sm // 10}.{sm % 10}"]
@@ -69,6 +72,8 @@ def gpu_pack(
         raise UsageError(f"{output} is not empty", remedy="give another --output, or empty it")
     if no_wheels and wheels is not None:
         raise UsageError("--no-wheels leaves out what --wheels gives", remedy="give one of them")
+    if decode_plan is not False:
+        check_plan(sm)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-pack-", dir=output.parent) as name:
         work = Path(name)
@@ -84,6 +89,38 @@ def gpu_pack(
     for part in pack["parts"]:
         typer.echo(f"{part['num_bytes'] / 1e6:6.1f} MB  {output / part['name']}")
     typer.echo(f"copy {output} to the machine, then there: python{python} {PROGRAM} run --json gpu.json")
+
+
+def check_checkpoints(names: Sequence[str]) -> None:
+    """Raise for a checkpoint that is not shipped: its answers on the CPU, and its questions, are not known.
+
+    Raises:
+        UsageError: There is one.
+    """
+    unknown = [name for name in names if name not in SHIPPED]
+    if unknown:
+        raise UsageError(
+            f"--checkpoints {','.join(unknown)}: not shipped", remedy=f"choose of {', '.join(SHIPPED)}, or give none"
+        )
+
+
+def check_plan(sm: int) -> None:
+    """Raise if no decode plan can be made for a GPU, before minutes go into the rest of the pack.
+
+    Raises:
+        UsageError: No kernels are made for it.
+        TargetError: What compiles them is missing.
+    """
+    if sm not in GPUS:
+        raise UsageError(
+            f"--sm {sm}: no decode kernels are made for it",
+            remedy=f"choose of {', '.join(map(str, GPUS))}, or leave decode plans out with --no-decode-plan",
+        )
+    if problem := plan_problem():
+        raise TargetError(
+            f"no decode plan can be made: {problem}",
+            remedy="install it, or leave decode plans out with --no-decode-plan",
+        )
 
 
 def wanted_graphs(models: Sequence[str], targets: Sequence[str], also: Sequence[str]) -> list[Graph]:

@@ -109,6 +109,10 @@ def engines_table(result: Result) -> str:
         rows += [[label.format(key), *(_median(each.get(kind, {}).get(key)) for each in found)] for key in keys]
     rows.append(["decode after 3500, batch 1", *(_median(each.get("decode_long")) for each in found)])
     rows.append(["image of 1024² to first token", *(_median(each.get("first_token")) for each in found)])
+    parts = [values(result, f"first-token {name.partition(' ')[2]}") for name in names]
+    if any(parts):
+        asked = {"vision": "… its vision tower", "prefill": "… its prompt", "model": "… as a request to the model"}
+        rows += [[label, *(_median(each.get(key)) for each in parts)] for key, label in asked.items()]
     return markdown(rows)
 
 
@@ -157,14 +161,15 @@ def steps_table(result: Result) -> str:
 
 def plan_kernels_table(result: Result) -> str:
     """Return what each kernel of a decode plan takes, timed by itself over all layers."""
-    rows = [("engine, own kernel", "batch", "blocks", "launches", "µs each", "weights, TB/s")]
+    rows = [("engine, own kernel", "weight of the first", "batch", "blocks", "launches", "µs each", "weights, TB/s")]
     for name in result["sections"]:
         for batch, kernels in values(result, name).get("kernels", {}).items() if name.startswith("step ") else ():
             for each in kernels[:_NUM_KERNELS]:
                 rate = f"{each['weight_bytes'] / each['us'] / 1e6:.2f}" if each["weight_bytes"] and each["us"] else ""
                 kernel = f"{_engine(name)} `{each['name']}`"
                 blocks = " × ".join(str(size) for size in each["grid"] if size > 1) or "1"
-                rows.append((kernel, batch, blocks, str(each["num_launches"]), f"{each['us']:g}", rate))
+                weight = each["weight"].removeprefix("model.language_model.")
+                rows.append((kernel, weight, batch, blocks, str(each["num_launches"]), f"{each['us']:g}", rate))
     return markdown(rows) if len(rows) > 1 else ""
 
 

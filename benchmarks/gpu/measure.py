@@ -91,6 +91,7 @@ def sections(work: Path) -> list[Section]:
             )
         if _is_plain(folder):
             timed["torch"].append(_section("torch", folder, "torch_step", limit_s=45, after=filled))
+        later.append(_section("first-token", folder, "first_token", limit_s=45, after=filled))
         later.append(_section("kernels", folder, "kernel_times", limit_s=45, after=filled))
     extra = [
         _section("options", folder, "options", limit_s=600, after=(f"fill {folder.name}",), is_extra=True)

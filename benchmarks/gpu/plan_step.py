@@ -2,9 +2,10 @@
 
 Values: `step` by batch, the recorded step alone after 512 cached tokens, from the copy of its inputs to the largest
 logits on the device, by CUDA's events around launches; `invariant_step`, the same of the batch-invariant form;
-`kernels` by batch: name, launches, microseconds of one, bytes of the weights that it reads; `other_bits` by batch: of
-so many repetitions, `num_repeats`, those whose logits, largest logits or new rows of the cache had other bits, recorded
-or not; `not_invariant` by batch: sequences whose logits in the batch-invariant form had other bits than alone.
+`kernels` by batch: name, launches, microseconds of one, the largest weight of the first, and the bytes of all weights
+that one is given (of experts, more than it reads); `other_bits` by batch: of so many repetitions, `num_repeats`, those
+whose logits, largest logits or new rows of the cache had other bits, recorded or not; `not_invariant` by batch:
+sequences whose logits in the batch-invariant form had other bits than alone.
 
 Rows of the cache are random numbers, and no two sequences have the same; where bits are compared, no two have the same
 number of them. Other bits are a problem.
@@ -235,19 +236,25 @@ def kernel_times(
         with step.recorded(batch, name) as launch:
             taken = timed(timer, launch, rounds=sizes.rounds, calls=sizes.calls)
         us = 1e3 * taken["median_ms"] / len(group)
-        read = {str(each) for launched in group for each in launched.sources if str(each).startswith("weight:")}
-        num_bytes = sum(step.weights[each.removeprefix("weight:")].num_bytes for each in read)
-        kernel = step.plan.kernels[group[0].kernel]
+        num_bytes = {name: step.weights[name].num_bytes for launch in group for name in weights_of(launch)}
+        first = weights_of(group[0])
         rows.append(
             {
-                "name": kernel.entry,
+                "name": step.plan.kernels[group[0].kernel].entry,
                 "grid": list(group[0].grid),
                 "num_launches": len(group),
                 "us": round(us, 3),
-                "weight_bytes": num_bytes // len(group),
+                "weight": max(first, key=lambda each: num_bytes[each], default=""),
+                "weight_bytes": sum(num_bytes.values()) // len(group),
             }
         )
     return sorted(rows, key=lambda row: -row["us"] * row["num_launches"])
+
+
+def weights_of(launch: PlannedLaunch) -> list[str]:
+    """Return the names of the weights that a launch is given."""
+    prefix = "weight:"
+    return [str(each).removeprefix(prefix) for each in launch.sources if str(each).startswith(prefix)]
 
 
 def problems(values: Mapping[str, Any]) -> list[str]:

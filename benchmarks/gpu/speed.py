@@ -181,9 +181,9 @@ def measure(
         values["decode_long"] = repeated(lambda: engine.decode(cache, sizes.long_past), warmup=8, repeats=sizes.repeats)
 
 
-def problems(engine: Engine, values: Any, *, with_plan: bool) -> list[str]:
+def problems(engine: Engine, values: Any, *, needs_plan: bool) -> list[str]:
     """Return those that are known already, and what the calls since have shown."""
-    found = [*values["problems"], engine.plan_problem if with_plan else ""]
+    found = [*values["problems"], engine.plan_problem if needs_plan else ""]
     if not values["finite"]:
         found.append("logits that are not numbers")
     return [each for each in dict.fromkeys(found) if each]
@@ -292,19 +292,21 @@ def run(
     before, start = free_bytes(), time.perf_counter()
     engine = open_engine()
     values["open_s"] = round(time.perf_counter() - start, 2)
+    # Without weights_twice a mixture of experts decodes in ONNX Runtime, which packs them.
+    needs_plan = with_plan and (weights_twice or engine.config.text.experts is None)
     memory = {"weight_bytes": engine.manifest.weight_bytes, "taken_at_open_bytes": before - free_bytes()}
 
     def note(_: str, cache: Any) -> None:
         memory["taken_at_step_bytes"] = before - free_bytes()
         memory["cache_bytes"] = cache.num_bytes
         values["memory"] = memory
-        values["problems"] = [engine.plan_problem] if with_plan and engine.plan_problem else []
+        values["problems"] = [engine.plan_problem] if needs_plan and engine.plan_problem else []
 
     if (folder / LAYOUT).is_file():  # of a pack's graphs, not of an engine with weights of its own
         each = {str(batch): step_bytes(folder, engine.config, batch, sizes.past) for batch in sizes.batches}
         values["step_bytes"] = each
     measure(engine, values, note, sizes, decode_only=not with_plan)
-    found = problems(engine, values, with_plan=with_plan)
+    found = problems(engine, values, needs_plan=needs_plan)
     is_shared = engine.decode_kernels == OWN and not weights_twice
     engine.close()
     gc.collect()

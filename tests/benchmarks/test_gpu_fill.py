@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.gpu import fill, measure, speed, torch_step
+from benchmarks.gpu import fill, first_token, measure, speed, torch_step
 from benchmarks.gpu.values import Values
 from benchmarks.gpu_pack_graphs import describe, fan_in_of, kind_of
 from engines.build import build_engine
@@ -17,6 +17,8 @@ from engines.bundle import Bundle
 from engines.registry import get
 from helpers.host_cuda import HostDevice
 from runtime.manifest import Manifest
+from runtime.model import Qwen3VLModel
+from runtime.preparation import Preparation
 from runtime.session import SessionOptions
 from runtime.sessions.ort_cuda import Device, OrtCudaSession
 
@@ -159,6 +161,21 @@ def test_every_figure_is_measured_through_the_session(graphs: dict[str, Path], p
     assert values["decode_long"]["n"] == TINY.repeats
     assert values["first_token_prompt_tokens"] > 32 // 4  # visual tokens, and text around them
     assert json.loads((tmp_path / "values.json").read_text()) == values
+
+
+def test_the_time_to_the_first_token_and_its_parts_are_measured(graphs: dict[str, Path], tmp_path: Path) -> None:
+    folder, values = graphs["fp16"], Values(tmp_path / "values.json")
+    manifest = Manifest.read(folder)
+    session = on_host(folder, manifest, SessionOptions())
+    preparation = Preparation.from_folder(folder, manifest.model).for_engine(manifest.capabilities)
+    model = Qwen3VLModel(manifest, session, preparation, 512, 1 << 34)
+    engine = speed.Engine(folder, opener=lambda *_: session)
+    first_token.measure(model, engine, values, (4, 8), repeats=2)
+    assert [values[name]["n"] for name in ("session", "vision", "prefill", "model")] == [2] * 4
+    assert values["prompt_tokens"] > 32 // 4
+    # Each request runs its prompt and its image anew.
+    counts = model.statistics()
+    assert counts["vision_calls"] == counts["prefill_chunks"] == 5
 
 
 def test_without_its_plan_only_steps_are_timed(graphs: dict[str, Path], tmp_path: Path) -> None:

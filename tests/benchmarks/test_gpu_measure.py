@@ -191,8 +191,8 @@ def test_a_pack_has_sections_for_all_that_it_holds(pack: Path) -> None:
         *(f"step {name}" for name in (CODES, EXPERTS)),
         f"torch {PLAIN}",
         f"speed-without-plan {CODES}",
-        f"kernels {PLAIN}",
-        *(f"{kind} {name}" for name in (CODES, EXPERTS) for kind in ("agreement", "kernels")),
+        *(f"{kind} {PLAIN}" for kind in ("first-token", "kernels")),
+        *(f"{kind} {name}" for name in (CODES, EXPERTS) for kind in ("agreement", "first-token", "kernels")),
         *(f"options {name}" for name in (PLAIN, CODES, EXPERTS)),
     ]
     arguments = {each.name: each.arguments[2:] for each in known}
@@ -355,7 +355,8 @@ def test_parity_has_a_row_for_each_way() -> None:
 def test_steps_of_own_kernels_have_tables() -> None:
     result = a_result()
     kernel = {"name": "product", "grid": [192, 1, 1], "num_launches": 28, "us": 8.0, "weight_bytes": 16_000_000}
-    bare = {"name": "embed", "grid": [1, 1, 1], "num_launches": 1, "us": 1.5, "weight_bytes": 0}
+    kernel["weight"] = "model.language_model.layers.0.mlp.down_proj.weight"
+    bare = {"name": "embed", "grid": [1, 1, 1], "num_launches": 1, "us": 1.5, "weight": "", "weight_bytes": 0}
     result["sections"][f"step {ENGINE}"] = passed(
         step={"1": {"median_ms": 1.1}, "8": {"median_ms": 1.6}},
         invariant_step={"1": {"median_ms": 1.2}},
@@ -371,9 +372,22 @@ def test_steps_of_own_kernels_have_tables() -> None:
     assert row_of(steps, "| 1 |") == [ENGINE, "1", "1.1", "1.2", "0 of 60", "", "0.52 %", "0.00 %"]
     assert row_of(steps, "| 8 |") == [ENGINE, "8", "1.6", "", "2 of 60", "0", "not a number", "0.49 %"]
     kernels = shown.plan_kernels_table(result)
-    assert row_of(kernels, "product") == [f"{ENGINE} `product`", "1", "192", "28", "8", "2.00"]
-    assert row_of(kernels, "embed") == [f"{ENGINE} `embed`", "1", "1", "1", "1.5", ""]
+    assert row_of(kernels, "product") == [
+        *(f"{ENGINE} `product`", "layers.0.mlp.down_proj.weight"),
+        *("1", "192", "28", "8", "2.00"),
+    ]
+    assert row_of(kernels, "embed") == [f"{ENGINE} `embed`", "", "1", "1", "1", "1.5", ""]
     assert steps in shown.table(result) and kernels in shown.table(result)
+
+
+def test_parts_of_the_time_to_the_first_token_stand_below_it() -> None:
+    result = a_result()
+    assert "as a request to the model" not in shown.engines_table(result)
+    parts = {name: {"median_ms": ms} for name, ms in (("vision", 16.0), ("prefill", 11.0), ("model", 31.5))}
+    result["sections"][f"first-token {ENGINE}"] = passed(**parts)
+    table = shown.engines_table(result)
+    for label, ms in (("its vision tower", "16"), ("its prompt", "11"), ("as a request to the model", "31.5")):
+        assert row_of(table, label)[1] == ms
 
 
 def test_options_of_the_provider_have_a_table() -> None:

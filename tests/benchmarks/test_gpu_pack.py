@@ -284,7 +284,26 @@ def test_wheels_are_either_given_or_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "pack").exists()
 
 
-@pytest.mark.parametrize(("option", "error"), [("models", UsageError), ("targets", TargetError)])
+def test_a_gpu_without_kernels_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--sm 91: no decode kernels") as raised:
+        gpu_pack.gpu_pack(sm=91, output=tmp_path / "pack")
+    assert "90" in raised.value.remedy and "--no-decode-plan" in raised.value.remedy
+    assert not (tmp_path / "pack").exists()
+
+
+def test_without_triton_a_pack_says_so_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_pack, "plan_problem", lambda: "triton is not installed")
+    with pytest.raises(TargetError, match="triton is not installed") as raised:
+        gpu_pack.gpu_pack(output=tmp_path / "pack")
+    assert "--no-decode-plan" in raised.value.remedy
+    assert not (tmp_path / "pack").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "error"), [("models", UsageError), ("targets", TargetError), ("checkpoints", UsageError)]
+)
 def test_a_name_that_is_none_is_refused_before_anything_is_built(tmp_path: Path, option: str, error: Any) -> None:
     with pytest.raises(error, match="no-such"):
         gpu_pack.gpu_pack(output=tmp_path / "pack", **{option: "no-such"})

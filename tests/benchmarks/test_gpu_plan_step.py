@@ -69,7 +69,7 @@ def test_kernels_are_timed_by_their_launches_with_the_weights_that_they_read(eng
     table = next(each.num_bytes for name, each in PlanStep(engine, HostDevice(), 8).weights.items() if name == TABLE)
     for row in kernels["2"]:
         assert (row["grid"], row["num_launches"], row["us"]) == ([2, 1, 1], 1, 2000.0)
-        assert row["weight_bytes"] == table
+        assert (row["weight"], row["weight_bytes"]) == (TABLE, table)
 
 
 def test_launches_are_grouped_by_kernel_and_grid() -> None:

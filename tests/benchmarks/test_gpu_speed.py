@@ -19,6 +19,7 @@ class ScriptedEngine:
     def __init__(self, gives_up_at: int, kernels: str = "own") -> None:
         self.gives_up_at, self.plan_problem, self._kernels = gives_up_at, "", kernels
         self.manifest = SimpleNamespace(weight_bytes=WEIGHTS)
+        self.config = SimpleNamespace(text=SimpleNamespace(experts=None))
         self.is_open = True
         self.session = SimpleNamespace(
             new_cache=lambda capacity, batch=1: SimpleNamespace(batch=batch, num_bytes=CACHE),
@@ -62,16 +63,16 @@ def test_a_plan_that_is_given_up_after_the_first_batch_is_a_problem() -> None:
     engine = ScriptedEngine(gives_up_at=8)
     values = measured(engine)
     assert values["decode_kernels"] == "onnxruntime"
-    assert problems(engine, values, with_plan=True) == ["the decode plan does not run: it differs"]
-    assert problems(engine, values, with_plan=False) == []
+    assert problems(engine, values, needs_plan=True) == ["the decode plan does not run: it differs"]
+    assert problems(engine, values, needs_plan=False) == []
 
 
 def test_a_plan_that_runs_is_none() -> None:
     engine = ScriptedEngine(gives_up_at=99)
     values = measured(engine)
     assert values["decode_kernels"] == "own"
-    assert problems(engine, values, with_plan=True) == []
-    assert problems(engine, values | {"finite": False}, with_plan=True) == ["logits that are not numbers"]
+    assert problems(engine, values, needs_plan=True) == []
+    assert problems(engine, values | {"finite": False}, needs_plan=True) == ["logits that are not numbers"]
 
 
 class Gpu:
@@ -132,3 +133,15 @@ def test_where_they_are_not_shared_a_second_copy_is_none() -> None:
 def test_a_plan_that_is_given_up_shares_no_weights_and_is_the_problem() -> None:
     gpu = Gpu(2 * WEIGHTS)
     assert found_on(gpu, lambda: gpu.open(gives_up_at=1))[0] == ["the decode plan does not run: it differs"]
+
+
+def test_experts_decode_in_onnx_runtime_unless_the_weights_may_be_there_twice() -> None:
+    def of_experts(gpu: Gpu) -> ScriptedEngine:
+        engine = gpu.open(gives_up_at=1)
+        engine.config.text.experts = object()
+        return engine
+
+    gpu = Gpu(2 * WEIGHTS)
+    assert found_on(gpu, lambda: of_experts(gpu))[0] == []
+    problems, _ = found_on(gpu, lambda: of_experts(gpu), weights_twice=True)
+    assert problems == ["the decode plan does not run: it differs"]
