@@ -1,7 +1,7 @@
 """The page that a report is: one HTML file without script and without network, in light and dark, wide and narrow.
 
 A report is a `Page` of cards and sections; a section holds elements: those of this module, and drawings. Widths of
-drawings are percentages (`qwen3vl_export/reports/drawing.py`, to come), so that their words keep their size on a narrow screen.
+drawings are percentages (`qwen3vl_export/reports/drawing.py`), so that their words keep their size on a narrow screen.
 """
 
 from __future__ import annotations
@@ -169,8 +169,13 @@ def facts(rows: Mapping[str, Child] | Sequence[tuple[str, Child]]) -> Element:
 
 
 def figure(content: Element, caption: str) -> Element:
-    """Return a drawing, or an image, with the words below it."""
-    return element("figure", content, element("figcaption", caption))
+    """Return a drawing, or an image, with the words above it."""
+    return element("figure", element("figcaption", caption), content)
+
+
+def grid(*parts: Element) -> Element:
+    """Return parts side by side, as many as the screen is wide for."""
+    return element("div", *parts, class_="grid")
 
 
 def picture(data: bytes, media_type: str, alt: str, **attributes: Any) -> Element:
