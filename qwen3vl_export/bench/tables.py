@@ -1,4 +1,4 @@
-"""A sweep as text: Markdown, CSV, JSON and JSON Lines."""
+"""A sweep as text: Markdown, CSV, JSON and JSON Lines; one point as a few lines, or as one flat object."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from qwen3vl_export.bench.compare import Comparison
 from qwen3vl_export.bench.points import Point, size_text
 from qwen3vl_export.bench.results import METRICS, Result, Times
-from runtime.shown import escape_controls
+from runtime.shown import columns, escape_controls
 
 _FLAT = (
     *("engine", "target", "model", "device", "threads", "load_s", "image_size", "images", "text_tokens"),
@@ -25,6 +25,7 @@ HEADERS = (
     *("TTFT ms", "TPOT ms", "tokens/s"),
 )
 NUMBERS = HEADERS[3:]
+_GRAPH = {True: ", as a CUDA graph", False: ", without a CUDA graph", None: ""}
 
 
 def milliseconds(times: Times) -> str:
@@ -128,6 +129,43 @@ def as_json(results: Sequence[Result], comparison: Comparison | None) -> str:
 def as_json_lines(results: Sequence[Result], comparison: Comparison | None) -> str:
     """Return an object on a line for each point."""
     return "\n".join(map(_dump, _points(results, comparison)))
+
+
+def as_lines(result: Result) -> str:
+    """Return what people want to see of one point."""
+    engine = result.engine
+
+    def spread(times: Times) -> str:
+        first, third = (1e3 * each for each in times.quartiles)
+        return f"quartiles {first:.4g} to {third:.4g} ms"
+
+    batch = f", {result.point.batch} at once" if result.point.batch > 1 else ""
+    ttft, runs = result.ttft_s, len(result.ttft_s.samples)
+    facts = [
+        ("device", f"{engine.device}, threads: {engine.threads}"),
+        ("engine", f"{engine.target}, loaded in {engine.load_s:.2f} s"),
+        ("prompt", f"{result.prompt_tokens} tokens, {result.visual_tokens} of them visual{batch}"),
+        ("TTFT", f"p50 {1e3 * ttft.median:.1f} ms, p90 {1e3 * ttft.p90:.1f} ms, {spread(ttft)} ({runs} runs)"),
+        ("TPOT", f"{1e3 * result.tpot_s.median:.2f} ms, {spread(result.tpot_s)}"),
+        ("decode", f"{result.tokens_per_s:.1f} tokens/s{_GRAPH[engine.decode_recorded]}"),
+    ]
+    return "\n".join(columns(facts + ([("kernels", engine.decode_kernels)] if engine.decode_kernels else [])))
+
+
+def flat_values(result: Result) -> dict[str, Any]:
+    """Return what `--json` prints of one point."""
+    engine = result.engine
+    return {
+        **{name: getattr(engine, name) for name in ("device", "threads", "target", "load_s")},
+        **{name: getattr(engine, name) for name in ("decode_recorded", "decode_kernels")},
+        **{name: getattr(result, name) for name in ("prompt_tokens", "visual_tokens")},
+        "new_tokens": result.point.new_tokens,
+        "runs": len(result.ttft_s.samples),
+        "ttft_p50_s": result.ttft_s.median,
+        "ttft_p90_s": result.ttft_s.p90,
+        "tpot_s": result.tpot_s.median,
+        "tokens_per_s": result.tokens_per_s,
+    }
 
 
 FORMATS: Mapping[str, Callable[[Sequence[Result], Comparison | None], str]] = {

@@ -27,7 +27,7 @@ def bench(
     engines: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=]ENGINE...",
+            metavar="[NAME=]ENGINE",
             help="Engine folders that qwen3vl-export wrote, which take turns; or give --url.",
         ),
     ] = None,

@@ -17,7 +17,7 @@ from qwen3vl_export.cli.options import Opening, Serving, given
 from qwen3vl_export.cli.output import note, print_json, print_text
 from qwen3vl_export.cli.progress import counting
 from runtime.errors import CapacityError, RegressionError, UsageError
-from runtime.shown import columns, shown
+from runtime.shown import shown
 
 if TYPE_CHECKING:
     from qwen3vl_export.bench.compare import Comparison
@@ -30,7 +30,6 @@ _FORMATS = ("md", "csv", "json", "jsonl")
 _DEFAULT_REPEATS, _MOST_REPEATS = 5, 1000
 # How many sequences an engine runs unless it is told otherwise.
 _DEFAULT_SEQUENCES = 8
-_GRAPH = {True: ", as a CUDA graph", False: ", without a CUDA graph", None: ""}
 
 
 @dataclass(frozen=True)
@@ -181,12 +180,8 @@ def bench_sweep(
         from qwen3vl_export.bench.compare import compare
 
         comparison = compare(results, earlier)
-    if as_json:
-        print_json(flat_values(results[0]))
-    elif is_single and report.output is None and comparison is None:
-        print_text("\n".join(columns(lines_of(results[0]))))
-    else:
-        _print(results, comparison, report.output or "md")
+    is_line = is_single and comparison is None
+    _print(results, comparison, report.output or ("lines" if is_line else "md"), as_json=as_json)
     if report.html is not None:
         from qwen3vl_export.bench.page import page_of
 
@@ -337,9 +332,15 @@ def device(model: Qwen3VLModel) -> str:
     return machine.gpu.name if machine.gpu else "a GPU that nvidia-smi does not list"
 
 
-def _print(results: Sequence[Result], comparison: Comparison | None, form: str) -> None:
-    from qwen3vl_export.bench.tables import FORMATS, notes_of
+def _print(results: Sequence[Result], comparison: Comparison | None, form: str, *, as_json: bool) -> None:
+    from qwen3vl_export.bench.tables import FORMATS, as_lines, flat_values, notes_of
 
+    if as_json:
+        print_json(flat_values(results[0]))
+        return
+    if form == "lines":
+        print_text(as_lines(results[0]))
+        return
     print_text(FORMATS[form](results, comparison))
     if comparison is not None and form in ("csv", "jsonl"):  # lines of points have no place for these
         for line in (*notes_of(comparison), comparison.summary):
@@ -356,40 +357,3 @@ def _check_slower(comparison: Comparison, limit: float) -> None:
             f"{worst.shift.low:.3f} to {worst.shift.high:.3f}",
             remedy="look for what changed; see whether a second run, on an idle machine, says the same",
         )
-
-
-def lines_of(result: Result) -> list[tuple[str, str]]:
-    """Return name and value of what people want to see of one point."""
-    engine = result.engine
-
-    def spread(times: Any) -> str:
-        first, third = (1e3 * each for each in times.quartiles)
-        return f"quartiles {first:.4g} to {third:.4g} ms"
-
-    batch = f", {result.point.batch} at once" if result.point.batch > 1 else ""
-    ttft, runs = result.ttft_s, len(result.ttft_s.samples)
-    rows = [
-        ("device", f"{engine.device}, threads: {engine.threads}"),
-        ("engine", f"{engine.target}, loaded in {engine.load_s:.2f} s"),
-        ("prompt", f"{result.prompt_tokens} tokens, {result.visual_tokens} of them visual{batch}"),
-        ("TTFT", f"p50 {1e3 * ttft.median:.1f} ms, p90 {1e3 * ttft.p90:.1f} ms, {spread(ttft)} ({runs} runs)"),
-        ("TPOT", f"{1e3 * result.tpot_s.median:.2f} ms, {spread(result.tpot_s)}"),
-        ("decode", f"{result.tokens_per_s:.1f} tokens/s{_GRAPH[engine.decode_recorded]}"),
-    ]
-    return rows + ([("kernels", engine.decode_kernels)] if engine.decode_kernels else [])
-
-
-def flat_values(result: Result) -> dict[str, Any]:
-    """Return what `--json` prints of one point."""
-    engine = result.engine
-    return {
-        **{name: getattr(engine, name) for name in ("device", "threads", "target", "load_s")},
-        **{name: getattr(engine, name) for name in ("decode_recorded", "decode_kernels")},
-        **{name: getattr(result, name) for name in ("prompt_tokens", "visual_tokens")},
-        "new_tokens": result.point.new_tokens,
-        "runs": len(result.ttft_s.samples),
-        "ttft_p50_s": result.ttft_s.median,
-        "ttft_p90_s": result.ttft_s.p90,
-        "tpot_s": result.tpot_s.median,
-        "tokens_per_s": result.tokens_per_s,
-    }
