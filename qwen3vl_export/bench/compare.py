@@ -1,4 +1,4 @@
-"""Compare a sweep with an earlier one: each point beside its old one, and what else is not as it was."""
+"""Compare a sweep with an earlier one, each point beside its old one; or engines that took turns with one of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3vl_export.bench.points import Point
 from qwen3vl_export.bench.results import METRICS, Earlier, Result
-from qwen3vl_export.bench.shift import CONFIDENCE, Shift, Verdict, shift
+from qwen3vl_export.bench.shift import CONFIDENCE, Shift, Verdict, paired_shift, shift
 from runtime.shown import shown
 
 # Of the engine and of the environment, what makes figures other figures; by the name that people know it by.
@@ -36,29 +36,29 @@ _BUSY = 0.5
 
 @dataclass(frozen=True)
 class Compared:
-    """One figure of one point, then and now.
+    """One figure of one point, and that which it is compared with.
 
     Attributes:
-        engine: Name of the engine now.
+        engine: Name of the engine.
         point: What was asked.
         metric: Which time, a name of `METRICS`.
-        earlier_s: Median then.
-        now_s: Median now.
-        shift: By what factor the time became longer.
+        baseline_s: Median that it is compared with.
+        median_s: Its own.
+        shift: By what factor the time is longer.
     """
 
     engine: str
     point: Point
     metric: str
-    earlier_s: float
-    now_s: float
+    baseline_s: float
+    median_s: float
     shift: Shift
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
         return {
-            "earlier_median": self.earlier_s,
-            "median": self.now_s,
+            "baseline_median": self.baseline_s,
+            "median": self.median_s,
             **asdict(self.shift),
             "verdict": self.shift.verdict.value,
         }
@@ -66,19 +66,21 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sweeps side by side.
+    """Figures side by side.
 
     Attributes:
+        baseline: What they are compared with, in words.
         rows: Each figure that both have.
         only_earlier: Points, by the name of their engine, that only the earlier one has.
         only_now: The same of the present one.
         changes: What of engine, machine and libraries is not as it was, a sentence each.
     """
 
+    baseline: str
     rows: tuple[Compared, ...]
-    only_earlier: tuple[tuple[str, Point], ...]
-    only_now: tuple[tuple[str, Point], ...]
-    changes: tuple[str, ...]
+    only_earlier: tuple[tuple[str, Point], ...] = ()
+    only_now: tuple[tuple[str, Point], ...] = ()
+    changes: tuple[str, ...] = ()
 
     def of(self, engine: str, point: Point) -> dict[str, Any] | None:
         """Return the figures of a point as plain values, by metric; None if there is none to compare with."""
@@ -101,7 +103,7 @@ class Comparison:
             else ""
         )
         different = counts[Verdict.FASTER] + counts[Verdict.SLOWER]
-        return f"Of {len(self.rows)} figures: {said}{by_chance if different else ''}."
+        return f"Of {len(self.rows)} figures against {self.baseline}: {said}{by_chance if different else ''}."
 
 
 def by_name_of_now(earlier: Sequence[Earlier], names: Sequence[str]) -> dict[tuple[str, Point], Earlier]:
@@ -131,11 +133,29 @@ def compare(results: Sequence[Result], earlier: Sequence[Earlier]) -> Comparison
     rows = tuple(row for key in both for row in _rows(now[key], then[key]))
     changes = dict.fromkeys(change for key in both for change in _changes(now[key], then[key]))
     return Comparison(
+        "the earlier file",
         rows,
         tuple((each.engine, each.point) for key, each in then.items() if key not in now),
         tuple(key for key in now if key not in then),
         tuple(changes),
     )
+
+
+def compare_engines(results: Sequence[Result], baseline: str) -> Comparison:
+    """Compare engines that took turns with one of them, round by round.
+
+    Args:
+        results: Those of one run.
+        baseline: Name of the engine that the others are compared with.
+    """
+    of_baseline = {each.point: each for each in results if each.engine.engine == baseline}
+    rows = []
+    for each in results:
+        for metric in METRICS if each.engine.engine != baseline else ():
+            times, base = getattr(each, metric), getattr(of_baseline[each.point], metric)
+            change = paired_shift(base.samples, times.samples)
+            rows.append(Compared(each.engine.engine, each.point, metric, base.median, times.median, change))
+    return Comparison(f"{baseline} in the same rounds", tuple(rows))
 
 
 def _rows(now: Result, then: Earlier) -> Iterator[Compared]:

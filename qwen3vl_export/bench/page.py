@@ -34,7 +34,7 @@ def page_of(
 
     Args:
         results: The figures.
-        comparison: With an earlier file, if there was one.
+        comparison: With an earlier file or with one of the engines, if there was one.
         streams: One answer of each engine, by its name, and what was asked.
         process: Resident memory of the process after the work.
     """
@@ -86,7 +86,9 @@ def _compared(comparison: Comparison) -> Section:
         ends = [end for row in judged for end in (row.shift.low, row.shift.high, 1.0) if end is not None]
         axis = Axis.of(ends, lambda value: f"{value:.3g} ×")
         points = list(dict.fromkeys(row.point for row in judged[:_MOST_ROWS]))
-        parts.append(paragraph("Times now over times then, with the 95 % interval: right of 1 is slower."))
+        parts.append(
+            paragraph(f"Times over those of {comparison.baseline}, with the 95 % interval: right of 1 is slower.")
+        )
         parts.append(grid(*(_intervals([row for row in judged if row.point == point], axis) for point in points)))
     cells: list[list[Cell | str]] = [
         [*row[:-1], Cell(row[-1], _TONES.get(each.shift.verdict, Tone.PLAIN))]
@@ -95,7 +97,7 @@ def _compared(comparison: Comparison) -> Section:
     parts.append(table(tables.COMPARED_HEADERS, cells, caption=comparison.summary, numbers=tables.COMPARED_NUMBERS))
     if notes := tables.notes_of(comparison):
         parts += [paragraph("Not as it was:"), element("ul", *(element("li", each) for each in notes))]
-    return Section("Against the earlier file", parts)
+    return Section(f"Against {comparison.baseline}", parts)
 
 
 def _intervals(compared: Sequence[Compared], axis: Axis) -> Element:

@@ -59,7 +59,7 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
     ]
 
 
-COMPARED_HEADERS = ("engine", "point", "time", "then ms", "now ms", "ratio", "95 % interval", "verdict")
+COMPARED_HEADERS = ("engine", "point", "time", "baseline ms", "ms", "ratio", "95 % interval", "verdict")
 COMPARED_NUMBERS = COMPARED_HEADERS[3:7]
 
 
@@ -70,8 +70,8 @@ def compared_rows(comparison: Comparison) -> list[list[str]]:
             each.engine,
             each.point.name,
             METRICS[each.metric],
-            f"{1e3 * each.earlier_s:.4g}",
-            f"{1e3 * each.now_s:.4g}",
+            f"{1e3 * each.baseline_s:.4g}",
+            f"{1e3 * each.median_s:.4g}",
             f"{each.shift.ratio:.3f}",
             "-" if each.shift.low is None else f"{each.shift.low:.3f}–{each.shift.high:.3f}",
             each.shift.verdict.value,
@@ -118,6 +118,7 @@ def as_json(results: Sequence[Result], comparison: Comparison | None) -> str:
     values: dict[str, Any] = {"points": _points(results, comparison)}
     if comparison is not None:
         values["comparison"] = {
+            "baseline": comparison.baseline,
             "summary": comparison.summary,
             "changes": list(comparison.changes),
             "only_earlier": [f"{engine}: {point.name}" for engine, point in comparison.only_earlier],

@@ -46,8 +46,9 @@ def bench(
     and prefill. Every prompt has a text and pixels of its own, so that no cache knows it. Lists make a sweep: each
     point is measured --repeats times after one of warm-up, engines in turns; medians with their quartiles are printed.
 
-    --compare sets each point beside that of an earlier file, with the factor between them, its 95 % interval and a
-    verdict. The exit code is 13 if --fail-slower is exceeded. docs/benchmarks.md says what that can tell.
+    --compare sets each point beside that of an earlier file, --against the engines beside one of them, with the factor
+    between them, its 95 % interval and a verdict. The exit code is 13 if --fail-slower is exceeded. docs/benchmarks.md
+    says what that can tell: on a busy machine, --against more than --compare.
 
     With --concurrency or --rate many requests run at once, each with words and pixels of its own. It reports how many
     were answered, refused because the queue was full, and failed; the percentiles 50 to 99 of TTFT, TPOT, latency and
@@ -62,7 +63,7 @@ def bench(
     Examples:
       qwen3vl bench demo-engine
       qwen3vl bench ENGINE --prompt-tokens 128,512 --new-tokens 32,128 --batch 1,4 --image-size none
-      qwen3vl bench fp32=ENGINE int4=OTHER --repeats 9 --output json --html report.html > now.json
+      qwen3vl bench fp32=ENGINE int4=OTHER --repeats 9 --against fp32 --html report.html
       qwen3vl bench ENGINE --compare earlier.json --fail-slower 5%
       qwen3vl bench ENGINE --concurrency 8 --plot load.svg
       qwen3vl bench --url http://127.0.0.1:8000 --concurrency 8 --requests 64 --image-size 512x512

@@ -95,12 +95,14 @@ class ReportOptions:
         output: Print a table as md or csv, or all repetitions as json or jsonl. [default: md for a sweep, lines for one
             point]
         compare: Compare with an earlier file of --output json or jsonl: ratio, 95 % interval, verdict.
-        fail_slower: With --compare: fail if a time became longer by more than P percent, the whole interval above it.
+        against: Compare the other engines with this one of the same run, round by round.
+        fail_slower: With either: fail if a time is longer by more than P percent, the whole interval above it.
         html: Write a page with distributions, one answer step by step, memory and environment into this file.
     """
 
     output: Annotated[str | None, typer.Option(metavar="|".join(_FORMATS))] = None
     compare: Annotated[Path | None, typer.Option(metavar="FILE")] = None
+    against: Annotated[str | None, typer.Option(metavar="NAME")] = None
     fail_slower: Annotated[str | None, typer.Option(metavar="P%")] = None
     html: Annotated[Path | None, typer.Option(metavar="FILE.html")] = None
 
@@ -127,11 +129,15 @@ class ReportOptions:
         """
         if self.output is not None and self.output not in _FORMATS:
             raise UsageError(f"--output {shown(self.output)}: unknown", remedy=f"choose of {', '.join(_FORMATS)}")
-        if as_json and (self.output is not None or self.compare is not None):
-            name = "--output" if self.output is not None else "--compare"
+        if beside := [name for name in ("output", "compare", "against") if getattr(self, name) is not None and as_json]:
+            name = f"--{beside[0]}"
             raise UsageError(f"--json and {name} are given together", remedy="leave --json out: --output json has more")
-        if self.limit is not None and self.compare is None:
-            raise UsageError("--fail-slower needs figures to compare with", remedy="add --compare FILE")
+        if self.compare is not None and self.against is not None:
+            raise UsageError("--compare and --against are given together", remedy="leave one of them out")
+        if self.limit is not None and self.compare is None and self.against is None:
+            raise UsageError(
+                "--fail-slower needs figures to compare with", remedy="add --compare FILE, or --against NAME"
+            )
         if self.html is not None:
             from engines.disk import check_file
 
@@ -167,19 +173,20 @@ def bench_sweep(
     if as_json and not is_single:
         raise UsageError(f"--json is of one point, not of {len(folders) * len(points)}", remedy="pass --output json")
     earlier = None if report.compare is None else _earlier(report, list(folders), points, repeats)
+    if report.against is not None:
+        _check_against(report, list(folders), repeats)
     from qwen3vl_export.reports.environment import Environment
     from runtime.machine import default_threads
 
     threads = opening.threads or default_threads()
     environment = Environment.of_this_machine(threads)  # before the work, whose load is not to count
+    load = environment.load_average
+    if load is not None and load > environment.cores / 2 and not as_json:
+        note(f"note: {load:.1f} processes ran in the minute before: these figures are those of a busy machine")
     with ExitStack() as opened:
         models, load_s = _open(folders, points, opening, serving, opened)
         results, drawn = _measured(models, load_s, points, repeats, environment, with_page=report.html is not None)
-    comparison = None
-    if earlier is not None:
-        from qwen3vl_export.bench.compare import compare
-
-        comparison = compare(results, earlier)
+    comparison = _compared(results, earlier, report.against)
     is_line = is_single and comparison is None
     _print(results, comparison, report.output or ("lines" if is_line else "md"), as_json=as_json)
     if report.html is not None:
@@ -233,6 +240,25 @@ def _earlier(report: ReportOptions, names: Sequence[str], points: Sequence[Point
             remedy="make at least 4 on each side: --repeats",
         )
     return earlier
+
+
+def _check_against(report: ReportOptions, names: Sequence[str], repeats: int) -> None:
+    from qwen3vl_export.bench.shift import has_paired_interval
+
+    if report.against not in names:
+        raise UsageError(f"--against {shown(report.against)}: no such engine", remedy=f"name one of {', '.join(names)}")
+    if len(names) == 1:
+        raise UsageError("--against needs a second engine", remedy="name it beside the first: before=DIR after=DIR")
+    if report.limit is not None and not has_paired_interval(repeats):
+        raise UsageError(f"--fail-slower cannot be judged by {repeats} rounds", remedy="pass --repeats 6 or more")
+
+
+def _compared(results: Sequence[Result], earlier: Sequence[Earlier] | None, against: str | None) -> Comparison | None:
+    from qwen3vl_export.bench.compare import compare, compare_engines
+
+    if earlier is not None:
+        return compare(results, earlier)
+    return None if against is None else compare_engines(results, against)
 
 
 def _open(
@@ -352,7 +378,7 @@ def _check_slower(comparison: Comparison, limit: float) -> None:
     if slower:
         worst = max(slower, key=lambda each: each.shift.low or 0)
         raise RegressionError(
-            f"{len(slower)} of {len(comparison.rows)} times became longer by more than {100 * (limit - 1):.3g} %; most "
+            f"{len(slower)} of {len(comparison.rows)} times are longer by more than {100 * (limit - 1):.3g} %; most "
             f"{worst.metric} of {worst.engine} at {worst.point.name}: {worst.shift.ratio:.3f} ×, 95 % interval "
             f"{worst.shift.low:.3f} to {worst.shift.high:.3f}",
             remedy="look for what changed; see whether a second run, on an idle machine, says the same",

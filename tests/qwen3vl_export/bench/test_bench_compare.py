@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helpers.bench_results import ENVIRONMENT, LONG, SAMPLES, SHORT, result
-from qwen3vl_export.bench.compare import compare
+from qwen3vl_export.bench.compare import compare, compare_engines
 from qwen3vl_export.bench.results import Earlier, Result
 from qwen3vl_export.bench.shift import Verdict
 
@@ -34,11 +34,11 @@ def test_each_point_beside_its_old_one() -> None:
     ]
     assert [row.shift.ratio for row in found.rows] == pytest.approx([2.0, 2.0, 1.0, 1.0])
     assert [row.shift.verdict for row in found.rows] == [*[Verdict.SLOWER] * 2, *[Verdict.SAME] * 2]
-    assert (found.rows[0].earlier_s, found.rows[0].now_s) == pytest.approx((0.012, 0.024))
+    assert (found.rows[0].baseline_s, found.rows[0].median_s) == pytest.approx((0.012, 0.024))
     assert found.only_earlier == (("demo", SHORT),) and found.only_now == () and found.changes == ()
     plain = found.of("demo", LONG)
     assert plain is not None and plain["ttft_s"]["verdict"] == "slower"
-    assert plain["ttft_s"]["earlier_median"] == pytest.approx(0.012)
+    assert plain["ttft_s"]["baseline_median"] == pytest.approx(0.012)
     assert found.of("demo", SHORT) is None
 
 
@@ -99,9 +99,32 @@ def test_what_is_slower_than_it_may_be() -> None:
 
 def test_the_summary_counts_and_says_what_chance_does() -> None:
     then = earlier([result(SHORT), result(LONG)])
-    assert compare([result(SHORT), result(LONG)], then).summary == "Of 4 figures: 4 no difference seen."
+    assert (
+        compare([result(SHORT), result(LONG)], then).summary
+        == "Of 4 figures against the earlier file: 4 no difference seen."
+    )
     said = compare([result(SHORT, times(2.0)), result(LONG)], then).summary
     assert said == (
-        "Of 4 figures: 2 slower, 2 no difference seen; by chance up to about 0.2 would be called faster or slower."
+        "Of 4 figures against the earlier file: 2 slower, 2 no difference seen; by chance up to about 0.2 would be called "
+        "faster or slower."
     )
-    assert compare([result(SHORT, [1.0])], then).summary == "Of 2 figures: 2 too few repetitions."
+    assert (
+        compare([result(SHORT, [1.0])], then).summary == "Of 2 figures against the earlier file: 2 too few repetitions."
+    )
+
+
+def test_engines_of_one_run_are_compared_round_by_round() -> None:
+    """Rounds of which one is ten times slower for both: the ratios within the rounds are all 2."""
+    rounds = [0.01, 0.011, 0.1, 0.012, 0.01, 0.013]
+    both = [result(SHORT, rounds), result(SHORT, [2 * each for each in rounds], engine="b")]
+    found = compare_engines([*both, result(LONG, rounds), result(LONG, rounds, engine="b")], "demo")
+    assert [(row.engine, row.point, row.metric) for row in found.rows] == [
+        *(("b", SHORT, "ttft_s"), ("b", SHORT, "tpot_s"), ("b", LONG, "ttft_s"), ("b", LONG, "tpot_s"))
+    ]
+    assert [row.shift.verdict for row in found.rows] == [*[Verdict.SLOWER] * 2, *[Verdict.SAME] * 2]
+    shift = found.rows[0].shift
+    assert (shift.ratio, shift.low, shift.high) == pytest.approx((2.0, 2.0, 2.0))
+    assert (found.rows[0].baseline_s, found.rows[0].median_s) == pytest.approx((0.0115, 0.023))
+    assert found.summary.startswith("Of 4 figures against demo in the same rounds: 2 slower, 2 no difference seen;")
+    assert found.changes == found.only_now == found.only_earlier == ()
+    assert [row.engine for row in compare_engines(both, "b").rows] == ["demo", "demo"]

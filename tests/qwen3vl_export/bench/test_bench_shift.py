@@ -7,7 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from qwen3vl_export.bench.shift import Shift, Verdict, has_interval, null_distribution, shift
+from qwen3vl_export.bench.shift import (
+    Shift,
+    Verdict,
+    has_interval,
+    has_paired_interval,
+    null_distribution,
+    paired_shift,
+    shift,
+    signed_rank_distribution,
+)
 
 ROUNDS = 4000
 
@@ -128,3 +137,64 @@ def test_verdicts_at_the_edge() -> None:
     assert Shift(1.1, 1.0001, 1.2).verdict is Verdict.SLOWER
     assert Shift(0.9, 0.8, 1.0).verdict is Verdict.SAME
     assert Shift(0.9, 0.8, 0.9999).verdict is Verdict.FASTER
+
+
+def test_paired_by_hand() -> None:
+    """Of six rounds the interval is the smallest to the largest ratio, since P(T = 0) = 1 / 64 is below 2.5 %."""
+    baseline = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    found = paired_shift(baseline, [2.0, 8.0, 8.0, 32.0, 32.0, 256.0])
+    assert (found.low, found.high) == pytest.approx((2.0, 8.0)) and found.verdict is Verdict.SLOWER
+    # Logarithms 1, 2, 1, 2, 1, 3: of their 21 means, 13 are 1.5 or less, 6 of them 1.
+    assert found.ratio == pytest.approx(2**1.5)
+    assert paired_shift(baseline[:5], baseline[1:]).verdict is Verdict.TOO_FEW
+    assert has_paired_interval(6) and not has_paired_interval(5)
+
+
+@pytest.mark.parametrize("n", [1, 6, 12, 50])
+def test_the_signed_rank_distribution_by_scipy(n: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    tail = np.cumsum(signed_rank_distribution(n))
+    assert tail[-1] == pytest.approx(1)
+    for t in {0, min(3, n), n * (n + 1) // 4}:
+        # Differences 1 to n, those of some ranks that add up to t above 0.
+        signs, left = np.full(n, -1.0), t
+        for rank in range(n, 0, -1):
+            if rank <= left:
+                signs[rank - 1], left = 1.0, left - rank
+        found = stats.wilcoxon(signs * np.arange(1, n + 1), alternative="less", method="exact")
+        assert left == 0 and found.statistic == t and tail[t] == pytest.approx(found.pvalue)
+
+
+@pytest.mark.parametrize("n", [6, 9, 20])
+def test_how_often_equal_engines_are_called_different_in_busy_rounds(n: int) -> None:
+    """A minute that makes everything three times as slow falls on both, and the verdict is wrong no more often."""
+    rng = np.random.default_rng(n)
+    different = 0
+    for _ in range(ROUNDS):
+        busy = np.where(rng.random(n) < 0.4, 3.0, 1.0)
+        different += (
+            paired_shift(busy * rng.lognormal(0, 0.05, n), busy * rng.lognormal(0, 0.05, n)).verdict is not Verdict.SAME
+        )
+    tail = np.cumsum(signed_rank_distribution(n))
+    level = 2 * float(tail[tail <= 0.025][-1])
+    assert level <= 0.05 and abs(different / ROUNDS - level) < 4 * math.sqrt(level * (1 - level) / ROUNDS)
+
+
+def test_turns_see_what_busy_minutes_hide() -> None:
+    """A difference of 10 % under a load that changes times threefold: the pairs show it, whole samples do not."""
+    rng = np.random.default_rng(1)
+    seen = {"paired": 0, "whole": 0}
+    for _ in range(200):
+        busy = rng.uniform(1.0, 3.0, 9)
+        before, after = busy * rng.lognormal(0, 0.02, 9), 1.1 * busy * rng.lognormal(0, 0.02, 9)
+        seen["paired"] += paired_shift(before, after).verdict is Verdict.SLOWER
+        seen["whole"] += shift(before, after).verdict is Verdict.SLOWER
+    assert seen["paired"] >= 198 and seen["whole"] < 20
+
+
+def test_many_rounds_are_approximated() -> None:
+    rng = np.random.default_rng(4)
+    before, after = rng.lognormal(0, 0.1, 51), 1.05 * rng.lognormal(0, 0.1, 51)
+    exact, approximate = paired_shift(before[:50], after[:50]), paired_shift(before, after)
+    assert exact.low is not None and approximate.low is not None
+    assert approximate.low == pytest.approx(exact.low, rel=0.01)

@@ -134,13 +134,15 @@ def test_a_comparison_with_an_earlier_file(earlier: Path, tiny_engine: Path, tmp
         *("--batch", "1,4", "--image-size", "none", "--html", str(page)),
     )
     assert code == RegressionError.exit_code == 13
-    assert "4 of 4 times became longer by more than 5 %; most " in err and " of b at " in err and "remedy: " in err
+    assert "4 of 4 times are longer by more than 5 %; most " in err and " of b at " in err and "remedy: " in err
     assert out.count("| slower |") == 4 and "- not in the earlier file: b: 4 tokens, 2 new, batch 4" in out
     assert "- only in the earlier file: a: 4 tokens, 2 new" in out
     text = page.read_text(encoding="utf-8")
-    assert "Of 4 figures: 4 slower" in text and "Speed of b" in text, "the page is written before the failure"
+    assert "Of 4 figures against the earlier file: 4 slower" in text and "Speed of b" in text, (
+        "the page is written before the failure"
+    )
     code, out, err = swept(f"b={tiny_engine}", "--compare", str(earlier), "--batch", "1", "--output", "csv")
-    assert code == 0 and "verdict_ttft_s" in out and "Of 8 figures: 8 slower" in err, (
+    assert code == 0 and "verdict_ttft_s" in out and "Of 8 figures against the earlier file: 8 slower" in err, (
         "lines of points have no place for it"
     )
 
@@ -157,6 +159,21 @@ def test_what_did_not_become_slower_passes(tiny_engine: Path, tmp_path: Path) ->
     assert code == 0, err
     (point,) = json.loads(out)["points"]
     assert [point["compared"][name]["verdict"] for name in ("ttft_s", "tpot_s")] == ["faster", "faster"]
+
+
+def test_engines_of_one_run_beside_each_other(tiny_engine: Path) -> None:
+    options = ("--batch", "1", "--image-size", "none", "--prompt-tokens", "4", "--repeats", "6")
+    engines = (f"a={tiny_engine}", f"b={tiny_engine}")
+    # Twenty times as slow is what no load makes of one of two equal engines.
+    code, out, err = swept(*engines, *options, "--against", "a", "--fail-slower", "1900%")
+    assert code == 0, err
+    assert out.count("| b | 4 tokens, 2 new | T") == 2 and "figures against a in the same rounds" in out
+    code, _, err = swept(*engines, "--against", "c")
+    assert code == UsageError.exit_code and "--against 'c': no such engine" in err and "one of a, b" in err
+    code, _, err = swept(engines[0], "--against", "a")
+    assert code == UsageError.exit_code and "--against needs a second engine" in err
+    code, _, err = swept(*engines, "--against", "a", "--fail-slower", "1")
+    assert code == UsageError.exit_code and "cannot be judged by 4 rounds" in err
 
 
 def test_a_page_of_one_point(tiny_engine: Path, tmp_path: Path) -> None:
@@ -192,6 +209,8 @@ def test_more_sequences_than_usual_are_opened_for_a_larger_batch(tiny_engine: Pa
         (("--fail-slower", "-1", "--compare", "x"), "--fail-slower '-1': expected a percentage"),
         (("--fail-slower", "nan", "--compare", "x"), "--fail-slower 'nan': expected a percentage"),
         (("--compare", "none.json"), "none.json: missing"),
+        (("--compare", "none.json", "--against", "a"), "--compare and --against are given together"),
+        (("--json", "--against", "a"), "--json and --against are given together"),
         (("--html", "/dev/null/page.html"), "/dev/null/page.html"),
         (("--concurrency", "2", "--repeats", "2"), "--repeats is of one request at a time"),
         (("--concurrency", "2", "--html", "x.html"), "--html is of a sweep, not of many requests"),
