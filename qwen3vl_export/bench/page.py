@@ -94,7 +94,8 @@ def _compared(comparison: Comparison) -> Section:
         [*row[:-1], Cell(row[-1], _TONES.get(each.shift.verdict, Tone.PLAIN))]
         for row, each in zip(tables.compared_rows(comparison), comparison.rows, strict=True)
     ]
-    parts.append(table(tables.COMPARED_HEADERS, cells, caption=comparison.summary, numbers=tables.COMPARED_NUMBERS))
+    caption = f"Medians of {comparison.baseline} and of each engine."
+    parts.append(table(tables.COMPARED_HEADERS, cells, caption=caption, numbers=tables.COMPARED_NUMBERS))
     if notes := tables.notes_of(comparison):
         parts += [paragraph("Not as it was:"), element("ul", *(element("li", each) for each in notes))]
     return Section(f"Against {comparison.baseline}", parts)

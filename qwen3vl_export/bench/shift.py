@@ -120,9 +120,9 @@ def null_distribution(m: int, n: int) -> NDArray[np.float64]:
 
 
 def signed_rank_distribution(n: int) -> NDArray[np.float64]:
-    """Return the probability of each value of Wilcoxon's signed-rank statistic where nothing differs, [n (n + 1) / 2 + 1].
+    """Return the probability of each value of Wilcoxon's signed-rank statistic where nothing differs.
 
-    The counts are the coefficients of the product of 1 + q^i for i of 1 to n (Wilcoxon, 1945).
+    There are n (n + 1) / 2 + 1. The counts are the coefficients of the product of 1 + q^i, i = 1 to n (Wilcoxon, 1945).
     """
     counts = np.zeros(n * (n + 1) // 2 + 1, np.int64)
     counts[0] = 1

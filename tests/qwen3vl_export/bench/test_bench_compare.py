@@ -105,8 +105,8 @@ def test_the_summary_counts_and_says_what_chance_does() -> None:
     )
     said = compare([result(SHORT, times(2.0)), result(LONG)], then).summary
     assert said == (
-        "Of 4 figures against the earlier file: 2 slower, 2 no difference seen; by chance up to about 0.2 would be called "
-        "faster or slower."
+        "Of 4 figures against the earlier file: 2 slower, 2 no difference seen; by chance up to about 0.2 "
+        "would be called faster or slower."
     )
     assert (
         compare([result(SHORT, [1.0])], then).summary == "Of 2 figures against the earlier file: 2 too few repetitions."

@@ -41,7 +41,12 @@ def page() -> Page:
     ]
     parts = [
         paragraph(HOSTILE, " and ", element("code", "code"), " after"),
-        table(["name", "value"], rows, caption="A table", numbers=["value"]),
+        table(
+            ["name", "value"],
+            rows,
+            caption="A table of figures, each beside its name, and with some words more",
+            numbers=["value"],
+        ),
         figure(picture(PNG, "image/png", "a dot", width=1), "An image"),
         folded("More", facts({"processor": "Abacus"})),
     ]
@@ -87,6 +92,7 @@ def test_a_browser_reads_it(tmp_path: Path, scheme: str, width: int) -> None:
         opened.set_viewport_size({"width": width, "height": 900})
         assert opened.title().startswith("Report <script>")
         assert opened.evaluate("document.documentElement.scrollWidth") <= width, "only tables scroll"
+        assert opened.evaluate("document.querySelector('caption').getBoundingClientRect().right") <= width
         assert opened.evaluate("document.scripts.length") == 0
         opened.get_by_text("More").click()
         assert opened.get_by_text("Abacus").is_visible()
