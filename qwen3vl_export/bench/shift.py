@@ -116,7 +116,7 @@ def null_distribution(m: int, n: int) -> NDArray[np.float64]:
             counts[n + i :] -= counts[: -(n + i)].copy()
         for j in range(i):  # over 1 - q^i
             counts[j::i] = np.cumsum(counts[j::i])
-    return counts / math.comb(m + n, m)
+    return counts / float(math.comb(m + n, m))
 
 
 def signed_rank_distribution(n: int) -> NDArray[np.float64]:
@@ -128,7 +128,7 @@ def signed_rank_distribution(n: int) -> NDArray[np.float64]:
     counts[0] = 1
     for i in range(1, n + 1):
         counts[i:] += counts[:-i].copy()
-    return counts / 2**n
+    return counts / float(2**n)
 
 
 def _rank(m: int, n: int, alpha: float) -> int:

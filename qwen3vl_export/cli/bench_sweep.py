@@ -96,7 +96,7 @@ class ReportOptions:
             point]
         compare: Compare with an earlier file of --output json or jsonl: ratio, 95 % interval, verdict.
         against: Compare the other engines with this one of the same run, round by round.
-        fail_slower: With either: fail if a time is longer by more than P percent, the whole interval above it.
+        fail_slower: Fail if a time that is compared is longer by more than P percent, its whole interval above that.
         html: Write a page with distributions, one answer step by step, memory and environment into this file.
     """
 

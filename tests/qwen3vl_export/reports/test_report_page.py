@@ -94,7 +94,7 @@ def test_a_browser_reads_it(tmp_path: Path, scheme: str, width: int) -> None:
         assert opened.evaluate("document.documentElement.scrollWidth") <= width, "only tables scroll"
         assert opened.evaluate("document.querySelector('caption').getBoundingClientRect().right") <= width
         assert opened.evaluate("document.scripts.length") == 0
-        opened.get_by_text("More").click()
+        opened.get_by_text("More", exact=True).click()
         assert opened.get_by_text("Abacus").is_visible()
         opened.evaluate(axe_script())
         found = opened.evaluate("axe.run()")["violations"]
