@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,14 @@ def test_engines_of_one_run_beside_each_other(tiny_engine: Path) -> None:
     assert code == UsageError.exit_code and "--against needs a second engine" in err
     code, _, err = swept(*engines, "--against", "a", "--fail-slower", "1")
     assert code == UsageError.exit_code and "cannot be judged by 4 rounds" in err
+
+
+def test_a_busy_machine_is_said(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.hardware, "available_cores", lambda: 4)
+    for load, is_busy in ((1.9, False), (2.6, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        code, _, err = run_bench(tiny_engine)
+        assert code == 0 and ("2.6 processes ran in the minute before" in err) is is_busy, err
 
 
 def test_a_page_of_one_point(tiny_engine: Path, tmp_path: Path) -> None:
