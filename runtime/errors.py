@@ -124,3 +124,9 @@ class RequestError(Qwen3VLError):
     """A server did not answer a request as it should."""
 
     exit_code = 12
+
+
+class RegressionError(Qwen3VLError):
+    """An engine has become slower than it may."""
+
+    exit_code = 13

@@ -40,7 +40,7 @@ class ServerOptions:
     model: Annotated[str | None, typer.Option(metavar="NAME")] = None
     api_key_file: Annotated[Path | None, typer.Option(metavar="FILE")] = None
 
-    def check(self, engine: Path | None, load: LoadOptions, opening: Opening, serving: Serving) -> None:
+    def check(self, engine: str | None, load: LoadOptions, opening: Opening, serving: Serving) -> None:
         """Check that it is clear what is asked, and how.
 
         Raises:

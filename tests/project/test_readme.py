@@ -241,6 +241,38 @@ def test_documented_json_of_engine_commands(demo_engine: Path) -> None:
         assert list(row) == documented_fields("its `targets`")
 
 
+def test_documented_json_of_bench() -> None:
+    from helpers.bench_results import result
+    from qwen3vl_export.bench.compare import compare
+    from qwen3vl_export.bench.results import Earlier
+    from qwen3vl_export.bench.tables import as_json, flat_values
+
+    assert list(flat_values(result())) == documented_fields("`qwen3vl bench --json`")
+    plain = json.loads(as_json([result()], None))
+    compared = json.loads(as_json([result()], compare([result()], [Earlier.parse(plain["points"][0], "file")])))
+    assert list(compared) == documented_fields("`qwen3vl bench --output json`")
+    (point,) = compared["points"]
+    assert list(point) == documented_fields("its `points`")
+    assert list(point["environment"]) == documented_fields("its `environment`")
+    row = next(line for line in COMMANDS.splitlines() if line.startswith("| its `points`"))
+    for name in ("ttft_s", "phases_s"):
+        assert all(f"`{part}`" in row for part in point[name])
+    assert all(f"`{part}`" in row for part in point["compared"]["ttft_s"])
+    assert all(f"`{part}`" in COMMANDS for part in compared["comparison"])
+
+
+def test_documented_options_of_a_sweep() -> None:
+    table = COMMANDS.split("### qwen3vl bench")[1].split("\n\n")[2]
+    documented = set(re.findall(r"^\| `(--[\w-]+)|\(`(--[\w-]+)`\)", table, re.MULTILINE))
+    names = {name for pair in documented for name in pair if name}
+    from dataclasses import fields
+
+    from qwen3vl_export.cli.bench_sweep import ReportOptions, SweepOptions
+
+    of_records = {f"--{each.name.replace('_', '-')}" for kind in (SweepOptions, ReportOptions) for each in fields(kind)}
+    assert names == of_records | {"--runs"} and names <= options_of("bench")
+
+
 def test_documented_json_of_verify() -> None:
     from qwen3vl_export.parity.report import Check, Report
 

@@ -105,6 +105,7 @@ def test_the_wheel_is_small_and_trains_nothing(wheel: Path) -> None:
     demo = {name.removeprefix("qwen3vl_export/demo/") for name in names if name.startswith("qwen3vl_export/demo/")}
     assert {name for name in demo if name.endswith(".py")} == {"__init__.py", "data.py", "distractors.py", "tasks.py"}
     assert {"checkpoint/model.safetensors", "checkpoint_moe/model.safetensors", "images/truth.json"} <= demo
+    assert "qwen3vl_export/reports/page.css" in names
     # 12 MB of them are the two demo checkpoints, 0.6 the own kernels and their proofs.
     assert wheel.stat().st_size <= 14_000_000
 

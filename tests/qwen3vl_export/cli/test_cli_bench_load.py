@@ -70,7 +70,7 @@ def test_lines_for_readers(tiny_engine: Path) -> None:
         (("--rate", "0"), "--rate 0.0: expected a number above 0"),
         (("--rate", "nan"), "--rate nan"),
         (("--concurrency", "2", "--duration", "-1"), "--duration -1.0"),
-        (("--concurrency", "2", "--runs", "9"), "--runs is of one request at a time"),
+        (("--concurrency", "2", "--runs", "9"), "--repeats is of one request at a time"),
         (("--requests", "3"), "--requests needs many requests"),
         (("--plot", "load.svg"), "--plot needs many requests"),
         (("--concurrency", "2", "--plot", "load.pdf"), "a plot is a .png or a .svg file"),

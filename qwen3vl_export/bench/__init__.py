@@ -1,0 +1,1 @@
+"""What `qwen3vl bench` measures of engines: points of a sweep, repetitions in turns, and comparisons of them."""
