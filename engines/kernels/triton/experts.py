@@ -10,7 +10,8 @@ import triton.language as tl
 
 from engines.kernels.triton.device import device_function
 from engines.kernels.triton.fragments import load_words, rounded
-from engines.kernels.triton.row_products import add2, multiply_rows, norm_factors, over_warps
+from engines.kernels.triton.row_products import first_two, multiply_rows, norm_factors
+from engines.kernels.triton.warp_sums import sums_of_warps
 
 
 @device_function
@@ -51,15 +52,17 @@ def experts_gate_up(
         rows, scales, zeros, (x,), GAIN + inside, ZEROS + lane + first * 0, first, start, KIND, K, CODES, UNIT, UNITS,
         PER, WARPS, (UNITS + WARPS - 1) // WARPS, DEPTH, AHEAD, True, ZP, CVT, True, PDL, BF16, ASM,
     )  # fmt: skip
-    factor, _ = norm_factors(squares[0], squares[1], K, eps, BF16, ASM)
-    for tile in tl.static_range(TILES):
-        c = sums[4 * tile : 4 * tile + 4]
-        gate, _, up, _ = over_warps(c[0], c[1], c[2], c[3], ASM)
-        gate = gate * factor
-        y = gate / (1.0 + tl.exp(-gate)) * (up * factor)
+    # One warp finishes the sums of a tile and stores them.
+    sums = sums_of_warps(sums, 4, WARPS, TILES, TILES, ASM)
+    squares = sums_of_warps(first_two(squares), 2, WARPS, 1, TILES, ASM)
+    for slot in tl.static_range((TILES + WARPS - 1) // WARPS):
+        tile = slot * WARPS + first
+        factor, _ = norm_factors(squares[2 * slot], squares[2 * slot + 1], K, eps, BF16, ASM)
+        gate = sums[4 * slot] * factor
+        y = gate / (1.0 + tl.exp(-gate)) * (sums[4 * slot + 2] * factor)
         pair = tl.program_id(0) * (8 * TILES) + tile * 8 + lane // 4
         p = OUT + tl.program_id(1) * (N // 2) + pair
-        tl.store(p, rounded(y, OUT.dtype.element_ty, ASM), (lane % 4 == 0) & (pair < N // 2))
+        tl.store(p, rounded(y, OUT.dtype.element_ty, ASM), (tile < TILES) & (lane % 4 == 0) & (pair < N // 2))
 
 
 @triton.jit
@@ -97,18 +100,17 @@ def experts_down(
         rows, scales, zeros, (x,), X + inside, ZEROS + lane + warp * 0, first + warp * 0, start, KIND, K, CODES, UNIT,
         UNITS, PER, PARTS, (UNITS + PARTS - 1) // PARTS, DEPTH, AHEAD, False, ZP, CVT, False, PDL, BF16, ASM,
     )  # fmt: skip
+    shared = ()
     for tile in tl.static_range(TILES):
-        low = sums[4 * tile] * share
-        high = sums[4 * tile + 2] * share
-        if ASM:
-            low, high = tl.reduce((low, high), 0, add2, keep_dims=True)
-        else:
-            low = tl.sum(low, axis=0, keep_dims=True)
-            high = tl.sum(high, axis=0, keep_dims=True)
+        shared = shared + (sums[4 * tile] * share, sums[4 * tile + 2] * share)
+    sums = sums_of_warps(shared, 2, WARPS, TILES, TILES, ASM)
+    for slot in tl.static_range((TILES + WARPS - 1) // WARPS):
+        tile = slot * WARPS + warp
         row = tl.program_id(0) * (16 * TILES) + tile * 16 + lane // 4
         p = OUT + tl.program_id(1) * N + row
-        add_row(p, low, (lane % 4 == 0) & (row < N), ASM)
-        add_row(p + 8, high, (lane % 4 == 0) & (row + 8 < N), ASM)
+        is_there = (tile < TILES) & (lane % 4 == 0)
+        add_row(p, sums[2 * slot], is_there & (row < N), ASM)
+        add_row(p + 8, sums[2 * slot + 1], is_there & (row + 8 < N), ASM)
 
 
 @device_function

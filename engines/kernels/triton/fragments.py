@@ -387,11 +387,11 @@ def add_squares(s0, s1, s2, s3, x, BF16: tl.constexpr, ASM: tl.constexpr):
 
 @device_function
 def from_lane(x, lane, ASM: tl.constexpr):
-    """Return x [1, 32] of other lanes."""
+    """Return x [W, 32] of other lanes [1, 32]."""
     if ASM:
         y = tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=f,f,r", [x, lane], dtype=tl.float32, is_pure=False, pack=1
         )
     else:
-        y = tl.gather(x, lane, 1)
+        y = tl.gather(x, lane + tl.zeros(x.shape, tl.int32), 1)
     return y

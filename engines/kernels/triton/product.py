@@ -9,7 +9,8 @@ import triton.language as tl
 
 from engines.kernels.triton.device import device_function
 from engines.kernels.triton.fragments import rounded
-from engines.kernels.triton.row_products import multiply_rows, norm_factors, over_warps
+from engines.kernels.triton.row_products import first_two, multiply_rows, norm_factors
+from engines.kernels.triton.warp_sums import sums_of_warps
 
 
 @triton.jit
@@ -109,32 +110,38 @@ def product_fragments(
         rows, scales, zeros, xs, GAIN + inside, ZEROS + lane + first * 0, first, start, KIND, K, CODES, UNIT, UNITS,
         PER, WARPS, (UNITS + WARPS - 1) // WARPS, DEPTH, AHEAD, NORM, ZP, CVT, False, PDL, BF16, ASM,
     )  # fmt: skip
-    for group in tl.static_range(GROUPS):
+    # Of each pair of a tile and a group one warp finishes the sums and stores them.
+    PAIRS: tl.constexpr = TILES * GROUPS
+    sums = sums_of_warps(sums, 4, WARPS, PAIRS, PAIRS, ASM)
+    if NORM:
+        squares = sums_of_warps(first_two(squares), 2, WARPS, GROUPS, PAIRS, ASM)
+    for slot in tl.static_range((PAIRS + WARPS - 1) // WARPS):
+        pair = slot * WARPS + first
         even, odd = 1.0, 1.0
         if NORM:
-            even, odd = norm_factors(squares[4 * group], squares[4 * group + 1], K, eps, BF16, ASM)
-        for tile in tl.static_range(TILES):
-            c = sums[4 * (tile * GROUPS + group) : 4 * (tile * GROUPS + group) + 4]
-            c0, c1, c2, c3 = over_warps(c[0], c[1], c[2], c[3], ASM)
-            store_tile(
-                OUT, c0 * even, c1 * odd, c2 * even, c3 * odd, tl.program_id(0) * TILES + tile, 8 * group, B, OUTPUTS,
-                MODE, ASM,
-            )  # fmt: skip
+            even, odd = norm_factors(squares[2 * slot], squares[2 * slot + 1], K, eps, BF16, ASM)
+        c = sums[4 * slot : 4 * slot + 4]
+        store_tile(
+            OUT, c[0] * even, c[1] * odd, c[2] * even, c[3] * odd, tl.program_id(0) * TILES + pair // GROUPS,
+            pair % GROUPS * 8, pair < PAIRS, B, OUTPUTS, MODE, ASM,
+        )  # fmt: skip
 
 
 @device_function
-def store_tile(OUT, c0, c1, c2, c3, tile, column, B, OUTPUTS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr):
-    """Store the results of a tile for 8 columns from `column` on, which are rows of the batch."""
+def store_tile(
+    OUT, c0, c1, c2, c3, tile, column, is_there, B, OUTPUTS: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """Store the results of a tile for 8 columns from `column` on, which are rows of the batch; one of each warp."""
     lane = tl.arange(0, 32)[None, :]
     column = column + lane % 4 * 2
     if MODE == 2:
         row = tile * 8 + lane // 4
         p = OUT + column * OUTPUTS + row
-        store_row(p, c0, c2, (row < OUTPUTS) & (column < B), MODE, ASM)
-        store_row(p + OUTPUTS, c1, c3, (row < OUTPUTS) & (column + 1 < B), MODE, ASM)
+        store_row(p, c0, c2, is_there & (row < OUTPUTS) & (column < B), MODE, ASM)
+        store_row(p + OUTPUTS, c1, c3, is_there & (row < OUTPUTS) & (column + 1 < B), MODE, ASM)
     else:
         for i in tl.static_range(2):
             row = tile * 16 + i * 8 + lane // 4
             p = OUT + column * OUTPUTS + row
-            store_row(p, c0 if i == 0 else c2, c0, (row < OUTPUTS) & (column < B), MODE, ASM)
-            store_row(p + OUTPUTS, c1 if i == 0 else c3, c0, (row < OUTPUTS) & (column + 1 < B), MODE, ASM)
+            store_row(p, c0 if i == 0 else c2, c0, is_there & (row < OUTPUTS) & (column < B), MODE, ASM)
+            store_row(p + OUTPUTS, c1 if i == 0 else c3, c0, is_there & (row < OUTPUTS) & (column + 1 < B), MODE, ASM)

@@ -310,41 +310,21 @@ def multiply_rows(
 
 
 @device_function
-def add2(a0, a1, b0, b1):
-    """Add pairs."""
-    return a0 + b0, a1 + b1
-
-
-@device_function
-def add4(a0, a1, a2, a3, b0, b1, b2, b3):
-    """Add fours."""
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@device_function
-def over_warps(c0, c1, c2, c3, ASM: tl.constexpr):
-    """Return the sums of the accumulators of a tile over the warps of a program, [1, 32] each."""
-    if ASM:
-        c0, c1, c2, c3 = tl.reduce((c0, c1, c2, c3), 0, add4, keep_dims=True)
-    else:  # the interpreter knows sums, and takes anything else apart
-        c0 = tl.sum(c0, axis=0, keep_dims=True)
-        c1 = tl.sum(c1, axis=0, keep_dims=True)
-        c2 = tl.sum(c2, axis=0, keep_dims=True)
-        c3 = tl.sum(c3, axis=0, keep_dims=True)
-    return c0, c1, c2, c3
+def first_two(squares):
+    """Return the two accumulators of each four of `add_squares` that are not zero."""
+    pairs = ()
+    for i in tl.static_range(len(squares) // 4):
+        pairs = pairs + squares[4 * i : 4 * i + 2]
+    return pairs
 
 
 @device_function
 def norm_factors(s0, s1, K: tl.constexpr, eps, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Return, for the columns 2t and 2t + 1 of each lane, [1, 32], by what products of x · gain are normalised.
+    """Return, for the columns 2t and 2t + 1 of each lane, by what products of x · gain are normalised.
 
-    Row and column 2t of `add_squares` are in s0 of lane 9t, row and column 2t + 1 in s1 of lane 9t + 4.
+    Of s0 and s1 of `add_squares`, summed over the warps: row and column 2t are in s0 of lane 9t, row and column 2t + 1
+    in s1 of lane 9t + 4.
     """
-    if ASM:
-        s0, s1 = tl.reduce((s0, s1), 0, add2, keep_dims=True)
-    else:
-        s0 = tl.sum(s0, axis=0, keep_dims=True)
-        s1 = tl.sum(s1, axis=0, keep_dims=True)
     lane = tl.arange(0, 32)[None, :] % 4 * 9
     SCALE: tl.constexpr = 1.0 if BF16 else 16.0  # of the gain
     even = tl.rsqrt(from_lane(s0, lane, ASM) / K + eps) * SCALE
