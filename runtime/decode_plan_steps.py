@@ -1,15 +1,23 @@
-"""Decode steps of own kernels: recorded as CUDA graphs, and compared with ONNX Runtime's at their first use.
+"""Decode steps of own kernels: recorded as CUDA graphs, and compared with ONNX Runtime's before they are relied on.
 
 A step of a batch size that the plan does not have is filled up to the next one that it has.
+
+What is compared is what runs later: the recorded step, of each batch and cache. Attention takes other ways for a long
+past than for a short one, and for sequences of unlike lengths than for equal ones, so a step is compared again when it
+is longer, or less even, than those that were. `runtime.decode_plan_rehearsal` makes the hardest step on purpose.
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import suppress
 
-from runtime.contract import DecoderInputs
+import numpy as np
+
+from runtime.contract import DecoderInputs, IntArray
 from runtime.cuda import CudaDevice
 from runtime.decode_plan import INVARIANT, STEP_INPUTS, STEP_OUTPUTS
 from runtime.decode_plan_kernels import PlanKernels
@@ -25,6 +33,38 @@ _LOGGER = logging.getLogger(__name__)
 # nearly cancels: with random weights that was so in 2 of 12 steps of 32 sequences on an H200, and ONNX Runtime's own
 # results for 1 and 32 sequences were then 5 % apart. So other tokens are asked before the plan is given up.
 _MOST_DOUBTS = 3
+LONG_PAST = 2560
+"""Cached rows from which on each split of attention has more than a block of them: 32 splits, blocks of 64, and the
+share of a split is a multiple of 16 (engines/kernels/attention.py)."""
+# A past of one of these lengths is compared even if shorter ones were. Without a past, attention is hardly asked.
+_LENGTHS = (1, 16, 128, 1024, LONG_PAST)
+
+
+class _Compared:
+    """How hard the steps of one batch and cache were that were compared: places in `_LENGTHS`, 0 for no past."""
+
+    def __init__(self) -> None:
+        self._even = self._uneven = -1
+
+    def covers(self, past_B: IntArray) -> bool:
+        """Return whether as hard a step as of these lengths was compared."""
+        hardest = self._uneven if _is_uneven(past_B) else max(self._even, self._uneven)
+        return _hardness(past_B) <= hardest
+
+    def add(self, past_B: IntArray) -> None:
+        """Note that a step of these lengths was right."""
+        if _is_uneven(past_B):
+            self._uneven = max(self._uneven, _hardness(past_B))
+        else:
+            self._even = max(self._even, _hardness(past_B))
+
+
+def _is_uneven(past_B: IntArray) -> bool:
+    return len(np.unique(past_B)) > 1
+
+
+def _hardness(past_B: IntArray) -> int:
+    return bisect_right(_LENGTHS, int(past_B.max()))
 
 
 class PlanSteps:
@@ -40,6 +80,7 @@ class PlanSteps:
         records: Record steps as CUDA graphs.
 
     Attributes:
+        batches: As given.
         problem: Why the plan runs no more; None while it does.
         recorded: Whether steps run as a CUDA graph; none before there was an opportunity.
     """
@@ -58,13 +99,23 @@ class PlanSteps:
         self.problem: str | None = None
         self.recorded: bool | None = None if records else False
         self._device, self._staging, self._kernels = device, staging, kernels
-        self._batches, self._form, self._has_experts = batches, form, has_experts
-        self._proven: set[int] = set()
+        self.batches, self._form, self._has_experts = batches, form, has_experts
+        self._compared: weakref.WeakKeyDictionary[DeviceKVCache, dict[int, _Compared]] = weakref.WeakKeyDictionary()
         self._doubts: dict[int, int] = {}
 
     def padded(self, num_sequences: int) -> int | None:
         """Return the batch that so many sequences run in; None if the plan has none that is large enough."""
-        return next((batch for batch in self._batches if batch >= num_sequences), None)
+        return next((batch for batch in self.batches if batch >= num_sequences), None)
+
+    def has_batch(self, num_sequences: int) -> bool:
+        """Return whether steps of so many sequences run: not if there are too many, nor after the plan's end."""
+        return self.problem is None and self.padded(num_sequences) is not None
+
+    def is_proven(self, cache: DeviceKVCache, past_B: IntArray) -> bool:
+        """Return whether a step of sequences of these lengths runs without a comparison."""
+        batch = self.padded(len(past_B))
+        compared = self._compared.get(cache, {}).get(batch or 0)
+        return compared is not None and compared.covers(past_B)
 
     def takes(self, inputs: DecoderInputs) -> bool:
         """Return whether a call is a step that the plan runs: of text, one token a sequence, its logits asked for.
@@ -76,13 +127,13 @@ class PlanSteps:
         (num_sequences, num_new), num_asked = inputs.input_ids.shape, inputs.logits_positions.shape[1]
         is_text = num_new == 1 == num_asked and not (inputs.visual_rows >= 0).any()
         self._check_kept()
-        if self.problem is not None or not is_text:
+        if not is_text:
             return False
-        has_batch = self.padded(num_sequences) is not None
+        has_batch = self.has_batch(num_sequences)
         if not has_batch and self._form == INVARIANT:
             raise CapacityError(
-                f"batch_invariant: at most {self._batches[-1]} sequences can step together, asked for {num_sequences}",
-                remedy=f"open the engine with max_sequences={self._batches[-1]} or less, or without batch_invariant",
+                f"batch_invariant: at most {self.batches[-1]} sequences can step together, asked for {num_sequences}",
+                remedy=f"open the engine with max_sequences={self.batches[-1]} or less, or without batch_invariant",
             )
         return has_batch
 
@@ -109,7 +160,7 @@ class PlanSteps:
         """
         batch = self.padded(len(inputs.input_ids))
         assert batch is not None, "a batch beyond the plan"
-        if batch in self._proven:
+        if self.is_proven(cache, inputs.past_lengths):
             io.write_padded(inputs, slot, batch)
             self._enqueue(cache, io, batch)
         else:
@@ -125,17 +176,18 @@ class PlanSteps:
         reference: Callable[[], None],
     ) -> None:
         """Run a step by ONNX Runtime and by the plan; if the results differ, the former stands and the plan is off."""
-        num_sequences, has_failed = len(inputs.input_ids), False
+        has_failed, compared = False, self._compared.setdefault(cache, {})
         reference()
         window = StepWindow(self._device, self._staging, cache, slot, inputs.past_lengths)
-        expected = StepResult(io.logits(num_sequences)[:, 0], window.read())
+        expected = StepResult(io.logits(len(inputs.input_ids))[:, 0], window.read())
         try:
             window.blank(expected.rows)
+            io.enqueue_blank()
             io.write_padded(inputs, slot, batch)
-            self._enqueue_kernels(cache, io, batch)
-            found = StepResult(io.logits(num_sequences)[:, 0], window.read())
+            self._enqueue(cache, io, batch)
+            found = StepResult(io.logits(batch)[:, 0], window.read())
             difference = window.difference(expected, found, has_experts=self._has_experts)
-            problem = difference or self._wrong_candidates(io, num_sequences, found)
+            problem = difference or self._wrong_candidates(io, batch, found)
         except EngineError as error:
             problem, has_failed = error.message, True
         except BaseException:  # Ctrl-C too; what is blank must not stay behind a sequence
@@ -143,9 +195,8 @@ class PlanSteps:
                 window.write(expected.rows)
             raise
         if problem is None:
-            # Without a past, attention was hardly asked.
-            if inputs.past_lengths.min() > 0:
-                self._proven.add(batch)
+            compared.setdefault(batch, _Compared()).add(inputs.past_lengths)
+            self._doubts.pop(batch, None)
             return
         window.write(expected.rows)
         self._doubts[batch] = self._doubts.get(batch, 0) + 1
@@ -156,6 +207,8 @@ class PlanSteps:
 
     def _switch_off(self, batch: int, problem: str) -> None:
         self.problem = f"at its first steps of {batch} sequences it did not do what ONNX Runtime does: {problem}"
+        for cache in self._compared:
+            cache.free_graphs()
         _LOGGER.warning(
             "warning: the decode plan is switched off: %s. ONNX Runtime decodes, which takes longer; report this with "
             "the GPU and its driver",
@@ -171,10 +224,10 @@ class PlanSteps:
                 remedy="open the engine without batch_invariant",
             )
 
-    def _wrong_candidates(self, io: StepBuffers, num_sequences: int, found: StepResult) -> str | None:
+    def _wrong_candidates(self, io: StepBuffers, batch: int, found: StepResult) -> str | None:
         io.enqueue_download()
         self._device.synchronize(self._staging.stream)
-        ids, values = io.tops(num_sequences)
+        ids, values = io.tops(batch)
         return wrong_candidates(found.logits_BV, ids[:, 0], values[:, 0])
 
     def _enqueue(self, cache: DeviceKVCache, io: StepBuffers, batch: int) -> None:

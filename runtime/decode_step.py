@@ -17,6 +17,7 @@ from runtime.device_buffers import Block, DeviceBuffer, Shape, Staging
 from runtime.model_config import ModelConfig
 
 _FLOAT_BYTES = 4
+_BLANK = 0xFF  # of each byte: NaN, and -1
 # A step takes no visual row, but the graph wants some: they are zeros, written once.
 _INTS = [name for name, dtype in DECODER_DTYPES.items() if dtype is np.int64]
 SLOTS = "slots"
@@ -44,7 +45,8 @@ class StepBuffers:
     """
 
     def __init__(self, device: CudaDevice, staging: Staging, config: ModelConfig, max_batch: int, num_top: int) -> None:
-        self._staging, self._config, self._num_top = staging, config, num_top
+        self._device, self._staging, self._config = device, staging, config
+        self._max_batch, self._num_top = max_batch, num_top
         shapes, top = self.shapes(max_batch), (max_batch, 1, num_top)
         embeds_bytes = math.prod(shapes["visual_embeds"]) * _FLOAT_BYTES
         with ExitStack() as stack:
@@ -105,6 +107,11 @@ class StepBuffers:
     def enqueue_download(self) -> None:
         """Enqueue the copy of the largest logits from the device, for `tops`."""
         self._tops.enqueue_download(self._staging.stream)
+
+    def enqueue_blank(self) -> None:
+        """Enqueue that what steps give is overwritten by numbers that are none, and ids that no token has."""
+        self._device.fill(self.addresses["logits"], _BLANK, self._max_batch * self._logits_bytes, self._staging.stream)
+        self._tops.enqueue_fill(_BLANK, self._staging.stream)
 
     def tops(self, batch: int) -> tuple[IntArray, FloatArray]:
         """Return ids and values of the largest logits, [B, 1, k], once their copy was waited for."""

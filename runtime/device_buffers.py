@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from runtime.cuda import CudaDevice
-from runtime.errors import CapacityError
 
 # TensorRT asks for it of every tensor's address.
 _ALIGNMENT = 256
@@ -164,7 +163,7 @@ class Block:
         self._address = device.alloc(num_bytes)
         try:
             self._pinned = device.pinned(num_bytes)
-        except CapacityError:
+        except BaseException:  # Ctrl-C too
             device.free(self._address)
             raise
 
@@ -180,6 +179,10 @@ class Block:
     def enqueue_upload(self, stream: int) -> None:
         """Enqueue the copy to the device."""
         self._device.to_device(self._address, self._pinned, stream)
+
+    def enqueue_fill(self, byte: int, stream: int) -> None:
+        """Enqueue the setting of each byte on the device."""
+        self._device.fill(self._address, byte, self._pinned.nbytes, stream)
 
     def enqueue_download(self, stream: int) -> None:
         """Enqueue the copy from the device."""

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import past_names, present_names
+from runtime.contract import FloatArray, past_names, present_names
 from runtime.cuda import CudaDevice, Pieces
 from runtime.device_buffers import DeviceBuffer, Staging
-from runtime.errors import CapacityError
 
 _ITEM_BYTES = 2
 
@@ -65,7 +64,7 @@ class DeviceKVCache:
             if self.batch > 1:
                 # Taken here, so that no swap fails for want of it: one slot's keys of one layer.
                 self._aside.reserve(buffer_bytes // self.batch)
-        except CapacityError:
+        except BaseException:  # Ctrl-C too
             self.close()
             raise
         for address in self._addresses:
@@ -101,6 +100,10 @@ class DeviceKVCache:
             self._copy(second, aside, piece_bytes)
         self._device.synchronize(self._staging.stream)
 
+    def free_graphs(self) -> None:
+        """Free the recorded decode steps; the cache may be recorded for again."""
+        _free_graphs(self._device, self.graphs)
+
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return copies of one layer's keys and values, [B, K, T, H], as float32."""
         return self._read(self._addresses[2 * index]), self._read(self._addresses[2 * index + 1])
@@ -131,9 +134,20 @@ def from_bfloat16(values: NDArray[Any]) -> NDArray[np.float32]:
     return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
+def to_bits(values: FloatArray, dtype: str) -> NDArray[np.uint16]:
+    """Return numbers as the 16 bits that a cache of this type holds; a bfloat16 is cut off, not rounded."""
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(np.float16).view(np.uint16)
+
+
 def _free(device: CudaDevice, addresses: list[int], graphs: dict[int, int], buffer: DeviceBuffer) -> None:
-    for graph in graphs.values():
-        device.free_graph(graph)
+    _free_graphs(device, graphs)
     for address in addresses:
         device.free(address)
     buffer.close()
+
+
+def _free_graphs(device: CudaDevice, graphs: dict[int, int]) -> None:
+    while graphs:
+        device.free_graph(graphs.popitem()[1])

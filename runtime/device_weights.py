@@ -24,8 +24,6 @@ with from_extra("cuda"):
 _DEVICE_TYPES = {"cpu": 1, "cuda": 2}  # kDLCPU, kDLCUDA
 # Two of them: while one is copied to the device, the next piece of the file is read into the other.
 _PIECE_BYTES = 8 << 20
-# What a session takes on a GPU beside its weights: handles and workspaces of the libraries, the arena's first block.
-_BESIDE_WEIGHTS_BYTES = 256 << 20
 
 
 class DeviceWeights:
@@ -40,6 +38,7 @@ class DeviceWeights:
         stream: The copies run on it; all are done when this returns.
 
     Attributes:
+        stored: As given.
         addresses: Device address of each weight, by name.
         num_bytes: Device memory of all.
 
@@ -49,7 +48,7 @@ class DeviceWeights:
     """
 
     def __init__(self, folder: Path, weights: Mapping[str, StoredWeight], device: CudaDevice, stream: int) -> None:
-        self._weights = weights
+        self.stored = weights
         # Of which the options keep addresses alone.
         self._values: list[ort.OrtValue] = []
         self.addresses: dict[str, int] = {}
@@ -77,19 +76,10 @@ class DeviceWeights:
             options: Of a session that must be closed before the weights are.
             device_name: `cuda`, or `cpu` if the addresses are of the host's memory.
         """
-        for name, weight in self._weights.items():
+        for name, weight in self.stored.items():
             value = _as_value(self.addresses[name], weight, device_name)
             options.add_initializer(name, value)
             self._values.append(value)
-
-
-def is_second_copy(taken_bytes: int, weights_bytes: int) -> bool:
-    """Return whether a session has so much device memory that it must have copied the weights it was given.
-
-    What a session takes beside them is not known to the byte, so a copy of less than half of the weights, or of a model
-    of a few hundred megabytes, is not seen.
-    """
-    return taken_bytes >= weights_bytes // 2 + _BESIDE_WEIGHTS_BYTES
 
 
 def _as_value(address: int, weight: StoredWeight, device_name: str) -> ort.OrtValue:

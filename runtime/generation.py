@@ -15,17 +15,23 @@ from runtime.session import KVCache, Session, TopLogits, TopLogitsSession
 
 # A chunk bounds the activations of a long prompt; the products reach their full speed well below it.
 PREFILL_CHUNK = 512
+GPU_PREFILL_CHUNK = 2048
+"""On a GPU, if memory allows (`runtime.scheduling.plan`): of 2B in float16 on an H200, 512 tokens take 6.9 ms and 2048
+take 18.6 ms."""
 
 
 def chunk_limit(capabilities: Mapping[str, Any], *, all_logits: bool = False) -> int:
-    """Return the most new tokens of one call of an engine: of its own sizes, or `PREFILL_CHUNK` if it has none.
+    """Return the most new tokens of one call of an engine: of its own sizes, or of its device's if it has none.
 
     Args:
         capabilities: Those of the engine's manifest.
         all_logits: Each of the tokens gets logits.
     """
     chunk = int(capabilities.get("prefill_chunk", PREFILL_CHUNK))
-    return min(chunk, int(capabilities.get("logits_chunk", chunk))) if all_logits else chunk
+    if all_logits:
+        return min(chunk, int(capabilities.get("logits_chunk", chunk)))
+    is_free = "prefill_chunk" not in capabilities and capabilities.get("device") == "gpu"
+    return GPU_PREFILL_CHUNK if is_free else chunk
 
 
 def prefill(session: Session, cache: KVCache, prompt: DecoderInputs, *, chunk: int = PREFILL_CHUNK) -> FloatArray:

@@ -57,7 +57,11 @@ class Session(Protocol):
     - `free_bytes`, an int: of a session on a GPU, the device memory that is free for new caches; runs will take part of
       it for their activations.
     - `chunk_sizes`, ints: numbers of tokens that a chunk of a prompt is filled up to.
-    - `decodes_anywhere`, a bool: decode steps are as fast from any slot on; else they begin at slot 0.
+    - `decodes_anywhere(num_sequences)`: whether decode steps of so many are as fast from any slot on, as things are
+      now; else they begin at slot 0.
+    - `rehearse_decode(cache, num_rows)`: compares own kernels of decode steps with others, which is done at their first
+      use else, on rows behind the valid ones: `num_rows` of each slot from 0 on, a slot for each sequence that will
+      step.
     - `runs_vision_beside`, a bool: `vision` may be called in another thread while the decoder runs.
     - `max_segments`, an int: most segments of one call of `vision`; any number where it is missing.
     - `decode_kernels`, a str: whose kernels run decode steps, `own` or `onnxruntime`; and `decode_plan_problem`, a str

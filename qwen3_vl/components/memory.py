@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from qwen3vl_export.eager import EagerCache
     from runtime.device_cache import DeviceKVCache
     from runtime.memory import cache_bytes, check_fits, logits_bytes, machine_bytes, prefill_bytes, vision_bytes
+    from runtime.ort_cache import OrtDeviceCache
     from runtime.session import KVCache
     from runtime.sessions.ort_cpu import OrtKVCache
-    from runtime.sessions.ort_cuda import OrtDeviceCache
 
 __all__ = [
     "DeviceKVCache",
@@ -38,7 +38,7 @@ _SOURCES = {
     "runtime.memory": ["cache_bytes", "check_fits", "logits_bytes", "machine_bytes", "prefill_bytes", "vision_bytes"],
     "runtime.session": ["KVCache"],
     "runtime.sessions.ort_cpu": ["OrtKVCache"],
-    "runtime.sessions.ort_cuda": ["OrtDeviceCache"],
+    "runtime.ort_cache": ["OrtDeviceCache"],
 }
 
 __getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

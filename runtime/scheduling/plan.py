@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from runtime.errors import CapacityError, UsageError
-from runtime.generation import chunk_limit
+from runtime.generation import PREFILL_CHUNK, chunk_limit
 from runtime.manifest import Manifest
 from runtime.memory import CACHE, EMBEDS, PREFILL, WEIGHTS, cache_bytes, prefill_bytes
 from runtime.scheduling.request import Limits
+from runtime.scheduling.scheduler import LEAST_LAST_SHARE
 from runtime.serving_options import ServingOptions
 
 DEFAULT_SEQUENCES = 8
@@ -18,6 +19,8 @@ DEFAULT_EMBEDS_BYTES = 256 << 20
 _PARTS_OF_EMBEDS = 16
 # The same of slots of the KV cache that nobody asked for; a caller may ask for all of it.
 _PARTS_OF_CACHE = 2
+# And the workspace of chunks that are longer than `PREFILL_CHUNK`, beyond that of these.
+_PARTS_OF_PREFILL = 8
 
 
 def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, room_bytes: int | None) -> Limits:
@@ -27,13 +30,16 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
         manifest: Its manifest.
         options: What the caller gave; what is None is chosen here.
         max_context: Most tokens of a sequence.
-        room_bytes: Memory beside weights and workspace; None if nobody knows.
+        room_bytes: Memory beside weights and the workspace of chunks of `PREFILL_CHUNK`; None if nobody knows.
 
     Raises:
         CapacityError: What the caller asks for does not fit.
         UsageError: The engine was built for fewer sequences.
     """
     capabilities = manifest.capabilities
+    chunk, last_chunk = _chunks(manifest, max_context, room_bytes)
+    if room_bytes is not None:
+        room_bytes -= _more_prefill_bytes(manifest, max_context, last_chunk)
     built_for = capabilities.get("max_batch")
     capacity = int(capabilities.get("capacity", max_context))
     slot_bytes = cache_bytes(manifest.model, capabilities, capacity)
@@ -66,9 +72,35 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
         max_queue=options.max_queue,
         max_queue_tokens=options.max_queue_tokens or 16 * max_context,
         max_delay_s=options.max_delay_ms / 1e3,
-        prefill_chunk=chunk_limit(capabilities),
+        prefill_chunk=chunk,
+        last_chunk=last_chunk,
         logits_chunk=chunk_limit(capabilities, all_logits=True),
     )
+
+
+def _chunks(manifest: Manifest, max_context: int, room_bytes: int | None) -> tuple[int, int]:
+    """Return the most tokens of a chunk, and of one that ends a prompt.
+
+    An engine that was not built for a size takes longer chunks on a GPU, as far as their workspace is a small part of
+    the room.
+    """
+    chunk = chunk_limit(manifest.capabilities)
+    if "prefill_chunk" in manifest.capabilities or chunk <= PREFILL_CHUNK:
+        return chunk, chunk
+    room = 0 if room_bytes is None else room_bytes // _PARTS_OF_PREFILL
+    while chunk > PREFILL_CHUNK:
+        last = chunk + chunk // LEAST_LAST_SHARE
+        if _more_prefill_bytes(manifest, max_context, last) <= room:
+            return chunk, last
+        chunk //= 2
+    return PREFILL_CHUNK, PREFILL_CHUNK
+
+
+def _more_prefill_bytes(manifest: Manifest, max_context: int, chunk: int) -> int:
+    """Return what the workspace of chunks takes beyond that of the usual ones."""
+    capacity = int(manifest.capabilities.get("capacity", max_context))
+    usual = prefill_bytes(manifest.model, capacity)
+    return max(0, prefill_bytes(manifest.model, capacity, chunk) - usual)
 
 
 def _embeds_bytes(given: int | None, room_bytes: int | None, spare_bytes: int | None) -> int:
@@ -95,7 +127,7 @@ def held_bytes(manifest: Manifest, limits: Limits) -> dict[str, int]:
     return {
         WEIGHTS: manifest.weight_bytes,
         CACHE: limits.num_slots * cache_bytes(manifest.model, manifest.capabilities, capacity),
-        PREFILL: prefill_bytes(manifest.model, capacity),
+        PREFILL: prefill_bytes(manifest.model, capacity, max(PREFILL_CHUNK, limits.last_chunk)),
         EMBEDS: limits.vision_cache_bytes,
     }
 

@@ -66,6 +66,7 @@ class Limits:
         max_queue_tokens: Most tokens of their prompts together; one request may always wait.
         max_delay_s: What a chunk of a prompt may take while others decode.
         prefill_chunk: Most tokens of a chunk.
+        last_chunk: Most of one that ends a prompt, so that no few tokens are left for another.
         logits_chunk: Most tokens of a chunk that all get logits.
     """
 
@@ -78,6 +79,7 @@ class Limits:
     max_queue_tokens: int
     max_delay_s: float
     prefill_chunk: int
+    last_chunk: int
     logits_chunk: int
 
     @property

@@ -12,6 +12,8 @@ from typing import Generic, Protocol, TypeVar
 
 MIN_CHUNK = 16
 """Least tokens of a chunk: of fewer, a product costs nearly as much."""
+LEAST_LAST_SHARE = 8
+"""The last chunk of a prompt has this share of a whole one at least, where the one before it may be so much longer."""
 
 
 class Job(Protocol):
@@ -117,10 +119,11 @@ class ChunkSize:
     Args:
         max_tokens: Most tokens of a call.
         max_delay_s: The bound, in seconds.
+        last_tokens: Most tokens of a call that ends a prompt, at least as many.
     """
 
-    def __init__(self, max_tokens: int, max_delay_s: float) -> None:
-        self.max_tokens = max_tokens
+    def __init__(self, max_tokens: int, max_delay_s: float, last_tokens: int) -> None:
+        self.max_tokens, self.last_tokens = max_tokens, last_tokens
         self._max_delay_s = max_delay_s
         self._s_per_token = 0.0
 
@@ -131,10 +134,8 @@ class ChunkSize:
             num_left: Tokens of the prompt that have not run.
             is_alone: No other sequence runs, so nobody waits.
         """
-        most = self.max_tokens
-        if not is_alone:
-            most = min(most, max(MIN_CHUNK, self._affordable()))
-        return min(most, num_left)
+        bound = self.last_tokens if is_alone else max(MIN_CHUNK, self._affordable())
+        return num_left if num_left <= min(bound, self.last_tokens) else min(bound, self.max_tokens)
 
     def measured(self, num_tokens: int, seconds: float) -> None:
         """Learn from a chunk that has run."""

@@ -4,7 +4,7 @@ GroupQueryAttention and compiled graphs want the sequences of a call side by sid
 first … first + n - 1. Prompts are run one at a time, in any other slot. A sequence that begins to decode moves beside
 the others, and when one ends, the last one takes its place; a move exchanges rows, so what other slots hold is not
 lost. Where a session decodes in any slots, who decodes first stays where it is; where steps are recorded for the first
-slots, `first` is 0.
+slots, `first` is 0. Which of both it is may change with the number of sequences, and while a session is open.
 
 A slot whose sequence has ended keeps its rows until another needs it: a later prompt that begins with the same tokens
 takes the slot over, or copies the rows. Of such slots, the one that was used least recently is given away first.
@@ -12,7 +12,7 @@ takes the slot over, or copies the rows. Of such slots, the one that was used le
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,7 +58,7 @@ class Slots:
     Args:
         cache: The cache, whose rows are moved here and nowhere else.
         keeps_rows: Slots keep their rows for later prompts.
-        begins_anywhere: Sequences may decode in any slots side by side, not only from 0 on.
+        begins_anywhere: Whether so many sequences may decode in any slots side by side, not only from 0 on.
 
     Attributes:
         first: First slot of those that decode.
@@ -67,7 +67,13 @@ class Slots:
         evicted_rows: Rows that were given up to make room.
     """
 
-    def __init__(self, cache: KVCache, *, keeps_rows: bool = True, begins_anywhere: bool = False) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        keeps_rows: bool = True,
+        begins_anywhere: Callable[[int], bool] = lambda num_sequences: False,
+    ) -> None:
         self.cache = cache
         self.first = 0
         self.num_decoding = 0
@@ -140,16 +146,24 @@ class Slots:
         Returns:
             Its place among them, by slot: 0 or the last.
         """
+        anywhere = self._begins_anywhere(self.num_decoding + 1)
+        if not anywhere:
+            self._pack()
         place, end = self._place[owner], self.first + self.num_decoding
         assert not self.first <= place < end, "it decodes already"
-        if self._begins_anywhere and not self.num_decoding:
+        if anywhere and not self.num_decoding:
             self.first = end = place
-        is_before = self._begins_anywhere and self.first > 0 and (place == self.first - 1 or end == len(self._slots))
+        is_before = anywhere and self.first > 0 and (place == self.first - 1 or end == len(self._slots))
         if is_before:
             self.first -= 1
         self._exchange(place, self.first if is_before else end)
         self.num_decoding += 1
         return 0 if is_before else self.num_decoding - 1
+
+    def settle(self) -> None:
+        """Move those that decode to where steps of so many begin."""
+        if not self._begins_anywhere(self.num_decoding):
+            self._pack()
 
     def leave(self, owner: Hashable, keys: IntArray | None) -> None:
         """Free the slot of a sequence.
@@ -196,6 +210,12 @@ class Slots:
         is_little = LEAST_KEPT_SHARE * (slot.num_rows - num_shared) <= num_shared
         is_older = other.num_rows > 0 and slot.last_use < other.last_use
         return source if is_little or is_older else oldest
+
+    def _pack(self) -> None:
+        """Move those that decode to the first slots, in their order."""
+        first, self.first = self.first, 0
+        for index in range(self.num_decoding):
+            self._exchange(first + index, index)
 
     def _exchange(self, place: int, other: int) -> None:
         if place == other:

@@ -68,7 +68,7 @@ class Steps:
         self._takes_levels = takes_grey_levels(manifest.capabilities)
         self._row_bytes = cache_bytes(manifest.model, manifest.capabilities, 1)
         self._no_embeds = no_visual_embeds(manifest.model)
-        self._chunks = ChunkSize(limits.prefill_chunk, limits.max_delay_s)
+        self._chunks = ChunkSize(limits.prefill_chunk, limits.max_delay_s, limits.last_chunk)
         self._logits_chunk = limits.logits_chunk
         self._max_sequences = limits.max_sequences
         self._on_vision = on_vision
@@ -77,10 +77,11 @@ class Steps:
         self._max_segments = getattr(session, "max_segments", None)
         self._encoding: tuple[list[tuple[Sequence, int, ProcessedImage]], Future[VisualEmbeds]] | None = None
         self._num_failures: dict[str, int] = {}
+        self._has_rehearsed = False
         self.slots = Slots(
             session.new_cache(limits.max_context, limits.num_slots),
             keeps_rows=limits.prefix_cache,
-            begins_anywhere=getattr(session, "decodes_anywhere", False),
+            begins_anywhere=getattr(session, "decodes_anywhere", lambda num_sequences: False),
         )
         self.vision_cache = VisionCache(limits.vision_cache_bytes)
         self.counters = Counters()
@@ -215,9 +216,11 @@ class Steps:
         if not self.decoding:
             return
         start = time.perf_counter()
-        drafts = self._drafts()
         sequences = self.decoding.copy()
         try:
+            self._rehearse()
+            self.slots.settle()
+            drafts = self._drafts()
             rows = self._run(self._draft_inputs(drafts) if drafts else self._step_inputs())
             self._num_failures["decode"] = 0
         except Exception as error:
@@ -257,20 +260,34 @@ class Steps:
         """
         session, slots = self._session, self.slots
         merge, capacity = self._config.vision.spatial_merge_size, slots.cache.capacity
+        self._make_room()
         session.vision(blank_inputs(merge, merge, self._config.vision, takes_levels=self._takes_levels))
         roomy = min(range(len(slots)), key=slots.num_rows)
         past = np.array([slots.num_rows(roomy)], np.int64)
-        for size in getattr(session, "chunk_sizes", (self._chunks.max_tokens,)):
-            num_tokens = min(size, self._chunks.max_tokens, capacity - int(past[0]))
+        most = min(self._chunks.last_tokens, capacity - int(past[0]))
+        for num_tokens in sorted({min(size, most) for size in getattr(session, "chunk_sizes", (most,))}):
             ids = np.zeros((1, num_tokens), np.int64)
             last = np.array([[num_tokens - 1]])
             session.prefill(DecoderInputs.text(ids, past, self._no_embeds, logits_positions=last), slots.cache, roomy)
+        self._rehearse()
         for batch in sorted({session.decode_batch(n + 1, len(slots)) for n in range(self._max_sequences)}):
-            # One row further than need be: steps of own kernels are compared with others once they have a past.
-            pasts = np.array([min(slots.num_rows(b) + 1, capacity - 1) for b in range(batch)], np.int64)
+            pasts = np.array([slots.num_rows(slot) for slot in range(batch)], np.int64)
             inputs = DecoderInputs.text(np.zeros((batch, 1), np.int64), pasts, self._no_embeds)
             for _ in range(_RUNS_TO_RECORD):
                 session.decode(inputs, slots.cache)
+
+    def _rehearse(self) -> None:
+        """Have own kernels of decode steps compared with others, before the first step that somebody waits for."""
+        rehearse = getattr(self._session, "rehearse_decode", None)
+        if rehearse is not None and not self._has_rehearsed:
+            self._has_rehearsed = True
+            self._make_room()
+            rehearse(self.slots.cache, [self.slots.num_rows(slot) for slot in range(self._max_sequences)])
+
+    def _make_room(self) -> None:
+        """Give up kept rows if those of a slot leave none behind them, where calls that nobody waits for write."""
+        if any(self.slots.num_rows(slot) == self.slots.cache.capacity for slot in range(len(self.slots))):
+            self.slots.forget()
 
     def close(self) -> None:
         """Wait for the vision tower."""

@@ -123,12 +123,9 @@ class OrtCpuSession:
         runs_vision_beside: The vision tower may run in another thread than the decoder at the same time. Steps of two
             sequences beside an image of 2304 patches (2B in 4 bits, 2 cores): 124 ms, the slowest 179 ms, where they
             take 43 ms alone; after it, they would wait 5.2 s.
-        decodes_anywhere: Steps run in any slots side by side, not only in the first ones. A request that decodes alone
-            then moves no rows: exchanging 300 of them takes 20 ms (2B, cache in float32).
     """
 
     runs_vision_beside = True
-    decodes_anywhere = True
 
     def __init__(self, folder: Path, manifest: Manifest, given: SessionOptions) -> None:
         options = _session_options(given)
@@ -170,6 +167,13 @@ class OrtCpuSession:
     def decode_batch(self, num_sequences: int, num_slots: int) -> int:
         """Return the same number: no step is recorded."""
         return num_sequences
+
+    def decodes_anywhere(self, num_sequences: int) -> bool:
+        """Return that steps run in any slots side by side.
+
+        So a request that decodes alone moves no rows: exchanging 300 of them takes 20 ms (2B, cache in float32).
+        """
+        return True
 
     def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder that is faster for prompts, if there is one; see `runtime.session.Session.prefill`."""

@@ -18,29 +18,26 @@ before it returns (CUDAExecutionProvider::OnRunEnd and CUDAGraphManager::Replay,
 `disable_synchronize_execution_providers` is not set), and what is enqueued on our stream is waited for before a run
 begins or a call returns.
 
-What differs between devices is in `Device`, and nothing else here asks for one, so tests run the same code on the CPU.
+How graphs are opened is in `runtime.ort_device`, what a cache holds in `runtime.ort_cache`.
 
 Shapes: see runtime/session.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract import (
-    DECODER_DTYPES,
     VISION_OUTPUTS,
     DecoderInputs,
     FloatArray,
@@ -48,138 +45,36 @@ from runtime.contract import (
     VisionInputs,
     VisualEmbeds,
 )
-from runtime.cuda import CudaDevice
+from runtime.decode_plan_rehearsal import rehearse
 from runtime.decode_plan_session import open_with_plan
 from runtime.decode_step import StepBuffers, padded_batch
 from runtime.device_arrays import DeviceEmbeds, EmbedsMemory
 from runtime.device_buffers import InputBuffer, Staging
 from runtime.device_cache import DeviceKVCache
-from runtime.device_weights import DeviceWeights
 from runtime.engine_paths import check_paths
-from runtime.errors import CapacityError, EngineError
-from runtime.installation import from_extra, how_to_install
+from runtime.installation import from_extra
 from runtime.manifest import Manifest
+from runtime.ort_cache import (
+    LOGITS,
+    TOP_IDS,
+    TOP_LOGITS,
+    UNCAPTURED,
+    CacheBuffers,
+    OrtDeviceCache,
+    Step,
+    bind_cache,
+    run_options,
+)
+from runtime.ort_device import CUDA, Device, check_provider, guarded, open_graph
 from runtime.session import KVCache, SessionOptions, TopLogits, top_logits
 from runtime.vision_inputs import takes_grey_levels
 
 with from_extra("cuda"):
     import onnxruntime as ort
 
-LOGITS, TOP_LOGITS, TOP_IDS = "logits", "top_logits", "top_ids"
-_OUTPUT_DTYPES = {LOGITS: np.float32, TOP_LOGITS: np.float32, TOP_IDS: np.int64}
-# Element types of a cache as ONNX numbers them (TensorProto.DataType): numpy has no bfloat16.
-_ONNX_TYPES = {"float16": 10, "bfloat16": 16}
 # A capacity is rounded up to this, so that the buffers of one answer, and their captured step, serve the next.
 _CAPACITY_STEP = 512
-_UNCAPTURED = -1
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where the graphs run.
-
-    Attributes:
-        provider: ONNX Runtime's name of the execution provider.
-        name: Name of the memory, for OrtValue and IOBinding.
-        memory: Gives the memory.
-        options: Options of the provider, for both graphs.
-        decoder_options: Further ones for the decoder.
-        stream_option: Option of the provider that takes a stream of ours; empty if it has none.
-        shared_weights: Entries of a session's configuration without which it copies the weights that it is given.
-    """
-
-    provider: str
-    name: str
-    memory: Callable[[], CudaDevice]
-    options: Mapping[str, str] = field(default_factory=dict)
-    decoder_options: Mapping[str, str] = field(default_factory=dict)
-    stream_option: str = ""
-    shared_weights: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def records(self) -> bool:
-        """Whether the decoder's runs with a graph id are recorded."""
-        return "enable_cuda_graph" in self.decoder_options
-
-
-# Without the strict mode SkipSimplifiedLayerNormalization sums squares of float16 in float16
-# (contrib_ops/cuda/bert/skip_layer_norm_impl.cu).
-CUDA = Device(
-    "CUDAExecutionProvider",
-    "cuda",
-    lambda: CudaDevice("cuda"),
-    {"enable_skip_layer_norm_strict_mode": "1"},
-    {"enable_cuda_graph": "1"},
-    "user_compute_stream",
-)
-
-
-class CacheBuffers:
-    """A cache's memory, and the steps that were bound to it.
-
-    Attributes:
-        cache: Keys and values.
-        io: What all steps read and write.
-        steps: The steps by their batch.
-    """
-
-    def __init__(self, cache: DeviceKVCache, io: StepBuffers) -> None:
-        self.cache, self.io = cache, io
-        self.steps: dict[int, _Step] = {}
-
-
-class OrtDeviceCache:
-    """A KV cache on the device; its buffers go back to the session when nobody holds it any more."""
-
-    def __init__(self, buffers: CacheBuffers, give_back: Callable[[CacheBuffers], None]) -> None:
-        self.buffers = buffers
-        self.batch, self.capacity = buffers.cache.batch, buffers.cache.capacity
-        weakref.finalize(self, give_back, buffers).atexit = False
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all buffers."""
-        return self.buffers.cache.num_bytes
-
-    def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return copies of one layer's keys and values, [B, K, T, H], as float32."""
-        return self.buffers.cache.layer(index)
-
-    def copy_rows(self, source: int, target: int, num_rows: int) -> None:
-        """Copy the first rows of one slot to another."""
-        self.buffers.cache.copy_rows(source, target, num_rows)
-
-    def swap_rows(self, slot: int, other: int, num_rows: int) -> None:
-        """Exchange the first rows of two slots."""
-        self.buffers.cache.swap_rows(slot, other, num_rows)
-
-
-class _Step:
-    """One new token of each sequence from a slot on, in buffers that never move: what a CUDA graph replays."""
-
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        buffers: CacheBuffers,
-        batch: int,
-        graph_id: int,
-        device: str,
-        slot: int = 0,
-    ) -> None:
-        io, addresses = buffers.io, buffers.io.addresses
-        self._session = session
-        self._binding = session.io_binding()
-        for name, shape in io.shapes(batch).items():
-            self._binding.bind_input(name, device, 0, DECODER_DTYPES[name], shape, addresses[name])
-        for name, shape in io.output_shapes(batch).items():
-            self._binding.bind_output(name, device, 0, _OUTPUT_DTYPES[name], shape, addresses[name])
-        _bind_cache(self._binding, buffers.cache, device, slot, batch)
-        self.graph_id = graph_id
-        self._options = _run_options(graph_id)
-
-    def run(self) -> None:
-        """Run on the inputs that are on the device."""
-        self._session.run_with_iobinding(self._binding, self._options)
+_T = TypeVar("_T")
 
 
 class OrtCudaSession:
@@ -189,13 +84,16 @@ class OrtCudaSession:
 
     Attributes:
         chunk_sizes: Tokens that a chunk of a prompt is filled up to. The first call with another number of tokens takes
-            60 to 90 ms longer than later ones (H200, 2B in float16: 6 to 8 ms for 20 to 512 tokens).
+            60 to 90 ms longer than later ones (H200, 2B in float16: 6 to 8 ms for 20 to 512 tokens). Beyond those, what
+            is filled up is an eighth at most. The last one ends prompts (`runtime.scheduling.plan`).
         decode_recorded: Whether decode steps run as a CUDA graph; none before the first. With the option set, ONNX
             Runtime repeats a run until it has recorded it, or fails.
-        decodes_anywhere: Decode steps are as fast from any slot on: own kernels run them.
     """
 
-    chunk_sizes = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    chunk_sizes = (
+        *(16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
+        *(576, 656, 736, 832, 944, 1072, 1216, 1376, 1568, 1792, 2048, 2304),
+    )
 
     def __init__(
         self,
@@ -211,9 +109,10 @@ class OrtCudaSession:
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._device = device
         self.decode_recorded: bool | None = None
-        _check_provider(folder, device)
+        check_provider(folder, device)
         self._memory = device.memory()
         self._idle: dict[tuple[int, ...], list[CacheBuffers]] = {}
+        self._buffers: weakref.WeakSet[CacheBuffers] = weakref.WeakSet()
         self._graph_ids = itertools.count(1)
         self._num_calls = 0
         with ExitStack() as stack:
@@ -221,18 +120,20 @@ class OrtCudaSession:
             stack.callback(self._memory.free_stream, self._stream)
             self._staging = self._guard(partial(Staging, self._memory, self._stream))
             stack.callback(self._staging.close)
-            self._vision = _open(folder / "vision.onnx", device, device.options, options.threads)
+            self._vision = open_graph(folder / "vision.onnx", device, device.options, options.threads)
+            stack.callback(self._vision.close)
             decoder_options = {**device.options, **device.decoder_options}
-            open_decoder = partial(_open, folder / "decoder.onnx", device, decoder_options, options.threads)
+            open_decoder = partial(open_graph, folder / "decoder.onnx", device, decoder_options, options.threads)
             self._decoder, self._own, self._plan_problem = open_with_plan(
-                folder, manifest, options, self._memory, self._staging, open_decoder, stack
+                folder, manifest, options, device, self._memory, self._staging, open_decoder, stack
             )
-            self.decodes_anywhere = self._own is not None
             self._inputs = InputBuffer(self._memory, self._staging)
             stack.callback(self._inputs.close)
             self._embeds = EmbedsMemory(self._memory, self._staging)
             stack.callback(self._embeds.close)
+            # First what was recorded, also for caches that somebody holds, then the graphs, then what these read.
             stack.callback(self._idle.clear)
+            stack.callback(_forget_steps, self._buffers)
             self.close = weakref.finalize(self, stack.pop_all().close)
             self.close.atexit = False  # the driver frees what a process leaves
 
@@ -255,19 +156,18 @@ class OrtCudaSession:
 
     def vision(self, inputs: VisionInputs) -> DeviceEmbeds:
         """Run the vision tower; see `runtime.session.Session.vision`. The embeddings stay on the device."""
-        embeds: DeviceEmbeds = self._guard(partial(self._run_vision, inputs))
-        return embeds
+        return self._guard(partial(self._run_vision, inputs))
 
     def _run_vision(self, inputs: VisionInputs) -> DeviceEmbeds:
         assert isinstance(inputs, LevelInputs) == self._takes_levels, "pixels as `Preparation.for_engine` leaves them"
         num_segments, num_patches, _ = inputs.pixel_values.shape
         rows = [num_patches // self._config.vision.patches_per_token] * num_segments
         embeds = self._embeds.new(self._config.num_visual_levels, rows, self._config.text.hidden_size)
-        binding = self._vision.io_binding()
+        binding = self._vision.session.io_binding()
         self._bind_uploaded(binding, inputs.arrays())
         (name,), address = VISION_OUTPUTS, self._embeds.reserve(embeds)
         binding.bind_output(name, self._device.name, 0, np.float32, embeds.shape, address)
-        self._vision.run_with_iobinding(binding)
+        self._vision.session.run_with_iobinding(binding)
         self._embeds.fill(embeds)
         return embeds
 
@@ -299,21 +199,23 @@ class OrtCudaSession:
         return OrtDeviceCache(buffers, idle.append)
 
     def _new_buffers(self, shape_BKTH: tuple[int, int, int, int]) -> CacheBuffers:
-        num_top = next(output.shape[-1] for output in self._decoder.get_outputs() if output.name == TOP_IDS)
+        num_top = next(output.shape[-1] for output in self._decoder.session.get_outputs() if output.name == TOP_IDS)
         num_layers = self._config.text.num_layers
         cache = DeviceKVCache(self._memory, self._staging, num_layers, shape_BKTH, self._cache_dtype)
         most = max(cache.batch, (self._own and self._own.padded(cache.batch)) or 0)
         try:
-            return CacheBuffers(cache, StepBuffers(self._memory, self._staging, self._config, most, num_top))
-        except CapacityError:
+            buffers = CacheBuffers(cache, StepBuffers(self._memory, self._staging, self._config, most, num_top))
+        except BaseException:  # Ctrl-C too
             cache.close()
             raise
+        self._buffers.add(buffers)
+        return buffers
 
     def _free_idle(self) -> None:
         for idle in self._idle.values():
             while idle:
                 for step in idle.pop().steps.values():
-                    self._decoder.release_captured_graph(step.graph_id)
+                    self._decoder.session.release_captured_graph(step.graph_id)
 
     def decode_batch(self, num_sequences: int, num_slots: int) -> int:
         """Return the next batch size that is recorded; see `runtime.session.Session.decode_batch`.
@@ -321,7 +223,20 @@ class OrtCudaSession:
         Own kernels fill a batch up by themselves. Their session never asks for more: the slots behind those that decode
         need not be there, since these begin anywhere.
         """
-        return num_sequences if self.decodes_anywhere else self._recorded_batch(num_sequences, num_slots)
+        if self.decodes_anywhere(num_sequences):
+            return num_sequences
+        return self._recorded_batch(num_sequences, num_slots)
+
+    def decodes_anywhere(self, num_sequences: int) -> bool:
+        """Return whether own kernels step so many sequences, which may then begin at any slot."""
+        return self._own is not None and self._own.has_batch(num_sequences)
+
+    def rehearse_decode(self, cache: KVCache, num_rows: Sequence[int]) -> None:
+        """Compare own kernels with ONNX Runtime; see `runtime.session.Session.rehearse_decode`."""
+        assert isinstance(cache, OrtDeviceCache)
+        if self._own is not None:
+            decode = partial(self.decode_top, cache=cache)
+            rehearse(self._own, cache.buffers.cache, self._memory, self._staging, self._config, num_rows, decode)
 
     def _recorded_batch(self, num_sequences: int, num_slots: int) -> int:
         return padded_batch(num_sequences, num_slots) if self._device.records else num_sequences
@@ -389,7 +304,7 @@ class OrtCudaSession:
 
     def _run_reference(self, buffers: CacheBuffers, inputs: DecoderInputs, slot: int) -> None:
         """Run a step in ONNX Runtime, uncaptured, from any slot on."""
-        step = _Step(self._decoder, buffers, len(inputs.input_ids), _UNCAPTURED, self._device.name, slot)
+        step = Step(self._decoder, buffers, len(inputs.input_ids), UNCAPTURED, self._device.name, slot)
         buffers.io.write(inputs)
         buffers.io.enqueue_upload()
         self._memory.synchronize(self._stream)
@@ -404,7 +319,7 @@ class OrtCudaSession:
     def _run_step(self, buffers: CacheBuffers, inputs: DecoderInputs) -> None:
         batch = len(inputs.input_ids)
         if batch not in buffers.steps:
-            buffers.steps[batch] = _Step(self._decoder, buffers, batch, next(self._graph_ids), self._device.name)
+            buffers.steps[batch] = Step(self._decoder, buffers, batch, next(self._graph_ids), self._device.name)
         buffers.io.write(inputs)
         buffers.io.enqueue_upload()
         self._memory.synchronize(self._stream)
@@ -427,15 +342,15 @@ class OrtCudaSession:
     def _run_once(
         self, cache: DeviceKVCache, slot: int, inputs: DecoderInputs, names: tuple[str, ...]
     ) -> Mapping[str, ort.OrtValue]:
-        binding = self._decoder.io_binding()
+        binding = self._decoder.session.io_binding()
         # With its own embeddings alone, so that a chunk does not upload or join those of the whole prompt.
         inputs = inputs.with_used_rows()
         self._bind_uploaded(binding, inputs.host_arrays())
         self._bind_embeds(binding, inputs.visual_embeds)
         for name in names:
             binding.bind_output(name, self._device.name)
-        _bind_cache(binding, cache, self._device.name, slot, len(inputs.input_ids))
-        self._decoder.run_with_iobinding(binding, _run_options(_UNCAPTURED))
+        bind_cache(binding, cache, self._device.name, slot, len(inputs.input_ids))
+        self._decoder.session.run_with_iobinding(binding, run_options(UNCAPTURED))
         return dict(zip(names, binding.get_outputs(), strict=False))
 
     def _bind_embeds(self, binding: ort.IOBinding, embeds: VisualEmbeds) -> None:
@@ -445,14 +360,13 @@ class OrtCudaSession:
             address = self._embeds.contiguous(embeds, 0, embeds.shape[1])
             binding.bind_input("visual_embeds", self._device.name, 0, np.float32, embeds.shape, address)
 
-    def _guard(self, work: Callable[[], Any]) -> Any:
-        """Run, and say what to do if the device has no memory left."""
-        try:
-            return work()
-        except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
-            if _is_out_of_memory(error):
-                raise _capacity_error(error, self._device) from error
-            raise
+    def _guard(self, work: Callable[[], _T]) -> _T:
+        return guarded(self._device, work)
+
+
+def _forget_steps(buffers: Iterable[CacheBuffers]) -> None:
+    for each in buffers:
+        each.forget_steps()
 
 
 def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCudaSession:
@@ -465,84 +379,3 @@ def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> O
     check_paths(folder, manifest)
     device = CUDA if options.cuda_graphs else replace(CUDA, decoder_options={})
     return OrtCudaSession(folder, manifest, options, device=device)
-
-
-def _bind_cache(binding: ort.IOBinding, cache: DeviceKVCache, device: str, slot: int, batch: int) -> None:
-    """Bind past and present of slots slot … slot + batch - 1 to the same memory."""
-    shape = [batch, *cache.shape_BKTH[1:]]
-    element = _ONNX_TYPES[cache.dtype]
-    pasts = set(cache.past_names)
-    for name, address in cache.bindings(slot).items():
-        bind = binding.bind_input if name in pasts else binding.bind_output
-        bind(name, device, 0, element, shape, address)
-
-
-def _check_provider(folder: Path, device: Device) -> None:
-    if device.provider not in ort.get_available_providers():
-        raise EngineError(
-            f"{folder}: onnxruntime {ort.__version__} has no {device.provider}, only "
-            f"{', '.join(ort.get_available_providers())}",
-            remedy=f"uninstall onnxruntime, which excludes onnxruntime-gpu, then {how_to_install('cuda')}",
-        )
-
-
-def _open(
-    path: Path,
-    device: Device,
-    provider_options: Mapping[str, str],
-    threads: int | None,
-    weights: DeviceWeights | None = None,
-    stream: int = 0,
-) -> ort.InferenceSession:
-    """Open a graph; with weights that are on the device, on the stream that they were written on."""
-    if device.name == "cuda":
-        # CUDA's libraries from the package index lie where the loader does not look; it prints what it misses.
-        with contextlib.redirect_stdout(sys.stderr):
-            ort.preload_dlls()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # as in ort_cpu.py
-    options.intra_op_num_threads = threads or 1  # the CPU computes shapes alone
-    if weights is not None:
-        for name, value in device.shared_weights.items():
-            options.add_session_config_entry(name, value)
-        if device.stream_option:
-            provider_options = {**provider_options, device.stream_option: str(stream)}
-    try:
-        if weights is not None:
-            weights.give_to(options, device.name)
-        session = ort.InferenceSession(
-            str(path), options, providers=[(device.provider, dict(provider_options))], enable_fallback=0
-        )
-    except Exception as error:  # onnxruntime raises classes of its own binding, without a common base
-        if _is_out_of_memory(error):
-            raise _capacity_error(error, device) from error
-        raise EngineError(
-            f"{path}: ONNX Runtime {ort.__version__} does not open it on {device.provider} "
-            f"({str(error).splitlines()[0]})",
-            remedy="see that nvidia-smi lists a GPU with enough free memory; else build the engine again",
-        ) from error
-    # A provider that cannot be loaded is left out with a warning.
-    if session.get_providers()[0] != device.provider:
-        raise EngineError(
-            f"{path}: {device.provider} does not start, ONNX Runtime offers {', '.join(session.get_providers())}",
-            remedy=f"see that nvidia-smi lists a GPU, and that CUDA's libraries are there: {how_to_install('cuda')}",
-        )
-    return session
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return any(words in text for words in ("allocate memory", "out of memory", "bad allocation"))
-
-
-def _capacity_error(error: Exception, device: Device) -> CapacityError:
-    return CapacityError(
-        f"{device.provider}: the device has too little memory ({' '.join(str(error).split())[:200]})",
-        remedy="lower max_context or max_pixels, choose a target of fewer bits, or free the GPU",
-    )
-
-
-def _run_options(graph_id: int) -> ort.RunOptions:
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(graph_id))
-    return options

@@ -51,6 +51,7 @@ class Work:
     writes_host: np.ndarray | None = None
     holds: Callable[[], bool] = lambda: True
     is_kernel: bool = False
+    module: int | None = None
 
 
 @dataclass
@@ -201,6 +202,8 @@ class HostDevice:
         return module
 
     def unload_module(self, module: int) -> None:
+        if any(work.module == module for graph in self._graphs.values() for work in graph):
+            raise HostCudaError("a module was unloaded before the graphs that launch its kernels")
         if self._modules.pop(module, None) is None:
             raise HostCudaError("a module was unloaded twice")
 
@@ -235,7 +238,7 @@ class HostDevice:
         values = function.values(arguments)
         pointers = [value for kind, value in zip(function.types.values(), values, strict=True) if kind[0] == "*"]
         uses = [self.allocation_at(value) for value in pointers if value]
-        work = Work(function.function, lambda: function.run(grid, values), uses, is_kernel=True)
+        work = Work(function.function, lambda: function.run(grid, values), uses, is_kernel=True, module=module)
         self.enqueue(stream, work)
 
     # for tests and for tests/helpers/host_tensorrt.py
@@ -280,6 +283,8 @@ class HostDevice:
             if each.address == address and each.is_pinned == is_pinned:
                 if not each.is_alive:
                     raise HostCudaError("memory was freed twice")
+                if any(each is used for graph in self._graphs.values() for work in graph for used in work.uses):
+                    raise HostCudaError("memory was freed before the graphs that use it")
                 each.is_alive = False
                 each.memory.fill(_FREED)
                 return

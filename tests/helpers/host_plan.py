@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx.external_data_helper import ExternalDataInfo
 
 from helpers.host_kernels import host_code
 from runtime.decode_plan import PLAN_CAPABILITY, PLAN_NAME
 from runtime.manifest import FileRecord, Manifest
+from runtime.stored_weight import StoredWeight
 
 BATCHES = (1, 2, 4)
 SM, CAPABILITY = "89", "8.9"
@@ -84,9 +86,22 @@ def _kernels(folder: Path, manifest: Manifest, fault: str) -> list[tuple[str, di
         "levels": manifest.model.num_visual_levels,
     }
     table = {"width": text.hidden_size, "vocab": text.vocab_size}
-    constants = {"decoder": str(folder / "decoder.onnx"), "config": config, "fault": fault}
+    decoder = _with_other_experts(folder) if fault == "expert" else folder / "decoder.onnx"
+    constants = {"decoder": str(decoder), "config": config, "fault": fault}
     embed = {"input_ids": "*i64", "table": "*fp16", "hidden": "*fp16"}
     return [("embed_rows", embed, table), ("whole_step", step, constants)]
+
+
+def _with_other_experts(folder: Path) -> Path:
+    """Write a decoder whose first router takes each expert for the next one."""
+    model = onnx.load(folder / "decoder.onnx", load_external_data=False)
+    router = next(each for each in model.graph.initializer if each.name.endswith("mlp.gate.weight"))
+    info = ExternalDataInfo(router)
+    data = (folder / info.location).read_bytes()[info.offset : info.offset + info.length]
+    weights = np.frombuffer(data, np.float16).reshape(tuple(router.dims))
+    router.CopyFrom(onnx.numpy_helper.from_array(np.roll(weights, 1, axis=0), router.name))
+    onnx.save(model, folder / "other_experts.onnx")
+    return folder / "other_experts.onnx"
 
 
 def _forms(manifest: Manifest, batch: int) -> dict[str, Any]:
@@ -95,6 +110,14 @@ def _forms(manifest: Manifest, batch: int) -> dict[str, Any]:
     embed = [0, [batch, 1, 1], ["step:input_ids", f"weight:{TABLE}", "buffer:hidden"]]
     launches = [embed, [1, [batch, 1, 1], step]]
     return {"fast": launches, "invariant": [embed, *launches]}
+
+
+def stored_weights(folder: Path) -> dict[str, StoredWeight]:
+    """Return what the plan says of the decoder's weights."""
+    return {
+        name: StoredWeight(each["file"], each["offset"], each["bytes"], each["onnx_type"], tuple(each["shape"]))
+        for name, each in _weights(folder).items()
+    }
 
 
 def _weights(folder: Path) -> dict[str, Any]:

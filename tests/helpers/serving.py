@@ -35,6 +35,7 @@ def serving(
 ) -> Qwen3VLModel:
     """Return another model on an opened one's session, or on one that wraps it; only one of them may work at a time."""
     context = max_context or opened.max_context
+    chunk = limits.get("prefill_chunk", chunk_limit(opened.manifest.capabilities))
     chosen = Limits(
         max_sequences=4,
         max_context=context,
@@ -44,7 +45,8 @@ def serving(
         max_queue=256,
         max_queue_tokens=64 * context,
         max_delay_s=0.01,
-        prefill_chunk=chunk_limit(opened.manifest.capabilities),
+        prefill_chunk=chunk,
+        last_chunk=chunk,
         logits_chunk=chunk_limit(opened.manifest.capabilities, all_logits=True),
     )
     return Qwen3VLModel(

@@ -1,7 +1,7 @@
 """Whole answers through the decode plan that the exporter makes, its kernels interpreted on the host.
 
 The session is the one of a GPU; its memory, streams and graphs are the tests' checked ones, ONNX Runtime's part of it
-runs on the CPU provider, and the machine code alone is replaced by Triton's interpreter. The first step is compared
+runs on the CPU provider, and the machine code alone is replaced by Triton's interpreter. The first steps are compared
 with ONNX Runtime's by the session itself, which would give the plan up.
 """
 
@@ -16,13 +16,14 @@ from engines.bundle import Bundle
 from helpers import PICTURES
 from helpers.engines import build
 from helpers.host_cuda import HostDevice
+from helpers.host_device import device_of
 from helpers.interpreted_plan import add_interpreted_plan
 from runtime.manifest import Manifest
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 from runtime.session import SessionOptions
 from runtime.sessions import ort_cuda
-from runtime.sessions.ort_cuda import Device, OrtCudaSession
+from runtime.sessions.ort_cuda import OrtCudaSession
 
 pytest.importorskip("triton")
 PROMPT = user_message("Read the digits.", [PICTURES / "held_out_0.png"])
@@ -31,8 +32,7 @@ PROMPT = user_message("Read the digits.", [PICTURES / "held_out_0.png"])
 @pytest.fixture
 def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Open engines of GPUs on the host."""
-    memory = HostDevice()
-    device = Device("CPUExecutionProvider", "cpu", lambda: memory, shared_weights={"session.disable_prepacking": "1"})
+    device = device_of(HostDevice())
 
     def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCudaSession:
         return OrtCudaSession(folder, manifest, options, device=device)

@@ -277,7 +277,7 @@ def test_all_that_arrive_end(lengths: list[tuple[int, int]], max_sequences: int,
 def test_a_chunk_beside_others_is_as_large_as_the_bound_allows(
     measured: list[tuple[int, float]], max_tokens: int, max_delay_s: float, num_left: int
 ) -> None:
-    chunks, s_per_token = ChunkSize(max_tokens, max_delay_s), 0.0
+    chunks, s_per_token = ChunkSize(max_tokens, max_delay_s, max_tokens), 0.0
     for num_tokens, seconds in measured:
         chunks.measured(num_tokens, seconds)
         s_per_token = (s_per_token + seconds / num_tokens) / 2 if s_per_token else seconds / num_tokens
@@ -298,7 +298,7 @@ def test_a_chunk_beside_others_is_as_large_as_the_bound_allows(
 
 @pytest.mark.portable
 def test_a_chunk_follows_the_rate() -> None:
-    chunks = ChunkSize(512, 0.2)
+    chunks = ChunkSize(512, 0.2, 576)
     assert chunks.tokens(5000, is_alone=False) == MIN_CHUNK  # before anything was timed
     assert chunks.tokens(5120, is_alone=True) == 512
     for _ in range(20):

@@ -88,13 +88,13 @@ class SlotsMachine(RuleBasedStateMachine):
 
     cache_class: type[NumberedCache] = NumberedCache
     compares_pixels = True
-    begins_anywhere = False
+    most_anywhere = 0
     running = Bundle("running")
 
     def __init__(self) -> None:
         super().__init__()
         self.cache = self.cache_class()
-        self.slots = Slots(self.cache, begins_anywhere=self.begins_anywhere)
+        self.slots = Slots(self.cache, begins_anywhere=lambda num_sequences: num_sequences <= self.most_anywhere)
         self.owners: list[Owner] = []
         self.in_order: list[Owner] = []
         self.number = 0
@@ -168,7 +168,7 @@ class SlotsMachine(RuleBasedStateMachine):
     def those_that_decode_are_side_by_side(self) -> None:
         first, num_decoding = self.slots.first, self.slots.num_decoding
         assert [self.slots.place(owner) for owner in self.in_order] == list(range(first, first + num_decoding))
-        assert first == 0 or self.begins_anywhere
+        assert first == 0 or num_decoding <= self.most_anywhere
         assert {id(owner) for owner in self.in_order} == {id(owner) for owner in self.owners if owner.is_decoding}
 
     @invariant()
@@ -184,7 +184,16 @@ class SlotsMachine(RuleBasedStateMachine):
 
 
 class AnywhereMachine(SlotsMachine):
-    begins_anywhere = True
+    most_anywhere = NUM_SLOTS
+
+
+class ChangingMachine(SlotsMachine):
+    """How many sequences decode in any slots changes, as where a session gives its own kernels up."""
+
+    @rule(most=st.integers(0, NUM_SLOTS))
+    def change(self, most: int) -> None:
+        self.most_anywhere = most
+        self.slots.settle()
 
 
 class ForgetfulMachine(SlotsMachine):
@@ -217,7 +226,7 @@ def run_machine(machine: type[SlotsMachine]) -> None:
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize("machine", [SlotsMachine, AnywhereMachine], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("machine", [SlotsMachine, AnywhereMachine, ChangingMachine], ids=lambda each: each.__name__)
 def test_rows_stay_with_their_sequence_whatever_happens(machine: type[SlotsMachine]) -> None:
     run_machine(machine)
 
@@ -226,7 +235,7 @@ def test_rows_stay_with_their_sequence_whatever_happens(machine: type[SlotsMachi
 def test_sequences_that_decode_alone_move_no_rows_where_steps_run_in_any_slot() -> None:
     moved = {}
     for begins_anywhere in (False, True):
-        slots = Slots(NumberedCache(), begins_anywhere=begins_anywhere)
+        slots = Slots(NumberedCache(), begins_anywhere=lambda _, anywhere=begins_anywhere: anywhere)
         for number in range(2 * NUM_SLOTS):
             owner, keys = object(), keys_of(1000 * number)
             slots.start(owner, keys)
@@ -240,7 +249,7 @@ def test_sequences_that_decode_alone_move_no_rows_where_steps_run_in_any_slot() 
 
 @pytest.mark.portable
 def test_those_that_decode_grow_to_either_side() -> None:
-    slots = Slots(NumberedCache(batch=3), begins_anywhere=True)
+    slots = Slots(NumberedCache(batch=3), begins_anywhere=lambda _: True)
     owners = [object() for _ in range(3)]
     for number, owner in enumerate(owners):
         slots.start(owner, keys_of(1000 * number))

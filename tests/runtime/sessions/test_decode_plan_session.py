@@ -13,14 +13,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from engines.bundle import Bundle
 from helpers import PICTURES
-from helpers.engines import build
 from helpers.host_cuda import HostDevice
-from helpers.host_plan import CODE_NAME, TABLE, read_plan, write_host_plan, write_plan
-from qwen3vl_export.checkpoint import Checkpoint
-from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
-from runtime.decode_plan import DecodePlan
+from helpers.host_device import device_of
+from helpers.host_plan import CODE_NAME, read_plan, write_host_plan, write_plan
+from helpers.plan_session import CONFIG, KERNELS, NEAR, filled, inputs_of, opened, steps
 from runtime.device_weights import DeviceWeights
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.manifest import Manifest
@@ -28,66 +25,7 @@ from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 from runtime.session import SessionOptions
 from runtime.sessions import ort_cuda
-from runtime.sessions.ort_cuda import Device, OrtCudaSession, OrtDeviceCache
-
-CONFIG = Checkpoint.open("demo").config
-IN_PLACE = {"session.disable_prepacking": "1"}
-# The engine without a plan has its weights packed, and rounds otherwise.
-NEAR = 0.03
-KERNELS = ["embed_rows", "whole_step"]
-
-
-@pytest.fixture(scope="module")
-def plain(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine without a plan."""
-    return build(demo_bundle, "ort-cuda-fp16", tmp_path_factory.mktemp("plain") / "engine")
-
-
-@pytest.fixture(scope="module")
-def planned(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The engine with a plan that has a fault."""
-    made: dict[str, Path] = {}
-
-    def folder(fault: str = "") -> Path:
-        if fault not in made:
-            copy = tmp_path_factory.mktemp("planned") / "engine"
-            made[fault] = write_host_plan(Path(shutil.copytree(plain, copy)), fault=fault)
-        return made[fault]
-
-    return folder
-
-
-def device_of(memory: HostDevice) -> Device:
-    return Device("CPUExecutionProvider", "cpu", lambda: memory, shared_weights=IN_PLACE)
-
-
-def opened(folder: Path, memory: HostDevice | None = None, **options: Any) -> OrtCudaSession:
-    memory = memory or HostDevice()
-    return OrtCudaSession(folder, Manifest.read(folder), SessionOptions(**options), device=device_of(memory))
-
-
-def inputs_of(ids: list[list[int]], past: list[int]) -> DecoderInputs:
-    tokens, lengths = np.array(ids, np.int64), np.array(past, np.int64)
-    last = np.full((len(ids), 1), tokens.shape[1] - 1)
-    return DecoderInputs.text(tokens, lengths, no_visual_embeds(CONFIG), logits_positions=last)
-
-
-PROMPTS = [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17, 18], [19, 20, 21, 22]]
-
-
-def filled(session: OrtCudaSession, slots: int = 5) -> OrtDeviceCache:
-    cache = session.new_cache(32, slots)
-    for slot, prompt in enumerate(PROMPTS[:slots]):
-        session.prefill(inputs_of([prompt], [0]), cache, slot)
-    return cache
-
-
-def steps(session: OrtCudaSession, cache: OrtDeviceCache, num: int, slot: int, count: int = 3) -> list[FloatArray]:
-    """Logits of steps of sequences from a slot on, [B, vocab] each."""
-    return [
-        session.decode(inputs_of([[30 + slot + b + 7 * i] for b in range(num)], [4 + i] * num), cache, slot)[:, 0]
-        for i in range(count)
-    ]
+from runtime.sessions.ort_cuda import OrtCudaSession
 
 
 @pytest.mark.parametrize(("num", "slot"), [(1, 0), (1, 4), (2, 1), (3, 2), (4, 1)])
@@ -102,7 +40,7 @@ def test_steps_from_any_slot_are_those_of_the_engine_without_a_plan(
     for given, wanted in zip(found, steps(expected, caches[1], num, slot), strict=True):
         np.testing.assert_allclose(given, wanted, atol=NEAR)
     events = memory.take_events()
-    assert (events.count("whole_step"), events.count("begin_capture"), events.count("launch")) == (3, 1, 2)
+    assert (events.count("whole_step"), events.count("begin_capture"), events.count("launch")) == (3, 1, 3)
     assert (session.decode_kernels, session.decode_plan_problem, session.decode_recorded) == ("own", None, True)
     for index in range(CONFIG.text.num_layers):
         for given, wanted in zip(caches[0].layer(index), caches[1].layer(index), strict=True):
@@ -156,49 +94,6 @@ def test_calls_of_several_tokens_run_in_onnx_runtime(planned: Callable[[str], Pa
     assert not set(KERNELS) & set(memory.take_events())
 
 
-@pytest.mark.parametrize(
-    ("fault", "expected"),
-    [
-        ("logits", "logits of sequence 0 are off by"),
-        ("append", "beside the new one of sequence 0 were written"),
-        ("scale", "the new keys of layer 1 of sequence 0 are off by"),
-        ("candidates", "the largest logits of sequence 0 are not the largest of all"),
-        ("nothing", "logits of sequence 0 are off by nan"),
-    ],
-)
-def test_a_plan_that_computes_something_else_is_switched_off_loudly(
-    plain: Path, planned: Callable[[str], Path], caplog: pytest.LogCaptureFixture, fault: str, expected: str
-) -> None:
-    memory = HostDevice()
-    session, reference = opened(planned(fault), memory), opened(plain)
-    caches = filled(session), filled(reference)
-    with caplog.at_level(logging.WARNING):
-        found = steps(session, caches[0], 2, 1)
-    assert "the decode plan is switched off" in caplog.text
-    assert expected in caplog.text
-    assert session.decode_kernels == "onnxruntime"
-    assert expected in str(session.decode_plan_problem)
-    for given, wanted in zip(found, steps(reference, caches[1], 2, 1), strict=True):
-        np.testing.assert_allclose(given, wanted, atol=NEAR, err_msg="ONNX Runtime's answer stands")
-    for index in range(CONFIG.text.num_layers):
-        for given, wanted in zip(caches[0].layer(index), caches[1].layer(index), strict=True):
-            np.testing.assert_allclose(given[:, :, :7], wanted[:, :, :7], atol=NEAR)
-    events = memory.take_events()
-    assert events.count("whole_step") == 3, "three steps are asked, whose answers are ONNX Runtime's"
-    assert "begin_capture" not in events
-
-
-def test_a_step_without_a_past_proves_nothing(planned: Callable[[str], Path]) -> None:
-    memory = HostDevice()
-    session = opened(planned(""), memory)
-    cache = session.new_cache(32)
-    for past in (0, 0, 1, 2):
-        memory.take_events()
-        session.decode(inputs_of([[5]], [past]), cache)
-    assert "launch" in memory.take_events()
-    assert session.decode_recorded is True
-
-
 def test_without_cuda_graphs_kernels_are_launched_one_by_one(planned: Callable[[str], Path]) -> None:
     memory = HostDevice()
     session = opened(planned(""), memory, cuda_graphs=False)
@@ -241,74 +136,10 @@ def test_the_plan_is_switched_off_on_request(planned: Callable[[str], Path]) -> 
     steps(session, cache, 1, 0)
     assert not set(KERNELS) & set(memory.take_events())
     assert session.decode_plan_problem == "it was opened with decode_plan=False"
-    assert not session.decodes_anywhere
+    assert not session.decodes_anywhere(1)
 
 
 # One copy of the weights
-
-
-def test_onnx_runtime_and_the_kernels_read_the_same_memory(planned: Callable[[str], Path]) -> None:
-    memory = HostDevice()
-    folder = planned("")
-    stream = memory.new_stream()
-    weights = DeviceWeights(folder, DecodePlan(folder, Manifest.read(folder)).weights, memory, stream)
-    options = onnxruntime.SessionOptions()
-    for name, value in IN_PLACE.items():
-        options.add_session_config_entry(name, value)
-    weights.give_to(options, "cpu")
-    session = onnxruntime.InferenceSession(folder / "decoder.onnx", options, providers=["CPUExecutionProvider"])
-    table = memory.view(weights.addresses[TABLE], (CONFIG.text.vocab_size, CONFIG.text.hidden_size), np.float16)
-    arrays = inputs_of([[5]], [0]).arrays()
-    shape = (1, CONFIG.text.num_kv_heads, 4, CONFIG.text.head_dim)
-    feeds = arrays | {
-        f"past_key_values.{i}.{kind}": np.zeros(shape, np.float16)
-        for i in range(CONFIG.text.num_layers)
-        for kind in ("key", "value")
-    }
-    before = session.run(["logits"], feeds)[0]
-    table[5] *= -1
-    assert not np.array_equal(session.run(["logits"], feeds)[0], before)
-    table[5] *= -1
-    assert np.array_equal(session.run(["logits"], feeds)[0], before)
-
-
-def test_weights_at_one_place_are_there_once_and_all_bytes_arrive(planned: Callable[[str], Path]) -> None:
-    memory, folder = HostDevice(), planned("")
-    stored = dict(DecodePlan(folder, Manifest.read(folder)).weights)
-    stored["again"] = stored[TABLE]
-    stream = memory.new_stream()
-    weights = DeviceWeights(folder, stored, memory, stream)
-    assert weights.addresses["again"] == weights.addresses[TABLE]
-    assert weights.num_bytes == sum(each.num_bytes for each in stored.values()) - stored[TABLE].num_bytes
-    data = (folder / "decoder.onnx.data").read_bytes()
-    for name, each in stored.items():
-        found = memory.view(weights.addresses[name], (each.num_bytes,), np.uint8)
-        assert found.tobytes() == data[each.offset : each.offset + each.num_bytes]
-    weights.close()
-    assert memory.leaks() == ["stream"]
-
-
-@pytest.mark.parametrize("allows", [False, True])
-def test_a_second_copy_of_the_weights_is_taken_on_request_alone(
-    planned: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, allows: bool
-) -> None:
-    memory = HostDevice(total_bytes=1 << 40)
-    make = onnxruntime.InferenceSession
-
-    def greedy(path: str, *options: Any, **keywords: Any) -> Any:
-        memory.total_bytes -= 1 << 30
-        return make(path, *options, **keywords)
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", greedy)
-    with caplog.at_level(logging.WARNING):
-        session = opened(planned(""), memory, weights_twice=allows)
-    assert "keeps a second copy of 0.00 GB of weights" in caplog.text
-    assert session.decode_kernels == ("own" if allows else "onnxruntime")
-    cache = filled(session)
-    steps(session, cache, 1, 0)
-    del cache, session
-    gc.collect()
-    assert memory.leaks() == []
 
 
 @pytest.mark.parametrize("message", ["Failed to allocate memory for requested buffer", "initializer on another device"])
@@ -442,19 +273,6 @@ def test_without_memory_to_record_a_step_its_kernels_run_one_by_one(
     for given, wanted in zip(found, steps(expected, filled(expected), 1, 0), strict=True):
         np.testing.assert_allclose(given, wanted, atol=NEAR)
     assert (session.decode_kernels, session.decode_recorded) == ("own", False)
-
-
-def test_a_kernel_that_cannot_be_recorded_says_how_to_do_without(planned: Callable[[str], Path]) -> None:
-    memory = Failing("launch_kernel", EngineError("CUDA failed: not permitted", remedy="restart"))
-    session = opened(planned(""), memory)
-    cache = filled(session)
-    steps(session, cache, 1, 0, count=1)
-    memory.break_down()
-    with pytest.raises(EngineError, match="while the decode step was recorded") as caught:
-        steps(session, cache, 1, 0)
-    assert "cuda_graphs=False" in str(caught.value.remedy)
-    memory.failing = None
-    steps(session, cache, 1, 0)  # the stream has left its recording
 
 
 def test_a_kernel_that_the_gpu_refuses_at_first_is_switched_off(planned: Callable[[str], Path]) -> None:

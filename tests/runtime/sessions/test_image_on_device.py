@@ -30,9 +30,10 @@ from runtime.errors import UsageError
 from runtime.manifest import Manifest
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
+from runtime.ort_device import Device
 from runtime.session import SessionOptions
 from runtime.sessions import ort_cuda
-from runtime.sessions.ort_cuda import Device, OrtCudaSession
+from runtime.sessions.ort_cuda import OrtCudaSession
 from runtime.vision_inputs import inputs_of_segments
 
 TARGET = "ort-cuda-fp16"

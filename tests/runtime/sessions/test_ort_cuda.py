@@ -21,9 +21,10 @@ from engines.target import Target
 from helpers import PICTURES
 from helpers.engines import build
 from helpers.host_cuda import HostDevice
+from helpers.host_device import CPU
 from helpers.targets import by_name
 from qwen3vl_export.checkpoint import Checkpoint
-from runtime import generation
+from runtime import generation, ort_device
 from runtime.contract import DecoderInputs, FloatArray, no_visual_embeds
 from runtime.device_buffers import Staging
 from runtime.device_cache import DeviceKVCache
@@ -31,16 +32,16 @@ from runtime.errors import CapacityError, EngineError
 from runtime.manifest import Manifest
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
+from runtime.ort_cache import OrtDeviceCache
 from runtime.session import SessionOptions
 from runtime.sessions import ort_cuda
-from runtime.sessions.ort_cuda import Device, OrtCudaSession, OrtDeviceCache
+from runtime.sessions.ort_cuda import OrtCudaSession
 
 TARGETS = registry.load_family("ort_cuda")
 # bfloat16 has no CPU kernels of Where and FusedMatMul, and ONNX Runtime casts for float16 alone; float8 weights none of
 # their product.
 ON_CPU = [target for target in TARGETS if not target.name.endswith(("bf16", "fp8"))]
 CONFIG = Checkpoint.open("demo").config
-CPU = Device("CPUExecutionProvider", "cpu", HostDevice)
 MESSAGES = [
     {
         "role": "user",
@@ -352,7 +353,7 @@ def test_onnx_runtime_records_unless_told_otherwise(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
-    monkeypatch.setattr(ort_cuda, "CudaDevice", lambda extra: HostDevice())
+    monkeypatch.setattr(ort_device, "CudaDevice", lambda extra: HostDevice())
     ort_cuda.open_session(tmp_path, Manifest.read(tiny_engine), SessionOptions(cuda_graphs=cuda_graphs))
     assert ("enable_cuda_graph" in options["decoder.onnx"]) == cuda_graphs
     assert "enable_cuda_graph" not in options["vision.onnx"]

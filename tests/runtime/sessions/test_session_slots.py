@@ -26,8 +26,9 @@ from runtime.decode_step import padded_batch
 from runtime.errors import EngineError
 from runtime.manifest import Manifest
 from runtime.model_config import ModelConfig
+from runtime.ort_device import Device
 from runtime.session import KVCache, SessionOptions, open_session
-from runtime.sessions.ort_cuda import Device, OrtCudaSession
+from runtime.sessions.ort_cuda import OrtCudaSession
 
 CAPACITY, SLOTS = 32, 4
 PROMPTS = [[16, 17, 18], [20], [21, 22, 23, 24, 25, 26, 27], [30, 31]]
