@@ -197,6 +197,7 @@ FOLDERS = (
 ELSEWHERE = {
     "docs/contrib_ops/cuda/moe_qmoe.md",  # of ONNX Runtime
     "docs/source/getting_started/thinking_budget.md",  # of Qwen3
+    *("docs/Operators.md", "docs/ContribOperators.md"),  # of ONNX and ONNX Runtime
     *("engines/targets/toy.py", "runtime/sessions/toy.py", "configs/targets/toy.toml", "runtime/deep/bad.py"),
 }
 """Paths that sources name and that are not here; the latter are written by tests."""
