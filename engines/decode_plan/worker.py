@@ -20,15 +20,14 @@ from typing import Any
 _POINTER_ALIGNMENT = 16
 
 
-def compile_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Compile one kernel for one GPU.
+def compiled(job: dict[str, Any]) -> Any:
+    """Return what Triton makes of one kernel for one GPU, with its text and code in `asm`.
 
     Raises:
         Exception: Triton raises classes of its own; the kernel does not compile.
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(f"engines.kernels.triton.{job['module']}"), job["function"])
@@ -51,17 +50,29 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         options["maxnreg"] = job["max_registers"]
     if constants.get("PDL"):
         options["launch_pdl"] = True
+    code = triton.compile(source, target=GPUTarget("cuda", job["sm"], 32), options=options)
+    if code.metadata.global_scratch_size:
+        raise ValueError(f"{job['function']} wants {code.metadata.global_scratch_size} bytes of scratch memory")
+    return code
+
+
+def compile_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a job.
+
+    Raises:
+        Exception: Triton raises classes of its own; the kernel does not compile.
+    """
+    from triton.backends.nvidia.compiler import get_ptxas
+
     started = os.times()
-    compiled = triton.compile(source, target=GPUTarget("cuda", job["sm"], 32), options=options)
-    if compiled.metadata.global_scratch_size:
-        raise ValueError(f"{job['function']} wants {compiled.metadata.global_scratch_size} bytes of scratch memory")
+    code = compiled(job)
     return {
-        "entry": compiled.metadata.name,
-        "shared_bytes": compiled.metadata.shared,
+        "entry": code.metadata.name,
+        "shared_bytes": code.metadata.shared,
         "ptxas": get_ptxas(job["sm"]).version,
         # User and system, of this process and of the assembler's.
         "compile_s": sum(now - then for now, then in zip(os.times()[:4], started[:4], strict=True)),
-        "code": base64.b64encode(compiled.asm["cubin"]).decode(),
+        "code": base64.b64encode(code.asm["cubin"]).decode(),
     }
 
 

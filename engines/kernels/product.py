@@ -100,21 +100,58 @@ def reference(
 def tiling(weight: Weight, batch: int, gpu: Gpu, *, invariant: bool) -> Tiling:
     """Return how a product on tensor cores is split; `invariant` has what serves every batch.
 
-    From what was fastest in a prototype on an H200, with weights in another order: warps that fill the
-    multiprocessors, as long as each has something to load; 256 bytes a lane on their way where all programs run at
-    once, half of that where others follow. Two tiles a program halve the work on x, which for codes is as much as that
-    on the weights: 193 instructions for a KB of weights of 4 bits instead of 248.
+    The order of a sum depends on `warps` alone. Measured on an H200, batch 1, weights of 4 bits in blocks of 128, in
+    microseconds; the second is what an earlier version of this function chose:
+
+    | rows · columns | warps, depth, tiles | | before | |
+    |---|---|---|---|---|
+    | 4096 · 2048 | 8, 2, 1 | 3.85 | 4, 4, 1 | 5.07 |
+    | 12288 · 2048 | 4, 2, 2 | 8.4 | another | 9.75 |
+    | 4096 · 12288 | 8, 6, 2 | 11.5 | 8, 8, 1 | 14.9 |
+    | 24576 · 4096 | 4, 4, 2 | 24.5 | not recorded | |
+
+    All else is reasoned and not measured. Where everything can be on its way at once it is, in warps that fill the
+    multiprocessors; where there is more, two tiles a program halve the work on x, which for codes is as much as that on
+    the weights, and half of a row is on its way. Every program reads all of x: with 32 columns of halves that is twice
+    the bytes of one tile, and as many as those of two. More tiles would not fit into registers (`TILES` 4 at 32
+    columns takes 255, and codes keep two sets of sums).
     """
     groups = _groups(MAX_BATCH if invariant else batch)
-    tiles = 2 if weight.kind != HALF and groups <= 2 and weight.rows >= 64 * gpu.num_sms else 1
+    tiles = _tiles(weight, groups, gpu)
     programs = -(-weight.rows // (16 * tiles))
     warps = _warps(weight, programs, tiles, gpu)
     rounds, size = -(-num_units(weight) // warps), unit_bytes(weight)
     while num_units(weight) <= 4 and 2 * tiles * groups <= 4 and 2 * tiles * rounds * size <= 128:
         tiles *= 2
-    at_once = tiles == 1 and groups == 1 and programs * warps <= 2 * _WARPS_PER_SM * gpu.num_sms
-    depth = min(rounds, max(2, (256 if at_once else 128) // (size * tiles)))
+    depth = _depth(weight, groups, tiles, programs, warps, gpu)
     return Tiling(warps, depth, 2 if groups == 1 else 1, tiles)
+
+
+def _tiles(weight: Weight, groups: int, gpu: Gpu) -> int:
+    """Return the tiles of a program: two where programs enough are left, and each has more than it can request."""
+    programs = -(-weight.rows // 32)
+    if 10 * programs < 9 * gpu.num_sms or (weight.kind != HALF and groups == 4):
+        return 1
+    if weight.kind == HALF:
+        is_worth_it = groups > 1 or programs >= 2 * gpu.num_sms
+    else:
+        is_worth_it = programs * num_units(weight) >= 3 * _WARPS_PER_SM * gpu.num_sms
+    return 2 if is_worth_it else 1
+
+
+def _depth(weight: Weight, groups: int, tiles: int, programs: int, warps: int, gpu: Gpu) -> int:
+    """Return the units that a warp has requested at any time."""
+    rounds, size = -(-num_units(weight) // warps), unit_bytes(weight) * tiles
+    if weight.kind == HALF:
+        # With 32 columns a program has so many registers that no second one fits: it requests as much as two.
+        wanted = 256 if groups == 4 and warps <= 8 else 128
+    elif tiles == 1 or groups == 2:
+        wanted = 128
+    else:
+        wanted = min(384, rounds // 2 * size)
+    if tiles == 1 and groups == 1 and programs * warps <= 2 * _WARPS_PER_SM * gpu.num_sms:
+        wanted = 256
+    return min(rounds, max(2, wanted // size))
 
 
 def _warps(weight: Weight, programs: int, tiles: int, gpu: Gpu) -> int:
@@ -124,7 +161,7 @@ def _warps(weight: Weight, programs: int, tiles: int, gpu: Gpu) -> int:
     while warps < 16 and 2 * warps <= units:
         bytes_now, bytes_then = -(-units // warps) * size, -(-units // (2 * warps)) * size
         resident = programs * warps * tiles / gpu.num_sms
-        enough = 256 if warps >= 8 else 64 if resident < _WARPS_PER_SM / 2 else 96
+        enough = 256 if warps >= 8 else 64 if resident < _WARPS_PER_SM else 96
         if bytes_then < enough or (resident >= _WARPS_PER_SM and (warps >= 8 or bytes_now <= 384)):
             break
         warps *= 2

@@ -94,13 +94,14 @@ def product_fragments(
     inside = tl.where(start < K, start, 0)
     offset = inside * 2 if KIND == "half" else inside // 2 if KIND == "int4" else inside
     rows, scales, zeros, xs = (), (), (), ()
+    # Without a clamp the rows of a tile are constant distances apart, which takes no registers.
+    ROWS: tl.constexpr = 8 * TILES if MODE == 2 else 16 * TILES
+    FILLED: tl.constexpr = OUTPUTS % ROWS == 0
     for i in tl.static_range(2 * TILES):
+        row = tl.program_id(0) * ROWS + lane // 4
+        row = row_at(row, i // 2 * 8 if MODE == 2 else i * 8, OUTPUTS, FILLED)
         if MODE == 2:
-            row = tl.program_id(0) * (8 * TILES) + i // 2 * 8 + lane // 4
-            row = tl.minimum(row, OUTPUTS - 1) + i % 2 * OUTPUTS
-        else:
-            row = tl.minimum(tl.program_id(0) * (16 * TILES) + i * 8 + lane // 4, N - 1)
-        row = row.to(tl.int64)
+            row = row + i % 2 * OUTPUTS
         rows = rows + (W.to(tl.pointer_type(tl.int8)) + (row * ROW_BYTES + offset),)
         scales = scales + (S + row * SCALES,)
         zeros = zeros + (Z + row * ((SCALES + 1) // 2 if KIND == "int4" else SCALES),)
@@ -125,6 +126,16 @@ def product_fragments(
             OUT, c[0] * even, c[1] * odd, c[2] * even, c[3] * odd, tl.program_id(0) * TILES + pair // GROUPS,
             pair % GROUPS * 8, pair < PAIRS, B, OUTPUTS, MODE, ASM,
         )  # fmt: skip
+
+
+@device_function
+def row_at(first, distance: tl.constexpr, COUNT: tl.constexpr, FILLED: tl.constexpr):
+    """Return row `first + distance`, int64; unless all tiles are FILLED the last of COUNT in place of those beyond."""
+    if FILLED:
+        row = first.to(tl.int64) + distance
+    else:
+        row = tl.minimum(first + distance, COUNT - 1).to(tl.int64)
+    return row
 
 
 @device_function

@@ -171,6 +171,41 @@ def test_invariant_form_splits_no_product_by_its_batch():
         assert {launch.num_warps for launch in made} == {made[0].num_warps}
 
 
+@pytest.mark.parametrize(("kind", "mode", "batch"), [(HALF, STORE, 20), (INT4, GLU, 9)])
+def test_more_tiles_a_program_change_no_bit(kind, mode, batch):
+    weight, memory = made_weight(kind, 80, 384, 128)
+
+    def in_tiles(tiles):
+        def of(launch):
+            return replace(launch, constants=launch.constants | {"TILES": tiles}, grid=(-(-80 // (16 * tiles)), 1, 1))
+
+        return of
+
+    one, _, _ = _run(weight, memory, batch, mode=mode, of=in_tiles(1))
+    for tiles in (2, 4):
+        more, expected, _ = _run(weight, memory, batch, mode=mode, of=in_tiles(tiles))
+        assert _error(more, expected) < 8e-4
+        assert (more == one).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "wanted"),
+    [(4096, 2048, (8, 2, 1)), (12288, 2048, (4, 2, 2)), (4096, 12288, (8, 6, 2)), (24576, 4096, (4, 4, 2))],
+)
+def test_tiles_are_those_that_were_fastest_where_they_were_measured(rows, columns, wanted):
+    tile = product.tiling(Weight(INT4, rows, columns, "w", 128, "s"), 1, GPU, invariant=False)
+    assert (tile.warps, tile.depth, tile.tiles) == wanted
+
+
+@pytest.mark.parametrize("batch", [16, 32])
+def test_x_of_many_rows_is_read_for_two_tiles_where_programs_are_left(batch):
+    def tiles(rows, columns):
+        return product.tiling(Weight(HALF, rows, columns, "w"), batch, GPU, invariant=False).tiles
+
+    assert tiles(24576, 4096) == tiles(4096, 12288) == 2
+    assert tiles(2048, 6144) == 1  # 64 programs for 132 multiprocessors
+
+
 def test_a_scale_of_the_next_block_is_seen():
     weight, memory = made_weight(INT4, 16, 256, 128)
 
