@@ -139,7 +139,7 @@ def attributes(node: ir.Node, *, free: Collection[str] = (), **expected: Any) ->
 
 
 def inputs(node: ir.Node, *allowed: Iterable[int]) -> list[ir.Value | None]:
-    """Return the inputs of a node.
+    """Return the inputs of a node, up to the last that is there.
 
     Args:
         node: The node.
@@ -155,7 +155,7 @@ def inputs(node: ir.Node, *allowed: Iterable[int]) -> list[ir.Value | None]:
             f"has inputs {surplus}, which no kernel heeds" if surplus else f"has the inputs {sorted(places)} alone"
         )
         raise Unserved(f"{_named(node)}: {problem}")
-    return list(node.inputs)
+    return list(node.inputs[: max(places, default=-1) + 1])
 
 
 def taken(node: ir.Node, count: int, *, free: Collection[str] = (), **expected: Any) -> list[ir.Value]:
@@ -165,7 +165,7 @@ def taken(node: ir.Node, count: int, *, free: Collection[str] = (), **expected: 
         Unserved: It has others.
     """
     attributes(node, free=free, **expected)
-    return [value for value in inputs(node, range(count))[:count] if value is not None]
+    return [value for value in inputs(node, range(count)) if value is not None]
 
 
 def stored(value: ir.Value | None, what: str) -> ir.Value:

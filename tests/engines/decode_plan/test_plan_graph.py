@@ -127,6 +127,17 @@ def test_what_layers_differ_in_is_read(demo_bundle: Bundle) -> None:
     assert [each.arguments["eps"].source for each in launches] == pytest.approx([1e-5, 1e-6, 1e-6, 1e-6])
 
 
+@pytest.mark.parametrize("target", ["ort-cuda-fp16", "ort-cuda-int4", "ort-cuda-fp8"])
+def test_inputs_that_are_left_out_may_be_written_as_none(target: str, demo_moe_bundle: Bundle) -> None:
+    model = lowered(demo_moe_bundle, target)
+    expected = read_decoder(model, demo_moe_bundle.config)
+    for node in model.graph:
+        if node.domain:
+            node.resize_inputs(len(node.inputs) + 4)
+    found = read_decoder(model, demo_moe_bundle.config)
+    assert found.layers == expected.layers and (found.table, found.head) == (expected.table, expected.head)
+
+
 def test_unequal_epsilons_of_queries_and_keys_have_no_kernel(demo_bundle: Bundle) -> None:
     model = lowered(demo_bundle, "ort-cuda-fp16")
     norms = [node for node in model.graph if node.op_type == "SimplifiedLayerNormalization"]

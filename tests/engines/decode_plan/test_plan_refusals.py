@@ -356,3 +356,74 @@ def test_a_changed_mixture_is_refused(name: str, demo_moe_bundle: Bundle, lowere
     change(model)
     with pytest.raises(Unserved, match=message):
         read_decoder(model, demo_moe_bundle.config)
+
+
+def of_text(model: ir.Model) -> list[ir.Node]:
+    """Return all nodes that a result depends on where no token is of an image."""
+    found: dict[ir.Node, None] = {}
+    waiting = [value.producer() for value in model.graph.outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in found:
+            continue
+        found[node] = None
+        # What Where takes for tokens of an image is its second input.
+        waiting += [
+            value.producer()
+            for place, value in enumerate(node.inputs)
+            if value is not None and not (node.op_type == "Where" and place == 1)
+        ]
+    return list(found)
+
+
+@pytest.mark.parametrize("target", ["ort-cuda-fp16", "ort-cuda-bf16", CODES, FLOAT8])
+@pytest.mark.parametrize("has_experts", [False, True], ids=["dense", "experts"])
+def test_every_node_and_every_input_is_looked_at(
+    target: str, has_experts: bool, demo_bundle: Bundle, demo_moe_bundle: Bundle, lowered: Callable[..., ir.Model]
+) -> None:
+    bundle = demo_moe_bundle if has_experts else demo_bundle
+    model = lowered(bundle, target)
+    nodes = of_text(model)
+    assert len(nodes) > 80
+    for node in nodes:
+        node.attributes["of_a_later_version"] = ir.AttrInt64("of_a_later_version", 1)
+        with pytest.raises(Unserved, match="of_a_later_version, which no kernel heeds"):
+            read_decoder(model, bundle.config)
+        del node.attributes["of_a_later_version"]
+        for place, value in enumerate(node.inputs):
+            if value is None or (node.op_type == "Where" and place == 1):
+                continue
+            other = ir.node("Identity", [value])
+            other.outputs[0].dtype = value.dtype
+            node.replace_input_with(place, other.outputs[0])
+            with pytest.raises(Unserved):
+                read_decoder(model, bundle.config)
+            node.replace_input_with(place, value)
+    read_decoder(model, bundle.config)
+
+
+@pytest.mark.parametrize("has_experts", [False, True], ids=["dense", "experts"])
+def test_every_constant_is_compared(
+    has_experts: bool, demo_bundle: Bundle, demo_moe_bundle: Bundle, lowered: Callable[..., ir.Model]
+) -> None:
+    bundle = demo_moe_bundle if has_experts else demo_bundle
+    model = lowered(bundle, HALVES)
+    read = [model.graph.initializers[name] for name in ("axis_of_frequency", "top_k")]
+    changed = 0
+    for node in of_text(model):
+        for place, value in enumerate(node.inputs):
+            if value is None or value.dtype != ir.DataType.INT64 or not value.is_initializer() or value in read:
+                continue
+            other = add_initializer(model, ir.Tensor(value.const_value.numpy() + 3, name=f"other.{changed}"))
+            node.replace_input_with(place, other)
+            with pytest.raises(Unserved):
+                read_decoder(model, bundle.config)
+            node.replace_input_with(place, value)
+            changed += 1
+    assert changed > 20
+    for value, changes in zip(read, ("constants", "top_k"), strict=True):
+        before = getattr(read_decoder(model, bundle.config), changes)
+        other = add_initializer(model, ir.Tensor(value.const_value.numpy()[::-1] // 2, name=f"other.{changes}"))
+        for node, place in list(value.uses()):
+            node.replace_input_with(place, other)
+        assert str(getattr(read_decoder(model, bundle.config), changes)) != str(before)
