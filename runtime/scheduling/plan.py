@@ -19,7 +19,7 @@ DEFAULT_EMBEDS_BYTES = 256 << 20
 _PARTS_OF_EMBEDS = 16
 # The same of slots of the KV cache that nobody asked for; a caller may ask for all of it.
 _PARTS_OF_CACHE = 2
-# And the workspace of chunks that are longer than `PREFILL_CHUNK`, beyond that of these.
+# And what longer chunks of prompts than the usual ones take beyond those.
 _PARTS_OF_PREFILL = 8
 
 
@@ -37,9 +37,6 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
         UsageError: The engine was built for fewer sequences.
     """
     capabilities = manifest.capabilities
-    chunk, last_chunk = _chunks(manifest, max_context, room_bytes)
-    if room_bytes is not None:
-        room_bytes -= _more_prefill_bytes(manifest, max_context, last_chunk)
     built_for = capabilities.get("max_batch")
     capacity = int(capabilities.get("capacity", max_context))
     slot_bytes = cache_bytes(manifest.model, capabilities, capacity)
@@ -63,6 +60,8 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
             f"KV cache, and {(cache_room or 0) / 1e9:.2f} GB are left for it: room for {fitting}",
             remedy="lower max_sequences, kept_sequences or max_context, or raise max_memory if the machine has more",
         )
+    left = 0 if cache_room is None else cache_room - (sequences + kept) * slot_bytes
+    chunk, last_chunk = _chunks(manifest, capacity, min(left, (room_bytes or 0) // _PARTS_OF_PREFILL))
     return Limits(
         max_sequences=sequences,
         max_context=max_context,
@@ -78,29 +77,19 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
     )
 
 
-def _chunks(manifest: Manifest, max_context: int, room_bytes: int | None) -> tuple[int, int]:
+def _chunks(manifest: Manifest, capacity: int, spare_bytes: int) -> tuple[int, int]:
     """Return the most tokens of a chunk, and of one that ends a prompt.
 
-    An engine that was not built for a size takes longer chunks on a GPU, as far as their workspace is a small part of
-    the room.
+    Chunks that are longer than `PREFILL_CHUNK` may take so many bytes of workspace beyond that of these.
     """
     chunk = chunk_limit(manifest.capabilities)
-    if "prefill_chunk" in manifest.capabilities or chunk <= PREFILL_CHUNK:
-        return chunk, chunk
-    room = 0 if room_bytes is None else room_bytes // _PARTS_OF_PREFILL
-    while chunk > PREFILL_CHUNK:
+    usual = prefill_bytes(manifest.model, capacity)
+    while chunk > PREFILL_CHUNK and "prefill_chunk" not in manifest.capabilities:
         last = chunk + chunk // LEAST_LAST_SHARE
-        if _more_prefill_bytes(manifest, max_context, last) <= room:
+        if prefill_bytes(manifest.model, capacity, last) - usual <= spare_bytes:
             return chunk, last
         chunk //= 2
-    return PREFILL_CHUNK, PREFILL_CHUNK
-
-
-def _more_prefill_bytes(manifest: Manifest, max_context: int, chunk: int) -> int:
-    """Return what the workspace of chunks takes beyond that of the usual ones."""
-    capacity = int(manifest.capabilities.get("capacity", max_context))
-    usual = prefill_bytes(manifest.model, capacity)
-    return max(0, prefill_bytes(manifest.model, capacity, chunk) - usual)
+    return chunk, chunk
 
 
 def _embeds_bytes(given: int | None, room_bytes: int | None, spare_bytes: int | None) -> int:

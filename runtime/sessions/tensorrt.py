@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,9 @@ class TensorRtSession:
                 workspace = self._buffer("workspace", num_bytes)
                 for plan in plans.values():
                     plan.use_workspace(workspace, num_bytes)
+            # What was recorded goes first, also for caches that somebody holds.
+            self._caches: weakref.WeakSet[DeviceKVCache] = weakref.WeakSet()
+            stack.callback(_free_graphs, self._caches)
             self.close = weakref.finalize(self, stack.pop_all().close)
             self.close.atexit = False  # the driver frees what a process leaves
 
@@ -163,7 +166,9 @@ class TensorRtSession:
         self._embeds.collect()
         text = self._config.text
         shape = (batch, text.num_kv_heads, self._capacity, text.head_dim)
-        return DeviceKVCache(self._device, self._staging, text.num_layers, shape, self._cache_dtype)
+        cache = DeviceKVCache(self._device, self._staging, text.num_layers, shape, self._cache_dtype)
+        self._caches.add(cache)
+        return cache
 
     def decode_batch(self, num_sequences: int, num_slots: int) -> int:
         """Return the next batch size that is recorded; see `runtime.session.Session.decode_batch`."""
@@ -331,6 +336,11 @@ def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> T
     if options.threads is not None:
         raise UsageError(f"threads = {options.threads}: this engine runs on the GPU", remedy="leave threads out")
     return TensorRtSession(folder, manifest, CudaDevice(), cuda_graphs=options.cuda_graphs)
+
+
+def _free_graphs(caches: Iterable[DeviceKVCache]) -> None:
+    for cache in caches:
+        cache.free_graphs()
 
 
 def _close_all(buffers: Mapping[str, DeviceBuffer]) -> None:

@@ -47,7 +47,16 @@ class Bench:
         self.device.unload_module(module)
         self.device.launch_kernel(kernel, (1, 1, 1), 32, 0, [ctypes.c_void_p(None)] * 2, self.stream)
 
+    def unloaded_while_recorded(self) -> None:
+        module = self.device.load_module(host_code("helpers.host_step", "add_one", {}, {}))
+        self.device.begin_capture(self.stream)
+        kernel = self.device.kernel(module, "add_one", 0)
+        self.device.launch_kernel(kernel, (1, 1, 1), 32, 0, [ctypes.c_void_p(None)] * 2, self.stream)
+        self.device.end_capture(self.stream)
+        self.device.unload_module(module)
+
     def free_then(self, action: Callable[[], object]) -> None:
+        self.device.free_graph(self.graph)
         self.device.free(self.address)
         action()
 
@@ -61,6 +70,7 @@ class Bench:
         self.device.copy_pieces(target, source, 16, 4, self.stream)
 
     def enqueue_then_free(self) -> None:
+        self.device.free_graph(self.graph)
         self.device.fill(self.address, 0, 8, self.stream)
         self.device.free(self.address)
         self.device.synchronize(self.stream)
@@ -104,10 +114,8 @@ FAULTS: dict[str, tuple[str, Callable[[Bench], object]]] = {
     ),
     "end of no recording": ("without begin_capture", lambda b: b.device.end_capture(b.stream)),
     "launch of a destroyed graph": ("destroyed", lambda b: b.launch_freed()),
-    "launch of a graph whose memory is gone": (
-        "memory that was freed",
-        lambda b: b.free_then(lambda: b.device.launch(b.graph, b.stream)),
-    ),
+    "memory that a graph still uses": ("before the graphs that use it", lambda b: b.device.free(b.address)),
+    "module that a graph still uses": ("before the graphs that launch", lambda b: b.unloaded_while_recorded()),
     "launch of a graph whose context has moved": ("other shapes", lambda b: b.launch_moved()),
     "kernel with memory that is none": ("no device", lambda b: b.add_one(b.pinned.ctypes.data)),
     "kernel with memory that was freed": ("was freed", lambda b: b.free_then(lambda: b.add_one(b.address))),

@@ -9,7 +9,7 @@ import pytest
 
 from runtime.errors import CapacityError, UsageError
 from runtime.manifest import Manifest
-from runtime.memory import CACHE, EMBEDS, cache_bytes
+from runtime.memory import CACHE, EMBEDS, PREFILL, cache_bytes, prefill_bytes
 from runtime.model import Qwen3VLModel
 from runtime.scheduling.plan import DEFAULT_EMBEDS_BYTES, held_bytes, plan_limits
 from runtime.serving_options import ServingOptions
@@ -122,3 +122,39 @@ def test_kept_embeddings_leave_room_for_a_sequence(demo_engine: Path, manifest: 
     assert plan_limits(manifest, ServingOptions(vision_cache_bytes=1000), CONTEXT, room).num_slots == 1
     with pytest.raises(CapacityError, match="vision_cache_bytes = 1001"):
         plan_limits(manifest, ServingOptions(vision_cache_bytes=1001), CONTEXT, room)
+
+
+@pytest.mark.parametrize(
+    ("room_parts", "chunks"),
+    [(None, (512, 512)), (0, (512, 512)), (0.99, (1024, 1152)), (1.01, (2048, 2304)), (1000, (2048, 2304))],
+)
+def test_chunks_are_long_on_a_gpu_whose_memory_allows_it(
+    manifest: Manifest, room_parts: float | None, chunks: tuple[int, int]
+) -> None:
+    context = 1 << 14
+    on_gpu = dataclasses.replace(manifest, capabilities={**manifest.capabilities, "device": "gpu"})
+    usual, longer = (prefill_bytes(manifest.model, context, tokens) for tokens in (512, 2304))
+    needed = 8 * (longer - usual)
+    room = None if room_parts is None else int(room_parts * needed)
+    limits = plan_limits(on_gpu, ServingOptions(), context, room)
+    assert (limits.prefill_chunk, limits.last_chunk) == chunks
+    assert limits.logits_chunk == 512, "all logits of a chunk are many bytes"
+    if room:
+        held = held_bytes(on_gpu, limits)
+        assert held[CACHE] + held[EMBEDS] + held[PREFILL] - usual <= room
+        assert held[PREFILL] == prefill_bytes(manifest.model, context, chunks[1])
+    on_cpu = plan_limits(manifest, ServingOptions(), context, room)
+    assert (on_cpu.prefill_chunk, on_cpu.last_chunk) == (512, 512)
+    built = dataclasses.replace(on_gpu, capabilities={**on_gpu.capabilities, "prefill_chunk": 256})
+    limits = plan_limits(built, ServingOptions(), context, room)
+    assert (limits.prefill_chunk, limits.last_chunk) == (256, 256), "what it was built for"
+
+
+def test_chunks_take_what_is_left_and_nothing_that_was_asked_for(manifest: Manifest) -> None:
+    on_gpu = dataclasses.replace(manifest, capabilities={**manifest.capabilities, "device": "gpu"})
+    num_slots = 10_000  # of which an eighth is much more than long chunks need
+    options = ServingOptions(num_slots - 1, 0, vision_cache_bytes=0)
+    room = num_slots * slot_bytes(manifest)
+    longer = prefill_bytes(manifest.model, CONTEXT, 2304) - prefill_bytes(manifest.model, CONTEXT)
+    assert plan_limits(on_gpu, options, CONTEXT, room - slot_bytes(manifest)).prefill_chunk == 512
+    assert plan_limits(on_gpu, options, CONTEXT, room + longer).prefill_chunk == 2048

@@ -308,3 +308,32 @@ def test_a_chunk_follows_the_rate() -> None:
         chunks.measured(100, 100.0)
     assert chunks.tokens(10_000, is_alone=False) == MIN_CHUNK
     assert chunks.tokens(5120, is_alone=True) == 512
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_few_tokens_are_not_left_for_another_chunk(is_alone: bool) -> None:
+    chunks = ChunkSize(2048, 0.2, 2304)
+    for _ in range(20):
+        chunks.measured(1000, 0.01)
+    for num_left, expected in ((2048, 2048), (2060, 2060), (2304, 2304), (2305, 2048), (9000, 2048)):
+        assert chunks.tokens(num_left, is_alone=is_alone) == expected
+
+
+@pytest.mark.portable
+def test_the_bound_holds_for_the_last_chunk_too() -> None:
+    chunks = ChunkSize(2048, 0.2, 2304)
+    for _ in range(30):
+        chunks.measured(1000, 0.1)  # 2000 tokens fit
+    assert chunks.tokens(2010, is_alone=False) == 2000
+    assert chunks.tokens(2010, is_alone=True) == 2010
+
+
+@pytest.mark.portable
+@given(num_tokens=st.integers(1, 20_000))
+def test_the_last_chunk_is_an_eighth_of_one_at_least(num_tokens: int) -> None:
+    chunks, sizes = ChunkSize(2048, 0.2, 2304), []
+    while sum(sizes) < num_tokens:
+        sizes.append(chunks.tokens(num_tokens - sum(sizes), is_alone=True))
+    assert sum(sizes) == num_tokens and max(sizes) <= 2304
+    assert len(sizes) == 1 or sizes[-1] > 2048 // 8
