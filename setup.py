@@ -1,4 +1,4 @@
-"""Build the library of own kernels, native/, where a C++ compiler is; everything else is in pyproject.toml.
+"""Build the library of own kernels, native/, where a C++ compiler is, and list packages; the rest is in pyproject.toml.
 
 Without a compiler, or with one that is too old, the package is built all the same, as a wheel for any platform:
 `qwen3vl targets` then says that the library is missing, and engines are built with ONNX Runtime's kernels.
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
@@ -113,6 +113,14 @@ def library() -> Extension:
     return Extension(NAME, list(sources(load_build())), depends=depends, language="c++", optional=True)
 
 
+NAMES = ("configs", "engines", "qwen3_vl", "qwen3vl_export", "runtime")
+# A folder of optimum's namespace: with an __init__.py it would hide optimum itself, and without one nothing finds it.
+REGISTER = "optimum.commands.register"
+PACKAGES = [*find_packages(include=[pattern for name in NAMES for pattern in (name, f"{name}.*")]), REGISTER]
 # The kernels ask the processor in Linux' ways; other systems take ONNX Runtime's.
 is_linux = sys.platform.startswith("linux")
-setup(ext_modules=[library()] if is_linux else [], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel})
+setup(
+    packages=PACKAGES,
+    ext_modules=[library()] if is_linux else [],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel},
+)

@@ -56,8 +56,12 @@ class Checkpoint:
     revision: str | None = None
 
     @classmethod
-    def open(cls, source: str) -> Checkpoint:
+    def open(cls, source: str, cache_dir: Path | None = None) -> Checkpoint:
         """Open `source`: a folder, `owner/name[@revision]` of the Hub, or `demo`. A folder that exists wins.
+
+        Args:
+            source: Its name.
+            cache_dir: Where downloads are kept; by default in the Hub's own cache.
 
         Raises:
             CheckpointError: There is no such folder, this user may not look at it, it is something else than a
@@ -78,15 +82,17 @@ class Checkpoint:
                 f"{shown_name(source)}: no such folder",
                 remedy="give a Hugging Face folder, a Hub id such as Qwen/Qwen3-VL-2B-Instruct, or 'demo'",
             )
-        return cls._download(source, match["repo"], match["revision"])
+        return cls._download(source, match["repo"], match["revision"], cache_dir)
 
     @classmethod
-    def _download(cls, source: str, repo: str, revision: str | None) -> Checkpoint:
+    def _download(cls, source: str, repo: str, revision: str | None, cache_dir: Path | None) -> Checkpoint:
         import huggingface_hub
 
         try:
             with quiet_hub():
-                path = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(_HUB_FILES))
+                path = huggingface_hub.snapshot_download(
+                    repo, revision=revision, allow_patterns=list(_HUB_FILES), cache_dir=cache_dir
+                )
         except Exception as error:  # the Hub client raises errors of several libraries
             full = full_disk_in(error, f"{source}: the Hub's cache")
             if full is not None:

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 _AUTO = "auto"
 _CHOICES = ".choices"
 _SIZES = ("max_context", "max_batch")
-# Fields of a request that say where an export goes, or that it is none; target, kernels and prompts count otherwise.
-_NO_OPTIONS = ("model", "target", "output", "bundle", "compile", "weights", "calibration", "kernels")
+# Fields of a request that say where an export or a download goes, or that it is none; target, kernels and prompts count
+# otherwise.
+_NO_OPTIONS = ("model", "target", "output", "bundle", "compile", "weights", "calibration", "kernels", "cache_dir")
 _EXPORTERS = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub")
 
 
@@ -77,7 +78,7 @@ def find_or_build(
     request = ExportRequest(os.fspath(model), target=target, **options)
     place = cache_folder(cache)
     try:
-        found = look_up(request.model)
+        found = look_up(request.model, request.cache_dir)
     except (CheckpointError, ModuleNotFoundError) as error:
         found_before = _built_before(request, place)
         if found_before is None:
@@ -209,7 +210,7 @@ def _export(request: ExportRequest, model: Model, target: Target, path: Path, pr
     made = export(dataclasses.replace(request, target=target.name, output=path, **dropped), progress)
     assert made.manifest is not None, "an engine has one"
     commit = made.manifest.source.get("revision")
-    if (commit or look_up(request.model).revision) != model.revision:
+    if (commit or look_up(request.model, request.cache_dir).revision) != model.revision:
         remove_folder(path)
         raise CheckpointError(
             f"{request.model}: it changed while it was exported", remedy="run the command again when it is complete"
@@ -227,7 +228,9 @@ def _choose(request: ExportRequest, model: Model, place: Path, progress: Progres
         return recorded
 
     def config() -> ModelConfig:
-        return Checkpoint.open(request.model).config if model.config is None else ModelConfig.from_hf(model.config)
+        if model.config is not None:
+            return ModelConfig.from_hf(model.config)
+        return Checkpoint.open(request.model, request.cache_dir).config
 
     target = resolve_target(request.target, config, lambda text: _say(progress, text), options=request.build_options)
     replace_text(_choice_file(request, model, place), json.dumps({"target": target.name}) + "\n")

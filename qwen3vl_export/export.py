@@ -31,6 +31,7 @@ from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.request import ExportRequest
 from runtime.errors import TargetError, UsageError
 from runtime.manifest import Manifest
+from runtime.model_config import ModelConfig
 
 _TRACING_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 
@@ -156,7 +157,7 @@ def _checked(request: ExportRequest, progress: Progress) -> _Job:
     plan = _wanted_plan(request, target)
     prompts = [] if request.calibration is None else read_prompts(request.calibration)
     cache = _wanted_cache(request, target, prompts)
-    checkpoint = Checkpoint.open(request.model)
+    checkpoint = Checkpoint.open(request.model, request.cache_dir)
     if named is not None:
         say = partial(progress.report, Stage.CHOOSING)
         target = with_kernels(named, request.kernels, checkpoint.config, say)
@@ -218,7 +219,11 @@ def _resolved(request: ExportRequest, progress: Progress) -> tuple[Target | None
             get(request.target)  # raises for a wrong name
         return None, options
     say = partial(progress.report, Stage.CHOOSING)
-    target = resolve_target(request.target, lambda: Checkpoint.open(request.model).config, say, options=options)
+
+    def config() -> ModelConfig:
+        return Checkpoint.open(request.model, request.cache_dir).config
+
+    target = resolve_target(request.target, config, say, options=options)
     if target.decode_plan:  # whose kernels the capabilities are for, not a compiler's plans
         request = replace(request, compute_capability=None)
         options = request.build_options

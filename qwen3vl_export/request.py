@@ -50,6 +50,7 @@ class ExportRequest:
         compile: --no-compile stops at the lowered graphs and their weights, for other tools and for `qwen3vl verify`.
         weights: --no-weights writes the graphs alone, which nothing opens. It reads only the headers of the weights,
             but still downloads them whole from the Hub.
+        cache_dir: Folder in which what is downloaded from the Hub is kept. [default: the Hub's own cache]
 
     Raises:
         UsageError: A size is out of range, or two of them exclude each other.
@@ -74,10 +75,11 @@ class ExportRequest:
     hardware_compatible: bool = False
     compile: bool = True
     weights: bool = True
+    cache_dir: Annotated[Path | None, typer.Option(metavar="DIR")] = None
 
     def __post_init__(self) -> None:
         """Take texts for paths, and one GPU generation for several; check the sizes, and what excludes what."""
-        for name in ("output", "bundle", "calibration"):
+        for name in ("output", "bundle", "calibration", "cache_dir"):
             if getattr(self, name) is not None:
                 with reading(name, "pass a path"):
                     object.__setattr__(self, name, Path(getattr(self, name)))

@@ -45,8 +45,12 @@ class Model:
     config: dict[str, Any] | None
 
 
-def look_up(source: str) -> Model:
+def look_up(source: str, cache_dir: Path | None = None) -> Model:
     """Find out what a folder, `owner/name[@revision]` of the Hub, or `demo` is right now.
+
+    Args:
+        source: Its name.
+        cache_dir: Where downloads are kept; by default in the Hub's own cache.
 
     Raises:
         CheckpointError: It is nothing of that, or the Hub knows no such repository, or cannot be reached and its cache
@@ -66,7 +70,7 @@ def look_up(source: str) -> Model:
             f"{shown_name(source)}: no such folder",
             remedy="give an engine, a Hugging Face folder, a Hub id such as Qwen/Qwen3-VL-2B-Instruct, or 'demo'",
         )
-    return _on_hub(source, match["repo"], match["revision"])
+    return _on_hub(source, match["repo"], match["revision"], cache_dir)
 
 
 def short_name(source: str) -> str:
@@ -93,7 +97,7 @@ def _of_folder(source: str, folder: Path) -> Model:
     return Model(source, short_name(source), digest, config)
 
 
-def _on_hub(source: str, repo: str, revision: str | None) -> Model:
+def _on_hub(source: str, repo: str, revision: str | None, cache_dir: Path | None) -> Model:
     """Ask the Hub for the commit; where it cannot be reached, its cache on this machine."""
     if revision is not None and _COMMIT.fullmatch(revision):
         return Model(source, short_name(source), revision, None)
@@ -101,7 +105,8 @@ def _on_hub(source: str, repo: str, revision: str | None) -> Model:
 
     try:
         with quiet_hub():
-            path = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision))
+            found = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision, cache_dir=cache_dir)
+            path = Path(found)
     except Exception as error:  # the Hub client raises errors of several libraries
         reason = " ".join(str(error).split())
         raise CheckpointError(

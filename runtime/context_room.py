@@ -9,6 +9,7 @@ from runtime.errors import CapacityError, UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.image_processor import ProcessedImage
 from runtime.preparation import Preparation, Prepared
+from runtime.raw_prompt import RawPrompt
 
 MANY_VISUAL_TOKENS = 2000
 
@@ -59,7 +60,10 @@ class ContextRoom:
         remedies = [longer, "shorten the prompt"]
         if any(not isinstance(each, ProcessedImage) for each in prepared.inputs):
             remedies.append("take fewer frames (fps, max_frames)")
-        if prepared.images and free - answer >= len(prepared.images):
+        if isinstance(prepared.messages, RawPrompt):
+            if prepared.images:
+                remedies.append("cut smaller images into patches")
+        elif prepared.images and free - answer >= len(prepared.images):
             limit = free - answer
             less = f"pass max_visual_tokens={limit}, which leaves {answer} tokens for the answer, with less detail"
             remedies[:0] = [less]

@@ -277,8 +277,11 @@ class Preparation:
                     f"a raw prompt was given with {name}, which only a chat template writes into a prompt",
                     remedy=f"leave {name} out, or pass messages in place of the RawPrompt",
                 )
+        images = prompt.images
+        self._check_segments(images)
+        spans = prompt.spans(self.config)
         ids, text = prompt.encoded(self.tokenizer, self.config.text.vocab_size, max_tokens, check)
-        return Prepared(Prompt(ids, (), text), (), mrope_positions(len(ids), []), prompt, (), 0)
+        return Prepared(Prompt(ids, spans, text), images, mrope_positions(len(ids), spans), prompt, images, 0)
 
     def _extent(self, kind: InputKind, text: str, offset: int) -> tuple[int, int]:
         """Return start and end of what an input stands in place of."""

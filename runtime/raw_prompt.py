@@ -8,31 +8,40 @@ from typing import Any
 
 from runtime.arguments import reading, whole_number
 from runtime.errors import UsageError
+from runtime.image_processor import ProcessedImage
+from runtime.model_config import ModelConfig
+from runtime.positions import VisualSpan
 from runtime.shown import shown
 from runtime.still_wanted import Check, always
 from runtime.tokenizer import Tokenizer
 
 _REMEDY = 'pass text, such as RawPrompt("Once upon a time"), or the token ids of a text'
+_SEGMENTS_REMEDY = "pass [(start, image), …] in the order of their places, and an image token for each visual token"
 
 
 @dataclass(frozen=True)
 class RawPrompt:
     """A prompt that no chat template has seen, in the place of messages.
 
-    It is text alone: no image stands behind a token of images that it spells, as in a chat where a user types one.
+    No image stands behind a token of images that it spells, as in a chat where a user types one, unless a segment is
+    said to stand there.
 
     Args:
         content: Text, in which special tokens that are spelled out become their ids, and to which none are added; or
             token ids. They are copied.
+        segments: Images and temporal patches of videos that were cut into patches already, each with the place of its
+            first token among the ids, which hold the image token, or that of videos, once for each visual token.
 
     Attributes:
         content: The text, or the ids as a tuple.
+        segments: As given, as a tuple.
 
     Raises:
-        UsageError: The content is neither, or empty.
+        UsageError: The content is neither, or empty, or the segments are none, or given with text.
     """
 
     content: str | Sequence[int]
+    segments: Sequence[tuple[int, ProcessedImage]] = ()
 
     def __post_init__(self) -> None:
         given: Any = self.content
@@ -40,9 +49,52 @@ class RawPrompt:
         if not content:
             raise UsageError("a raw prompt is empty, and the first token has to follow something", remedy=_REMEDY)
         object.__setattr__(self, "content", content)
+        with reading("segments", _SEGMENTS_REMEDY):
+            segments = tuple((start, image) for start, image in self.segments)
+        if segments and isinstance(content, str):
+            raise UsageError(
+                "a raw prompt of text holds no segments: their places are among token ids",
+                remedy="pass the token ids of the text",
+            )
+        if not all(type(start) is int and type(image) is ProcessedImage for start, image in segments):
+            raise UsageError(
+                f"segments must be places and processed images, got {shown(segments)}", remedy=_SEGMENTS_REMEDY
+            )
+        object.__setattr__(self, "segments", segments)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({shown(self.content)})"
+        segments = f", {len(self.segments)} segments" if self.segments else ""
+        return f"{type(self).__name__}({shown(self.content)}{segments})"
+
+    @property
+    def images(self) -> tuple[ProcessedImage, ...]:
+        """The segments without their places."""
+        return tuple(image for _, image in self.segments)
+
+    def spans(self, config: ModelConfig) -> tuple[VisualSpan, ...]:
+        """Return the places of the segments.
+
+        Args:
+            config: The model's, whose image and video tokens stand there.
+
+        Raises:
+            UsageError: Other tokens stand there, or segments overlap or are not in order.
+        """
+        spans: list[VisualSpan] = []
+        end = 0
+        for start, image in self.segments:
+            span = VisualSpan(start, image.merged_grid_thw)
+            tokens = self.content[max(start, 0) : span.end]
+            is_held = start >= end and len(tokens) == span.num_tokens and len({*tokens}) == 1
+            if not is_held or tokens[0] not in (config.image_token_id, config.video_token_id):
+                raise UsageError(
+                    f"segment {len(spans)} of the raw prompt takes tokens {start} to {span.end - 1}, which are not "
+                    "image tokens of its own, or video tokens",
+                    remedy=_SEGMENTS_REMEDY,
+                )
+            spans.append(span)
+            end = span.end
+        return tuple(spans)
 
     def encoded(
         self, tokenizer: Tokenizer, num_ids: int, max_tokens: int | None, check: Check = always

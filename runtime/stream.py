@@ -58,6 +58,11 @@ class Stream(Iterator[Piece], AsyncIterator[Piece]):
         """The whole answer, once it is complete; None before, after an error, and if `close` came first."""
         return self._pieces.result
 
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of the answer so far, those that no piece shows yet included."""
+        return self._pieces.token_ids
+
     def __next__(self) -> Piece:
         """Return the next piece, which is never empty.
 

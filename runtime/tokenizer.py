@@ -80,6 +80,11 @@ class Tokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token, added tokens included; a new dict each time."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids of the tokens that `skip_special_tokens` leaves out."""
         return self._special_ids

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,9 @@ class Flags:
     wants_version: bool
 
 
-def run_app(app: typer.Typer, args: Sequence[str] | None = None) -> None:
+def run_app(
+    app: typer.Typer, args: Sequence[str] | None = None, *, more: Callable[[], Sequence[str]] | None = None
+) -> None:
     """Run a command line and end the process; always raises `SystemExit`.
 
     | ends with | stderr | exit code |
@@ -72,6 +74,7 @@ def run_app(app: typer.Typer, args: Sequence[str] | None = None) -> None:
     Args:
         app: The typer app; made with `pretty_exceptions_enable=False`, so that typer installs no hook of its own.
         args: Arguments without the program's name; `sys.argv[1:]` by default.
+        more: Called for more arguments, which stand behind these; what it raises is reported alike.
 
     Raises:
         SystemExit: Always.
@@ -84,7 +87,7 @@ def run_app(app: typer.Typer, args: Sequence[str] | None = None) -> None:
     notes = _NoteHandler(flags)
     logging.getLogger("runtime").addHandler(notes)
     try:
-        code = _call(app, arguments, flags)
+        code = _call(app, arguments if more is None else [*arguments, *more()], flags)
     except (SystemExit, BrokenPipeError) as end:
         # typer 0.29 turns a broken pipe into exit code 1, and prints nothing.
         if not isinstance(end, BrokenPipeError) and not isinstance(end.__context__, BrokenPipeError):

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,19 +36,27 @@ class Pieces:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pieces: deque[Piece] = deque()
+        self._token_ids: list[int] = []
         self._wakers: list[_Waker] = []
         self._end_wakers: list[_Waker] = []
         self._error: Exception | None = None
         self.is_ended = self.is_cancelled = False
         self.result: Generation | None = None
 
-    def put(self, *pieces: Piece) -> None:
-        """Add pieces; empty ones, and all after the end, are dropped."""
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of the answer so far; those of the pieces that were taken are among them."""
+        with self._lock:
+            return self._token_ids.copy()
+
+    def put(self, *pieces: Piece, token_ids: Iterable[int] = ()) -> None:
+        """Add tokens, and pieces that can be shown with them; empty pieces, and all after the end, are dropped."""
         kept = [piece for piece in pieces if piece]
-        if not kept:
-            return
         with self._lock:
             if self.is_ended:
+                return
+            self._token_ids += token_ids
+            if not kept:
                 return
             self._pieces += kept
             wakers, self._wakers = self._wakers, []

@@ -364,7 +364,8 @@ class Steps:
         return list(self._session.decode(inputs, cache, first))
 
     def _take_chunk(self, sequence: Sequence, num_tokens: int, logits_LV: FloatArray) -> None:
-        sequence.request.pieces.put(*sequence.take_chunk(num_tokens, logits_LV))
+        pieces = sequence.take_chunk(num_tokens, logits_LV)
+        sequence.request.pieces.put(*pieces, token_ids=sequence.answer_ids)  # the first one, or none yet
         self.slots.write(sequence, sequence.num_rows)
         if sequence.tokens_left:
             return
@@ -401,7 +402,7 @@ class Steps:
     def _take(self, sequence: Sequence, row: Logits | TopLogits) -> None:
         pieces = sequence.take_token(row)
         self.counters.generated_tokens += 1
-        sequence.request.pieces.put(*pieces)
+        sequence.request.pieces.put(*pieces, token_ids=[sequence.last_token])
         if sequence.is_finished:
             self.finish(sequence)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +56,22 @@ def test_tools_fall_through_where_the_template_knows_none(demo_engine: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, "note: answered without tools: the chat template knows no tools\n")
     assert done.stdout.strip()
+
+
+def test_transformers_calls(demo_engine: Path) -> None:
+    images = ROOT / "qwen3vl_export" / "demo" / "images"
+    entries = json.loads((images / "truth.json").read_text(encoding="utf-8"))
+    truths = {entry["file"]: entry["answer"] for entry in entries if entry["task"] == "read"}
+    assert len(truths) > 1 and len({*truths.values()}) > 1
+    script = ROOT / "examples" / "transformers_calls.py"
+    command = [
+        sys.executable,
+        str(script),
+        str(demo_engine),
+        "Read the digits.",
+        *(str(images / each) for each in truths),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == list(truths.values())

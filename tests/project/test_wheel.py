@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -19,10 +20,14 @@ from runtime import native
 from scripts import share_torch, wheels
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def without_checkout() -> dict[str, str]:
     # An editable install of this checkout must not be found: only the wheel counts.
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    words = [str(part) for part in command]
+    done = subprocess.run(words, cwd=cwd, env=without_checkout(), capture_output=True, text=True)
     assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -100,7 +105,10 @@ def dist_info(archive: zipfile.ZipFile) -> str:
 def test_the_wheel_is_small_and_trains_nothing(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert packages == {"configs", "engines", "qwen3_vl", "qwen3vl_export", "runtime"}
+    assert packages == {"configs", "engines", "optimum", "qwen3_vl", "qwen3vl_export", "runtime"}
+    # A part of optimum's namespace: a file more, above all an __init__.py, would hide optimum.
+    assert [name for name in names if name.startswith("optimum/")] == ["optimum/commands/register/register_qwen3vl.py"]
+    assert {name for name in names if name.startswith("qwen3vl_export/integrations/optimum/")}
     # Of the demo: checkpoints, pictures, and the held-out questions of `qwen3vl verify --tasks`.
     demo = {name.removeprefix("qwen3vl_export/demo/") for name in names if name.startswith("qwen3vl_export/demo/")}
     assert {name for name in demo if name.endswith(".py")} == {"__init__.py", "data.py", "distractors.py", "tasks.py"}
@@ -153,6 +161,66 @@ def test_export_extra_exports_the_demo(exported: tuple[Path, Path], tmp_path: Pa
     assert not installed(exported[0], tmp_path) & {"torchvision", "transformers"}
     answer, truth = ask(*exported, tmp_path)
     assert answer == truth
+
+
+def optimum_environment(folder: Path) -> Path:
+    """Make an environment that has this one's packages behind its own, without an editable install of this checkout.
+
+    A path in a .pth file is searched, but its own .pth files are not read.
+    """
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    python = folder / "bin" / "python"
+    (own,) = folder.glob("lib/python*/site-packages")
+    (own / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n", encoding="utf-8")
+    return python
+
+
+def install_alone(python: Path, *what: str | Path) -> None:
+    options = ("-q", "--no-deps", "--no-index", "--ignore-installed")
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, *what, cwd=python.parent)
+
+
+MAIN = "from optimum.commands.optimum_cli import main; main()"
+
+
+def test_optimum_finds_its_command_in_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    python = optimum_environment(tmp_path / "env")
+    install_alone(python, wheel)
+    find = "import optimum.version, qwen3vl_export as q; print(optimum.version.__version__, q.__file__)"
+    version, place = run(python, "-c", find, cwd=tmp_path).split()
+    assert version and tmp_path in Path(place).parents
+    assert "--weight-format" in run(python, "-c", MAIN, "export", "qwen3vl", "--help", cwd=tmp_path)
+    options = ("-m", "demo", "--no-weights", "--no-compile", "--weight-format", "fp32", "--json", "lowered")
+    made = json.loads(run(python, "-c", MAIN, "export", "qwen3vl", *options, cwd=tmp_path))
+    assert (made["output"], made["target"]) == ("lowered", "ort-cpu-fp32")
+    # Where our package, or what an export needs, is broken, the other commands go on.
+    broken = ("typer", "qwen3vl-export cannot be imported: ", 2), ("torch", "install the extra `export`", 6)
+    for name, words, code_at_end in broken:
+        code = f"import sys; sys.modules[{name!r}] = None; {MAIN}"
+        assert "qwen3vl" in run(python, "-c", code, "export", "--help", cwd=tmp_path)
+        command = [str(python), "-c", code, "export", "qwen3vl", "-m", "demo", "other", "--weight-format", "fp32"]
+        done = subprocess.run(command, cwd=tmp_path, env=without_checkout(), capture_output=True, text=True)
+        assert done.returncode == code_at_end and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    # A checkout beside the wheel has the same file.
+    both = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [str(python), "-c", MAIN, "export", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=both, capture_output=True, text=True)
+    assert done.returncode == 0 and "qwen3vl" in done.stdout, done.stderr
+
+
+def test_optimum_finds_its_command_in_an_editable_install(tmp_path: Path) -> None:
+    wheels.copy_tracked(tmp_path / "source")
+    (tmp_path / "source" / "setup.py").write_text(
+        (tmp_path / "source" / "setup.py")
+        .read_text(encoding="utf-8")
+        .replace("if is_linux else []", "if False else []"),
+        encoding="utf-8",
+    )
+    python = optimum_environment(tmp_path / "env")
+    install_alone(python, "--no-build-isolation", "-e", tmp_path / "source")
+    find = "import optimum.version, qwen3vl_export as q; print(q.__file__)"
+    assert run(python, "-c", find, cwd=tmp_path).strip().startswith(str(tmp_path / "source"))
+    assert "--weight-format" in run(python, "-c", MAIN, "export", "qwen3vl", "--help", cwd=tmp_path)
 
 
 def test_cpu_extra_alone_runs_that_engine(wheel: Path, exported: tuple[Path, Path], tmp_path: Path) -> None:

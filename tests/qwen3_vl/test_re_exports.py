@@ -19,7 +19,10 @@ pytestmark = pytest.mark.portable
 PAGE = (ROOT / "docs" / "public_api.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(qwen3_vl[\w.]*)` \| (.+?) \| .+ \|$", PAGE, re.MULTILINE)
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-WITHOUT_NAMES = [ROOT / "qwen3_vl" / name for name in ("components/__init__.py", "errors.py", "lazy.py", "names.py")]
+WITHOUT_NAMES = [
+    ROOT / "qwen3_vl" / name
+    for name in ("components/__init__.py", "errors.py", "integrations/__init__.py", "lazy.py", "names.py")
+]
 FILES = [path for path in sorted((ROOT / "qwen3_vl").rglob("*.py")) if path not in WITHOUT_NAMES]
 HEAVY = {"numpy", "PIL", "torch", "onnx", "onnx_ir", "onnxruntime", "transformers", "engines", "qwen3vl_export"}
 
@@ -40,6 +43,7 @@ def typed_names(path: Path) -> dict[str, str]:
 def test_the_modules_are_all_of_the_package() -> None:
     names = {module_of(path).__name__ for path in FILES}
     parts = {f"components.{each}" for each in ("attention", "hardware", "memory", "routing")}
+    parts |= {"integrations.optimum"}
     assert names == {"qwen3_vl", *(f"qwen3_vl.{each}" for each in ("config", "core", "utils", *parts))}
 
 

@@ -221,10 +221,12 @@ class Hub:
         self.commit: str | None = COMMITS[0]
         self.checkpoint, self.folder = checkpoint, folder
         self.asked: list[str | None] = []
+        self.cache_dir: Path | None = None
 
-    def __call__(self, repo: str, name: str, *, revision: str | None) -> str:
+    def __call__(self, repo: str, name: str, *, revision: str | None, cache_dir: Path | None) -> str:
         assert (repo, name) == ("owner/model", "config.json")
         self.asked.append(revision)
+        self.cache_dir = cache_dir
         if self.commit is None:
             raise ConnectionError("no route to host")
         snapshot = self.folder / "snapshots" / self.commit
@@ -251,6 +253,10 @@ def test_a_repository_is_known_by_its_commit(hub: Hub, tmp_path: Path, exporter:
         assert find_or_build("owner/model", cache=cache) == built[-1]
     assert built[0] != built[1] and built[0].name.startswith("model-")
     assert [request.model for request in exporter.requests] == ["owner/model"] * 2
+    # Downloads go where they are wanted, which is no other engine.
+    assert hub.cache_dir is None
+    assert find_or_build("owner/model", cache=cache, cache_dir=tmp_path / "hub") == built[-1]
+    assert hub.cache_dir == tmp_path / "hub"
     # A commit needs nobody to ask.
     num_asked = len(hub.asked)
     assert find_or_build(f"owner/model@{COMMITS[0]}", cache=cache) == built[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,76 @@ def test_a_token_of_images_is_text(model: Qwen3VLModel) -> None:
     assert raw.prompt.input_ids.count(model.tokenizer.token_id("<|image_pad|>")) == 1
     assert raw.prompt.spans == () and raw.num_visual_tokens == 0
     assert model.generate(RawPrompt("a <|image_pad|> b"), max_new_tokens=2, eos_token_id=[]).stats.visual_tokens == 0
+
+
+def picture(seed: int) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[dict[str, Any]]:
+    """Messages with two images and a video between them."""
+    frames = [picture(seed) for seed in range(3, 7)]
+    parts = [{"type": "image", "image": picture(1)}, {"type": "video", "video": frames, "sample_fps": 2}]
+    parts += [{"type": "text", "text": QUESTION}, {"type": "image", "image": picture(2)}]
+    return [{"role": "user", "content": parts}]
+
+
+def segments_of(model: Qwen3VLModel, messages: Any) -> tuple[list[int], list[tuple[int, Any]]]:
+    prepared = model.prepare(messages)
+    spans = prepared.prompt.spans
+    return prepared.prompt.input_ids, [(span.start, image) for span, image in zip(spans, prepared.images, strict=True)]
+
+
+def test_segments_stand_behind_their_tokens(model: Qwen3VLModel, asked: Any) -> None:
+    chat = model.prepare(asked)
+    ids, segments = segments_of(model, chat.messages)
+    assert len(segments) == 4
+    prompt = RawPrompt(ids, segments)
+    raw = model.prepare(prompt)
+    assert raw.prompt.input_ids == ids and raw.prompt.spans == chat.prompt.spans and raw.images == chat.images
+    assert np.array_equal(raw.positions.position_ids, chat.positions.position_ids)
+    assert (raw.inputs, raw.num_read) == (raw.images, 0) and repr(prompt).endswith("4 segments)")
+    options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": []}
+    answer = model.generate(prompt, **options)
+    assert answer.token_ids == model.generate(asked, **options).token_ids and len(answer.image_sizes) == 4
+    assert answer.token_ids != model.generate(RawPrompt(ids), **options).token_ids, "the images are looked at"
+    with pytest.raises(CapacityError, match="or shorten the prompt, or cut smaller images into patches"):
+        model.generate(RawPrompt(ids + [5] * 600, segments))
+
+
+def test_segments_that_are_refused(model: Qwen3VLModel, asked: Any) -> None:
+    ids, segments = segments_of(model, asked)
+    (start, image), *others = segments
+    for wrong in (
+        [(start + 1, image), *others],
+        [(start, image), *others[::-1]],
+        [(start, image), (start, image)],
+        [(-1, image)],
+        [(len(ids), image)],
+        [(0, image)],
+    ):
+        with pytest.raises(UsageError, match=r"segment \d of the raw prompt takes tokens"):
+            model.prepare(RawPrompt(ids, wrong))
+    with pytest.raises(UsageError, match="a raw prompt of text holds no segments"):
+        RawPrompt("text", segments)
+    for kind in ([(start, picture(1))], [(start, None)], [("0", image)], [image], 5, [(True, image)]):
+        with pytest.raises(UsageError, match="segments"):
+            RawPrompt(ids, kind)
+    other = dataclasses.replace(image, merge_size=1)
+    with pytest.raises(UsageError, match="a processed input does not fit this model"):
+        model.prepare(RawPrompt(ids, [(start, other), *others]))
+
+
+def test_a_stream_tells_tokens(model: Qwen3VLModel) -> None:
+    with model.stream(RawPrompt("one two"), max_new_tokens=12, eos_token_id=[]) as stream:
+        assert stream.token_ids == []
+        seen = []
+        for _ in stream:
+            seen.append(stream.token_ids)
+        assert stream.result is not None
+        assert stream.token_ids == stream.result.token_ids and len(stream.token_ids) == 12
+    assert all(stream.token_ids[: len(each)] == each for each in seen) and seen[0]
 
 
 def test_a_batch_may_mix_them_with_chats(model: Qwen3VLModel) -> None:

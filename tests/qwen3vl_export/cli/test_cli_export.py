@@ -146,13 +146,14 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
 
     asked = []
 
-    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((repo, revision))
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str], cache_dir: Path | None) -> str:
+        asked.append((repo, revision, cache_dir))
         raise LocalEntryNotFoundError("Cannot find the snapshot on the local disk.\n\nPlease check your connection.")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    code, out, err = call(app, "Qwen/Nothing@v1.0", "--output", str(tmp_path / "engine"))
-    assert (code, out, asked) == (CheckpointError.exit_code, "", [("Qwen/Nothing", "v1.0")])
+    words = ("--output", str(tmp_path / "engine"), "--cache-dir", str(tmp_path / "hub"))
+    code, out, err = call(app, "Qwen/Nothing@v1.0", *words)
+    assert (code, out, asked) == (CheckpointError.exit_code, "", [("Qwen/Nothing", "v1.0", tmp_path / "hub")])
     error, remedy = err.splitlines()
     assert error.startswith("error: Qwen/Nothing@v1.0: neither a folder here nor on the Hub (LocalEntryNotFoundError: ")
     assert error.endswith("Please check your connection.)")

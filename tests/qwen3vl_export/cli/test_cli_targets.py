@@ -124,7 +124,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
     asked: list[Any] = []
 
-    def hf_hub_download(repo: str, name: str, *, revision: str | None) -> str:
+    def hf_hub_download(repo: str, name: str, *, revision: str | None, cache_dir: None = None) -> str:
         asked.append((repo, name, revision))
         if repo != "me/mine":
             raise OSError("cannot\nbe found")
