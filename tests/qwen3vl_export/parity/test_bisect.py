@@ -18,7 +18,7 @@ from engines.build import build_engine
 from engines.bundle import DECODER, VISION, Bundle
 from engines.kernel_sets import with_kernels
 from helpers.command_line import call
-from helpers.damage import rehash, rewrite
+from helpers.damage import rehash, rewrite, scaled_weight
 from helpers.engines import requantized
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.cli.run import app
@@ -32,20 +32,6 @@ from runtime.manifest import Manifest
 
 LAYERS = "model.language_model.layers"
 BLOCKS = "model.visual.blocks"
-
-
-def scaled(engine: Path, folder: Path, weight: str, part: slice | int = slice(None), factor: float = 1.5) -> Path:
-    """Copy an engine and scale a float32 weight, or a part along its first axis, in the file of the weights."""
-    shutil.copytree(engine, folder)
-    for path in sorted(folder.glob("*.onnx")):
-        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-            if tensor.name == weight:
-                where = {each.key: each.value for each in tensor.external_data}
-                data = np.memmap(folder / where["location"], np.float32, "r+", int(where["offset"]), tuple(tensor.dims))
-                data[part] *= factor
-                data.flush()
-                return folder
-    raise AssertionError(f"{engine} has no weight {weight}")
 
 
 def assert_found(report: BisectReport, graph: str, layer: str, part: str) -> None:
@@ -77,7 +63,7 @@ def test_scaled_weight_is_found_at_its_layer(
 ) -> None:
     config = Manifest.read(tiny_engine).model
     last = str((config.vision.depth if graph == VISION else config.text.num_layers) - 1)
-    engine = scaled(tiny_engine, tmp_path / "engine", weight.replace("LAST", last))
+    engine = scaled_weight(tiny_engine, tmp_path / "engine", weight.replace("LAST", last))
     report = bisect(engine, str(tiny_checkpoint))
     assert_found(report, graph, layer.replace("LAST", last), part)
     calls = {each.call for each in report.findings if not each.passed}
@@ -88,14 +74,14 @@ def test_scaled_weight_is_found_at_its_layer(
 @pytest.mark.parametrize("weight", ["gate_up_proj.interleaved", "down_proj"])
 def test_scaled_expert_is_found(weight: str, layer: int, expert: int, demo_moe_engine: Path, tmp_path: Path) -> None:
     name = f"{LAYERS}.{layer}.mlp.experts.{weight}"
-    report = bisect(scaled(demo_moe_engine, tmp_path / "engine", name, expert), "demo-moe")
+    report = bisect(scaled_weight(demo_moe_engine, tmp_path / "engine", name, expert), "demo-moe")
     assert_found(report, DECODER, f"layers.{layer}", "experts")
     assert report.first is not None and report.first.expert == expert
     assert f"layers.{layer}, experts, expert {expert} of decoder.onnx" in report.render()
 
 
 def test_scaled_router_is_found(demo_moe_engine: Path, tmp_path: Path) -> None:
-    engine = scaled(demo_moe_engine, tmp_path / "engine", f"{LAYERS}.1.mlp.gate.weight", factor=3)
+    engine = scaled_weight(demo_moe_engine, tmp_path / "engine", f"{LAYERS}.1.mlp.gate.weight", factor=3)
     assert_found(bisect(engine, "demo-moe"), DECODER, "layers.1", "experts")
 
 
@@ -137,7 +123,7 @@ def test_missing_deepstack_level_is_found(tiny_engine: Path, tiny_checkpoint: Pa
 
 
 def test_value_that_is_not_finite_is_found(tiny_engine: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    engine = scaled(tiny_engine, tmp_path / "engine", f"{LAYERS}.1.mlp.down_proj.weight", factor=float("nan"))
+    engine = scaled_weight(tiny_engine, tmp_path / "engine", f"{LAYERS}.1.mlp.down_proj.weight", factor=float("nan"))
     report = bisect(engine, str(tiny_checkpoint))
     assert_found(report, DECODER, "layers.1", "feed-forward")
     assert report.to_dict()["first"]["value"] is None
@@ -154,7 +140,7 @@ def test_command_names_the_layer(tiny_engine: Path, tiny_checkpoint: Path, tmp_p
     code, out, _ = call(app, "verify", str(tiny_engine), *arguments)
     report = json.loads(out)
     assert (code, report["passed"], report["first"]) == (0, True, None)
-    engine = scaled(tiny_engine, tmp_path / "engine", f"{LAYERS}.1.mlp.down_proj.weight")
+    engine = scaled_weight(tiny_engine, tmp_path / "engine", f"{LAYERS}.1.mlp.down_proj.weight")
     code, out, err = call(app, "verify", str(engine), *arguments, "--plot", str(tmp_path / "sections.svg"))
     report = json.loads(out)
     assert (code, report["passed"]) == (ParityError.exit_code, False) and "within the tolerances" in err

@@ -1,0 +1,1 @@
+"""What fits engines into other libraries, a module for each."""
