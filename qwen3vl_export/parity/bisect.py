@@ -172,7 +172,7 @@ class _CutGraph:
         for value in outputs.values():
             binding.bind_output(value, "cpu")
         if cache is not None:
-            cache.bind(binding, 0, len(inputs.input_ids))  # type: ignore[attr-defined,union-attr]
+            cache.bind(binding, 0, len(inputs.input_ids))
         self._session.run_with_iobinding(binding)
         values = binding.get_outputs_as_ortvaluevector()  # in the order in which they were bound
         return {name: values[i].numpy() for i, name in enumerate(outputs)}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GRAPHS = (VISION, DECODER)
 
 
-class BundleGraph(BaseLoader):  # type: ignore[misc]
+class BundleGraph(BaseLoader):
     """Load a graph of a bundle, which any ONNX runtime runs: custom operators have bodies of standard ones."""
 
     def __init__(self, source: str | Path, graph: str = DECODER) -> None:
@@ -52,7 +52,7 @@ class BundleGraph(BaseLoader):  # type: ignore[misc]
             return _loaded(Path(folder), self._graph)
 
 
-class LoweredGraph(BaseLoader):  # type: ignore[misc]
+class LoweredGraph(BaseLoader):
     """Load a graph as a target runs it, or its compiler gets it."""
 
     def __init__(self, source: str | Path, graph: str = DECODER, *, target: str | None = None) -> None:
@@ -93,7 +93,7 @@ class LoweredGraph(BaseLoader):  # type: ignore[misc]
             return _loaded(folder, self._graph)
 
 
-class EngineSession(BaseLoader):  # type: ignore[misc]
+class EngineSession(BaseLoader):
     """Open an engine, or lowered graphs, which ONNX Runtime's CPU provider then runs node by node."""
 
     def __init__(self, engine: str | Path) -> None:

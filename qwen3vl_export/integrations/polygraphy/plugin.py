@@ -25,7 +25,7 @@ def argument_groups() -> list[BaseRunnerArgs]:
     return [EngineRunnerArgs()]
 
 
-class EngineRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
+class EngineRunnerArgs(BaseRunnerArgs):
     """Qwen3-VL Engine Inference: running an engine, and its bundle beside it.
 
     Depends on:
@@ -99,7 +99,7 @@ class EngineRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]
         model.model_type = ModelArgs.ModelType("onnx")
 
 
-class PromptInputArgs(DataLoaderArgs):  # type: ignore[misc]
+class PromptInputArgs(DataLoaderArgs):
     """Data Loader: inputs of a real prompt.
 
     Depends on:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, NDArray[Any]]
 
 
-class EngineRunner(BaseRunner):  # type: ignore[misc]
+class EngineRunner(BaseRunner):
     """Run `vision` or `decoder` of an engine as a graph with the inputs and outputs of a bundle's.
 
     A prompt goes through the decoder as the runtime sends it: in chunks, by the graph for prompts if there is one, and
@@ -71,19 +71,19 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         self._source = model
         self._graph = checked_graph(graph)
 
-    @util.check_called_by("activate")  # type: ignore[untyped-decorator]
+    @util.check_called_by("activate")
     def activate_impl(self) -> None:
         """Open the engine."""
         self.model, self._is_own = util.invoke_if_callable(self._source)
 
-    @util.check_called_by("deactivate")  # type: ignore[untyped-decorator]
+    @util.check_called_by("deactivate")
     def deactivate_impl(self) -> None:
         """Close the engine, if this runner opened it."""
         if self._is_own:
             self.model.close()
         del self.model, self._is_own
 
-    @util.check_called_by("get_input_metadata")  # type: ignore[untyped-decorator]
+    @util.check_called_by("get_input_metadata")
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Return names, types and shapes of a bundle's inputs; of an engine that takes grey levels, its own."""
         config, metadata = self.model.config, TensorMetadata()
@@ -99,7 +99,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
             metadata.add(name, dtype=DataType.from_dtype(np.dtype(dtype)), shape=dims[name])
         return metadata
 
-    @util.check_called_by("infer")  # type: ignore[untyped-decorator]
+    @util.check_called_by("infer")
     def infer_impl(self, feed_dict: Arrays) -> OrderedDict[str, NDArray[Any]]:
         """Run the graph.
 
