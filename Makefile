@@ -27,7 +27,7 @@ endif
 # The library of own kernels: `pip install` builds it where it can, and says nothing where it cannot.
 LIBRARY := runtime/native/libqwen3vl_cpu.so
 
-.PHONY: setup native wheel demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients lint bench compare-setup gpu-check gpu-pack
+.PHONY: setup native wheel demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients lint bench compare-setup test-peers gpu-check gpu-pack
 
 setup: $(DEV_STAMP) $(LIBRARY)
 
@@ -141,6 +141,10 @@ bench: setup
 compare-setup: setup
 	@echo "Setting up build/peers: environments of onnxruntime-genai and OpenVINO, which share the PyTorch of $(VENV)."
 	$(BIN)/python -m benchmarks compare-setup
+
+# What the peers can and cannot do, where that decides what we offer.
+test-peers: compare-setup
+	$(BIN)/python -m pytest -q tests/benchmarks/test_genai_deepstack.py
 
 # Beside the demo, the model that is asked for: MODEL=FOLDER, MODEL=owner/name, or MODEL=qwen3-vl-2b for random weights.
 gpu-check: setup

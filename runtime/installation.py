@@ -29,6 +29,7 @@ EXTRAS = {
     "onnxruntime": "cpu",
     "onnxscript": "export",
     "pillow_heif": "heif",
+    "polygraphy": "polygraphy",
     "prometheus_client": "serve",
     "pydantic": "serve",
     "safetensors": "export",

@@ -48,6 +48,8 @@ LONG = (
     "tests/qwen3vl_export/parity/test_moe_parity.py",
     "tests/qwen3vl_export/parity/test_moe_few_bits.py",
     "tests/qwen3vl_export/parity/test_sabotage.py",
+    "tests/qwen3vl_export/integrations/test_polygraphy.py",
+    "tests/qwen3vl_export/parity/test_bisect.py",
     "tests/qwen3vl_export/tracing/test_tracing.py",
     "tests/engines/tensorrt/test_tensorrt_build.py",
     "tests/qwen3vl_export/test_moe_other_shapes.py",

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from qwen3vl_export.cli.output import note, print_json, print_text
 from runtime.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
+    from qwen3vl_export.parity.bisect_report import BisectReport
     from qwen3vl_export.parity.range_report import RangeReport
     from qwen3vl_export.parity.report import Report
     from qwen3vl_export.parity.task_report import TaskReport
@@ -32,9 +34,11 @@ class Comparison:
         reference: What to compare with: transformers, or own, which is this package's PyTorch definition of the model
             and needs no transformers. [default: transformers]
         tasks: Compare answers to the demo's held-out questions with those of a float32 engine.
+        bisect: Compare layer by layer, each with the reference's input, and name the first that is beyond its limit.
         ranges: Compare the largest magnitude of every tensor of the checkpoint with the largest float16, 65504.
         limit: With --tasks: ask about the first N of 2000 canvases only.
-        plot: Plot the error of each layer (with --tasks) or its range (with --ranges) into this .svg or .png file.
+        plot: Plot the error of each layer (with --tasks or --bisect) or its range (with --ranges) into this .svg or
+            .png file.
 
     Raises:
         UsageError: Two of them exclude each other.
@@ -45,22 +49,26 @@ class Comparison:
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None
     reference: Annotated[str | None, typer.Option(metavar="KIND")] = None
     tasks: bool = False
+    bisect: bool = False
     ranges: bool = False
     limit: Annotated[int | None, typer.Option(min=1)] = None
     plot: Annotated[Path | None, typer.Option(metavar="FILE")] = None
 
     def __post_init__(self) -> None:
         """Check what excludes what."""
-        if self.ranges and (self.engine is not None or self.tasks):
-            raise UsageError("--ranges looks at the checkpoint alone", remedy="leave ENGINE and --tasks out")
-        if self.tasks and self.max_new_tokens is not None:
-            raise UsageError("--tasks takes no --max-new-tokens", remedy="leave one of them out")
-        if self.reference is not None and (self.tasks or self.ranges):
-            raise UsageError("--reference has no use with --tasks and --ranges", remedy="leave it out")
+        if self.ranges and (self.engine is not None or self.tasks or self.bisect):
+            raise UsageError("--ranges looks at the checkpoint alone", remedy="leave ENGINE, --tasks and --bisect out")
+        if self.tasks and self.bisect:
+            raise UsageError("--tasks and --bisect are two comparisons", remedy="leave one of them out")
+        if (self.tasks or self.bisect) and self.max_new_tokens is not None:
+            option = "--tasks" if self.tasks else "--bisect"
+            raise UsageError(f"{option} takes no --max-new-tokens", remedy="leave one of them out")
+        if self.reference is not None and (self.tasks or self.bisect or self.ranges):
+            raise UsageError("--reference has no use with --tasks, --bisect and --ranges", remedy="leave it out")
         if self.limit is not None and not self.tasks:
             raise UsageError("--limit belongs to --tasks", remedy="add --tasks")
-        if self.plot is not None and not (self.tasks or self.ranges):
-            raise UsageError("--plot belongs to --tasks or --ranges", remedy="add one of them")
+        if self.plot is not None and not (self.tasks or self.bisect or self.ranges):
+            raise UsageError("--plot belongs to --tasks, --bisect or --ranges", remedy="add one of them")
         if self.engine is None and not self.ranges:
             raise UsageError("ENGINE is missing", remedy="give an engine folder, or --ranges for the checkpoint alone")
 
@@ -76,11 +84,15 @@ def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = Fa
     that it builds from the checkpoint. It prints exact matches, their paired difference in points with a 95 % interval,
     KL divergence, agreement and perplexity on the true answers, and fails if a task loses more points than it may.
 
+    --bisect cuts the graphs between the layers and gives each layer the input that PyTorch has there, so that its error
+    is its own. It prints the first layer beyond its limit, which part of it, and which expert.
+
     --ranges takes no engine: it runs the checkpoint in float32 and lists the largest magnitude of each tensor, and how
     many times that fits below 65504. The exit code is 9 if one does not fit: float16 cannot hold this checkpoint.
 
     The command needs the packages of the extras [export] and [verify] (transformers, torchvision); with --reference
-    own, --tasks or --ranges those of [export] are enough. --tasks also needs scikit-learn, --plot also matplotlib.
+    own, --tasks, --bisect or --ranges those of [export] are enough. --tasks also needs scikit-learn, --plot also
+    matplotlib.
 
     \b
     Examples:
@@ -88,6 +100,7 @@ def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = Fa
       qwen3vl verify demo-engine --checkpoint demo --reference own
       qwen3vl verify ENGINE --checkpoint Qwen/Qwen3-VL-2B-Instruct --json > parity.json
       qwen3vl verify demo-engine --checkpoint demo --tasks --limit 300 --plot layers.svg
+      qwen3vl verify demo-engine --checkpoint demo --bisect
       qwen3vl verify --checkpoint demo --ranges
     """
     report = _report(comparison, is_quiet=quiet, is_json=as_json)
@@ -107,7 +120,9 @@ def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = Fa
         )
 
 
-def _report(comparison: Comparison, *, is_quiet: bool, is_json: bool) -> Report | TaskReport | RangeReport:
+def _report(
+    comparison: Comparison, *, is_quiet: bool, is_json: bool
+) -> Report | TaskReport | BisectReport | RangeReport:
     """Compare, and draw the plot."""
     if comparison.plot is not None:
         from qwen3vl_export.parity.plots import check_plot
@@ -118,11 +133,14 @@ def _report(comparison: Comparison, *, is_quiet: bool, is_json: bool) -> Report 
         return _measure_ranges(comparison, **options)
     if comparison.tasks:
         return _compare_tasks(comparison.engine, comparison, is_quiet=is_quiet)
-    from qwen3vl_export.parity.verify import verify as compare
 
     def say(case: str) -> None:
         if not (is_quiet or is_json):
             note(f"comparing: {case}")
+
+    if comparison.bisect:
+        return _bisect(comparison.engine, comparison, on_case=say)
+    from qwen3vl_export.parity.verify import verify as compare
 
     return compare(comparison.engine, comparison.checkpoint, on_case=say, **options)
 
@@ -146,6 +164,16 @@ def _compare_tasks(engine: Path, comparison: Comparison, *, is_quiet: bool) -> T
         )
     if comparison.plot is not None:
         plot_layers({report.target: report.layers}, comparison.plot)
+    return report
+
+
+def _bisect(engine: Path, comparison: Comparison, on_case: Callable[[str], None]) -> BisectReport:
+    from qwen3vl_export.parity.bisect import bisect
+    from qwen3vl_export.parity.bisect_report import plot_sections
+
+    report = bisect(engine, comparison.checkpoint, on_case=on_case)
+    if comparison.plot is not None:
+        plot_sections(report, comparison.plot)
     return report
 
 

@@ -14,7 +14,7 @@ Shapes: see runtime/session.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, Manifest
 from runtime.session import KVCache, TopLogits, top_logits
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime as ort
 
     from qwen3vl_export.checkpoint import Checkpoint
@@ -127,8 +128,19 @@ class LoweredSession:
         return [values[i].numpy() for i in range(len(names))]
 
 
-def open_graph(path: Path, threads: int | None = None, has_own_kernels: bool = False) -> ort.InferenceSession:
+def open_graph(
+    path: Path,
+    threads: int | None = None,
+    has_own_kernels: bool = False,
+    edit: Callable[[onnx.GraphProto], object] = lambda graph: None,
+) -> ort.InferenceSession:
     """Open a graph so that its nodes run as they are and its tensors have the types that it says.
+
+    Args:
+        path: The file.
+        threads: Threads of the session.
+        has_own_kernels: It has operators of our own.
+        edit: Changes the graph before it is opened; the file stays as it is.
 
     Raises:
         EngineError: It has operators of our own kernels, whose library cannot be used.
@@ -147,7 +159,7 @@ def open_graph(path: Path, threads: int | None = None, has_own_kernels: bool = F
     # The graph comes as bytes, so its weights' folder must be named.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return ort.InferenceSession(_held(path), options, providers=[_PROVIDER])
+        return ort.InferenceSession(_held(path, edit), options, providers=[_PROVIDER])
     except Exception as error:  # see above
         raise _refusal(path, error) from error
 
@@ -208,12 +220,13 @@ def is_lowered(folder: Path) -> bool:
     return leads_somewhere(folder / LOWERED_NAME) and not leads_somewhere(folder / MANIFEST_NAME)
 
 
-def _held(path: Path) -> bytes:
+def _held(path: Path, edit: Callable[[onnx.GraphProto], object]) -> bytes:
     """Return the graph of a file, in operators that the CPU runs, with two Identities after each tensor of a node."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
     expand_float8_products(model.graph)
+    edit(model.graph)
     outputs = {value.name for value in model.graph.output}
     nodes = []
     for node in model.graph.node:

@@ -18,7 +18,7 @@ from runtime.positions import mrope_positions
 from runtime.preparation import Prepared
 from runtime.vision_inputs import vision_inputs
 
-_OWN_NOTE = (
+OWN_NOTE = (
     "the reference is this package's own PyTorch definition: prompt, pixels, positions and the definition itself were "
     "not compared with transformers"
 )
@@ -31,7 +31,7 @@ class OwnReference:
         self._model = model
         self._session = EagerSession(model)
         self.name = f"own definition, torch {torch.__version__}"
-        self.notes = [_OWN_NOTE]
+        self.notes = [OWN_NOTE]
         self.keeps_markers = True
 
     def inputs(self, messages: list[dict[str, Any]]) -> None:

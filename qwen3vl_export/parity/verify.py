@@ -92,7 +92,7 @@ def verify(
     source.entries  # noqa: B018  (transformers' own messages about damaged files help nobody)
     source.assets()
     model = open_model_of(source, engine)
-    precision, limits = _limits_of(model.manifest)
+    precision, limits = limits_of(model.manifest)
     torch_model, routers = _open_reference(reference, source), RouterStatistics()
     model.preparation = replace(model.preparation, keeps_markers=torch_model.keeps_markers)
     checks: list[Check] = []
@@ -119,7 +119,7 @@ def _open_reference(kind: str, checkpoint: Checkpoint) -> Reference:
     raise UsageError(f"unknown reference {kind!r}", remedy=f"give one of {TRANSFORMERS}, {OWN}")
 
 
-def _limits_of(manifest: Manifest) -> tuple[str, dict[str, float]]:
+def limits_of(manifest: Manifest) -> tuple[str, dict[str, float]]:
     """Return what an engine computes in, as the report calls it, and the limits on its errors."""
     import configs
 

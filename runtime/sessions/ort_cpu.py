@@ -128,11 +128,8 @@ class OrtCpuSession:
     runs_vision_beside = True
 
     def __init__(self, folder: Path, manifest: Manifest, given: SessionOptions) -> None:
-        options = _session_options(given)
-        has_own_kernels = _register_own_kernels(folder, manifest, options)
+        options = session_options(folder, manifest, given)
         exact = needs_exact_products(kernels_of(manifest))
-        if exact:
-            options.add_session_config_entry(*EXACT_PRODUCTS)
         self._config = manifest.model
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._cache_bits = cache_bits(manifest.capabilities)
@@ -149,7 +146,9 @@ class OrtCpuSession:
         if exact:
             # The library made two more copies of the weights on its way, 96 MB of weights: 234 MB before, 98 MB after.
             release_freed_memory()
-        if given.huge_pages and not use_huge_pages(before) + (copy_to_huge_pages(folder) if has_own_kernels else 0):
+        if given.huge_pages and not use_huge_pages(before) + (
+            copy_to_huge_pages(folder) if _has_own_kernels(manifest) else 0
+        ):
             _LOGGER.warning("note: the kernel gave no huge pages, so tokens come as they would without")
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
@@ -200,8 +199,13 @@ class OrtCpuSession:
         return logits
 
 
-def _session_options(given: SessionOptions) -> ort.SessionOptions:
-    """Return the options of all graphs of an engine."""
+def session_options(folder: Path, manifest: Manifest, given: SessionOptions) -> ort.SessionOptions:
+    """Return the options that all graphs of an engine are opened with; its own operators are registered in them.
+
+    Raises:
+        EngineError: The engine has operators of ours that cannot be used here, or others.
+        UsageError: The instruction set that was chosen for them cannot be used.
+    """
     options = ort.SessionOptions()
     # What fails is in the exception; the log would write names of the graph to stderr as they are.
     options.log_severity_level = 4
@@ -218,19 +222,25 @@ def _session_options(given: SessionOptions) -> ort.SessionOptions:
     # But not between two runs, where they would take a core from the threads that ask and answer: on two busy cores
     # these then woke 3 to 5 ms late, so 0.5 ms. Steps are as fast (2B in 4 bits, in turns: 138 ms, with it 148 ms).
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if _has_own_kernels(manifest):
+        _register_own_kernels(folder, manifest, options)
+    if needs_exact_products(kernels_of(manifest)):
+        options.add_session_config_entry(*EXACT_PRODUCTS)
     return options
 
 
-def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.SessionOptions) -> bool:
-    """Add our own operators to the options if the engine uses them, and return whether it does.
+def _has_own_kernels(manifest: Manifest) -> bool:
+    return manifest.capabilities.get("custom_ops") is not None
+
+
+def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.SessionOptions) -> None:
+    """Add our own operators to the options.
 
     Raises:
         EngineError: They cannot be used here, or the engine asks for others.
         UsageError: The instruction set that was chosen for them cannot be used.
     """
-    wanted = manifest.capabilities.get("custom_ops")
-    if wanted is None:
-        return False
+    wanted = manifest.capabilities["custom_ops"]
     if wanted != native.DOMAIN:
         raise EngineError(
             f"{folder}: the engine uses the operators {wanted!r:.80}, which this version does not have; it has "
@@ -239,7 +249,6 @@ def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.Session
         )
     native.register(options)
     native.warn_of_portable_code()
-    return True
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:

@@ -37,6 +37,24 @@ def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> 
     save_file(tensors, folder / "model.safetensors")
 
 
+def scaled_weight(
+    engine: Path, folder: Path, weight: str, part: slice | int = slice(None), factor: float = 1.5
+) -> Path:
+    """Copy an engine or a bundle, and scale a float32 weight, or a part along its first axis, in its file."""
+    import onnx
+
+    shutil.copytree(engine, folder)
+    for path in sorted(folder.glob("*.onnx")):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            if tensor.name == weight:
+                where = {each.key: each.value for each in tensor.external_data}
+                data = np.memmap(folder / where["location"], np.float32, "r+", int(where["offset"]), tuple(tensor.dims))
+                data[part] *= factor
+                data.flush()
+                return folder
+    raise AssertionError(f"{engine} has no weight {weight}")
+
+
 def png_of_size(width: int, height: int) -> bytes:
     """Return a PNG whose header claims a size and which holds next to no data."""
 

@@ -160,6 +160,8 @@ def test_entry_points_and_extras() -> None:
         "qwen3vl-export": "qwen3vl_export.cli.export:main",
         "qwen3vl": "qwen3vl_export.cli.run:main",
     }
+    plugin = "qwen3vl_export.integrations.polygraphy.plugin:argument_groups"
+    assert project["entry-points"] == {"polygraphy.run.plugins": {"qwen3vl": plugin}}
     extras = {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "verify", "plot", "test", "dev"}
     extras |= {"video", "structured", "heif", "optimum", "polygraphy", "serve", "decode-plan"}
     assert set(project["optional-dependencies"]) == extras
