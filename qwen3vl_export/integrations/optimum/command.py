@@ -115,7 +115,7 @@ def _target_arguments(values: argparse.Namespace) -> list[str]:
     given = [f"--{name.replace('_', '-')}" for name in _OF_TARGETS if getattr(values, name) is not None]
     if values.target is not None and len(given) > 1:
         raise UsageError(f"{given[0]} and {given[1]} both say the target", remedy="give one of them")
-    if values.bundle is not None and given:
+    if values.bundle is not None and given and values.target is None:
         raise UsageError(f"{given[0]} is a target's, and a bundle is for none", remedy=f"leave {given[0]} out")
     if values.target is not None:
         return [f"--target={values.target}"]

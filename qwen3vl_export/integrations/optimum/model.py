@@ -103,10 +103,13 @@ class QwenVLForImageTextToText:
             engine_cache=engine_cache,
             options=options,
         )
-        model = cls(engine, folder)
-        if processor is not None:
-            model.check_processor(processor)
-        return model
+        try:
+            if processor is not None:
+                check_processor(processor, engine)
+            return cls(engine, folder)
+        except BaseException:
+            engine.close(drain=False)
+            raise
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.engine!r})"

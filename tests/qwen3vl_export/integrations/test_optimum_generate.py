@@ -52,7 +52,14 @@ def tiny(tiny_checkpoint: Path, tiny_engine: Path) -> Iterator[Pair]:
         yield pair
 
 
-@pytest.fixture(params=["demo", "tiny"])
+@pytest.fixture(scope="module")
+def moe(demo_moe_engine: Path) -> Iterator[Pair]:
+    pair = Pair(shipped_folder("demo-moe"), demo_moe_engine)
+    with pair.model:
+        yield pair
+
+
+@pytest.fixture(params=["demo", "tiny", pytest.param("moe", marks=pytest.mark.slow)])
 def pair(request: pytest.FixtureRequest) -> Pair:
     found = request.getfixturevalue(request.param)
     assert isinstance(found, Pair)
