@@ -115,7 +115,7 @@ def test_the_wheel_is_small_and_trains_nothing(wheel: Path) -> None:
     assert {"checkpoint/model.safetensors", "checkpoint_moe/model.safetensors", "images/truth.json"} <= demo
     assert "qwen3vl_export/reports/page.css" in names
     # 12 MB of them are the two demo checkpoints, 0.6 the own kernels and their proofs.
-    assert wheel.stat().st_size <= 14_000_000
+    assert wheel.stat().st_size <= 14_500_000
 
 
 def install(binaries: Path, wheel: Path, extras: str) -> None:
