@@ -3,7 +3,8 @@
 Two forms. `product_vector` multiplies one row by a weight of halves in plain arithmetic, with the whole tile of a
 program in registers before x is there: by it a prototype's step of 2B took 1.18 ms on an H200, 1.30 by the other.
 `product_fragments` does everything else on tensor cores, with up to 32 columns a program (see
-`engines.kernels.triton.row_products`). The sums of its columns do not depend on how many there are.
+`engines.kernels.triton.row_products`). The sums of its columns do not depend on how many there are, nor on the tiles of
+a program.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ def tiling(weight: Weight, batch: int, gpu: Gpu, *, invariant: bool) -> Tiling:
     All else is reasoned and not measured. Where everything can be on its way at once it is, in warps that fill the
     multiprocessors; where there is more, two tiles a program halve the work on x, which for codes is as much as that on
     the weights, and half of a row is on its way. Every program reads all of x: with 32 columns of halves that is twice
-    the bytes of one tile, and as many as those of two. More tiles would not fit into registers (`TILES` 4 at 32
-    columns takes 255, and codes keep two sets of sums).
+    the bytes of one tile, and as many as those of two. More tiles would not fit into registers: four take all 255 at 32
+    columns, and codes keep two sets of sums.
     """
     groups = _groups(MAX_BATCH if invariant else batch)
     tiles = _tiles(weight, groups, gpu)
@@ -124,7 +125,8 @@ def tiling(weight: Weight, batch: int, gpu: Gpu, *, invariant: bool) -> Tiling:
     while num_units(weight) <= 4 and 2 * tiles * groups <= 4 and 2 * tiles * rounds * size <= 128:
         tiles *= 2
     depth = _depth(weight, groups, tiles, programs, warps, gpu)
-    return Tiling(warps, depth, 2 if groups == 1 else 1, tiles)
+    ahead = 2 if groups == 1 or _is_alone(weight, groups, warps) else 1
+    return Tiling(warps, depth, ahead, tiles)
 
 
 def _tiles(weight: Weight, groups: int, gpu: Gpu) -> int:
@@ -139,16 +141,21 @@ def _tiles(weight: Weight, groups: int, gpu: Gpu) -> int:
     return 2 if is_worth_it else 1
 
 
+def _is_alone(weight: Weight, groups: int, warps: int) -> bool:
+    """Return whether no second program fits a multiprocessor and each may request as much as two would."""
+    return weight.kind == HALF and groups == 4 and warps <= 8
+
+
 def _depth(weight: Weight, groups: int, tiles: int, programs: int, warps: int, gpu: Gpu) -> int:
     """Return the units that a warp has requested at any time."""
     rounds, size = -(-num_units(weight) // warps), unit_bytes(weight) * tiles
     if weight.kind == HALF:
-        # With 32 columns a program has so many registers that no second one fits: it requests as much as two.
-        wanted = 256 if groups == 4 and warps <= 8 else 128
+        wanted = 256 if _is_alone(weight, groups, warps) else 128
     elif tiles == 1 or groups == 2:
         wanted = 128
     else:
-        wanted = min(384, rounds // 2 * size)
+        # What registers hold on all GPUs, also of rows of 12288.
+        wanted = min(384 if weight.zero_points is None else 320, rounds // 2 * size)
     if tiles == 1 and groups == 1 and programs * warps <= 2 * _WARPS_PER_SM * gpu.num_sms:
         wanted = 256
     return min(rounds, max(2, wanted // size))

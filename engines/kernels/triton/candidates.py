@@ -5,8 +5,9 @@ the lanes of a warp exchange keys to sort them (Batcher's bitonic sorter); warps
 found. Triton keeps that layout as long as nothing but elementwise operations, inline assembly and reductions within a
 lane touch it.
 
-The stages of a sort are turns of a loop: a program runs through its code once, and fetching the code takes longer than
-running it. `lane_bits`, which is 5, and `joins`, 2^joins = W, are arguments so that no compiler unrolls the loops.
+The stages of a sort are turns of a loop: unrolled code is run through once, and fetching it is what seems to take long
+(see `engines.kernels.candidates`). `lane_bits`, which is 5, and `joins`, 2^joins = W, are arguments so that no compiler
+unrolls the loops.
 """
 
 import triton
