@@ -52,6 +52,7 @@ def decode_plan(
     wanted = PlanOptions(True, tuple(gpus or ())).gpus
     compiler = {"source": launches_digest(), "triton": triton_version()}
     result = {**compiler, "plans": _kept(results), "environment": environment()}
+    write(NAME, result, table(result), results, shown=False)  # with what has changed since, however this run ends
     for model in models or MODELS:
         for row in _rows(model, targets or TARGETS, wanted, result):
             result["plans"] = [each for each in result["plans"] if place_of(each) != place_of(row)] + [row]
