@@ -15,12 +15,12 @@ from benchmarks.gpu_pack_graphs import describe, fan_in_of, kind_of
 from engines.build import build_engine
 from engines.bundle import Bundle
 from engines.registry import get
-from helpers.host_cuda import HostDevice
+from helpers.host_device import CPU
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.preparation import Preparation
 from runtime.session import SessionOptions
-from runtime.sessions.ort_cuda import Device, OrtCudaSession
+from runtime.sessions.ort_cuda import OrtCudaSession
 
 # Long enough for the embeddings of the demo's shape, and a prime.
 BLOCK = 131_101
@@ -28,7 +28,7 @@ TINY = speed.Sizes(batches=(1, 2), past=8, long_past=16, prefills=(8,), grids=((
 
 
 def on_host(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCudaSession:
-    return OrtCudaSession(folder, manifest, options, device=Device("CPUExecutionProvider", "cpu", HostDevice))
+    return OrtCudaSession(folder, manifest, options, device=CPU)
 
 
 @pytest.fixture(scope="module")

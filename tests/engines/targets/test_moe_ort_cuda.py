@@ -26,7 +26,7 @@ from engines.target import Target
 from engines.targets import ort_cuda
 from helpers.engines import build
 from helpers.experts_op import TOP_K, Arrays, model_of, padded, random_inputs, with_ties
-from helpers.host_cuda import HostDevice
+from helpers.host_device import CPU
 from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.ops import mixture_of_experts
 from qwen3vl_export.parity.lowered import open_graph
@@ -36,7 +36,7 @@ from runtime.manifest import Manifest
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
-from runtime.sessions.ort_cuda import Device, OrtCudaSession
+from runtime.sessions.ort_cuda import OrtCudaSession
 
 TARGETS = registry.load_family("ort_cuda")
 HIDDEN, WIDTH, BLOCK = 64, 128, 64
@@ -293,7 +293,7 @@ def test_the_session_reads_a_held_out_picture(name: str, bundle: Bundle, tmp_pat
     folder = build(bundle, name, tmp_path / "engine")
 
     def on_cpu(folder: Path, manifest: Manifest, _: object) -> OrtCudaSession:
-        return OrtCudaSession(folder, manifest, device=Device("CPUExecutionProvider", "cpu", HostDevice))
+        return OrtCudaSession(folder, manifest, device=CPU)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runtime.sessions.ort_cuda.open_session", on_cpu)

@@ -312,6 +312,32 @@ def test_a_gpu_that_vanishes_is_an_error_and_no_other_answer(planned: Callable[[
         steps(session, cache, 1, 0)
 
 
+class Gone(HostDevice):
+    """A device that is not there any more from some launch on."""
+
+    is_gone = False
+
+    def launch(self, graph: int, stream: int) -> None:
+        self.is_gone = True
+        self.synchronize(stream)
+
+    def synchronize(self, stream: int) -> None:
+        if self.is_gone:
+            self._streams[stream].queue.clear()  # it is lost
+            raise EngineError("CUDA failed: cudaErrorDeviceUnavailable", remedy="restart the program")
+        super().synchronize(stream)
+
+
+def test_a_gpu_that_vanishes_while_a_step_is_compared_is_an_error_too(planned: Callable[[str], Path]) -> None:
+    memory = Gone()
+    session = opened(planned(""), memory)
+    cache = filled(session)
+    with pytest.raises(EngineError, match="cudaErrorDeviceUnavailable") as caught:
+        steps(session, cache, 1, 0)
+    assert "restart the program" in str(caught.value.remedy)
+    assert session.decode_plan_problem is None, "it is not the plan's fault"
+
+
 @pytest.mark.parametrize("name", ["batch_invariant", "weights_twice"])
 def test_options_of_the_plan_are_refused_without_one(
     plain: Path, planned: Callable[[str], Path], demo_engine: Path, name: str
