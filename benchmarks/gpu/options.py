@@ -26,8 +26,9 @@ from typing import Any
 from benchmarks.gpu.speed import Engine, Sizes, measure
 from benchmarks.gpu.values import Values, parser
 from runtime.manifest import Manifest
+from runtime.ort_device import CUDA
 from runtime.session import SessionOptions
-from runtime.sessions.ort_cuda import CUDA, OrtCudaSession
+from runtime.sessions.ort_cuda import OrtCudaSession
 
 BASELINE, AGAIN = "baseline", "baseline again"
 SIZES = Sizes(batches=(1, 8), grids=((48, 64), (64, 64)), repeats=30)

@@ -16,10 +16,11 @@ from benchmarks.gpu.values import Values
 from engines.bundle import Bundle
 from helpers.engines import build
 from helpers.host_cuda import HostDevice
+from helpers.host_device import device_of
 from helpers.host_plan import write_host_plan
 from runtime.manifest import Manifest
 from runtime.session import SessionOptions
-from runtime.sessions.ort_cuda import Device, OrtCudaSession
+from runtime.sessions.ort_cuda import OrtCudaSession
 
 BATCHES, PAST = (1, 2, 4), 24
 
@@ -36,9 +37,7 @@ def compared(folder: Path, tmp_path: Path) -> dict[str, Any]:
         assert all(device.leaks() == [] for device in devices), "two engines are open at once"
         memory = HostDevice()
         devices.append(memory)
-        in_place = {"session.disable_prepacking": "1"}
-        device = Device("CPUExecutionProvider", "cpu", lambda: memory, shared_weights=in_place)
-        return OrtCudaSession(folder, manifest, session_options, device=device)
+        return OrtCudaSession(folder, manifest, session_options, device=device_of(memory))
 
     values = Values(tmp_path / "values.json")
     agreement.compare(lambda plan: Engine(folder, with_plan=plan, opener=opener), values, BATCHES, PAST)

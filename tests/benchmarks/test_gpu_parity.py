@@ -20,6 +20,7 @@ from engines.bundle import Bundle
 from engines.registry import get
 from helpers.engines import build
 from helpers.host_cuda import HostDevice
+from helpers.host_device import device_of
 from helpers.host_plan import write_host_plan
 from qwen3vl_export.parity.lowered import open_model
 from runtime.contract import DecoderInputs, FloatArray
@@ -29,7 +30,7 @@ from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.preparation import Preparation
 from runtime.session import SessionOptions
-from runtime.sessions.ort_cuda import Device, OrtCudaSession
+from runtime.sessions.ort_cuda import OrtCudaSession
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,7 @@ class Opener:
         self.devices.append(memory)
         self.asked.append(options)
         manifest = Manifest.read(folder)
-        in_place = {"session.disable_prepacking": "1"}
-        device = Device("CPUExecutionProvider", "cpu", lambda: memory, shared_weights=in_place)
-        session = OrtCudaSession(folder, manifest, SessionOptions(**options), device=device)
+        session = OrtCudaSession(folder, manifest, SessionOptions(**options), device=device_of(memory))
         preparation = Preparation.from_folder(folder, manifest.model).for_engine(manifest.capabilities)
         return Qwen3VLModel(manifest, session, preparation, 1024, 1 << 34)
 
