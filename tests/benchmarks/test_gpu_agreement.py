@@ -37,8 +37,7 @@ def compared(folder: Path, tmp_path: Path) -> dict[str, Any]:
         assert all(device.leaks() == [] for device in devices), "two engines are open at once"
         memory = HostDevice()
         devices.append(memory)
-        device = device_of(memory)
-        return OrtCudaSession(folder, manifest, session_options, device=device)
+        return OrtCudaSession(folder, manifest, session_options, device=device_of(memory))
 
     values = Values(tmp_path / "values.json")
     agreement.compare(lambda plan: Engine(folder, with_plan=plan, opener=opener), values, BATCHES, PAST)

@@ -57,8 +57,7 @@ class Opener:
         self.devices.append(memory)
         self.asked.append(options)
         manifest = Manifest.read(folder)
-        device = device_of(memory)
-        session = OrtCudaSession(folder, manifest, SessionOptions(**options), device=device)
+        session = OrtCudaSession(folder, manifest, SessionOptions(**options), device=device_of(memory))
         preparation = Preparation.from_folder(folder, manifest.model).for_engine(manifest.capabilities)
         return Qwen3VLModel(manifest, session, preparation, 1024, 1 << 34)
 

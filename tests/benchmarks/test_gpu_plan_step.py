@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.gpu.events import timed
+from benchmarks.gpu.events import StreamTimer, timed
 from benchmarks.gpu.plan_step import PlanStep, Sizes, groups_of, measure, problems
 from benchmarks.gpu.values import Values
 from engines.bundle import Bundle
@@ -150,3 +152,53 @@ def test_inputs_are_of_distinct_tokens(engine: Path) -> None:
     inputs: DecoderInputs = step.inputs(4, np.array([8, 7, 6, 5]))
     assert len(set(inputs.input_ids[:, 0].tolist())) == 4
     assert inputs.past_lengths.tolist() == [8, 7, 6, 5]
+
+
+class Cuda:
+    """The functions of cuda-bindings for events, which keep what they were called with."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.cudaError_t = SimpleNamespace(cudaSuccess=OK)
+        self.calls: list[tuple[Any, ...]] = []
+        self._fails = fails
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, *arguments))
+            if name == self._fails:
+                return (SimpleNamespace(name="cudaErrorInvalidValue"),)
+            results = {"cudaEventCreate": (f"event {len(self.calls)}",), "cudaEventElapsedTime": (1.25,)}
+            return (OK, *results.get(name, ()))
+
+        return call
+
+
+OK = SimpleNamespace(name="cudaSuccess")
+
+
+def test_events_stand_before_and_behind_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    timer = StreamTimer(7)
+    assert timer.ms(lambda: cuda.calls.append(("work",))) == 1.25
+    assert cuda.calls[2:] == [
+        ("cudaEventRecord", "event 1", 7),
+        ("work",),
+        ("cudaEventRecord", "event 2", 7),
+        ("cudaEventSynchronize", "event 2"),
+        ("cudaEventElapsedTime", "event 1", "event 2"),
+    ]
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", Cuda(fails="cudaEventSynchronize"))
+    with pytest.raises(RuntimeError, match="cudaEventSynchronize: cudaErrorInvalidValue"):
+        StreamTimer(7).ms(lambda: None)
+
+
+def test_the_functions_of_events_are_those_of_cuda_bindings() -> None:
+    real = pytest.importorskip("cuda.bindings.runtime")
+    expected = {
+        "cudaEventCreate": "()",
+        "cudaEventRecord": "(event, stream)",
+        "cudaEventSynchronize": "(event)",
+        "cudaEventElapsedTime": "(start, end)",
+    }
+    assert {name: getattr(real, name).__doc__.splitlines()[0].removeprefix(name) for name in expected} == expected
