@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,17 @@ from qwen3vl_export.integrations.polygraphy.loaders import EngineSession, checke
 from qwen3vl_export.parity.cases import picture
 from runtime.contract import cache_dims, past_names
 from runtime.errors import UsageError
+from runtime.vision_inputs import vision_inputs
+
+if TYPE_CHECKING:
+    from runtime.image_processor import ProcessedImage
+    from runtime.model import Qwen3VLModel
+    from runtime.model_config import ModelConfig
 
 FeedDict = dict[str, NDArray[Any]]
 DEFAULT_PROMPT = "Read the digits in order."
+PIXEL_LEVELS, PIXEL_SCALE = "pixel_levels", "pixel_scale"
+"""What an engine that normalises pixels itself takes in place of `pixel_values`, which a bundle takes."""
 _PICTURE = (170, 100)
 
 
@@ -71,7 +79,7 @@ class PromptInputs:
         with EngineSession(self._engine)() as model, tempfile.TemporaryDirectory() as folder:
             prepared = model.prepare([{"role": "user", "content": [*self._parts(Path(folder)), self._text]}])
             if self._graph == VISION:
-                return [model.preparation.vision_inputs(image).arrays() for image in prepared.images]
+                return [_of_image(model, image) for image in prepared.images]
             inputs = prepared.decoder_inputs(model.encode_images(prepared.images), all_logits=True)
             capacity = model.session.new_cache(len(prepared.prompt.input_ids)).capacity  # more where that is fixed
             return [inputs.arrays() | empty_cache(model.config, capacity)]
@@ -91,7 +99,16 @@ class PromptInputs:
             yield {"type": "image", "image": str(image)}
 
 
-def empty_cache(config: Any, capacity: int) -> FeedDict:
+def _of_image(model: Qwen3VLModel, image: ProcessedImage) -> FeedDict:
+    """Return what the vision tower takes of an image, as the bundle's and as the engine's."""
+    arrays = model.preparation.vision_inputs(image).arrays()
+    if PIXEL_SCALE in arrays:
+        arrays[PIXEL_LEVELS] = arrays["pixel_values"]
+        arrays |= vision_inputs(image.pixel_values, image.grid_thw, model.config.vision).arrays()
+    return arrays
+
+
+def empty_cache(config: ModelConfig, capacity: int) -> FeedDict:
     """Return the keys and values of a cache without rows, zeros [1, K, T, H]."""
     sizes = {"B": 1, "T": capacity}
     shape_BKTH = [sizes[dim] if isinstance(dim, str) else dim for dim in cache_dims(config)]

@@ -52,9 +52,7 @@ class EngineRunnerArgs(BaseRunnerArgs):
             "--qwen3vl-bundle",
             help="Folder that `qwen3vl-export CHECKPOINT --bundle` wrote; runners of ONNX models get its graph.",
         )
-        self.group.add_argument(
-            "--qwen3vl-prompt", default=DEFAULT_PROMPT, help=f"Text of the prompt. Defaults to '{DEFAULT_PROMPT}'"
-        )
+        self.group.add_argument("--qwen3vl-prompt", help=f"Text of the prompt. Defaults to '{DEFAULT_PROMPT}'")
         self.group.add_argument(
             "--qwen3vl-image", nargs="+", help="Image files before the text. Defaults to a drawn picture."
         )
@@ -70,11 +68,15 @@ class EngineRunnerArgs(BaseRunnerArgs):
         model = self.arg_groups[ModelArgs]
         self.engine = _checked_engine(model.path)
         self._give_bundle(model, [each for each in runners if each != _OPTION])
+        prompt, images = (args_util.get(args, f"qwen3vl_{name}") for name in ("prompt", "image"))
         if self.arg_groups[DataLoaderArgs].is_using_random_data():
-            prompt, images = (args_util.get(args, f"qwen3vl_{name}") for name in ("prompt", "image"))
             inputs = PromptInputArgs(self.engine, self.graph, prompt, images)
             inputs.parse(args)
             self.arg_groups[DataLoaderArgs] = inputs
+        elif prompt is not None or images is not None:
+            G_LOGGER.critical(
+                "--load-inputs or --data-loader-script brings inputs: leave --qwen3vl-prompt and --qwen3vl-image out."
+            )
 
     def add_to_script_impl(self, script: Any) -> None:
         """Add the runner to the script that Polygraphy runs."""
@@ -107,7 +109,7 @@ class PromptInputArgs(DataLoaderArgs):
         - ModelArgs
     """
 
-    def __init__(self, engine: str, graph: str, prompt: str, images: list[str] | None) -> None:
+    def __init__(self, engine: str, graph: str, prompt: str | None, images: list[str] | None) -> None:
         super().__init__()
         self._engine, self._graph, self._prompt, self._images = engine, graph, prompt, images
 

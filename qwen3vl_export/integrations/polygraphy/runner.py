@@ -18,13 +18,13 @@ from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 
 from engines.bundle import DECODER, VISION
+from qwen3vl_export.integrations.polygraphy.inputs import PIXEL_LEVELS, PIXEL_SCALE
 from qwen3vl_export.integrations.polygraphy.loaders import checked_graph
 from runtime import generation
 from runtime.contract import (
     DECODER_DTYPES,
     DECODER_INPUTS,
     DECODER_OUTPUTS,
-    LEVEL_DTYPES,
     VISION_DTYPES,
     VISION_OUTPUTS,
     DecoderInputs,
@@ -85,12 +85,14 @@ class EngineRunner(BaseRunner):
 
     @util.check_called_by("get_input_metadata")
     def get_input_metadata_impl(self) -> TensorMetadata:
-        """Return names, types and shapes of a bundle's inputs; of an engine that takes grey levels, its own."""
+        """Return names, types and shapes of a bundle's inputs; of an engine that takes grey levels, those instead."""
         config, metadata = self.model.config, TensorMetadata()
         if self._graph == VISION:
-            takes_levels = takes_grey_levels(self.model.manifest.capabilities)
-            dtypes, dims = LEVEL_DTYPES if takes_levels else VISION_DTYPES, vision_dims(config)
-            dims["pixel_scale"] = (3, config.vision.patch_elements)
+            dtypes, dims = dict(VISION_DTYPES), vision_dims(config)
+            if takes_grey_levels(self.model.manifest.capabilities):
+                del dtypes["pixel_values"]
+                dtypes |= {PIXEL_LEVELS: np.uint8, PIXEL_SCALE: np.float32}
+                dims |= {PIXEL_LEVELS: dims["pixel_values"], PIXEL_SCALE: (3, config.vision.patch_elements)}
         else:
             past = past_names(config.text.num_layers)
             dtypes = {**DECODER_DTYPES, **dict.fromkeys(past, np.float32)}
@@ -112,8 +114,13 @@ class EngineRunner(BaseRunner):
         return outputs
 
     def _run_vision(self, feed_dict: Arrays) -> OrderedDict[str, NDArray[Any]]:
-        kind = LevelInputs if "pixel_scale" in feed_dict else VisionInputs
-        embeds = on_host(self.model.session.vision(kind(**feed_dict)))
+        arrays = dict(feed_dict)
+        inputs = (
+            LevelInputs(pixel_values=arrays.pop(PIXEL_LEVELS), **arrays)
+            if PIXEL_LEVELS in arrays
+            else VisionInputs(**arrays)
+        )
+        embeds = on_host(self.model.session.vision(inputs))
         return OrderedDict(zip(VISION_OUTPUTS, [embeds], strict=True))
 
     def _run_decoder(self, feed_dict: Arrays) -> OrderedDict[str, NDArray[Any]]:

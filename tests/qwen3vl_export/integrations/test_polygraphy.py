@@ -119,6 +119,10 @@ def test_random_inputs_crash(graph: str, bundle: Path) -> None:
     ("options", "message"),
     [
         (("out/demo-bundle/decoder.onnx", "--qwen3vl"), "is no engine. Give the folder"),
+        (
+            ("out/demo", "--qwen3vl", "--load-inputs", "i.json", "--qwen3vl-prompt", "x"),
+            "leave --qwen3vl-prompt and --qwen3vl-image out",
+        ),
         (("out/demo", "--qwen3vl", "--onnxrt"), "--onnxrt needs an ONNX model beside the engine"),
         (("out/demo", "--qwen3vl", "--onnxrt", "--qwen3vl-bundle", "out/demo"), "is no bundle. `qwen3vl-export"),
     ],
@@ -191,6 +195,21 @@ def test_lowered_graphs_of_fixed_capacity_get_a_cache_of_it(demo_bundle: Bundle,
     num_tokens = feed["input_ids"].shape[1]
     keys = outputs["present_key_values.1.key"]
     assert keys[:, :, :num_tokens].all(axis=-1).all() and not keys[:, :, num_tokens:].any()
+
+
+def test_engine_that_takes_grey_levels_is_compared_on_the_same_pixels(
+    demo_bundle: Bundle, bundle: Path, tmp_path: Path
+) -> None:
+    build_engine(demo_bundle, registry.get("ort-cuda-fp16"), tmp_path / "lowered", runnable=False)
+    (feed,) = PromptInputs(tmp_path / "lowered", VISION)
+    assert (feed["pixel_values"].dtype, feed["pixel_levels"].dtype) == (np.float32, np.uint8)
+    session = SessionFromOnnx(str(bundle / "vision.onnx"))
+    runners = [
+        EngineRunner(EngineSession(tmp_path / "lowered"), VISION, name="engine"),
+        OnnxrtRunner(session, name="bundle"),
+    ]
+    results = Comparator.run(runners, data_loader=[feed])
+    assert Comparator.compare_accuracy(results, compare_func=SimpleCompareFunc(atol=0.02, rtol=0.02))
 
 
 def test_cache_of_few_bits_comes_back_in_float32(demo_engine: Path, tmp_path: Path) -> None:
