@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qwen3vl_export.routing import RouterStatistics
-from runtime.shown import columns
+from runtime.shown import columns, shown
 
 _LAYER_NOTE = (
     "Keys and values of a layer show what came into it. What else is wrong in a layer shows in the rows of the next "
@@ -88,6 +88,18 @@ class Report:
             "checks": [finite(asdict(check) | {"passed": check.passed}) for check in self.checks],
         }
         return values | ({"routers": self.routers.to_dict()} if self.routers.layers else {})
+
+    def __repr__(self) -> str:
+        """Say what it came to on one line."""
+        return f"{type(self).__name__}({shown(self.verdict)}, checks={len(self.checks)})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the verdict, then a table as `render` prints it."""
+        from qwen3vl_export.reports.page import paragraph, table, to_html
+
+        rows = [list(check.row) for check in self.shown()]
+        checks = table([header or "verdict" for header in HEADERS], rows, caption=f"Against {self.reference}")
+        return "".join(map(to_html, [paragraph(self.verdict), checks, *map(paragraph, self.remarks)]))
 
     def render(self) -> str:
         """Return a table in plain text: all checks, but of the layers within their limits only the worst."""
