@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from runtime import notebook
 from runtime.arguments import whole_number
 from runtime.grounding import Box, Point, find_boxes, find_points
 from runtime.logprobs import TokenLogprob
+from runtime.picture_source import PictureSource
 from runtime.piece import REASONING, TEXT, Piece
 from runtime.repetition import LoopGuard
+from runtime.shown import shown
 from runtime.stop_text import AnswerText, Run
 from runtime.thinking import ThoughtReader
 from runtime.tools.call import ToolCall
@@ -89,6 +92,7 @@ class Generation:
             asked for.
         image_sizes: Width and height in pixels of each image, and of the frames of each video, of the prompt, in order
             and before they were resized.
+        sources: Where they are, for notebooks, which show the last one; not their pixels.
     """
 
     text: str
@@ -102,6 +106,35 @@ class Generation:
     logprobs: tuple[TokenLogprob, ...] | None = None
     choices: tuple[Generation, ...] = ()
     image_sizes: tuple[tuple[int, int], ...] = ()
+    sources: tuple[PictureSource, ...] = field(default=(), compare=False)
+
+    def __repr__(self) -> str:
+        """Say what it is on one line: `Generation('7 1 9', finish_reason='eos', tokens=6)`."""
+        more = {"reasoning": len(self.reasoning), "tool_calls": len(self.tool_calls), "choices": len(self.choices)}
+        words = [
+            shown(self.text),
+            f"finish_reason={shown(self.finish_reason)}",
+            f"tokens={len(self.token_ids)}",
+            *(f"{name}={number}" for name, number in more.items() if number),
+        ]
+        return f"{type(self).__name__}({', '.join(words)})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the last image with boxes and points, if it is still there, and the text."""
+        parts = []
+        if self.image_sizes:
+            source = self.sources[-1] if self.sources else None
+            parts.append(notebook.picture(source, self.image_sizes[-1], self.boxes, self.points))
+        if self.reasoning:
+            parts.append(notebook.folded("thoughts", notebook.text(self.reasoning)))
+        parts.append(notebook.text(self.text))
+        parts += [notebook.text(f"{call.name}({call.arguments_text})") for call in self.tool_calls]
+        figures = f"{len(self.token_ids)} tokens, {self.finish_reason}; first token after {self.stats.ttft_s:.3f} s, "
+        parts.append(notebook.small(f"{figures}{self.stats.tokens_per_s:.1f} tokens/s"))
+        if self.choices:
+            answers = (notebook.text(each.text) for each in self.choices)
+            parts.append(notebook.folded(f"{len(self.choices)} answers", *answers))
+        return f"<div>{''.join(parts)}</div>"
 
     @property
     def boxes(self) -> tuple[Box, ...]:

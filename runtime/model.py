@@ -34,6 +34,7 @@ from runtime.machine import default_threads
 from runtime.manifest import Manifest
 from runtime.memory import LOGITS, PREFILL, VISION, WEIGHTS, check_fits, logits_bytes, vision_bytes
 from runtime.messages import normalise_messages, system_message
+from runtime.notebook import table
 from runtime.option_checks import true_or_false
 from runtime.piece import Piece
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
@@ -119,6 +120,22 @@ class Qwen3VLModel:
             *([f"threads={self._threads}"] if self._threads is not None else []),
         ]
         return f"{type(self).__name__}({', '.join(words)})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        model, capabilities = self.config, self.manifest.capabilities
+        return table(
+            [
+                ("engine", str(self._source or "not of a folder")),
+                ("target", self.manifest.target),
+                ("checkpoint", str(self.manifest.source.get("name"))),
+                ("precision", str(capabilities.get("precision"))),
+                ("weights", f"{self.manifest.weight_bytes / 1e6:.1f} MB"),
+                ("layers", f"{model.vision.depth} of vision, {model.text.num_layers} of the decoder"),
+                ("context", f"{self.max_context} tokens"),
+                ("at once", f"{self.limits.max_sequences} sequences"),
+            ]
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from runtime.messages import Attachment, Messages, normalise_messages
 from runtime.model_config import ModelConfig
 from runtime.parallel import ordered_map
 from runtime.patches import PixelScale
+from runtime.picture_source import PictureSource
 from runtime.positions import PromptPositions, VisualSpan, mrope_positions
 from runtime.prompt_builder import PromptBuilder
 from runtime.raw_prompt import RawPrompt
@@ -84,6 +85,7 @@ class Prepared:
             given again.
         inputs: Its images and videos, in the order of their places in the prompt.
         num_read: Images and videos that were read for it; the others had been processed before.
+        sources: Where these are.
     """
 
     prompt: Prompt
@@ -92,6 +94,7 @@ class Prepared:
     messages: Messages | RawPrompt
     inputs: tuple[Processed, ...]
     num_read: int
+    sources: tuple[PictureSource, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def num_visual_tokens(self) -> int:
@@ -249,8 +252,7 @@ class Preparation:
         places = list(_placed(attachments, chat.places))
         placed = [attachment for _, attachment in places]
         processed = self._processed(placed, limits or InputLimits(), max_tokens, on_images, check)
-        builder = PromptBuilder(self.tokenizer, max_tokens, check)
-        end = 0
+        builder, end = PromptBuilder(self.tokenizer, max_tokens, check), 0
         for offset, attachment in places:
             start, next_end = self._extent(attachment.kind, chat.text, offset)
             builder.add_text(chat.text[end:start])
@@ -265,6 +267,7 @@ class Preparation:
             _shown(turns, attachments, placed, builder.inputs),
             tuple(builder.inputs),
             sum(found is not attachment.source for attachment, found in zip(placed, builder.inputs, strict=True)),
+            tuple(PictureSource(each.source) for each in placed),
         )
 
     def _raw(

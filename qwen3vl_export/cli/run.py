@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +59,10 @@ OF_CHAT = (
     *("max_new_tokens", "do_sample", "temperature", "seed", "prompt_lookup_num_tokens"),
     *("max_thinking_tokens", "max_repetitions"),
 )
+Graph = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.svg", help="Draw the graph by pieces into this .svg or .html file.", show_default=False),
+]
 HASH_NOTE = "hashes catch damage and mix-ups, not malice"
 
 app = typer.Typer(
@@ -194,7 +199,7 @@ def chat(
 
 
 @app.command()
-def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) -> None:
+def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_json: AsJson = False) -> None:
     """Show what an engine is and what built it, and compare its files with its manifest.
 
     Graphs and small files are compared by SHA-256, weight files by size; --check hashes the weights as well.
@@ -205,10 +210,14 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
     says for which GPUs there are own kernels, and whose run on this machine (compute_capabilities, batches, here,
     reason).
 
+    --graph draws vision tower and decoder by pieces, with formats and bytes of their weights, into a .svg file or, with
+    a table, into a .html file. It reads the engine's ONNX graphs, and needs the package of that name (extra [export]).
+
     \b
     Examples:
       qwen3vl inspect demo-engine
       qwen3vl inspect demo-engine --check --json
+      qwen3vl inspect demo-engine --graph graph.svg
     """
     from runtime.decode_plan_report import decode_report
     from runtime.manifest import Manifest
@@ -216,10 +225,17 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
 
     check_local(engine, "engine")
     manifest = Manifest.read(engine)
+    if graph is not None:
+        _check_graph(graph, manifest)
     if not as_json:
         # Printed before the check, since it helps to understand what the check finds.
         print_text(manifest_text(manifest))
     manifest.check(engine, full=check)
+    if graph is not None:
+        from qwen3vl_export.reports.graph import write_graph
+        from qwen3vl_export.reports.pieces import read_graph
+
+        write_graph(read_graph(engine, manifest), graph)
     report = decode_report(engine, manifest)
     compared = "SHA-256 of every file" if check else "SHA-256 of small files, size of weight files"
     if as_json:
@@ -234,6 +250,17 @@ def inspect(engine: Engine, check: CheckAll = False, as_json: AsJson = False) ->
         print(f"check      passed: {compared} ({HASH_NOTE})")
         if any(name.endswith(".plan") for name in manifest.files):
             print("note       a plan is code that the library runs: open only engines that you trust")
+
+
+def _check_graph(file: Path, manifest: Any) -> None:
+    """Check that a graph can be drawn, before anything is read."""
+    from engines.disk import check_file
+    from qwen3vl_export.reports.graph import check_suffix
+    from qwen3vl_export.reports.pieces import check_readable
+
+    check_suffix(file)
+    check_readable(manifest)
+    check_file(file)
 
 
 for command in (serve, batch, verify, bench, targets):

@@ -39,6 +39,8 @@ class Comparison:
         limit: With --tasks: ask about the first N of 2000 canvases only.
         plot: Plot the error of each layer (with --tasks or --bisect) or its range (with --ranges) into this .svg or
             .png file.
+        html: Write a page with the verdict, errors by layer and kind of token, the worst tokens and the pictures into
+            this file.
 
     Raises:
         UsageError: Two of them exclude each other.
@@ -53,6 +55,7 @@ class Comparison:
     ranges: bool = False
     limit: Annotated[int | None, typer.Option(min=1)] = None
     plot: Annotated[Path | None, typer.Option(metavar="FILE")] = None
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html")] = None
 
     def __post_init__(self) -> None:
         """Check what excludes what."""
@@ -69,6 +72,8 @@ class Comparison:
             raise UsageError("--limit belongs to --tasks", remedy="add --tasks")
         if self.plot is not None and not (self.tasks or self.bisect or self.ranges):
             raise UsageError("--plot belongs to --tasks, --bisect or --ranges", remedy="add one of them")
+        if self.html is not None and (self.tasks or self.bisect or self.ranges):
+            raise UsageError("--html is of none of these comparisons", remedy="leave --tasks, --bisect and --ranges out")
         if self.engine is None and not self.ranges:
             raise UsageError("ENGINE is missing", remedy="give an engine folder, or --ranges for the checkpoint alone")
 
@@ -99,6 +104,7 @@ def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = Fa
       qwen3vl verify demo-engine --checkpoint demo
       qwen3vl verify demo-engine --checkpoint demo --reference own
       qwen3vl verify ENGINE --checkpoint Qwen/Qwen3-VL-2B-Instruct --json > parity.json
+      qwen3vl verify demo-engine --checkpoint demo --html report.html
       qwen3vl verify demo-engine --checkpoint demo --tasks --limit 300 --plot layers.svg
       qwen3vl verify demo-engine --checkpoint demo --bisect
       qwen3vl verify --checkpoint demo --ranges
@@ -128,6 +134,10 @@ def _report(
         from qwen3vl_export.parity.plots import check_plot
 
         check_plot(comparison.plot)  # before the minutes of work
+    if comparison.html is not None:
+        from engines.disk import check_file
+
+        check_file(comparison.html)
     options = {name: value for name, value in given(comparison).items() if name in ("max_new_tokens", "reference")}
     if comparison.engine is None:
         return _measure_ranges(comparison, **options)
@@ -140,9 +150,24 @@ def _report(
 
     if comparison.bisect:
         return _bisect(comparison.engine, comparison, on_case=say)
+    return _compare(comparison.engine, comparison, on_case=say, **options)
+
+
+def _compare(engine: Path, comparison: Comparison, *, on_case: Callable[[str], None], **options: Any) -> Report:
+    """Compare layer by layer, and write the page."""
     from qwen3vl_export.parity.verify import verify as compare
 
-    return compare(comparison.engine, comparison.checkpoint, on_case=say, **options)
+    if comparison.html is None:
+        return compare(engine, comparison.checkpoint, on_case=on_case, **options)
+    from qwen3vl_export.parity.details import CaseDetails
+    from qwen3vl_export.parity.page import page_of
+    from qwen3vl_export.reports.environment import Environment
+
+    details: list[CaseDetails] = []
+    environment = Environment.of_this_machine()  # before the work, whose load is not to count
+    report = compare(engine, comparison.checkpoint, on_case=on_case, on_details=details.append, **options)
+    page_of(report, details, environment).write(comparison.html)
+    return report
 
 
 def _compare_tasks(engine: Path, comparison: Comparison, *, is_quiet: bool) -> TaskReport:

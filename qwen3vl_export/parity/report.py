@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qwen3vl_export.routing import RouterStatistics
-from runtime.shown import columns
+from runtime.shown import columns, shown
 
 _LAYER_NOTE = (
     "Keys and values of a layer show what came into it. What else is wrong in a layer shows in the rows of the next "
     "one, or in the logits if it is the last."
 )
+
+HEADERS = ("case", "comparison", "value", "limit", "", "more")
+"""Of the table of a report."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,20 @@ class Check:
         if self.limit is None:
             return True
         return self.value >= self.limit if self.is_minimum else self.value <= self.limit
+
+    @property
+    def title(self) -> str:
+        """Its name, with that of its layer."""
+        return self.name if self.layer is None else f"{self.name} of layer {self.layer}"
+
+    @property
+    def row(self) -> tuple[str, str, str, str, str, str]:
+        """The cells of its line in a table with `HEADERS`."""
+        title = f"{self.title} (worst)" if self.layer is not None and self.passed else self.title
+        limit = "" if self.limit is None else f"{'≥' if self.is_minimum else '≤'} {self.limit:g}"
+        verdict = "" if self.limit is None else "ok" if self.passed else "FAILED"
+        more = ", ".join(f"{key} {_text(value)}" for key, value in self.detail.items() if value != [])
+        return self.case, title, f"{self.value:.3g}", limit, verdict, more
 
 
 @dataclass(frozen=True)
@@ -72,17 +89,38 @@ class Report:
         }
         return values | ({"routers": self.routers.to_dict()} if self.routers.layers else {})
 
+    def __repr__(self) -> str:
+        """Say what it came to on one line."""
+        return f"{type(self).__name__}({shown(self.verdict)}, checks={len(self.checks)})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the verdict, then a table as `render` prints it."""
+        from qwen3vl_export.reports.page import paragraph, table, to_html
+
+        rows = [list(check.row) for check in self.shown()]
+        checks = table([header or "verdict" for header in HEADERS], rows, caption=f"Against {self.reference}")
+        return "".join(map(to_html, [paragraph(self.verdict), checks, *map(paragraph, self.remarks)]))
+
     def render(self) -> str:
         """Return a table in plain text: all checks, but of the layers within their limits only the worst."""
-        rows = [("case", "comparison", "value", "limit", "", "more"), *map(_row, self._shown())]
+        rows = [HEADERS, *(check.row for check in self.shown())]
         lines = [line.rstrip() for line in columns(rows)]
-        if any(check.layer is not None and not check.passed for check in self.checks):
-            lines.append(_LAYER_NOTE)
-        verdict = "passed" if self.passed else "FAILED"
-        last = f"{self.target} against {self.checkpoint} ({self.precision}): {verdict}"
-        return "\n".join([*lines, *self.routers.render(), *self.notes, last])
+        return "\n".join([*lines, *self.remarks, self.verdict])
 
-    def _shown(self) -> Iterator[Check]:
+    @property
+    def verdict(self) -> str:
+        """What was compared, and what it came to."""
+        verdict = "passed" if self.passed else "FAILED"
+        return f"{self.target} against {self.checkpoint} ({self.precision}): {verdict}"
+
+    @property
+    def remarks(self) -> list[str]:
+        """How to read failed layers, what the routers did, and the notes."""
+        is_layer_off = any(check.layer is not None and not check.passed for check in self.checks)
+        return [*([_LAYER_NOTE] if is_layer_off else []), *self.routers.render(), *self.notes]
+
+    def shown(self) -> Iterator[Check]:
+        """Yield all checks, but of the layers within their limits only the worst."""
         worst: dict[tuple[str, str], Check] = {}
         for check in self.checks:
             key = (check.case, check.name)
@@ -91,16 +129,6 @@ class Report:
         for check in self.checks:
             if check.layer is None or not check.passed or check is worst[check.case, check.name]:
                 yield check
-
-
-def _row(check: Check) -> tuple[str, ...]:
-    name = check.name
-    if check.layer is not None:
-        name += f" of layer {check.layer}" + (" (worst)" if check.passed else "")
-    limit = "" if check.limit is None else f"{'≥' if check.is_minimum else '≤'} {check.limit:g}"
-    verdict = "" if check.limit is None else "ok" if check.passed else "FAILED"
-    more = ", ".join(f"{key} {_text(value)}" for key, value in check.detail.items() if value != [])
-    return check.case, name, f"{check.value:.3g}", limit, verdict, more
 
 
 def _text(value: Any) -> str:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import load
 from qwen3vl_export.parity.cases import Case, make_cases
+from qwen3vl_export.parity.details import CaseDetails, Compared, details_of
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model_of
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
 from qwen3vl_export.parity.own_reference import OwnReference
@@ -70,6 +71,7 @@ def verify(
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     reference: str = TRANSFORMERS,
     on_case: Callable[[str], None] | None = None,
+    on_details: Callable[[CaseDetails], None] | None = None,
 ) -> Report:
     """Compare an engine with the checkpoint it was built from.
 
@@ -79,6 +81,7 @@ def verify(
         max_new_tokens: Greedy tokens of each case, at least 1.
         reference: `transformers`, or `own` where that is not installed.
         on_case: Told the name of each case before it is compared.
+        on_details: Given what was seen of each case beyond its checks, for a report with pictures.
 
     Raises:
         CheckpointError, EngineError: One of the two does not open.
@@ -101,7 +104,7 @@ def verify(
         for case in make_cases(Path(folder)):
             if on_case is not None:
                 on_case(case.name)
-            comparison = _Comparison(case, model, torch_model, limits)
+            comparison = _Comparison(case, model, torch_model, limits, on_details)
             checks += comparison.run(max_new_tokens)
             notes += comparison.notes
             routers.merge(comparison.routers)
@@ -156,11 +159,19 @@ class _Decoded:
 class _Comparison:
     """The checks of one case, a note on where its values stop being finite, and what the reference's routers did."""
 
-    def __init__(self, case: Case, model: Qwen3VLModel, reference: Reference, limits: dict[str, float]) -> None:
+    def __init__(
+        self,
+        case: Case,
+        model: Qwen3VLModel,
+        reference: Reference,
+        limits: dict[str, float],
+        on_details: Callable[[CaseDetails], None] | None,
+    ) -> None:
         self._case = case
         self._model = model
         self._reference = reference
         self._limits = limits
+        self._on_details = on_details
         self._checks: list[Check] = []
         self._last_finite, self._is_finite = "", True
         self.notes: list[str] = []
@@ -169,6 +180,7 @@ class _Comparison:
     def run(self, num_steps: int) -> list[Check]:
         prepared = self._model.prepare(self._case.messages)
         if not self._compare_inputs(prepared):
+            self._tell(prepared, None)
             return self._checks  # of another prompt, nothing else can be compared
         embeds = self._model.encode_images(prepared.images)
         followed, found = self._run_both(prepared, embeds, num_steps)
@@ -178,7 +190,18 @@ class _Comparison:
         self._compare_decoder(len(prepared.prompt.input_ids), found, expected)
         self._compare_routes(followed)
         self._compare_answer(expected)
+        visual = None if expected.visual_embeds is None else (embeds, expected.visual_embeds)
+        logits = _all_logits(found), _all_logits(expected)
+        self._tell(prepared, Compared(visual, (found.layers, expected.layers), logits, expected.tokens))
         return self._checks
+
+    def _tell(self, prepared: Prepared, compared: Compared | None) -> None:
+        """Hand on what a report with pictures shows, if one was asked for."""
+        if self._on_details is not None:
+            tokenizer, settings = self._model.tokenizer, self._model.preparation.inputs
+            self._on_details(
+                details_of(self._case.name, prepared, compared, self._limits, tokenizer=tokenizer, settings=settings)
+            )
 
     def _add(self, name: str, value: float, limit: float | None = None, **fields: Any) -> None:
         self._checks.append(Check(self._case.name, name, float(value), limit, **fields))
@@ -301,7 +324,7 @@ class _Comparison:
             np.maximum(*map(relative_by_position, ours, theirs)) / self._limits["cache_relative"]
             for ours, theirs in zip(found.layers, expected.layers, strict=True)
         ]
-        ours, theirs = (np.concatenate([each.logits, each.step_logits[1:]]) for each in (found, expected))
+        ours, theirs = _all_logits(found), _all_logits(expected)
         scale = max(1.0, float(np.std(theirs))) * self._limits["logits_scaled"]
         return [*errors, np.abs(ours - theirs).max(-1).astype(np.float64) / scale]
 
@@ -350,6 +373,11 @@ class _Comparison:
         share = 1.0 if same.near_ties else num_same / total
         detail = {"tokens": total, "near_ties": _near_ties(same)}
         self._add("answer agrees", share, self._limits["greedy_agreement"], is_minimum=True, detail=detail)
+
+
+def _all_logits(output: _Decoded | ReferenceOutput) -> FloatArray:
+    """Return the logits of prompt and steps, [S+N-1, vocab]; the first step's are the prompt's last."""
+    return np.concatenate([output.logits, output.step_logits[1:]])
 
 
 def _near_ties(same: Agreement) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ class Page:
     def render(self) -> str:
         """Return the file."""
         html = element("html", self._head(), self._body(), lang="en")
-        return f"<!doctype html>\n{ElementTree.tostring(html, encoding='unicode', method='html')}\n"
+        return f"<!doctype html>\n{to_html(html)}\n"
 
     def write(self, file: Path) -> None:
         """Write it; an older file stays until the new one is whole.
@@ -133,6 +133,11 @@ class Page:
         return element("body", header, element("main", cards, *sections))
 
 
+def to_html(part: Element) -> str:
+    """Return a part of a page as text, such as for a notebook."""
+    return ElementTree.tostring(part, encoding="unicode", method="html")
+
+
 def paragraph(*children: Child) -> Element:
     """Return a paragraph."""
     return element("p", *children)
@@ -158,7 +163,7 @@ def table(
         for row in rows
     )
     made = element("table", element("caption", caption), element("thead", head), element("tbody", *body))
-    return _scrolling(made, caption)
+    return scrolling(made, caption)
 
 
 def facts(rows: Mapping[str, Child] | Sequence[tuple[str, Child]]) -> Element:
@@ -215,6 +220,7 @@ def _cell(cell: Cell | Child, kind: str | None, is_first: bool) -> Element:
     return element(tag, found.content, scope=scope, class_=classes, style=heat)
 
 
-def _scrolling(content: Element, label: str) -> Element:
+def scrolling(content: Element, label: str) -> Element:
+    """Return what is wider than a narrow screen, and scrolls in its place."""
     # What scrolls is reached by the keyboard, and then has to have a name.
     return element("div", content, class_="scrolling", tabindex="0", role="region", aria_label=label)

@@ -224,7 +224,8 @@ class Sequence:
             cached_images=self._num_cached_images,
         )
         answer = self._answer.finished(stats, tuple(self._logprobs) if request.options.logprobs else None)
-        return replace(answer, image_sizes=tuple(each.source_size for each in request.prepared.inputs))
+        sizes = tuple(each.source_size for each in request.prepared.inputs)
+        return replace(answer, image_sizes=sizes, sources=request.prepared.sources)
 
     def _prompt_inputs(self, no_embeds: FloatArray) -> DecoderInputs:
         """Return the prompt as one call, with the embeddings of those images that are needed."""
