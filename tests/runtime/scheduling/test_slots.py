@@ -190,6 +190,8 @@ class AnywhereMachine(SlotsMachine):
 class ChangingMachine(SlotsMachine):
     """How many sequences decode in any slots changes, as where a session gives its own kernels up."""
 
+    most_anywhere = NUM_SLOTS
+
     @rule(most=st.integers(0, NUM_SLOTS))
     def change(self, most: int) -> None:
         self.most_anywhere = most
@@ -392,3 +394,25 @@ def test_common_length() -> None:
             assert common_length(keys, other) == at
     assert common_length(keys, keys) == common_length(keys, keys_of(0, 25)) == 20
     assert common_length(keys, keys[:0]) == 0
+
+
+@pytest.mark.portable
+def test_those_that_decode_move_to_the_first_slots_when_steps_begin_there() -> None:
+    most = [3]
+    cache = NumberedCache(batch=4)
+    slots = Slots(cache, begins_anywhere=lambda num_sequences: num_sequences <= most[0])
+    owners, keys = [object() for _ in range(4)], [keys_of(1000 * number) for number in range(4)]
+    for owner, each in zip(owners, keys, strict=True):
+        slots.start(owner, each)
+        cache.write(slots.place(owner), 0, each)
+        slots.write(owner, len(each))
+    for owner in owners[1:3]:
+        slots.join(owner)
+    slots.settle()
+    assert (slots.first, [slots.place(each) for each in owners]) == (1, [0, 1, 2, 3]), "they may stay"
+    most[0] = 1
+    slots.settle()
+    assert (slots.first, [slots.place(each) for each in owners[1:3]]) == (0, [0, 1])
+    assert slots.join(owners[3]) == 2
+    for owner, each in zip(owners, keys, strict=True):
+        assert cache.holds(slots.place(owner), each)
