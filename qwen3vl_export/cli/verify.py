@@ -73,7 +73,7 @@ class Comparison:
         if self.plot is not None and not (self.tasks or self.bisect or self.ranges):
             raise UsageError("--plot belongs to --tasks, --bisect or --ranges", remedy="add one of them")
         if self.html is not None and (self.tasks or self.bisect or self.ranges):
-            raise UsageError("--html is of none of these comparisons", remedy="leave --tasks, --bisect and --ranges out")
+            raise UsageError("--html is of the plain comparison", remedy="leave --tasks, --bisect and --ranges out")
         if self.engine is None and not self.ranges:
             raise UsageError("ENGINE is missing", remedy="give an engine folder, or --ranges for the checkpoint alone")
 
