@@ -46,6 +46,7 @@ for target, found in right.items():
 
 # %%
 def log_softmax(logits):
+    """Return the logarithms of the probabilities."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 

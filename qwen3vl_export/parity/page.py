@@ -18,6 +18,8 @@ _MOST_PICTURE_BYTES = 1_200_000
 """Of JPEG files; in the page they take a third more."""
 _MAGNIFIED = 2
 """At most so many pixels of the screen for one of a picture."""
+_MOST_OPACITY = 0.5
+"""Of an error's colour over a picture, which stays to be seen."""
 _DECADES = 2
 """How far below its limit an error gets no colour, in powers of ten."""
 _NO_VERDICT = "Two different prompts: nothing after their inputs could be compared."
@@ -175,7 +177,7 @@ def _worst_tokens(details: Sequence[CaseDetails]) -> Iterator[Element]:
     headers = ["prompt", "position", "token", "logits differ by", "KL, nats", "reference", "engine"]
     rows = [_token_row(case, token) for case, token in found[:_MOST_TOKENS]]
     others = sum(token.is_other for _, token in found[:_MOST_TOKENS])
-    caption = f"{len(rows)} tokens of all prompts; after {others} of them, the engine prefers another next token"
+    caption = f"{len(rows)} tokens of all prompts; after {others} of them, near-ties aside, the engine prefers another"
     yield table(headers, rows, caption=caption, numbers=("position", "logits differ by", "KL, nats"))
 
 
@@ -241,7 +243,7 @@ def _figure(picture: Picture, names: Sequence[str], limit: float) -> Element:
             title += f": {_number(picture.errors[index])}"
             share = _share(picture.errors[index], limit)
         square = element("rect", element("title", title), x=wide * column, y=high * row, width=wide, height=high)
-        square.attrib["fill-opacity"] = f"{0.75 * share:.2f}"
+        square.attrib["fill-opacity"] = f"{_MOST_OPACITY * share:.2f}"
         parts.append(square)
     label = f"{names[0]}, with the error of each visual token"
     seen = element("svg", *parts, role="img", aria_label=label, viewBox=f"0 0 {width} {height}", class_="seen")
