@@ -505,11 +505,11 @@ def test_verify_passes_the_reference_on(qwen3vl: Any, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.portable
-@pytest.mark.parametrize("other", [["folder", "--tasks"], ["--ranges"]])
-def test_a_reference_has_no_use_with_tasks_and_ranges(other: list[str], qwen3vl: Any) -> None:
+@pytest.mark.parametrize("other", [["folder", "--tasks"], ["folder", "--bisect"], ["--ranges"]])
+def test_a_reference_has_no_use_with_other_comparisons(other: list[str], qwen3vl: Any) -> None:
     code, _, err = qwen3vl("verify", *other, "--checkpoint", "demo", "--reference", "own")
     assert code == 2
-    assert "--reference has no use with --tasks and --ranges" in err
+    assert "--reference has no use with --tasks, --bisect and --ranges" in err
 
 
 @pytest.mark.portable
