@@ -13,6 +13,7 @@ SEED ?= 0
 FAMILIES ?=
 CASE ?=
 SM ?= 90
+DRY_RUN ?=
 
 CHECK_PYTHON := import sys; sys.exit(f"{sys.executable}: Python 3.11 to 3.14 is needed; choose one with PYTHON=... or another folder with VENV=...") if not (3, 11) <= sys.version_info < (3, 15) else 0
 # Names of files reach the recipes through the environment: they may hold any character.
@@ -27,7 +28,7 @@ endif
 # The library of own kernels: `pip install` builds it where it can, and says nothing where it cannot.
 LIBRARY := runtime/native/libqwen3vl_cpu.so
 
-.PHONY: setup native wheel demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients lint bench compare-setup test-peers gpu-check gpu-pack
+.PHONY: setup native wheel release site demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients lint bench compare-setup test-peers gpu-check gpu-pack
 
 setup: $(DEV_STAMP) $(LIBRARY)
 
@@ -58,6 +59,14 @@ native: $(LIBRARY)
 # A wheel for manylinux, checked: see docs/cpu_kernels.md.
 wheel: setup
 	$(BIN)/python scripts/wheels.py
+
+# At a commit with a tag; at others with DRY_RUN=1. Nothing is uploaded: CONTRIBUTING.md says how.
+release: setup
+	$(BIN)/python -m scripts.release check $(if $(DRY_RUN),--dry-run)
+
+# The documentation as a site, in build/site; a warning fails. PyTorch is not imported: names are read, not run.
+site: setup
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 demo: $(STAMP) $(LIBRARY)
 	$(BIN)/python scripts/demo.py --output "$$ENGINE" $(if $(IMAGE),--image "$$IMAGE")
