@@ -84,7 +84,7 @@ def test_a_commit_that_is_no_release(version: str, tags: list[str], changes: str
         release.check_tag(version, tags, changes, CHANGELOG)
 
 
-TRACKED = {"runtime/a.py", "configs/b.toml", "native/c.cpp", "tests/d.py", "README.md"}
+TRACKED = {"runtime/errors.py", "configs/choice.toml", "native/c.cpp", "tests/conftest.py", "README.md"}
 
 
 def wheel(folder: Path, names: set[str]) -> Path:
@@ -104,17 +104,19 @@ def sdist(folder: Path, names: set[str]) -> Path:
 
 
 def test_files_of_a_wheel(tmp_path: Path) -> None:
-    whole = {"runtime/a.py", "configs/b.toml", release.LIBRARY}
+    whole = {"runtime/errors.py", "configs/choice.toml", release.LIBRARY}
     assert release.problem_of_wheel(wheel(tmp_path, whole), TRACKED) == ""
     assert f"lacks ['{release.LIBRARY}'], and" in release.problem_of_wheel(
         wheel(tmp_path, whole - {release.LIBRARY}), TRACKED
     )
-    problem = release.problem_of_wheel(wheel(tmp_path, {*whole, "tests/d.py"} - {"configs/b.toml"}), TRACKED)
-    assert "lacks ['configs/b.toml'], and has besides ['tests/d.py']: see packages in setup.py" in problem
+    problem = release.problem_of_wheel(
+        wheel(tmp_path, {*whole, "tests/conftest.py"} - {"configs/choice.toml"}), TRACKED
+    )
+    assert "lacks ['configs/choice.toml'], and has besides ['tests/conftest.py']: see packages in setup.py" in problem
 
 
 def test_files_of_a_source_distribution(tmp_path: Path) -> None:
-    whole = release.SDIST_FILES | {"runtime/a.py", "configs/b.toml", "native/c.cpp"}
+    whole = release.SDIST_FILES | {"runtime/errors.py", "configs/choice.toml", "native/c.cpp"}
     assert release.problem_of_sdist(sdist(tmp_path, whole), TRACKED) == ""
     assert "lacks ['native/c.cpp'], and has besides nothing" in release.problem_of_sdist(
         sdist(tmp_path, whole - {"native/c.cpp"}), TRACKED
