@@ -66,7 +66,7 @@ release: setup
 
 # The documentation as a site, in build/site; a warning fails. PyTorch is not imported: names are read, not run.
 site: setup
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 demo: $(STAMP) $(LIBRARY)
 	$(BIN)/python scripts/demo.py --output "$$ENGINE" $(if $(IMAGE),--image "$$IMAGE")
