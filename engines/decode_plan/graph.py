@@ -22,7 +22,7 @@ from engines.decode_plan.match import (
     taken,
 )
 from engines.decode_plan.norm import read_norm
-from engines.decode_plan.stored import read_experts, read_product, read_table
+from engines.decode_plan.stored import block_of, read_experts, read_product, read_table
 from engines.kernels.launch import Unserved, Weight
 from runtime.contract import past_names, present_names
 from runtime.model_config import ModelConfig
@@ -213,7 +213,7 @@ class _Reader:
             normed, chosen, *_ = inputs(node, (0, 1, 2, 3, 5, 6))  # no biases, and no zero points
             first = int(found["expert_weight_bits"])
             places, bits = (2, 5), (first, int(found["fc2_expert_weight_bits"]) or first)
-            block = _block_of_experts(found)
+            block = block_of(found, node)
         router, routed = self._router(chosen, count, config.top_k)
         check_same(routed, normed, "what the router takes")
         shapes = (count, 2 * inner, hidden), (count, hidden, inner)
@@ -254,10 +254,3 @@ def _check_last_axis(value: ir.Value) -> None:
     """Raise unless a value is the axis after two others."""
     if numbers(value, "an axis") not in ([2], [-1]):
         raise Unserved(f"{value.name} is no last axis")
-
-
-def _block_of_experts(found: dict[str, Any]) -> int:
-    block = int(found["block_size"])
-    if block < 1:
-        raise Unserved(f"experts in blocks of {block}")
-    return block

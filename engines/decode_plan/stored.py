@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import onnx_ir as ir
 
 from engines.decode_plan.match import attributes, check_stored, inputs, made_by, shape_of, stored, taken
@@ -32,14 +35,14 @@ def read_product(
         check_stored(stored(data, what), (rows, columns), half)
         weight = Weight(HALF, rows, columns, _name(data))
     elif node.op_type == "MatMulBlockQuantizedFp8Weight":
-        block = _block(attributes(node, free=("block_size",)), node)
+        block = block_of(attributes(node, free=("block_size",)), node)
         # More of them would be activations in float8, and a bias.
         x, *tensors = inputs(node, range(3))
         weight = _float8(tensors, rows, columns, block, what)
     else:
         found = attributes(node, free=("bits", "block_size", "accuracy_level"), K=columns, N=rows)
         x, *tensors = inputs(node, range(3), range(4))
-        weight = _codes(tensors, rows, columns, found["bits"], _block(found, node), what, has_whole_rows=False)
+        weight = _codes(tensors, rows, columns, found["bits"], block_of(found, node), what, has_whole_rows=False)
     if x is None:
         raise Unserved(f"{what}: a product of nothing")
     return weight, x
@@ -66,9 +69,9 @@ def _quantised_table(node: ir.Node, rows: int, columns: int, what: str) -> tuple
     if data is not None and data.dtype == ir.DataType.FLOAT8E4M3FN:
         if len(others) > 1 and others[1] is not None:
             raise Unserved(f"{what}: zero points of float8")
-        return _float8([data, others[0]], rows, columns, _block(found, node), what), ids
+        return _float8([data, others[0]], rows, columns, block_of(found, node), what), ids
     tensors = [data, *others]
-    return _codes(tensors, rows, columns, found["bits"], _block(found, node), what, has_whole_rows=True), ids
+    return _codes(tensors, rows, columns, found["bits"], block_of(found, node), what, has_whole_rows=True), ids
 
 
 def read_experts(
@@ -141,7 +144,12 @@ def _check_rows(value: ir.Value, rows: int, columns: int, dtype: ir.DataType) ->
     check_stored(value, flat if shape_of(value) == flat else (rows, columns), dtype)
 
 
-def _block(found: dict[str, int], node: ir.Node) -> int:
+def block_of(found: Mapping[str, Any], node: ir.Node) -> int:
+    """Return how many codes have one scale, of a node's attributes.
+
+    Raises:
+        Unserved: It is no power of two.
+    """
     block = int(found["block_size"])
     if block < 1 or block & (block - 1):
         raise Unserved(f"{node.op_type} {node.name}: blocks of {block}, expected a power of two")

@@ -42,8 +42,11 @@ def unit_constants(weight: Weight, dtype: str, gpu: Gpu) -> dict[str, int | str]
     """Return the constants of `engines.kernels.triton.row_products` that follow from a weight's format.
 
     Raises:
-        Unserved: Its lanes cannot be loaded: rows that begin between two loads, or blocks of less than 32 columns.
+        Unserved: Its lanes cannot be loaded: rows that begin between two loads, or blocks of less than 32 columns,
+            or of a number of them that is no power of two.
     """
+    if weight.block & (weight.block - 1):
+        raise Unserved(f"{weight.data}: blocks of {weight.block}; there are kernels for powers of two")
     bits = BITS[weight.kind]
     codes = 128 // bits
     if weight.kind in (INT4, INT8):

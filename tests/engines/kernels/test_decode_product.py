@@ -222,6 +222,7 @@ def test_a_scale_of_the_next_block_is_seen():
         (Weight(HALF, 32, 60, "w"), 2, "60 columns"),
         (Weight(INT4, 32, 64, "w", 16, "s"), 1, "blocks of 16"),
         (Weight(FP8, 32, 64, "w", 64, "s"), 1, "blocks of 64"),
+        (Weight(INT4, 32, 320, "w", 160, "s"), 1, "blocks of 160"),
     ],
 )
 def test_what_is_not_served_is_said(weight, batch, message):
