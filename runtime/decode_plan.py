@@ -193,7 +193,7 @@ class DecodePlan:
             return f"the decode plan is for compute capability {made_for}, and this GPU has {compute_capability}"
         # Machine code runs with each driver of its major version (CUDA Compatibility, minor version compatibility).
         ptxas = self._root.get("gpus").get(str(sm)).get("ptxas")
-        found = re.match(r"(\d+)\.\d", ptxas.text())
+        found = re.match(r"([0-9]{1,4})\.[0-9]", ptxas.text())
         if found is None:
             ptxas.refuse("a version such as 12.9.86")
         if int(driver_version.partition(".")[0]) < int(found[1]):

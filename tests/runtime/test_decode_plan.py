@@ -207,6 +207,10 @@ def test_a_driver_that_is_too_old_is_named_with_the_version_that_is_needed(folde
         assert found.misfit("8.9", needed, 1 << 20) is None
         expected = f"needs a driver of CUDA {needed} or later, and this one is of 11.8"
         assert expected in str(found.misfit("8.9", "11.8", 1 << 20))
+    plan["gpus"][SM]["ptxas"] = "9" * 5000 + ".1"  # more digits than Python makes a number of
+    write_plan(folder, plan)
+    with pytest.raises(EngineError, match=r"ptxas is '9+.*, expected a version"):
+        DecodePlan(folder, Manifest.read(folder)).misfit("8.9", "13.0", 99 << 10)
     plan["gpus"][SM]["ptxas"] = "new"
     write_plan(folder, plan)
     with pytest.raises(EngineError, match=r"ptxas is 'new', expected a version"):
