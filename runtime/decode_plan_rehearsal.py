@@ -3,7 +3,8 @@
 One sequence is so long that each split of attention has more than a block of rows, others end at the edges of blocks.
 The rows between those that are valid and the step are random: keys so small that all rows count nearly alike, else a
 part that attention forgets would hardly show; values that are alike for a block of rows, so that their mean does not
-vanish among thousands.
+vanish among thousands. Steps end at the last slot, so that those of fewer sequences do not begin at slot 0: there a
+kernel that takes no heed of slots would find the right ones.
 
 Shapes: B sequences, K kv heads, R rows, H head dim.
 """
@@ -23,7 +24,7 @@ from runtime.device_buffers import DeviceBuffer, Staging
 from runtime.device_cache import DeviceKVCache, to_bits
 from runtime.model_config import ModelConfig
 
-# What the sequences behind the two longest have cached; further ones have 31 more each.
+# What the sequences before the two longest have cached; further ones have 31 more each.
 _PASTS = (1, 17, 64, 129)
 _FURTHER = 31
 _KEY_SCALE, _VALUE_NOISE = 0.25, 0.1
@@ -33,9 +34,9 @@ _SHIFT, _LAYER_SHIFT, _SLOT_SHIFT = 512, 37, 101
 
 
 class Decode(Protocol):
-    """Runs a step of the sequences from slot 0 on."""
+    """Runs a step of the sequences from a slot on."""
 
-    def __call__(self, inputs: DecoderInputs) -> object:
+    def __call__(self, inputs: DecoderInputs, *, slot: int) -> object:
         """Run it."""
 
 
@@ -69,11 +70,11 @@ def rehearse(
     random = np.random.default_rng(0)
     _fill(cache, device, staging, num_rows, past_B, random)
     for batch in (each for each in steps.batches if each <= most):
-        lengths = past_B[:batch]
+        lengths = past_B[-batch:]
         # The plan is given up after some that differ.
         while steps.has_batch(batch) and not steps.is_proven(cache, lengths):
             ids = random.integers(0, config.text.vocab_size, (len(lengths), 1))
-            decode(DecoderInputs.text(ids, lengths, no_visual_embeds(config)))
+            decode(DecoderInputs.text(ids, lengths, no_visual_embeds(config)), slot=len(past_B) - len(lengths))
 
 
 def _pasts(num_rows: Sequence[int], capacity: int) -> IntArray:
@@ -81,7 +82,7 @@ def _pasts(num_rows: Sequence[int], capacity: int) -> IntArray:
     assert max(num_rows) < capacity, "a slot without room for a step"
     longest = min(LONG_PAST, capacity - 1)
     others = [*_PASTS, *(_PASTS[-1] + _FURTHER * (i + 1) for i in range(len(num_rows)))]
-    wanted = np.array([longest, longest // 2, *others][: len(num_rows)])
+    wanted = np.array([longest, longest // 2, *others][: len(num_rows)])[::-1]
     return np.asarray(np.maximum(np.minimum(wanted, capacity - 1), num_rows), np.int64)
 
 

@@ -57,6 +57,8 @@ def whole_step(
     if fault == "nothing":
         out[:] = np.nan
         return
+    if fault == "first slots":
+        places = np.arange(batch)
     session = _decoder(decoder)
     names = [each.name for each in session.get_outputs()]
     for b in range(batch):

@@ -231,7 +231,7 @@ def test_a_rehearsal_compares_one_step_of_each_batch_and_no_other_is_compared_th
         for now, then in zip(cache.layer(index), before, strict=True):
             assert np.array_equal(now[:, :, :ROWS], then[:, :, :ROWS]), "valid rows"
             assert np.isfinite(now).all()
-            (longest, other, *_) = now
+            (*_, other, longest) = now
             assert not np.array_equal(longest[:, ROWS:200], other[:, ROWS:200]), "slots are told apart"
     for pasts in ([3], [3, 4], [3, 400], [500, 10, 20], [3, 3, 3, 3], [510, 2, 30, 100]):
         decode(session, cache, pasts)
@@ -251,7 +251,10 @@ def test_a_rehearsal_needs_no_more_slots_than_sequences(planned: Callable[[str],
             assert not each[3, :, ROWS + 13 :].any(), "no row of another slot was written"
 
 
-@pytest.mark.parametrize("fault", ["split", "uneven", "slot", "append", "scale", "logits", "candidates", "no logits"])
+@pytest.mark.parametrize(
+    "fault",
+    ["split", "uneven", "slot", "first slots", "append", "scale", "logits", "candidates", "no logits"],
+)
 def test_a_rehearsal_finds_faults(planned: Callable[[str], Path], fault: str) -> None:
     session = opened(planned(fault))
     cache = new_cache(session, ROWS)
