@@ -88,6 +88,14 @@ class OpenedGraph:
             raise UsageError("the engine was closed", remedy="open it again")
         return self._session
 
+    def check_open(self) -> None:
+        """Raise if it was closed.
+
+        Raises:
+            UsageError: It was.
+        """
+        _ = self.session
+
     def close(self) -> None:
         """Let ONNX Runtime free what it has; a second time does nothing."""
         self._session = None

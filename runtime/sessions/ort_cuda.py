@@ -234,6 +234,7 @@ class OrtCudaSession:
     def rehearse_decode(self, cache: KVCache, num_rows: Sequence[int]) -> None:
         """Compare own kernels with ONNX Runtime; see `runtime.session.Session.rehearse_decode`."""
         assert isinstance(cache, OrtDeviceCache)
+        self._decoder.check_open()
         if self._own is not None:
             decode = partial(self.decode_top, cache=cache)
             rehearse(self._own, cache.buffers.cache, self._memory, self._staging, self._config, num_rows, decode)
@@ -285,6 +286,7 @@ class OrtCudaSession:
 
     def _checked(self, inputs: DecoderInputs, cache: KVCache, slot: int) -> CacheBuffers:
         assert isinstance(cache, OrtDeviceCache)
+        self._decoder.check_open()  # own kernels are gone as well
         assert slot + len(inputs.input_ids) <= cache.batch, "slots that the cache does not have"
         assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
         self._num_calls += 1
