@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import numpy as np
@@ -282,7 +282,9 @@ class Steps:
         if rehearse is not None and not self._has_rehearsed:
             self._has_rehearsed = True
             self._make_room()
-            rehearse(self.slots.cache, [self.slots.num_rows(slot) for slot in range(self._max_sequences)])
+            # Steps take less memory than a rehearsal, and are compared when they are first run.
+            with suppress(CapacityError):
+                rehearse(self.slots.cache, [self.slots.num_rows(slot) for slot in range(self._max_sequences)])
 
     def _make_room(self) -> None:
         """Give up kept rows if those of a slot leave none behind them, where calls that nobody waits for write."""

@@ -101,6 +101,23 @@ def check_usable(model: Qwen3VLModel, expected: list[int]) -> None:
 
 
 @pytest.mark.portable
+def test_want_of_memory_for_a_rehearsal_fails_no_request(
+    model: Qwen3VLModel, session: FaultySession, expected: list[int]
+) -> None:
+    num_tried = 0
+
+    def rehearse_decode(*arguments: Any) -> None:
+        nonlocal num_tried
+        num_tried += 1
+        raise CapacityError("out of memory", remedy="less")
+
+    vars(session)["rehearse_decode"] = rehearse_decode
+    check_usable(model, expected)
+    model.warm_up()
+    assert num_tried == 1
+
+
+@pytest.mark.portable
 def test_bad_members_of_a_batch_fail_alone(model: Qwen3VLModel, expected: list[int]) -> None:
     prompts = [
         "Read",
