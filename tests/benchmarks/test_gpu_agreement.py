@@ -58,8 +58,9 @@ def test_own_kernels_are_as_near_as_batches_of_onnx_runtime(half: Path, tmp_path
     assert values["own"]["4"]["rms"] > 0
 
 
-def test_a_plan_that_does_not_run_is_a_problem(half: Path, tmp_path: Path) -> None:
-    folder = write_host_plan(Path(shutil.copytree(half, tmp_path / "engine")), fault="logits")
+@pytest.mark.parametrize("fault", ["logits", "logits of several"])
+def test_a_plan_that_does_not_run_is_a_problem(half: Path, tmp_path: Path, fault: str) -> None:
+    folder = write_host_plan(Path(shutil.copytree(half, tmp_path / "engine")), fault=fault)
     values = compared(folder, tmp_path)
     assert values["decode_kernels"] == "onnxruntime"
     assert len(values["problems"]) == 1 and "the decode plan does not run" in values["problems"][0]

@@ -92,7 +92,7 @@ def whole_step(
             target = past - (1 if fault == "append" and i == 3 else 0)
             factor = 2 if fault == "scale" and i == 2 else 1 + 2**-9 if fault == "rounding" else 1
             cached[0, :, target] = new * np.float16(factor)
-        if fault == "logits":
+        if fault == "logits" or (fault == "logits of several" and batch > 1):
             out[b, 0, 5] += 0.1 * float(np.ptp(out[b]))
         if fault == "candidates":
             tokens[b, 0, :2] = tokens[b, 0, 1::-1]
