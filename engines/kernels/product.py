@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.kernels.fragments import Tiling, num_units, unit_bytes, unit_constants
-from engines.kernels.launch import ADD, GLU, HALF, LOGITS, STORE, Argument, Gpu, Launch, Unserved, Weight
+from engines.kernels.launch import ADD, GLU, HALF, INT4, INT8, LOGITS, STORE, Argument, Gpu, Launch, Unserved, Weight
 
 TYPES = {"float16": "fp16", "bfloat16": "bf16"}
 MAX_BATCH = 32
@@ -158,7 +158,12 @@ def _depth(weight: Weight, groups: int, tiles: int, programs: int, warps: int, g
         wanted = min(384 if weight.zero_points is None else 320, rounds // 2 * size)
     if tiles == 1 and groups == 1 and programs * warps <= 2 * _WARPS_PER_SM * gpu.num_sms:
         wanted = 256
-    return min(rounds, max(2, wanted // size))
+    units = wanted // size
+    if weight.kind in (INT4, INT8) and weight.block < 128:
+        # As many registers as blocks of 128 take, with their scales and zero points: of blocks of 32 these are half.
+        beside = 8 if weight.zero_points is None else 16
+        units = wanted * (32 + beside) // 32 // (size + beside * tiles)
+    return min(rounds, max(2, units))
 
 
 def _warps(weight: Weight, programs: int, tiles: int, gpu: Gpu) -> int:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from engines.kernels import product
-from engines.kernels.fragments import dequantized
+from engines.kernels.fragments import dequantized, unit_bytes
 from engines.kernels.launch import ADD, FP8, GLU, GPUS, HALF, INT4, INT8, LOGITS, STORE, Unserved, Weight
 from helpers.decode_weights import HALVES, made_weight
 from helpers.interpret import guarded, interpret, untouched
@@ -204,6 +204,17 @@ def test_x_of_many_rows_is_read_for_two_tiles_where_programs_are_left(batch):
 
     assert tiles(24576, 4096) == tiles(4096, 12288) == 2
     assert tiles(2048, 6144) == 1  # 64 programs for 132 multiprocessors
+
+
+@pytest.mark.parametrize("kind", [INT4, INT8])
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("zero_points", [None, "z"])
+def test_codes_on_their_way_fit_into_registers_with_their_scales(kind, block, zero_points):
+    for rows, columns in ((4096, 12288), (4096, 25600), (24576, 4096)):
+        weight = Weight(kind, rows, columns, "w", block, "s", zero_points)
+        tile = product.tiling(weight, 1, GPU, invariant=False)
+        held = tile.depth * tile.tiles * (unit_bytes(weight) + (8 if zero_points is None else 16))
+        assert held <= 480
 
 
 def test_a_scale_of_the_next_block_is_seen():
