@@ -59,7 +59,9 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as `make site` builds it."""
-    recipe = re.search(r"^\t(?:\w+=\S+ )?\$\(BIN\)/python -m (mkdocs build .*)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    recipe = re.search(
+        r"^\t(?:\w+=\S+ )?\$\(BIN\)/python -m (mkdocs build .*)$", (ROOT / "Makefile").read_text("utf-8"), re.M
+    )
     assert recipe is not None and "--strict" in recipe[1]
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", *recipe[1].split(), "--site-dir", str(folder)]
