@@ -45,8 +45,7 @@ def answer_all(
 def answer_into(streamer: Any, engine: Qwen3VLModel, prompt: RawPrompt, options: GenerationOptions) -> list[int]:
     """Answer a prompt and give the streamer each new token; return all.
 
-    The tokens come as soon as a piece of text can be shown. The streamer is ended whatever happens, so that nobody
-    waits for more of it.
+    The tokens come as soon as a piece of text can be shown. Whoever calls ends the streamer.
 
     Args:
         streamer: A `BaseStreamer` of transformers, which has the prompt already.
@@ -60,18 +59,15 @@ def answer_into(streamer: Any, engine: Qwen3VLModel, prompt: RawPrompt, options:
     import torch
 
     done = 0
-    try:
-        with engine.stream(prompt, options, eos_token_ids=options.eos_token_ids) as stream:
-            while True:
-                piece = next(stream, None)
-                token_ids = stream.token_ids
-                for token_id in token_ids[done:]:
-                    streamer.put(torch.tensor([token_id]))
-                done = len(token_ids)
-                if piece is None:
-                    return token_ids
-    finally:
-        streamer.end()
+    with engine.stream(prompt, options, eos_token_ids=options.eos_token_ids) as stream:
+        while True:
+            piece = next(stream, None)
+            token_ids = stream.token_ids
+            for token_id in token_ids[done:]:
+                streamer.put(torch.tensor([token_id]))
+            done = len(token_ids)
+            if piece is None:
+                return token_ids
 
 
 def joined(

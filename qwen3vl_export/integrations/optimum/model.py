@@ -147,6 +147,21 @@ class QwenVLForImageTextToText:
             CapacityError: A prompt does not fit into the engine's context.
             Qwen3VLError: An answer failed.
         """
+        if streamer is None:
+            return self._generate(inputs, generation_config, None, tokenizer, keywords)
+        if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise UsageError(
+                f"a streamer has put and end, {type(streamer).__name__} has not",
+                remedy="pass a TextStreamer or a TextIteratorStreamer of transformers",
+            )
+        try:
+            return self._generate(inputs, generation_config, streamer, tokenizer, keywords)
+        finally:  # whatever happens, so that no other thread waits for more of it
+            streamer.end()
+
+    def _generate(
+        self, inputs: Any, generation_config: GenerationConfig | None, streamer: Any, tokenizer: Any, keywords: Any
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         tensors = take_tensors(keywords)
         if inputs is not None:
             if tensors["input_ids"] is not None:

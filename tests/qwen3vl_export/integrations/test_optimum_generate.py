@@ -251,6 +251,12 @@ def test_a_streamer_ends_with_an_error(demo: Pair) -> None:
     assert streamer.num_ends == 1
     with pytest.raises(UsageError, match="a streamer takes one answer, not 3"):
         demo.model.generate(**inputs_of(demo.processor, *BATCH), streamer=streamer)
+    assert streamer.num_ends == 2
+    with pytest.raises(UsageError, match="engines do not do num_beams=2"):
+        demo.model.generate(**inputs, streamer=streamer, num_beams=2)
+    assert streamer.num_ends == 3
+    with pytest.raises(UsageError, match="a streamer has put and end, int has not"):
+        demo.model.generate(**inputs, streamer=5)
 
 
 def test_an_error_names_the_answer_of_a_batch(demo: Pair) -> None:
