@@ -142,9 +142,9 @@ class ReportOptions:
                 "--fail-slower needs figures to compare with", remedy="add --compare FILE, or --against NAME"
             )
         if self.html is not None:
-            from engines.disk import check_file
+            from qwen3vl_export.reports.page import check_page
 
-            check_file(self.html)
+            check_page(self.html)
 
 
 def bench_sweep(

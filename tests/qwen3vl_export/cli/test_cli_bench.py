@@ -222,6 +222,7 @@ def test_more_sequences_than_usual_are_opened_for_a_larger_batch(tiny_engine: Pa
         (("--compare", "none.json", "--against", "a"), "--compare and --against are given together"),
         (("--json", "--against", "a"), "--json and --against are given together"),
         (("--html", "/dev/null/page.html"), "/dev/null/page.html"),
+        (("--html", "page.pdf"), "--html 'page.pdf': a page is an .html file"),
         (("--concurrency", "2", "--repeats", "2"), "--repeats is of one request at a time"),
         (("--concurrency", "2", "--html", "x.html"), "--html is of a sweep, not of many requests"),
         (("--rate", "2", "--output", "csv"), "--output is of a sweep"),
