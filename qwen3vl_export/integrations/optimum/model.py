@@ -13,7 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from engines.output import output_folder
-from qwen3vl_export.integrations.optimum.answers import answer_all, answer_into, joined
+from qwen3vl_export.integrations.optimum.answers import answer_all, answer_into, joined, note_full_context
 from qwen3vl_export.integrations.optimum.opening import open_engine
 from qwen3vl_export.integrations.optimum.options import read_options
 from qwen3vl_export.integrations.optimum.processor_check import check_processor
@@ -126,7 +126,8 @@ class QwenVLForImageTextToText:
         """Answer the prompts of a processor's tensors; greedy tokens are those of transformers' model.
 
         A row may be padded at either side, and is answered as if it were alone. What transformers takes and engines do
-        not is refused by name. Without `max_new_tokens`, answers have up to 512 tokens.
+        not is refused by name. Without `max_new_tokens`, answers have up to 512 tokens. An answer that the engine's
+        context has no more room for ends there, and a note is logged.
 
         Args:
             inputs: `input_ids`, int64 [B, L], if it is not given by name.
@@ -182,6 +183,7 @@ class QwenVLForImageTextToText:
             raise UsageError(
                 f"a streamer takes one answer, not {len(prompts)}", remedy="pass one prompt, or no streamer"
             )
+        note_full_context(self.engine.max_context, prompts, answers, options[0])
         rows = batch.input_ids.repeat(asked.num_return_sequences, axis=0)
         device = getattr(tensors["input_ids"], "device", self.device)
         sequences = torch.from_numpy(joined(rows, answers, asked.pad_token_id)).to(device)

@@ -265,6 +265,19 @@ def test_an_error_names_the_answer_of_a_batch(demo: Pair) -> None:
         demo.model.generate(**inputs)
 
 
+def test_an_answer_that_fills_the_context_is_said(demo: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    inputs = inputs_of(demo.processor, ("Read the digits.", 0))
+    length = inputs["input_ids"].shape[1]
+    found = demo.model.generate(**inputs, max_new_tokens=1024 - length, eos_token_id=[])
+    assert found.shape[1] == 1024 and caplog.messages == []
+    found = demo.model.generate(**inputs, max_new_tokens=1024, eos_token_id=[])
+    assert found.shape[1] == 1024
+    assert caplog.messages == [
+        "note: 1 of 1 answers ended before max_new_tokens = 1024, since the context of 1024 tokens is full: open the "
+        "engine with a larger max_context"
+    ]
+
+
 def test_images_that_do_not_fit_are_told_how_to(demo: Pair, demo_engine: Path) -> None:
     inputs = inputs_of(demo.processor, ("Read the digits.", 1))
     with (
