@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_export.bench.points import Point
+from runtime.errors import CapacityError
 
 if TYPE_CHECKING:
     from runtime.answer import Stats
@@ -76,6 +77,9 @@ def measure(
         points: What is asked.
         repeats: Repetitions of each point, after one of warm-up.
         on_step: Called with the number of repetitions that are done, that of all, and the present point.
+
+    Raises:
+        CapacityError: As `repeat`, in the round of warm-up.
     """
     total, done = len(points) * len(models) * (repeats + 1), 0
     found: dict[tuple[str, Point], Measured] = {}
@@ -100,6 +104,9 @@ def repeat(model: Qwen3VLModel, point: Point, index: int) -> Repetition:
         model: An opened engine that runs as many sequences at once.
         point: What is asked.
         index: Number of the repetition; another one has other prompts.
+
+    Raises:
+        CapacityError: The context has no room for so many tokens.
     """
     prompts = [messages(point, index, seat) for seat in range(point.batch)]
     if point.batch == 1:
@@ -188,7 +195,14 @@ def stream_once(model: Qwen3VLModel, point: Point, index: int) -> Streamed:
 
 def _answer(model: Qwen3VLModel, prompt: list[dict[str, Any]], new_tokens: int) -> tuple[Stats, float]:
     stats = model.generate(prompt, **_options(new_tokens)).stats
-    return stats, time.perf_counter()
+    ended = time.perf_counter()
+    if stats.new_tokens != new_tokens:  # an answer ends where the context is full
+        raise CapacityError(
+            f"after {stats.prompt_tokens} tokens of the prompt the context has room for {stats.new_tokens} of the "
+            f"{new_tokens} new ones",
+            remedy="raise --max-context, or ask for fewer tokens",
+        )
+    return stats, ended
 
 
 def _options(new_tokens: int) -> dict[str, Any]:

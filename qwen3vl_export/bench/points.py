@@ -14,6 +14,7 @@ MAX_POINTS = 1000
 """Of one sweep. A range that has more was mistyped."""
 
 _RANGE = re.compile(r"(?P<first>\d{1,9})(-(?P<last>\d{1,9})((?P<step>[+*])(?P<by>\d{1,9}))?)?", re.ASCII)
+_SIZE = re.compile(r"(?P<width>[1-9]\d{0,5})x(?P<height>[1-9]\d{0,5})", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,13 @@ def parse_size(text: str) -> tuple[int, int] | None:
     """
     if text.strip() == "none":
         return None
-    parts = text.strip().lower().split("x")
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
         raise UsageError(
-            f"--image-size {text}: expected WIDTHxHEIGHT in pixels, such as 1024x768, or none",
+            f"--image-size {shown(text)}: expected WIDTHxHEIGHT in pixels, such as 1024x768, or none",
             remedy="leave it out for 448x448",
         )
-    return int(parts[0]), int(parts[1])
+    return int(match["width"]), int(match["height"])
 
 
 def size_text(size: tuple[int, int] | None) -> str | None:

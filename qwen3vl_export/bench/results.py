@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,8 @@ METRICS = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
 """What is compared, and its name: times, of which more is worse."""
 
 MAX_FILE_BYTES = 64 << 20
+_LEAST_S, _MOST_S = 1e-9, 1e9
+"""Others were not measured, and their ratios are no numbers."""
 _POINT = ("image_size", "images", "text_tokens", "new_tokens", "batch")
 _REMEDY = "give a file that `qwen3vl bench --output json` or `--output jsonl` wrote"
 
@@ -209,10 +210,9 @@ class Earlier:
         if not all(type(value) is int and value >= 0 for value in numbers.values()):
             _refuse(where, f"no point of a sweep: {', '.join(numbers)} are not all whole numbers")
         size = values.get("image_size")
-        if not (size is None or isinstance(size, str)):
-            _refuse(where, f"image_size is {shown(size)}, expected WIDTHxHEIGHT or null")
         samples = {name: _samples(values.get(name), f"{where}.{name}") for name in METRICS}
-        return cls(values["engine"], Point(image_size=parse_size(size or "none"), **numbers), samples, values)  # type: ignore[arg-type]
+        point = Point(image_size=_size(size, numbers["images"], where), **numbers)  # type: ignore[arg-type]
+        return cls(values["engine"], point, samples, values)
 
 
 def read_earlier(file: Path) -> list[Earlier]:
@@ -257,12 +257,24 @@ def _check_once(file: Path, found: Sequence[Earlier]) -> None:
         seen.add((each.engine, each.point))
 
 
+def _size(value: Any, images: Any, where: str) -> tuple[int, int] | None:
+    try:
+        size = parse_size(value) if isinstance(value, str) else None
+    except UsageError:
+        size = None
+    if (size is None) != (value is None):
+        _refuse(where, f"image_size is {shown(value)}, expected WIDTHxHEIGHT or null")
+    if (size is None) != (images == 0):
+        _refuse(where, f"images is {shown(images)}, and image_size is {shown(value)}")
+    return size
+
+
 def _samples(value: Any, where: str) -> tuple[float, ...]:
     samples = value.get("samples") if isinstance(value, dict) else None
     if not isinstance(samples, list) or not samples:
         _refuse(where, "it holds no samples")
-    if not all(type(each) in (int, float) and math.isfinite(each) and each > 0 for each in samples):
-        _refuse(where, "samples are not all numbers above 0")
+    if not all(type(each) in (int, float) and _LEAST_S <= each <= _MOST_S for each in samples):
+        _refuse(where, f"samples are not all numbers of seconds from {_LEAST_S:g} to {_MOST_S:g}")
     return tuple(map(float, samples))
 
 

@@ -58,15 +58,18 @@ class SweepOptions:
         """Return the points.
 
         Raises:
-            UsageError: An option is not a list of what it is for.
+            UsageError: An option is not a list of what it is for, or of no use.
         """
-        return Sweep(
+        found = Sweep(
             text_tokens=parse_numbers("--prompt-tokens", self.prompt_tokens),
             new_tokens=parse_numbers("--new-tokens", self.new_tokens, least=2),
             batches=parse_numbers("--batch", self.batch),
             image_sizes=parse_sizes(self.image_size),
             images=parse_numbers("--images", self.images),
         )
+        if "images" in given(self) and not any(found.image_sizes):
+            raise UsageError("--images has no use without an image size", remedy="leave it out, or add --image-size")
+        return found
 
     def of_many_requests(self) -> tuple[tuple[int, int] | None, int, int]:
         """Return image size, tokens of the text and tokens of the answer of a load, which has one of each.
@@ -139,9 +142,9 @@ class ReportOptions:
                 "--fail-slower needs figures to compare with", remedy="add --compare FILE, or --against NAME"
             )
         if self.html is not None:
-            from engines.disk import check_file
+            from qwen3vl_export.reports.page import check_page
 
-            check_file(self.html)
+            check_page(self.html)
 
 
 def bench_sweep(
@@ -279,7 +282,7 @@ def _open(
             f"{machine_bytes() / 1e9:.1f} GB",
             remedy="measure one by one: --output json > first.json, then --compare first.json",
         )
-    batch = max(point.batch for point in points)
+    batch, most = max(each.batch for each in points), max(each.text_tokens + each.new_tokens for each in points)
     if serving.max_sequences is None and batch > _DEFAULT_SEQUENCES:
         serving = dataclasses.replace(serving, max_sequences=batch)
     models, load_s = {}, {}
@@ -292,6 +295,11 @@ def _open(
             raise UsageError(
                 f"--batch {batch}: {name} runs {runs} sequences at once",
                 remedy=f"pass --max-sequences {batch}, a smaller --max-context, or a smaller --batch",
+            )
+        if most > models[name].max_context:  # images and the chat template come to them; those only a prompt tells
+            raise CapacityError(
+                f"a point has {most} tokens of text and answer, the context of {name} {models[name].max_context}",
+                remedy="raise --max-context, or lower --prompt-tokens and --new-tokens",
             )
     return models, load_s
 

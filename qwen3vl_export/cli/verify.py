@@ -135,9 +135,9 @@ def _report(
 
         check_plot(comparison.plot)  # before the minutes of work
     if comparison.html is not None:
-        from engines.disk import check_file
+        from qwen3vl_export.reports.page import check_page
 
-        check_file(comparison.html)
+        check_page(comparison.html)
     options = {name: value for name, value in given(comparison).items() if name in ("max_new_tokens", "reference")}
     if comparison.engine is None:
         return _measure_ranges(comparison, **options)

@@ -330,10 +330,10 @@ class _Comparison:
 
     def _compare_vision(self, embeds: FloatArray, expected: ReferenceOutput) -> None:
         if expected.visual_embeds is not None:
+            limit = self._limits["visual_embeds_relative"]
             for level in (*range(1, len(embeds)), 0):  # level 0 is that of the last block
                 self._find_not_finite(f"visual_embeds level {level}", embeds[level])
-            for level, (found, wanted) in enumerate(zip(embeds, expected.visual_embeds, strict=True)):
-                self._add_tensor(f"visual_embeds level {level}", found, wanted, self._limits["visual_embeds_relative"])
+                self._add_tensor(f"visual_embeds level {level}", embeds[level], expected.visual_embeds[level], limit)
 
     def _compare_decoder(self, prompt_length: int, found: _Decoded, expected: ReferenceOutput) -> None:
         for layer, pairs in enumerate(zip(found.layers, expected.layers, strict=True)):

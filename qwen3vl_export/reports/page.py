@@ -16,8 +16,10 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from engines.disk import replace_text
+from engines.disk import check_file, replace_text
 from qwen3vl_export.reports.elements import Child, element
+from runtime.errors import UsageError
+from runtime.shown import shown
 
 MAX_BYTES = 3_000_000
 """What a report keeps below: one that is mailed and opened at once."""
@@ -131,6 +133,18 @@ class Page:
         cards = element("dl", *map(_card, self.cards), class_="cards") if self.cards else None
         sections = (element("section", element("h2", each.title), *each.parts) for each in self.sections)
         return element("body", header, element("main", cards, *sections))
+
+
+def check_page(file: Path) -> None:
+    """Check, before the work, that a page can be written.
+
+    Raises:
+        UsageError: The name does not end in .html, which browsers open as a page; or it is no place for a file.
+        CapacityError: The disk is full.
+    """
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--html {shown(str(file))}: a page is an .html file", remedy="give the file that suffix")
+    check_file(file)
 
 
 def to_html(part: Element) -> str:

@@ -5,6 +5,7 @@ Shapes: B answers, L tokens of a prompt with its padding, T tokens of the longes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from runtime.generation_config import GenerationOptions
     from runtime.model import Qwen3VLModel
     from runtime.raw_prompt import RawPrompt
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def answer_all(
@@ -45,8 +48,7 @@ def answer_all(
 def answer_into(streamer: Any, engine: Qwen3VLModel, prompt: RawPrompt, options: GenerationOptions) -> list[int]:
     """Answer a prompt and give the streamer each new token; return all.
 
-    The tokens come as soon as a piece of text can be shown. The streamer is ended whatever happens, so that nobody
-    waits for more of it.
+    The tokens come as soon as a piece of text can be shown. Whoever calls ends the streamer.
 
     Args:
         streamer: A `BaseStreamer` of transformers, which has the prompt already.
@@ -60,18 +62,33 @@ def answer_into(streamer: Any, engine: Qwen3VLModel, prompt: RawPrompt, options:
     import torch
 
     done = 0
-    try:
-        with engine.stream(prompt, options, eos_token_ids=options.eos_token_ids) as stream:
-            while True:
-                piece = next(stream, None)
-                token_ids = stream.token_ids
-                for token_id in token_ids[done:]:
-                    streamer.put(torch.tensor([token_id]))
-                done = len(token_ids)
-                if piece is None:
-                    return token_ids
-    finally:
-        streamer.end()
+    with engine.stream(prompt, options, eos_token_ids=options.eos_token_ids) as stream:
+        while True:
+            piece = next(stream, None)
+            token_ids = stream.token_ids
+            for token_id in token_ids[done:]:
+                streamer.put(torch.tensor([token_id]))
+            done = len(token_ids)
+            if piece is None:
+                return token_ids
+
+
+def note_full_context(
+    max_context: int, prompts: Sequence[RawPrompt], answers: Sequence[Sequence[int]], options: GenerationOptions
+) -> None:
+    """Log how many answers ended where the context is full: a tensor of tokens does not tell."""
+    full = [
+        len(prompt.content) + len(answer) >= max_context
+        and len(answer) < options.max_new_tokens
+        and answer[-1] not in options.eos_token_ids
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    if any(full):
+        _LOGGER.warning(
+            "note: %d of %d answers ended before max_new_tokens = %d, since the context of %d tokens is full: open the "
+            "engine with a larger max_context",
+            *(sum(full), len(full), options.max_new_tokens, max_context),
+        )
 
 
 def joined(

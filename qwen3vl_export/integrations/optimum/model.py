@@ -13,7 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from engines.output import output_folder
-from qwen3vl_export.integrations.optimum.answers import answer_all, answer_into, joined
+from qwen3vl_export.integrations.optimum.answers import answer_all, answer_into, joined, note_full_context
 from qwen3vl_export.integrations.optimum.opening import open_engine
 from qwen3vl_export.integrations.optimum.options import read_options
 from qwen3vl_export.integrations.optimum.processor_check import check_processor
@@ -126,7 +126,8 @@ class QwenVLForImageTextToText:
         """Answer the prompts of a processor's tensors; greedy tokens are those of transformers' model.
 
         A row may be padded at either side, and is answered as if it were alone. What transformers takes and engines do
-        not is refused by name. Without `max_new_tokens`, answers have up to 512 tokens.
+        not is refused by name. Without `max_new_tokens`, answers have up to 512 tokens. An answer that the engine's
+        context has no more room for ends there, and a note is logged.
 
         Args:
             inputs: `input_ids`, int64 [B, L], if it is not given by name.
@@ -147,6 +148,21 @@ class QwenVLForImageTextToText:
             CapacityError: A prompt does not fit into the engine's context.
             Qwen3VLError: An answer failed.
         """
+        if streamer is None:
+            return self._generate(inputs, generation_config, None, tokenizer, keywords)
+        if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise UsageError(
+                f"a streamer has put and end, {type(streamer).__name__} has not",
+                remedy="pass a TextStreamer or a TextIteratorStreamer of transformers",
+            )
+        try:
+            return self._generate(inputs, generation_config, streamer, tokenizer, keywords)
+        finally:  # whatever happens, so that no other thread waits for more of it
+            streamer.end()
+
+    def _generate(
+        self, inputs: Any, generation_config: GenerationConfig | None, streamer: Any, tokenizer: Any, keywords: Any
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         tensors = take_tensors(keywords)
         if inputs is not None:
             if tensors["input_ids"] is not None:
@@ -167,6 +183,7 @@ class QwenVLForImageTextToText:
             raise UsageError(
                 f"a streamer takes one answer, not {len(prompts)}", remedy="pass one prompt, or no streamer"
             )
+        note_full_context(self.engine.max_context, prompts, answers, options[0])
         rows = batch.input_ids.repeat(asked.num_return_sequences, axis=0)
         device = getattr(tensors["input_ids"], "device", self.device)
         sequences = torch.from_numpy(joined(rows, answers, asked.pad_token_id)).to(device)

@@ -74,7 +74,7 @@ def open_engine(
     """
     _check_names(options)
     with reading("model_id", "pass the path of a folder or an id of the Hub"):
-        model = os.fspath(model_id)
+        model = os.fsdecode(model_id)
     is_engine = (Path(model) / MANIFEST_NAME).is_file()
     of_export = {name: options[name] for name in EXPORT_OPTIONS if options.get(name) is not None}
     if is_engine:

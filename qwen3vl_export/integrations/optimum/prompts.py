@@ -9,6 +9,7 @@ Shapes: B prompts, L tokens of a row, P patches of all images, E elements of a p
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -248,7 +249,7 @@ def _segments(
     pixels, grid = names
     grids_N3 = _grids(grid, tensors[grid], config.vision, is_image=name == "image")
     values_PE = _pixels(pixels, tensors[pixels], config.vision, settings)
-    num_patches = int(grids_N3.prod(axis=1).sum())
+    num_patches = sum(map(math.prod, grids_N3.tolist()))  # of Python, whose numbers do not overflow
     if len(values_PE) != num_patches:
         raise UsageError(f"{pixels} holds {len(values_PE)} patches, {grid} is of {num_patches}", remedy=_AS_IT_IS)
     found, start = [], 0
@@ -287,7 +288,10 @@ def _grids(name: str, value: Any, vision: VisionConfig, *, is_image: bool) -> Id
 
 def _pixels(name: str, value: Any, vision: VisionConfig, settings: ImageProcessorConfig) -> NDArray[Any]:
     """Return patches as the engine takes them: float32, or grey levels."""
-    values_PE = np.ascontiguousarray(_array(name, value), np.float32)
+    array = _array(name, value)
+    if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
+        raise UsageError(f"{name} has to be a tensor of numbers, got {array.dtype}", remedy=_AS_IT_IS)
+    values_PE = np.ascontiguousarray(array, np.float32)
     if values_PE.ndim != 2 or values_PE.shape[1] != vision.patch_elements:
         size = vision.patch_size
         raise UsageError(

@@ -69,6 +69,8 @@ class EngineRunnerArgs(BaseRunnerArgs):
         self.engine = _checked_engine(model.path)
         self._give_bundle(model, [each for each in runners if each != _OPTION])
         prompt, images = (args_util.get(args, f"qwen3vl_{name}") for name in ("prompt", "image"))
+        if missing := [each for each in images or () if not Path(each).is_file()]:
+            G_LOGGER.critical(f"--qwen3vl-image {missing[0]}: there is no such file.")
         if self.arg_groups[DataLoaderArgs].is_using_random_data():
             inputs = PromptInputArgs(self.engine, self.graph, prompt, images)
             inputs.parse(args)

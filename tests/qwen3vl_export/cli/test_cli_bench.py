@@ -208,7 +208,8 @@ def test_more_sequences_than_usual_are_opened_for_a_larger_batch(tiny_engine: Pa
         (("--new-tokens", "1,2"), "--new-tokens '1,2': 1 is below 2"),
         (("--batch", "0"), "--batch '0': 0 is below 1"),
         (("--images", "1-3*1"), "--images '1-3*1': the range never ends"),
-        (("--image-size", "big"), "--image-size big: expected WIDTHxHEIGHT"),
+        (("--image-size", "big"), "--image-size 'big': expected WIDTHxHEIGHT"),
+        (("--image-size", "none", "--images", "2"), "--images has no use without an image size"),
         (("--output", "yaml"), "--output 'yaml': unknown"),
         (("--json",), "--json is of one point, not of 8"),
         (("--json", "--output", "csv"), "--json and --output are given together"),
@@ -221,6 +222,7 @@ def test_more_sequences_than_usual_are_opened_for_a_larger_batch(tiny_engine: Pa
         (("--compare", "none.json", "--against", "a"), "--compare and --against are given together"),
         (("--json", "--against", "a"), "--json and --against are given together"),
         (("--html", "/dev/null/page.html"), "/dev/null/page.html"),
+        (("--html", "page.pdf"), "--html 'page.pdf': a page is an .html file"),
         (("--concurrency", "2", "--repeats", "2"), "--repeats is of one request at a time"),
         (("--concurrency", "2", "--html", "x.html"), "--html is of a sweep, not of many requests"),
         (("--rate", "2", "--output", "csv"), "--output is of a sweep"),
@@ -231,6 +233,15 @@ def test_what_is_refused(tiny_engine: Path, options: tuple[str, ...], said: str)
     assert code == UsageError.exit_code and out == "", err
     message = json.loads(err)["error"]["message"] if "--json" in options else err
     assert said in message and "remedy" in err
+
+
+def test_points_beyond_the_context_are_refused(tiny_engine: Path) -> None:
+    options = ("--image-size", "none", "--batch", "1", "--max-context", "64")
+    code, out, err = swept(str(tiny_engine), *options, "--prompt-tokens", "4,999999999", "--new-tokens", "2")
+    assert code == CapacityError.exit_code and out == "" and "1000000001 tokens of text and answer" in err
+    # With the chat template it is too long, and a shorter answer would pass for one of 32 tokens.
+    code, out, err = swept(str(tiny_engine), *options, "--prompt-tokens", "32", "--new-tokens", "32")
+    assert code == CapacityError.exit_code and out == "" and "of the 32 new ones" in err and "--max-context" in err
 
 
 def test_many_requests_are_of_one_kind(tiny_engine: Path) -> None:

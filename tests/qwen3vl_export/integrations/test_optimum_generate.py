@@ -251,12 +251,31 @@ def test_a_streamer_ends_with_an_error(demo: Pair) -> None:
     assert streamer.num_ends == 1
     with pytest.raises(UsageError, match="a streamer takes one answer, not 3"):
         demo.model.generate(**inputs_of(demo.processor, *BATCH), streamer=streamer)
+    assert streamer.num_ends == 2
+    with pytest.raises(UsageError, match="engines do not do num_beams=2"):
+        demo.model.generate(**inputs, streamer=streamer, num_beams=2)
+    assert streamer.num_ends == 3
+    with pytest.raises(UsageError, match="a streamer has put and end, int has not"):
+        demo.model.generate(**inputs, streamer=5)
 
 
 def test_an_error_names_the_answer_of_a_batch(demo: Pair) -> None:
     inputs = inputs_of(demo.processor, ("one", 0), ("one " * 2000, 0))
     with pytest.raises(CapacityError, match=r"^answer 1 of the batch: the prompt has 8\d\d\d tokens, 0 of them visual"):
         demo.model.generate(**inputs)
+
+
+def test_an_answer_that_fills_the_context_is_said(demo: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    inputs = inputs_of(demo.processor, ("Read the digits.", 0))
+    length = inputs["input_ids"].shape[1]
+    found = demo.model.generate(**inputs, max_new_tokens=1024 - length, eos_token_id=[])
+    assert found.shape[1] == 1024 and caplog.messages == []
+    found = demo.model.generate(**inputs, max_new_tokens=1024, eos_token_id=[])
+    assert found.shape[1] == 1024
+    assert caplog.messages == [
+        "note: 1 of 1 answers ended before max_new_tokens = 1024, since the context of 1024 tokens is full: open the "
+        "engine with a larger max_context"
+    ]
 
 
 def test_images_that_do_not_fit_are_told_how_to(demo: Pair, demo_engine: Path) -> None:

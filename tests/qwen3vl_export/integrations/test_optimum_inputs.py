@@ -76,6 +76,12 @@ def token(row: int, place: int, value: int) -> Callable[[torch.Tensor], torch.Te
         (changed("pixel_values", lambda values: values[:-4]), r"pixel_values holds \d+ patches, image_grid_thw is of"),
         (changed("pixel_values", lambda values: values * 2.5), r"pixel_values goes from -2.5 to 2.5, .* from -1 to 1"),
         (changed("pixel_values", lambda values: values * torch.nan), "pixel_values goes from nan to nan"),
+        (changed("pixel_values", lambda values: "x"), "pixel_values has to be a tensor of numbers, got <U1"),
+        (changed("image_grid_thw", lambda grid: grid * 2**34), "image_grid_thw has an image of several temporal"),
+        (
+            changed("image_grid_thw", lambda grid: grid * torch.tensor([1, 2**31, 2**31])),
+            r"patches, image_grid_thw is of \d{20}",
+        ),
         (changed("image_grid_thw", lambda grid: grid[:, 1:]), r"image_grid_thw has to be \[images, 3\]"),
         (changed("image_grid_thw", lambda grid: grid[0]), "image_grid_thw has to be a tensor of whole numbers with 2"),
         (changed("image_grid_thw", lambda grid: grid.float()), "image_grid_thw has to be a tensor of whole numbers"),

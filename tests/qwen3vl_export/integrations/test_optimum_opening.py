@@ -152,6 +152,8 @@ def test_errors_of_what_it_calls(demo_engine: Path, tmp_path: Path) -> None:
 def test_what_is_no_path(check: Callable[[], Any]) -> None:
     with pytest.raises(UsageError, match="model_id"):
         check()
+    with pytest.raises(CheckpointError, match="/missing: no such folder"):
+        QwenVLForImageTextToText.from_pretrained(b"/missing")  # type: ignore[arg-type]
 
 
 def test_the_example_of_the_page(tmp_path: Path) -> None:

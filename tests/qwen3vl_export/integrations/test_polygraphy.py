@@ -123,6 +123,7 @@ def test_random_inputs_crash(graph: str, bundle: Path) -> None:
             ("out/demo", "--qwen3vl", "--load-inputs", "i.json", "--qwen3vl-prompt", "x"),
             "leave --qwen3vl-prompt and --qwen3vl-image out",
         ),
+        (("out/demo", "--qwen3vl", "--qwen3vl-image", "none.png"), "--qwen3vl-image none.png: there is no such file"),
         (("out/demo", "--qwen3vl", "--onnxrt"), "--onnxrt needs an ONNX model beside the engine"),
         (("out/demo", "--qwen3vl", "--onnxrt", "--qwen3vl-bundle", "out/demo"), "is no bundle. `qwen3vl-export"),
     ],

@@ -282,11 +282,27 @@ def test_the_command_writes_it(tiny_engine: Path, tiny_checkpoint: Path, tmp_pat
     assert output.strip().endswith("passed") and "Accuracy of ort-cpu-fp32" in file.read_text(encoding="utf-8")
 
 
+def test_the_first_departure_is_that_of_the_block_that_comes_first(
+    tiny_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of the first block is in all levels; level 0 is that of the last block."""
+    original = Qwen3VLModel.encode_images
+    monkeypatch.setattr(Qwen3VLModel, "encode_images", lambda model, images: 2 * original(model, images))
+    report, details = compared(tiny_engine, tiny_checkpoint)
+    page = page_of(report, details, ENVIRONMENT)
+    assert "first the visual_embeds level 1 of the prompt “one image”: 1, limit ≤ 0.0001." in page.lead
+
+
 @pytest.mark.parametrize("option", ["--tasks", "--bisect", "--ranges"])
 def test_other_comparisons_have_no_page(tiny_engine: Path, option: str) -> None:
     engine = () if option == "--ranges" else (str(tiny_engine),)
     code, _, said = command_line.call(app, "verify", *engine, "--checkpoint", "demo", option, "--html", "x.html")
     assert code == UsageError.exit_code and "leave --tasks, --bisect and --ranges out" in said
+
+
+def test_a_page_is_named_as_one(tiny_engine: Path) -> None:
+    code, _, said = command_line.call(app, "verify", str(tiny_engine), "--checkpoint", "nowhere", "--html", "x.svg")
+    assert code == UsageError.exit_code and "--html 'x.svg': a page is an .html file" in said
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(tiny_engine: Path, tmp_path: Path) -> None:
