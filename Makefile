@@ -44,8 +44,8 @@ $(STAMP): pyproject.toml locks/demo.txt
 	@echo '$(CURDIR)' > $@
 
 $(DEV_STAMP): $(STAMP) locks/dev.txt
-	@echo "Adding what the tests need from locks/dev.txt: transformers, torchvision, TensorRT-RTX, development tools."
-	@echo "About 230 MB to fetch on a first run, 750 MB on disk."
+	@echo "Adding what the tests need from locks/dev.txt: transformers, torchvision, TensorRT-RTX, optimum, Polygraphy, development tools."
+	@echo "About 360 MB to fetch on a first run, 1.3 GB on disk."
 	$(BIN)/python $(PIP_INSTALL) -r locks/dev.txt
 	@touch $@
 

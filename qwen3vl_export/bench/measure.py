@@ -140,7 +140,9 @@ def summarise(stats: Sequence[Stats], latency_s: float) -> Repetition:
 
 
 def messages(point: Point, index: int, seat: int = 0) -> list[dict[str, Any]]:
-    """Return a prompt with a text and pixels of its own, so that no cache knows it; the same on every call.
+    """Return a prompt with a text and pixels that no other point, repetition or seat has, so that no cache knows it.
+
+    It is the same on every call.
 
     The text is of digits: the tokenizers that an engine may have make a token of each (Qwen's split numbers into
     digits), so it has as many tokens as were asked for, and prompts of one point are equally long.
@@ -152,7 +154,8 @@ def messages(point: Point, index: int, seat: int = 0) -> list[dict[str, Any]]:
     """
     import numpy as np
 
-    rng = np.random.default_rng([index, seat])
+    asked = (point.text_tokens, point.new_tokens, point.batch, point.images, *(point.image_size or ()))
+    rng = np.random.default_rng([index, seat, *asked])
     content: list[dict[str, Any]] = []
     for _ in range(point.images):
         assert point.image_size is not None

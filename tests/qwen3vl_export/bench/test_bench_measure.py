@@ -88,6 +88,19 @@ def test_no_cache_shortens_a_repetition(tiny_engine: Path) -> None:
         assert each.latency_s >= each.ttft_s + each.tpot_s
 
 
+def test_no_point_shortens_another(tiny_engine: Path) -> None:
+    """Where pixels followed from repetition and seat alone, all points after the first found the image in the cache."""
+    points = [Point(*each, (64, 64), 2) for each in ((60, 2, 1), (90, 2, 1), (60, 3, 1), (60, 2, 2))]
+    with Qwen3VLModel.from_engine(tiny_engine, threads=1) as model:
+        found = measure({"tiny": model}, points, repeats=2)
+        vision_calls = model.statistics()["vision_calls"]
+    repetitions = [each for values in found.values() for each in values.repetitions]
+    before_the_image = found["tiny", points[0]].warmup.prompt_tokens - 60 - 8
+    assert len(repetitions) == 8 and all(each.phases_s["vision"] > 0 for each in repetitions)
+    assert all(each.cached_tokens <= before_the_image * 2 for each in repetitions)
+    assert vision_calls >= 3 * 5  # of three rounds; images of a prompt run together
+
+
 def test_a_batch_of_an_engine(tiny_engine: Path) -> None:
     with Qwen3VLModel.from_engine(tiny_engine, threads=1) as model:
         before = model.statistics()["batch_size"]["count"]
