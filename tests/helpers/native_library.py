@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,6 +31,9 @@ void* RegisterCustomOps(void* options, const struct OrtApiBase* base) {{
 """
 
 
+_NUMBERS = itertools.count()
+
+
 def stand_in(
     folder: Path, *, version: int = 1, isas: str = "avx2,portable", granted: str = "", refuses: bool = False
 ) -> Path:
@@ -52,7 +56,8 @@ def stand_in(
         is_granted=_is_one_of(granted),
         refuses=int(refuses),
     )
-    return compiled(text, folder / "libstand_in.so")
+    # A process loads a file of one name once, and pytest gives the folder of a test that passed to the next one.
+    return compiled(text, folder / f"libstand_in_{next(_NUMBERS)}.so")
 
 
 def _is_one_of(names: str) -> str:

@@ -26,7 +26,7 @@ HEAVY = {"numpy", "PIL", "torch", "onnx", "onnx_ir", "onnxruntime", "transformer
 
 
 # Modules whose names are classes of a library that an extra brings, by module.
-INTEGRATIONS = {"optimum": "optimum", "polygraphy": "polygraphy"}
+INTEGRATIONS = {"optimum": "transformers", "polygraphy": "polygraphy"}
 
 
 def skip_without_library(text: str) -> None:
