@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -110,7 +111,8 @@ def test_a_stop_answers_what_was_accepted(demo_engine: Path, number: int) -> Non
 def test_a_second_signal_ends_at_once(demo_engine: Path, number: int) -> None:
     with served(str(demo_engine)) as server:
         connections = [server.client.begin({**_LONG, "max_tokens": 4000}) for _ in range(20)]
-        assert connections[0].recv(100)
+        # Any of them: several threads prepare requests, so the first may wait behind eight that run for minutes.
+        assert select.select(connections, [], [], 60)[0]
         server.process.send_signal(number)
         until(lambda: _is_refused(server.client.port))
         assert server.end(number) == 0
