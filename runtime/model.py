@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import sys
@@ -29,12 +28,12 @@ from runtime.generation_keywords import RequestKeywords
 from runtime.guard import Owner, naming_errors
 from runtime.image_config import ImageProcessorConfig
 from runtime.image_processor import OnImages, ProcessedImage
-from runtime.input_limits import INPUT_KEYWORDS, InputKeywords, InputLimits, answer_keywords
-from runtime.machine import default_threads
+from runtime.input_limits import INPUT_KEYWORDS, InputKeywords, answer_keywords
 from runtime.manifest import Manifest
-from runtime.memory import LOGITS, PREFILL, VISION, WEIGHTS, check_fits, logits_bytes, vision_bytes
+from runtime.memory import LOGITS, VISION, check_fits, logits_bytes, vision_bytes
 from runtime.messages import normalise_messages, system_message
 from runtime.notebook import table
+from runtime.opening import open_engine
 from runtime.option_checks import true_or_false
 from runtime.piece import Piece
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
@@ -44,7 +43,7 @@ from runtime.scheduling.plan import held_bytes, plan_limits
 from runtime.scheduling.request import Limits, Request
 from runtime.scheduling.worker import Worker
 from runtime.serving_options import ServingOptions
-from runtime.session import Session, is_on_gpu, open_session
+from runtime.session import Session
 from runtime.shown import shown
 from runtime.still_wanted import Check, NotWanted, StillWanted, always
 from runtime.stream import Stream
@@ -58,8 +57,6 @@ from runtime.urls import check_local
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
-# Of a GPU's free memory, what the KV cache may take: the rest is for activations.
-_SHARE_OF_GPU = 0.8
 
 
 class Qwen3VLModel:
@@ -233,31 +230,16 @@ class Qwen3VLModel:
         Raises:
             EngineError, CapacityError, UsageError: As `from_engine`.
         """
-        one = plan_limits(manifest, ServingOptions(1, 0, vision_cache_bytes=0), options.max_context, None)
-        needed = held_bytes(manifest, one)
-        check_fits(needed, options.max_memory)
-        preparation = Preparation.from_folder(folder, manifest.model).for_engine(manifest.capabilities)
-        limits_of_inputs = InputLimits(options.min_pixels, options.max_pixels)
-        preparation = preparation.with_limits(limits_of_inputs, options.max_image_pixels)
-        preparation = dataclasses.replace(preparation, keeps_markers=not options.legacy_video_prompt)
-        room = options.max_memory - needed[WEIGHTS] - needed[PREFILL]
-        on_gpu = is_on_gpu(manifest)
-        if not on_gpu:
-            limits = plan_limits(manifest, options.serving, options.max_context, room)
-        session, threads = open_session(folder, manifest, options.session), options.session.threads
-        if on_gpu:
-            free_bytes = getattr(session, "free_bytes", None)
-            room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes))
-            limits = plan_limits(manifest, options.serving, options.max_context, room)
+        opened = open_engine(folder, manifest, options)
         return cls(
             manifest,
-            session,
-            preparation,
+            opened.session,
+            opened.preparation,
             options.max_context,
             options.max_memory,
-            limits=limits,
+            limits=opened.limits,
             source=source,
-            threads=threads or default_threads(),
+            threads=opened.threads,
         )
 
     def generate(
