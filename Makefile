@@ -28,7 +28,7 @@ endif
 # The library of own kernels: `pip install` builds it where it can, and says nothing where it cannot.
 LIBRARY := runtime/native/libqwen3vl_cpu.so
 
-.PHONY: setup native wheel release site demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients lint bench compare-setup test-peers gpu-check gpu-pack
+.PHONY: setup native wheel release site demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients test-cluster lint bench compare-setup test-peers gpu-check gpu-pack
 
 setup: $(DEV_STAMP) $(LIBRARY)
 
@@ -123,6 +123,17 @@ test-clients: setup
 	$(BIN)/python scripts/share_torch.py build/clients
 	build/clients/bin/python $(PIP_INSTALL) $(SHARED) -e '.[export,cpu,video,structured,serve,test]' openai langchain-openai llama-index-llms-openai-like schemathesis
 	build/clients/bin/python -m pytest -q tests/runtime/server/test_clients.py
+
+# With Ray and with the schemas of Triton Inference Server, in an environment without PyTorch; engines are those of `make setup`.
+test-cluster: setup build/cluster/.installed
+	$(BIN)/qwen3vl-export demo --target ort-cpu-fp32 --output build/cluster/engine --quiet
+	build/cluster/bin/python -m pytest -q -m cluster $(call files-with,cluster)
+
+build/cluster/.installed: pyproject.toml locks/cluster.txt
+	$(PYTHON) -m venv build/cluster
+	build/cluster/bin/python $(PIP_INSTALL) -r locks/cluster.txt
+	build/cluster/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
 
 # Hostile inputs of every kind; findings are files under build/fuzz/.
 fuzz: setup

@@ -85,6 +85,8 @@ ALL = (
         ("transformers==4.57.0", *TORCH_PAIR),
         is_lowest=True,
     ),
+    # Apart, since Ray and Triton's client ask for other versions of what all the other tests have. Without PyTorch.
+    Lock("cluster.txt", ("cpu", "video", "structured", "serve", "ray", "test-cluster")),
     # They share the PyTorch of `make setup`.
     Lock("peers-genai.txt", pins=TORCH_PAIR, source="benchmarks/compare/requirements-genai.txt"),
     Lock("peers-openvino.txt", pins=TORCH_PAIR, source="benchmarks/compare/requirements-openvino.txt"),

@@ -163,7 +163,7 @@ def test_entry_points_and_extras() -> None:
     plugin = "qwen3vl_export.integrations.polygraphy.plugin:argument_groups"
     assert project["entry-points"] == {"polygraphy.run.plugins": {"qwen3vl": plugin}}
     extras = {"export", "cpu", "cuda", "tensorrt", "tensorrt-rtx", "verify", "plot", "test", "dev"}
-    extras |= {"video", "structured", "heif", "optimum", "polygraphy", "serve", "decode-plan"}
+    extras |= {"video", "structured", "heif", "optimum", "polygraphy", "serve", "decode-plan", "ray", "test-cluster"}
     assert set(project["optional-dependencies"]) == extras
     assert HEAVY.isdisjoint(project["dependencies"])
 
