@@ -16,6 +16,7 @@ from benchmarks.gpu_pack import gpu_pack
 from benchmarks.imports import time_imports
 from benchmarks.kernels import kernels
 from benchmarks.lowered import lowered
+from benchmarks.memory_plan import memory_plan
 from benchmarks.preprocess import preprocess
 from benchmarks.report import report
 from benchmarks.routes import routes
@@ -40,6 +41,7 @@ _COMMANDS = (
     gpu_pack,
     kernels,
     lowered,
+    memory_plan,
     preprocess,
     report,
     routes,

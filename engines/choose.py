@@ -3,8 +3,7 @@
 Bytes are estimated from the model's shape alone, before anything is traced or read:
 
 - weights: every tensor as the target's passes store it, by its formats, else as a float of its dtype;
-- KV cache, prefill and vision workspace: `runtime.memory`, which also refuses what does not fit at run time. Its
-  workspaces are those of float32 on ONNX Runtime's CPU provider; on a GPU they stand in as an upper bound, unmeasured.
+- all else: `runtime.memory_plan`, by which an engine that is opened refuses what does not fit.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from engines.registry import all_targets, get
 from engines.target import CPU, GPU, Target, version
 from engines.weight_shapes import EMBEDDING_KEY, VISION_PREFIX, Shape, weight_shapes
 from runtime.errors import CapacityError, TargetError
-from runtime.memory import CACHE, PREFILL, VISION, WEIGHTS, cache_bytes, prefill_bytes, vision_bytes
+from runtime.memory import CACHE, LIBRARIES, PREFILL, VISION, WEIGHTS
+from runtime.memory_plan import DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH, Facts, Planner, Work
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from runtime.model_config import ModelConfig
 
 AUTO = "auto"
-LIBRARY = "library"
-_PARTS = (WEIGHTS, CACHE, PREFILL, VISION, LIBRARY)
+_PARTS = (WEIGHTS, CACHE, PREFILL, VISION, LIBRARIES)
 _CHOSEN = "chosen"
 _FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TOO_LARGE = "too large"
@@ -201,21 +200,34 @@ def limit_bytes(hardware: Hardware, device: str) -> int:
 def estimate(target: Target, config: ModelConfig, *, options: BuildOptions | None = None) -> dict[str, int]:
     """Estimate the bytes of its device's memory that an engine takes while it answers, by part.
 
-    The largest image, and what libraries take, are in configs/choice.toml. Without options, one prompt at a time: an
-    engine for batches allocates no cache for those that do not come.
+    The largest image is in configs/choice.toml. Without options, one prompt at a time: an engine for batches allocates
+    no cache for those that do not come.
     """
-    options, assumed = options or BuildOptions(max_batch=1), configs.load("choice")
+    options = options or BuildOptions(max_batch=1)
+    work = Work(
+        context=min(options.max_context, config.text.max_positions),
+        sequences=options.max_batch,
+        images=(configs.load("choice")["image_patches"],),
+        prompts_with_images=1,
+        chunk=options.prefill_chunk,
+    )
+    parts = Planner(facts_of(target, config, options)).plan(work).parts
+    return {part: parts[part] for part in _PARTS}
+
+
+def facts_of(target: Target, config: ModelConfig, options: BuildOptions) -> Facts:
+    """Return what a plan of memory needs to know of an engine that was not built.
+
+    Raises:
+        TargetError: The target stores no weights of such a shape.
+    """
     capacity = min(options.max_context, config.text.max_positions)
-    capabilities = target.capabilities(config, options)
     chunk = min(options.prefill_chunk, capacity)
+    capabilities = target.capabilities(config, options)
+    if "capacity" in capabilities:
+        capabilities["capacity"] = capacity
     workspace = target.prefill_workspace(config, chunk) if target.prefill_workspace is not None else 0
-    return {
-        WEIGHTS: weight_bytes(target, config),
-        CACHE: options.max_batch * cache_bytes(config, capabilities, capacity),
-        PREFILL: prefill_bytes(config, capacity) + workspace,
-        VISION: vision_bytes(config, [assumed["image_patches"]]),
-        LIBRARY: assumed["gpu_library_bytes"] if target.device == GPU else 0,
-    }
+    return Facts(config, capabilities, graph_weight_bytes(target, config), workspace)
 
 
 def weight_bytes(target: Target, config: ModelConfig) -> int:
@@ -226,13 +238,21 @@ def weight_bytes(target: Target, config: ModelConfig) -> int:
     Raises:
         TargetError: The target stores no weights of such a shape.
     """
+    return sum(graph_weight_bytes(target, config).values())
+
+
+def graph_weight_bytes(target: Target, config: ModelConfig) -> dict[str, int]:
+    """Return those of each graph; see `weight_bytes`."""
     shapes, is_tied = weight_shapes(config), config.text.tie_word_embeddings
-    total = _stored_bytes(target, target.formats, shapes, is_tied=is_tied)
-    if target.prefill_formats is not None:
-        # A second decoder, in a file of its own.
-        decoder = {key: shape for key, shape in shapes.items() if not key.startswith(VISION_PREFIX)}
-        total += _stored_bytes(target, target.prefill_formats, decoder, is_tied=is_tied)
-    return total
+    vision = {key: shape for key, shape in shapes.items() if key.startswith(VISION_PREFIX)}
+    decoder = {key: shape for key, shape in shapes.items() if key not in vision}
+    graphs = {
+        VISION_GRAPH: _stored_bytes(target, target.formats, vision, is_tied=is_tied),
+        DECODER_GRAPH: _stored_bytes(target, target.formats, decoder, is_tied=is_tied),
+    }
+    if target.prefill_formats is not None:  # a second decoder, in a file of its own
+        graphs[PREFILL_GRAPH] = _stored_bytes(target, target.prefill_formats, decoder, is_tied=is_tied)
+    return graphs
 
 
 def _refusal(target: Target, hardware: Hardware, candidate: Candidate) -> str:

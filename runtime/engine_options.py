@@ -33,13 +33,28 @@ class KernelKeywords(TypedDict, total=False):
     weights_twice: bool
 
 
-class OpeningKeywords(ServingKeywords, KernelKeywords, total=False):
+class MemoryKeywords(TypedDict, total=False):
+    """What an engine that does not fit into `max_memory` does, as keyword arguments.
+
+    Attributes:
+        fit: Choose less of what was asked for, or would be the default, so that it fits, and say so (docs/memory.md):
+            kept rows and embeddings, sequences, the size of images, the length of chunks, the context, in this order.
+            False by default: it is refused.
+    """
+
+    fit: bool
+
+
+class OpeningKeywords(ServingKeywords, KernelKeywords, MemoryKeywords, total=False):
     """What `Qwen3VLModel.from_engine` takes beside its own arguments."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of `Qwen3VLModel.from_engine`, which says what they mean; None leaves what another place decides."""
+    """Options of `Qwen3VLModel.from_engine`, which says what they mean; None leaves what another place decides.
+
+    `is_limited` says whether `max_memory` was given, or is the machine's; else it is no limit.
+    """
 
     max_context: int
     max_memory: int
@@ -49,6 +64,8 @@ class EngineOptions:
     max_image_pixels: int
     legacy_video_prompt: bool
     serving: ServingOptions
+    fit: bool = False
+    is_limited: bool = True
 
     @classmethod
     def checked(
@@ -67,6 +84,7 @@ class EngineOptions:
         max_memory: Any = None,
         max_image_pixels: Any = None,
         legacy_video_prompt: Any = False,
+        fit: Any = False,
         **serving: Any,
     ) -> EngineOptions:
         """Check what a caller gave, and fill in the defaults of an engine.
@@ -86,12 +104,14 @@ class EngineOptions:
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if value is not None:
                 whole_number(name, value, 1, None, "at least 1", f"leave {name} out for the checkpoint's")
+        is_limited = max_memory is not None or not is_on_gpu(manifest)
         if max_memory is None:
             max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
         max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
         session = SessionOptions(threads, huge_pages, cuda_graphs, decode_plan, batch_invariant, weights_twice)
         limits = min_pixels, max_pixels, max_image_pixels, true_or_false("legacy_video_prompt", legacy_video_prompt)
-        return cls(max_context, max_memory, session, *limits, ServingOptions.checked(**serving))
+        checked = ServingOptions.checked(**serving)
+        return cls(max_context, max_memory, session, *limits, checked, true_or_false("fit", fit), is_limited)
 
 
 def checked_max_context(given: Any, trained: int, capacity: int | None = None) -> int:

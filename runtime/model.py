@@ -8,6 +8,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -30,7 +31,8 @@ from runtime.image_config import ImageProcessorConfig
 from runtime.image_processor import OnImages, ProcessedImage
 from runtime.input_limits import INPUT_KEYWORDS, InputKeywords, answer_keywords
 from runtime.manifest import Manifest
-from runtime.memory import LOGITS, VISION, check_fits, logits_bytes, vision_bytes
+from runtime.memory import check_fits
+from runtime.memory_plan import Planner
 from runtime.messages import normalise_messages, system_message
 from runtime.notebook import table
 from runtime.opening import open_engine
@@ -39,7 +41,7 @@ from runtime.piece import Piece
 from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
 from runtime.scheduling.ahead import Ahead
 from runtime.scheduling.pieces import Pieces
-from runtime.scheduling.plan import held_bytes, plan_limits
+from runtime.scheduling.plan import plan_limits, work_of
 from runtime.scheduling.request import Limits, Request
 from runtime.scheduling.worker import Worker
 from runtime.serving_options import ServingOptions
@@ -78,6 +80,7 @@ class Qwen3VLModel:
         limits: Limits | None = None,
         source: str | None = None,
         threads: int | None = None,
+        fitted: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         """Put a session to work; `from_engine` opens one. Without limits, it runs one sequence at a time."""
         if not isinstance(manifest, Manifest):
@@ -95,13 +98,14 @@ class Qwen3VLModel:
         self._compiler = Compiler(preparation.tokenizer, manifest.model.text.vocab_size)
         self._source = source
         self._threads = threads
+        self._fitted = fitted or {}
         capacity = manifest.capabilities.get("capacity")
         self._room = ContextRoom(max_context, preparation, sys.maxsize if capacity is None else int(capacity))
         if limits is None:
             # Nothing is kept either: the weights of a torch model may be changed between two calls.
             one = ServingOptions(max_sequences=1, kept_sequences=0, prefix_cache=False, vision_cache_bytes=0)
             limits = plan_limits(manifest, one, max_context, None)
-        self._held_bytes = held_bytes(manifest, limits)
+        self._planner, self._work = Planner.of(manifest, threads), work_of(limits)
         with naming_errors():
             self._worker = Worker(session, manifest, preparation.tokenizer, limits)
         # When the model is dropped, or Python ends.
@@ -115,6 +119,7 @@ class Qwen3VLModel:
             f"model={shown(self.manifest.source.get('name'))}",
             f"max_context={self.max_context}",
             *([f"threads={self._threads}"] if self._threads is not None else []),
+            *(["fit=True"] if self._fitted else []),
         ]
         return f"{type(self).__name__}({', '.join(words)})"
 
@@ -188,12 +193,14 @@ class Qwen3VLModel:
                 or the capacity that the engine was built with.
             min_pixels: Smaller images, and frames of videos, are enlarged to this area.
             max_pixels: Larger images, and frames of videos, are reduced to this area.
-            max_memory: Most bytes that weights, cache and workspace may take together, by estimate; the machine's
-                memory, or the container's, by default; on a GPU, which refuses what it cannot hold, none.
+            max_memory: Most bytes that the engine may take in all by its plan (`runtime.memory_plan`): of a CPU engine,
+                the whole process; the machine's memory, or the container's, by default; on a GPU, which refuses what it
+                cannot hold, none.
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
             legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
-            **keywords: How many requests run, wait and are kept, and which kernels decode (`OpeningKeywords`).
+            **keywords: How many requests run, wait and are kept, which kernels decode, and whether less of it is chosen
+                where not all fits (`OpeningKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -235,11 +242,12 @@ class Qwen3VLModel:
             manifest,
             opened.session,
             opened.preparation,
-            options.max_context,
+            opened.limits.max_context,
             options.max_memory,
             limits=opened.limits,
             source=source,
             threads=opened.threads,
+            fitted=opened.fitted,
         )
 
     def generate(
@@ -606,7 +614,8 @@ class Qwen3VLModel:
         kernels = getattr(self.session, "decode_kernels", None)
         problem = getattr(self.session, "decode_plan_problem", None)
         path = {} if kernels is None else {"decode_kernels": kernels, "decode_plan_problem": problem}
-        return {**self._worker.statistics(), **path}
+        fitted = {name: {"wanted": wanted, "chosen": chosen} for name, (wanted, chosen) in self._fitted.items()}
+        return {**self._worker.statistics(), **path, **({"fitted": fitted} if fitted else {})}
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests and end the engine's thread.
@@ -687,8 +696,6 @@ class Qwen3VLModel:
         return on_host(self.session.vision(self.preparation.vision_inputs(image)))
 
     def _check_memory(self, images: Sequence[ProcessedImage], *, logits_of: int = 0) -> None:
-        patches = [math.prod(image.grid_thw) for image in images]
-        needed = {**self._held_bytes, VISION: vision_bytes(self.config, patches)}
-        if logits_of:
-            needed[LOGITS] = logits_bytes(self.config, logits_of)
-        check_fits(needed, self.max_memory)
+        patches = tuple(math.prod(image.grid_thw) for image in images)
+        work = replace(self._work, images=patches, prompts_with_images=1, logits_of=logits_of)
+        check_fits(self._planner.plan(work).parts, self.max_memory)

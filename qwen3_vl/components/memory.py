@@ -1,4 +1,4 @@
-"""What a request takes, estimated before any work, and the KV caches of the sessions.
+"""What an engine takes, planned before it is opened, and the KV caches of the sessions.
 
 `KVCache` is the protocol; of its forms, `OrtKVCache` needs the extra [cpu], `OrtDeviceCache` [cuda], `EagerCache`
 [export].
@@ -13,7 +13,8 @@ from qwen3_vl.lazy import lazy
 if TYPE_CHECKING:
     from qwen3vl_export.eager import EagerCache
     from runtime.device_cache import DeviceKVCache
-    from runtime.memory import cache_bytes, check_fits, logits_bytes, machine_bytes, prefill_bytes, vision_bytes
+    from runtime.memory import cache_bytes, check_fits, logits_bytes, machine_bytes
+    from runtime.memory_plan import Facts, MemoryPlan, Planner, Work
     from runtime.ort_cache import OrtDeviceCache
     from runtime.session import KVCache
     from runtime.sessions.ort_cpu import OrtKVCache
@@ -21,21 +22,24 @@ if TYPE_CHECKING:
 __all__ = [
     "DeviceKVCache",
     "EagerCache",
+    "Facts",
     "KVCache",
+    "MemoryPlan",
     "OrtDeviceCache",
     "OrtKVCache",
+    "Planner",
+    "Work",
     "cache_bytes",
     "check_fits",
     "logits_bytes",
     "machine_bytes",
-    "prefill_bytes",
-    "vision_bytes",
 ]
 
 _SOURCES = {
     "qwen3vl_export.eager": ["EagerCache"],
     "runtime.device_cache": ["DeviceKVCache"],
-    "runtime.memory": ["cache_bytes", "check_fits", "logits_bytes", "machine_bytes", "prefill_bytes", "vision_bytes"],
+    "runtime.memory": ["cache_bytes", "check_fits", "logits_bytes", "machine_bytes"],
+    "runtime.memory_plan": ["Facts", "MemoryPlan", "Planner", "Work"],
     "runtime.session": ["KVCache"],
     "runtime.sessions.ort_cpu": ["OrtKVCache"],
     "runtime.ort_cache": ["OrtDeviceCache"],

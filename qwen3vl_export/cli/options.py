@@ -70,8 +70,10 @@ class Opening:
         max_pixels: Shrink images and frames that have more pixels than this: faster, with less detail.
         max_image_pixels: Refuse images that have more pixels than this before decoding them. [default: 50000000]
         max_context: Capacity of the KV cache in tokens, for prompt, images and answer together.
-        max_memory: Most memory that weights, KV cache and workspace may take together, in units of 10^9 bytes.
-            [default: the machine's]
+        max_memory: Most memory that the engine may take in all by its plan, in units of 10^9 bytes. [default: the
+            machine's]
+        fit: Where not all fits, choose fewer kept and running sequences, smaller images, shorter chunks of prompts, a
+            shorter context, in this order, and say so; otherwise it is refused.
         threads: Number of CPU threads. [default: OMP_NUM_THREADS, or the number of cores]
         huge_pages: Move the weights to huge pages: opening takes seconds longer, tokens come faster.
         no_cuda_graphs: On a GPU, do not record the decode step as a CUDA graph.
@@ -86,6 +88,7 @@ class Opening:
     max_image_pixels: int | None = None
     max_context: int | None = None
     max_memory: Annotated[float | None, typer.Option(metavar="GB")] = None
+    fit: bool = False
     threads: int | None = None
     huge_pages: bool = False
     no_cuda_graphs: bool = False

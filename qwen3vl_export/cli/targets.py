@@ -91,7 +91,7 @@ def targets(
         print(f"\n{choice.render()}\n--target {AUTO}: {chosen or 'none fits'}")
 
 
-def model_shape(model: str) -> ModelConfig:
+def model_shape(model: str, *, name: str = "--model") -> ModelConfig:
     """Return the shape of a folder, of `demo`, of a name in configs/models, or of a Hub id.
 
     From the Hub, or its cache, `config.json` alone is fetched; the released checkpoints have shapes in configs/models.
@@ -118,14 +118,14 @@ def model_shape(model: str) -> ModelConfig:
         is_folder(path, error=CheckpointError)  # raises where the system does not let this user look
     match = _HUB_ID.fullmatch(model)
     if match is not None:
-        return Checkpoint(_fetched_config(model, match["repo"], match["revision"]).parent, model).config
+        return Checkpoint(_fetched_config(f"{name} {model}", match["repo"], match["revision"]).parent, model).config
     raise UsageError(
-        f"--model {shown(model)}: no such folder",
+        f"{name} {shown(model)}: no such folder",
         remedy=f"give a Hugging Face folder, a Hub id, {DEMO}, {DEMO_MOE}, or one of {_sizes()}",
     )
 
 
-def _fetched_config(model: str, repo: str, revision: str | None) -> Path:
+def _fetched_config(where: str, repo: str, revision: str | None) -> Path:
     import huggingface_hub
 
     from qwen3vl_export.hub import quiet_hub
@@ -135,7 +135,7 @@ def _fetched_config(model: str, repo: str, revision: str | None) -> Path:
             return Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision))
     except Exception as error:  # the Hub client raises errors of several libraries
         raise CheckpointError(
-            f"--model {model}: its config.json is neither here nor on the Hub ({type(error).__name__}: {error})",
+            f"{where}: its config.json is neither here nor on the Hub ({type(error).__name__}: {error})",
             remedy=f"check the spelling and the connection, or give one of {_sizes()}",
         ) from error
 
