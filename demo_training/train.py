@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from demo_training.long import LONG, SMOKE_LONG, LongTrainer
 from demo_training.model import save_checkpoint
 from demo_training.training import CURRICULUM, EXPERTS, SMOKE, SMOKE_EXPERTS, Trainer
 from demo_training.upcycle import upcycled
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from WORK/state.pt")
     parser.add_argument("--init-from", type=Path, help="start the last stage from a checkpoint folder")
     parser.add_argument("--experts", action="store_true", help="upcycle the dense demo and train the experts")
+    parser.add_argument("--long", action="store_true", help="teach the dense demo long prompts")
     parser.add_argument("--smoke", action="store_true", help="two steps of every stage")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--report-every", type=int, default=250, help="steps between reports (default 250)")
@@ -51,7 +53,10 @@ def main() -> None:
         with (options.work / "train.log").open("a") as file:
             file.write(stamped + "\n")
 
-    if options.experts:
+    if options.long:
+        demo = load(Checkpoint.open(DEMO)).float()
+        trainer: Trainer = LongTrainer(SMOKE_LONG if options.smoke else LONG, options.work, log, model=demo)
+    elif options.experts:
         dense = load(Checkpoint.open(DEMO))
         trainer = Trainer(SMOKE_EXPERTS if options.smoke else EXPERTS, options.work, log, model=upcycled(dense))
     else:

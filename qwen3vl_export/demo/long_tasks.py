@@ -179,21 +179,36 @@ def held_out_prompts(task: str, count: int, *, max_tokens: int = 1024, start: in
         count: How many.
         max_tokens: Most tokens of the prompt with `MAX_NEW_TOKENS` of an answer; 256 to `MAX_TOKENS`.
         start: The first prompt's index.
+
+    Raises:
+        ValueError: There is no such task, or the limit is out of its range.
     """
+    for index, dialogue in enumerate(held_out_dialogues(task, count, max_tokens=max_tokens, start=start), start):
+        answer, size = dialogue.turns[-1].answer, dialogue.num_tokens(_count)
+        yield LongPrompt(index, task, dialogue.messages(), answer, size, len(dialogue.pictures))
+
+
+def held_out_dialogues(
+    task: str,
+    count: int,
+    *,
+    max_tokens: int = 1024,
+    start: int = 0,
+    half: str = "held_out",
+    seed: int = HELD_OUT_SEED,
+) -> Iterator[Dialogue]:
+    """Make the dialogues of `held_out_prompts`, or others of another half of the digits and another seed."""
     if task not in LONG_TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(LONG_TASKS)}")
     if not 256 <= max_tokens <= MAX_TOKENS:
         raise ValueError(f"max_tokens={max_tokens}: expected 256 to {MAX_TOKENS}")
-    pool = load_half("held_out")
+    pool, room = load_half(half), max_tokens - MAX_NEW_TOKENS
     for index in range(start, start + count):
-        rng = np.random.default_rng([HELD_OUT_SEED, LONG_TASKS.index(task), max_tokens, index])
-        room = max_tokens - MAX_NEW_TOKENS
+        rng = np.random.default_rng([seed, LONG_TASKS.index(task), max_tokens, index])
         dialogue = None
         while dialogue is None or dialogue.num_tokens(_count) > room:
             dialogue = _draw(rng, task, pool, room)
-        messages, last = dialogue.messages(), dialogue.turns[-1]
-        size = dialogue.num_tokens(_count)
-        yield LongPrompt(index, task, messages, last.answer, size, len(dialogue.pictures))
+        yield dialogue
 
 
 def draw_canvas(rng: np.random.Generator, pool: Digits, mean_tokens: float, *, augment: bool = False) -> Canvas:
