@@ -9,7 +9,7 @@ I pictures of one grid.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -30,12 +30,12 @@ from qwen3vl_export.demo.long_tasks import (
     num_visual_tokens,
 )
 from qwen3vl_export.demo.pages import Page, make_page
-from qwen3vl_export.demo.tasks import TASKS, place_of
+from qwen3vl_export.demo.tasks import QUESTIONS, TASKS, place_of
 from runtime.positions import VisualSpan, mrope_positions
 
 NUM_GRIDS = 3
 """Of the canvases of a batch: the tower takes pictures of one grid at once."""
-_QUESTIONS = 5
+_QUESTIONS = 9
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class DialogueBatch:
         targets_BS: The token that position s must predict, `IGNORE` elsewhere.
         positions_3BS: mRoPE positions.
         rows_BS: Which visual token stands at a position, -1 for text.
+        visible_B1SS: Which token (column) a token (row) sees, or None where it sees all before it.
     """
 
     patches: tuple[tuple[torch.Tensor, int, int], ...]
@@ -76,6 +77,7 @@ class DialogueBatch:
     targets_BS: torch.Tensor | None = None
     positions_3BS: torch.Tensor | None = None
     rows_BS: torch.Tensor | None = None
+    visible_B1SS: torch.Tensor | None = None
 
 
 def dense_labels(pictures: Sequence[Picture]) -> DenseLabels:
@@ -114,54 +116,89 @@ def vision_batch(pictures: Sequence[Picture]) -> DialogueBatch:
     return DialogueBatch(patches, dense_labels(ordered))
 
 
-def collate_dialogues(dialogues: Sequence[Dialogue], prompter: Prompter) -> DialogueBatch:
-    """Assemble dialogues; a picture that several of them hold is encoded once."""
+def collate_dialogues(
+    dialogues: Sequence[Dialogue], prompter: Prompter, *, are_independent: bool = False
+) -> DialogueBatch:
+    """Assemble dialogues; a picture that several of them hold is encoded once.
+
+    Args:
+        dialogues: The dialogues.
+        prompter: Gives the tokens of texts.
+        are_independent: All pictures come with the first turn, and each question is asked as if it were the only one:
+            its tokens see the pictures and themselves, at the positions of a first question.
+    """
     distinct = {id(picture): picture for dialogue in dialogues for picture in dialogue.pictures}
     ordered, patches = by_grid(list(distinct.values()))
     ends = np.cumsum([num_visual_tokens(picture) for picture in ordered]).tolist()
     first_row = {id(picture): end - num_visual_tokens(picture) for picture, end in zip(ordered, ends, strict=True)}
-    encoded = [_encode(dialogue, prompter, first_row) for dialogue in dialogues]
-    b, s = len(encoded), max(len(ids) for ids, *_ in encoded)
+    encoded = [_encode(dialogue, prompter, first_row, are_independent) for dialogue in dialogues]
+    b, s = len(encoded), max(len(each.ids) for each in encoded)
     ids_BS, targets_BS = np.full((b, s), prompter.end[0]), np.full((b, s), IGNORE)
-    positions_3BS, rows_BS = np.zeros((3, b, s), np.int64), np.full((b, s), -1)
-    for i, (ids, targets, positions_3S, rows) in enumerate(encoded):
-        n = len(ids)
-        ids_BS[i, :n], targets_BS[i, :n], positions_3BS[:, i, :n], rows_BS[i, :n] = ids, targets, positions_3S, rows
+    positions_3BS, rows_BS, owners_BS = np.zeros((3, b, s), np.int64), np.full((b, s), -1), np.full((b, s), -1)
+    for i, each in enumerate(encoded):
+        n = len(each.ids)
+        ids_BS[i, :n], targets_BS[i, :n], rows_BS[i, :n] = each.ids, each.targets, each.rows
+        positions_3BS[:, i, :n], owners_BS[i, :n] = each.positions_3S, each.owners
+    visible_B1SS = None
+    if are_independent:
+        owners = torch.from_numpy(owners_BS)[:, None]
+        visible_B1SS = (owners[..., None] == owners[..., None, :]) | (owners == 0)[..., None, :]
+        visible_B1SS &= torch.ones(s, s, dtype=torch.bool).tril()
     text = map(torch.from_numpy, (ids_BS, targets_BS, positions_3BS, rows_BS))
-    return DialogueBatch(patches, dense_labels(ordered), *text)
+    return DialogueBatch(patches, dense_labels(ordered), *text, visible_B1SS)
 
 
-def _encode(
-    dialogue: Dialogue, prompter: Prompter, first_row: dict[int, int]
-) -> tuple[list[int], list[int], np.ndarray, list[int]]:
-    """Return ids, targets, positions [3, S] and visual rows of a dialogue with all answers."""
-    ids: list[int] = []
-    targets: list[int] = []
-    rows: list[int] = []
-    spans = []
+@dataclass
+class _Encoded:
+    """A dialogue with all answers: what `DialogueBatch` has, and the turn that a token belongs to (0: the pictures)."""
+
+    ids: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    spans: list[VisualSpan] = field(default_factory=list)
+    positions_3S: np.ndarray | None = None
+
+    def add(self, tokens: list[int], owner: int) -> None:
+        """Add text that is given."""
+        self.ids += tokens
+        self.targets += [IGNORE] * len(tokens)
+        self.rows += [-1] * len(tokens)
+        self.owners += [owner] * len(tokens)
+
+    def add_answer(self, tokens: list[int], owner: int) -> None:
+        """Add text that is to be predicted."""
+        self.targets[-1] = tokens[0]
+        self.add(tokens, owner)
+        self.targets[-len(tokens) :] = [*tokens[1:], IGNORE]
+
+    def add_picture(self, rows: int, cols: int, first_row: int, token: int) -> None:
+        """Add the visual tokens of a picture."""
+        self.spans.append(VisualSpan(len(self.ids), (1, rows, cols)))
+        self.add([token] * (rows * cols), 0)
+        self.rows[-rows * cols :] = range(first_row, first_row + rows * cols)
+
+
+def _encode(dialogue: Dialogue, prompter: Prompter, first_row: dict[int, int], are_independent: bool) -> _Encoded:
+    """Return a dialogue's tokens and where they stand."""
+    found = _Encoded()
     labels = iter(dialogue.labels())
-
-    def add(tokens: list[int], *, is_answer: bool = False) -> None:
-        if is_answer:
-            targets[-1] = tokens[0]
-        ids.extend(tokens)
-        targets.extend([*tokens[1:], IGNORE] if is_answer else [IGNORE] * len(tokens))
-        rows.extend([-1] * len(tokens))
-
+    starts = []
     for i, turn in enumerate(dialogue.turns):
-        add(prompter.encode(("\n" if i else "") + "<|im_start|>user\n"))
+        if not i or not are_independent:
+            found.add(prompter.encode(("\n" if i else "") + "<|im_start|>user\n"), 0)
         for picture in turn.pictures:
-            add(prompter.encode(next(labels) + "<|vision_start|>"))
-            height, width = grid_of(picture)
-            spans.append(VisualSpan(len(ids), (1, height, width)))
-            rows_of_picture = range(first_row[id(picture)], first_row[id(picture)] + height * width)
-            ids.extend([prompter.image] * len(rows_of_picture))
-            targets.extend([IGNORE] * len(rows_of_picture))
-            rows.extend(rows_of_picture)
-            add(prompter.after)
-        add(prompter.encode(turn.question) + prompter.turn)
-        add(prompter.encode(turn.answer) + prompter.end, is_answer=True)
-    return ids, targets, mrope_positions(len(ids), spans).position_ids[:, 0], rows
+            found.add(prompter.encode(next(labels) + "<|vision_start|>"), 0)
+            found.add_picture(*grid_of(picture), first_row[id(picture)], prompter.image)
+            found.add(prompter.after, 0)
+        starts.append(len(found.ids))
+        found.add(prompter.encode(turn.question) + prompter.turn, i + 1)
+        found.add_answer(prompter.encode(turn.answer) + prompter.end, i + 1)
+    found.positions_3S = mrope_positions(len(found.ids), found.spans).position_ids[:, 0]
+    if are_independent:
+        for start, end in zip(starts, [*starts[1:], len(found.ids)], strict=True):
+            found.positions_3S[:, start:end] -= found.positions_3S[0, start] - found.positions_3S[0, starts[0]]
+    return found
 
 
 def draw_canvases(rng: np.random.Generator, pool: Digits, count: int, mean_tokens: float) -> list[Picture]:
@@ -179,7 +216,7 @@ def draw_canvases(rng: np.random.Generator, pool: Digits, count: int, mean_token
 
 def training_dialogues(
     rng: np.random.Generator, pool: Digits, *, length: int, num_tokens: int, prompter: Prompter
-) -> list[Dialogue]:
+) -> tuple[list[Dialogue], bool]:
     """Make the dialogues of one batch: all about pages, all about several pictures, or all with a picture a turn.
 
     Args:
@@ -188,21 +225,23 @@ def training_dialogues(
         length: About the tokens of a dialogue; pages are shorter.
         num_tokens: About the tokens of the batch.
         prompter: Counts the tokens of texts.
+
+    Returns:
+        The dialogues, and whether their questions are independent.
     """
-    kind = rng.choice(("page", "several", "turns"), p=(0.25, 0.4, 0.35))
+    kind = rng.choice(("page", "several", "turns"), p=(0.3, 0.4, 0.3))
     if kind == "page":
-        count = max(2, num_tokens // 256)
-        return [_about_page(rng, make_page(rng, pool, augment=True)) for _ in range(count)]
+        return [_about_page(rng, make_page(rng, pool, augment=True)) for _ in range(max(2, num_tokens // 320))], True
     number = max(1, num_tokens // length)
     if kind == "several":
         most = int(rng.integers(2, 1 + int(np.clip(length // 24, 4, MAX_SEVERAL))))
         mean = float(np.clip(0.7 * length / most - 16, 6, 256))
         canvases = draw_canvases(rng, pool, most if number == 1 else 2 * most, mean)
-        return [_about_several(rng, canvases, most) for _ in range(number)]
+        return [_about_several(rng, canvases, most) for _ in range(number)], True
     mean = mean_tokens_of_turns(length) if length >= 1024 else float(rng.uniform(6, 40))
     count = min(MAX_PICTURES, max(4, round(length / (mean + 40))))
     canvases = draw_canvases(rng, pool, count if number == 1 else 2 * count, mean)
-    return [_turns(rng, canvases, length, prompter) for _ in range(number)]
+    return [_turns(rng, canvases, length, prompter) for _ in range(number)], False
 
 
 def _chosen(rng: np.random.Generator, pictures: Sequence[Picture], count: int) -> list[Picture]:
@@ -210,21 +249,15 @@ def _chosen(rng: np.random.Generator, pictures: Sequence[Picture], count: int) -
 
 
 def _about_page(rng: np.random.Generator, page: Page) -> Dialogue:
-    tasks = ["lines", *["line"] * 3]
-    asked = (ask(rng, tasks[i], [page], None) for i in rng.permutation(len(tasks)))
-    return Dialogue(_showing([turn for turn in asked if turn], [page]))
+    turns = [turn for task in ("lines", *["line"] * 5) if (turn := ask(rng, task, [page]))]
+    return Dialogue(_showing(turns, [page]))
 
 
 def _about_several(rng: np.random.Generator, pictures: Sequence[Picture], most: int) -> Dialogue:
     count = int(rng.integers(max(2, (most + 1) // 2), most + 1))
-    if rng.random() < 0.25:
-        count = min(count, 4)  # so that "total" is asked often enough
-    while True:
-        seen = _chosen(rng, pictures, count)
-        drawn = (SEVERAL[int(i)] for i in rng.choice(3, _QUESTIONS, p=(0.5, 0.3, 0.2)))
-        turns = [turn for turn in (ask(rng, task, seen, None) for task in drawn) if turn]
-        if turns:
-            return Dialogue(_showing(turns, seen))
+    seen = _chosen(rng, pictures, count)
+    drawn = ("each", *(SEVERAL[int(i)] for i in rng.integers(0, 2, _QUESTIONS - 1)))
+    return Dialogue(_showing([turn for task in drawn if (turn := ask(rng, task, seen))], seen))
 
 
 def _showing(turns: list[Turn], pictures: Sequence[Picture]) -> tuple[Turn, ...]:
@@ -240,12 +273,13 @@ def _turns(rng: np.random.Generator, pictures: Sequence[Picture], length: int, p
     room = length
     while room > 0 and (picture := next(waiting, None)) is not None and len(seen) < MAX_PICTURES:
         seen.append(picture)
-        turn = ask(rng, TASKS[int(rng.integers(len(TASKS)))], seen, None)
+        task = TASKS[int(rng.integers(len(TASKS)))]
+        turn = ask(rng, task, seen, int(rng.integers(len(QUESTIONS[task]))))
         assert turn is not None
         turns.append(Turn((picture,), turn.task, turn.question, turn.answer))
         room -= num_visual_tokens(picture) + 16 + len(prompter.encode(turn.question)) + len(turn.answer)
         while rng.random() < 0.5:
-            back = ask(rng, ("picture", "which")[int(rng.random() < 0.3)], seen, None)
+            back = ask(rng, ("picture", "which")[int(rng.random() < 0.4)], seen)
             if back is None:
                 break
             turns.append(back)

@@ -43,17 +43,17 @@ class LongStage(Stage):
         lengths: About the tokens of a dialogue, and how often.
     """
 
-    dialogues: float = 0.7
-    num_tokens: int = 2048
+    dialogues: float = 0.8
+    num_tokens: int = 1280
     lengths: tuple[tuple[int, float], ...] = ((512, 1.0),)
 
 
-_SHORT = ((256, 0.4), (512, 0.4), (1024, 0.2))
-_ALL = ((256, 0.25), (512, 0.3), (1024, 0.25), (2048, 0.12), (4096, 0.08))
+_SHORT = ((256, 0.5), (512, 0.4), (1024, 0.1))
+_ALL = ((256, 0.3), (512, 0.3), (1024, 0.22), (2048, 0.1), (4096, 0.08))
 LONG = [
     LongStage("pages", 600, 1.5e-3, 5e-4, 384, 4096, 32, False),
-    LongStage("several", 1200, 2e-3, 1.5e-3, 384, 4096, 24, True, vision_rate=0.0, dense=0.0, lengths=_SHORT),
-    LongStage("long", 1400, 1.5e-3, 5e-5, 512, 4096, 24, True, vision_rate=0.0, dense=0.0, lengths=_ALL),
+    LongStage("several", 2200, 2e-3, 1.5e-3, 384, 3072, 16, True, vision_rate=0.0, dense=0.0, lengths=_SHORT),
+    LongStage("long", 1600, 1.5e-3, 5e-5, 512, 3072, 16, True, vision_rate=0.0, dense=0.0, lengths=_ALL),
 ]
 SMOKE_LONG = [
     LongStage("pages", 2, 1e-3, 1e-3, 128, 512, 4, False),
@@ -120,7 +120,7 @@ class LongTrainee(Trainee):
         assert batch.ids_BS is not None and batch.targets_BS is not None
         assert batch.positions_3BS is not None and batch.rows_BS is not None
         text = self.model.language_model
-        hidden, _ = text(batch.ids_BS, batch.positions_3BS, batch.rows_BS, visual_embeds)
+        hidden, _ = text(batch.ids_BS, batch.positions_3BS, batch.rows_BS, visual_embeds, visible=batch.visible_B1SS)
         keep = batch.targets_BS != IGNORE
         return self.model.lm_head(text.norm(hidden[keep])), batch.targets_BS[keep]
 
@@ -155,10 +155,10 @@ class LongTrainer(Trainer):
             return super().make_batch(stage, pool, prompter)
         lengths, shares = zip(*stage.lengths, strict=True)
         length = int(rng.choice(lengths, p=shares))
-        dialogues = training_dialogues(
+        dialogues, are_independent = training_dialogues(
             rng, pool, length=length, num_tokens=max(length, stage.num_tokens), prompter=prompter
         )
-        return collate_dialogues(dialogues, prompter)
+        return collate_dialogues(dialogues, prompter, are_independent=are_independent)
 
     def accuracy(self, half: str, count: int) -> dict[str, float]:
         """Return the share of right answers per task; of the further tasks on one prompt in four of each length."""

@@ -25,26 +25,24 @@ from runtime.messages import user_message
 
 Picture = Canvas | Page
 
-SEVERAL = ("picture", "which", "total")
+SEVERAL = ("picture", "which", "each")
 """One message with several pictures."""
 PAGE = ("lines", "line")
 """One message with a page."""
 CONVERSATION = ("latest", "earlier")
 """A picture a turn; the last question is about the latest picture, or about an earlier one."""
 LONG_TASKS = (*SEVERAL, *PAGE, *CONVERSATION)
-QUESTIONS: dict[str, tuple[str, ...]] = {
-    "picture": ("Read picture {number}.", "Which digits are in picture {number}?"),
-    "which": ("Which picture has the {digit}?", "Where is the {digit}, in which picture?"),
-    "total": ("How many digits are in all pictures?", "Count the digits in all pictures."),
-    "lines": ("Read all lines.", "What do the lines say?"),
-    "line": ("Read line {number}.", "What does line {number} say?"),
+QUESTIONS: dict[str, str] = {
+    "picture": "Read picture {number}.",
+    "which": "Which picture has the {digit}?",
+    "each": "How many digits are in each picture?",
+    "lines": "Read all lines.",
+    "line": "Read line {number}.",
 }
 MAX_NEW_TOKENS = 48
 """The longest answer, a full page, has 41 tokens and the end token."""
 MAX_PICTURES = 24
 MAX_SEVERAL = 16
-MAX_TOTAL = 9
-"""Most digits that "total" asks to count."""
 MAX_TOKENS = 4096
 HELD_OUT_SEED = 20261127
 _TURN_TOKENS = 40
@@ -128,23 +126,22 @@ def num_visual_tokens(picture: Picture) -> int:
     return rows * cols
 
 
-def ask(rng: np.random.Generator, task: str, seen: Sequence[Picture], phrasing: int | None = 0) -> Turn | None:
+def ask(rng: np.random.Generator, task: str, seen: Sequence[Picture], phrasing: int = 0) -> Turn | None:
     """Ask a task of what was seen, or return None if these pictures do not allow it.
 
     Args:
-        rng: Chooses what is asked for, and a phrasing.
+        rng: Chooses what is asked for.
         task: One of `LONG_TASKS` or of the demo's `TASKS`; the latter, and those of pages, are about the last picture.
         seen: The pictures so far, at least one.
-        phrasing: Which phrasing; None draws one.
+        phrasing: Which of the demo's phrasings.
     """
-    questions = QUESTIONS.get(task) or tasks.QUESTIONS[task]
-    text = questions[int(rng.integers(len(questions))) if phrasing is None else phrasing]
     last = seen[-1]
     if task in tasks.TASKS:
         if not isinstance(last, Canvas):
             return None
-        asked = last.digits[last.asked].label
-        return Turn((), task, text.format(digit=asked), tasks.answer(task, last.labels, last.place))
+        text = tasks.question(task, last.digits[last.asked].label, phrasing)
+        return Turn((), task, text, tasks.answer(task, last.labels, last.place))
+    text = QUESTIONS[task]
     if task in PAGE:
         if not isinstance(last, Page):
             return None
@@ -165,16 +162,15 @@ def ask(rng: np.random.Generator, task: str, seen: Sequence[Picture], phrasing: 
             return None
         digit, number = single[int(rng.integers(len(single)))]
         return Turn((), task, text.format(digit=digit), str(number))
-    assert task == "total", task
-    total = sum(len(picture.labels) for picture in seen)
-    return Turn((), task, text, str(total)) if total <= MAX_TOTAL else None
+    assert task == "each", task
+    return Turn((), task, text, " ".join(str(len(picture.labels)) for picture in seen))
 
 
 def held_out_prompts(task: str, count: int, *, max_tokens: int = 1024, start: int = 0) -> Iterator[LongPrompt]:
     """Make prompts `start` to `start + count - 1` of a task, of held-out digits in canonical phrasing.
 
     Args:
-        task: One of `LONG_TASKS`. "picture", "which" and "total" have 2 to `MAX_SEVERAL` pictures, as many as fit, and
+        task: One of `LONG_TASKS`. "picture", "which" and "each" have 2 to `MAX_SEVERAL` pictures, as many as fit, and
             the conversations are filled with turns. A page has at most 256 visual tokens whatever the limit.
         count: How many.
         max_tokens: Most tokens of the prompt with `MAX_NEW_TOKENS` of an answer; 256 to `MAX_TOKENS`.
@@ -231,8 +227,7 @@ def _draw(rng: np.random.Generator, task: str, pool: Digits, room: int) -> Dialo
         turn = ask(rng, task, [page])
         return None if turn is None else Dialogue((_with(turn, page),))
     if task in SEVERAL:
-        most = 4 if task == "total" else MAX_SEVERAL
-        number = int(rng.integers(2, most + 1))
+        number = int(rng.integers(2, MAX_SEVERAL + 1))
         pictures = [draw_canvas(rng, pool, min(256.0, max(6.0, 0.85 * room / number - 16))) for _ in range(number)]
         turn = ask(rng, task, pictures)
         return None if turn is None else Dialogue((_with(turn, *pictures),))

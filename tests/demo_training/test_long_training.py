@@ -47,47 +47,60 @@ def prompter() -> Prompter:
     return Prompter(build_tokenizer())
 
 
-def drawn(prompter: Prompter, seed: int, length: int = 300) -> list[Dialogue]:
+def drawn(prompter: Prompter, seed: int, length: int = 300) -> tuple[list[Dialogue], bool]:
     return training_dialogues(
         np.random.default_rng(seed), load_half("train"), length=length, num_tokens=2 * length, prompter=prompter
     )
 
 
-def kind_of(dialogue: Dialogue) -> str:
-    return "turns" if any(turn.pictures for turn in dialogue.turns[1:]) else dialogue.turns[0].task
-
-
 @torch.no_grad()
 def test_dialogues_of_a_batch_get_the_logits_of_prompts_of_their_own(trainee: LongTrainee, prompter: Prompter) -> None:
     """Each answer of each dialogue, against the runtime's preparation of the messages up to it."""
+    several, lines = (next(held_out_dialogues(task, 1, max_tokens=256)) for task in ("picture", "lines"))
+    turns = next(each for seed in range(9) for each in drawn(prompter, seed)[0] if each.turns[1].pictures)
+    check_logits(trainee, prompter, [several, turns, lines], are_independent=False)
+
+
+@torch.no_grad()
+def test_independent_questions_get_the_logits_of_prompts_of_their_own(trainee: LongTrainee, prompter: Prompter) -> None:
+    found = {}
+    for seed in range(9):
+        dialogues, are_independent = drawn(prompter, seed)
+        if are_independent:
+            found[len(dialogues[0].pictures) > 1] = dialogues
+    assert len(found) == 2
+    check_logits(trainee, prompter, [each for dialogues in found.values() for each in dialogues], are_independent=True)
+
+
+def check_logits(trainee: LongTrainee, prompter: Prompter, dialogues: list[Dialogue], *, are_independent: bool) -> None:
     asked = open_eager("demo")
-    several, turns = next(held_out_dialogues("picture", 1, max_tokens=256)), drawn(prompter, 3)[0]
-    dialogues = [several, turns, *held_out_dialogues("lines", 1)]
-    batch = collate_dialogues(dialogues, prompter)
+    batch = collate_dialogues(dialogues, prompter, are_independent=are_independent)
     logits, targets = trainee.answer_logits(batch, trainee.visual_embeds(batch))
     at = 0
     for dialogue in dialogues:
         for i, turn in enumerate(dialogue.turns):
-            part = Dialogue(dialogue.turns[: i + 1])
-            if len(part.pictures) == 1 < len(dialogue.pictures):
-                at += len(prompter.encode(turn.answer)) + 1  # alone, its picture would have no number
-                continue
+            before = () if are_independent else dialogue.turns[:i]
+            pictures = dialogue.turns[0].pictures if are_independent else turn.pictures
+            part = Dialogue((*before, replace(turn, pictures=pictures)))
             truth = [*prompter.encode(turn.answer), *prompter.end]
+            logits_of_turn, targets_of_turn = (each[at : at + len(truth)] for each in (logits, targets))
+            at += len(truth)
+            if len(part.pictures) == 1 < len(dialogue.pictures):
+                continue  # alone, its picture would have no number
             prepared = asked.prepare([*part.messages(), {"role": "assistant", "content": turn.answer}])
             ids = prepared.prompt.input_ids
             start = part.num_tokens(lambda text: len(prompter.encode(text)))
-            assert list(ids[start : start + len(truth)]) == truth == targets[at : at + len(truth)].tolist()
+            assert list(ids[start : start + len(truth)]) == truth == targets_of_turn.tolist()
             inputs = prepared.decoder_inputs(asked.encode_images(prepared.images), all_logits=True)
             rows = prefill(asked.session, asked.session.new_cache(len(ids)), inputs)
             expected = rows[start - 1 : start - 1 + len(truth)]
-            np.testing.assert_allclose(logits[at : at + len(truth)].numpy(), expected, atol=2e-3)
-            at += len(truth)
+            np.testing.assert_allclose(logits_of_turn.numpy(), expected, atol=2e-3)
     assert at == len(logits)
 
 
 def test_every_answer_is_predicted_and_nothing_else(prompter: Prompter) -> None:
-    dialogues = drawn(prompter, 5)
-    batch = collate_dialogues(dialogues, prompter)
+    dialogues, are_independent = drawn(prompter, 5)
+    batch = collate_dialogues(dialogues, prompter, are_independent=are_independent)
     assert batch.ids_BS is not None and batch.targets_BS is not None
     for ids, targets, dialogue in zip(batch.ids_BS, batch.targets_BS, dialogues, strict=True):
         at = torch.nonzero(targets != IGNORE)[:, 0]
@@ -100,7 +113,7 @@ def test_pictures_are_encoded_once_and_found_by_their_rows(trainee: LongTrainee,
     pool = load_half("train")
     pictures = [make_canvas(np.random.default_rng(i), pool, 64 + 32 * i, 96, count=2) for i in range(3)]
     orders = [pictures, pictures[::-1]]
-    turn = Turn((), "total", "How many digits are in all pictures?", "6")
+    turn = Turn((), "each", "How many digits are in each picture?", "2 2 2")
     batch = collate_dialogues([Dialogue((replace(turn, pictures=tuple(order)),)) for order in orders], prompter)
     assert sum(rows * cols * len(patches) for patches, rows, cols in batch.patches) == 6 + 9 + 12
     embeds = trainee.visual_embeds(batch)
@@ -132,13 +145,12 @@ def test_dialogues_of_all_kinds_fit_their_length_and_ask_all_tasks(prompter: Pro
     asked: set[str] = set()
     for seed in range(24):
         length = (256, 1024, MAX_TOKENS)[seed % 3]
-        dialogues = drawn(prompter, seed, length)
-        for dialogue in dialogues:
+        for dialogue in drawn(prompter, seed, length)[0]:
             assert dialogue.num_tokens(lambda text: len(prompter.encode(text))) <= 1.4 * length + 100
             asked |= {turn.task for turn in dialogue.turns}
             assert len(dialogue.pictures) <= MAX_PICTURES
             assert len(dialogue.turns[0].pictures) <= MAX_SEVERAL
-    assert asked == {"read", "count", "where", "json", "picture", "which", "total", "lines", "line"}
+    assert asked == {"read", "count", "where", "json", "picture", "which", "each", "lines", "line"}
 
 
 def test_a_batch_is_a_function_of_its_step(tmp_path: Path) -> None:
