@@ -1,13 +1,14 @@
 """Train demo-long: the dense demo goes on with pages, several pictures and long conversations.
 
 First the vision tower learns to say in which line of a page a digit stands, and at which place, through throw-away
-heads. Then the language model learns the tasks, on the tower as it is by then, in bfloat16 arithmetic: most dialogues
-are short, and a few are as long as a prompt may be. The demo's own batches stay in the mix.
+heads. Then the language model learns the tasks on short prompts, on the tower as it is by then. At last both learn, and
+a few prompts are as long as one may be. Arithmetic is bfloat16 in these two stages, and the demo's own batches stay in
+the mix.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,13 +54,13 @@ _ALL = ((256, 0.3), (512, 0.3), (1024, 0.22), (2048, 0.1), (4096, 0.08))
 LONG = [
     LongStage("pages", 600, 1.5e-3, 5e-4, 384, 4096, 32, False),
     LongStage("several", 2200, 2e-3, 1.5e-3, 384, 3072, 16, True, vision_rate=0.0, dense=0.0, lengths=_SHORT),
-    LongStage("long", 1600, 1.5e-3, 5e-5, 512, 3072, 16, True, vision_rate=0.0, dense=0.0, lengths=_ALL),
+    LongStage("long", 1300, 1.5e-3, 5e-5, 512, 3072, 16, True, vision_rate=0.2, dense=0.0, lengths=_ALL),
 ]
+_SMOKE = LongStage("several", 2, 1e-3, 1e-4, 128, 512, 4, True, vision_rate=0.0, dense=0.0, num_tokens=512)
 SMOKE_LONG = [
     LongStage("pages", 2, 1e-3, 1e-3, 128, 512, 4, False),
-    LongStage(
-        "long", 4, 1e-3, 1e-4, 128, 512, 4, True, vision_rate=0.0, dense=0.0, num_tokens=512, lengths=((256, 1.0),)
-    ),
+    replace(_SMOKE, lengths=((256, 1.0),)),
+    replace(_SMOKE, name="long", vision_rate=0.2, lengths=((256, 1.0),)),
 ]
 
 
@@ -75,7 +76,7 @@ class LongTrainee(Trainee):
         """Return the loss of the answers, or of the heads in a stage of the vision tower alone."""
         if stage.language:
             with torch.autocast("cpu", torch.bfloat16):
-                with torch.no_grad():
+                with torch.set_grad_enabled(stage.vision_rate > 0):
                     embeds = self.visual_embeds(batch)
                 logits, targets = self.answer_logits(batch, embeds)
             text = F.cross_entropy(logits.float(), targets)
