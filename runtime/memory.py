@@ -23,15 +23,18 @@ from runtime.vision_inputs import VISION_PATCHES
 
 # Parts of an estimate, each with the option that shrinks it.
 WEIGHTS, CACHE, PREFILL, VISION, LOGITS = "weights", "KV cache", "prefill", "vision", "logits"
-EMBEDS = "kept embeddings"
+EMBEDS, STAGING = "kept embeddings", "staging"
 _REMEDIES = {
     CACHE: "lower max_context, or max_sequences",
     EMBEDS: "lower vision_cache_bytes",
     PREFILL: "lower max_context",
+    STAGING: "lower max_context",
     VISION: "lower max_pixels",
     LOGITS: "shorten the prompt",
 }
 _FLOAT_BYTES = 4
+STAGING_ROW_BYTES = "staging_row_bytes"
+"""Capability of engines that work together: bytes of a row of the cache in which prompts run (`runtime.route`)."""
 
 
 def machine_bytes(limits: Sequence[int] | None = None) -> int:

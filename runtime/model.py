@@ -33,10 +33,11 @@ from runtime.manifest import Manifest
 from runtime.memory import LOGITS, VISION, check_fits, logits_bytes, vision_bytes
 from runtime.messages import normalise_messages, system_message
 from runtime.notebook import table
-from runtime.opening import open_engine
+from runtime.opening import OpenSession, open_engine
 from runtime.option_checks import true_or_false
 from runtime.piece import Piece
-from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
+from runtime.preparation import Preparation, Prepared
+from runtime.route import Route, describe, other_engines, take_route
 from runtime.scheduling.ahead import Ahead
 from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import held_bytes, plan_limits
@@ -115,6 +116,7 @@ class Qwen3VLModel:
             f"model={shown(self.manifest.source.get('name'))}",
             f"max_context={self.max_context}",
             *([f"threads={self._threads}"] if self._threads is not None else []),
+            *(f"{option}={shown(folder)}" for option, folder in other_engines(self.session)),
         ]
         return f"{type(self).__name__}({', '.join(words)})"
 
@@ -125,6 +127,7 @@ class Qwen3VLModel:
             [
                 ("engine", str(self._source or "not of a folder")),
                 ("target", self.manifest.target),
+                *other_engines(self.session),
                 ("checkpoint", str(self.manifest.source.get("name"))),
                 ("precision", str(capabilities.get("precision"))),
                 ("weights", f"{self.manifest.weight_bytes / 1e6:.1f} MB"),
@@ -193,7 +196,8 @@ class Qwen3VLModel:
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
             legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
-            **keywords: How many requests run, wait and are kept, and which kernels decode (`OpeningKeywords`).
+            **keywords: How many requests run, wait and are kept, which kernels decode, and which engines run a part in
+                place of this one (`OpeningKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -203,11 +207,9 @@ class Qwen3VLModel:
         source = folder_path("engine", path)
         check_local(source, "engine")
         folder = Path(source)
-        manifest = Manifest.read(folder)
-        manifest.check(folder, full=check)
-        manifest.require(folder, PREPROCESSOR, TOKENIZER, GENERATION)
+        route = Route.read(folder, check=check, **take_route(keywords))
         options = EngineOptions.checked(
-            manifest,
+            route.manifest,
             threads=threads,
             huge_pages=huge_pages,
             cuda_graphs=cuda_graphs,
@@ -219,18 +221,24 @@ class Qwen3VLModel:
             legacy_video_prompt=legacy_video_prompt,
             **keywords,
         )
-        return cls.from_manifest(folder, manifest, options, source=source)
+        return cls.from_manifest(folder, route.manifest, options, source=source, open_with=route.open)
 
     @classmethod
     def from_manifest(
-        cls, folder: Path, manifest: Manifest, options: EngineOptions, *, source: str | None = None
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        options: EngineOptions,
+        *,
+        source: str | None = None,
+        open_with: OpenSession | None = None,
     ) -> Qwen3VLModel:
         """Open the files of an engine whose manifest is at hand, and need not be in the folder.
 
         Raises:
             EngineError, CapacityError, UsageError: As `from_engine`.
         """
-        opened = open_engine(folder, manifest, options)
+        opened = open_engine(folder, manifest, options, open_with)
         return cls(
             manifest,
             opened.session,
@@ -606,7 +614,8 @@ class Qwen3VLModel:
         kernels = getattr(self.session, "decode_kernels", None)
         problem = getattr(self.session, "decode_plan_problem", None)
         path = {} if kernels is None else {"decode_kernels": kernels, "decode_plan_problem": problem}
-        return {**self._worker.statistics(), **path}
+        route = describe(self.session)
+        return {**self._worker.statistics(), **path, **({"route": route} if route else {})}
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests and end the engine's thread.

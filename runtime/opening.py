@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from runtime.engine_options import EngineOptions
 from runtime.input_limits import InputLimits
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
-from runtime.memory import PREFILL, WEIGHTS, check_fits
+from runtime.memory import PREFILL, STAGING, WEIGHTS, check_fits
 from runtime.preparation import Preparation
 from runtime.scheduling.plan import held_bytes, plan_limits
 from runtime.scheduling.request import Limits
 from runtime.serving_options import ServingOptions
-from runtime.session import Session, is_on_gpu, open_session
+from runtime.session import Session, SessionOptions, is_on_gpu, open_session
 
 # Of a GPU's free memory, what the KV cache may take: the rest is for activations.
 _SHARE_OF_GPU = 0.8
+
+OpenSession = Callable[[SessionOptions], Session]
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,16 @@ class Opened:
     threads: int
 
 
-def open_engine(folder: Path, manifest: Manifest, options: EngineOptions) -> Opened:
+def open_engine(
+    folder: Path, manifest: Manifest, options: EngineOptions, open_with: OpenSession | None = None
+) -> Opened:
     """Open the files of an engine whose manifest is at hand, and need not be in the folder.
+
+    Args:
+        folder: The engine.
+        manifest: Its manifest, or that of a route.
+        options: How it is opened.
+        open_with: Opens the session; by default it is that of the folder alone.
 
     Raises:
         EngineError: A file is missing or cannot be opened.
@@ -49,14 +61,15 @@ def open_engine(folder: Path, manifest: Manifest, options: EngineOptions) -> Ope
     needed = held_bytes(manifest, one)
     check_fits(needed, options.max_memory)
     preparation = _preparation(folder, manifest, options)
-    room = options.max_memory - needed[WEIGHTS] - needed[PREFILL]
+    staging_bytes = needed.get(STAGING, 0)
+    room = options.max_memory - needed[WEIGHTS] - needed[PREFILL] - staging_bytes
     on_gpu = is_on_gpu(manifest)
     if not on_gpu:  # refused before anything is opened
         limits = plan_limits(manifest, options.serving, options.max_context, room)
-    session = open_session(folder, manifest, options.session)
+    session = (open_with or partial(open_session, folder, manifest))(options.session)
     if on_gpu:
         free_bytes = getattr(session, "free_bytes", None)
-        room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes))
+        room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes) - staging_bytes)
         limits = plan_limits(manifest, options.serving, options.max_context, room)
     return Opened(session, preparation, limits, options.session.threads or default_threads())
 

@@ -7,7 +7,16 @@ from typing import Any
 from runtime.errors import CapacityError, UsageError
 from runtime.generation import PREFILL_CHUNK, chunk_limit
 from runtime.manifest import Manifest
-from runtime.memory import CACHE, EMBEDS, PREFILL, WEIGHTS, cache_bytes, prefill_bytes
+from runtime.memory import (
+    CACHE,
+    EMBEDS,
+    PREFILL,
+    STAGING,
+    STAGING_ROW_BYTES,
+    WEIGHTS,
+    cache_bytes,
+    prefill_bytes,
+)
 from runtime.scheduling.request import Limits
 from runtime.scheduling.scheduler import LEAST_LAST_SHARE
 from runtime.serving_options import ServingOptions
@@ -113,11 +122,13 @@ def held_bytes(manifest: Manifest, limits: Limits) -> dict[str, int]:
     On a GPU that is device memory.
     """
     capacity = int(manifest.capabilities.get("capacity", limits.max_context))
+    staging_bytes = limits.max_context * int(manifest.capabilities.get(STAGING_ROW_BYTES, 0))
     return {
         WEIGHTS: manifest.weight_bytes,
         CACHE: limits.num_slots * cache_bytes(manifest.model, manifest.capabilities, capacity),
         PREFILL: prefill_bytes(manifest.model, capacity, max(PREFILL_CHUNK, limits.last_chunk)),
         EMBEDS: limits.vision_cache_bytes,
+        **({STAGING: staging_bytes} if staging_bytes else {}),
     }
 
 
