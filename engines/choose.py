@@ -10,8 +10,9 @@ Bytes are estimated from the model's shape alone, before anything is traced or r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import configs
@@ -22,6 +23,7 @@ from engines.quantize.formats import FLOAT, WeightFormat, WeightFormats
 from engines.registry import all_targets, get
 from engines.target import CPU, GPU, Target, version
 from engines.weight_shapes import EMBEDDING_KEY, VISION_PREFIX, Shape, weight_shapes
+from runtime import session
 from runtime.errors import CapacityError, TargetError
 from runtime.memory import CACHE, PREFILL, VISION, WEIGHTS, cache_bytes, prefill_bytes, vision_bytes
 
@@ -37,7 +39,7 @@ LIBRARY = "library"
 _PARTS = (WEIGHTS, CACHE, PREFILL, VISION, LIBRARY)
 _CHOSEN = "chosen"
 _FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_TOO_LARGE = "too large"
+_TOO_LARGE, _PREFERRED = "too large", "is preferred"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Candidate:
     def total_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(self.parts.values())
+
+    @property
+    def is_of_this_machine(self) -> bool:
+        """Whether the machine builds and runs it, memory and preference aside."""
+        return not self.refusal or self.refusal.startswith(_TOO_LARGE) or self.refusal.endswith(_PREFERRED)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, the total among them."""
@@ -154,7 +161,8 @@ def refusal_of(choice: Choice) -> TargetError | CapacityError:
     return CapacityError(
         f"no target fits the memory of this machine: {nearest.target}, the nearest, takes "
         f"{nearest.total_bytes / 1e6:,.1f} MB, and the limit is {nearest.limit_bytes / 1e6:,.1f} MB",
-        remedy="use a smaller model or a larger machine, or name a target and run it with a lower --max-context",
+        remedy="use a smaller model or a larger machine, or name a target and run it with a lower --max-context; "
+        "`qwen3vl targets --model MODEL` says whether a GPU and the processor hold it together",
     )
 
 
@@ -180,7 +188,7 @@ def consider(
         candidate = Candidate(target.name, target.device, parts, limit_bytes(hardware, target.device), "")
         refusal = _refusal(target, hardware, candidate) or unfit
         if not refusal and chosen is not None:
-            refusal = f"{chosen.name} is preferred"
+            refusal = f"{chosen.name} {_PREFERRED}"
         if not refusal:
             chosen = target
         candidates.append(replace(candidate, refusal=refusal))
@@ -218,20 +226,28 @@ def estimate(target: Target, config: ModelConfig, *, options: BuildOptions | Non
     }
 
 
-def weight_bytes(target: Target, config: ModelConfig) -> int:
-    """Return the bytes of all weights in the format in which the target stores them.
+def weight_bytes(target: Target, config: ModelConfig, parts: Collection[str] = session.PARTS) -> int:
+    """Return the bytes of the weights of what runs, in the format in which the target stores them.
 
     Left out: constants that are not in the checkpoint, and the bytes that align tensors in a file.
+
+    Args:
+        target: The target.
+        config: Shape of the model.
+        parts: What runs, of `runtime.session.PARTS`.
 
     Raises:
         TargetError: The target stores no weights of such a shape.
     """
-    shapes, is_tied = weight_shapes(config), config.text.tie_word_embeddings
-    total = _stored_bytes(target, target.formats, shapes, is_tied=is_tied)
-    if target.prefill_formats is not None:
+    shapes, stored = weight_shapes(config), partial(_stored_bytes, is_tied=config.text.tie_word_embeddings)
+    vision = {key: shape for key, shape in shapes.items() if key.startswith(VISION_PREFIX)}
+    decoder = {key: shape for key, shape in shapes.items() if key not in vision}
+    total = stored(target, target.formats, vision) if session.VISION in parts else 0
+    if session.DECODE in parts or (session.PREFILL in parts and target.prefill_formats is None):
+        total += stored(target, target.formats, decoder)
+    if session.PREFILL in parts and target.prefill_formats is not None:
         # A second decoder, in a file of its own.
-        decoder = {key: shape for key, shape in shapes.items() if not key.startswith(VISION_PREFIX)}
-        total += _stored_bytes(target, target.prefill_formats, decoder, is_tied=is_tied)
+        total += stored(target, target.prefill_formats, decoder)
     return total
 
 

@@ -6,7 +6,7 @@ other parts, and is opened once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -36,8 +36,8 @@ _SHARED_FILES = (TOKENIZER, TOKENIZER_SETTINGS, TEMPLATE, PREPROCESSOR, VIDEO_PR
 # Capabilities that are about one part.
 _OF_VISION = (PIXELS,)
 _OF_PREFILL = ("prefill_chunk", "logits_chunk", "prefill_min_tokens")
-# Its graphs share one workspace, so it opens all of them.
-_WHOLE = "tensorrt"
+RUN_ALL_PARTS = frozenset({"tensorrt"})
+"""Kinds of sessions whose graphs share one workspace, so that they open all or none."""
 _BUILD_BOTH = "build both engines of one checkpoint with this version: qwen3vl-export MODEL --target …"
 
 
@@ -150,13 +150,17 @@ def take_route(keywords: RouteKeywords) -> RouteKeywords:
     return RouteKeywords(vision_engine=vision, prefill_engine=prefill)
 
 
-def describe(session: object) -> dict[str, dict[str, str]]:
-    """Return folder and target of the engine that runs each part, as plain data; empty where one engine runs all."""
-    engines = session.engines if isinstance(session, RoutedSession) else ()
+def parts_of(engines: Sequence[RoutedEngine]) -> dict[str, dict[str, str]]:
+    """Return folder and target of the engine that runs each part, as plain data."""
     found = {
         part: {"engine": str(each.folder), "target": each.manifest.target} for each in engines for part in each.parts
     }
     return dict(sorted(found.items()))
+
+
+def describe(session: object) -> dict[str, dict[str, str]]:
+    """Return `parts_of` the engines of a session; empty where one engine runs all."""
+    return parts_of(session.engines) if isinstance(session, RoutedSession) else {}
 
 
 def other_engines(session: object) -> list[tuple[str, str]]:
@@ -198,7 +202,7 @@ def _check_fits(first: RoutedEngine, other: RoutedEngine) -> None:
     if reason := _difference(ours, theirs):
         names = " and ".join(f"{each.folder} (of {each.manifest.source.get('name')})" for each in (first, other))
         raise UsageError(f"{names} are not engines of one checkpoint: {reason}", remedy=_BUILD_BOTH)
-    if theirs.session == _WHOLE:
+    if theirs.session in RUN_ALL_PARTS:
         raise UsageError(
             f"{other.folder} is of {theirs.target}, whose sessions run all parts of an engine or none",
             remedy="name an engine for ONNX Runtime, or open this one alone",
@@ -249,7 +253,7 @@ def _opened_files(engine: RoutedEngine) -> dict[str, FileRecord]:
     """Return the files of an engine without those of graphs that stay closed."""
     files, parts = engine.manifest.files, engine.parts
     has_prefill = "prefill_min_tokens" in engine.manifest.capabilities
-    closed = [] if VISION in parts or engine.manifest.session == _WHOLE else ["vision."]
+    closed = [] if VISION in parts or engine.manifest.session in RUN_ALL_PARTS else ["vision."]
     if DECODE not in parts and (has_prefill or PREFILL not in parts):
         closed.append("decoder.")
     if PREFILL not in parts:
