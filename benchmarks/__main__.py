@@ -18,6 +18,7 @@ from benchmarks.kernels import kernels
 from benchmarks.lowered import lowered
 from benchmarks.preprocess import preprocess
 from benchmarks.report import report
+from benchmarks.routed import routed
 from benchmarks.routes import routes
 from benchmarks.run import run
 from benchmarks.serve import serve
@@ -42,6 +43,7 @@ _COMMANDS = (
     lowered,
     preprocess,
     report,
+    routed,
     routes,
     run,
     serve,

@@ -144,6 +144,28 @@ class Route:
         return next(each for each in self.engines if part in each.parts)
 
 
+def possible_routes(folder: Path, other: Path) -> list[dict[str, Path]]:
+    """Return the ways in which another engine can run parts for one, as arguments of `from_engine`; for who measures.
+
+    Raises:
+        UsageError: It can run none.
+        EngineError: One of the folders is no engine, or is damaged.
+    """
+    refusal: UsageError | None = None
+    found = []
+    for parts in ((VISION,), (PREFILL,), (VISION, PREFILL)):
+        options = {_OPTIONS[part]: other for part in parts}
+        try:
+            Route.read(folder, **options)
+        except UsageError as error:
+            refusal = error
+        else:
+            found.append(options)
+    if refusal is not None and not found:
+        raise refusal
+    return found
+
+
 def take_route(keywords: RouteKeywords) -> RouteKeywords:
     """Take what is about a route out of a caller's keywords."""
     vision, prefill = keywords.pop("vision_engine", None), keywords.pop("prefill_engine", None)
