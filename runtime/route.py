@@ -131,10 +131,10 @@ class Route:
         on_gpu = []
         for engine in self.engines:
             given = replace(options, parts=engine.parts)
-            if engine is not first:
-                given = SessionOptions(parts=engine.parts)
-                if not is_on_gpu(engine.manifest):
-                    given = replace(given, threads=options.threads, huge_pages=options.huge_pages)
+            if engine is not first and is_on_gpu(engine.manifest):
+                given = SessionOptions(decode_plan=False, parts=engine.parts)
+            elif engine is not first:
+                given = SessionOptions(options.threads, options.huge_pages, parts=engine.parts)
             session = open_session(engine.folder, engine.manifest, given)
             sessions |= dict.fromkeys(engine.parts, session)
             on_gpu += [session] if is_on_gpu(engine.manifest) else []

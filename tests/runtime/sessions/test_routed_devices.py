@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from helpers.engines import build
 from helpers.host_cuda import HostDevice
 from helpers.host_device import CPU
+from helpers.host_engine import build_host_engine
 from helpers.host_graphs import HostGraphs
 from helpers.serving import asked, held_until_submitted, serving
 from runtime import generation
@@ -24,7 +26,7 @@ from runtime.device_arrays import DeviceEmbeds
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.session import PARTS, Session, SessionOptions
-from runtime.sessions import ort_cpu, ort_cuda
+from runtime.sessions import ort_cpu, ort_cuda, tensorrt
 from runtime.sessions.ort_cuda import OrtCudaSession
 
 NEW_TOKENS = 8
@@ -140,6 +142,26 @@ def test_steps_on_the_gpu_and_the_rest_on_the_processor(
         expected = by_hand(gpu, prefill, vision, model, question, np.float16)
         assert model.generate(question, **GREEDY).token_ids == expected
     assert model.statistics()["decode_kernels"] == "onnxruntime"
+
+
+def test_plans_decode_after_prompts_on_the_processor(
+    opened: Opened,
+    demo_bundle: Bundle,
+    demo_engine: Path,
+    tmp_path: Path,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = BuildOptions(max_context=256, max_batch=2, prefill_chunk=128, patch_buckets=(1024,))
+    plans = build_host_engine(demo_bundle, tmp_path / "plans", options)
+    monkeypatch.setattr(tensorrt, "CudaDevice", lambda: machine.memory)
+    sizes = {"max_context": 256, "prefix_cache": False}
+    model = Qwen3VLModel.from_engine(plans, prefill_engine=demo_engine, vision_engine=demo_engine, **sizes)
+    cpu = ort_cpu.open_session(demo_engine, Manifest.read(demo_engine), SessionOptions(threads=1))
+    gpu = tensorrt.open_session(plans, Manifest.read(plans), SessionOptions())
+    for question in (QUESTIONS[0], QUESTIONS[2]):
+        assert model.generate(question, **GREEDY).token_ids == by_hand(gpu, cpu, cpu, model, question, np.float16)
+    model.close()
 
 
 def test_prompts_that_take_turns_get_the_answers_that_they_get_alone(
