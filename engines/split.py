@@ -114,6 +114,8 @@ def find_split(
         options: Context and batch that have to fit.
         targets: All that there are.
     """
+    if hardware.gpu is None or not hardware.gpu.free_bytes:
+        return None  # or it has the machine's memory, and two devices hold no more than one
     known = {target.name: target for target in (all_targets() if targets is None else targets)}
     usable = [known[each.target] for each in choice.candidates if each.is_of_this_machine]
     on_gpu = [each for each in usable if each.device == GPU and each.session not in RUN_ALL_PARTS]

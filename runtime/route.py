@@ -144,7 +144,7 @@ class Route:
         return next(each for each in self.engines if part in each.parts)
 
 
-def possible_routes(folder: Path, other: Path) -> list[dict[str, Path]]:
+def possible_routes(folder: Path, other: Path) -> list[dict[str, Any]]:
     """Return the ways in which another engine can run parts for one, as arguments of `from_engine`; for who measures.
 
     Raises:
@@ -154,7 +154,7 @@ def possible_routes(folder: Path, other: Path) -> list[dict[str, Path]]:
     refusal: UsageError | None = None
     found = []
     for parts in ((VISION,), (PREFILL,), (VISION, PREFILL)):
-        options = {_OPTIONS[part]: other for part in parts}
+        options: dict[str, Any] = {_OPTIONS[part]: other for part in parts}
         try:
             Route.read(folder, **options)
         except UsageError as error:

@@ -120,6 +120,7 @@ def test_nothing_is_split_without_need_or_without_a_gpu() -> None:
     assert split(22 << 30, CUDA, CPU) is None
     machine = replace(MACHINE, gpus=())
     assert find_split(machine, CONFIG, consider(machine, CONFIG, targets=[CUDA, CPU]), targets=[CUDA, CPU]) is None
+    assert split(0, CUDA, CPU, memory_bytes=4 << 30) is None, "a GPU that has the machine's memory"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.manifest import FileRecord, Manifest
 from runtime.memory import CACHE, STAGING, WEIGHTS, cache_bytes
 from runtime.model import Qwen3VLModel
-from runtime.route import Route
+from runtime.route import Route, possible_routes
 from runtime.scheduling.plan import held_bytes
 from runtime.session import DECODE, PREFILL, VISION
 
@@ -106,6 +106,14 @@ def test_another_way_to_make_prompts_is_refused(name: str, demo_engine: Path, co
         Route.read(demo_engine, vision_engine=other)
 
 
+def test_all_ways_between_two_engines(demo_engine: Path, int4_engine: Path, copy: Copy) -> None:
+    vision, prefill = {"vision_engine": int4_engine}, {"prefill_engine": int4_engine}
+    assert possible_routes(demo_engine, int4_engine) == [vision, prefill, vision | prefill]
+    other = copy(source=lambda source: {**source, "weights_sha256": "0" * 64})
+    with pytest.raises(UsageError, match="not engines of one checkpoint"):
+        possible_routes(demo_engine, other)
+
+
 def test_another_shape_is_refused(demo_engine: Path, copy: Copy) -> None:
     other = copy(model=lambda model: dataclasses.replace(model, text=dataclasses.replace(model.text, rope_theta=1.0)))
     with pytest.raises(UsageError, match="their models have different shapes"):
@@ -158,6 +166,7 @@ def test_codes_move_between_caches_of_the_same_scales_alone(
     with pytest.raises(UsageError, match="the one holds float32, the other int8"):
         Route.read(codes, prefill_engine=demo_engine)
     Route.read(demo_engine, vision_engine=codes)  # no row moves
+    assert possible_routes(demo_engine, codes) == [{"vision_engine": codes}]
     assert len(Route.read(codes, prefill_engine=copy("same", of=codes)).engines) == 2
     scales = Manifest.read(codes).capabilities["cache_scales"]
     other = copy("other", of=codes)
