@@ -19,6 +19,7 @@ from benchmarks.lowered import lowered
 from benchmarks.memory_plan import memory_plan
 from benchmarks.preprocess import preprocess
 from benchmarks.report import report
+from benchmarks.routed import routed
 from benchmarks.routes import routes
 from benchmarks.run import run
 from benchmarks.serve import serve
@@ -44,6 +45,7 @@ _COMMANDS = (
     memory_plan,
     preprocess,
     report,
+    routed,
     routes,
     run,
     serve,

@@ -9,8 +9,9 @@ Bytes are estimated from the model's shape alone, before anything is traced or r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import configs
@@ -21,6 +22,7 @@ from engines.quantize.formats import FLOAT, WeightFormat, WeightFormats
 from engines.registry import all_targets, get
 from engines.target import CPU, GPU, Target, version
 from engines.weight_shapes import EMBEDDING_KEY, VISION_PREFIX, Shape, weight_shapes
+from runtime import session
 from runtime.errors import CapacityError, TargetError
 from runtime.memory import CACHE, LIBRARIES, PREFILL, VISION, WEIGHTS
 from runtime.memory_plan import DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH, Facts, Planner, Work
@@ -36,7 +38,7 @@ AUTO = "auto"
 _PARTS = (WEIGHTS, CACHE, PREFILL, VISION, LIBRARIES)
 _CHOSEN = "chosen"
 _FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_TOO_LARGE = "too large"
+_TOO_LARGE, _PREFERRED = "too large", "is preferred"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Candidate:
     def total_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(self.parts.values())
+
+    @property
+    def is_of_this_machine(self) -> bool:
+        """Whether the machine builds and runs it, memory and preference aside."""
+        return not self.refusal or self.refusal.startswith(_TOO_LARGE) or self.refusal.endswith(_PREFERRED)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, the total among them."""
@@ -153,7 +160,8 @@ def refusal_of(choice: Choice) -> TargetError | CapacityError:
     return CapacityError(
         f"no target fits the memory of this machine: {nearest.target}, the nearest, takes "
         f"{nearest.total_bytes / 1e6:,.1f} MB, and the limit is {nearest.limit_bytes / 1e6:,.1f} MB",
-        remedy="use a smaller model or a larger machine, or name a target and run it with a lower --max-context",
+        remedy="use a smaller model or a larger machine, or name a target and run it with a lower --max-context; "
+        "`qwen3vl targets --model MODEL` says whether a GPU and the processor hold it together",
     )
 
 
@@ -179,7 +187,7 @@ def consider(
         candidate = Candidate(target.name, target.device, parts, limit_bytes(hardware, target.device), "")
         refusal = _refusal(target, hardware, candidate) or unfit
         if not refusal and chosen is not None:
-            refusal = f"{chosen.name} is preferred"
+            refusal = f"{chosen.name} {_PREFERRED}"
         if not refusal:
             chosen = target
         candidates.append(replace(candidate, refusal=refusal))
@@ -230,28 +238,36 @@ def facts_of(target: Target, config: ModelConfig, options: BuildOptions) -> Fact
     return Facts(config, capabilities, graph_weight_bytes(target, config), workspace)
 
 
-def weight_bytes(target: Target, config: ModelConfig) -> int:
-    """Return the bytes of all weights in the format in which the target stores them.
+def weight_bytes(target: Target, config: ModelConfig, parts: Collection[str] = session.PARTS) -> int:
+    """Return the bytes of the weights of what runs, in the format in which the target stores them.
 
     Left out: constants that are not in the checkpoint, and the bytes that align tensors in a file.
+
+    Args:
+        target: The target.
+        config: Shape of the model.
+        parts: What runs, of `runtime.session.PARTS`.
 
     Raises:
         TargetError: The target stores no weights of such a shape.
     """
-    return sum(graph_weight_bytes(target, config).values())
+    graphs = graph_weight_bytes(target, config)
+    prefill = PREFILL_GRAPH if PREFILL_GRAPH in graphs else DECODER_GRAPH
+    of_parts = {session.VISION: VISION_GRAPH, session.DECODE: DECODER_GRAPH, session.PREFILL: prefill}
+    return sum(graphs[graph] for graph in {of_parts[part] for part in parts})
 
 
 def graph_weight_bytes(target: Target, config: ModelConfig) -> dict[str, int]:
     """Return those of each graph; see `weight_bytes`."""
-    shapes, is_tied = weight_shapes(config), config.text.tie_word_embeddings
+    shapes, stored = weight_shapes(config), partial(_stored_bytes, is_tied=config.text.tie_word_embeddings)
     vision = {key: shape for key, shape in shapes.items() if key.startswith(VISION_PREFIX)}
     decoder = {key: shape for key, shape in shapes.items() if key not in vision}
     graphs = {
-        VISION_GRAPH: _stored_bytes(target, target.formats, vision, is_tied=is_tied),
-        DECODER_GRAPH: _stored_bytes(target, target.formats, decoder, is_tied=is_tied),
+        VISION_GRAPH: stored(target, target.formats, vision),
+        DECODER_GRAPH: stored(target, target.formats, decoder),
     }
     if target.prefill_formats is not None:  # a second decoder, in a file of its own
-        graphs[PREFILL_GRAPH] = _stored_bytes(target, target.prefill_formats, decoder, is_tied=is_tied)
+        graphs[PREFILL_GRAPH] = stored(target, target.prefill_formats, decoder)
     return graphs
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.cache_rows import CacheRows
 from runtime.contract import FloatArray, past_names, present_names
 from runtime.cuda import CudaDevice, Pieces
 from runtime.device_buffers import DeviceBuffer, Staging
@@ -99,6 +101,16 @@ class DeviceKVCache:
             self._copy(first, second, piece_bytes)
             self._copy(second, aside, piece_bytes)
         self._device.synchronize(self._staging.stream)
+
+    def read_rows(self, slot: int, start: int, stop: int) -> list[NDArray[Any]]:
+        """Return copies of rows of a slot; see `runtime.moved_rows.MovableCache`."""
+        rows_NKRH = CacheRows(self._device, self._staging, self, slot, start, stop).read()
+        return list(rows_NKRH if self.dtype == "bfloat16" else rows_NKRH.view(np.float16))
+
+    def write_rows(self, slot: int, start: int, rows_NKRH: Sequence[NDArray[Any]]) -> None:
+        """Write rows of a slot; see `runtime.moved_rows.MovableCache`."""
+        rows = np.stack(rows_NKRH).view(np.uint16)
+        CacheRows(self._device, self._staging, self, slot, start, start + rows.shape[2]).write(rows)
 
     def free_graphs(self) -> None:
         """Free the recorded decode steps; the cache may be recorded for again."""

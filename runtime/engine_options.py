@@ -12,6 +12,7 @@ from runtime.machine import MAX_THREADS_PER_CORE, available_cores
 from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
 from runtime.option_checks import true_or_false
+from runtime.route import RouteKeywords
 from runtime.serving_options import ServingKeywords, ServingOptions
 from runtime.session import SessionOptions, is_on_gpu
 
@@ -45,7 +46,7 @@ class MemoryKeywords(TypedDict, total=False):
     fit: bool
 
 
-class OpeningKeywords(ServingKeywords, KernelKeywords, MemoryKeywords, total=False):
+class OpeningKeywords(ServingKeywords, KernelKeywords, RouteKeywords, MemoryKeywords, total=False):
     """What `Qwen3VLModel.from_engine` takes beside its own arguments."""
 
 

@@ -51,7 +51,8 @@ class Manifest:
         capabilities: What the session may rely on: cache dtype, in-place update, batched chunks.
         model: Shape of the model.
         versions: Libraries that built it, by distribution name.
-        source: Where the weights came from: name, revision, and a digest of every weight file's header.
+        source: Where the weights came from: name, revision, a digest of what the weights are, which tells checkpoints
+            apart (`weights_sha256`), and one of every weight file's header.
         files: Every file of the folder but the manifest.
     """
 

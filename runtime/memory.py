@@ -17,15 +17,18 @@ from runtime.model_config import ModelConfig
 
 # Parts of a plan, each with the option that shrinks it.
 WEIGHTS, CACHE, PREFILL, VISION, LOGITS = "weights", "KV cache", "prefill", "vision", "logits"
-EMBEDS, LIBRARIES = "kept embeddings", "libraries"
+EMBEDS, LIBRARIES, STAGING = "kept embeddings", "libraries", "staging"
 _REMEDIES = {
     CACHE: "lower max_context, or max_sequences",
     EMBEDS: "lower vision_cache_bytes",
     PREFILL: "lower max_context",
+    STAGING: "lower max_context",
     VISION: "lower max_pixels",
     LOGITS: "shorten the prompt",
 }
 _FLOAT_BYTES = 4
+STAGING_ROW_BYTES = "staging_row_bytes"
+"""Capability of engines that work together: bytes of a row of the cache in which prompts run (`runtime.route`)."""
 
 
 def machine_bytes(limits: Sequence[int] | None = None) -> int:

@@ -16,14 +16,26 @@ from runtime.arena import Arena
 from runtime.generation import PREFILL_CHUNK
 from runtime.machine import default_threads, l2_cache_bytes
 from runtime.manifest import Manifest
-from runtime.memory import CACHE, EMBEDS, LIBRARIES, LOGITS, PREFILL, VISION, WEIGHTS, cache_bytes, logits_bytes
+from runtime.memory import (
+    CACHE,
+    EMBEDS,
+    LIBRARIES,
+    LOGITS,
+    PREFILL,
+    STAGING,
+    STAGING_ROW_BYTES,
+    VISION,
+    WEIGHTS,
+    cache_bytes,
+    logits_bytes,
+)
 from runtime.model_config import ModelConfig
 from runtime.vision_inputs import PIXELS, VISION_PATCHES
 from runtime.workspaces.decoder import PrefillCall, decode_stages
 from runtime.workspaces.kernels import FLOAT_BYTES, Kernels
 from runtime.workspaces.vision import VisionCall
 
-PARTS = (WEIGHTS, CACHE, PREFILL, VISION, LOGITS, EMBEDS, LIBRARIES)
+PARTS = (WEIGHTS, CACHE, STAGING, PREFILL, VISION, LOGITS, EMBEDS, LIBRARIES)
 """Parts of every plan, in the order in which they are shown."""
 DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH = "decoder", "prefill", "vision"
 
@@ -97,11 +109,14 @@ class Facts:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Facts:
-        """Return those of an engine folder: a weight file has the name of its graph, or begins with it."""
+        """Return those of an engine folder: a weight file has the name of its graph, or begins with it.
+
+        Of engines that work together (`runtime.route`) the names have a folder before that.
+        """
         graphs: dict[str, int] = {}
         for name, record in manifest.files.items():
             if record.is_weights:
-                graph = name.partition(".")[0]
+                graph = name.rpartition("/")[2].partition(".")[0]
                 graphs[graph] = graphs.get(graph, 0) + record.num_bytes
         return cls(manifest.model, manifest.capabilities, graphs)
 
@@ -155,6 +170,7 @@ class Planner:
         parts = {
             WEIGHTS: resident,
             CACHE: (work.sequences + work.kept) * cache_bytes(config, facts.capabilities, capacity),
+            STAGING: capacity * int(facts.capabilities.get(STAGING_ROW_BYTES, 0)),
             PREFILL: prefill,
             VISION: vision,
             LOGITS: logits_bytes(config, work.logits_of),

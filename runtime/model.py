@@ -35,10 +35,11 @@ from runtime.memory import check_fits
 from runtime.memory_plan import Planner
 from runtime.messages import normalise_messages, system_message
 from runtime.notebook import table
-from runtime.opening import open_engine
+from runtime.opening import OpenSession, open_engine
 from runtime.option_checks import true_or_false
 from runtime.piece import Piece
-from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
+from runtime.preparation import Preparation, Prepared
+from runtime.route import Route, describe, other_engines, take_route
 from runtime.scheduling.ahead import Ahead
 from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.plan import plan_limits, work_of
@@ -120,6 +121,7 @@ class Qwen3VLModel:
             f"max_context={self.max_context}",
             *([f"threads={self._threads}"] if self._threads is not None else []),
             *(["fit=True"] if self._fitted else []),
+            *(f"{option}={shown(folder)}" for option, folder in other_engines(self.session)),
         ]
         return f"{type(self).__name__}({', '.join(words)})"
 
@@ -130,6 +132,7 @@ class Qwen3VLModel:
             [
                 ("engine", str(self._source or "not of a folder")),
                 ("target", self.manifest.target),
+                *other_engines(self.session),
                 ("checkpoint", str(self.manifest.source.get("name"))),
                 ("precision", str(capabilities.get("precision"))),
                 ("weights", f"{self.manifest.weight_bytes / 1e6:.1f} MB"),
@@ -200,7 +203,7 @@ class Qwen3VLModel:
                 would reduce them to; 50 million by default, at most 178 million.
             legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
             **keywords: How many requests run, wait and are kept, which kernels decode, and whether less of it is chosen
-                where not all fits (`OpeningKeywords`).
+                where not all fits, and which engines run a part in place of this one (`OpeningKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -210,11 +213,9 @@ class Qwen3VLModel:
         source = folder_path("engine", path)
         check_local(source, "engine")
         folder = Path(source)
-        manifest = Manifest.read(folder)
-        manifest.check(folder, full=check)
-        manifest.require(folder, PREPROCESSOR, TOKENIZER, GENERATION)
+        route = Route.read(folder, check=check, **take_route(keywords))
         options = EngineOptions.checked(
-            manifest,
+            route.manifest,
             threads=threads,
             huge_pages=huge_pages,
             cuda_graphs=cuda_graphs,
@@ -226,18 +227,24 @@ class Qwen3VLModel:
             legacy_video_prompt=legacy_video_prompt,
             **keywords,
         )
-        return cls.from_manifest(folder, manifest, options, source=source)
+        return cls.from_manifest(folder, route.manifest, options, source=source, open_with=route.open)
 
     @classmethod
     def from_manifest(
-        cls, folder: Path, manifest: Manifest, options: EngineOptions, *, source: str | None = None
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        options: EngineOptions,
+        *,
+        source: str | None = None,
+        open_with: OpenSession | None = None,
     ) -> Qwen3VLModel:
         """Open the files of an engine whose manifest is at hand, and need not be in the folder.
 
         Raises:
             EngineError, CapacityError, UsageError: As `from_engine`.
         """
-        opened = open_engine(folder, manifest, options)
+        opened = open_engine(folder, manifest, options, open_with)
         return cls(
             manifest,
             opened.session,
@@ -615,7 +622,9 @@ class Qwen3VLModel:
         problem = getattr(self.session, "decode_plan_problem", None)
         path = {} if kernels is None else {"decode_kernels": kernels, "decode_plan_problem": problem}
         fitted = {name: {"wanted": wanted, "chosen": chosen} for name, (wanted, chosen) in self._fitted.items()}
-        return {**self._worker.statistics(), **path, **({"fitted": fitted} if fitted else {})}
+        route = describe(self.session)
+        more = {"fitted": fitted, "route": route}
+        return {**self._worker.statistics(), **path, **{name: value for name, value in more.items() if value}}
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests and end the engine's thread.

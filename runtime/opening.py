@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from runtime.engine_options import EngineOptions
@@ -12,17 +13,19 @@ from runtime.fitting import fit_options
 from runtime.input_limits import InputLimits
 from runtime.machine import default_threads
 from runtime.manifest import Manifest
-from runtime.memory import LIBRARIES, PREFILL, WEIGHTS, check_fits
+from runtime.memory import LIBRARIES, PREFILL, STAGING, WEIGHTS, check_fits
 from runtime.memory_plan import Planner, Work
 from runtime.preparation import Preparation
 from runtime.scheduling.plan import plan_limits
 from runtime.scheduling.request import Limits
-from runtime.session import Session, is_on_gpu, open_session
+from runtime.session import Session, SessionOptions, is_on_gpu, open_session
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
 # Of a GPU's free memory, what the KV cache may take: the rest is for activations.
 _SHARE_OF_GPU = 0.8
+
+OpenSession = Callable[[SessionOptions], Session]
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,16 @@ class Opened:
     fitted: Mapping[str, tuple[int, int]]
 
 
-def open_engine(folder: Path, manifest: Manifest, options: EngineOptions) -> Opened:
+def open_engine(
+    folder: Path, manifest: Manifest, options: EngineOptions, open_with: OpenSession | None = None
+) -> Opened:
     """Open the files of an engine whose manifest is at hand, and need not be in the folder.
+
+    Args:
+        folder: The engine.
+        manifest: Its manifest, or that of a route.
+        options: How it is opened.
+        open_with: Opens the session; by default it is that of the folder alone.
 
     Raises:
         EngineError: A file is missing or cannot be opened.
@@ -63,14 +74,15 @@ def open_engine(folder: Path, manifest: Manifest, options: EngineOptions) -> Ope
     needed = planner.plan(Work(options.max_context, chunk=chunk)).parts
     check_fits(needed, options.max_memory)
     preparation = _preparation(folder, manifest, options)
-    room = options.max_memory - needed[WEIGHTS] - needed[PREFILL] - needed[LIBRARIES]
+    staging_bytes = needed[STAGING]
+    room = options.max_memory - needed[WEIGHTS] - needed[PREFILL] - needed[LIBRARIES] - staging_bytes
     on_gpu = is_on_gpu(manifest)
     if not on_gpu:  # refused before anything is opened
         limits = plan_limits(manifest, options.serving, options.max_context, room)
-    session = open_session(folder, manifest, options.session)
+    session = (open_with or partial(open_session, folder, manifest))(options.session)
     if on_gpu:
         free_bytes = getattr(session, "free_bytes", None)
-        room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes))
+        room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes) - staging_bytes)
         limits = plan_limits(manifest, options.serving, options.max_context, room)
     limits = limits if fitted is None else fitted.apply(limits)
     changes = {} if fitted is None else fitted.changes

@@ -81,6 +81,8 @@ class Opening:
         batch_invariant: Take the form of these kernels whose rounding does not depend on how many requests run at once.
         weights_twice: Take these kernels even where ONNX Runtime keeps a second copy of the weights on the GPU.
         legacy_video_prompt: Write prompts with videos as transformers before 5.10 did.
+        vision_engine: Run the vision tower on this engine of the same checkpoint.
+        prefill_engine: Run prompts on this engine of the same checkpoint; its rows of the KV cache are moved.
     """
 
     min_pixels: int | None = None
@@ -96,6 +98,8 @@ class Opening:
     batch_invariant: bool = False
     weights_twice: bool = False
     legacy_video_prompt: bool = False
+    vision_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None
+    prefill_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None
 
     def open(self, engine: Path, *, check: bool = False, serving: Serving | None = None) -> Qwen3VLModel:
         """Open it.

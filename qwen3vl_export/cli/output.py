@@ -143,6 +143,11 @@ PROFILES, KERNELS = "profiles", "kernels"
 _ROWS_OF_OWN = (PROFILES, KERNELS)
 
 
+def route_text(runs: Mapping[str, Mapping[str, str]]) -> str:
+    """Return which engine runs each part (`runtime.route.parts_of`)."""
+    return ", ".join(f"{part} {each['engine']} ({each['target']})" for part, each in runs.items())
+
+
 def manifest_text(manifest: Manifest) -> str:
     """Return what `qwen3vl inspect` shows of an engine."""
     text, vision = manifest.model.text, manifest.model.vision

@@ -48,6 +48,7 @@ from qwen3vl_export.cli.output import (
     print_text,
     read_stdin,
     read_tools,
+    route_text,
 )
 from qwen3vl_export.cli.picture_options import Pictures
 from qwen3vl_export.cli.plan import plan
@@ -200,7 +201,15 @@ def chat(
 
 
 @app.command()
-def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_json: AsJson = False) -> None:
+@grouped
+def inspect(
+    engine: Engine,
+    *,
+    check: CheckAll = False,
+    graph: Graph = None,
+    route: Annotated[Opening, ("vision_engine", "prefill_engine")],
+    as_json: AsJson = False,
+) -> None:
     """Show what an engine is and what built it, and compare its files with its manifest.
 
     Graphs and small files are compared by SHA-256, weight files by size; --check hashes the weights as well.
@@ -209,7 +218,7 @@ def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_jso
     --json prints one object: target, session, capabilities, model, versions, source, files (num_bytes, sha256,
     is_weights), format_version, weight_bytes, check (passed, compared, note); of ort-cuda engines decode_kernels, which
     says for which GPUs there are own kernels, and whose run on this machine (compute_capabilities, batches, here,
-    reason).
+    reason); with other engines for a part, which are checked as well, route: engine and target of each part.
 
     --graph draws vision tower and decoder by pieces, with formats and bytes of their weights, into a .svg file or, with
     a table, into a .html file. It reads the engine's ONNX graphs, and needs the package of that name (extra [export]).
@@ -222,6 +231,7 @@ def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_jso
     """
     from runtime.decode_plan_report import decode_report
     from runtime.manifest import Manifest
+    from runtime.route import Route, parts_of
     from runtime.urls import check_local
 
     check_local(engine, "engine")
@@ -233,10 +243,8 @@ def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_jso
         print_text(manifest_text(manifest))
     manifest.check(engine, full=check)
     if graph is not None:
-        from qwen3vl_export.reports.graph import write_graph
-        from qwen3vl_export.reports.pieces import read_graph
-
-        write_graph(read_graph(engine, manifest), graph)
+        _write_graph(graph, engine, manifest)
+    runs = parts_of(Route.read(engine, check=check, **given(route)).engines) if given(route) else {}
     report = decode_report(engine, manifest)
     compared = "SHA-256 of every file" if check else "SHA-256 of small files, size of weight files"
     if as_json:
@@ -244,13 +252,23 @@ def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_jso
         values["weight_bytes"] = manifest.weight_bytes
         if report is not None:
             values["decode_kernels"] = dataclasses.asdict(report)
+        values |= {"route": runs} if runs else {}
         print_json({**values, "check": {"passed": True, "compared": compared, "note": HASH_NOTE}})
-    else:
-        if report is not None:
-            print_text(f"decode     {decode_text(report)}")
-        print(f"check      passed: {compared} ({HASH_NOTE})")
-        if any(name.endswith(".plan") for name in manifest.files):
-            print("note       a plan is code that the library runs: open only engines that you trust")
+        return
+    if report is not None:
+        print_text(f"decode     {decode_text(report)}")
+    if runs:
+        print_text(f"route      {route_text(runs)}")
+    print(f"check      passed: {compared} ({HASH_NOTE})")
+    if any(name.endswith(".plan") for name in manifest.files):
+        print("note       a plan is code that the library runs: open only engines that you trust")
+
+
+def _write_graph(file: Path, engine: Path, manifest: Any) -> None:
+    from qwen3vl_export.reports.graph import write_graph
+    from qwen3vl_export.reports.pieces import read_graph
+
+    write_graph(read_graph(engine, manifest), file)
 
 
 def _check_graph(file: Path, manifest: Any) -> None:

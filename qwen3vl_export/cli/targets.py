@@ -45,14 +45,17 @@ def targets(
     """Show this machine and all targets: which of them it can build and run, and the reasons where it cannot.
 
     --model adds an estimate of the memory that an engine of each target takes, part by part, and the target that
-    --target auto chooses. No weights are read. For a Hub id, config.json alone is fetched, and nothing at all for the
-    released Qwen3-VL checkpoints, whose shapes are shipped with this package.
+    --target auto chooses; where a GPU is too small for all of a model, also what it could run beside the processor,
+    with the commands for both engines. No weights are read. For a Hub id, config.json alone is fetched, and nothing at
+    all for the released Qwen3-VL checkpoints, whose shapes are shipped with this package.
 
     --json prints one object: machine (cpu, cpu_features, num_cores, memory_bytes, gpus, versions, notes), own_kernels
     (isa: the instruction set in use, null if they cannot be used; isas: those that this processor runs, the best first;
     problem and remedy: why they cannot be used, null if they can), targets (each: name, description, has_fixed_sizes,
-    can_build, can_run, reason) and, with --model, choice: target (what --target auto chooses, null if none fits) and
-    candidates in order of preference (each: target, device, parts in bytes, limit_bytes, refusal, total_bytes).
+    can_build, can_run, reason) and, with --model, choice: target (what --target auto chooses, null if none fits),
+    candidates in order of preference (each: target, device, parts in bytes, limit_bytes, refusal, total_bytes) and
+    split (null, or two engines that fit where no target fits the GPU, the one that decodes first; each: target, device,
+    runs, parts, total_bytes, limit_bytes).
 
     \b
     Examples:
@@ -64,6 +67,7 @@ def targets(
     from engines.choose import AUTO, consider
     from engines.hardware import probe
     from engines.registry import all_targets
+    from engines.split import find_split
 
     shape = None if model is None else model_shape(model)
     machine = probe()
@@ -71,24 +75,31 @@ def targets(
     rows = [_row(target, machine) for target in all_targets()]
     choice = None if shape is None else consider(machine, shape)
     chosen = None if choice is None or choice.target is None else choice.target.name
+    split = None if shape is None or choice is None else find_split(machine, shape, choice)
     if as_json:
         values: dict[str, Any] = {"machine": machine.to_dict(), "own_kernels": own_kernels, "targets": rows}
         if choice is not None:
-            values["choice"] = {"target": chosen, "candidates": [each.to_dict() for each in choice.candidates]}
+            candidates = [each.to_dict() for each in choice.candidates]
+            two = None if split is None else split.to_dict()
+            values["choice"] = {"target": chosen, "candidates": candidates, "split": two}
         print_json(values)
         return
     print_text("\n".join(columns([*machine.lines(), *_kernel_lines(own_kernels)])) + "\n")
-    cells = [("TARGET", "BUILD", "RUN", "DESCRIPTION")]
-    cells += [(row["name"], _yes(row["can_build"]), _yes(row["can_run"]), row["description"]) for row in rows]
-    lines = columns(cells)
-    print(lines[0])
-    for row, line in zip(rows, lines[1:], strict=True):
-        print(line)
-        if row["reason"]:
-            print(f"  {row['reason']}")
-    print(f"\n{_sizes_of(rows)}")
+    print_text(f"{_table(rows)}\n\n{_sizes_of(rows)}")
     if choice is not None:
         print(f"\n{choice.render()}\n--target {AUTO}: {chosen or 'none fits'}")
+    if split is not None:
+        # Of a size there is no checkpoint that the commands could name.
+        print_text(f"\n{split.render('MODEL' if model in configs.names('models') else str(model))}")
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each target, and the reasons below it."""
+    cells = [("TARGET", "BUILD", "RUN", "DESCRIPTION")]
+    cells += [(row["name"], _yes(row["can_build"]), _yes(row["can_run"]), row["description"]) for row in rows]
+    head, *lines = columns(cells)
+    reasons = [[f"  {row['reason']}"] if row["reason"] else [] for row in rows]
+    return "\n".join([head, *(text for line, reason in zip(lines, reasons, strict=True) for text in (line, *reason))])
 
 
 def model_shape(model: str, *, name: str = "--model") -> ModelConfig:

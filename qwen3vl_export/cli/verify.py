@@ -41,6 +41,8 @@ class Comparison:
             .png file.
         html: Write a page with the verdict, errors by layer and kind of token, the worst tokens and the pictures into
             this file.
+        vision_engine: Run the vision tower on this engine of the same checkpoint, as of `run`.
+        prefill_engine: Run prompts on this engine of the same checkpoint, as of `run`.
 
     Raises:
         UsageError: Two of them exclude each other.
@@ -56,6 +58,8 @@ class Comparison:
     limit: Annotated[int | None, typer.Option(min=1)] = None
     plot: Annotated[Path | None, typer.Option(metavar="FILE")] = None
     html: Annotated[Path | None, typer.Option(metavar="FILE.html")] = None
+    vision_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None
+    prefill_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None
 
     def __post_init__(self) -> None:
         """Check what excludes what."""
@@ -74,8 +78,19 @@ class Comparison:
             raise UsageError("--plot belongs to --tasks, --bisect or --ranges", remedy="add one of them")
         if self.html is not None and (self.tasks or self.bisect or self.ranges):
             raise UsageError("--html is of the plain comparison", remedy="leave --tasks, --bisect and --ranges out")
+        if self.route and (self.ranges or self.bisect):
+            raise UsageError(
+                "--ranges and --bisect look at one checkpoint, or one engine",
+                remedy="leave --vision-engine and --prefill-engine out, or bisect each engine alone",
+            )
         if self.engine is None and not self.ranges:
             raise UsageError("ENGINE is missing", remedy="give an engine folder, or --ranges for the checkpoint alone")
+
+    @property
+    def route(self) -> dict[str, Path]:
+        """Engines that run a part in place of ENGINE, by the options of `from_engine`."""
+        engines = {"vision_engine": self.vision_engine, "prefill_engine": self.prefill_engine}
+        return {name: folder for name, folder in engines.items() if folder is not None}
 
 
 @grouped
@@ -107,6 +122,7 @@ def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = Fa
       qwen3vl verify demo-engine --checkpoint demo --html report.html
       qwen3vl verify demo-engine --checkpoint demo --tasks --limit 300 --plot layers.svg
       qwen3vl verify demo-engine --checkpoint demo --bisect
+      qwen3vl verify ENGINE --checkpoint CKPT --prefill-engine OTHER
       qwen3vl verify --checkpoint demo --ranges
     """
     report = _report(comparison, is_quiet=quiet, is_json=as_json)
@@ -150,7 +166,7 @@ def _report(
 
     if comparison.bisect:
         return _bisect(comparison.engine, comparison, on_case=say)
-    return _compare(comparison.engine, comparison, on_case=say, **options)
+    return _compare(comparison.engine, comparison, on_case=say, route=comparison.route, **options)
 
 
 def _compare(engine: Path, comparison: Comparison, *, on_case: Callable[[str], None], **options: Any) -> Report:
@@ -185,6 +201,7 @@ def _compare_tasks(engine: Path, comparison: Comparison, *, is_quiet: bool) -> T
             engine,
             comparison.checkpoint,
             limit=comparison.limit,
+            route=comparison.route,
             on_canvas=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     if comparison.plot is not None:

@@ -14,7 +14,7 @@ Shapes: see runtime/session.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,12 @@ from engines.bundle import DECODER, VISION
 from qwen3vl_export.parity.float8_products import expand_float8_products
 from runtime import native
 from runtime.contract import DECODER_OUTPUTS, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
-from runtime.errors import CapacityError, ParityError
+from runtime.errors import CapacityError, ParityError, UsageError
 from runtime.files import is_folder, leads_somewhere
 from runtime.machine import default_threads
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, Manifest
+from runtime.route import RouteKeywords, other_engines
+from runtime.routed_session import RoutedSession
 from runtime.session import KVCache, TopLogits, top_logits
 
 if TYPE_CHECKING:
@@ -164,37 +166,61 @@ def open_graph(
         raise _refusal(path, error) from error
 
 
-def open_model(folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
+def open_model(folder: Path, *, threads: int | None = None, route: Mapping[str, Path] | None = None) -> Qwen3VLModel:
     """Open an engine with its own session, or a folder of lowered graphs with `LoweredSession`.
+
+    Args:
+        folder: The engine, or the graphs.
+        threads: As of `from_engine`.
+        route: Engines that run a part in its place, by option (`runtime.route.RouteKeywords`).
 
     Raises:
         EngineError: The folder is neither, or a file of it is missing or altered.
         ParityError: The CPU cannot execute the lowered graphs.
+        UsageError: Other engines were given for parts of lowered graphs, or do not fit.
     """
     from runtime.model import Qwen3VLModel
     from runtime.urls import check_local
 
     check_local(folder, "engine")
     if not is_lowered(folder):
-        return Qwen3VLModel.from_engine(folder, threads=threads)
+        return Qwen3VLModel.from_engine(folder, threads=threads, **RouteKeywords(**(route or {})))
+    if route:
+        raise UsageError(
+            f"{folder} holds lowered graphs, which run all parts themselves",
+            remedy=f"leave {' and '.join(route)} out, or give an engine",
+        )
     manifest = Manifest.read(folder, LOWERED_NAME)
     manifest.check(folder, LOWERED_NAME)
     return model_of(folder, manifest, LoweredSession(folder, manifest, threads))
 
 
-def open_model_of(checkpoint: Checkpoint, folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
+def open_model_of(
+    checkpoint: Checkpoint, folder: Path, *, threads: int | None = None, route: Mapping[str, Path] | None = None
+) -> Qwen3VLModel:
     """Open a folder, as `open_model` does, to compare it with the checkpoint it was built from.
 
     Raises:
         ParityError: It was built from a model of another shape.
     """
-    model = open_model(folder, threads=threads)
+    model = open_model(folder, threads=threads, route=route)
     if model.config != checkpoint.config:
         raise ParityError(
             f"{folder} was built from a model of another shape than {checkpoint.name}",
             remedy="give the checkpoint that `qwen3vl inspect` names as its source",
         )
     return model
+
+
+def manifests_of(model: Qwen3VLModel) -> list[Manifest]:
+    """Return the manifests of the engines that a model runs on."""
+    session = model.session
+    return [each.manifest for each in session.engines] if isinstance(session, RoutedSession) else [model.manifest]
+
+
+def route_notes(model: Qwen3VLModel) -> list[str]:
+    """Say which engines run a part beside the one that decodes."""
+    return [f"{option}: {engine}" for option, engine in other_engines(model.session)]
 
 
 def model_of(folder: Path, manifest: Manifest, session: LoweredSession) -> Qwen3VLModel:

@@ -18,6 +18,7 @@ Where the engine chose another expert, the reference follows it (routes.py); tha
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import load
 from qwen3vl_export.parity.cases import Case, make_cases
 from qwen3vl_export.parity.details import CaseDetails, Compared, details_of
-from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model_of
+from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, manifests_of, open_model_of, route_notes
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
 from qwen3vl_export.parity.own_reference import OwnReference
 from qwen3vl_export.parity.reference import OWN, TRANSFORMERS, Reference, ReferenceOutput, segments_by_kind
@@ -70,6 +71,7 @@ def verify(
     *,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     reference: str = TRANSFORMERS,
+    route: Mapping[str, Path] | None = None,
     on_case: Callable[[str], None] | None = None,
     on_details: Callable[[CaseDetails], None] | None = None,
 ) -> Report:
@@ -80,6 +82,7 @@ def verify(
         checkpoint: What `Checkpoint.open` takes.
         max_new_tokens: Greedy tokens of each case, at least 1.
         reference: `transformers`, or `own` where that is not installed.
+        route: Engines that run a part in its place, by option (`runtime.route.RouteKeywords`).
         on_case: Told the name of each case before it is compared.
         on_details: Given what was seen of each case beyond its checks, for a report with pictures.
 
@@ -94,8 +97,8 @@ def verify(
     source = Checkpoint.open(checkpoint)
     source.entries  # noqa: B018  (transformers' own messages about damaged files help nobody)
     source.assets()
-    model = open_model_of(source, engine)
-    precision, limits = limits_of(model.manifest)
+    model = open_model_of(source, engine, route=route)
+    precision, limits = limits_of(*manifests_of(model))
     torch_model, routers = _open_reference(reference, source), RouterStatistics()
     model.preparation = replace(model.preparation, keeps_markers=torch_model.keeps_markers)
     checks: list[Check] = []
@@ -108,7 +111,7 @@ def verify(
             checks += comparison.run(max_new_tokens)
             notes += comparison.notes
             routers.merge(comparison.routers)
-    notes = [*([CPU_NOTE] if is_lowered(engine) else []), *notes, *dict.fromkeys(torch_model.notes)]
+    notes = [*([CPU_NOTE] if is_lowered(engine) else route_notes(model)), *notes, *dict.fromkeys(torch_model.notes)]
     if reference == TRANSFORMERS and any(check.name == _ROUTES for check in checks):
         notes.append(FOLLOWED_NOTE)
     return Report(model.manifest.target, checkpoint, precision, tuple(checks), tuple(notes), routers, torch_model.name)
@@ -122,8 +125,13 @@ def _open_reference(kind: str, checkpoint: Checkpoint) -> Reference:
     raise UsageError(f"unknown reference {kind!r}", remedy=f"give one of {TRANSFORMERS}, {OWN}")
 
 
-def limits_of(manifest: Manifest) -> tuple[str, dict[str, float]]:
-    """Return what an engine computes in, as the report calls it, and the limits on its errors."""
+def limits_of(*manifests: Manifest) -> tuple[str, dict[str, float]]:
+    """Return what engines compute in, as the report calls it, and the widest of the limits on their errors."""
+    names, limits = zip(*map(_limits_of, manifests), strict=True)
+    return " and ".join(dict.fromkeys(names)), functools.reduce(wider_limits, limits)
+
+
+def _limits_of(manifest: Manifest) -> tuple[str, dict[str, float]]:
     import configs
 
     precision, tolerances = str(manifest.capabilities["precision"]), configs.load("tolerances")

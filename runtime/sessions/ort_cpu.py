@@ -10,6 +10,7 @@ import io
 import logging
 import math
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
 from runtime.manifest import Manifest
 from runtime.memory import cache_bits
-from runtime.session import KVCache, SessionOptions
+from runtime.session import DECODE, PREFILL, VISION, KVCache, SessionOptions
 
 with from_extra("cpu"):
     import onnxruntime as ort
@@ -53,6 +54,7 @@ _TYPE_NAMES = {
     "uint8": "tensor(uint8)",
 }
 _VISION, _DECODER, _PREFILL = "vision.onnx", "decoder.onnx", "prefill.onnx"
+_NOT_ASKED_FOR = "the session was opened for other parts"
 _AS_REQUESTED = 1  # of onnxruntime's ArenaExtendStrategy; 0 doubles
 
 
@@ -72,6 +74,7 @@ class OrtKVCache:
         scales_L2KH: FloatArray | None = None,
     ) -> None:
         self.batch, _, self.capacity, _ = shape_BKTH
+        self.dtype = dtype
         self._arrays = [_zeros(shape_BKTH, dtype) for _ in range(2 * num_layers)]
         self.num_bytes = sum(array.nbytes for array in self._arrays)
         self._scales_L2KH = scales_L2KH
@@ -96,6 +99,15 @@ class OrtKVCache:
             rows = array_BKTH[slot, :, :num_rows].copy()
             array_BKTH[slot, :, :num_rows] = array_BKTH[other, :, :num_rows]
             array_BKTH[other, :, :num_rows] = rows
+
+    def read_rows(self, slot: int, start: int, stop: int) -> list[NDArray[Any]]:
+        """Return views of rows of a slot; see `runtime.moved_rows.MovableCache`."""
+        return [array_BKTH[slot, :, start:stop] for array_BKTH in self._arrays]
+
+    def write_rows(self, slot: int, start: int, rows_NKRH: Sequence[NDArray[Any]]) -> None:
+        """Write rows of a slot; see `runtime.moved_rows.MovableCache`."""
+        for array_BKTH, rows_KRH in zip(self._arrays, rows_NKRH, strict=True):
+            array_BKTH[slot, :, start : start + rows_KRH.shape[1]] = rows_KRH
 
     def binding(self, session: ort.InferenceSession, slot: int, batch: int) -> ort.IOBinding:
         """Return the binding of some slots to a decoder; the logits are its first output."""
@@ -137,11 +149,13 @@ class OrtCpuSession:
         self._cache_scales = None if scales is None else _read_scales(folder, manifest, scales)
         self._has_batched_chunks = bool(manifest.capabilities.get("batched_chunks", False))
         before = anonymous_regions()
-        self._vision = _open_graph(folder, manifest, options, _VISION)
-        self._decoder = _open_graph(folder, manifest, options, _DECODER)
+        parts, has_prefill = given.parts, "prefill_min_tokens" in manifest.capabilities
+        self._vision = _open_graph(folder, manifest, options, _VISION) if VISION in parts else None
+        is_decoder_used = DECODE in parts or (PREFILL in parts and not has_prefill)
+        self._decoder = _open_graph(folder, manifest, options, _DECODER) if is_decoder_used else None
         # Some engines hold the decoder twice: this one is faster for prompts.
         self._prefill = self._decoder
-        if "prefill_min_tokens" in manifest.capabilities:
+        if has_prefill and PREFILL in parts:
             self._prefill = _open_graph(folder, manifest, options, _PREFILL)
         if exact:
             # The library made two more copies of the weights on its way, 96 MB of weights: 234 MB before, 98 MB after.
@@ -153,6 +167,7 @@ class OrtCpuSession:
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`."""
+        assert self._vision is not None, _NOT_ASKED_FOR
         (embeds,) = self._vision.run(VISION_OUTPUTS, inputs.arrays())
         return np.asarray(embeds, np.float32)
 
@@ -182,7 +197,10 @@ class OrtCpuSession:
         """Run the decoder; see `runtime.session.Session.decode`."""
         return self._run(self._decoder, inputs, cache, slot)
 
-    def _run(self, session: ort.InferenceSession, inputs: DecoderInputs, cache: KVCache, slot: int) -> FloatArray:
+    def _run(
+        self, session: ort.InferenceSession | None, inputs: DecoderInputs, cache: KVCache, slot: int
+    ) -> FloatArray:
+        assert session is not None, _NOT_ASKED_FOR
         assert isinstance(cache, OrtKVCache)
         batch, num_new = inputs.input_ids.shape
         assert slot + batch <= cache.batch, "slots that the cache does not have"

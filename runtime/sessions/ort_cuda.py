@@ -46,7 +46,7 @@ from runtime.contract import (
     VisualEmbeds,
 )
 from runtime.decode_plan_rehearsal import rehearse
-from runtime.decode_plan_session import open_with_plan
+from runtime.decode_plan_session import Opened, open_with_plan
 from runtime.decode_step import StepBuffers, padded_batch
 from runtime.device_arrays import DeviceEmbeds, EmbedsMemory
 from runtime.device_buffers import InputBuffer, Staging
@@ -65,8 +65,8 @@ from runtime.ort_cache import (
     bind_cache,
     run_options,
 )
-from runtime.ort_device import CUDA, Device, check_provider, guarded, open_graph
-from runtime.session import KVCache, SessionOptions, TopLogits, top_logits
+from runtime.ort_device import CUDA, Device, OpenedGraph, check_provider, guarded, open_graph
+from runtime.session import VISION, KVCache, SessionOptions, TopLogits, top_logits
 from runtime.vision_inputs import takes_grey_levels
 
 with from_extra("cuda"):
@@ -120,13 +120,18 @@ class OrtCudaSession:
             stack.callback(self._memory.free_stream, self._stream)
             self._staging = self._guard(partial(Staging, self._memory, self._stream))
             stack.callback(self._staging.close)
-            self._vision = open_graph(folder / "vision.onnx", device, device.options, options.threads)
+            self._vision = OpenedGraph(None)
+            if VISION in options.parts:
+                self._vision = open_graph(folder / "vision.onnx", device, device.options, options.threads)
             stack.callback(self._vision.close)
             decoder_options = {**device.options, **device.decoder_options}
             open_decoder = partial(open_graph, folder / "decoder.onnx", device, decoder_options, options.threads)
-            self._decoder, self._own, self._plan_problem = open_with_plan(
-                folder, manifest, options, device, self._memory, self._staging, open_decoder, stack
-            )
+            opened: Opened = OpenedGraph(None), None, "another engine decodes"
+            if options.parts != {VISION}:
+                opened = open_with_plan(
+                    folder, manifest, options, device, self._memory, self._staging, open_decoder, stack
+                )
+            self._decoder, self._own, self._plan_problem = opened
             self._inputs = InputBuffer(self._memory, self._staging)
             stack.callback(self._inputs.close)
             self._embeds = EmbedsMemory(self._memory, self._staging)
