@@ -53,6 +53,7 @@ from runtime.thinking import checked_marks
 from runtime.tokenizer import Tokenizer
 from runtime.tools.grammar import calls_format
 from runtime.tools.reader import ExpectedCalls
+from runtime.tuning import Tuning
 from runtime.urls import check_local
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
@@ -78,6 +79,7 @@ class Qwen3VLModel:
         limits: Limits | None = None,
         source: str | None = None,
         threads: int | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         """Put a session to work; `from_engine` opens one. Without limits, it runs one sequence at a time."""
         if not isinstance(manifest, Manifest):
@@ -91,6 +93,7 @@ class Qwen3VLModel:
         self.preparation = preparation
         self.max_context = max_context
         self.max_memory = max_memory
+        self.tuning = tuning or Tuning()
         self._owner = Owner(session)
         self._compiler = Compiler(preparation.tokenizer, manifest.model.text.vocab_size)
         self._source = source
@@ -115,6 +118,7 @@ class Qwen3VLModel:
             f"model={shown(self.manifest.source.get('name'))}",
             f"max_context={self.max_context}",
             *([f"threads={self._threads}"] if self._threads is not None else []),
+            *([f"tuning={str(self.tuning)!r}"] if str(self.tuning) else []),
         ]
         return f"{type(self).__name__}({', '.join(words)})"
 
@@ -166,8 +170,8 @@ class Qwen3VLModel:
         *,
         check: bool = False,
         threads: int | None = None,
-        huge_pages: bool = False,
-        cuda_graphs: bool = True,
+        huge_pages: bool | None = None,
+        cuda_graphs: bool | None = None,
         max_context: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -193,7 +197,7 @@ class Qwen3VLModel:
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
             legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
-            **keywords: How many requests run, wait and are kept, and which kernels decode (`OpeningKeywords`).
+            **keywords: Requests at once, kernels of decode steps, what `qwen3vl tune` found (`OpeningKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -240,6 +244,7 @@ class Qwen3VLModel:
             limits=opened.limits,
             source=source,
             threads=opened.threads,
+            tuning=options.tuning,
         )
 
     def generate(
@@ -606,7 +611,7 @@ class Qwen3VLModel:
         kernels = getattr(self.session, "decode_kernels", None)
         problem = getattr(self.session, "decode_plan_problem", None)
         path = {} if kernels is None else {"decode_kernels": kernels, "decode_plan_problem": problem}
-        return {**self._worker.statistics(), **path}
+        return {**self._worker.statistics(), **path, "tuning": self.tuning.values()}
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests and end the engine's thread.

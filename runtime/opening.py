@@ -15,6 +15,7 @@ from runtime.scheduling.plan import held_bytes, plan_limits
 from runtime.scheduling.request import Limits
 from runtime.serving_options import ServingOptions
 from runtime.session import Session, is_on_gpu, open_session
+from runtime.tuning import tuned_limits
 
 # Of a GPU's free memory, what the KV cache may take: the rest is for activations.
 _SHARE_OF_GPU = 0.8
@@ -58,6 +59,7 @@ def open_engine(folder: Path, manifest: Manifest, options: EngineOptions) -> Ope
         free_bytes = getattr(session, "free_bytes", None)
         room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes))
         limits = plan_limits(manifest, options.serving, options.max_context, room)
+    limits = tuned_limits(limits, options.tuning, manifest, room)
     return Opened(session, preparation, limits, options.session.threads or default_threads())
 
 

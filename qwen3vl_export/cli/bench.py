@@ -18,7 +18,7 @@ from runtime.machine import default_threads
 
 _OPENING = (
     *("threads", "huge_pages", "no_cuda_graphs", "no_decode_plan", "batch_invariant", "weights_twice"),
-    *("max_context", "max_memory"),
+    *("max_context", "max_memory", "no_tuned"),
 )
 
 

@@ -52,6 +52,7 @@ from qwen3vl_export.cli.output import (
 from qwen3vl_export.cli.picture_options import Pictures
 from qwen3vl_export.cli.serve import serve
 from qwen3vl_export.cli.targets import targets
+from qwen3vl_export.cli.tune import tune
 from qwen3vl_export.cli.verify import verify
 from runtime.errors import UsageError
 
@@ -263,7 +264,7 @@ def _check_graph(file: Path, manifest: Any) -> None:
     check_file(file)
 
 
-for command in (serve, batch, verify, bench, targets):
+for command in (serve, batch, verify, bench, targets, tune):
     app.command()(command)
 app.add_typer(cache)
 
