@@ -97,7 +97,7 @@ class Qwen3VLModel:
         self._owner = Owner(session)
         self._compiler = Compiler(preparation.tokenizer, manifest.model.text.vocab_size)
         self._source = source
-        self._threads = threads
+        self.threads = threads
         capacity = manifest.capabilities.get("capacity")
         self._room = ContextRoom(max_context, preparation, sys.maxsize if capacity is None else int(capacity))
         if limits is None:
@@ -117,7 +117,7 @@ class Qwen3VLModel:
             f"target={shown(self.manifest.target)}",
             f"model={shown(self.manifest.source.get('name'))}",
             f"max_context={self.max_context}",
-            *([f"threads={self._threads}"] if self._threads is not None else []),
+            *([f"threads={self.threads}"] if self.threads is not None else []),
             *([f"tuning={str(self.tuning)!r}"] if str(self.tuning) else []),
         ]
         return f"{type(self).__name__}({', '.join(words)})"

@@ -22,6 +22,17 @@ RATE_WEIGHT = 0.2
 FIRST_RATE = 0.5
 
 
+def best_length(rate: float, cost: float, limit: int) -> int:
+    """Return how many tokens to draft, 0 to `limit`, where a share `rate` of them is accepted; see `DraftLength`."""
+    best, most, tokens = 0, 1.0, 1.0
+    for length in range(1, limit + 1):
+        tokens += rate**length
+        if tokens / (1 + cost * length) <= most:
+            break  # the gain has one maximum
+        best, most = length, tokens / (1 + cost * length)
+    return best
+
+
 class DraftLength:
     """Choose how many tokens to draft, from how many were accepted so far.
 
@@ -46,12 +57,7 @@ class DraftLength:
 
     def next(self, limit: int) -> int:
         """Return the number of tokens to draft for the next call, 0 to `limit`; ask once a call."""
-        best, most, tokens = 0, 1.0, 1.0
-        for length in range(1, limit + 1):
-            tokens += self.rate**length
-            if tokens / (1 + self._cost * length) <= most:
-                break  # the gain has one maximum
-            best, most = length, tokens / (1 + self._cost * length)
+        best = best_length(self.rate, self._cost, limit)
         self._is_probe = not best
         if best or limit < 1:
             return best

@@ -105,7 +105,7 @@ def _bench_many(
     with opening.open(folder, serving=serving) as model:
         where = {
             "device": device(model),
-            "threads": opening.threads or default_threads(),
+            "threads": model.threads or default_threads(),
             "target": model.manifest.target,
             "load_s": time.perf_counter() - start,
             "max_sequences": model.limits.max_sequences,

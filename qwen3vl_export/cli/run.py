@@ -209,7 +209,7 @@ def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_jso
     --json prints one object: target, session, capabilities, model, versions, source, files (num_bytes, sha256,
     is_weights), format_version, weight_bytes, check (passed, compared, note); of ort-cuda engines decode_kernels, which
     says for which GPUs there are own kernels, and whose run on this machine (compute_capabilities, batches, here,
-    reason).
+    reason); tuning (what `qwen3vl tune` found for it on this machine; null if nothing is kept).
 
     --graph draws vision tower and decoder by pieces, with formats and bytes of their weights, into a .svg file or, with
     a table, into a .html file. It reads the engine's ONNX graphs, and needs the package of that name (extra [export]).
@@ -222,6 +222,7 @@ def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_jso
     """
     from runtime.decode_plan_report import decode_report
     from runtime.manifest import Manifest
+    from runtime.tuning_store import stored_values
     from runtime.urls import check_local
 
     check_local(engine, "engine")
@@ -238,16 +239,21 @@ def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_jso
 
         write_graph(read_graph(engine, manifest), graph)
     report = decode_report(engine, manifest)
+    tuning = stored_values(manifest)
     compared = "SHA-256 of every file" if check else "SHA-256 of small files, size of weight files"
     if as_json:
         values = {**dataclasses.asdict(manifest), "model": manifest.model.to_dict()}
         values["weight_bytes"] = manifest.weight_bytes
         if report is not None:
             values["decode_kernels"] = dataclasses.asdict(report)
+        values["tuning"] = tuning
         print_json({**values, "check": {"passed": True, "compared": compared, "note": HASH_NOTE}})
     else:
         if report is not None:
             print_text(f"decode     {decode_text(report)}")
+        if tuning is not None:
+            said = ", ".join(f"{name} {value}" for name, value in tuning.items())
+            print_text(f"tuned      {said or 'the defaults are the best'}")
         print(f"check      passed: {compared} ({HASH_NOTE})")
         if any(name.endswith(".plan") for name in manifest.files):
             print("note       a plan is code that the library runs: open only engines that you trust")

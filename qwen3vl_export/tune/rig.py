@@ -30,7 +30,7 @@ from runtime.machine import available_cores
 from runtime.memory import machine_bytes
 from runtime.model import Qwen3VLModel
 from runtime.preparation import Prepared
-from runtime.prompt_lookup import DraftLength
+from runtime.prompt_lookup import best_length
 from runtime.scheduling.plan import held_bytes
 from runtime.scheduling.request import Limits
 from runtime.scheduling.scheduler import ChunkSize
@@ -248,10 +248,7 @@ class Rig:
         used = max(len(each.prompt.input_ids) for each in with_images)
         room = model.max_context - used - _MOST_STEPS
         if room < _LEAST_LONG // 2:
-            raise CapacityError(
-                f"a context of {model.max_context} tokens has no room for the prompts that are timed",
-                remedy="raise max_context, or leave it out",
-            )
+            raise _no_room(model)
         wanted = int(share_s / 2 / token_s)
         most = 2 * limits.prefill_chunk + _LEAST_LONG // 2
         steps = min(_MOST_STEPS, max(_LEAST_STEPS, int(share_s / 8 / step_s)))
@@ -367,9 +364,7 @@ def token_s(call_s: Mapping[int, float], cost: float, rate: float) -> float:
         cost: What decides how much is drafted.
         rate: Share of drafted tokens that are accepted.
     """
-    length = DraftLength(cost)
-    length.rate = rate
-    num_drafted = length.next(_MOST_DRAFTED)
+    num_drafted = best_length(rate, cost, _MOST_DRAFTED)
     seconds = np.interp(1 + num_drafted, list(call_s), list(call_s.values()))
     return float(seconds) / sum(rate**i for i in range(num_drafted + 1))
 
@@ -388,4 +383,15 @@ def _workload(model: Qwen3VLModel, sizes: Sizes) -> Workload:
 
 def _prepared(model: Qwen3VLModel, text_tokens: int, side: int = 0, num_images: int = 0) -> Prepared:
     """Return a prompt of digits, behind square images of random pixels."""
-    return model.prepare(messages(Point(text_tokens, 2, 1, (side, side) if side else None, num_images), 0))
+    prompt = messages(Point(text_tokens, 2, 1, (side, side) if side else None, num_images), 0)
+    try:
+        return model.prepare(prompt)
+    except CapacityError as error:
+        raise _no_room(model) from error
+
+
+def _no_room(model: Qwen3VLModel) -> CapacityError:
+    return CapacityError(
+        f"a context of {model.max_context} tokens has no room for the prompts that are timed",
+        remedy="raise max_context, or leave it out",
+    )

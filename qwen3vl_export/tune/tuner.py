@@ -90,6 +90,7 @@ class Report:
             f"verdict: {self.outcome.verdict}",
         ]
         end += [f"note: {note}" for note in self.notes]
+        end.append(f"time: {self.spent_s:.0f} s")
         end.append(f"stored: {self.path}" if self.path is not None else f"nothing is stored: {self.reason}")
         return "\n\n".join("\n".join(part) for part in [*parts, end])
 
