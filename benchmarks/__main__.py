@@ -26,6 +26,7 @@ from benchmarks.serve_peers import serve_peers
 from benchmarks.serving.command import serving
 from benchmarks.structured import structured
 from benchmarks.synthetic import write
+from benchmarks.tune import tune
 from benchmarks.video import video
 from runtime.errors import Qwen3VLError
 
@@ -49,6 +50,7 @@ _COMMANDS = (
     serve_peers,
     serving,
     structured,
+    tune,
     video,
 )
 for command in _COMMANDS:

@@ -101,6 +101,7 @@ def tune(
     *,
     allow_approximate: bool = False,
     force: bool = False,
+    keeps: bool = True,
     opening: Mapping[str, Any] | None = None,
     on_step: OnStep = lambda text: None,
     clock: Callable[[], float] = time.perf_counter,
@@ -112,6 +113,7 @@ def tune(
         budget_s: About how many seconds it may take; what there is no time for is left as it is, and said.
         allow_approximate: Try settings that change what is computed, too, within the tolerance of the precision.
         force: Keep what was found on a busy machine as well.
+        keeps: Keep anything at all.
         opening: Further arguments of `Qwen3VLModel.from_engine` for all measurements.
         on_step: Told what is being measured.
         clock: Returns seconds.
@@ -132,7 +134,7 @@ def tune(
         notes = _notes(rig, outcome)
         manifest = rig.manifest
     key = Key.of(manifest)
-    path, reason = None, _reason(outcome, force=force)
+    path, reason = None, _reason(outcome, force=force) if keeps else "it was not to be kept"
     if not reason:
         facts = {"noise": outcome.noise, "verdict": outcome.verdict, "changes": changes_of(outcome)}
         path = store(key, engine.resolve().name, manifest.target, outcome.tuning, facts)
