@@ -176,7 +176,7 @@ def open_model(folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
 
     check_local(folder, "engine")
     if not is_lowered(folder):
-        return Qwen3VLModel.from_engine(folder, threads=threads)
+        return Qwen3VLModel.from_engine(folder, threads=threads, tuned=False)
     manifest = Manifest.read(folder, LOWERED_NAME)
     manifest.check(folder, LOWERED_NAME)
     return model_of(folder, manifest, LoweredSession(folder, manifest, threads))

@@ -8,11 +8,10 @@ Shapes: B sequences, S new tokens.
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,21 +20,21 @@ import numpy as np
 from qwen3vl_export.bench.measure import messages, repeat
 from qwen3vl_export.bench.points import Point
 from qwen3vl_export.tune.answers import Answer
+from qwen3vl_export.tune.openings import Opened, Openings, opening_of
 from qwen3vl_export.tune.search import IMAGE, PREFILL, TPOT, TTFT
 from qwen3vl_export.tune.settings import Facts, Metric, physical_cores
 from runtime.contract import DecoderInputs, FloatArray, VisualEmbeds, join_embeds, no_visual_embeds
-from runtime.errors import CapacityError, EngineError
+from runtime.errors import CapacityError
 from runtime.image_processor import ProcessedImage
 from runtime.machine import available_cores
-from runtime.memory import machine_bytes
+from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
 from runtime.preparation import Prepared
 from runtime.prompt_lookup import best_length
-from runtime.scheduling.plan import held_bytes
 from runtime.scheduling.request import Limits
 from runtime.scheduling.scheduler import ChunkSize
-from runtime.session import KVCache, Session, TopLogitsSession
-from runtime.tuning import Tuning, tuned_limits
+from runtime.session import TopLogitsSession
+from runtime.tuning import Tuning
 from runtime.vision_inputs import inputs_of_segments
 
 SEQUENCES = 3
@@ -86,23 +85,8 @@ class Workload:
     long: Prepared
 
 
-@dataclass
-class _Opened:
-    """An opening, and what it keeps between calls."""
-
-    model: Qwen3VLModel
-    cache: KVCache
-    embeds: VisualEmbeds | None = None
-
-    @property
-    def session(self) -> Session:
-        return self.model.session
-
-
 class Rig:
     """An engine that can be measured with any tuning; `close` ends it.
-
-    At most two openings are held, if memory has room for both, and else one at a time.
 
     Args:
         engine: Its folder.
@@ -118,32 +102,29 @@ class Rig:
         opening: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._engine, self._clock, self._given = engine, clock, dict(opening or {})
-        self._openings: dict[Tuning, _Opened] = {}
+        self._clock = clock
         self._warm: set[tuple[Tuning, Metric]] = set()
-        self._max_open = 1
-        opened = self._opened(Tuning())
-        self.manifest = opened.model.manifest
-        held = sum(held_bytes(self.manifest, opened.model.limits).values())
-        free = getattr(opened.session, "free_bytes", None)
-        self._max_open = 2 if (held <= free if free is not None else 2 * held <= machine_bytes()) else 1
+        self.manifest = Manifest.read(engine)
+        self._openings = Openings(engine, self.manifest, SEQUENCES + 1, opening or {}, self._forget)
+        opened = self._openings.get(Tuning())
         self.sizes = self._fit(opened, budget_s)
         self.workload = _workload(opened.model, self.sizes)
 
     @property
     def holds_two(self) -> bool:
         """Whether contenders are open beside each other."""
-        return self._max_open > 1
+        return self._openings.holds_two
 
     def close(self) -> None:
         """Close what is open."""
-        for opened in self._openings.values():
-            opened.model.close(drain=False)
-        self._openings.clear()
+        self._openings.close()
+
+    def _forget(self, closed: Tuning) -> None:
+        self._warm = {each for each in self._warm if opening_of(each[0]) != closed}
 
     def facts(self) -> Facts:
         """Return what the candidates depend on."""
-        opened = self._opened(Tuning())
+        opened = self._openings.get(Tuning())
         affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         cores = available_cores()
         return Facts(
@@ -158,7 +139,7 @@ class Rig:
 
     def time(self, tuning: Tuning, metric: Metric) -> float:
         """Return the seconds that something takes; the first time with a tuning does not count."""
-        opened = self._opened(_opening_of(tuning))
+        opened = self._openings.get(opening_of(tuning))
         run = self._runs()[metric]
         if (tuning, metric) not in self._warm:
             run(opened, tuning)
@@ -172,8 +153,8 @@ class Rig:
 
         With a cost of drafts, further tokens go through the decoder together, as drafted ones do.
         """
-        opened = self._opened(_opening_of(tuning))
-        limits, session = self._limits(opened, tuning), opened.session
+        opened = self._openings.get(opening_of(tuning))
+        limits, session = opened.limits(tuning), opened.session
         prepared = self.workload.long
         embeds = join_embeds(list(self._encoded(opened, limits)))
         logits = [self._prefill(opened, limits, prepared.decoder_inputs(embeds))]
@@ -191,7 +172,7 @@ class Rig:
 
     def request(self, tuning: Tuning, index: int) -> Mapping[str, float]:
         """Return the times of a whole request, through the model."""
-        model = self._opened(tuning).model
+        model = self._openings.get(tuning).model
         side = self.sizes.image_side
         point = Point(self.sizes.long_tokens, self.sizes.num_steps + 1, 1, (side, side), 1)
         found = repeat(model, point, index)
@@ -202,7 +183,7 @@ class Rig:
             TPOT: found.tpot_s,
         }
 
-    def _runs(self) -> Mapping[Metric, Callable[[_Opened, Tuning], float | None]]:
+    def _runs(self) -> Mapping[Metric, Callable[[Opened, Tuning], float | None]]:
         return {
             Metric.IMAGE: lambda opened, _: self._vision(opened, [self.workload.image]),
             Metric.IMAGES: self._all_images,
@@ -213,29 +194,7 @@ class Rig:
             Metric.DRAFTS: self._drafts,
         }
 
-    def _opened(self, tuning: Tuning) -> _Opened:
-        found = self._openings.pop(tuning, None)
-        if found is None:
-            while len(self._openings) >= self._max_open:
-                oldest = next(iter(self._openings))
-                self._openings.pop(oldest).model.close(drain=False)
-                self._warm = {each for each in self._warm if _opening_of(each[0]) != oldest}
-                gc.collect()
-            found = self._open(tuning)
-        self._openings[tuning] = found  # the newest comes last
-        return found
-
-    def _open(self, tuning: Tuning) -> _Opened:
-        defaults = {"max_sequences": SEQUENCES + 1, "kept_sequences": 0, "prefix_cache": False}
-        model = Qwen3VLModel.from_engine(
-            self._engine, **{**defaults, "vision_cache_bytes": 0, **self._given, "tuned": tuning}
-        )
-        if tuning.huge_pages and not getattr(model.session, "huge_page_bytes", 0):
-            model.close(drain=False)
-            raise EngineError("the kernel gives no huge pages", remedy="allow them (transparent_hugepage)")
-        return _Opened(model, model.session.new_cache(model.max_context, model.limits.max_sequences))
-
-    def _fit(self, opened: _Opened, budget_s: float) -> Sizes:
+    def _fit(self, opened: Opened, budget_s: float) -> Sizes:
         """Return sizes with which a whole request takes its part of the time."""
         model, share_s = opened.model, budget_s / _PARTS
         limits, short, small = model.limits, _prepared(model, _LEAST_LONG), _prepared(model, 1, _SMALL_SIDE, 1)
@@ -261,21 +220,15 @@ class Rig:
         run()
         return max(self._clock() - started, 1e-6)
 
-    def _limits(self, opened: _Opened, tuning: Tuning) -> Limits:
-        model = opened.model
-        held = held_bytes(model.manifest, model.limits)
-        room = model.max_memory - held["weights"] - held["prefill"]
-        return tuned_limits(model.limits, tuning, model.manifest, room)
-
-    def _vision(self, opened: _Opened, images: Sequence[ProcessedImage]) -> None:
+    def _vision(self, opened: Opened, images: Sequence[ProcessedImage]) -> None:
         self._run_vision(opened, images)
 
-    def _run_vision(self, opened: _Opened, images: Sequence[ProcessedImage]) -> VisualEmbeds:
+    def _run_vision(self, opened: Opened, images: Sequence[ProcessedImage]) -> VisualEmbeds:
         preparation = opened.model.preparation
         levels = preparation.inputs.image.keeps_levels
         return opened.session.vision(inputs_of_segments(images, preparation.config.vision, takes_levels=levels))
 
-    def _encoded(self, opened: _Opened, limits: Limits) -> Iterator[VisualEmbeds]:
+    def _encoded(self, opened: Opened, limits: Limits) -> Iterator[VisualEmbeds]:
         """Run the vision tower on the small images, as many in a call as the limits say."""
         images = self.workload.images
         most = max(1, limits.vision_patches // len(images[0].patches))
@@ -283,23 +236,23 @@ class Rig:
         for start in range(0, len(images), most):
             yield self._run_vision(opened, images[start : start + most])
 
-    def _all_images(self, opened: _Opened, tuning: Tuning) -> None:
-        for _ in self._encoded(opened, self._limits(opened, tuning)):
+    def _all_images(self, opened: Opened, tuning: Tuning) -> None:
+        for _ in self._encoded(opened, opened.limits(tuning)):
             pass
 
-    def _prompt(self, opened: _Opened, tuning: Tuning, prepared: Prepared) -> None:
-        self._prompt_of(opened, self._limits(opened, tuning), prepared)
+    def _prompt(self, opened: Opened, tuning: Tuning, prepared: Prepared) -> None:
+        self._prompt_of(opened, opened.limits(tuning), prepared)
 
-    def _prompt_of(self, opened: _Opened, limits: Limits, prepared: Prepared) -> None:
+    def _prompt_of(self, opened: Opened, limits: Limits, prepared: Prepared) -> None:
         self._prefill(opened, limits, prepared.decoder_inputs(no_visual_embeds(opened.model.config)))
 
-    def _long_prompt(self, opened: _Opened, tuning: Tuning) -> None:
+    def _long_prompt(self, opened: Opened, tuning: Tuning) -> None:
         if opened.embeds is None:
             opened.embeds = join_embeds(list(self._encoded(opened, opened.model.limits)))
-        limits = self._limits(opened, tuning)
+        limits = opened.limits(tuning)
         self._prefill(opened, limits, self.workload.long.decoder_inputs(opened.embeds))
 
-    def _prefill(self, opened: _Opened, limits: Limits, prompt: DecoderInputs) -> FloatArray:
+    def _prefill(self, opened: Opened, limits: Limits, prompt: DecoderInputs) -> FloatArray:
         """Run a prompt in the chunks that the scheduler makes of it, and return the last logits."""
         sizes = ChunkSize(limits.prefill_chunk, 1.0, limits.last_chunk)
         start, num_tokens = 0, prompt.input_ids.shape[1]
@@ -310,14 +263,14 @@ class Rig:
         last: FloatArray = np.array(logits[0, -1])
         return last
 
-    def _steps(self, opened: _Opened, num_sequences: int) -> None:
+    def _steps(self, opened: Opened, num_sequences: int) -> None:
         for number in range(self.sizes.num_steps):
             self._step(opened, num_sequences, number)
 
-    def _step(self, opened: _Opened, num_sequences: int, number: int) -> None:
+    def _step(self, opened: Opened, num_sequences: int, number: int) -> None:
         """Run a decode step behind rows that prompts have written."""
-        session = opened.session
-        batch = session.decode_batch(num_sequences, opened.cache.batch)
+        session, slots = opened.session, opened.cache.batch
+        batch = session.decode_batch(min(num_sequences, slots), slots)
         past = min(_SHORT_TOKENS, opened.cache.capacity // 2) + number
         inputs = self._text([[number + 1]] * batch, [past] * batch, 0)
         if opened.model.manifest.capabilities.get("top_k"):
@@ -329,7 +282,7 @@ class Rig:
         embeds = no_visual_embeds(self.manifest.model)
         return DecoderInputs.text(np.array(tokens_BS, np.int64), np.array(pasts, np.int64), embeds, delta=delta)
 
-    def _call_s(self, opened: _Opened) -> dict[int, float]:
+    def _call_s(self, opened: Opened) -> dict[int, float]:
         """Return the seconds of calls of several positions."""
         past = min(_SHORT_TOKENS, opened.cache.capacity // 2)
         calls = {num: self._text([list(range(1, num + 1))], [past], 0) for num in _POSITIONS}
@@ -341,7 +294,7 @@ class Rig:
                 found[num].append(self._clock() - started)
         return {num: sorted(times)[1] for num, times in found.items()}
 
-    def _draft_cost(self, opened: _Opened) -> float:
+    def _draft_cost(self, opened: Opened) -> float:
         """Return what one more position costs a call, as a share of a call of one."""
         self._call_s(opened)  # warms up
         call_s = self._call_s(opened)
@@ -349,10 +302,10 @@ class Rig:
         costs = [(seconds / one - 1) / (num - 1) for num, seconds in call_s.items() if num > 1]
         return round(min(1.0, max(0.01, float(np.median(costs)))), 2)
 
-    def _drafts(self, opened: _Opened, tuning: Tuning) -> float:
+    def _drafts(self, opened: Opened, tuning: Tuning) -> float:
         """Return what a token costs with prompt lookup: by calls timed now, averaged over rates of acceptance."""
         call_s = self._call_s(opened)
-        cost = self._limits(opened, tuning).draft_cost
+        cost = opened.limits(tuning).draft_cost
         return float(np.mean([token_s(call_s, cost, rate) for rate in _RATES]))
 
 
@@ -367,11 +320,6 @@ def token_s(call_s: Mapping[int, float], cost: float, rate: float) -> float:
     num_drafted = best_length(rate, cost, _MOST_DRAFTED)
     seconds = np.interp(1 + num_drafted, list(call_s), list(call_s.values()))
     return float(seconds) / sum(rate**i for i in range(num_drafted + 1))
-
-
-def _opening_of(tuning: Tuning) -> Tuning:
-    """Return the settings that an engine has to be opened anew for."""
-    return replace(tuning, prefill_chunk=None, vision_patches=None, draft_cost=None)
 
 
 def _workload(model: Qwen3VLModel, sizes: Sizes) -> Workload:

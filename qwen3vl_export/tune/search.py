@@ -34,6 +34,8 @@ NO_GAIN = "no gain beyond the noise"
 BASE_METRICS = (Metric.IMAGE, Metric.PROMPT, Metric.STEP)
 TTFT, IMAGE, PREFILL, TPOT = "ttft_s", "image_s", "prefill_s", "tpot_s"
 """Times of a whole request."""
+APART = {Metric.IMAGES: "images_s", Metric.STEPS: "steps_s", Metric.DRAFTS: "drafts_s"}
+"""What a request of one image, alone and without drafts, does not show, with its name beside those times."""
 
 OnStep = Callable[[str], object]
 
@@ -93,7 +95,8 @@ class Outcome:
         tuning: What is worth storing: nothing if the defaults are the best.
         choices: Of each setting.
         noise: Spread of the defaults' own times.
-        defaults: Times of whole requests with the defaults, by name, in rounds; empty where nothing was chosen.
+        defaults: Times of whole requests with the defaults, and of calls that these do not show, by name, in rounds;
+            empty where nothing was chosen.
         tuned: Those with what was chosen.
         verdict: Of the last contest, in words.
     """
@@ -112,7 +115,7 @@ class Outcome:
 
     @property
     def shifts(self) -> dict[str, Shift]:
-        """By what factor each time of a request changed."""
+        """By what factor each time changed."""
         return {name: paired_shift(times, self.tuned[name]) for name, times in self.defaults.items()}
 
 
@@ -149,7 +152,9 @@ class Search:
                 tuning = setting.of(tuning, choice.chosen)
         if tuning == Tuning():
             return Outcome(tuning, tuple(choices), noise, {}, {}, "the defaults are the best that was found")
-        defaults, tuned = self._head_to_head(tuning)
+        taken = [choice.setting for choice in choices if choice.chosen is not None]
+        apart = {name: each for each, name in APART.items() if any(each in setting.metrics for setting in taken)}
+        defaults, tuned = self._head_to_head(tuning, apart)
         noise = max(noise, *map(spread, defaults.values()))
         problem = problem_of({name: paired_shift(times, tuned[name]) for name, times in defaults.items()})
         verdict = problem or "faster than the defaults"
@@ -192,14 +197,18 @@ class Search:
         refusal = far.refusal(setting.effect, self.limits)
         return Trial(trial.value, trial.shifts, f"refused: {refusal}" if refusal else "chosen", far)
 
-    def _head_to_head(self, tuning: Tuning) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-        """Return the times of whole requests, by name and round: of the defaults and of a tuning, in turns."""
+    def _head_to_head(
+        self, tuning: Tuning, apart: Mapping[str, Metric]
+    ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Return times by name and round, of the defaults and of a tuning in turns: whole requests, and calls apart."""
         sides: list[tuple[Tuning, dict[str, list[float]]]] = [(Tuning(), {}), (tuning, {})]
         for number in range(-1, LEAST_ROUNDS):  # the first one warms up
             self.on_step(f"tuned against the defaults, {number + 1} of {LEAST_ROUNDS}")
             for side, times in sides if number % 2 == 0 else sides[::-1]:
-                for name, seconds in self.measures.request(side, number + 1).items():
-                    if number >= 0:
+                found = dict(self.measures.request(side, number + 1))
+                found |= {name: self.measures.time(side, metric) for name, metric in apart.items()}
+                if number >= 0:
+                    for name, seconds in found.items():
                         times.setdefault(name, []).append(seconds)
         return sides[0][1], sides[1][1]
 

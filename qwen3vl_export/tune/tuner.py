@@ -13,7 +13,7 @@ from typing import Any
 from qwen3vl_export.bench.shift import Shift
 from qwen3vl_export.parity.limits import limits_of
 from qwen3vl_export.tune.rig import Rig
-from qwen3vl_export.tune.search import NOISE_LIMIT, Choice, OnStep, Outcome, Search, Trial
+from qwen3vl_export.tune.search import APART, NOISE_LIMIT, Choice, OnStep, Outcome, Search, Trial
 from qwen3vl_export.tune.settings import settings_of
 from qwen3vl_export.tune.store import store
 from runtime.arguments import whole_number
@@ -24,7 +24,13 @@ DEFAULT_BUDGET_S = 180
 _LEAST_BUDGET_S, _MOST_BUDGET_S = 10, 3600
 # The rest is for the last contest, which repeats whole requests.
 _SHARE_OF_CONTESTS = 0.65
-_NAMES = {"ttft_s": "time to first token", "image_s": "image", "prefill_s": "prefill", "tpot_s": "time per token"}
+_NAMES = {
+    "ttft_s": "time to first token",
+    "image_s": "image",
+    "prefill_s": "prefill",
+    "tpot_s": "time per token",
+    **{name: metric.value for metric, name in APART.items()},
+}
 
 
 @dataclass(frozen=True)

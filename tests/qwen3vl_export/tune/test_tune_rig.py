@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engines.build_options import BuildOptions
 from engines.bundle import Bundle
 from helpers.engines import build
 from helpers.host_cuda import HostDevice
 from helpers.host_device import CPU
+from helpers.host_engine import build_host_engine
 from helpers.host_graphs import HostGraphs
 from qwen3vl_export.parity.limits import limits_of
 from qwen3vl_export.parity.verify import PLAIN_GREEDY
@@ -34,7 +36,7 @@ from runtime.contract import DecoderInputs, FloatArray
 from runtime.errors import CapacityError, EngineError
 from runtime.manifest import Manifest
 from runtime.session import KVCache, SessionOptions
-from runtime.sessions import ort_cpu, ort_cuda
+from runtime.sessions import ort_cpu, ort_cuda, tensorrt
 from runtime.tuning import Tuning
 
 BUDGET_S = 10
@@ -299,6 +301,25 @@ def test_an_engine_of_a_gpu_is_measured_on_the_host(
     assert recorded == {None: {4}, True: {SEQUENCES}}
     rig.time(Tuning(cuda_graphs=False), Metric.STEPS)
     assert set(graphs.take_runs()) <= {None, SEQUENCES} and not on_host[-1][0].cuda_graphs
+    rig.close()
+
+
+def test_an_engine_of_tensorrt_is_measured_on_the_host(
+    demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = BuildOptions(max_context=1024, max_batch=2, prefill_chunk=64, patch_buckets=(256, 1024))
+    folder = build_host_engine(demo_bundle, tmp_path / "engine", options)
+    monkeypatch.setattr(tensorrt, "CudaDevice", HostDevice)
+    rig = Rig(folder, BUDGET_S)
+    settings = settings_of(rig.manifest, rig.facts(), allow_approximate=True)
+    assert [each.name for each in settings] == ["cuda_graphs", "draft_cost"]
+    for metric in settings[0].metrics:
+        assert rig.time(Tuning(cuda_graphs=False), metric) > 0
+    _, limits = limits_of(rig.manifest)
+    expected = rig.answer(Tuning())
+    for tuning in (Tuning(cuda_graphs=False), Tuning(draft_cost=0.1)):
+        assert deviation(rig.answer(tuning, expected.tokens), expected, limits).refusal(Effect.ROUNDING, limits) == ""
+    assert rig.request(Tuning(cuda_graphs=False), 0)["tpot_s"] > 0
     rig.close()
 
 

@@ -209,6 +209,20 @@ def test_a_choice_that_gains_nothing_in_whole_requests_is_given_up() -> None:
     assert outcome.tuning == Tuning() and outcome.verdict == NO_GAIN
 
 
+def test_what_a_plain_request_does_not_show_is_timed_beside_it() -> None:
+    images = Setting("vision_patches", 4096, (1,), (Metric.IMAGES,), Effect.ROUNDING)
+    script = Script(
+        lambda tuning, metric: 0.8 if tuning.vision_patches and metric is Metric.IMAGES else 1.0,
+        request_s=lambda t: 1.0,
+    )
+    outcome = search(script, images)
+    assert outcome.tuning == Tuning(vision_patches=1) and set(outcome.shifts) == {"ttft_s", "tpot_s", "images_s"}
+    assert outcome.shifts["images_s"].ratio == pytest.approx(0.8, rel=0.01)
+    # What it costs elsewhere counts.
+    dear = Script(script.seconds, request_s=lambda t: 1.1 if t.vision_patches else 1.0)
+    assert search(dear, images).verdict == "slower: ttft_s"
+
+
 def test_what_there_is_no_time_for_keeps_its_default() -> None:
     script = Script(lambda tuning, metric: 0.5 if tuning != Tuning() else 1.0)
     outcome = search(script, PAGES, CHUNK, deadline=20.0)
