@@ -41,8 +41,8 @@ def table(result: Mapping[str, Any]) -> str:
     """Return what whole requests gain or lose, and each candidate with its verdict."""
     chosen = ", ".join(f"`{name}` {_word(value)}" for name, value in result["settings"].items()) or "the defaults"
     text = (
-        f"`{result['engine']}` ({result['target']}) in {result['budget_s']} s: {chosen}; {result['verdict']}. The "
-        f"defaults' own times spread by {100 * result['noise']:.1f} %. Below 1 is faster; intervals are of 95 %.\n"
+        f"`{result['engine']}` ({result['target']}) in {result['budget_s']} s: {chosen}; {result['verdict']}. "
+        f"Repeated times spread by {100 * result['noise']:.1f} %. Below 1 is faster; intervals are of 95 %.\n"
     )
     parts = [text]
     if result["changes"]:

@@ -44,9 +44,9 @@ _NUM_IMAGES = 4
 _SHORT_TOKENS, _LEAST_LONG = 256, 128
 _LEAST_STEPS, _MOST_STEPS = 4, 32
 _ANSWER_TOKENS = 8
-_PARTS = 45
+_PARTS = 60
 """A whole request is to take so small a part of the time: it is asked some fifteen times, beside all contests."""
-_POSITIONS = (1, 2, 3, 5, 9)
+_POSITIONS, _CALLS = (1, 2, 3, 5, 9), 5
 """Of the calls that the cost of drafts is measured with."""
 _RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 """Shares of drafted tokens that are accepted, of answers that copy: what a token costs is averaged over them."""
@@ -287,12 +287,12 @@ class Rig:
         past = min(_SHORT_TOKENS, opened.cache.capacity // 2)
         calls = {num: self._text([list(range(1, num + 1))], [past], 0) for num in _POSITIONS}
         found: dict[int, list[float]] = {num: [] for num in _POSITIONS}
-        for _ in range(3):
+        for _ in range(_CALLS):
             for num, inputs in calls.items():
                 started = self._clock()
                 opened.session.decode(inputs, opened.cache)
                 found[num].append(self._clock() - started)
-        return {num: sorted(times)[1] for num, times in found.items()}
+        return {num: float(np.median(times)) for num, times in found.items()}
 
     def _draft_cost(self, opened: Opened) -> float:
         """Return what one more position costs a call, as a share of a call of one."""

@@ -2,9 +2,10 @@
 
 A contest times the incumbent and all candidates of a setting in turns, every second round backwards, so that a busy
 minute falls on all of them. Only the ratios within a round count (`qwen3vl_export.bench.shift.paired_shift`). A
-candidate that is slower in every one of the first rounds leaves early. One wins if the whole interval of a time lies
-below 1, by `LEAST_GAIN` at least, none of its times is longer, and its answer is that of the defaults. What was chosen
-then meets the defaults in whole requests, and is given up if any of their times is longer, or none is shorter.
+candidate that is slower in every one of the first rounds, or faster in none of its times, leaves early. One wins if the
+whole interval of a time lies below 1, by `LEAST_GAIN` at least, none of its times is longer, and its answer is that of
+the defaults. What was chosen then meets the defaults in whole requests, and is given up if any of their times is
+longer, or none is shorter.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from runtime.tuning import Tuning
 LEAST_GAIN = 0.02
 """A gain below this is not worth a setting, and a loss below it is not told from none."""
 NOISE_LIMIT = 0.10
-"""Spread of the defaults' own times above which nothing is stored: (third - first quartile) / median."""
+"""Spread of an incumbent's own times above which nothing is stored."""
 EARLY_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 3, 6, 9
 """After so many a candidate may leave; so many an interval needs; so many are made where it does not tell."""
 _CLEARLY_SLOWER = 1.03
@@ -94,7 +95,7 @@ class Outcome:
     Attributes:
         tuning: What is worth storing: nothing if the defaults are the best.
         choices: Of each setting.
-        noise: Spread of the defaults' own times.
+        noise: Median spread of incumbents' own times; of the contests, or of the last one if that is larger.
         defaults: Times of whole requests with the defaults, and of calls that these do not show, by name, in rounds;
             empty where nothing was chosen.
         tuned: Those with what was chosen.
@@ -137,37 +138,41 @@ class Search:
     deadline: float
     on_step: OnStep = field(default=lambda text: None)
 
+    def __post_init__(self) -> None:
+        """Begin without any times."""
+        self._spreads: list[float] = []
+
     def run(self, settings: Sequence[Setting]) -> Outcome:
         """Try all settings.
 
         Raises:
             EngineError, CapacityError: The engine does not run with its defaults.
         """
-        noise = self._reference_noise()
         tuning, choices = Tuning(), []
         for setting in settings:
             choice = self._choose(setting, tuning)
             choices.append(choice)
             if choice.chosen is not None:
                 tuning = setting.of(tuning, choice.chosen)
+        noise = statistics.median(self._spreads) if self._spreads else self._reference_noise()
         if tuning == Tuning():
             return Outcome(tuning, tuple(choices), noise, {}, {}, "the defaults are the best that was found")
         taken = [choice.setting for choice in choices if choice.chosen is not None]
         apart = {name: each for each, name in APART.items() if any(each in setting.metrics for setting in taken)}
         defaults, tuned = self._head_to_head(tuning, apart)
-        noise = max(noise, *map(spread, defaults.values()))
+        noise = max(noise, statistics.median(map(spread, defaults.values())))
         problem = problem_of({name: paired_shift(times, tuned[name]) for name, times in defaults.items()})
         verdict = problem or "faster than the defaults"
         return Outcome(Tuning() if problem else tuning, tuple(choices), noise, defaults, tuned, verdict)
 
     def _reference_noise(self) -> float:
-        """Return the spread of the defaults' own times."""
+        """Return the spread of the defaults' own times, where no contest has told it."""
         taken: dict[Metric, list[float]] = {metric: [] for metric in BASE_METRICS}
         for number in range(LEAST_ROUNDS):
             self.on_step(f"noise of this machine, {number + 1} of {LEAST_ROUNDS}")
             for metric, times in taken.items():
                 times.append(self.measures.time(Tuning(), metric))
-        return max(map(spread, taken.values()))
+        return statistics.median(map(spread, taken.values()))
 
     def _choose(self, setting: Setting, incumbent: Tuning) -> Choice:
         if self.clock() >= self.deadline:
@@ -176,6 +181,7 @@ class Search:
         while contest.goes_on and self.clock() < self.deadline:
             self.on_step(f"{setting.name}: {contest.standing}")
             contest.play()
+        self._spreads += contest.spreads()
         trials = contest.trials()
         won = [trial for trial in trials if not trial.verdict]
         taken: Trial | None = None
@@ -230,7 +236,16 @@ class _Contest:
         """Whether another round may tell something."""
         if not self._alive or self._num_rounds >= MOST_ROUNDS:
             return False
-        return self._num_rounds < LEAST_ROUNDS or any(self._verdict(value) == NO_GAIN for value in self._alive)
+        return self._num_rounds < LEAST_ROUNDS or any(map(self._is_promising, self._alive))
+
+    def spreads(self) -> list[float]:
+        """Return how far the incumbent's own times lie apart, of those that were repeated."""
+        return [spread(times) for times in self._times[None].values() if len(times) >= EARLY_ROUNDS]
+
+    def _is_promising(self, value: Any) -> bool:
+        """Whether a candidate seems faster, and the interval does not tell yet."""
+        fastest = min(shift.ratio for shift in self._shifts(value).values())
+        return self._verdict(value) == NO_GAIN and fastest <= 1 - LEAST_GAIN
 
     @property
     def standing(self) -> str:
@@ -254,6 +269,8 @@ class _Contest:
             for value in list(self._alive):
                 if slow := self._slower_in_all_rounds(value):
                     self._leave(value, f"slower: {slow}")
+                elif min(map(statistics.median, self._ratios(value).values())) >= 1:
+                    self._leave(value, NO_GAIN)
 
     def trials(self) -> list[Trial]:
         """Return how the candidates did; the verdict of winners is empty."""
@@ -268,11 +285,17 @@ class _Contest:
 
     def _slower_in_all_rounds(self, value: Any) -> Metric | None:
         """Return the first time that was longer in every round, and clearly so in most; None if there is none."""
-        for metric, times in self._times[value].items():
-            ratios = [own / other for own, other in zip(times, self._times[None][metric], strict=True)]
+        for metric, ratios in self._ratios(value).items():
             if min(ratios) > 1 and statistics.median(ratios) > _CLEARLY_SLOWER:
                 return metric
         return None
+
+    def _ratios(self, value: Any) -> dict[Metric, list[float]]:
+        """Return the factor of each round, of a candidate that played all."""
+        return {
+            metric: [own / other for own, other in zip(times, self._times[None][metric], strict=True)]
+            for metric, times in self._times[value].items()
+        }
 
     def _shifts(self, value: Any) -> dict[Metric, Shift]:
         """Return the factors of those rounds that a candidate played; none if it played none."""

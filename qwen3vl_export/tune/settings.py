@@ -129,14 +129,14 @@ def _of_gpu(manifest: Manifest, facts: Facts) -> Iterator[Setting]:
 
 
 def _of_all(manifest: Manifest, facts: Facts) -> Iterator[Setting]:
-    if "prefill_chunk" not in manifest.capabilities:
-        chunks = chunk_candidates(facts)
-        yield Setting("prefill_chunk", facts.prefill_chunk, chunks, (Metric.LONG_PROMPT,), Effect.ROUNDING)
+    if facts.drafts:
+        yield Setting("draft_cost", DRAFT_COST, (facts.draft_cost,), (Metric.DRAFTS,), Effect.ROUNDING)
     if facts.max_segments is None or facts.max_segments > 1:
         # One patch: each image by itself.
         yield Setting("vision_patches", VISION_PATCHES, (1, _PATCHES_OF_PAIRS), (Metric.IMAGES,), Effect.ROUNDING)
-    if facts.drafts:
-        yield Setting("draft_cost", DRAFT_COST, (facts.draft_cost,), (Metric.DRAFTS,), Effect.ROUNDING)
+    if "prefill_chunk" not in manifest.capabilities:  # last: it takes longest, and gains least
+        chunks = chunk_candidates(facts)
+        yield Setting("prefill_chunk", facts.prefill_chunk, chunks, (Metric.LONG_PROMPT,), Effect.ROUNDING)
 
 
 def thread_candidates(facts: Facts, default: int) -> tuple[int, ...]:

@@ -92,7 +92,7 @@ class Report:
                 times.append((_NAMES[name], *pair, _shift_text(self.outcome.shifts[name])))
             parts.append(columns(times))
         end = [
-            f"noise of the defaults' own times: {100 * self.outcome.noise:.1f} %",
+            f"noise of repeated times: {100 * self.outcome.noise:.1f} %",
             f"verdict: {self.outcome.verdict}",
         ]
         end += [f"note: {note}" for note in self.notes]
