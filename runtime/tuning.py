@@ -110,7 +110,7 @@ class Tuning:
             UsageError: It has none for one.
         """
         capabilities, on_gpu = manifest.capabilities, is_on_gpu(manifest)
-        has_session = {
+        has_use = {
             "huge_pages": not on_gpu,
             "separate_prefill": "prefill_min_tokens" in capabilities,
             "prefill_chunk": "prefill_chunk" not in capabilities,
@@ -120,7 +120,7 @@ class Tuning:
             "sdpa_kernel": manifest.session == "ort_cuda",
         }
         for name in self.values():
-            if not has_session.get(name, True):
+            if not has_use.get(name, True):
                 raise UsageError(
                     f"{name}: an engine of {manifest.target} has no use for it", remedy=f"leave {name} out"
                 )

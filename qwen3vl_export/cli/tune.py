@@ -40,9 +40,9 @@ def tune(
 
     Tried are, where an engine has a use for them: huge pages, threads, the chunks that prompts are read in, how many
     images share a call, how much prompt lookup drafts; on a GPU also graphs, decode kernels and attention kernels. A
-    setting is taken if it is faster beyond the noise in nothing slower, and its answer is that of the defaults: to the
-    bit, or within rounding. All together then meet the defaults in whole requests; the defaults stay if these are not
-    slower. On a busy machine nothing is kept.
+    setting is taken if something is faster beyond the noise, nothing is slower, and the answer is that of the defaults:
+    to the bit, or within rounding. All that was taken then meets the defaults in whole requests; if it is not faster
+    there, the defaults stay. On a busy machine nothing is kept.
 
     --no-tuned, of every command that opens an engine, opens it with the defaults. docs/tuning.md says more.
 
