@@ -28,6 +28,7 @@ from benchmarks.serve_peers import serve_peers
 from benchmarks.serving.command import serving
 from benchmarks.structured import structured
 from benchmarks.synthetic import write
+from benchmarks.tune import tune
 from benchmarks.video import video
 from runtime.errors import Qwen3VLError
 
@@ -53,6 +54,7 @@ _COMMANDS = (
     serve_peers,
     serving,
     structured,
+    tune,
     video,
 )
 for command in _COMMANDS:

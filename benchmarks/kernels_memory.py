@@ -16,7 +16,7 @@ def main() -> None:
     from runtime.model import Qwen3VLModel
 
     engine, patches, output = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    model = Qwen3VLModel.from_engine(engine, max_context=2048)
+    model = Qwen3VLModel.from_engine(engine, max_context=2048, tuned=False)
     side = model.manifest.model.vision.patch_size * 2 * round(math.sqrt(patches) / 2)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]

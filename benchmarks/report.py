@@ -31,6 +31,7 @@ from benchmarks import (
     serve_hostile,
     serve_peers,
     status,
+    tune,
 )
 from benchmarks.compare import chart, tables
 from benchmarks.result_files import RESULTS, kind, of_kind, page
@@ -55,6 +56,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "run": run.table,
     "serve": serve.table,
     "serving": serving_tables.table,
+    "tune": tune.table,
 }
 """What makes the table of a result, by its kind."""
 

@@ -19,11 +19,10 @@ from runtime import generation
 from runtime.contract import join_embeds, no_visual_embeds
 from runtime.manifest import Manifest
 from runtime.memory import STAGING, WEIGHTS
-from runtime.memory_plan import Planner
 from runtime.model import Qwen3VLModel
 from runtime.preparation import Prepared
 from runtime.route import possible_routes
-from runtime.scheduling.plan import work_of
+from runtime.scheduling.plan import held_bytes
 
 _T = TypeVar("_T")
 _STEPS = 8
@@ -147,6 +146,6 @@ def _timed(work: Callable[[], _T]) -> tuple[float, _T]:
 
 
 def _row(model: Qwen3VLModel, found: list[dict[str, float]]) -> dict[str, Any]:
-    held = Planner.of(model.manifest).plan(work_of(model.limits)).parts
+    held = held_bytes(model.manifest, model.limits)
     times = {name: measure.summarise([each[name] for each in found]) for name in found[0]}
     return {**times, "weight_bytes": held[WEIGHTS], "staging_bytes": held.get(STAGING, 0)}

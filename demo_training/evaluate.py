@@ -157,7 +157,7 @@ def main() -> None:
     else:
         from qwen3_vl import Qwen3VLModel
 
-        model = Qwen3VLModel.from_engine(options.engine, threads=options.threads)
+        model = Qwen3VLModel.from_engine(options.engine, threads=options.threads, tuned=False)
         target, predict = model.manifest.target, predictor(model)
         name, how = f"{options.name}_{target}", f"engine {target}, greedy"
     count = options.limit or HELD_OUT_COUNT

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 from runtime.arguments import whole_number
@@ -15,6 +16,7 @@ from runtime.option_checks import true_or_false
 from runtime.route import RouteKeywords
 from runtime.serving_options import ServingKeywords, ServingOptions
 from runtime.session import SessionOptions, is_on_gpu
+from runtime.tuning import Tuning, tuning_for
 
 DEFAULT_MAX_CONTEXT = 4096
 
@@ -47,7 +49,14 @@ class MemoryKeywords(TypedDict, total=False):
 
 
 class OpeningKeywords(ServingKeywords, KernelKeywords, RouteKeywords, MemoryKeywords, total=False):
-    """What `Qwen3VLModel.from_engine` takes beside its own arguments."""
+    """What `Qwen3VLModel.from_engine` takes beside its own arguments.
+
+    Attributes:
+        tuned: Take the settings that `qwen3vl tune` found for this engine on this machine; True by default, without
+            effect where there are none. False takes none, a `Tuning` that one. What is given beside it goes before.
+    """
+
+    tuned: bool | Tuning
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class EngineOptions:
     max_image_pixels: int
     legacy_video_prompt: bool
     serving: ServingOptions
+    tuning: Tuning
     fit: bool = False
     is_limited: bool = True
 
@@ -74,9 +84,9 @@ class EngineOptions:
         manifest: Manifest,
         *,
         threads: Any = None,
-        huge_pages: bool = False,
-        cuda_graphs: bool = True,
-        decode_plan: bool = True,
+        huge_pages: bool | None = None,
+        cuda_graphs: bool | None = None,
+        decode_plan: bool | None = None,
         batch_invariant: bool = False,
         weights_twice: bool = False,
         max_context: Any = None,
@@ -86,6 +96,7 @@ class EngineOptions:
         max_image_pixels: Any = None,
         legacy_video_prompt: Any = False,
         fit: Any = False,
+        tuned: Any = True,
         **serving: Any,
     ) -> EngineOptions:
         """Check what a caller gave, and fill in the defaults of an engine.
@@ -109,10 +120,22 @@ class EngineOptions:
         if max_memory is None:
             max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
         max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
-        session = SessionOptions(threads, huge_pages, cuda_graphs, decode_plan, batch_invariant, weights_twice)
+        given = {"threads": threads, "huge_pages": huge_pages, "cuda_graphs": cuda_graphs, "decode_plan": decode_plan}
+        if (batch_invariant or weights_twice) and decode_plan is None:
+            given["decode_plan"] = True  # they are of the plan, whatever is stored
+        tuning = tuning_for(manifest, tuned, given)
+        stated = {name: value for name, value in given.items() if value is not None}
+        session = session_options({**tuning.values(), **stated})
+        session = replace(session, batch_invariant=batch_invariant, weights_twice=weights_twice)
         limits = min_pixels, max_pixels, max_image_pixels, true_or_false("legacy_video_prompt", legacy_video_prompt)
         checked = ServingOptions.checked(**serving)
-        return cls(max_context, max_memory, session, *limits, checked, true_or_false("fit", fit), is_limited)
+        return cls(max_context, max_memory, session, *limits, checked, tuning, true_or_false("fit", fit), is_limited)
+
+
+def session_options(settings: Mapping[str, Any]) -> SessionOptions:
+    """Return the options of a session that some settings are; others are limits of the scheduler."""
+    names = {field.name for field in fields(SessionOptions)}
+    return SessionOptions(**{name: value for name, value in settings.items() if name in names})
 
 
 def checked_max_context(given: Any, trained: int, capacity: int | None = None) -> int:

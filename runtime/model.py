@@ -56,6 +56,7 @@ from runtime.thinking import checked_marks
 from runtime.tokenizer import Tokenizer
 from runtime.tools.grammar import calls_format
 from runtime.tools.reader import ExpectedCalls
+from runtime.tuning import Tuning
 from runtime.urls import check_local
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
@@ -82,6 +83,7 @@ class Qwen3VLModel:
         source: str | None = None,
         threads: int | None = None,
         fitted: Mapping[str, tuple[int, int]] | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         """Put a session to work; `from_engine` opens one. Without limits, it runs one sequence at a time."""
         if not isinstance(manifest, Manifest):
@@ -95,10 +97,11 @@ class Qwen3VLModel:
         self.preparation = preparation
         self.max_context = max_context
         self.max_memory = max_memory
+        self.tuning = tuning or Tuning()
         self._owner = Owner(session)
         self._compiler = Compiler(preparation.tokenizer, manifest.model.text.vocab_size)
         self._source = source
-        self._threads = threads
+        self.threads = threads
         self._fitted = fitted or {}
         capacity = manifest.capabilities.get("capacity")
         self._room = ContextRoom(max_context, preparation, sys.maxsize if capacity is None else int(capacity))
@@ -119,7 +122,8 @@ class Qwen3VLModel:
             f"target={shown(self.manifest.target)}",
             f"model={shown(self.manifest.source.get('name'))}",
             f"max_context={self.max_context}",
-            *([f"threads={self._threads}"] if self._threads is not None else []),
+            *([f"threads={self.threads}"] if self.threads is not None else []),
+            *([f"tuning={str(self.tuning)!r}"] if str(self.tuning) else []),
             *(["fit=True"] if self._fitted else []),
             *(f"{option}={shown(folder)}" for option, folder in other_engines(self.session)),
         ]
@@ -174,8 +178,8 @@ class Qwen3VLModel:
         *,
         check: bool = False,
         threads: int | None = None,
-        huge_pages: bool = False,
-        cuda_graphs: bool = True,
+        huge_pages: bool | None = None,
+        cuda_graphs: bool | None = None,
         max_context: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -202,8 +206,8 @@ class Qwen3VLModel:
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
             legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
-            **keywords: How many requests run, wait and are kept, which kernels decode, and whether less of it is chosen
-                where not all fits, and which engines run a part in place of this one (`OpeningKeywords`).
+            **keywords: Requests at once, kernels of decode steps, engines that run a part in place of this one, what
+                `qwen3vl tune` found, and whether less is chosen where not all fits (`OpeningKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -624,6 +628,7 @@ class Qwen3VLModel:
         fitted = {name: {"wanted": wanted, "chosen": chosen} for name, (wanted, chosen) in self._fitted.items()}
         route = describe(self.session)
         more = {"fitted": fitted, "route": route}
+        path["tuning"] = self.tuning.values()
         return {**self._worker.statistics(), **path, **{name: value for name, value in more.items() if value}}
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:

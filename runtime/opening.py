@@ -19,6 +19,7 @@ from runtime.preparation import Preparation
 from runtime.scheduling.plan import plan_limits
 from runtime.scheduling.request import Limits
 from runtime.session import Session, SessionOptions, is_on_gpu, open_session
+from runtime.tuning import tuned_limits
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
 _LOGGER = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def open_engine(
         room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes) - staging_bytes)
         limits = plan_limits(manifest, options.serving, options.max_context, room)
     limits = limits if fitted is None else fitted.apply(limits)
+    limits = tuned_limits(limits, options.tuning, manifest, room)
     changes = {} if fitted is None else fitted.changes
     return Opened(session, preparation, limits, options.session.threads or default_threads(), changes)
 

@@ -153,6 +153,9 @@ class SessionOptions:
         batch_invariant: Of these kernels, take the form whose rounding does not depend on the batch.
         weights_twice: Take them even where ONNX Runtime keeps a second copy of the weights on the GPU.
         parts: What the session is asked for: it may leave graphs closed that run nothing of it.
+        separate_prefill: Read prompts with a decoder of their own, where an engine has one.
+        every_batch: Record decode steps for every number of sequences, not for powers of two alone.
+        sdpa_kernel: The CUDA provider's option of that name; None leaves it to the provider.
     """
 
     threads: int | None = None
@@ -162,6 +165,9 @@ class SessionOptions:
     batch_invariant: bool = False
     weights_twice: bool = False
     parts: frozenset[str] = PARTS
+    separate_prefill: bool = True
+    every_batch: bool = False
+    sdpa_kernel: str | None = None
 
 
 def open_session(folder: Path, manifest: Manifest, options: SessionOptions = SessionOptions()) -> Session:

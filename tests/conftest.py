@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Search no module of the tests for garbage, nor what they import."""
     set_aside()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Open engines with their defaults, whatever `qwen3vl tune` has found on this machine."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.tuning_store.user_cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What this machine is, which target suits it, and which engines run which parts of a model."""
+"""What this machine is, which target suits it, which engine runs what, and which settings are faster."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from engines.choose import Candidate, Choice, choose_target, consider
     from engines.hardware import Gpu, Hardware, probe
     from engines.split import Share, Split, find_split
+    from qwen3vl_export.tune.tuner import tune
     from runtime.route import Route, possible_routes
     from runtime.routed_session import RoutedCache, RoutedEngine, RoutedSession
+    from runtime.tuning import Tuning
 
 __all__ = [
     "Candidate",
@@ -24,11 +26,13 @@ __all__ = [
     "RoutedSession",
     "Share",
     "Split",
+    "Tuning",
     "choose_target",
     "consider",
     "find_split",
     "possible_routes",
     "probe",
+    "tune",
 ]
 
 _SOURCES = {
@@ -37,6 +41,8 @@ _SOURCES = {
     "engines.split": ["Share", "Split", "find_split"],
     "runtime.route": ["Route", "possible_routes"],
     "runtime.routed_session": ["RoutedCache", "RoutedEngine", "RoutedSession"],
+    "qwen3vl_export.tune.tuner": ["tune"],
+    "runtime.tuning": ["Tuning"],
 }
 
 __getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

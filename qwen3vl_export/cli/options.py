@@ -83,6 +83,7 @@ class Opening:
         legacy_video_prompt: Write prompts with videos as transformers before 5.10 did.
         vision_engine: Run the vision tower on this engine of the same checkpoint.
         prefill_engine: Run prompts on this engine of the same checkpoint; its rows of the KV cache are moved.
+        no_tuned: Open with the defaults, and not with the settings that `qwen3vl tune` found on this machine.
     """
 
     min_pixels: int | None = None
@@ -92,7 +93,7 @@ class Opening:
     max_memory: Annotated[float | None, typer.Option(metavar="GB")] = None
     fit: bool = False
     threads: int | None = None
-    huge_pages: bool = False
+    huge_pages: Annotated[bool | None, typer.Option("--huge-pages/--no-huge-pages")] = None
     no_cuda_graphs: bool = False
     no_decode_plan: bool = False
     batch_invariant: bool = False
@@ -100,6 +101,7 @@ class Opening:
     legacy_video_prompt: bool = False
     vision_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None
     prefill_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None
+    no_tuned: bool = False
 
     def open(self, engine: Path, *, check: bool = False, serving: Serving | None = None) -> Qwen3VLModel:
         """Open it.
@@ -114,6 +116,17 @@ class Opening:
         """
         from runtime.model import Qwen3VLModel
 
+        options = self.arguments()
+        if serving is not None:
+            options |= serving.arguments()
+        return Qwen3VLModel.from_engine(engine, check=check, **options)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what was given as arguments of `Qwen3VLModel.from_engine`.
+
+        Raises:
+            UsageError: An option is out of range.
+        """
         options = given(self)
         if self.max_memory is not None:
             if not math.isfinite(self.max_memory):
@@ -122,12 +135,10 @@ class Opening:
                     remedy="leave it out for the machine's",
                 )
             options["max_memory"] = round(self.max_memory * 1e9)
-        for name in ("cuda_graphs", "decode_plan"):
+        for name in ("cuda_graphs", "decode_plan", "tuned"):
             if options.pop(f"no_{name}", False):
                 options[name] = False
-        if serving is not None:
-            options |= serving.arguments()
-        return Qwen3VLModel.from_engine(engine, check=check, **options)
+        return options
 
 
 @dataclass(frozen=True)

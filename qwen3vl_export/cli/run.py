@@ -54,6 +54,7 @@ from qwen3vl_export.cli.picture_options import Pictures
 from qwen3vl_export.cli.plan import plan
 from qwen3vl_export.cli.serve import serve
 from qwen3vl_export.cli.targets import targets
+from qwen3vl_export.cli.tune import tune
 from qwen3vl_export.cli.verify import verify
 from runtime.errors import UsageError
 
@@ -218,7 +219,8 @@ def inspect(
     --json prints one object: target, session, capabilities, model, versions, source, files (num_bytes, sha256,
     is_weights), format_version, weight_bytes, check (passed, compared, note); of ort-cuda engines decode_kernels, which
     says for which GPUs there are own kernels, and whose run on this machine (compute_capabilities, batches, here,
-    reason); with other engines for a part, which are checked as well, route: engine and target of each part.
+    reason); with other engines for a part, which are checked as well, route: engine and target of each part;
+    tuning (what `qwen3vl tune` found for it on this machine; null if nothing is kept).
 
     --graph draws vision tower and decoder by pieces, with formats and bytes of their weights, into a .svg file or, with
     a table, into a .html file. It reads the engine's ONNX graphs, and needs the package of that name (extra [export]).
@@ -232,6 +234,7 @@ def inspect(
     from runtime.decode_plan_report import decode_report
     from runtime.manifest import Manifest
     from runtime.route import Route, parts_of
+    from runtime.tuning_store import stored_values
     from runtime.urls import check_local
 
     check_local(engine, "engine")
@@ -246,19 +249,23 @@ def inspect(
         _write_graph(graph, engine, manifest)
     runs = parts_of(Route.read(engine, check=check, **given(route)).engines) if given(route) else {}
     report = decode_report(engine, manifest)
+    tuning = stored_values(manifest)
     compared = "SHA-256 of every file" if check else "SHA-256 of small files, size of weight files"
     if as_json:
         values = {**dataclasses.asdict(manifest), "model": manifest.model.to_dict()}
         values["weight_bytes"] = manifest.weight_bytes
         if report is not None:
             values["decode_kernels"] = dataclasses.asdict(report)
-        values |= {"route": runs} if runs else {}
+        values |= {"tuning": tuning, **({"route": runs} if runs else {})}
         print_json({**values, "check": {"passed": True, "compared": compared, "note": HASH_NOTE}})
         return
     if report is not None:
         print_text(f"decode     {decode_text(report)}")
     if runs:
         print_text(f"route      {route_text(runs)}")
+    if tuning is not None:
+        said = ", ".join(f"{name} {value}" for name, value in tuning.items())
+        print_text(f"tuned      {said or 'the defaults are the best'}")
     print(f"check      passed: {compared} ({HASH_NOTE})")
     if any(name.endswith(".plan") for name in manifest.files):
         print("note       a plan is code that the library runs: open only engines that you trust")
@@ -282,7 +289,7 @@ def _check_graph(file: Path, manifest: Any) -> None:
     check_file(file)
 
 
-for command in (serve, batch, verify, bench, targets, plan):
+for command in (serve, batch, verify, bench, targets, plan, tune):
     app.command()(command)
 app.add_typer(cache)
 

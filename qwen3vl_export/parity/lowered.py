@@ -184,7 +184,7 @@ def open_model(folder: Path, *, threads: int | None = None, route: Mapping[str, 
 
     check_local(folder, "engine")
     if not is_lowered(folder):
-        return Qwen3VLModel.from_engine(folder, threads=threads, **RouteKeywords(**(route or {})))
+        return Qwen3VLModel.from_engine(folder, threads=threads, tuned=False, **RouteKeywords(**(route or {})))
     if route:
         raise UsageError(
             f"{folder} holds lowered graphs, which run all parts themselves",

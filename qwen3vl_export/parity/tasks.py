@@ -187,4 +187,4 @@ def build_reference(source: Checkpoint, folder: Path) -> Qwen3VLModel:
     from runtime.model import Qwen3VLModel
 
     export(ExportRequest(source.name, target=REFERENCE_TARGET, output=folder))
-    return Qwen3VLModel.from_engine(folder, threads=_THREADS)
+    return Qwen3VLModel.from_engine(folder, threads=_THREADS, tuned=False)

@@ -18,7 +18,6 @@ Where the engine chose another expert, the reference follows it (routes.py); tha
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import load
 from qwen3vl_export.parity.cases import Case, make_cases
 from qwen3vl_export.parity.details import CaseDetails, Compared, details_of
+from qwen3vl_export.parity.limits import limits_of
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, manifests_of, open_model_of, route_notes
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
 from qwen3vl_export.parity.own_reference import OwnReference
@@ -42,9 +42,8 @@ from qwen3vl_export.parity.routes import Followed, follow
 from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE, TransformersReference, check_installed
 from qwen3vl_export.routing import Assignment, RouterStatistics
 from runtime.contract import FloatArray
-from runtime.errors import EngineError, ParityError, UsageError
+from runtime.errors import EngineError, UsageError
 from runtime.image_processor import ProcessedImage
-from runtime.manifest import Manifest
 from runtime.video.processor import ProcessedVideo
 
 if TYPE_CHECKING:
@@ -123,30 +122,6 @@ def _open_reference(kind: str, checkpoint: Checkpoint) -> Reference:
     if kind == TRANSFORMERS:
         return TransformersReference(checkpoint)
     raise UsageError(f"unknown reference {kind!r}", remedy=f"give one of {TRANSFORMERS}, {OWN}")
-
-
-def limits_of(*manifests: Manifest) -> tuple[str, dict[str, float]]:
-    """Return what engines compute in, as the report calls it, and the widest of the limits on their errors."""
-    names, limits = zip(*map(_limits_of, manifests), strict=True)
-    return " and ".join(dict.fromkeys(names)), functools.reduce(wider_limits, limits)
-
-
-def _limits_of(manifest: Manifest) -> tuple[str, dict[str, float]]:
-    import configs
-
-    precision, tolerances = str(manifest.capabilities["precision"]), configs.load("tolerances")
-    if precision not in tolerances:
-        raise ParityError(f"configs/tolerances.toml has no table [{precision}]", remedy="add it, with its reasons")
-    if (bits := manifest.capabilities.get("cache_bits")) is None:
-        return precision, tolerances[precision]
-    cache = f"cache_int{bits}"
-    return f"{precision} with {cache}", wider_limits(tolerances[precision], tolerances[cache])
-
-
-def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
-    """Return `limits`, each replaced by that of `others` if more passes it."""
-    chosen = {name: (min if name.endswith("_agreement") else max)(limits[name], others[name]) for name in others}
-    return {**limits, **chosen}
 
 
 @dataclass(frozen=True)

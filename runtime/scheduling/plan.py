@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from runtime.errors import CapacityError, UsageError
@@ -124,6 +125,11 @@ def work_of(limits: Limits) -> Work:
         chunk=max(limits.prefill_chunk, limits.last_chunk),
         embeds_bytes=limits.vision_cache_bytes,
     )
+
+
+def held_bytes(manifest: Manifest, limits: Limits) -> Mapping[str, int]:
+    """Return the bytes of an opened engine at most, part by part, but for the images and logits of a call."""
+    return Planner.of(manifest).plan(work_of(limits)).parts
 
 
 def _check_built_for(max_sequences: int | None, kept_sequences: int | None, built_for: Any) -> None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from runtime.contract import FloatArray, VisualEmbeds
 from runtime.generation_config import GenerationOptions
 from runtime.preparation import Prepared
+from runtime.prompt_lookup import DRAFT_COST
 from runtime.scheduling.pieces import Pieces
 from runtime.structured.constraint import MakeConstraint
 from runtime.tools.reader import ExpectedCalls
+from runtime.vision_inputs import VISION_PATCHES
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,8 @@ class Limits:
         prefill_chunk: Most tokens of a chunk.
         last_chunk: Most of one that ends a prompt, so that no few tokens are left for another.
         logits_chunk: Most tokens of a chunk that all get logits.
+        vision_patches: Images of one grid share a call while they have no more patches than this together.
+        draft_cost: That of `runtime.prompt_lookup.DraftLength`.
     """
 
     max_sequences: int
@@ -81,6 +85,8 @@ class Limits:
     prefill_chunk: int
     last_chunk: int
     logits_chunk: int
+    vision_patches: int = VISION_PATCHES
+    draft_cost: float = DRAFT_COST
 
     @property
     def num_slots(self) -> int:

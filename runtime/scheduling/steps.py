@@ -37,7 +37,7 @@ from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.slots import Slots
 from runtime.scheduling.vision_cache import VisionCache
 from runtime.session import Session, TopLogits, TopLogitsSession
-from runtime.vision_inputs import VISION_PATCHES, blank_inputs, inputs_of_segments, takes_grey_levels
+from runtime.vision_inputs import blank_inputs, inputs_of_segments, takes_grey_levels
 
 _RUNS_TO_RECORD = 2  # TensorRT sets up what a new shape needs in the first run, and records the second
 MAX_FAILURES = 3
@@ -70,6 +70,7 @@ class Steps:
         self._no_embeds = no_visual_embeds(manifest.model)
         self._chunks = ChunkSize(limits.prefill_chunk, limits.max_delay_s, limits.last_chunk)
         self._logits_chunk = limits.logits_chunk
+        self._vision_patches = limits.vision_patches
         self._max_sequences = limits.max_sequences
         self._on_vision = on_vision
         runs_beside = getattr(session, "runs_vision_beside", False)
@@ -315,7 +316,7 @@ class Steps:
 
     def _group(self, sequence: Sequence) -> list[tuple[Sequence, int, ProcessedImage]]:
         _, first = sequence.missing_images[0]
-        most = max(1, VISION_PATCHES // len(first.patches))
+        most = max(1, self._vision_patches // len(first.patches))
         most = most if self._max_segments is None else min(most, self._max_segments)
         others = [each for each in self.prompts if each is not sequence and each.waits_for_vision]
         group: dict[bytes, tuple[Sequence, int, ProcessedImage]] = {}

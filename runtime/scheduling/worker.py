@@ -363,7 +363,8 @@ class Worker:
     def _lookup(self, request: Request) -> PromptLookup | None:
         num_tokens = min(request.options.prompt_lookup_num_tokens, self.limits.logits_chunk - 1)
         never = (self._config.image_token_id, self._config.video_token_id)
-        return PromptLookup(request.prepared.prompt.input_ids, num_tokens, never) if num_tokens > 0 else None
+        ids, cost = request.prepared.prompt.input_ids, self.limits.draft_cost
+        return PromptLookup(ids, num_tokens, never, cost) if num_tokens > 0 else None
 
     def _run(self) -> None:
         try:

@@ -135,6 +135,7 @@ class OrtCpuSession:
         runs_vision_beside: The vision tower may run in another thread than the decoder at the same time. Steps of two
             sequences beside an image of 2304 patches (2B in 4 bits, 2 cores): 124 ms, the slowest 179 ms, where they
             take 43 ms alone; after it, they would wait 5.2 s.
+        huge_page_bytes: Memory that has huge pages because they were asked for.
     """
 
     runs_vision_beside = True
@@ -149,7 +150,8 @@ class OrtCpuSession:
         self._cache_scales = None if scales is None else _read_scales(folder, manifest, scales)
         self._has_batched_chunks = bool(manifest.capabilities.get("batched_chunks", False))
         before = anonymous_regions()
-        parts, has_prefill = given.parts, "prefill_min_tokens" in manifest.capabilities
+        parts = given.parts
+        has_prefill = "prefill_min_tokens" in manifest.capabilities and given.separate_prefill
         self._vision = _open_graph(folder, manifest, options, _VISION) if VISION in parts else None
         is_decoder_used = DECODE in parts or (PREFILL in parts and not has_prefill)
         self._decoder = _open_graph(folder, manifest, options, _DECODER) if is_decoder_used else None
@@ -160,9 +162,11 @@ class OrtCpuSession:
         if exact:
             # The library made two more copies of the weights on its way, 96 MB of weights: 234 MB before, 98 MB after.
             release_freed_memory()
-        if given.huge_pages and not use_huge_pages(before) + (
-            copy_to_huge_pages(folder) if _has_own_kernels(manifest) else 0
-        ):
+        self.huge_page_bytes = 0
+        if given.huge_pages:
+            self.huge_page_bytes = use_huge_pages(before)
+            self.huge_page_bytes += copy_to_huge_pages(folder) if _has_own_kernels(manifest) else 0
+        if given.huge_pages and not self.huge_page_bytes:
             _LOGGER.warning("note: the kernel gave no huge pages, so tokens come as they would without")
 
     def vision(self, inputs: VisionInputs) -> FloatArray:

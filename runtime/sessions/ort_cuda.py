@@ -108,6 +108,7 @@ class OrtCudaSession:
         self._takes_levels = takes_grey_levels(manifest.capabilities)
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._device = device
+        self._records_every_batch = options.every_batch
         self.decode_recorded: bool | None = None
         check_provider(folder, device)
         self._memory = device.memory()
@@ -245,7 +246,8 @@ class OrtCudaSession:
             rehearse(self._own, cache.buffers.cache, self._memory, self._staging, self._config, num_rows, decode)
 
     def _recorded_batch(self, num_sequences: int, num_slots: int) -> int:
-        return padded_batch(num_sequences, num_slots) if self._device.records else num_sequences
+        is_padded = self._device.records and not self._records_every_batch
+        return padded_batch(num_sequences, num_slots) if is_padded else num_sequences
 
     def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder on a chunk, filled up to one of `chunk_sizes`; see `runtime.session.Session.prefill`."""
@@ -385,4 +387,6 @@ def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> O
     """
     check_paths(folder, manifest)
     device = CUDA if options.cuda_graphs else replace(CUDA, decoder_options={})
+    if options.sdpa_kernel is not None:
+        device = replace(device, options={**device.options, "sdpa_kernel": options.sdpa_kernel})
     return OrtCudaSession(folder, manifest, options, device=device)

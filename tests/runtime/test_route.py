@@ -17,10 +17,9 @@ from qwen3vl_export.export import ExportRequest, export
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.manifest import FileRecord, Manifest
 from runtime.memory import CACHE, STAGING, WEIGHTS, cache_bytes
-from runtime.memory_plan import Planner
 from runtime.model import Qwen3VLModel
 from runtime.route import Route, possible_routes
-from runtime.scheduling.plan import work_of
+from runtime.scheduling.plan import held_bytes
 from runtime.session import DECODE, PREFILL, VISION
 
 Copy = Callable[..., Path]
@@ -206,18 +205,18 @@ def test_weights_and_staging_are_planned(demo_engine: Path, int4_engine: Path) -
     with Qwen3VLModel.from_engine(
         int4_engine, vision_engine=demo_engine, prefill_engine=demo_engine, max_context=512, max_sequences=2
     ) as model:
-        parts = Planner.of(model.manifest).plan(work_of(model.limits)).parts
+        parts = held_bytes(model.manifest, model.limits)
         capabilities = Manifest.read(demo_engine).capabilities
         staging = cache_bytes(model.config, capabilities, 512)
         assert parts[STAGING] == staging == parts[CACHE] // model.limits.num_slots
         assert parts[WEIGHTS] == files(demo_engine, "vision", "decoder") + files(int4_engine, "decoder")
     with Qwen3VLModel.from_engine(int4_engine, vision_engine=demo_engine) as model:
-        parts = Planner.of(model.manifest).plan(work_of(model.limits)).parts
+        parts = held_bytes(model.manifest, model.limits)
         assert STAGING not in parts
         assert parts[WEIGHTS] == files(demo_engine, "vision") + files(int4_engine, "decoder")
     one = {"max_sequences": 1, "kept_sequences": 0, "vision_cache_bytes": 0, "max_context": 512}
     with Qwen3VLModel.from_engine(int4_engine, prefill_engine=demo_engine, **one) as model:
-        least = sum(Planner.of(model.manifest).plan(work_of(model.limits)).parts.values())
+        least = sum(held_bytes(model.manifest, model.limits).values())
     with Qwen3VLModel.from_engine(int4_engine, prefill_engine=demo_engine, max_memory=least, **one):
         pass
     with pytest.raises(CapacityError, match=r"staging 0\.00 GB"):

@@ -20,8 +20,9 @@ from helpers.command_line import call
 from helpers.engines import build, requantized
 from qwen3vl_export.cli import export, run
 from qwen3vl_export.demo.data import canvas_at, example_of, held_out
+from qwen3vl_export.parity.limits import wider_limits
 from qwen3vl_export.parity.metrics import kl_divergence
-from qwen3vl_export.parity.verify import verify, wider_limits
+from qwen3vl_export.parity.verify import verify
 from runtime.contract import DecoderInputs
 from runtime.errors import UsageError
 from runtime.generation import prefill
