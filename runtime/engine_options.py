@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from runtime.arguments import whole_number
 from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
+from runtime.input_limits import token_share
 from runtime.machine import MAX_THREADS_PER_CORE, available_cores
 from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
@@ -33,7 +34,18 @@ class KernelKeywords(TypedDict, total=False):
     weights_twice: bool
 
 
-class OpeningKeywords(ServingKeywords, KernelKeywords, total=False):
+class PruningKeywords(TypedDict, total=False):
+    """How much of images and videos the decoder gets, as keyword arguments.
+
+    Attributes:
+        visual_token_share: Of their visual tokens, how many stay in the prompt, in place of all: an approximation,
+            which requests may set for themselves (docs/visual_pruning.md).
+    """
+
+    visual_token_share: float | None
+
+
+class OpeningKeywords(ServingKeywords, KernelKeywords, PruningKeywords, total=False):
     """What `Qwen3VLModel.from_engine` takes beside its own arguments."""
 
 
@@ -48,6 +60,7 @@ class EngineOptions:
     max_pixels: int | None
     max_image_pixels: int
     legacy_video_prompt: bool
+    visual_token_share: float | None
     serving: ServingOptions
 
     @classmethod
@@ -67,6 +80,7 @@ class EngineOptions:
         max_memory: Any = None,
         max_image_pixels: Any = None,
         legacy_video_prompt: Any = False,
+        visual_token_share: Any = None,
         **serving: Any,
     ) -> EngineOptions:
         """Check what a caller gave, and fill in the defaults of an engine.
@@ -90,7 +104,9 @@ class EngineOptions:
             max_memory = sys.maxsize if is_on_gpu(manifest) else machine_bytes()
         max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
         session = SessionOptions(threads, huge_pages, cuda_graphs, decode_plan, batch_invariant, weights_twice)
-        limits = min_pixels, max_pixels, max_image_pixels, true_or_false("legacy_video_prompt", legacy_video_prompt)
+        share = None if visual_token_share is None else token_share("visual_token_share", visual_token_share)
+        is_legacy = true_or_false("legacy_video_prompt", legacy_video_prompt)
+        limits = min_pixels, max_pixels, max_image_pixels, is_legacy, share
         return cls(max_context, max_memory, session, *limits, ServingOptions.checked(**serving))
 
 

@@ -193,7 +193,8 @@ class Qwen3VLModel:
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
             legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
-            **keywords: How many requests run, wait and are kept, and which kernels decode (`OpeningKeywords`).
+            **keywords: How many requests run, wait and are kept, which kernels decode, and how many visual tokens stay
+                (`OpeningKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -565,7 +566,10 @@ class Qwen3VLModel:
         return None if wanted is None else self._compiler.compile(wanted, options.eos_token_ids)
 
     def logits(self, messages: Any) -> FloatArray:
-        """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
+        """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included.
+
+        Opened with `visual_token_share`, an engine gives those of the tokens that stay in the prompt.
+        """
         self._owner.check()
         chunks: list[FloatArray] = []
         pieces = Pieces()

@@ -112,6 +112,17 @@ class Sequence:
         """Return how many of these tokens the answer's format allows next, one after the other."""
         return len(token_ids) if self._constraint is None else self._constraint.num_allowed(token_ids)
 
+    def usable_rows(self, num_shared: int) -> int:
+        """Return how many rows of another sequence it can begin with.
+
+        Which tokens of an image stay follows from its embeddings, whose rounding may depend on the images beside it. So
+        the rows of such an image are used all or not at all.
+        """
+        for span in self.request.prepared.prompt.spans:
+            if isinstance(span.kept, int) and span.start < num_shared < span.end:
+                return span.start
+        return num_shared
+
     def start(self, num_shared: int) -> None:
         """Begin, with so many rows that are valid already; images before them are not needed."""
         self._began = time.perf_counter()
@@ -222,6 +233,7 @@ class Sequence:
             accepted_tokens=lookup.num_accepted if lookup else 0,
             cached_tokens=self._num_shared,
             cached_images=self._num_cached_images,
+            pruned_tokens=request.prepared.num_pruned_tokens,
         )
         answer = self._answer.finished(stats, tuple(self._logprobs) if request.options.logprobs else None)
         sizes = tuple(each.source_size for each in request.prepared.inputs)
@@ -232,13 +244,9 @@ class Sequence:
         prepared, needed = self.request.prepared, self._needed
         spans = prepared.prompt.spans
         embeds = join_embeds([self._embeds[index] for index in needed]) if needed else no_embeds
-        inputs = prepared.decoder_inputs(embeds, all_logits=self.request.on_logits is not None)
-        num_skipped = sum(span.num_tokens for index, span in enumerate(spans) if index not in needed)
-        if not num_skipped:
-            return inputs
-        # Rows count through all images; those that are skipped come first.
-        rows = np.where(inputs.visual_rows < num_skipped, -1, inputs.visual_rows - num_skipped)
-        return replace(inputs, visual_rows=rows)
+        all_logits = self.request.on_logits is not None
+        # Those that are skipped come first.
+        return prepared.decoder_inputs(embeds, all_logits=all_logits, num_skipped=len(spans) - len(needed))
 
 
 def _answer(request: Request, tokenizer: Tokenizer) -> Answer:

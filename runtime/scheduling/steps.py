@@ -115,6 +115,8 @@ class Steps:
         """Give a sequence that was admitted its slot, with the rows and embeddings that are here already."""
         keys = sequence.keys
         num_shared = self.slots.start(sequence, keys, shares=sequence.request.on_logits is None)
+        num_shared = sequence.usable_rows(num_shared)
+        self.slots.write(sequence, num_shared)
         sequence.start(num_shared)
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(keys)
