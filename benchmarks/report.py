@@ -29,6 +29,7 @@ from benchmarks import (
     serve_hostile,
     serve_peers,
     status,
+    visual_tokens,
 )
 from benchmarks.compare import chart, tables
 from benchmarks.result_files import RESULTS, kind, of_kind, page
@@ -51,6 +52,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "run": run.table,
     "serve": serve.table,
     "serving": serving_tables.table,
+    "visual": visual_tokens.table,
 }
 """What makes the table of a result, by its kind."""
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from runtime.arguments import reading
 from runtime.chat import ChatTemplate, template_source
-from runtime.contract import DecoderInputs, VisionInputs, VisualEmbeds
+from runtime.contract import DecoderInputs, FloatArray, VisionInputs, VisualEmbeds
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import MAX_TOKENIZER_BYTES, parse_json_object, read_small_file
 from runtime.generation_config import GenerationOptions
@@ -108,7 +108,12 @@ class Prepared:
         return sum(span.num_rows - span.num_tokens for span in self.prompt.spans)
 
     def decoder_inputs(
-        self, visual_embeds: VisualEmbeds, *, all_logits: bool = False, num_skipped: int = 0
+        self,
+        visual_embeds: VisualEmbeds,
+        *,
+        all_logits: bool = False,
+        num_skipped: int = 0,
+        token_scores: FloatArray | None = None,
     ) -> DecoderInputs:
         """Return what the decoder takes; see `DecoderInputs.prompt`.
 
@@ -116,10 +121,11 @@ class Prepared:
             visual_embeds: Those of all segments, in order, [1+D, V, hidden]; `no_visual_embeds` without any.
             all_logits: Every token gets logits, not the last one alone.
             num_skipped: Segments at the start without embeddings: their tokens are not to be run.
+            token_scores: Those of the embeddings, [V], for an engine that has them.
         """
         ids, spans, positions = self.prompt.input_ids, self.prompt.spans, self.positions
         if any(isinstance(span.kept, int) for span in spans[num_skipped:]):
-            positions = mrope_positions(len(ids), decided_spans(spans, visual_embeds, num_skipped))
+            positions = mrope_positions(len(ids), decided_spans(spans, visual_embeds, num_skipped, token_scores))
         if num_rows := sum(span.num_rows for span in spans[:num_skipped]):
             rows = positions.visual_rows
             positions = replace(positions, visual_rows=np.where(rows < num_rows, -1, rows - num_rows))

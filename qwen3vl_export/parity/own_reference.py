@@ -14,7 +14,7 @@ from qwen3vl_export.eager import EagerSession
 from qwen3vl_export.modeling import Qwen3VL
 from qwen3vl_export.parity.reference import ReferenceOutput
 from qwen3vl_export.routing import Assignment, watched_routers
-from runtime.contract import DecoderInputs, FloatArray, IntArray, no_visual_embeds
+from runtime.contract import DecoderInputs, FloatArray, IntArray, no_visual_embeds, on_host
 from runtime.positions import mrope_positions
 from runtime.preparation import Prepared
 from runtime.vision_inputs import vision_inputs
@@ -59,13 +59,15 @@ class OwnReference:
         """Run one prompt; see `Reference.run`."""
         vision = self._model.config.vision
         inputs = [vision_inputs(image.pixel_values, image.grid_thw, vision) for image in prepared.images]
-        visual = np.concatenate(list(map(self._session.vision, inputs)), axis=1) if inputs else None
+        encoded = list(map(self._session.scored_vision, inputs))
+        visual = np.concatenate([on_host(each.embeds) for each in encoded], axis=1) if inputs else None
+        scores = np.concatenate([each.scores for each in encoded]) if inputs else None
         run = partial(self._run, prepared, visual, swapped)
         if likely_tokens:
             output = run(likely_tokens[:-1], 1)
             if output.tokens == list(likely_tokens):
-                return output
-        return run((), num_steps)
+                return replace(output, token_scores=scores)
+        return replace(run((), num_steps), token_scores=scores)
 
     def _run(
         self,

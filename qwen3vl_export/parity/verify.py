@@ -35,7 +35,7 @@ from qwen3vl_export.parity.details import CaseDetails, Compared, details_of
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model_of
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
 from qwen3vl_export.parity.own_reference import OwnReference
-from qwen3vl_export.parity.pruned import kept_tokens
+from qwen3vl_export.parity.pruned import kept_tokens, token_scores
 from qwen3vl_export.parity.reference import OWN, TRANSFORMERS, Reference, ReferenceOutput, segments_by_kind
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.routes import Followed, follow
@@ -194,6 +194,7 @@ class _Comparison:
         self._on_details = on_details
         self._checks: list[Check] = []
         self._last_finite, self._is_finite = "", True
+        self._scores: FloatArray | None = None
         self.notes: list[str] = []
         self.routers = RouterStatistics()
         self.num_pruned = 0
@@ -204,6 +205,7 @@ class _Comparison:
             self._tell(prepared, None)
             return self._checks  # of another prompt, nothing else can be compared
         embeds = self._model.encode_images(prepared.images)
+        self._scores = token_scores(self._model, prepared)
         self.num_pruned = prepared.num_pruned_tokens
         followed, found = self._run_both(prepared, embeds, num_steps)
         expected = followed.output
@@ -282,7 +284,7 @@ class _Comparison:
         if prepared.num_pruned_tokens:
             assert isinstance(reference, OwnReference), "no other one prunes"
             judged = self._model.prepare(self._case.messages, visual_token_share=1)
-            reference = reference.keeping(kept_tokens(judged, prepared, embeds))
+            reference = reference.keeping(kept_tokens(judged, prepared, embeds, self._scores))
 
         def run(swapped: frozenset[Assignment]) -> ReferenceOutput:
             nonlocal tokens
@@ -318,7 +320,7 @@ class _Comparison:
         session, ids, positions = self._model.session, prepared.prompt.input_ids, prepared.positions
         cache = session.new_cache(len(ids) + len(tokens))
         chunk = min(self._case.chunk, generation.chunk_limit(self._model.manifest.capabilities, all_logits=True))
-        prompt = prepared.decoder_inputs(embeds, all_logits=True)
+        prompt = prepared.decoder_inputs(embeds, all_logits=True, token_scores=self._scores)
         logits = generation.prefill(session, cache, prompt, chunk=chunk)
         # Before any step, which may write over what the prompt wrote.
         prompt_layers = self._rows(cache, 0, len(ids))
@@ -361,6 +363,10 @@ class _Comparison:
             for level in (*range(1, len(embeds)), 0):  # level 0 is that of the last block
                 self._find_not_finite(f"visual_embeds level {level}", embeds[level])
                 self._add_tensor(f"visual_embeds level {level}", embeds[level], expected.visual_embeds[level], limit)
+
+        if expected.token_scores is not None and self._scores is not None:
+            limit = self._limits["visual_embeds_relative"]
+            self._add_tensor("token_scores", self._scores, expected.token_scores, limit)
 
     def _compare_decoder(self, prompt_length: int, found: _Decoded, expected: ReferenceOutput) -> None:
         for layer, pairs in enumerate(zip(found.layers, expected.layers, strict=True)):

@@ -21,14 +21,19 @@ def num_kept_tokens(num_tokens: int, share: float) -> int:
     return min(num_tokens, max(MIN_TOKENS, math.ceil(num_tokens * share)))
 
 
-def choose_visual_tokens(embeds: FloatArray, num_kept: int) -> IntArray:
+def choose_visual_tokens(embeds: FloatArray, num_kept: int, scores: FloatArray | None = None) -> IntArray:
     """Return the visual tokens that stay, in their order, int64 [K].
 
     The features of a token are its embedding without the mean of all tokens of its image. What most of the picture
-    looks like is near the mean, so it has short features; `diverse_rows` takes long ones that differ.
+    looks like is near the mean, so it has short features; `diverse_rows` takes long ones that differ. With scores,
+    features are as much longer as the square root of the score.
 
     Args:
         embeds: Level 0 of the visual embeddings of one image, float32 [V, D].
         num_kept: How many stay, 1 to V.
+        scores: The attention that each token gets in the vision tower, float32 [V], where the engine says it.
     """
-    return np.sort(diverse_rows(embeds - embeds.mean(axis=0, keepdims=True), num_kept))
+    features = embeds - embeds.mean(axis=0, keepdims=True)
+    if scores is not None:
+        features = features * np.sqrt(scores)[:, None]
+    return np.sort(diverse_rows(features, num_kept))
