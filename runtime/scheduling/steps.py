@@ -121,6 +121,7 @@ class Steps:
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(keys)
         self.counters.cached_tokens += num_shared
+        self.counters.pruned_tokens += sequence.request.prepared.num_pruned_tokens
         self.counters.prefix_hits += bool(num_shared)
         for index, image in sequence.missing_images:
             embeds = self.vision_cache.get(image.digest)

@@ -237,6 +237,8 @@ def test_the_request_beats_the_engine(demo_engine: Path) -> None:
             for keywords in ({}, {"visual_token_share": SHARE}, {"visual_token_share": 1}, {"max_pixels": 200_000})
         ]
         assert counts == [20, 40, 80, 20]
+        model.generate(PROMPTS["image"], max_new_tokens=1)
+        assert model.statistics()["pruned_tokens"] == 60
         logits = model.logits(PROMPTS["image"])
         assert len(logits) == len(model.prepare(PROMPTS["image"]).prompt.input_ids)
 
