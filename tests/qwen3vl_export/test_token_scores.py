@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from engines.bundle import VISION, Bundle
+from engines.registry import get
 from helpers.engines import build
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import EagerSession, load
@@ -84,6 +85,20 @@ def test_the_graph_gives_the_scores_of_torch(model: Qwen3VLModel, torch_session:
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
     np.testing.assert_allclose(found.embeds, expected.embeds, atol=1e-5)
     np.testing.assert_array_equal(found.embeds, model.session.vision(inputs))
+
+
+@pytest.mark.parametrize("name", ["ort-cpu-int8", "ort-cpu-int4"])
+def test_engines_in_few_bits_have_them(
+    bundle: Bundle, torch_session: EagerSession, name: str, tmp_path: Path, model: Qwen3VLModel
+) -> None:
+    """With ONNX Runtime's kernels and with own ones, which compute q, k and v in one product."""
+    inputs = two_segments(model)
+    expected = torch_session.scored_vision(inputs)
+    for target in (get(name), *get(name).other_kernels):
+        with Qwen3VLModel.from_engine(build(bundle, target, tmp_path / target.kernels), threads=1) as few_bits:
+            found = few_bits.session.scored_vision(inputs)
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=0.1)
+        np.testing.assert_allclose(found.scores.reshape(2, -1).sum(1), 1, rtol=1e-5)
 
 
 def test_the_contract_has_the_scores_as_a_second_output(bundle: Bundle, engine: Path, tiny_engine: Path) -> None:
