@@ -30,6 +30,7 @@ from benchmarks.structured import structured
 from benchmarks.synthetic import write
 from benchmarks.tune import tune
 from benchmarks.video import video
+from benchmarks.visual_tokens import visual_tokens
 from runtime.errors import Qwen3VLError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -56,6 +57,7 @@ _COMMANDS = (
     structured,
     tune,
     video,
+    visual_tokens,
 )
 for command in _COMMANDS:
     app.command()(command)

@@ -32,6 +32,7 @@ from benchmarks import (
     serve_peers,
     status,
     tune,
+    visual_tokens,
 )
 from benchmarks.compare import chart, tables
 from benchmarks.result_files import RESULTS, kind, of_kind, page
@@ -57,6 +58,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "serve": serve.table,
     "serving": serving_tables.table,
     "tune": tune.table,
+    "visual": visual_tokens.table,
 }
 """What makes the table of a result, by its kind."""
 

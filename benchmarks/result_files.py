@@ -3,7 +3,7 @@
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`, `run-MODEL-TARGET`,
 `decode-plan`, `gpu-NAME`, `hostile-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `memory-plan`,
 `peers-MODEL-TARGET`, `preprocess`, `routed-MODEL-TARGET`, `routes`, `serve-MODEL-TARGET`, `serving-MODEL-TARGET`,
-`tune-ENGINE`, `video`.
+`tune-ENGINE`, `video`, `visual-tokens`.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from engines.quantize.cache_ranges import CacheQuantization, quantize_cache
 from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from runtime import __version__
+from runtime.contract import TOKEN_SCORES
 from runtime.errors import UsageError
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, FileRecord, Manifest
 from runtime.model_config import ModelConfig
@@ -104,6 +105,7 @@ def build_engine(
         planned = add_plan(folder, graphs[DECODER], target, bundle.config, plan, progress)
         files |= planned | bundle.write_assets(folder)
         more = {**compiled, "kernels": _kernels(graphs), **({"decode_plan": True} if planned else {})}
+        more |= {TOKEN_SCORES: True} if bundle.has_token_scores else {}
         manifest = _manifest(bundle, target, target.capabilities(bundle.config, sizes) | more, files)
         if cache is not None:
             progress.report(Stage.QUANTISING_CACHE, cache.work)

@@ -80,7 +80,7 @@ def export(request: ExportRequest, progress: Progress = SILENT) -> Exported:
     started = time.perf_counter()
     job = _checked(request, progress)
     progress.report(Stage.TRACING, f"tracing {job.checkpoint.name}")
-    bundle = make_bundle(job.checkpoint, progress)
+    bundle = make_bundle(job.checkpoint, progress, token_scores=request.token_scores)
     traced = time.perf_counter()
     manifest, num_bytes = None, 0
     if job.target is None:
@@ -102,12 +102,13 @@ def export(request: ExportRequest, progress: Progress = SILENT) -> Exported:
     )
 
 
-def make_bundle(checkpoint: Checkpoint, progress: Progress = SILENT) -> Bundle:
+def make_bundle(checkpoint: Checkpoint, progress: Progress = SILENT, *, token_scores: bool = False) -> Bundle:
     """Trace a checkpoint's model and refer to its weights, reading only their headers.
 
     Args:
         checkpoint: What to trace.
         progress: Told when the graphs are stitched together.
+        token_scores: The vision graph says how much attention each visual token gets.
 
     Raises:
         CheckpointError: A file or a key is missing, left over, or not what config.json implies.
@@ -117,7 +118,7 @@ def make_bundle(checkpoint: Checkpoint, progress: Progress = SILENT) -> Bundle:
 
     checkpoint.used_keys  # noqa: B018 (raises for what is missing or left over)
     assets = checkpoint.assets()
-    pieces = trace_pieces(checkpoint.config)
+    pieces = trace_pieces(checkpoint.config, token_scores=token_scores)
     progress.report(Stage.STITCHING, "stitching the graphs together")
     graphs = {VISION: build_vision(pieces, checkpoint), DECODER: build_decoder(pieces, checkpoint)}
     taken = {name for model in graphs.values() for name in model.graph.initializers}
@@ -154,6 +155,11 @@ def _checked(request: ExportRequest, progress: Progress) -> _Job:
     target = None if named is None else with_kernels(named, request.kernels)
     if request.is_engine and target is not None:
         _check_can_build(target)
+    if request.token_scores and target is not None and target.session != "ort_cpu":
+        raise UsageError(
+            f"--token-scores: {target.name} has no use for them, since engines on a GPU do not prune visual tokens",
+            remedy="leave --token-scores out, or choose a target ort-cpu-*",
+        )
     plan = _wanted_plan(request, target)
     prompts = [] if request.calibration is None else read_prompts(request.calibration)
     cache = _wanted_cache(request, target, prompts)

@@ -47,6 +47,8 @@ class ExportRequest:
         weight_streaming: For trt*: let weights stay in host memory, for GPUs with little memory.
         version_compatible: For trt-*: let newer versions of the library open the plans.
         hardware_compatible: For trt-*: let newer GPUs run the plans, which makes them slower.
+        token_scores: For ort-cpu-*: let the vision tower say how much attention each visual token gets, by which
+            --visual-token-share then chooses, too (docs/visual_pruning.md).
         compile: --no-compile stops at the lowered graphs and their weights, for other tools and for `qwen3vl verify`.
         weights: --no-weights writes the graphs alone, which nothing opens. It reads only the headers of the weights,
             but still downloads them whole from the Hub.
@@ -73,6 +75,7 @@ class ExportRequest:
     weight_streaming: bool = False
     version_compatible: bool = False
     hardware_compatible: bool = False
+    token_scores: bool = False
     compile: bool = True
     weights: bool = True
     cache_dir: Annotated[Path | None, typer.Option(metavar="DIR")] = None
@@ -88,7 +91,7 @@ class ExportRequest:
             object.__setattr__(self, "compute_capability", (gpus,) if isinstance(gpus, str) else tuple(map(str, gpus)))
         with reading("model", "pass a path or a Hub id"):
             object.__setattr__(self, "model", os.fspath(self.model))
-        for name in (*_SWITCHES, "compile", "weights"):
+        for name in (*_SWITCHES, "token_scores", "compile", "weights"):
             true_or_false(name, getattr(self, name))
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:

@@ -32,6 +32,8 @@ Dims = tuple[int | str, ...]
 """Dimensions of an input; a letter is dynamic."""
 
 VISION_OUTPUTS = ("visual_embeds",)
+TOKEN_SCORES = "token_scores"
+"""Second output of a vision graph that has it, and the capability of the engine."""
 DECODER_OUTPUTS = ("logits",)
 _MOST_LISTED = 3
 

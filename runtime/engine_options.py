@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 from runtime.arguments import whole_number
 from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
+from runtime.input_limits import token_share
 from runtime.machine import MAX_THREADS_PER_CORE, available_cores
 from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
@@ -36,6 +37,17 @@ class KernelKeywords(TypedDict, total=False):
     weights_twice: bool
 
 
+class PruningKeywords(TypedDict, total=False):
+    """How much of images and videos the decoder gets, as keyword arguments.
+
+    Attributes:
+        visual_token_share: Of their visual tokens, how many stay in the prompt, in place of all: an approximation,
+            which requests may set for themselves (docs/visual_pruning.md).
+    """
+
+    visual_token_share: float | None
+
+
 class MemoryKeywords(TypedDict, total=False):
     """What an engine that does not fit into `max_memory` does, as keyword arguments.
 
@@ -48,7 +60,7 @@ class MemoryKeywords(TypedDict, total=False):
     fit: bool
 
 
-class OpeningKeywords(ServingKeywords, KernelKeywords, RouteKeywords, MemoryKeywords, total=False):
+class OpeningKeywords(ServingKeywords, KernelKeywords, RouteKeywords, MemoryKeywords, PruningKeywords, total=False):
     """What `Qwen3VLModel.from_engine` takes beside its own arguments.
 
     Attributes:
@@ -73,6 +85,7 @@ class EngineOptions:
     max_pixels: int | None
     max_image_pixels: int
     legacy_video_prompt: bool
+    visual_token_share: float | None
     serving: ServingOptions
     tuning: Tuning
     fit: bool = False
@@ -97,6 +110,7 @@ class EngineOptions:
         legacy_video_prompt: Any = False,
         fit: Any = False,
         tuned: Any = True,
+        visual_token_share: Any = None,
         **serving: Any,
     ) -> EngineOptions:
         """Check what a caller gave, and fill in the defaults of an engine.
@@ -127,7 +141,9 @@ class EngineOptions:
         stated = {name: value for name, value in given.items() if value is not None}
         session = session_options({**tuning.values(), **stated})
         session = replace(session, batch_invariant=batch_invariant, weights_twice=weights_twice)
-        limits = min_pixels, max_pixels, max_image_pixels, true_or_false("legacy_video_prompt", legacy_video_prompt)
+        share = None if visual_token_share is None else token_share("visual_token_share", visual_token_share)
+        is_legacy = true_or_false("legacy_video_prompt", legacy_video_prompt)
+        limits = min_pixels, max_pixels, max_image_pixels, is_legacy, share
         checked = ServingOptions.checked(**serving)
         return cls(max_context, max_memory, session, *limits, checked, tuning, true_or_false("fit", fit), is_limited)
 

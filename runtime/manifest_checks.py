@@ -199,6 +199,7 @@ _CAPABILITIES: Mapping[str, Callable[[str, object], None]] = {
     "prefill_min_tokens": _positive,
     "profiles": _profiles,
     "stripped": _boolean,
+    "token_scores": _boolean,
     "top_k": _positive,
     "updates_cache_in_place": _boolean,
     "version_compatible": _boolean,

@@ -207,7 +207,8 @@ class Qwen3VLModel:
                 would reduce them to; 50 million by default, at most 178 million.
             legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
             **keywords: Requests at once, kernels of decode steps, engines that run a part in place of this one, what
-                `qwen3vl tune` found, and whether less is chosen where not all fits (`OpeningKeywords`).
+                `qwen3vl tune` found, whether less is chosen where not all fits, and how many visual tokens
+                stay (`OpeningKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -584,7 +585,10 @@ class Qwen3VLModel:
         return None if wanted is None else self._compiler.compile(wanted, options.eos_token_ids)
 
     def logits(self, messages: Any) -> FloatArray:
-        """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
+        """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included.
+
+        Opened with `visual_token_share`, an engine gives those of the tokens that stay in the prompt.
+        """
         self._owner.check()
         chunks: list[FloatArray] = []
         pieces = Pieces()

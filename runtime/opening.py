@@ -93,6 +93,6 @@ def open_engine(
 
 def _preparation(folder: Path, manifest: Manifest, options: EngineOptions) -> Preparation:
     preparation = Preparation.from_folder(folder, manifest.model).for_engine(manifest.capabilities)
-    limits = InputLimits(options.min_pixels, options.max_pixels)
+    limits = InputLimits(options.min_pixels, options.max_pixels, visual_token_share=options.visual_token_share)
     preparation = preparation.with_limits(limits, options.max_image_pixels)
     return replace(preparation, keeps_markers=not options.legacy_video_prompt)

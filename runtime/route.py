@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from runtime.arguments import folder_path
+from runtime.contract import TOKEN_SCORES
 from runtime.errors import UsageError
 from runtime.generation import PREFILL_CHUNK
 from runtime.manifest import FileRecord, Manifest
@@ -34,7 +35,7 @@ _OPTIONS = {VISION: "vision_engine", PREFILL: "prefill_engine"}
 # What prompts are made with; an engine of an earlier version lacks some.
 _SHARED_FILES = (TOKENIZER, TOKENIZER_SETTINGS, TEMPLATE, PREPROCESSOR, VIDEO_PREPROCESSOR)
 # Capabilities that are about one part.
-_OF_VISION = (PIXELS,)
+_OF_VISION = (PIXELS, TOKEN_SCORES)
 _OF_PREFILL = ("prefill_chunk", "logits_chunk", "prefill_min_tokens")
 RUN_ALL_PARTS = frozenset({"tensorrt"})
 """Kinds of sessions whose graphs share one workspace, so that they open all or none."""

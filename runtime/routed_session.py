@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from runtime.contract import DecoderInputs, FloatArray, VisionInputs, VisualEmbe
 from runtime.manifest import Manifest
 from runtime.moved_rows import MovableCache, converted, rounds
 from runtime.session import KVCache, Session, TopLogits, TopLogitsSession
+from runtime.visual_pruning.scored import ScoredEmbeds, ScoringSession
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class RoutedSession:
         is_apart = vision is not decode and vision is not prefill
         is_alone_on_gpu = vision not in on_gpu or not (decode in on_gpu or prefill in on_gpu)
         self.runs_vision_beside = getattr(vision, "runs_vision_beside", False) or (is_apart and is_alone_on_gpu)
+        self.has_token_scores = bool(getattr(vision, "has_token_scores", False))
         self._vision_lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
@@ -168,6 +170,12 @@ class RoutedSession:
         with self._vision_lock:  # a session takes one call at a time, and this may be beside the steps
             embeds = self._vision.vision(inputs)
             return embeds if self._vision is self._prefill else on_host(embeds)
+
+    def scored_vision(self, inputs: VisionInputs) -> ScoredEmbeds:
+        """Run the vision tower as `vision` does, with its scores."""
+        with self._vision_lock:
+            scored: ScoredEmbeds = cast(ScoringSession, self._vision).scored_vision(inputs)
+            return scored if self._vision is self._prefill else replace(scored, embeds=on_host(scored.embeds))
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Allocate the cache that decodes, and staging if another session runs prompts."""

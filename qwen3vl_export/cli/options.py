@@ -69,6 +69,8 @@ class Opening:
         min_pixels: Enlarge images and frames that have fewer pixels than this.
         max_pixels: Shrink images and frames that have more pixels than this: faster, with less detail.
         max_image_pixels: Refuse images that have more pixels than this before decoding them. [default: 50000000]
+        visual_token_share: Keep this share, above 0 and up to 1, of the visual tokens of each image and video: an
+            approximation, which answers sooner. [default: 1, all of them]
         max_context: Capacity of the KV cache in tokens, for prompt, images and answer together.
         max_memory: Most memory that the engine may take in all by its plan, in units of 10^9 bytes. [default: the
             machine's]
@@ -89,6 +91,7 @@ class Opening:
     min_pixels: int | None = None
     max_pixels: int | None = None
     max_image_pixels: int | None = None
+    visual_token_share: float | None = None
     max_context: int | None = None
     max_memory: Annotated[float | None, typer.Option(metavar="GB")] = None
     fit: bool = False

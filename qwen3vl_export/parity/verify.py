@@ -36,6 +36,7 @@ from qwen3vl_export.parity.limits import limits_of
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, manifests_of, open_model_of, route_notes
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
 from qwen3vl_export.parity.own_reference import OwnReference
+from qwen3vl_export.parity.pruned import kept_tokens, token_scores
 from qwen3vl_export.parity.reference import OWN, TRANSFORMERS, Reference, ReferenceOutput, segments_by_kind
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.routes import Followed, follow
@@ -44,6 +45,7 @@ from qwen3vl_export.routing import Assignment, RouterStatistics
 from runtime.contract import FloatArray
 from runtime.errors import EngineError, UsageError
 from runtime.image_processor import ProcessedImage
+from runtime.input_limits import token_share
 from runtime.video.processor import ProcessedVideo
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def verify(
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     reference: str = TRANSFORMERS,
     route: Mapping[str, Path] | None = None,
+    visual_token_share: float = 1.0,
     on_case: Callable[[str], None] | None = None,
     on_details: Callable[[CaseDetails], None] | None = None,
 ) -> Report:
@@ -82,6 +85,8 @@ def verify(
         max_new_tokens: Greedy tokens of each case, at least 1.
         reference: `transformers`, or `own` where that is not installed.
         route: Engines that run a part in its place, by option (`runtime.route.RouteKeywords`).
+        visual_token_share: Of the visual tokens, how many stay in the prompts. Below 1, the reference is `own`, which
+            runs the whole prompt's tokens that the engine chose, with their positions in the whole prompt.
         on_case: Told the name of each case before it is compared.
         on_details: Given what was seen of each case beyond its checks, for a report with pictures.
 
@@ -89,8 +94,15 @@ def verify(
         CheckpointError, EngineError: One of the two does not open.
         ParityError: The two are of different shapes, there are no tolerances for the engine's precision, or lowered
             graphs do not run on the CPU.
-        UsageError: transformers or torchvision is not installed, but the reference needs it.
+        UsageError: transformers or torchvision is not installed, but the reference needs it; or the share is not above
+            0 and at most 1, is given for transformers, or is so high that every token stays.
     """
+    share = token_share("visual_token_share", visual_token_share)
+    if share < 1 and reference != OWN:
+        raise UsageError(
+            f"visual_token_share: {reference} does not prune, so it cannot judge",
+            remedy="compare with this package's own definition: reference='own' (--reference own)",
+        )
     if reference == TRANSFORMERS:
         check_installed()  # before the engine is opened
     source = Checkpoint.open(checkpoint)
@@ -102,14 +114,20 @@ def verify(
     model.preparation = replace(model.preparation, keeps_markers=torch_model.keeps_markers)
     checks: list[Check] = []
     notes: list[str] = []
+    num_pruned = 0
     with tempfile.TemporaryDirectory() as folder:
-        for case in make_cases(Path(folder)):
+        for case in make_cases(Path(folder), with_large=share < 1):
             if on_case is not None:
                 on_case(case.name)
-            comparison = _Comparison(case, model, torch_model, limits, on_details)
+            comparison = _Comparison(case, model, torch_model, limits, on_details, share)
             checks += comparison.run(max_new_tokens)
             notes += comparison.notes
+            num_pruned += comparison.num_pruned
             routers.merge(comparison.routers)
+    if share < 1 and not num_pruned:
+        raise UsageError(f"visual_token_share={share} keeps every token of the prompts", remedy="pass a lower share")
+    if num_pruned:
+        notes.append(f"visual_token_share {share:g}: {num_pruned} visual tokens did not stay in the prompts")
     notes = [*([CPU_NOTE] if is_lowered(engine) else route_notes(model)), *notes, *dict.fromkeys(torch_model.notes)]
     if reference == TRANSFORMERS and any(check.name == _ROUTES for check in checks):
         notes.append(FOLLOWED_NOTE)
@@ -149,23 +167,29 @@ class _Comparison:
         reference: Reference,
         limits: dict[str, float],
         on_details: Callable[[CaseDetails], None] | None,
+        share: float = 1.0,
     ) -> None:
         self._case = case
+        self._share = share
         self._model = model
         self._reference = reference
         self._limits = limits
         self._on_details = on_details
         self._checks: list[Check] = []
         self._last_finite, self._is_finite = "", True
+        self._scores: FloatArray | None = None
         self.notes: list[str] = []
         self.routers = RouterStatistics()
+        self.num_pruned = 0
 
     def run(self, num_steps: int) -> list[Check]:
-        prepared = self._model.prepare(self._case.messages)
+        prepared = self._model.prepare(self._case.messages, visual_token_share=self._share)
         if not self._compare_inputs(prepared):
             self._tell(prepared, None)
             return self._checks  # of another prompt, nothing else can be compared
         embeds = self._model.encode_images(prepared.images)
+        self._scores = token_scores(self._model, prepared)
+        self.num_pruned = prepared.num_pruned_tokens
         followed, found = self._run_both(prepared, embeds, num_steps)
         expected = followed.output
         self.routers = expected.routers
@@ -239,10 +263,15 @@ class _Comparison:
         """Run reference and engine, the reference with the experts that the engine chose."""
         decoded: dict[tuple[int, ...], _Decoded] = {}
         tokens: list[int] = []
+        reference, judged = self._reference, prepared
+        if prepared.num_pruned_tokens:
+            assert isinstance(reference, OwnReference), "no other one prunes"
+            judged = self._model.prepare(self._case.messages, visual_token_share=1)
+            reference = reference.keeping(kept_tokens(judged, prepared, embeds, self._scores))
 
         def run(swapped: frozenset[Assignment]) -> ReferenceOutput:
             nonlocal tokens
-            output = self._reference.run(prepared, num_steps, swapped=swapped, likely_tokens=tokens)
+            output = reference.run(judged, num_steps, swapped=swapped, likely_tokens=tokens)
             tokens = output.tokens
             return output
 
@@ -274,7 +303,7 @@ class _Comparison:
         session, ids, positions = self._model.session, prepared.prompt.input_ids, prepared.positions
         cache = session.new_cache(len(ids) + len(tokens))
         chunk = min(self._case.chunk, generation.chunk_limit(self._model.manifest.capabilities, all_logits=True))
-        prompt = prepared.decoder_inputs(embeds, all_logits=True)
+        prompt = prepared.decoder_inputs(embeds, all_logits=True, token_scores=self._scores)
         logits = generation.prefill(session, cache, prompt, chunk=chunk)
         # Before any step, which may write over what the prompt wrote.
         prompt_layers = self._rows(cache, 0, len(ids))
@@ -318,6 +347,10 @@ class _Comparison:
                 self._find_not_finite(f"visual_embeds level {level}", embeds[level])
                 self._add_tensor(f"visual_embeds level {level}", embeds[level], expected.visual_embeds[level], limit)
 
+        if expected.token_scores is not None and self._scores is not None:
+            limit = self._limits["visual_embeds_relative"]
+            self._add_tensor("token_scores", self._scores, expected.token_scores, limit)
+
     def _compare_decoder(self, prompt_length: int, found: _Decoded, expected: ReferenceOutput) -> None:
         for layer, pairs in enumerate(zip(found.layers, expected.layers, strict=True)):
             for name, ours, theirs in zip(("keys", "values"), *pairs, strict=True):
@@ -345,7 +378,8 @@ class _Comparison:
         """Compare the tokens of `generate` up to the first that differs; if that is a near-tie, all agree."""
         total = len(expected.tokens)
         try:
-            found = self._model.generate(self._case.messages, max_new_tokens=total, **PLAIN_GREEDY).token_ids
+            asked = {"max_new_tokens": total, "visual_token_share": self._share, **PLAIN_GREEDY}
+            found = self._model.generate(self._case.messages, **asked).token_ids
         except EngineError as error:  # it gives logits that are not finite
             detail = {"tokens": total, "error": error.message}
             self._add("answer agrees", 0.0, self._limits["greedy_agreement"], is_minimum=True, detail=detail)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from runtime.contract import FloatArray, VisualEmbeds
+from runtime.contract import FloatArray
 from runtime.generation_config import GenerationOptions
 from runtime.preparation import Prepared
 from runtime.prompt_lookup import DRAFT_COST
@@ -14,6 +14,7 @@ from runtime.scheduling.pieces import Pieces
 from runtime.structured.constraint import MakeConstraint
 from runtime.tools.reader import ExpectedCalls
 from runtime.vision_inputs import VISION_PATCHES
+from runtime.visual_pruning.scored import Encoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Request:
     prompt_ready: float
     priority: int = 0
     deadline: float | None = None
-    ahead: Mapping[bytes, Future[VisualEmbeds]] = field(default_factory=dict)
+    ahead: Mapping[bytes, Future[Encoded]] = field(default_factory=dict)
     on_logits: Callable[[FloatArray], object] | None = None
     expected_calls: ExpectedCalls | None = None
     make_constraint: MakeConstraint | None = None

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from runtime.answer import Answer, Generation, Stats
-from runtime.contract import DecoderInputs, FloatArray, IntArray, VisualEmbeds, join_embeds
+from runtime.contract import DecoderInputs, FloatArray, IntArray
 from runtime.image_processor import ProcessedImage
 from runtime.logprobs import TokenLogprob, token_logprob
 from runtime.piece import Piece
@@ -27,6 +27,7 @@ from runtime.structured.constraint import Constraint
 from runtime.thinking import ThinkingBudget, ThoughtReader, opens_thought, thinking_marks
 from runtime.tokenizer import Tokenizer
 from runtime.tools.reader import CallReader
+from runtime.visual_pruning.scored import Encoded, join_encoded
 
 
 class Sequence:
@@ -61,8 +62,8 @@ class Sequence:
         self._answer = _answer(request, tokenizer)
         limit = options.max_thinking_tokens
         self._budget = None if limit is None else ThinkingBudget(tokenizer, ids, limit)
-        self._embeds: dict[int, VisualEmbeds] = {}
-        self._ahead: dict[int, Future[VisualEmbeds]] = {}
+        self._embeds: dict[int, Encoded] = {}
+        self._ahead: dict[int, Future[Encoded]] = {}
         self._needed: list[int] = []
         self._inputs: DecoderInputs | None = None
         self._num_shared = 0
@@ -112,6 +113,17 @@ class Sequence:
         """Return how many of these tokens the answer's format allows next, one after the other."""
         return len(token_ids) if self._constraint is None else self._constraint.num_allowed(token_ids)
 
+    def usable_rows(self, num_shared: int) -> int:
+        """Return how many rows of another sequence it can begin with.
+
+        Which tokens of an image stay follows from its embeddings, whose rounding may depend on the images beside it. So
+        the rows of such an image are used all or not at all.
+        """
+        for span in self.request.prepared.prompt.spans:
+            if isinstance(span.kept, int) and span.start < num_shared < span.end:
+                return span.start
+        return num_shared
+
     def start(self, num_shared: int) -> None:
         """Begin, with so many rows that are valid already; images before them are not needed."""
         self._began = time.perf_counter()
@@ -139,7 +151,7 @@ class Sequence:
         """Whether the vision tower has ended with a segment that it was given ahead."""
         return any(future.done() for future in self._ahead.values())
 
-    def take_ahead(self) -> list[tuple[ProcessedImage, VisualEmbeds]]:
+    def take_ahead(self) -> list[tuple[ProcessedImage, Encoded]]:
         """Take the embeddings that are ready and return them; a segment that failed has to be encoded again."""
         ready = [(index, future) for index, future in self._ahead.items() if future.done()]
         taken = []
@@ -150,7 +162,7 @@ class Sequence:
                 taken.append((self.request.prepared.images[index], self._embeds[index]))
         return taken
 
-    def take_embeds(self, index: int, embeds: VisualEmbeds, *, is_cached: bool = False) -> None:
+    def take_embeds(self, index: int, embeds: Encoded, *, is_cached: bool = False) -> None:
         """Take the embeddings of an image, [1+D, V, hidden]."""
         self._embeds[index] = embeds
         self._num_cached_images += is_cached
@@ -222,6 +234,7 @@ class Sequence:
             accepted_tokens=lookup.num_accepted if lookup else 0,
             cached_tokens=self._num_shared,
             cached_images=self._num_cached_images,
+            pruned_tokens=request.prepared.num_pruned_tokens,
         )
         answer = self._answer.finished(stats, tuple(self._logprobs) if request.options.logprobs else None)
         sizes = tuple(each.source_size for each in request.prepared.inputs)
@@ -231,14 +244,11 @@ class Sequence:
         """Return the prompt as one call, with the embeddings of those images that are needed."""
         prepared, needed = self.request.prepared, self._needed
         spans = prepared.prompt.spans
-        embeds = join_embeds([self._embeds[index] for index in needed]) if needed else no_embeds
-        inputs = prepared.decoder_inputs(embeds, all_logits=self.request.on_logits is not None)
-        num_skipped = sum(span.num_tokens for index, span in enumerate(spans) if index not in needed)
-        if not num_skipped:
-            return inputs
-        # Rows count through all images; those that are skipped come first.
-        rows = np.where(inputs.visual_rows < num_skipped, -1, inputs.visual_rows - num_skipped)
-        return replace(inputs, visual_rows=rows)
+        embeds, scores = join_encoded([self._embeds[index] for index in needed]) if needed else (no_embeds, None)
+        all_logits = self.request.on_logits is not None
+        # Those that are skipped come first.
+        num_skipped = len(spans) - len(needed)
+        return prepared.decoder_inputs(embeds, all_logits=all_logits, num_skipped=num_skipped, token_scores=scores)
 
 
 def _answer(request: Request, tokenizer: Tokenizer) -> Answer:

@@ -19,9 +19,7 @@ from runtime.contract import (
     FloatArray,
     IntArray,
     VisionInputs,
-    VisualEmbeds,
     no_visual_embeds,
-    split_embeds,
 )
 from runtime.errors import CapacityError, EngineError, Qwen3VLError
 from runtime.guard import as_engine_error
@@ -38,6 +36,7 @@ from runtime.scheduling.slots import Slots
 from runtime.scheduling.vision_cache import VisionCache
 from runtime.session import Session, TopLogits, TopLogitsSession
 from runtime.vision_inputs import blank_inputs, inputs_of_segments, takes_grey_levels
+from runtime.visual_pruning.scored import Encoded, encoder_of, split_encoded
 
 _RUNS_TO_RECORD = 2  # TensorRT sets up what a new shape needs in the first run, and records the second
 MAX_FAILURES = 3
@@ -61,6 +60,7 @@ class Steps:
 
     def __init__(self, session: Session, manifest: Manifest, limits: Limits, on_vision: Callable[[], None]) -> None:
         self._session = session
+        self._vision = encoder_of(session)
         self._config = manifest.model
         self._num_top = int(manifest.capabilities.get("top_k", 0))
         # Where prompts run on weights of their own, rows of an answer are not those that a prompt would have.
@@ -76,7 +76,7 @@ class Steps:
         runs_beside = getattr(session, "runs_vision_beside", False)
         self._encoder = _started(ThreadPoolExecutor(1, "qwen3vl-vision")) if runs_beside else None
         self._max_segments = getattr(session, "max_segments", None)
-        self._encoding: tuple[list[tuple[Sequence, int, ProcessedImage]], Future[VisualEmbeds]] | None = None
+        self._encoding: tuple[list[tuple[Sequence, int, ProcessedImage]], Future[Encoded]] | None = None
         self._num_failures: dict[str, int] = {}
         self._has_rehearsed = False
         self.slots = Slots(
@@ -116,10 +116,13 @@ class Steps:
         """Give a sequence that was admitted its slot, with the rows and embeddings that are here already."""
         keys = sequence.keys
         num_shared = self.slots.start(sequence, keys, shares=sequence.request.on_logits is None)
+        num_shared = sequence.usable_rows(num_shared)
+        self.slots.write(sequence, num_shared)
         sequence.start(num_shared)
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(keys)
         self.counters.cached_tokens += num_shared
+        self.counters.pruned_tokens += sequence.request.prepared.num_pruned_tokens
         self.counters.prefix_hits += bool(num_shared)
         for index, image in sequence.missing_images:
             embeds = self.vision_cache.get(image.digest)
@@ -128,12 +131,12 @@ class Steps:
             else:
                 sequence.await_ahead(index)
 
-    def encode_ahead(self, images: list[ProcessedImage]) -> list[VisualEmbeds]:
+    def encode_ahead(self, images: list[ProcessedImage]) -> list[Encoded]:
         """Run the vision tower on segments of one grid and return the embeddings of each, [1+D, V, hidden].
 
         Where the tower works beside the steps, this runs in its thread.
         """
-        return split_embeds(self._session.vision(self._vision_inputs(images)), len(images))
+        return split_encoded(self._vision(self._vision_inputs(images)), len(images))
 
     def encode(self, sequence: Sequence) -> None:
         """Run the vision tower on the next image of a sequence, and on those of its grid that wait as well."""
@@ -142,12 +145,12 @@ class Steps:
         for each, _, _ in group:
             each.is_in_call = True
         self.counters.vision_calls += 1
-        future: Future[VisualEmbeds] = Future()
+        future: Future[Encoded] = Future()
         try:
             if self._encoder is None:
-                future.set_result(self._session.vision(self._vision_inputs(images)))
+                future.set_result(self._vision(self._vision_inputs(images)))
             else:
-                future = self._encoder.submit(lambda: self._session.vision(self._vision_inputs(images)))
+                future = self._encoder.submit(lambda: self._vision(self._vision_inputs(images)))
         except Exception as error:  # also where Python ends, and takes no more work for its threads
             future.set_exception(error)
         self._encoding = group, future
@@ -184,8 +187,8 @@ class Steps:
         for sequence, _, _ in group:
             sequence.is_in_call = False
         with self._failing([sequence for sequence, _, _ in group], "vision"):
-            found: dict[bytes, VisualEmbeds] = {}
-            for (sequence, index, image), part in zip(group, split_embeds(future.result(), len(group)), strict=True):
+            found: dict[bytes, Encoded] = {}
+            for (sequence, index, image), part in zip(group, split_encoded(future.result(), len(group)), strict=True):
                 found[image.digest] = part
                 self.vision_cache.put(image.digest, part)
                 sequence.take_embeds(index, part)

@@ -21,6 +21,7 @@ from runtime import native
 from runtime.contract import (
     DECODER_INPUTS,
     DECODER_OUTPUTS,
+    TOKEN_SCORES,
     VISION_INPUTS,
     VISION_OUTPUTS,
     DecoderInputs,
@@ -40,6 +41,7 @@ from runtime.machine import default_threads, release_freed_memory
 from runtime.manifest import Manifest
 from runtime.memory import cache_bits
 from runtime.session import DECODE, PREFILL, VISION, KVCache, SessionOptions
+from runtime.visual_pruning.scored import ScoredEmbeds
 
 with from_extra("cpu"):
     import onnxruntime as ort
@@ -150,6 +152,7 @@ class OrtCpuSession:
         self._cache_scales = None if scales is None else _read_scales(folder, manifest, scales)
         self._has_batched_chunks = bool(manifest.capabilities.get("batched_chunks", False))
         before = anonymous_regions()
+        self.has_token_scores = bool(manifest.capabilities.get(TOKEN_SCORES))
         parts = given.parts
         has_prefill = "prefill_min_tokens" in manifest.capabilities and given.separate_prefill
         self._vision = _open_graph(folder, manifest, options, _VISION) if VISION in parts else None
@@ -174,6 +177,12 @@ class OrtCpuSession:
         assert self._vision is not None, _NOT_ASKED_FOR
         (embeds,) = self._vision.run(VISION_OUTPUTS, inputs.arrays())
         return np.asarray(embeds, np.float32)
+
+    def scored_vision(self, inputs: VisionInputs) -> ScoredEmbeds:
+        """Run the vision tower; see `runtime.visual_pruning.scored.ScoringSession.scored_vision`."""
+        assert self._vision is not None, _NOT_ASKED_FOR
+        embeds, scores = self._vision.run((*VISION_OUTPUTS, TOKEN_SCORES), inputs.arrays())
+        return ScoredEmbeds(np.asarray(embeds, np.float32), np.asarray(scores, np.float32))
 
     def new_cache(self, capacity: int, batch: int = 1) -> OrtKVCache:
         """Allocate a cache of zeros."""
@@ -328,7 +337,8 @@ def _read_scales(folder: Path, manifest: Manifest, name: str) -> FloatArray:
 def _open_graph(folder: Path, manifest: Manifest, options: ort.SessionOptions, name: str) -> ort.InferenceSession:
     """Open the vision tower or a decoder, and check its inputs and outputs."""
     if name == _VISION:
-        return _open(folder, manifest, options, name, VISION_INPUTS, VISION_OUTPUTS)
+        scores = (TOKEN_SCORES,) if manifest.capabilities.get(TOKEN_SCORES) else ()
+        return _open(folder, manifest, options, name, VISION_INPUTS, (*VISION_OUTPUTS, *scores))
     num_layers = manifest.model.text.num_layers
     inputs, outputs = past_names(num_layers), present_names(num_layers)
     session = _open(folder, manifest, options, name, (*DECODER_INPUTS, *inputs), (*DECODER_OUTPUTS, *outputs))
