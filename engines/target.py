@@ -112,8 +112,8 @@ class Target:
         updates_cache_in_place: Past and present may share one buffer.
         batched_chunks: A call with several new tokens and a past may hold several sequences.
         libraries: Distributions whose versions go into the manifest.
-        cache_pass: Makes the pass that stores the KV cache in 8 or 4 bits by scales [L, 2, K, H], keys before values;
-            None if no kernel of the target reads such a cache.
+        cache_pass: Makes the pass that stores the KV cache of each layer in 8 or 4 bits by scales [L, 2, K, H], keys
+            before values; None if no kernel of the target reads such a cache.
         top_k: Candidates of the next token that the decoder gives beside the logits; 0 for none.
         normalises_pixels: Its vision graph takes grey levels of 8 bits: `engines.passes.normalise_pixels` is a pass.
         prefill_workspace: Bytes that a call of so many tokens takes beside activations; None for none.
@@ -155,7 +155,7 @@ class Target:
     updates_cache_in_place: bool = True
     batched_chunks: bool = False
     libraries: tuple[str, ...] = ("onnx-ir",)
-    cache_pass: Callable[[int, NDArray[np.float32] | None], ir.passes.InPlacePass] | None = None
+    cache_pass: Callable[[Sequence[int], NDArray[np.float32] | None], ir.passes.InPlacePass] | None = None
     top_k: int = 0
     normalises_pixels: bool = False
     compile: Compiler | None = None

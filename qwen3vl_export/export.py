@@ -179,7 +179,7 @@ def _wanted_cache(
     if target is None or not request.weights:
         return None
     check_prompts(target, prompts)
-    return None if request.kv_cache is None else wanted_cache(request.kv_cache, prompts, target)
+    return None if request.kv_cache is None else wanted_cache(request.kv_cache, prompts, target, request.kv_cache_ratio)
 
 
 def _wanted_plan(request: ExportRequest, target: Target | None) -> PlanOptions:

@@ -12,7 +12,7 @@ import typer
 from engines.build_options import BuildOptions
 from runtime.arguments import reading, whole_number
 from runtime.errors import UsageError
-from runtime.option_checks import true_or_false
+from runtime.option_checks import between, true_or_false
 
 _SIZES = ("max_context", "max_batch")
 _LEAST = {"max_context": 2, "max_batch": 1, "prefill_chunk": 2, "max_patches": 4}
@@ -31,7 +31,9 @@ class ExportRequest:
         calibration: Folder of prompts: *.jsonl with messages, or prompts.txt and images. Weights of few bits are
             rounded by what the prompts put into their products (GPTQ); fp8 targets need it to scale activations.
         kv_cache: Store keys and values in int8 or int4, with scales from the prompts of --calibration; or, with own
-            kernels, in float16. [default: the target's type]
+            kernels, in float16; or mixed, each layer in the kind that costs least by these prompts. All of them
+            approximate. [default: the target's type]
+        kv_cache_ratio: For --kv-cache mixed: most bytes, as a share of those in float16. [default: 0.4]
         kernels: For ort-cpu-int4 and ort-cpu-int8: own, the kernels that come with this package, or ort, those of ONNX
             Runtime. [default: own, where they run]
         max_context: For compiled targets: capacity of the KV cache in tokens. [default: 4096]
@@ -62,6 +64,7 @@ class ExportRequest:
     bundle: Path | None = None
     calibration: Annotated[Path | None, typer.Option(metavar="DIR")] = None
     kv_cache: Annotated[str | None, typer.Option(metavar="KIND")] = None
+    kv_cache_ratio: Annotated[float | None, typer.Option(metavar="SHARE")] = None
     kernels: Annotated[str | None, typer.Option(metavar="KIND")] = None
     decode_plan: bool | None = None
     max_context: Annotated[int | None, typer.Option(min=_LEAST["max_context"])] = None
@@ -106,7 +109,10 @@ class ExportRequest:
                 "--kv-cache has to run the engine, which --bundle and --no-weights do not build",
                 remedy="leave --kv-cache out",
             )
-
+        if self.kv_cache_ratio is not None:
+            if self.kv_cache is None:
+                raise UsageError("--kv-cache-ratio is of --kv-cache mixed", remedy="leave it out, or add that option")
+            between(0.25, 1, "leave it out for 0.4")("kv_cache_ratio", self.kv_cache_ratio)
         if self.decode_plan is not None:
             true_or_false("decode_plan", self.decode_plan)
         if self.decode_plan is not None and self.bundle is not None:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import load
+from qwen3vl_export.parity.cache_codes import CodeRanges
 from qwen3vl_export.parity.cases import Case, make_cases
 from qwen3vl_export.parity.details import CaseDetails, Compared, details_of
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model_of
@@ -40,6 +41,7 @@ from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.routes import Followed, follow
 from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE, TransformersReference, check_installed
 from qwen3vl_export.routing import Assignment, RouterStatistics
+from runtime.cache_types import cache_name
 from runtime.contract import FloatArray
 from runtime.errors import EngineError, ParityError, UsageError
 from runtime.image_processor import ProcessedImage
@@ -96,6 +98,7 @@ def verify(
     source.assets()
     model = open_model_of(source, engine)
     precision, limits = limits_of(model.manifest)
+    codes = CodeRanges.of(engine, model.manifest)
     torch_model, routers = _open_reference(reference, source), RouterStatistics()
     model.preparation = replace(model.preparation, keeps_markers=torch_model.keeps_markers)
     checks: list[Check] = []
@@ -104,7 +107,7 @@ def verify(
         for case in make_cases(Path(folder)):
             if on_case is not None:
                 on_case(case.name)
-            comparison = _Comparison(case, model, torch_model, limits, on_details)
+            comparison = _Comparison(case, model, torch_model, limits, codes, on_details)
             checks += comparison.run(max_new_tokens)
             notes += comparison.notes
             routers.merge(comparison.routers)
@@ -129,15 +132,17 @@ def limits_of(manifest: Manifest) -> tuple[str, dict[str, float]]:
     precision, tolerances = str(manifest.capabilities["precision"]), configs.load("tolerances")
     if precision not in tolerances:
         raise ParityError(f"configs/tolerances.toml has no table [{precision}]", remedy="add it, with its reasons")
-    if (bits := manifest.capabilities.get("cache_bits")) is None:
+    if (cache := cache_name(manifest.capabilities)) is None:
         return precision, tolerances[precision]
-    cache = f"cache_int{bits}"
     return f"{precision} with {cache}", wider_limits(tolerances[precision], tolerances[cache])
 
 
 def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
-    """Return `limits`, each replaced by that of `others` if more passes it."""
-    chosen = {name: (min if name.endswith("_agreement") else max)(limits[name], others[name]) for name in others}
+    """Return all limits; of those that both have, the one that lets more pass."""
+    chosen = {
+        name: (min if name.endswith("_agreement") else max)(limits.get(name, other), other)
+        for name, other in others.items()
+    }
     return {**limits, **chosen}
 
 
@@ -165,12 +170,14 @@ class _Comparison:
         model: Qwen3VLModel,
         reference: Reference,
         limits: dict[str, float],
+        codes: CodeRanges | None,
         on_details: Callable[[CaseDetails], None] | None,
     ) -> None:
         self._case = case
         self._model = model
         self._reference = reference
         self._limits = limits
+        self._codes = codes
         self._on_details = on_details
         self._checks: list[Check] = []
         self._last_finite, self._is_finite = "", True
@@ -341,6 +348,12 @@ class _Comparison:
                 rows, wanted = ours[:, :, :prompt_length], theirs[:, :, :prompt_length]
                 self._find_not_finite(f"the {name} of layer {layer}", rows)
                 self._add_tensor(name, rows, wanted, self._limits["cache_relative"], layer)
+            # Of the prompt alone: greedy text behind an answer may be like nothing that calibration saw.
+            wanted = tuple(part[:, :, :prompt_length] for part in pairs[1])
+            beyond = None if self._codes is None else self._codes.share_beyond(layer, *wanted)
+            if beyond is not None:
+                self._add("keys beyond the codes", beyond[0], self._limits["cache_beyond"], layer=layer)
+                self._add("values beyond the codes", beyond[1], self._limits["cache_beyond"], layer=layer)
         self._find_not_finite("the logits of the prompt", found.logits)
         self._compare_logits("prompt", "top1_agreement", found.logits, expected.logits)
         self._find_not_finite("the logits of greedy steps", found.step_logits)

@@ -10,6 +10,7 @@ import io
 import logging
 import math
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import native
+from runtime.cache_types import CODE_BITS, CacheType, cache_types
 from runtime.contract import (
     DECODER_INPUTS,
     DECODER_OUTPUTS,
@@ -37,7 +39,6 @@ from runtime.installation import from_extra
 from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
 from runtime.manifest import Manifest
-from runtime.memory import cache_bits
 from runtime.session import KVCache, SessionOptions
 
 with from_extra("cpu"):
@@ -59,20 +60,28 @@ _AS_REQUESTED = 1  # of onnxruntime's ArenaExtendStrategy; 0 doubles
 class OrtKVCache:
     """One pair of arrays a layer, bound as past and present at once; their memory is committed as rows are written.
 
-    With scales, the elements are the codes of GroupQueryAttention: multiples of the channel's scale, rounded to even
+    Elements of 8 and 4 bits are the codes of GroupQueryAttention: multiples of the channel's scale, rounded to even
     and cut off at the ends; 8 bits as int8, 4 bits as uint8, two channels a byte, the even one in the low half, each
     with 8 added.
+
+    Args:
+        types: Of each layer.
+        shape_BKTH: Shape of a layer's keys, or values, whatever their type.
+        scales_L2KH: The step between two codes of each channel, keys before values; of layers without codes it is not
+            read. None if no layer has codes.
     """
 
     def __init__(
         self,
-        num_layers: int,
+        types: Sequence[CacheType],
         shape_BKTH: tuple[int, int, int, int],
-        dtype: str,
         scales_L2KH: FloatArray | None = None,
     ) -> None:
-        self.batch, _, self.capacity, _ = shape_BKTH
-        self._arrays = [_zeros(shape_BKTH, dtype) for _ in range(2 * num_layers)]
+        self.batch, _, self.capacity, head_dim = shape_BKTH
+        self._types = tuple(types)
+        self._arrays = [
+            _zeros((*shape_BKTH[:3], each.row_elements(head_dim)), each.dtype) for each in types for _ in range(2)
+        ]
         self.num_bytes = sum(array.nbytes for array in self._arrays)
         self._scales_L2KH = scales_L2KH
         self._bindings: dict[tuple[ort.InferenceSession, int, int], ort.IOBinding] = {}
@@ -80,10 +89,17 @@ class OrtKVCache:
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return copies of one layer's keys and values, [B, K, T, H], as float32."""
         key, value = self._arrays[2 * index : 2 * index + 2]
-        if self._scales_L2KH is None:
+        if self._types[index].bits not in CODE_BITS:
             return key.astype(np.float32), value.astype(np.float32)
+        assert self._scales_L2KH is not None, "codes have scales"
         key_scales, value_scales = self._scales_L2KH[index]
         return _dequantize(key, key_scales), _dequantize(value, value_scales)
+
+    def write_layer(self, index: int, keys_BKTH: FloatArray, values_BKTH: FloatArray) -> None:
+        """Put other keys and values into a layer of floats, in place."""
+        assert self._types[index].bits not in CODE_BITS, "codes are not written so"
+        for array, values in zip(self._arrays[2 * index : 2 * index + 2], (keys_BKTH, values_BKTH), strict=True):
+            array[:] = values
 
     def copy_rows(self, source: int, target: int, num_rows: int) -> None:
         """Copy the first rows of one slot to another."""
@@ -131,10 +147,8 @@ class OrtCpuSession:
         options = session_options(folder, manifest, given)
         exact = needs_exact_products(kernels_of(manifest))
         self._config = manifest.model
-        self._cache_dtype = str(manifest.capabilities["cache_dtype"])
-        self._cache_bits = cache_bits(manifest.capabilities)
-        scales = manifest.capabilities.get("cache_scales")
-        self._cache_scales = None if scales is None else _read_scales(folder, manifest, scales)
+        self._cache_types = cache_types(manifest.capabilities, manifest.model.text.num_layers)
+        self._cache_scales = read_scales(folder, manifest)
         self._has_batched_chunks = bool(manifest.capabilities.get("batched_chunks", False))
         before = anonymous_regions()
         self._vision = _open_graph(folder, manifest, options, _VISION)
@@ -159,9 +173,8 @@ class OrtCpuSession:
     def new_cache(self, capacity: int, batch: int = 1) -> OrtKVCache:
         """Allocate a cache of zeros."""
         text = self._config.text
-        row = text.head_dim * self._cache_bits // (8 * np.dtype(self._cache_dtype).itemsize)
-        shape = (batch, text.num_kv_heads, capacity, row)
-        return OrtKVCache(text.num_layers, shape, self._cache_dtype, self._cache_scales)
+        shape = (batch, text.num_kv_heads, capacity, text.head_dim)
+        return OrtKVCache(self._cache_types, shape, self._cache_scales)
 
     def decode_batch(self, num_sequences: int, num_slots: int) -> int:
         """Return the same number: no step is recorded."""
@@ -286,8 +299,15 @@ def _dequantize(codes: NDArray[Any], scales_KH: FloatArray) -> FloatArray:
     return np.asarray(codes * scales_KH[:, None], np.float32)
 
 
-def _read_scales(folder: Path, manifest: Manifest, name: str) -> FloatArray:
-    """Read the scales of a cache's codes, float32 [layers, 2, K, H]."""
+def read_scales(folder: Path, manifest: Manifest) -> FloatArray | None:
+    """Read the scales of a cache's codes, float32 [layers, 2, K, H]; None if the cache holds floats.
+
+    Raises:
+        EngineError: The file is missing, or not such an array.
+    """
+    name = manifest.capabilities.get("cache_scales")
+    if name is None:
+        return None
     manifest.require(folder, name)
     text = manifest.model.text
     shape = (text.num_layers, 2, text.num_kv_heads, text.head_dim)
@@ -310,11 +330,13 @@ def _open_graph(folder: Path, manifest: Manifest, options: ort.SessionOptions, n
     num_layers = manifest.model.text.num_layers
     inputs, outputs = past_names(num_layers), present_names(num_layers)
     session = _open(folder, manifest, options, name, (*DECODER_INPUTS, *inputs), (*DECODER_OUTPUTS, *outputs))
-    dtype = manifest.capabilities["cache_dtype"]
-    types = {value.type for value in session.get_inputs() if value.name in inputs}
-    if types != {_TYPE_NAMES.get(dtype)}:
+    found = {value.name: value.type for value in session.get_inputs()}
+    types = cache_types(manifest.capabilities, num_layers)
+    wrong = [i for i, each in enumerate(types) if found[inputs[2 * i]] != _TYPE_NAMES.get(each.dtype)]
+    if wrong:
         raise EngineError(
-            f"{folder / name}: its KV cache is of {', '.join(sorted(types))}, engine.json says {dtype}",
+            f"{folder / name}: its KV cache is of {found[inputs[2 * wrong[0]]]}, engine.json says "
+            f"{types[wrong[0]].dtype} of layer {wrong[0]}",
             remedy="build the engine again",
         )
     return session
