@@ -127,6 +127,7 @@ class Target:
         kernels_drawback: Says why they are not to be taken there unless they are asked for; empty if they are.
         custom_ops: Domain of operators whose library the session has to load; empty for none.
         supports_half_cache: `cache_pass` makes a cache of float16 too: 16 bits, without scales.
+        supports_kv_scores: Its decoder can give the queries that rows of the KV cache are judged by.
         decode_plan: Decode steps may run own kernels, which a build compiles (`engines.decode_plan`).
         calibration_ops: `native_ops` of the graphs that calibration runs, which ONNX Runtime has to know; None for the
             same.
@@ -169,6 +170,7 @@ class Target:
     kernels_drawback: Callable[[], str] | None = None
     custom_ops: str = ""
     supports_half_cache: bool = False
+    supports_kv_scores: bool = False
     decode_plan: bool = False
     calibration_ops: Mapping[str, Callable[[ModelConfig], str]] | None = None
 

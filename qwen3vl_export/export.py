@@ -154,6 +154,11 @@ def _checked(request: ExportRequest, progress: Progress) -> _Job:
     target = None if named is None else with_kernels(named, request.kernels)
     if request.is_engine and target is not None:
         _check_can_build(target)
+    if request.kv_scores and target is not None and not target.supports_kv_scores:
+        raise UsageError(
+            f"--kv-scores: the decoder of {target.name} does not give its queries",
+            remedy="leave --kv-scores out, or choose a target ort-cpu-*",
+        )
     plan = _wanted_plan(request, target)
     prompts = [] if request.calibration is None else read_prompts(request.calibration)
     cache = _wanted_cache(request, target, prompts)
@@ -270,4 +275,5 @@ def _build(bundle: Bundle, job: _Job, target: Target, progress: Progress) -> Man
             cache=job.cache,
             options=job.options,
             plan=job.plan,
+            kv_scores=job.request.kv_scores,
         )

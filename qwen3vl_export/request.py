@@ -34,6 +34,8 @@ class ExportRequest:
             kernels, in float16; or mixed, each layer in the kind that costs least by these prompts. All of them
             approximate. [default: the target's type]
         kv_cache_ratio: For --kv-cache mixed: most bytes, as a share of those in float16. [default: 0.4]
+        kv_scores: Let the engine show the queries of the last tokens of a prompt, by which `--kv-budget` chooses the
+            rows that stay. For ort-cpu-*.
         kernels: For ort-cpu-int4 and ort-cpu-int8: own, the kernels that come with this package, or ort, those of ONNX
             Runtime. [default: own, where they run]
         max_context: For compiled targets: capacity of the KV cache in tokens. [default: 4096]
@@ -65,6 +67,7 @@ class ExportRequest:
     calibration: Annotated[Path | None, typer.Option(metavar="DIR")] = None
     kv_cache: Annotated[str | None, typer.Option(metavar="KIND")] = None
     kv_cache_ratio: Annotated[float | None, typer.Option(metavar="SHARE")] = None
+    kv_scores: bool = False
     kernels: Annotated[str | None, typer.Option(metavar="KIND")] = None
     decode_plan: bool | None = None
     max_context: Annotated[int | None, typer.Option(min=_LEAST["max_context"])] = None
@@ -91,7 +94,7 @@ class ExportRequest:
             object.__setattr__(self, "compute_capability", (gpus,) if isinstance(gpus, str) else tuple(map(str, gpus)))
         with reading("model", "pass a path or a Hub id"):
             object.__setattr__(self, "model", os.fspath(self.model))
-        for name in (*_SWITCHES, "compile", "weights"):
+        for name in (*_SWITCHES, "compile", "weights", "kv_scores"):
             true_or_false(name, getattr(self, name))
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:
@@ -118,6 +121,8 @@ class ExportRequest:
         if self.decode_plan is not None and self.bundle is not None:
             option = "--decode-plan" if self.decode_plan else "--no-decode-plan"
             raise UsageError(f"{option} is a target's, and a bundle is for none", remedy="leave it out")
+        if self.kv_scores and self.bundle is not None:
+            raise UsageError("--kv-scores is of an engine, and a bundle is none", remedy="leave --kv-scores out")
         if self.kernels is not None and self.bundle is not None:
             raise UsageError("--kernels are a target's, and a bundle is for none", remedy="leave --kernels out")
 

@@ -33,6 +33,8 @@ Dims = tuple[int | str, ...]
 
 VISION_OUTPUTS = ("visual_embeds",)
 DECODER_OUTPUTS = ("logits",)
+WINDOW_QUERIES = "window_queries"
+"""Optional output of a decoder built with `--kv-scores`: queries of the last tokens of a call, [B, W, layers, N, H]."""
 _MOST_LISTED = 3
 
 

@@ -12,6 +12,7 @@ from runtime.machine import MAX_THREADS_PER_CORE, available_cores
 from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
 from runtime.option_checks import true_or_false
+from runtime.scheduling.eviction import check_kv_budget
 from runtime.serving_options import ServingKeywords, ServingOptions
 from runtime.session import SessionOptions, is_on_gpu
 
@@ -91,7 +92,9 @@ class EngineOptions:
         max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
         session = SessionOptions(threads, huge_pages, cuda_graphs, decode_plan, batch_invariant, weights_twice)
         limits = min_pixels, max_pixels, max_image_pixels, true_or_false("legacy_video_prompt", legacy_video_prompt)
-        return cls(max_context, max_memory, session, *limits, ServingOptions.checked(**serving))
+        checked = ServingOptions.checked(**serving)
+        check_kv_budget(checked.kv_budget, manifest.capabilities, max_context)
+        return cls(max_context, max_memory, session, *limits, checked)
 
 
 def checked_max_context(given: Any, trained: int, capacity: int | None = None) -> int:

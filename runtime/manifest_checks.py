@@ -209,6 +209,7 @@ _CAPABILITIES: Mapping[str, Callable[[str, object], None]] = {
     "device": _one_of("cpu", "gpu"),
     "hardware_compatible": _boolean,
     "kernels": _texts,
+    "kv_scores": _positive,
     "library": _text,
     "library_version": _text,
     "logits_chunk": _positive,

@@ -102,6 +102,7 @@ def _target(precision: str, description: str) -> Target:
         passes=_passes,
         storage=CPU_STORAGE,
         cache_pass=_cache_pass,
+        supports_kv_scores=True,
         check_model=bodies.check_heads,
         **numbers_of("ort_cpu", precision),
     )

@@ -78,6 +78,8 @@ class Opening:
         no_decode_plan: On a GPU, let ONNX Runtime decode, and not the engine's own kernels.
         batch_invariant: Take the form of these kernels whose rounding does not depend on how many requests run at once.
         weights_twice: Take these kernels even where ONNX Runtime keeps a second copy of the weights on the GPU.
+        kv_budget: After a longer prompt, keep so many of its rows of the KV cache in each head, those that its last
+            tokens attend to most: approximate. For engines built with --kv-scores.
         legacy_video_prompt: Write prompts with videos as transformers before 5.10 did.
     """
 
@@ -92,6 +94,7 @@ class Opening:
     no_decode_plan: bool = False
     batch_invariant: bool = False
     weights_twice: bool = False
+    kv_budget: Annotated[int | None, typer.Option(metavar="ROWS")] = None
     legacy_video_prompt: bool = False
 
     def open(self, engine: Path, *, check: bool = False, serving: Serving | None = None) -> Qwen3VLModel:

@@ -68,6 +68,7 @@ class Limits:
         prefill_chunk: Most tokens of a chunk.
         last_chunk: Most of one that ends a prompt, so that no few tokens are left for another.
         logits_chunk: Most tokens of a chunk that all get logits.
+        kv_budget: Rows that a longer prompt keeps; None for all.
     """
 
     max_sequences: int
@@ -81,6 +82,7 @@ class Limits:
     prefill_chunk: int
     last_chunk: int
     logits_chunk: int
+    kv_budget: int | None = None
 
     @property
     def num_slots(self) -> int:

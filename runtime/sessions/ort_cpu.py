@@ -24,8 +24,10 @@ from runtime.contract import (
     DECODER_OUTPUTS,
     VISION_INPUTS,
     VISION_OUTPUTS,
+    WINDOW_QUERIES,
     DecoderInputs,
     FloatArray,
+    IntArray,
     VisionInputs,
     check_names,
     past_names,
@@ -79,21 +81,26 @@ class OrtKVCache:
     ) -> None:
         self.batch, _, self.capacity, head_dim = shape_BKTH
         self._types = tuple(types)
-        self._arrays = [
-            _zeros((*shape_BKTH[:3], each.row_elements(head_dim)), each.dtype) for each in types for _ in range(2)
-        ]
+        made = [_zeros((*shape_BKTH[:3], each.row_elements(head_dim)), each.dtype) for each in types for _ in range(2)]
+        self._memory, self._arrays = [memory for memory, _ in made], [array for _, array in made]
         self.num_bytes = sum(array.nbytes for array in self._arrays)
         self._scales_L2KH = scales_L2KH
-        self._bindings: dict[tuple[ort.InferenceSession, int, int], ort.IOBinding] = {}
+        self._bindings: dict[tuple[ort.InferenceSession, int, int, tuple[str, ...]], ort.IOBinding] = {}
 
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return copies of one layer's keys and values, [B, K, T, H], as float32."""
-        key, value = self._arrays[2 * index : 2 * index + 2]
+        keys, values = self._arrays[2 * index : 2 * index + 2]
+        return self._floats(index, 0, keys), self._floats(index, 1, values)
+
+    def keys(self, index: int, slot: int, num_rows: int) -> FloatArray:
+        """Return the keys of the first rows of a slot in one layer, float32 [K, rows, H]."""
+        return self._floats(index, 0, self._arrays[2 * index][slot : slot + 1, :, :num_rows])[0]
+
+    def _floats(self, index: int, kind: int, array_BKTH: NDArray[Any]) -> FloatArray:
         if self._types[index].bits not in CODE_BITS:
-            return key.astype(np.float32), value.astype(np.float32)
+            return np.array(array_BKTH, np.float32)
         assert self._scales_L2KH is not None, "codes have scales"
-        key_scales, value_scales = self._scales_L2KH[index]
-        return _dequantize(key, key_scales), _dequantize(value, value_scales)
+        return _dequantize(array_BKTH, self._scales_L2KH[index, kind])
 
     def write_layer(self, index: int, keys_BKTH: FloatArray, values_BKTH: FloatArray) -> None:
         """Put other keys and values into a layer of floats, in place."""
@@ -113,13 +120,35 @@ class OrtKVCache:
             array_BKTH[slot, :, :num_rows] = array_BKTH[other, :, :num_rows]
             array_BKTH[other, :, :num_rows] = rows
 
-    def binding(self, session: ort.InferenceSession, slot: int, batch: int) -> ort.IOBinding:
-        """Return the binding of some slots to a decoder; the logits are its first output."""
-        key = session, slot, batch
+    def keep_rows(self, index: int, slot: int, rows_KM: IntArray) -> None:
+        """Move the rows that each kv head of a layer keeps to the front of a slot, in their order."""
+        for array_BKTH in self._arrays[2 * index : 2 * index + 2]:
+            for rows_TH, kept_M in zip(array_BKTH[slot], rows_KM, strict=True):
+                rows_TH[: len(kept_M)] = rows_TH[kept_M]
+
+    def release_rows(self, slot: int, start: int, stop: int) -> None:
+        """Give the memory of rows start … stop - 1 of a slot back to the system, until they are written again."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for memory, array_BKTH in zip(self._memory, self._arrays, strict=True):
+            slot_bytes, head_bytes, row_bytes, _ = array_BKTH.strides
+            for head in range(array_BKTH.shape[1]):
+                begin = slot * slot_bytes + head * head_bytes
+                first = -(-(begin + start * row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages
+                last = (begin + stop * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+                if first < last:
+                    memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def binding(
+        self, session: ort.InferenceSession, slot: int, batch: int, outputs: tuple[str, ...] = DECODER_OUTPUTS
+    ) -> ort.IOBinding:
+        """Return the binding of some slots to a decoder; its first outputs are those that are named."""
+        key = session, slot, batch, outputs
         if key not in self._bindings:
             # Made once: binding the cache of 28 layers anew takes 0.18 ms a step.
             self._bindings[key] = binding = session.io_binding()
-            binding.bind_output("logits", "cpu")
+            for name in outputs:
+                binding.bind_output(name, "cpu")
             self.bind(binding, slot, batch)
         return self._bindings[key]
 
@@ -189,27 +218,42 @@ class OrtCpuSession:
 
     def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder that is faster for prompts, if there is one; see `runtime.session.Session.prefill`."""
-        return self._run(self._prefill, inputs, cache, slot)
+        return self._run(self._prefill, inputs, cache, slot)[0]
+
+    def prefill_with_queries(
+        self, inputs: DecoderInputs, cache: KVCache, slot: int = 0
+    ) -> tuple[FloatArray, FloatArray]:
+        """Run a chunk as `prefill` does, of an engine with `kv_scores`: logits, and queries [W, layers, N, H]."""
+        logits, queries = self._run(self._prefill, inputs, cache, slot, (*DECODER_OUTPUTS, WINDOW_QUERIES))
+        return logits, queries[0]
 
     def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
-        return self._run(self._decoder, inputs, cache, slot)
+        return self._run(self._decoder, inputs, cache, slot)[0]
 
-    def _run(self, session: ort.InferenceSession, inputs: DecoderInputs, cache: KVCache, slot: int) -> FloatArray:
+    def _run(
+        self,
+        session: ort.InferenceSession,
+        inputs: DecoderInputs,
+        cache: KVCache,
+        slot: int,
+        outputs: tuple[str, ...] = DECODER_OUTPUTS,
+    ) -> list[FloatArray]:
         assert isinstance(cache, OrtKVCache)
         batch, num_new = inputs.input_ids.shape
         assert slot + batch <= cache.batch, "slots that the cache does not have"
         assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
         is_one_by_one = batch == 1 or num_new == 1 or not inputs.past_lengths.any()
         assert is_one_by_one or self._has_batched_chunks, "a chunk with a past is one sequence"
-        binding = cache.binding(session, slot, batch)
+        binding = cache.binding(session, slot, batch, outputs)
         for name, array in inputs.arrays().items():
             binding.bind_cpu_input(name, array)
         # Else the run would write into the logits of the last one.
-        binding.bind_output("logits", "cpu")
+        for name in outputs:
+            binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
-        logits: FloatArray = binding.get_outputs_as_ortvaluevector()[0].numpy()
-        return logits
+        found = binding.get_outputs_as_ortvaluevector()
+        return [found[i].numpy() for i in range(len(outputs))]
 
 
 def session_options(folder: Path, manifest: Manifest, given: SessionOptions) -> ort.SessionOptions:
@@ -264,8 +308,8 @@ def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.Session
     native.warn_of_portable_code()
 
 
-def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """Return an array whose memory is committed page by page as it is written.
+def _zeros(shape: tuple[int, ...], dtype: str) -> tuple[mmap.mmap, NDArray[Any]]:
+    """Return an array and its memory, which is committed page by page as it is written.
 
     `numpy.zeros` asks for huge pages, and each holds more rows of a head than most prompts have, so that a few tokens
     committed a whole slot: 470 MB, and 1 s of the first prompt (2B, 2048 rows in float32).
@@ -282,7 +326,7 @@ def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
         raise MemoryError(f"a KV cache of {num_bytes} bytes") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, dtype).reshape(shape)
+    return memory, np.frombuffer(memory, dtype).reshape(shape)
 
 
 def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCpuSession:
@@ -329,7 +373,9 @@ def _open_graph(folder: Path, manifest: Manifest, options: ort.SessionOptions, n
         return _open(folder, manifest, options, name, VISION_INPUTS, VISION_OUTPUTS)
     num_layers = manifest.model.text.num_layers
     inputs, outputs = past_names(num_layers), present_names(num_layers)
-    session = _open(folder, manifest, options, name, (*DECODER_INPUTS, *inputs), (*DECODER_OUTPUTS, *outputs))
+    optional = (WINDOW_QUERIES,) if "kv_scores" in manifest.capabilities else ()
+    expected = *DECODER_OUTPUTS, *outputs, *optional
+    session = _open(folder, manifest, options, name, (*DECODER_INPUTS, *inputs), expected)
     found = {value.name: value.type for value in session.get_inputs()}
     types = cache_types(manifest.capabilities, num_layers)
     wrong = [i for i, each in enumerate(types) if found[inputs[2 * i]] != _TYPE_NAMES.get(each.dtype)]
