@@ -15,6 +15,7 @@ from benchmarks.gpu_check import gpu_check
 from benchmarks.gpu_pack import gpu_pack
 from benchmarks.imports import time_imports
 from benchmarks.kernels import kernels
+from benchmarks.kv_policies import kv_policies
 from benchmarks.lowered import lowered
 from benchmarks.preprocess import preprocess
 from benchmarks.report import report
@@ -39,6 +40,7 @@ _COMMANDS = (
     gpu_check,
     gpu_pack,
     kernels,
+    kv_policies,
     lowered,
     preprocess,
     report,

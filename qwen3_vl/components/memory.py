@@ -12,6 +12,7 @@ from qwen3_vl.lazy import lazy
 
 if TYPE_CHECKING:
     from qwen3vl_export.eager import EagerCache
+    from runtime.cache_types import CacheType, cache_types
     from runtime.device_cache import DeviceKVCache
     from runtime.memory import cache_bytes, check_fits, logits_bytes, machine_bytes, prefill_bytes, vision_bytes
     from runtime.ort_cache import OrtDeviceCache
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from runtime.sessions.ort_cpu import OrtKVCache
 
 __all__ = [
+    "CacheType",
     "DeviceKVCache",
     "EagerCache",
     "KVCache",
     "OrtDeviceCache",
     "OrtKVCache",
     "cache_bytes",
+    "cache_types",
     "check_fits",
     "logits_bytes",
     "machine_bytes",
@@ -34,6 +37,7 @@ __all__ = [
 
 _SOURCES = {
     "qwen3vl_export.eager": ["EagerCache"],
+    "runtime.cache_types": ["CacheType", "cache_types"],
     "runtime.device_cache": ["DeviceKVCache"],
     "runtime.memory": ["cache_bytes", "check_fits", "logits_bytes", "machine_bytes", "prefill_bytes", "vision_bytes"],
     "runtime.session": ["KVCache"],

@@ -94,13 +94,14 @@ class OrtKVCache:
 
     def keys(self, index: int, slot: int, num_rows: int) -> FloatArray:
         """Return the keys of the first rows of a slot in one layer, float32 [K, rows, H]."""
-        return self._floats(index, 0, self._arrays[2 * index][slot : slot + 1, :, :num_rows])[0]
+        found: FloatArray = self._floats(index, 0, self._arrays[2 * index][slot, :, :num_rows])
+        return found
 
-    def _floats(self, index: int, kind: int, array_BKTH: NDArray[Any]) -> FloatArray:
+    def _floats(self, index: int, kind: int, array: NDArray[Any]) -> FloatArray:
         if self._types[index].bits not in CODE_BITS:
-            return np.array(array_BKTH, np.float32)
+            return np.array(array, np.float32)
         assert self._scales_L2KH is not None, "codes have scales"
-        return _dequantize(array_BKTH, self._scales_L2KH[index, kind])
+        return _dequantize(array, self._scales_L2KH[index, kind])
 
     def write_layer(self, index: int, keys_BKTH: FloatArray, values_BKTH: FloatArray) -> None:
         """Put other keys and values into a layer of floats, in place."""
