@@ -10,6 +10,7 @@ import typer
 from benchmarks.build import build
 from benchmarks.compare.command import compare, compare_setup
 from benchmarks.decode_plan import decode_plan
+from benchmarks.eviction import kv_eviction
 from benchmarks.export import export
 from benchmarks.gpu_check import gpu_check
 from benchmarks.gpu_pack import gpu_pack
@@ -40,6 +41,7 @@ _COMMANDS = (
     gpu_check,
     gpu_pack,
     kernels,
+    kv_eviction,
     kv_policies,
     lowered,
     preprocess,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from runtime.scheduling.sequence import Sequence
 
 MIN_EVICTED_ROWS = 256
+"""Fewer rows are not given up: those of a prompt of 512 tokens are judged in the time that 24 tokens then save (2B in 4
+bits, one thread: 122 ms, and 5.1 of 98 ms a token)."""
 
 
 class EvictingCache(KVCache, Protocol):
