@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,7 @@ from benchmarks.measure import environment
 from benchmarks.result_files import RESULTS, markdown, write
 from demo_training.prompts import training_prompts
 from engines.quantize.cache_ranges import scales_of
+from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.demo.long_tasks import LongPrompt, held_out_prompts
 from qwen3vl_export.parity.metrics import log_softmax
 from runtime.cache_eviction import choose_rows, pool_scores, window_scores
@@ -70,7 +71,7 @@ def kv_policies(
                 typer.echo(f"{task}, {length} tokens", err=True)
         bits = {name: _bits(model) for name, model in models.items()}
     result = {
-        "checkpoint": checkpoint,
+        "checkpoint": Checkpoint.open(checkpoint).short_name,
         "prompts": prompts,
         "layer_bits": bits,
         "row_bytes": {name: cache_bytes(each.config, each.manifest.capabilities, 1) for name, each in models.items()},
@@ -87,7 +88,6 @@ def _engines(checkpoint: str, folder: Path, threads: int) -> dict[str, Qwen3VLMo
     from engines.quantize.cache_ranges import CACHE_BITS, CacheQuantization
     from engines.quantize.calibration_data import CalibrationPrompt
     from engines.registry import get
-    from qwen3vl_export.checkpoint import Checkpoint
     from qwen3vl_export.export import make_bundle
     from runtime.model import Qwen3VLModel
 
@@ -117,12 +117,14 @@ class _Run:
     """A prompt that has run.
 
     Attributes:
+        embeds: Visual embeddings of its pictures.
         layers: Keys and values [K, T, H] of each layer.
         queries_WLNH: Of its last tokens.
         first_V: Logits after it.
     """
 
     prepared: Prepared
+    embeds: FloatArray
     cache: OrtKVCache
     layers: list[tuple[FloatArray, FloatArray]]
     queries_WLNH: FloatArray
@@ -161,20 +163,19 @@ class _Study:
         """Return what each policy makes of a prompt."""
         run = self._run(prompt.messages)
         truth = [*self._exact.tokenizer.encode(prompt.answer), self._exact.defaults.eos_token_ids[0]]
-        expected = self._answers(self._exact, run, run.first_V, truth, run.num_rows)
+        expected = self._answers(self._exact, run, truth, run.num_rows)
         found = {EXACT: (expected, run.num_rows)}
         for name, rows_of in self._evictions():
             kept = self._keep(run, rows_of)
-            found[name] = self._answers(self._exact, run, run.first_V, truth, kept), kept
+            found[name] = self._answers(self._exact, run, truth, kept), kept
             self._restore(run)
         for name, layers in self._low_rank(run):
             self._write(run, layers)
-            found[name] = self._answers(self._exact, run, run.first_V, truth, run.num_rows), run.num_rows
+            found[name] = self._answers(self._exact, run, truth, run.num_rows), run.num_rows
             self._restore(run)
         for name in _CACHES:
-            cache, first_V = self._prefilled(self._models[name], run.prepared)
-            other = _Run(run.prepared, cache, [], run.queries_WLNH, first_V)
-            found[name] = self._answers(self._models[name], other, first_V, truth, run.num_rows), run.num_rows
+            other = self._prefilled(self._models[name], run)
+            found[name] = self._answers(self._models[name], other, truth, run.num_rows), run.num_rows
         return [
             {
                 "policy": name,
@@ -199,7 +200,8 @@ class _Study:
     def _run(self, messages: list[dict[str, Any]]) -> _Run:
         model = self._exact
         prepared = model.prepare(messages)
-        inputs = prepared.decoder_inputs(model.encode_images(prepared.images))
+        embeds = model.encode_images(prepared.images)
+        inputs = prepared.decoder_inputs(embeds)
         num_rows = inputs.num_cache_rows
         cache = model.session.new_cache(num_rows + _ROOM)
         queries, logits = [], inputs
@@ -212,23 +214,20 @@ class _Study:
             for keys, values in map(cache.layer, range(model.config.text.num_layers))
         ]
         window = int(model.manifest.capabilities["kv_scores"])
-        return _Run(prepared, cache, layers, np.concatenate(queries)[-window:], logits[0, -1])
+        return _Run(prepared, embeds, cache, layers, np.concatenate(queries)[-window:], logits[0, -1])
 
-    def _prefilled(self, model: Qwen3VLModel, prepared: Prepared) -> tuple[OrtKVCache, FloatArray]:
-        inputs = prepared.decoder_inputs(model.encode_images(prepared.images))
-        cache = model.session.new_cache(inputs.num_cache_rows + _ROOM)
-        for logits in prefill_chunks(model.session, cache, inputs):
-            last = logits
-        return cache, last[-1]
+    def _prefilled(self, model: Qwen3VLModel, run: _Run) -> _Run:
+        """Return the same prompt as another engine runs it; their vision towers are the same."""
+        inputs = run.prepared.decoder_inputs(run.embeds)
+        cache = model.session.new_cache(run.num_rows + _ROOM)
+        *_, last_LV = prefill_chunks(model.session, cache, inputs)
+        return replace(run, cache=cache, layers=[], first_V=last_LV[-1])
 
-    def _answers(
-        self, model: Qwen3VLModel, run: _Run, first_V: FloatArray, truth: Sequence[int], num_rows: int
-    ) -> FloatArray:
+    def _answers(self, model: Qwen3VLModel, run: _Run, truth: Sequence[int], num_rows: int) -> FloatArray:
         """Return the logits before each true token, [T, V]; the tokens follow `num_rows` rows of the cache."""
         delta = run.prepared.positions.delta + run.num_rows - num_rows
-        embeds = model.encode_images(())
-        inputs = DecoderInputs.text(np.array([truth[:-1]]), np.array([num_rows]), embeds, delta=delta)
-        return np.concatenate([first_V[None], model.session.prefill(inputs, run.cache)[0]])
+        inputs = DecoderInputs.text(np.array([truth[:-1]]), np.array([num_rows]), run.embeds[:, :1], delta=delta)
+        return np.concatenate([run.first_V[None], model.session.prefill(inputs, run.cache)[0]])
 
     def _evictions(self) -> Iterator[tuple[str, Callable[[_Run, int, int], IntArray]]]:
         """Yield policies that keep some rows: a function of run, layer and rows to keep, which returns [K, M]."""
