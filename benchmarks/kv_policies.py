@@ -33,7 +33,6 @@ from runtime.cache_eviction import choose_rows, pool_scores, window_scores
 from runtime.cache_types import cache_types
 from runtime.contract import DecoderInputs, FloatArray, IntArray
 from runtime.generation import prefill_chunks
-from runtime.memory import cache_bytes
 
 if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
@@ -59,27 +58,25 @@ def kv_policies(
     results: options.Results = RESULTS,
 ) -> None:
     """Ask long prompts of engines with smaller KV caches, and count right answers."""
-    found: list[dict[str, Any]] = []
     machine = environment()
     with tempfile.TemporaryDirectory() as folder:
         models = _engines(checkpoint, Path(folder), threads)
-        study = _Study(models)
+        study, found = _Study(models), []
         for length in LENGTHS:
             for task in TASKS:
                 for prompt in held_out_prompts(task, prompts, max_tokens=length):
                     found += study.ask(prompt, length)
                 typer.echo(f"{task}, {length} tokens", err=True)
-        bits = {name: _bits(model) for name, model in models.items()}
-    result = {
-        "checkpoint": Checkpoint.open(checkpoint).short_name,
-        "prompts": prompts,
-        "layer_bits": bits,
-        "row_bytes": {name: cache_bytes(each.config, each.manifest.capabilities, 1) for name, each in models.items()},
-        "errors": study.errors(),
-        "answers": found,
-        "environment": machine,
-    }
-    write("kv-policies", result, table(result), results)
+            result = {
+                "checkpoint": Checkpoint.open(checkpoint).short_name,
+                "prompts": prompts,
+                "layer_bits": {name: _bits(model) for name, model in models.items()},
+                "errors": study.errors(),
+                "answers": found,
+                "environment": machine,
+            }
+            # After each length, since the last takes longest.
+            write("kv-policies", result, table(result), results, shown=length == LENGTHS[-1])
 
 
 def _engines(checkpoint: str, folder: Path, threads: int) -> dict[str, Qwen3VLModel]:
