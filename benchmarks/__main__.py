@@ -10,11 +10,13 @@ import typer
 from benchmarks.build import build
 from benchmarks.compare.command import compare, compare_setup
 from benchmarks.decode_plan import decode_plan
+from benchmarks.eviction import kv_eviction
 from benchmarks.export import export
 from benchmarks.gpu_check import gpu_check
 from benchmarks.gpu_pack import gpu_pack
 from benchmarks.imports import time_imports
 from benchmarks.kernels import kernels
+from benchmarks.kv_policies import kv_policies
 from benchmarks.lowered import lowered
 from benchmarks.memory_plan import memory_plan
 from benchmarks.preprocess import preprocess
@@ -43,6 +45,8 @@ _COMMANDS = (
     gpu_check,
     gpu_pack,
     kernels,
+    kv_eviction,
+    kv_policies,
     lowered,
     memory_plan,
     preprocess,

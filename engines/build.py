@@ -17,6 +17,7 @@ from engines.decode_plan.options import NO_PLAN, PlanOptions
 from engines.external_data import weight_bytes, write_model
 from engines.lower import lower
 from engines.output import output_folder
+from engines.passes.add_window_queries import SCORES_WINDOW, AddWindowQueriesPass
 from engines.passes.fold_static_shapes import fix_capacity
 from engines.progress import SILENT, Progress, Stage
 from engines.quantised_kernels import kernels_of
@@ -63,6 +64,7 @@ def build_engine(
     cache: CacheQuantization | None = None,
     options: BuildOptions | None = None,
     plan: PlanOptions = NO_PLAN,
+    kv_scores: bool = False,
 ) -> Manifest:
     """Build `output`; until it is complete, what was there before stays.
 
@@ -76,6 +78,7 @@ def build_engine(
         cache: Store the KV cache in fewer bits. Not without weights: the engine may be opened to find the scales.
         options: Sizes of an engine that is compiled for fixed ones.
         plan: Of decode steps on a GPU, for a target that takes one.
+        kv_scores: Let the decoder give the queries that rows of the KV cache are judged by.
 
     Raises:
         UsageError: `output` holds something that is no engine, or an option is out of range.
@@ -87,6 +90,9 @@ def build_engine(
     sizes = options or BuildOptions()
     progress.report(Stage.LOWERING, f"lowering the graphs for {target.name}")
     graphs = _lowered(bundle, target, sizes)
+    if kv_scores:
+        for name in graphs.keys() & {DECODER, PREFILL}:
+            AddWindowQueriesPass(bundle.config, SCORES_WINDOW)(graphs[name])
     bytes_of_graphs = [weight_bytes(graph) if with_weights else 0 for graph in graphs.values()]
     num_bytes = sum(bytes_of_graphs)
     # A plan holds the weights once more, and lies beside the graph that it is made of until it is complete.
@@ -106,6 +112,7 @@ def build_engine(
         files |= planned | bundle.write_assets(folder)
         more = {**compiled, "kernels": _kernels(graphs), **({"decode_plan": True} if planned else {})}
         more |= {TOKEN_SCORES: True} if bundle.has_token_scores else {}
+        more |= {"kv_scores": SCORES_WINDOW} if kv_scores else {}
         manifest = _manifest(bundle, target, target.capabilities(bundle.config, sizes) | more, files)
         if cache is not None:
             progress.report(Stage.QUANTISING_CACHE, cache.work)

@@ -155,6 +155,11 @@ def _checked(request: ExportRequest, progress: Progress) -> _Job:
     target = None if named is None else with_kernels(named, request.kernels)
     if request.is_engine and target is not None:
         _check_can_build(target)
+    if request.kv_scores and target is not None and not target.supports_kv_scores:
+        raise UsageError(
+            f"--kv-scores: the decoder of {target.name} does not give its queries",
+            remedy="leave --kv-scores out, or choose a target ort-cpu-*",
+        )
     if request.token_scores and target is not None and target.session != "ort_cpu":
         raise UsageError(
             f"--token-scores: {target.name} has no use for them, since engines on a GPU do not prune visual tokens",
@@ -185,7 +190,7 @@ def _wanted_cache(
     if target is None or not request.weights:
         return None
     check_prompts(target, prompts)
-    return None if request.kv_cache is None else wanted_cache(request.kv_cache, prompts, target)
+    return None if request.kv_cache is None else wanted_cache(request.kv_cache, prompts, target, request.kv_cache_ratio)
 
 
 def _wanted_plan(request: ExportRequest, target: Target | None) -> PlanOptions:
@@ -276,4 +281,5 @@ def _build(bundle: Bundle, job: _Job, target: Target, progress: Progress) -> Man
             cache=job.cache,
             options=job.options,
             plan=job.plan,
+            kv_scores=job.request.kv_scores,
         )

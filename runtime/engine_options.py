@@ -15,6 +15,7 @@ from runtime.manifest import Manifest
 from runtime.memory import machine_bytes
 from runtime.option_checks import true_or_false
 from runtime.route import RouteKeywords
+from runtime.scheduling.eviction import check_kv_budget
 from runtime.serving_options import ServingKeywords, ServingOptions
 from runtime.session import SessionOptions, is_on_gpu
 from runtime.tuning import Tuning, tuning_for
@@ -145,6 +146,7 @@ class EngineOptions:
         is_legacy = true_or_false("legacy_video_prompt", legacy_video_prompt)
         limits = min_pixels, max_pixels, max_image_pixels, is_legacy, share
         checked = ServingOptions.checked(**serving)
+        check_kv_budget(checked.kv_budget, manifest.capabilities, max_context)
         return cls(max_context, max_memory, session, *limits, checked, tuning, true_or_false("fit", fit), is_limited)
 
 

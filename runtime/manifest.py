@@ -16,7 +16,14 @@ from typing import Any
 
 from runtime.errors import EngineError
 from runtime.files import NotRegularError, is_folder, leads_somewhere, open_regular, read_json_object
-from runtime.manifest_checks import check_capabilities, check_file_name, check_model, check_record, check_texts
+from runtime.manifest_checks import (
+    check_cache_layers,
+    check_capabilities,
+    check_file_name,
+    check_model,
+    check_record,
+    check_texts,
+)
 from runtime.model_config import ModelConfig
 
 MANIFEST_NAME = "engine.json"
@@ -134,6 +141,7 @@ class Manifest:
             raise EngineError(f"source is {self.source!r:.80}, expected an object", remedy="build the engine again")
         check_capabilities(self.capabilities)
         check_model(self.model)
+        check_cache_layers(self.capabilities, self.model.text.num_layers)
         for name, record in self.files.items():
             check_record(name, vars(record))
 

@@ -9,8 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from runtime.cache_types import cache_types
 from runtime.cgroup import memory_limits
 from runtime.errors import CapacityError
 from runtime.model_config import ModelConfig
@@ -41,13 +40,6 @@ def machine_bytes(limits: Sequence[int] | None = None) -> int:
     return min([whole, *(memory_limits() if limits is None else limits)])
 
 
-def cache_bits(capabilities: Mapping[str, Any]) -> int:
-    """Return the bits that an element of an engine's KV cache takes."""
-    dtype = str(capabilities["cache_dtype"])
-    whole = 16 if dtype == "bfloat16" else 8 * np.dtype(dtype).itemsize  # numpy has no bfloat16
-    return int(capabilities.get("cache_bits", whole))
-
-
 def cache_bytes(config: ModelConfig, capabilities: Mapping[str, Any], capacity: int) -> int:
     """Return the bytes of a KV cache of one sequence: keys and values of all layers.
 
@@ -57,7 +49,8 @@ def cache_bytes(config: ModelConfig, capabilities: Mapping[str, Any], capacity: 
         capacity: Tokens that it holds.
     """
     text = config.text
-    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * capacity * cache_bits(capabilities) // 8
+    bits = sum(each.bits for each in cache_types(capabilities, text.num_layers))
+    return 2 * text.num_kv_heads * text.head_dim * capacity * bits // 8
 
 
 def logits_bytes(config: ModelConfig, num_tokens: int) -> int:

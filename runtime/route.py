@@ -104,6 +104,7 @@ class Route:
             _take(capabilities, prefill.capabilities, _OF_PREFILL)
             if is_on_gpu(first) and not is_on_gpu(prefill):
                 capabilities.setdefault("prefill_chunk", PREFILL_CHUNK)
+            capabilities.pop("kv_scores", None)  # the queries would be of the other engine's cache
             # Rows of an answer are not those that a prompt would have: see `runtime.scheduling.steps`.
             capabilities.setdefault("prefill_min_tokens", 1)
             if is_on_gpu(prefill) == is_on_gpu(first):
@@ -261,6 +262,8 @@ def _cache_misfit(ours: Manifest, theirs: Manifest) -> str:
         return ""
     if types[0] != types[1]:
         return f"the one holds {types[0]}, the other {types[1]}"
+    if theirs.capabilities.get("cache_layer_bits") != ours.capabilities.get("cache_layer_bits"):
+        return "their layers are kept in different kinds"
     scales = [_hash(each.files.get(str(each.capabilities.get("cache_scales")))) for each in (theirs, ours)]
     return "" if scales[0] == scales[1] and scales[0] else "their codes have different scales"
 

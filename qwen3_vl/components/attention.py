@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qwen3vl_export.flash_attention import FlashAttention2, VisionFlashAttention2, use_flash_attention
     from qwen3vl_export.modeling import CausalAttention, VisionAttention
     from qwen3vl_export.ops import causal_attention, vision_attention
+    from runtime.cache_eviction import choose_rows, pool_scores, window_scores
     from runtime.visual_pruning.choice import choose_visual_tokens, num_kept_tokens
     from runtime.visual_pruning.diversity import diverse_rows
     from runtime.visual_pruning.frames import changed_tokens, pixel_changes
@@ -26,12 +27,15 @@ __all__ = [
     "VisionFlashAttention2",
     "causal_attention",
     "changed_tokens",
+    "choose_rows",
     "choose_visual_tokens",
     "diverse_rows",
     "num_kept_tokens",
     "pixel_changes",
+    "pool_scores",
     "use_flash_attention",
     "vision_attention",
+    "window_scores",
 ]
 
 _SOURCES = {
@@ -41,6 +45,7 @@ _SOURCES = {
     "runtime.visual_pruning.choice": ["choose_visual_tokens", "num_kept_tokens"],
     "runtime.visual_pruning.diversity": ["diverse_rows"],
     "runtime.visual_pruning.frames": ["changed_tokens", "pixel_changes"],
+    "runtime.cache_eviction": ["choose_rows", "pool_scores", "window_scores"],
 }
 
 __getattr__, __dir__ = lazy(__name__, __all__, _SOURCES)

@@ -12,6 +12,7 @@ from qwen3_vl.lazy import lazy
 
 if TYPE_CHECKING:
     from qwen3vl_export.eager import EagerCache
+    from runtime.cache_types import CacheType, cache_types
     from runtime.device_cache import DeviceKVCache
     from runtime.memory import cache_bytes, check_fits, logits_bytes, machine_bytes
     from runtime.memory_plan import Facts, MemoryPlan, Planner, Work
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from runtime.sessions.ort_cpu import OrtKVCache
 
 __all__ = [
+    "CacheType",
     "DeviceKVCache",
     "EagerCache",
     "Facts",
@@ -30,6 +32,7 @@ __all__ = [
     "Planner",
     "Work",
     "cache_bytes",
+    "cache_types",
     "check_fits",
     "logits_bytes",
     "machine_bytes",
@@ -37,6 +40,7 @@ __all__ = [
 
 _SOURCES = {
     "qwen3vl_export.eager": ["EagerCache"],
+    "runtime.cache_types": ["CacheType", "cache_types"],
     "runtime.device_cache": ["DeviceKVCache"],
     "runtime.memory": ["cache_bytes", "check_fits", "logits_bytes", "machine_bytes"],
     "runtime.memory_plan": ["Facts", "MemoryPlan", "Planner", "Work"],

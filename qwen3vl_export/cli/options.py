@@ -82,6 +82,8 @@ class Opening:
         no_decode_plan: On a GPU, let ONNX Runtime decode, and not the engine's own kernels.
         batch_invariant: Take the form of these kernels whose rounding does not depend on how many requests run at once.
         weights_twice: Take these kernels even where ONNX Runtime keeps a second copy of the weights on the GPU.
+        kv_budget: After a longer prompt, keep so many of its rows of the KV cache in each head, those that its last
+            tokens attend to most: approximate. For engines built with --kv-scores.
         legacy_video_prompt: Write prompts with videos as transformers before 5.10 did.
         vision_engine: Run the vision tower on this engine of the same checkpoint.
         prefill_engine: Run prompts on this engine of the same checkpoint; its rows of the KV cache are moved.
@@ -101,6 +103,7 @@ class Opening:
     no_decode_plan: bool = False
     batch_invariant: bool = False
     weights_twice: bool = False
+    kv_budget: Annotated[int | None, typer.Option(metavar="ROWS")] = None
     legacy_video_prompt: bool = False
     vision_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None
     prefill_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None

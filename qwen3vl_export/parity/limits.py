@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 
 import configs
+from runtime.cache_types import cache_name
 from runtime.errors import ParityError
 from runtime.manifest import Manifest
 
@@ -20,13 +21,15 @@ def _limits_of(manifest: Manifest) -> tuple[str, dict[str, float]]:
     precision, tolerances = str(manifest.capabilities["precision"]), configs.load("tolerances")
     if precision not in tolerances:
         raise ParityError(f"configs/tolerances.toml has no table [{precision}]", remedy="add it, with its reasons")
-    if (bits := manifest.capabilities.get("cache_bits")) is None:
+    if (cache := cache_name(manifest.capabilities)) is None:
         return precision, tolerances[precision]
-    cache = f"cache_int{bits}"
     return f"{precision} with {cache}", wider_limits(tolerances[precision], tolerances[cache])
 
 
 def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
-    """Return `limits`, each replaced by that of `others` if more passes it."""
-    chosen = {name: (min if name.endswith("_agreement") else max)(limits[name], others[name]) for name in others}
+    """Return all limits; of those that both have, the one that lets more pass."""
+    chosen = {
+        name: (min if name.endswith("_agreement") else max)(limits.get(name, other), other)
+        for name, other in others.items()
+    }
     return {**limits, **chosen}

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from engines.bundle import DECODER, VISION
 from qwen3vl_export.parity.float8_products import expand_float8_products
 from runtime import native
+from runtime.cache_types import cache_types
 from runtime.contract import DECODER_OUTPUTS, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
 from runtime.errors import CapacityError, ParityError, UsageError
 from runtime.files import is_folder, leads_somewhere
@@ -53,8 +54,8 @@ class LoweredSession:
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         self._text = manifest.model.text
-        self._cache_dtype = str(manifest.capabilities["cache_dtype"])
-        self._folder = folder
+        self._cache_types = cache_types(manifest.capabilities, self._text.num_layers)
+        self._folder, self._manifest = folder, manifest
         has_own = "custom_ops" in manifest.capabilities
         self._graphs = {graph: open_graph(folder / f"{graph}.onnx", threads, has_own) for graph in (VISION, DECODER)}
         (shape,) = (node.shape for node in self._graphs[DECODER].get_inputs() if node.name == "past_key_values.0.key")
@@ -72,7 +73,7 @@ class LoweredSession:
         Raises:
             CapacityError: The graph's capacity is less.
         """
-        from runtime.sessions.ort_cpu import OrtKVCache
+        from runtime.sessions.ort_cpu import OrtKVCache, read_scales
 
         if self.capacity is not None and capacity > self.capacity:
             raise CapacityError(
@@ -80,7 +81,7 @@ class LoweredSession:
                 remedy="compare fewer tokens (--max-new-tokens), or lower for a larger capacity",
             )
         shape = (batch, self._text.num_kv_heads, self.capacity or capacity, self._text.head_dim)
-        return OrtKVCache(self._text.num_layers, shape, self._cache_dtype)
+        return OrtKVCache(self._cache_types, shape, read_scales(self._folder, self._manifest))
 
     def decode_batch(self, num_sequences: int, num_slots: int) -> int:
         """Return the same number: no step is recorded."""

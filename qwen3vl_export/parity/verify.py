@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import load
+from qwen3vl_export.parity.cache_codes import CodeRanges
 from qwen3vl_export.parity.cases import Case, make_cases
 from qwen3vl_export.parity.details import CaseDetails, Compared, details_of
 from qwen3vl_export.parity.limits import limits_of
@@ -110,6 +111,7 @@ def verify(
     source.assets()
     model = open_model_of(source, engine, route=route)
     precision, limits = limits_of(*manifests_of(model))
+    codes = CodeRanges.of(engine, model.manifest)
     torch_model, routers = _open_reference(reference, source), RouterStatistics()
     model.preparation = replace(model.preparation, keeps_markers=torch_model.keeps_markers)
     checks: list[Check] = []
@@ -119,7 +121,7 @@ def verify(
         for case in make_cases(Path(folder), with_large=share < 1):
             if on_case is not None:
                 on_case(case.name)
-            comparison = _Comparison(case, model, torch_model, limits, on_details, share)
+            comparison = _Comparison(case, model, torch_model, limits, codes, on_details, share)
             checks += comparison.run(max_new_tokens)
             notes += comparison.notes
             num_pruned += comparison.num_pruned
@@ -166,6 +168,7 @@ class _Comparison:
         model: Qwen3VLModel,
         reference: Reference,
         limits: dict[str, float],
+        codes: CodeRanges | None,
         on_details: Callable[[CaseDetails], None] | None,
         share: float = 1.0,
     ) -> None:
@@ -174,6 +177,7 @@ class _Comparison:
         self._model = model
         self._reference = reference
         self._limits = limits
+        self._codes = codes
         self._on_details = on_details
         self._checks: list[Check] = []
         self._last_finite, self._is_finite = "", True
@@ -357,6 +361,12 @@ class _Comparison:
                 rows, wanted = ours[:, :, :prompt_length], theirs[:, :, :prompt_length]
                 self._find_not_finite(f"the {name} of layer {layer}", rows)
                 self._add_tensor(name, rows, wanted, self._limits["cache_relative"], layer)
+            # Of the prompt alone: greedy text behind an answer may be like nothing that calibration saw.
+            wanted = tuple(part[:, :, :prompt_length] for part in pairs[1])
+            beyond = None if self._codes is None else self._codes.share_beyond(layer, *wanted)
+            if beyond is not None:
+                self._add("keys beyond the codes", beyond[0], self._limits["cache_beyond"], layer=layer)
+                self._add("values beyond the codes", beyond[1], self._limits["cache_beyond"], layer=layer)
         self._find_not_finite("the logits of the prompt", found.logits)
         self._compare_logits("prompt", "top1_agreement", found.logits, expected.logits)
         self._find_not_finite("the logits of greedy steps", found.step_logits)

@@ -76,6 +76,7 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
         prefill_chunk=chunk,
         last_chunk=last_chunk,
         logits_chunk=chunk_limit(capabilities, all_logits=True),
+        kv_budget=options.kv_budget,
     )
 
 

@@ -73,6 +73,7 @@ class Limits:
         logits_chunk: Most tokens of a chunk that all get logits.
         vision_patches: Images of one grid share a call while they have no more patches than this together.
         draft_cost: That of `runtime.prompt_lookup.DraftLength`.
+        kv_budget: Rows that a longer prompt keeps; None for all.
     """
 
     max_sequences: int
@@ -88,6 +89,7 @@ class Limits:
     logits_chunk: int
     vision_patches: int = VISION_PATCHES
     draft_cost: float = DRAFT_COST
+    kv_budget: int | None = None
 
     @property
     def num_slots(self) -> int:

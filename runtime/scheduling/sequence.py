@@ -36,11 +36,13 @@ class Sequence:
     Attributes:
         request: What was asked.
         arrival: Its number.
-        delta: Position of a token of the answer minus its index.
+        delta: Position of a token of the answer minus its row.
         num_rows: Valid rows of its slot.
+        num_evicted: Rows of its prompt that were given up.
         is_started: It has a slot.
         is_in_call: The vision tower is at one of its segments.
         last_token: The newest token of the answer, which has no row yet.
+        window_queries: Of a prompt that is to give up rows, queries of its last tokens so far, [W, layers, N, H].
     """
 
     def __init__(self, request: Request, arrival: int, tokenizer: Tokenizer, lookup: PromptLookup | None) -> None:
@@ -49,9 +51,10 @@ class Sequence:
         self.priority = request.priority
         self.delta = request.prepared.positions.delta
         self.keys: IntArray = prompt_keys(request.prepared)
-        self.num_rows = 0
+        self.num_rows = self.num_evicted = 0
         self.is_started = self.is_in_call = False
         self.last_token = -1
+        self.window_queries: FloatArray | None = None
         self.lookup = lookup
         options, ids = request.options, request.prepared.prompt.input_ids
         self._tokenizer = tokenizer
@@ -103,7 +106,7 @@ class Sequence:
     @property
     def draft_room(self) -> int:
         """How many tokens may be drafted: the answer ends with its last one, which needs no row."""
-        return self.request.num_tokens + self.request.max_new_tokens - self.num_rows - 2
+        return self.request.num_tokens + self.request.max_new_tokens - self.num_evicted - self.num_rows - 2
 
     def can_use_top(self, num_top: int) -> bool:
         """Return whether its sampler looks at no more logits than the largest `num_top`."""
@@ -198,6 +201,11 @@ class Sequence:
             return []
         return self.take_token(logits_LV[-1])
 
+    def evict(self, num_kept: int) -> None:
+        """Note that the prompt keeps so many rows; tokens of the answer keep their positions."""
+        self.num_evicted, self.window_queries = self.num_rows - num_kept, None
+        self.num_rows, self.delta = num_kept, self.delta + self.num_evicted
+
     def take_token(self, logits: Logits | TopLogits) -> list[Piece]:
         """Choose the next token of the answer and return what can be shown now."""
         if isinstance(logits, TopLogits) and not self.can_use_top(len(logits.ids)):
@@ -229,7 +237,8 @@ class Sequence:
             prompt_tokens=request.num_tokens,
             visual_tokens=request.prepared.num_visual_tokens,
             new_tokens=len(self._answer.token_ids),
-            peak_cache_bytes=self.num_rows * row_bytes,
+            peak_cache_bytes=max(self.num_rows, request.num_tokens) * row_bytes,
+            evicted_rows=self.num_evicted,
             drafted_tokens=lookup.num_drafted if lookup else 0,
             accepted_tokens=lookup.num_accepted if lookup else 0,
             cached_tokens=self._num_shared,

@@ -29,6 +29,7 @@ from runtime.memory import cache_bytes
 from runtime.parallel import no_thread
 from runtime.sampling import Logits
 from runtime.scheduling.counters import Counters
+from runtime.scheduling.eviction import Eviction
 from runtime.scheduling.request import Limits
 from runtime.scheduling.scheduler import ChunkSize
 from runtime.scheduling.sequence import Sequence
@@ -73,6 +74,7 @@ class Steps:
         self._vision_patches = limits.vision_patches
         self._max_sequences = limits.max_sequences
         self._on_vision = on_vision
+        self._eviction = Eviction.of(session, manifest.model, manifest.capabilities, limits)
         runs_beside = getattr(session, "runs_vision_beside", False)
         self._encoder = _started(ThreadPoolExecutor(1, "qwen3vl-vision")) if runs_beside else None
         self._max_segments = getattr(session, "max_segments", None)
@@ -115,7 +117,10 @@ class Steps:
     def start(self, sequence: Sequence) -> None:
         """Give a sequence that was admitted its slot, with the rows and embeddings that are here already."""
         keys = sequence.keys
-        num_shared = self.slots.start(sequence, keys, shares=sequence.request.on_logits is None)
+        # Those that judge the rows are run, so that the rows that stay do not depend on what ran before.
+        eviction = self._eviction_of(sequence)
+        num_left = 1 if eviction is None else eviction.window
+        num_shared = self.slots.start(sequence, keys, shares=sequence.request.on_logits is None, num_left=num_left)
         num_shared = sequence.usable_rows(num_shared)
         self.slots.write(sequence, num_shared)
         sequence.start(num_shared)
@@ -206,7 +211,7 @@ class Steps:
         start = time.perf_counter()
         with self._failing([sequence], "prefill"):
             inputs = sequence.chunk(num_tokens, self._no_embeds)
-            logits_LV = self._session.prefill(inputs, self.slots.cache, self.slots.place(sequence))[0]
+            logits_LV = self._run_chunk(sequence, inputs)[0]
             self._chunks.measured(num_tokens, time.perf_counter() - start)
             self.counters.prefill_chunks += 1
             self.counters.chunk_tokens.add(num_tokens)
@@ -300,7 +305,26 @@ class Steps:
         if self._encoder is not None:
             self._encoder.shutdown(wait=True, cancel_futures=True)
 
-    def _kept_keys(self, sequence: Sequence) -> IntArray:
+    def _eviction_of(self, sequence: Sequence) -> Eviction | None:
+        return self._eviction if self._eviction is not None and self._eviction.is_for(sequence.request) else None
+
+    def _run_chunk(self, sequence: Sequence, inputs: DecoderInputs) -> FloatArray:
+        cache, slot, eviction = self.slots.cache, self.slots.place(sequence), self._eviction_of(sequence)
+        if eviction is None:
+            return self._session.prefill(inputs, cache, slot)
+        return eviction.prefill(sequence, inputs, cache, slot)
+
+    def _evict(self, sequence: Sequence) -> None:
+        """Give up rows of a prompt that has run, if it is to."""
+        eviction = self._eviction_of(sequence)
+        if eviction is not None:
+            eviction.evict(sequence, self.slots.cache, self.slots.place(sequence))
+            self.slots.evict(sequence, sequence.num_rows)
+            self.counters.evicted_prompt_rows += sequence.num_evicted
+
+    def _kept_keys(self, sequence: Sequence) -> IntArray | None:
+        if sequence.num_evicted:
+            return None  # what is left of a prompt is the first rows of no other
         if not self._keeps_answers:
             self.slots.write(sequence, min(sequence.num_rows, len(sequence.keys)))
         return sequence.row_keys
@@ -379,6 +403,7 @@ class Steps:
         if sequence.is_finished or sequence.request.on_logits is not None:
             self.finish(sequence)
             return
+        self._evict(sequence)
         index = self.slots.join(sequence)
         self.prompts.remove(sequence)
         self.decoding.insert(index, sequence)
