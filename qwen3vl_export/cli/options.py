@@ -107,6 +107,14 @@ class Opening:
         """
         from runtime.model import Qwen3VLModel
 
+        return Qwen3VLModel.from_engine(engine, check=check, **self.arguments(serving))
+
+    def arguments(self, serving: Serving | None = None) -> dict[str, Any]:
+        """Return what was given as arguments of `Qwen3VLModel.from_engine`.
+
+        Raises:
+            UsageError: An option is out of range.
+        """
         options = given(self)
         if self.max_memory is not None:
             if not math.isfinite(self.max_memory):
@@ -120,7 +128,7 @@ class Opening:
                 options[name] = False
         if serving is not None:
             options |= serving.arguments()
-        return Qwen3VLModel.from_engine(engine, check=check, **options)
+        return options
 
 
 @dataclass(frozen=True)

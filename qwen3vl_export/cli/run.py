@@ -49,6 +49,7 @@ from qwen3vl_export.cli.output import (
     read_stdin,
     read_tools,
 )
+from qwen3vl_export.cli.package import package
 from qwen3vl_export.cli.picture_options import Pictures
 from qwen3vl_export.cli.serve import serve
 from qwen3vl_export.cli.targets import targets
@@ -263,7 +264,7 @@ def _check_graph(file: Path, manifest: Any) -> None:
     check_file(file)
 
 
-for command in (serve, batch, verify, bench, targets):
+for command in (serve, batch, package, verify, bench, targets):
     app.command()(command)
 app.add_typer(cache)
 
