@@ -272,7 +272,7 @@ def loaded(
         TritonModelException: What `initialize` raised.
     """
     log = Logger()
-    backend = _module(log)
+    backend = backend_module(log)
     before = sys.modules.get(backend.__name__)
     sys.modules[backend.__name__] = backend
     try:
@@ -341,7 +341,8 @@ def _unescaped(found: list[str]) -> Any:
     return json.loads(f'"{text}"')
 
 
-def _module(log: Logger) -> ModuleType:
+def backend_module(log: Logger) -> ModuleType:
+    """The module that a model imports."""
     module = ModuleType("triton_python_backend_utils")
     for kind in (TritonModelException, TritonError, Tensor, InferenceResponse, InferenceRequest):
         setattr(module, kind.__name__, kind)

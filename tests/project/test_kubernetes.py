@@ -170,7 +170,8 @@ def test_pods_are_locked_up() -> None:
     assert server["readOnlyRootFilesystem"] and not server["allowPrivilegeEscalation"]
     assert server["capabilities"] == {"drop": ["ALL"]} and not POD["automountServiceAccountToken"]
     assert all(each["readOnly"] for each in SERVER["volumeMounts"])
-    assert SERVER["resources"]["requests"] == SERVER["resources"]["limits"]
+    assert SERVER["resources"]["requests"] == SERVER["resources"]["limits"] == {"cpu": "4", "memory": "8Gi"}
+    assert "four whole cores and 8 GiB a pod" in PAGE
     volumes = {each["name"]: each for each in POD["volumes"]}
     assert volumes["keys"]["secret"]["defaultMode"] == 0o440
     credentials = read(MONITORING / "pod_monitor.yaml")["spec"]["podMetricsEndpoints"][0]["authorization"][

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 import runtime.opening
-from helpers import PICTURES
+from helpers import PICTURES, ROOT
 from helpers.http_server import shown
 from helpers.triton_backend import (
     Answer,
@@ -268,6 +270,53 @@ def test_a_parameter_that_is_no_json_and_one_of_the_backend(demo_engine: Path, t
     config.write_text(text + own)
     with loaded(tmp_path, "demo") as model:
         assert model.ask(text_input="x", max_tokens=1).wait().error is None
+
+
+_LOAD = """
+import sys
+from pathlib import Path
+sys.modules["fastapi"] = None
+from helpers.triton_backend import loaded
+with loaded(Path(sys.argv[1]), "demo"):
+    pass
+"""
+
+
+def test_a_missing_library_is_named(repository: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", _LOAD, str(repository)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    said = done.stderr.splitlines()[-1]
+    assert "TritonModelException: demo: the backend's Python has no package fastapi" in said
+    assert "Remedy: install the extra `serve`" in said
+
+
+def test_an_engine_that_has_failed_is_said_in_the_servers_log(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise EngineError("the engine has failed", remedy="open it again")
+
+    with loaded(repository, "demo") as model:
+        monkeypatch.setattr(Qwen3VLModel, "stream", fail)
+        code, message = refused(model.ask(text_input="x"))
+        assert (code, message) == ("UNAVAILABLE", "the engine has failed. Remedy: open it again")
+        assert model.log.lines == []  # one call failed, and the engine goes on
+        monkeypatch.setattr(Qwen3VLModel, "check_open", fail)
+        refused(model.ask(text_input="x"))
+        assert model.log.lines == [("error", "demo: the engine has failed. Remedy: unload the model and load it again")]
+
+
+def test_a_bug_ends_its_request_alone(repository: Path, expected: Generation, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    with loaded(repository, "demo") as model:
+        with monkeypatch.context() as patch:
+            patch.setattr(Qwen3VLModel, "stream", fail)
+            assert refused(model.ask(text_input="x"))[0] == "INTERNAL"
+        assert "ZeroDivisionError" in model.log.lines[0][1]
+        assert model.ask(text_input=QUESTION, image=[IMAGE]).wait().text == expected.text
 
 
 def test_a_missing_package_is_named(demo_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
