@@ -122,12 +122,9 @@ class Opening:
         """
         from runtime.model import Qwen3VLModel
 
-        options = self.arguments()
-        if serving is not None:
-            options |= serving.arguments()
-        return Qwen3VLModel.from_engine(engine, check=check, **options)
+        return Qwen3VLModel.from_engine(engine, check=check, **self.arguments(serving))
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, serving: Serving | None = None) -> dict[str, Any]:
         """Return what was given as arguments of `Qwen3VLModel.from_engine`.
 
         Raises:
@@ -144,6 +141,8 @@ class Opening:
         for name in ("cuda_graphs", "decode_plan", "tuned"):
             if options.pop(f"no_{name}", False):
                 options[name] = False
+        if serving is not None:
+            options |= serving.arguments()
         return options
 
 

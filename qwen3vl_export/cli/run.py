@@ -50,6 +50,7 @@ from qwen3vl_export.cli.output import (
     read_tools,
     route_text,
 )
+from qwen3vl_export.cli.package import package
 from qwen3vl_export.cli.picture_options import Pictures
 from qwen3vl_export.cli.plan import plan
 from qwen3vl_export.cli.serve import serve
@@ -289,7 +290,7 @@ def _check_graph(file: Path, manifest: Any) -> None:
     check_file(file)
 
 
-for command in (serve, batch, verify, bench, targets, plan, tune):
+for command in (serve, batch, package, verify, bench, targets, plan, tune):
     app.command()(command)
 app.add_typer(cache)
 
