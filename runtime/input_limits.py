@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
+from runtime.arguments import reading
 from runtime.errors import UsageError
 from runtime.option_checks import any_number, between, integer
 from runtime.shown import shown
@@ -91,12 +92,11 @@ def token_share(name: str, value: Any) -> float:
     Raises:
         UsageError: It is no such number.
     """
-    share = float(any_number(name, value))
+    remedy = f"pass {name}=0.5 to keep half of the visual tokens, or leave it out to keep all"
+    with reading(name, remedy):  # a fraction may be too large for a float
+        share = float(any_number(name, value))
     if not 0 < share <= 1:
-        raise UsageError(
-            f"{name} must be above 0 and at most 1, got {shown(value)}",
-            remedy=f"pass {name}=0.5 to keep half of the visual tokens, or leave it out to keep all",
-        )
+        raise UsageError(f"{name} must be above 0 and at most 1, got {shown(value)}", remedy=remedy)
     return share
 
 

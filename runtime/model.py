@@ -206,9 +206,8 @@ class Qwen3VLModel:
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
             legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
-            **keywords: Requests at once, kernels of decode steps, engines that run a part in place of this one, what
-                `qwen3vl tune` found, whether less is chosen where not all fits, and how many visual tokens
-                stay (`OpeningKeywords`).
+            **keywords: Requests at once, kernels, engines of parts, what `qwen3vl tune` found, what is given up where
+                not all fits, and approximations (`OpeningKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -260,6 +259,7 @@ class Qwen3VLModel:
             source=source,
             threads=opened.threads,
             fitted=opened.fitted,
+            tuning=options.tuning,
         )
 
     def generate(

@@ -271,34 +271,27 @@ class Preparation:
             ImageError: An image or a video cannot be read.
             CapacityError: A text is too long, or an image too large or one too many.
         """
-        settings = self.with_limits(limits or InputLimits()).inputs
+        limits = limits or InputLimits()
+        settings = self.with_limits(limits).inputs
         if isinstance(messages, RawPrompt):
-            if messages.segments and settings.visual_token_share < 1:
-                raise UsageError(
-                    "visual_token_share and a raw prompt, whose token ids hold one for each visual token",
-                    remedy="pass messages, or visual_token_share=1",
-                )
+            _check_keeps_all(messages, settings)
             return self._raw(messages, tools, chat_template_kwargs, max_tokens, check)
         check()
         turns, attachments = normalise_messages(messages)
         check()
-        for kind in dict.fromkeys(each.kind for each in attachments):
-            if len(self.tokenizer.encode(kind.token)) != 1:
-                raise UsageError(f"this model has no token for {kind.name}s", remedy="leave them out of the messages")
+        self._check_tokens(attachments)
         chat = self.template.render(turns, tools=tools, chat_template_kwargs=chat_template_kwargs)
         check()
         places = list(_placed(attachments, chat.places))
         placed = [attachment for _, attachment in places]
-        settings = replace(settings, context=max_tokens, check=check)
-        processed = self._processed(placed, settings, (limits or InputLimits()).max_visual_tokens, on_images)
-        builder, end = PromptBuilder(self.tokenizer, max_tokens, check, settings.visual_token_share), 0
-        for offset, attachment in places:
-            start, next_end = self._extent(attachment.kind, chat.text, offset)
-            builder.add_text(chat.text[end:start])
-            builder.add_input(attachment.kind, lambda: next(processed))
-            end = next_end
-        builder.add_text(chat.text[end:])
-        builder.finish()
+        processed = self._processed(
+            placed,
+            replace(settings, context=max_tokens, check=check),
+            (limits or InputLimits()).max_visual_tokens,
+            on_images,
+        )
+        builder = PromptBuilder(self.tokenizer, max_tokens, check, settings.visual_token_share)
+        self._build(builder, chat.text, places, processed)
         return Prepared(
             Prompt(builder.input_ids, tuple(builder.spans), chat.text),
             tuple(builder.images),
@@ -308,6 +301,28 @@ class Preparation:
             sum(found is not attachment.source for attachment, found in zip(placed, builder.inputs, strict=True)),
             tuple(PictureSource(each.source) for each in placed),
         )
+
+    def _build(
+        self,
+        builder: PromptBuilder,
+        text: str,
+        places: Sequence[tuple[int, Attachment]],
+        processed: Iterator[Processed],
+    ) -> None:
+        """Tokenise a text with its images and videos in their places."""
+        end = 0
+        for offset, attachment in places:
+            start, next_end = self._extent(attachment.kind, text, offset)
+            builder.add_text(text[end:start])
+            builder.add_input(attachment.kind, lambda: next(processed))
+            end = next_end
+        builder.add_text(text[end:])
+        builder.finish()
+
+    def _check_tokens(self, attachments: Sequence[Attachment]) -> None:
+        for kind in dict.fromkeys(each.kind for each in attachments):
+            if len(self.tokenizer.encode(kind.token)) != 1:
+                raise UsageError(f"this model has no token for {kind.name}s", remedy="leave them out of the messages")
 
     def _raw(
         self, prompt: RawPrompt, tools: Any, chat_template_kwargs: Any, max_tokens: int | None, check: Check
@@ -414,6 +429,14 @@ class Preparation:
     def vision_inputs(self, image: ProcessedImage) -> VisionInputs:
         """Return what the vision tower takes of an image."""
         return inputs_of_segments([image], self.config.vision, takes_levels=self.inputs.image.keeps_levels)
+
+
+def _check_keeps_all(prompt: RawPrompt, settings: InputSettings) -> None:
+    if prompt.segments and settings.visual_token_share < 1:
+        raise UsageError(
+            "visual_token_share and a raw prompt, whose token ids hold one for each visual token",
+            remedy="pass messages, or visual_token_share=1",
+        )
 
 
 def _placed(attachments: Sequence[Attachment], places: Sequence[tuple[int, str]]) -> Iterator[tuple[int, Attachment]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -220,8 +221,8 @@ def inspect(
     --json prints one object: target, session, capabilities, model, versions, source, files (num_bytes, sha256,
     is_weights), format_version, weight_bytes, check (passed, compared, note); of ort-cuda engines decode_kernels, which
     says for which GPUs there are own kernels, and whose run on this machine (compute_capabilities, batches, here,
-    reason); with other engines for a part, which are checked as well, route: engine and target of each part;
-    tuning (what `qwen3vl tune` found for it on this machine; null if nothing is kept).
+    reason); with other engines for a part, which are checked as well, route (engine and target of each part); tuning
+    (what `qwen3vl tune` found here, or null).
 
     --graph draws vision tower and decoder by pieces, with formats and bytes of their weights, into a .svg file or, with
     a table, into a .html file. It reads the engine's ONNX graphs, and needs the package of that name (extra [export]).
@@ -249,8 +250,7 @@ def inspect(
     if graph is not None:
         _write_graph(graph, engine, manifest)
     runs = parts_of(Route.read(engine, check=check, **given(route)).engines) if given(route) else {}
-    report = decode_report(engine, manifest)
-    tuning = stored_values(manifest)
+    report, tuning = decode_report(engine, manifest), stored_values(manifest)
     compared = "SHA-256 of every file" if check else "SHA-256 of small files, size of weight files"
     if as_json:
         values = {**dataclasses.asdict(manifest), "model": manifest.model.to_dict()}
@@ -260,16 +260,22 @@ def inspect(
         values |= {"tuning": tuning, **({"route": runs} if runs else {})}
         print_json({**values, "check": {"passed": True, "compared": compared, "note": HASH_NOTE}})
         return
-    if report is not None:
-        print_text(f"decode     {decode_text(report)}")
-    if runs:
-        print_text(f"route      {route_text(runs)}")
-    if tuning is not None:
-        said = ", ".join(f"{name} {value}" for name, value in tuning.items())
-        print_text(f"tuned      {said or 'the defaults are the best'}")
+    for line in _details(report, runs, tuning):
+        print_text(line)
     print(f"check      passed: {compared} ({HASH_NOTE})")
     if any(name.endswith(".plan") for name in manifest.files):
         print("note       a plan is code that the library runs: open only engines that you trust")
+
+
+def _details(report: Any, runs: Mapping[str, Any], tuning: Mapping[str, Any] | None) -> Iterator[str]:
+    """Give the lines about what a machine makes of an engine."""
+    if report is not None:
+        yield f"decode     {decode_text(report)}"
+    if runs:
+        yield f"route      {route_text(runs)}"
+    if tuning is not None:
+        said = ", ".join(f"{name} {value}" for name, value in tuning.items())
+        yield f"tuned      {said or 'the defaults are the best'}"
 
 
 def _write_graph(file: Path, engine: Path, manifest: Any) -> None:

@@ -98,12 +98,7 @@ def verify(
         UsageError: transformers or torchvision is not installed, but the reference needs it; or the share is not above
             0 and at most 1, is given for transformers, or is so high that every token stays.
     """
-    share = token_share("visual_token_share", visual_token_share)
-    if share < 1 and reference != OWN:
-        raise UsageError(
-            f"visual_token_share: {reference} does not prune, so it cannot judge",
-            remedy="compare with this package's own definition: reference='own' (--reference own)",
-        )
+    share = _checked_share(visual_token_share, reference)
     if reference == TRANSFORMERS:
         check_installed()  # before the engine is opened
     source = Checkpoint.open(checkpoint)
@@ -126,14 +121,28 @@ def verify(
             notes += comparison.notes
             num_pruned += comparison.num_pruned
             routers.merge(comparison.routers)
-    if share < 1 and not num_pruned:
-        raise UsageError(f"visual_token_share={share} keeps every token of the prompts", remedy="pass a lower share")
-    if num_pruned:
-        notes.append(f"visual_token_share {share:g}: {num_pruned} visual tokens did not stay in the prompts")
+    if share < 1:
+        notes.append(_pruning_note(share, num_pruned))
     notes = [*([CPU_NOTE] if is_lowered(engine) else route_notes(model)), *notes, *dict.fromkeys(torch_model.notes)]
     if reference == TRANSFORMERS and any(check.name == _ROUTES for check in checks):
         notes.append(FOLLOWED_NOTE)
     return Report(model.manifest.target, checkpoint, precision, tuple(checks), tuple(notes), routers, torch_model.name)
+
+
+def _pruning_note(share: float, num_pruned: int) -> str:
+    if not num_pruned:
+        raise UsageError(f"visual_token_share={share} keeps every token of the prompts", remedy="pass a lower share")
+    return f"visual_token_share {share:g}: {num_pruned} visual tokens did not stay in the prompts"
+
+
+def _checked_share(visual_token_share: float, reference: str) -> float:
+    share = token_share("visual_token_share", visual_token_share)
+    if share < 1 and reference != OWN:
+        raise UsageError(
+            f"visual_token_share: {reference} does not prune, so it cannot judge",
+            remedy="compare with this package's own definition: reference='own' (--reference own)",
+        )
+    return share
 
 
 def _open_reference(kind: str, checkpoint: Checkpoint) -> Reference:
