@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -102,11 +102,8 @@ def build_engine(
             files, compiled = {**made.files, **(files if made.keeps_graphs else {})}, made.capabilities
         planned = add_plan(folder, graphs[DECODER], target, bundle.config, plan, progress)
         files |= planned | bundle.write_assets(folder)
-        more = {
-            **compiled,
-            "kernels": _kernels(graphs),
-            **_optional(bundle, has_plan=bool(planned), kv_scores=kv_scores),
-        }
+        optional = _optional(bundle, has_plan=bool(planned), kv_scores=kv_scores)
+        more = {**compiled, "kernels": _kernels(graphs), **optional}
         manifest = _manifest(bundle, target, target.capabilities(bundle.config, sizes) | more, files)
         if cache is not None:
             progress.report(Stage.QUANTISING_CACHE, cache.work)
@@ -136,6 +133,15 @@ def _lowered(bundle: Bundle, target: Target, sizes: BuildOptions, *, kv_scores: 
         for name in graphs.keys() & {DECODER, PREFILL}:
             AddWindowQueriesPass(bundle.config, SCORES_WINDOW)(graphs[name])
     return graphs
+
+
+def _written(
+    graphs: Mapping[str, ir.Model], folder: Path, advance: Callable[[int], object], *, with_weights: bool
+) -> dict[str, FileRecord]:
+    files: dict[str, FileRecord] = {}
+    for name, model in graphs.items():
+        files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, advance=advance)
+    return files
 
 
 def _optional(bundle: Bundle, *, has_plan: bool, kv_scores: bool) -> dict[str, Any]:
