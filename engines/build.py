@@ -14,7 +14,7 @@ from engines.build_options import BuildOptions
 from engines.bundle import DECODER, PREFILL, Bundle
 from engines.decode_plan.build import add_plan
 from engines.decode_plan.options import NO_PLAN, PlanOptions
-from engines.external_data import weight_bytes
+from engines.external_data import weight_bytes, write_model
 from engines.lower import lower
 from engines.output import output_folder
 from engines.passes.add_window_queries import SCORES_WINDOW, AddWindowQueriesPass
