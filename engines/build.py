@@ -136,7 +136,7 @@ def _lowered(bundle: Bundle, target: Target, sizes: BuildOptions, *, kv_scores: 
 
 
 def _written(
-    graphs: Mapping[str, ir.Model], folder: Path, advance: Callable[[int], object], *, with_weights: bool
+    graphs: Mapping[str, ir.Model], folder: Path, advance: Callable[[int], None], *, with_weights: bool
 ) -> dict[str, FileRecord]:
     files: dict[str, FileRecord] = {}
     for name, model in graphs.items():

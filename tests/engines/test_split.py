@@ -17,7 +17,7 @@ from engines.split import Split, find_split
 from engines.target import Target
 from helpers.targets import by_name, like
 from runtime.errors import CapacityError
-from runtime.memory import CACHE, PREFILL, STAGING, VISION, WEIGHTS
+from runtime.memory import CACHE, LIBRARIES, PREFILL, STAGING, VISION, WEIGHTS
 from runtime.model_config import ModelConfig
 from runtime.session import DECODE, PARTS
 from runtime.session import PREFILL as PROMPTS
@@ -59,8 +59,8 @@ def test_the_decoder_goes_to_the_gpu_before_the_vision_tower() -> None:
     assert (cpu.device, cpu.parts) == ("cpu", {TOWER})
     assert cpu.num_bytes == {
         WEIGHTS: weight_bytes(with_kernels(CPU, None, CONFIG), CONFIG, {TOWER}),
-        VISION: parts[VISION],
-        "library": 0,
+        VISION: whole(CPU)[VISION],
+        LIBRARIES: whole(CPU)[LIBRARIES],
     }
     assert found.commands("Qwen/Qwen3-VL-2B-Instruct") == [
         "qwen3vl-export Qwen/Qwen3-VL-2B-Instruct --target ort-cuda-fp16 --output engines/ort-cuda-fp16",
@@ -71,7 +71,7 @@ def test_the_decoder_goes_to_the_gpu_before_the_vision_tower() -> None:
 
 def test_a_smaller_gpu_takes_the_vision_tower() -> None:
     parts = whole(CUDA)
-    least = weight_bytes(CUDA, CONFIG, {TOWER}) + parts[VISION] + parts["library"]
+    least = weight_bytes(CUDA, CONFIG, {TOWER}) + parts[VISION] + parts[LIBRARIES]
     found = split(least, CUDA, CPU)
     assert found is not None
     cpu, gpu = found.shares
@@ -106,7 +106,8 @@ def test_prompts_go_to_the_gpu_where_a_cache_for_many_does_not() -> None:
 
 def test_both_devices_may_hold_what_neither_does() -> None:
     parts = whole(CUDA)
-    tower_on_cpu = weight_bytes(with_kernels(CPU, None, CONFIG), CONFIG, {TOWER}) + parts[VISION]
+    tower_on_cpu = weight_bytes(with_kernels(CPU, None, CONFIG), CONFIG, {TOWER})
+    tower_on_cpu += whole(CPU)[VISION] + whole(CPU)[LIBRARIES]
     least = sum(parts.values()) - weight_bytes(CUDA, CONFIG, {TOWER}) - parts[VISION]
     assert split(least, CUDA, CPU, memory_bytes=tower_on_cpu) is not None
     assert split(least, CUDA, CPU, memory_bytes=tower_on_cpu - 1) is None
