@@ -29,6 +29,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "calibration": (["--calibration", "c"], Path("c")),
     "kv_cache": (["--kv-cache", "mixed"], "mixed"),
     "kv_cache_ratio": (["--kv-cache-ratio", "0.5"], 0.5),
+    "kv_scores": (["--kv-scores"], True),
     "kernels": (["--kernels", "ort"], "ort"),
     "decode_plan": (["--no-decode-plan"], False),
     "max_context": (["--max-context", "128"], 128),
