@@ -41,6 +41,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "weight_streaming": (["--weight-streaming"], True),
     "version_compatible": (["--version-compatible"], True),
     "hardware_compatible": (["--hardware-compatible"], True),
+    "token_scores": (["--token-scores"], True),
     "compile": (["--no-compile"], False),
     "weights": (["--no-weights"], False),
     "cache_dir": (["--cache_dir", "hub"], Path("hub")),
