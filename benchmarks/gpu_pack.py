@@ -42,7 +42,7 @@ _REFERENCE = "ort-cpu-fp32"
 # Of the repository: what sections import, and the pictures that they ask about; not the checkpoints.
 _PACKAGES = ("runtime", "engines", "qwen3_vl", "configs", "qwen3vl_export", "benchmarks/gpu")
 _FILES = ("benchmarks/__init__.py", "benchmarks/measure.py")
-_LEFT_OUT = ("__pycache__", "checkpoint", "checkpoint_moe", "native")
+_LEFT_OUT = ("__pycache__", "checkpoint", "checkpoint_moe", "checkpoint_long", "native")
 _ALSO_SUCH_AS = "give one such as qwen3-vl-30b-a3b-ort-cuda-int4"
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 

@@ -229,7 +229,7 @@ def training_dialogues(
     Returns:
         The dialogues, and whether their questions are independent.
     """
-    kind = rng.choice(("page", "several", "turns"), p=(0.3, 0.4, 0.3))
+    kind = rng.choice(("page", "several", "turns"), p=(0.2, 0.4, 0.4))
     if kind == "page":
         return [_about_page(rng, make_page(rng, pool, augment=True)) for _ in range(max(2, num_tokens // 320))], True
     number = max(1, num_tokens // length)

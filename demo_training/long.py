@@ -51,10 +51,12 @@ class LongStage(Stage):
 
 _SHORT = ((256, 0.5), (512, 0.4), (1024, 0.1))
 _ALL = ((256, 0.3), (512, 0.3), (1024, 0.22), (2048, 0.1), (4096, 0.08))
+_LONGEST = ((512, 0.25), (1024, 0.35), (2048, 0.25), (4096, 0.15))
 LONG = [
     LongStage("pages", 600, 1.5e-3, 5e-4, 384, 4096, 32, False),
     LongStage("several", 2200, 2e-3, 1.5e-3, 384, 3072, 16, True, vision_rate=0.0, dense=0.0, lengths=_SHORT),
-    LongStage("long", 1600, 1.5e-3, 5e-5, 512, 3072, 16, True, vision_rate=0.2, dense=0.0, lengths=_ALL),
+    LongStage("long", 1400, 1.5e-3, 5e-5, 512, 3072, 16, True, vision_rate=0.2, dense=0.0, lengths=_ALL),
+    LongStage("longest", 350, 8e-4, 3e-5, 512, 3072, 16, True, vision_rate=0.2, dense=0.0, lengths=_LONGEST),
 ]
 _SMOKE = LongStage("several", 2, 1e-3, 1e-4, 128, 512, 4, True, vision_rate=0.0, dense=0.0, num_tokens=512)
 SMOKE_LONG = [

@@ -342,7 +342,7 @@ class Trainer:
         self.average.count = state["count"]
         self.stage, self.step = state["stage"], state["step"]
         self.seconds = [*state["seconds"], *([0.0] * len(self.stages))][: len(self.stages)]
-        if self.stage < len(self.stages) and self.step < self.stages[self.stage].steps:
+        if state["optimizers"] and self.stage < len(self.stages) and self.step < self.stages[self.stage].steps:
             self.optimizers = make_optimizer(self.trainee, self.stages[self.stage])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)

@@ -40,7 +40,7 @@ def open_eager(
     """Open a checkpoint as a model that answers with eager PyTorch; `logits` and `generate` are those of an engine.
 
     Args:
-        checkpoint: A Hugging Face folder, a Hub id, or `demo` or `demo-moe`.
+        checkpoint: A Hugging Face folder, a Hub id, or `demo`, `demo-moe` or `demo-long`.
         dtype: Type of weights, activations and cache: float32, bfloat16 or float16.
         device: Device of PyTorch, such as `cuda`.
         max_context: Most tokens of prompt and answer together; 4096 by default, or what the model was trained for.

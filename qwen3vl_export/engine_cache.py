@@ -60,7 +60,7 @@ def find_or_build(
 
     Args:
         model: The folder of an engine, which is returned as it is; or a checkpoint: a folder, `owner/name[@revision]`
-            of the Hub, demo or demo-moe.
+            of the Hub, demo, demo-moe or demo-long.
         target: What to build for; auto chooses, once for each machine.
         cache: Folder of the cache; `cache_folder()` by default.
         progress: Told what was found, and of the stages of a build.

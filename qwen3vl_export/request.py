@@ -24,7 +24,8 @@ class ExportRequest:
     """What to export, and how. The command `qwen3vl-export` makes its options and their help of this.
 
     Attributes:
-        model: A Hugging Face folder, a Hub id (owner/name[@revision]), or a shipped checkpoint: demo, demo-moe.
+        model: A Hugging Face folder, a Hub id (owner/name[@revision]), or a shipped checkpoint: demo, demo-moe,
+            demo-long.
         target: Target to build for, as `qwen3vl targets` lists them, or auto.
         output: Engine folder to write. [default: out/MODEL-TARGET]
         bundle: Write the target-neutral graphs and weights into this folder instead of building an engine.

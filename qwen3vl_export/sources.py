@@ -6,8 +6,8 @@ import re
 from importlib import resources
 from pathlib import Path
 
-DEMO, DEMO_MOE = "demo", "demo-moe"
-SHIPPED = {DEMO: "checkpoint", DEMO_MOE: "checkpoint_moe"}
+DEMO, DEMO_MOE, DEMO_LONG = "demo", "demo-moe", "demo-long"
+SHIPPED = {DEMO: "checkpoint", DEMO_MOE: "checkpoint_moe", DEMO_LONG: "checkpoint_long"}
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 

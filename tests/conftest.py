@@ -114,6 +114,17 @@ def demo_moe_engine(demo_moe_bundle: Bundle, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
+def demo_long_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engine of the demo for long prompts for ort-cpu-fp32."""
+    from helpers.engines import build
+    from qwen3vl_export.checkpoint import Checkpoint
+    from qwen3vl_export.export import make_bundle
+
+    bundle = make_bundle(Checkpoint.open("demo-long"))
+    return build(bundle, "ort-cpu-fp32", tmp_path_factory.mktemp("demo-long") / "engine")
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint of the tiny shape; head_dim differs from hidden / heads."""
     return write_random(tmp_path_factory.mktemp("tiny"))

@@ -37,7 +37,7 @@ def targets(
         typer.Option(
             metavar="MODEL",
             help="Estimate the memory that this model takes: a folder, a Hub id (owner/name[@revision]), demo, "
-            "demo-moe, or a size such as qwen3-vl-2b.",
+            "demo-moe, demo-long, or a size such as qwen3-vl-2b.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -30,8 +30,8 @@ class Comparison:
     """What is compared, and with what.
 
     Attributes:
-        checkpoint: Checkpoint that the engine was built from: a folder, a Hub id (owner/name[@revision]), demo, or
-            demo-moe.
+        checkpoint: Checkpoint that the engine was built from: a folder, a Hub id (owner/name[@revision]), demo,
+            demo-moe or demo-long.
         engine: Engine folder, or lowered graphs that --no-compile wrote; not with --ranges.
         max_new_tokens: Number of greedy tokens to compare for each prompt. [default: 64]
         reference: What to compare with: transformers, or own, which is this package's PyTorch definition of the model

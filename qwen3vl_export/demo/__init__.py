@@ -8,5 +8,7 @@ CHECKPOINT = Path(__file__).with_name("checkpoint")
 """The shipped Hugging Face folder."""
 CHECKPOINT_MOE = Path(__file__).with_name("checkpoint_moe")
 """The one with a mixture of experts."""
+CHECKPOINT_LONG = Path(__file__).with_name("checkpoint_long")
+"""The one for long prompts: several pictures, pages of digits, conversations."""
 IMAGES = Path(__file__).with_name("images")
 """A few held-out pictures, with `truth.json`."""

@@ -43,6 +43,8 @@ MAX_NEW_TOKENS = 48
 """The longest answer, a full page, has 41 tokens and the end token."""
 MAX_PICTURES = 24
 MAX_SEVERAL = 16
+MAX_EACH = 6
+"""Most pictures of "each": the shipped checkpoint does not count further."""
 MAX_TOKENS = 4096
 HELD_OUT_SEED = 20261127
 _TURN_TOKENS = 40
@@ -170,8 +172,9 @@ def held_out_prompts(task: str, count: int, *, max_tokens: int = 1024, start: in
     """Make prompts `start` to `start + count - 1` of a task, of held-out digits in canonical phrasing.
 
     Args:
-        task: One of `LONG_TASKS`. "picture", "which" and "each" have 2 to `MAX_SEVERAL` pictures, as many as fit, and
-            the conversations are filled with turns. A page has at most 256 visual tokens whatever the limit.
+        task: One of `LONG_TASKS`. "picture" and "which" have 2 to `MAX_SEVERAL` pictures, as many as fit, "each" 2 to
+            `MAX_EACH`, and the conversations are filled with turns. A page has at most 256 visual tokens whatever the
+            limit.
         count: How many.
         max_tokens: Most tokens of the prompt with `MAX_NEW_TOKENS` of an answer; 256 to `MAX_TOKENS`.
         start: The first prompt's index.
@@ -227,7 +230,7 @@ def _draw(rng: np.random.Generator, task: str, pool: Digits, room: int) -> Dialo
         turn = ask(rng, task, [page])
         return None if turn is None else Dialogue((_with(turn, page),))
     if task in SEVERAL:
-        number = int(rng.integers(2, MAX_SEVERAL + 1))
+        number = int(rng.integers(2, (MAX_EACH if task == "each" else MAX_SEVERAL) + 1))
         pictures = [draw_canvas(rng, pool, min(256.0, max(6.0, 0.85 * room / number - 16))) for _ in range(number)]
         turn = ask(rng, task, pictures)
         return None if turn is None else Dialogue((_with(turn, *pictures),))

@@ -18,11 +18,11 @@ from qwen3vl_export.demo import CHECKPOINT, IMAGES
 from qwen3vl_export.demo.data import held_out
 from qwen3vl_export.demo.tasks import TASKS
 from qwen3vl_export.eager import EagerSession, load, open_eager
-from qwen3vl_export.sources import DEMO, DEMO_MOE
+from qwen3vl_export.sources import DEMO, DEMO_LONG, DEMO_MOE
 from runtime.messages import user_message
 
 NUM_CANVASES = 40
-SHIPPED = (DEMO, DEMO_MOE)
+SHIPPED = (DEMO, DEMO_MOE, DEMO_LONG)
 
 
 @pytest.fixture(scope="module")

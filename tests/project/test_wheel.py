@@ -111,8 +111,10 @@ def test_the_wheel_is_small_and_trains_nothing(wheel: Path) -> None:
     assert {name for name in names if name.startswith("qwen3vl_export/integrations/optimum/")}
     # Of the demo: checkpoints, pictures, and the held-out questions of `qwen3vl verify --tasks`.
     demo = {name.removeprefix("qwen3vl_export/demo/") for name in names if name.startswith("qwen3vl_export/demo/")}
-    assert {name for name in demo if name.endswith(".py")} == {"__init__.py", "data.py", "distractors.py", "tasks.py"}
-    assert {"checkpoint/model.safetensors", "checkpoint_moe/model.safetensors", "images/truth.json"} <= demo
+    modules = {"__init__.py", "data.py", "distractors.py", "long_tasks.py", "pages.py", "tasks.py"}
+    assert {name for name in demo if name.endswith(".py")} == modules
+    weights = {f"{folder}/model.safetensors" for folder in ("checkpoint", "checkpoint_moe", "checkpoint_long")}
+    assert {*weights, "images/truth.json"} <= demo
     assert "qwen3vl_export/reports/page.css" in names
     assert release.too_large(wheel) == ""
 

@@ -76,7 +76,8 @@ class QwenVLForImageTextToText:
         """Open an engine, or a checkpoint, of which an engine is built and kept for the next time (`qwen3vl cache`).
 
         Args:
-            model_id: The folder of an engine, or a checkpoint: a folder, an id of the Hub, demo or demo-moe.
+            model_id: The folder of an engine, or a checkpoint: a folder, an id of the Hub, or one that is
+                shipped: demo, demo-moe, demo-long.
             export: False takes engines alone, True checkpoints alone; by default either is taken.
             target: What to build for, as `qwen3vl targets` lists them; chosen for this machine by default.
             weight_format: Choose the target by the format of its weights, such as int4.
