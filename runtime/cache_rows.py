@@ -5,17 +5,27 @@ Shapes: N layers' keys and values, K kv heads, R rows, H head dim.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.cuda import CudaDevice, Pieces
 from runtime.device_buffers import DeviceBuffer, Staging
-from runtime.device_cache import DeviceKVCache
 
 _ITEM_BYTES = 2
 Rows = NDArray[np.uint16]
+
+
+class BoundCache(Protocol):
+    """What is asked of a cache: `runtime.device_cache.DeviceKVCache`."""
+
+    capacity: int
+    shape_BKTH: tuple[int, int, int, int]
+    past_names: list[str]
+
+    def bindings(self, slot: int = 0) -> dict[str, int]:
+        """Return the device address of every past and present, from the rows of a slot on."""
 
 
 class CacheRows:
@@ -31,7 +41,7 @@ class CacheRows:
     """
 
     def __init__(
-        self, device: CudaDevice, staging: Staging, cache: DeviceKVCache, slot: int, start: int, stop: int
+        self, device: CudaDevice, staging: Staging, cache: BoundCache, slot: int, start: int, stop: int
     ) -> None:
         assert 0 <= start < stop <= cache.capacity, "rows that the cache does not have"
         self._device, self._staging = device, staging

@@ -14,6 +14,7 @@ from runtime.memory import machine_bytes
 from runtime.option_checks import true_or_false
 from runtime.serving_options import ServingKeywords, ServingOptions
 from runtime.session import SessionOptions, is_on_gpu
+from runtime.sliding_window import MAX_TOKENS, SlidingWindow
 
 DEFAULT_MAX_CONTEXT = 4096
 
@@ -33,7 +34,22 @@ class KernelKeywords(TypedDict, total=False):
     weights_twice: bool
 
 
-class OpeningKeywords(ServingKeywords, KernelKeywords, total=False):
+class WindowKeywords(TypedDict, total=False):
+    """A sliding window over the KV cache, for chats without end (docs/sliding_window.md), as keyword arguments.
+
+    An approximation once the window is full: what was dropped, later tokens do not see.
+
+    Attributes:
+        window: Most tokens whose rows a sequence keeps: the first ones and the newest. It takes the place of
+            `max_context`.
+        sink_tokens: First tokens, which stay; 4 by default.
+    """
+
+    window: int | None
+    sink_tokens: int | None
+
+
+class OpeningKeywords(ServingKeywords, KernelKeywords, WindowKeywords, total=False):
     """What `Qwen3VLModel.from_engine` takes beside its own arguments."""
 
 
@@ -49,6 +65,12 @@ class EngineOptions:
     max_image_pixels: int
     legacy_video_prompt: bool
     serving: ServingOptions
+    window: SlidingWindow | None = None
+
+    @property
+    def slot_rows(self) -> int:
+        """Rows of the KV cache that a sequence may have."""
+        return self.max_context if self.window is None else self.window.tokens
 
     @classmethod
     def checked(
@@ -67,6 +89,8 @@ class EngineOptions:
         max_memory: Any = None,
         max_image_pixels: Any = None,
         legacy_video_prompt: Any = False,
+        window: Any = None,
+        sink_tokens: Any = None,
         **serving: Any,
     ) -> EngineOptions:
         """Check what a caller gave, and fill in the defaults of an engine.
@@ -74,8 +98,16 @@ class EngineOptions:
         Raises:
             UsageError: An option is of the wrong type or out of range.
         """
-        capacity = manifest.capabilities.get("capacity")
-        max_context = checked_max_context(max_context, manifest.model.text.max_positions, capacity)
+        capacity, trained = manifest.capabilities.get("capacity"), manifest.model.text.max_positions
+        sliding = SlidingWindow.checked(
+            window, sink_tokens, trained=trained, capacity=capacity, max_context=max_context
+        )
+        if sliding is None:
+            max_context = checked_max_context(max_context, trained, capacity)
+        else:
+            max_context = MAX_TOKENS
+            if serving.get("max_queue_tokens") is None:
+                serving["max_queue_tokens"] = MAX_TOKENS
         if threads is not None:
             most = MAX_THREADS_PER_CORE * available_cores()
             expected = f"1 to {most}, {MAX_THREADS_PER_CORE} for each core"
@@ -91,7 +123,7 @@ class EngineOptions:
         max_image_pixels = check_max_image_pixels(MAX_IMAGE_PIXELS if max_image_pixels is None else max_image_pixels)
         session = SessionOptions(threads, huge_pages, cuda_graphs, decode_plan, batch_invariant, weights_twice)
         limits = min_pixels, max_pixels, max_image_pixels, true_or_false("legacy_video_prompt", legacy_video_prompt)
-        return cls(max_context, max_memory, session, *limits, ServingOptions.checked(**serving))
+        return cls(max_context, max_memory, session, *limits, ServingOptions.checked(**serving), sliding)
 
 
 def checked_max_context(given: Any, trained: int, capacity: int | None = None) -> int:

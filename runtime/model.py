@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -95,8 +94,7 @@ class Qwen3VLModel:
         self._compiler = Compiler(preparation.tokenizer, manifest.model.text.vocab_size)
         self._source = source
         self._threads = threads
-        capacity = manifest.capabilities.get("capacity")
-        self._room = ContextRoom(max_context, preparation, sys.maxsize if capacity is None else int(capacity))
+        self._room = ContextRoom.of(manifest, preparation, max_context, limits)
         if limits is None:
             # Nothing is kept either: the weights of a torch model may be changed between two calls.
             one = ServingOptions(max_sequences=1, kept_sequences=0, prefix_cache=False, vision_cache_bytes=0)
@@ -113,7 +111,7 @@ class Qwen3VLModel:
             *([shown(self._source)] if self._source is not None else []),
             f"target={shown(self.manifest.target)}",
             f"model={shown(self.manifest.source.get('name'))}",
-            f"max_context={self.max_context}",
+            *self._room.shown(),
             *([f"threads={self._threads}"] if self._threads is not None else []),
         ]
         return f"{type(self).__name__}({', '.join(words)})"
@@ -129,7 +127,7 @@ class Qwen3VLModel:
                 ("precision", str(capabilities.get("precision"))),
                 ("weights", f"{self.manifest.weight_bytes / 1e6:.1f} MB"),
                 ("layers", f"{model.vision.depth} of vision, {model.text.num_layers} of the decoder"),
-                ("context", f"{self.max_context} tokens"),
+                ("context", ", ".join(self._room.shown())),
                 ("at once", f"{self.limits.max_sequences} sequences"),
             ]
         )
@@ -455,7 +453,7 @@ class Qwen3VLModel:
             parallel_tool_calls=parallel_tool_calls,
             keywords=keywords,
         )
-        return Conversation(self._begin, self._chosen(options, keywords), call, start)
+        return Conversation(self._begin, self._chosen(options, keywords), call, start, self._room.window)
 
     def _chosen_for_all(
         self, options: GenerationOptions | Sequence[GenerationOptions] | None, keywords: Mapping[str, Any]
@@ -523,7 +521,7 @@ class Qwen3VLModel:
 
             prepared = self._prepare(messages, call, on_images, check)
             max_new_tokens = self._room.answer_tokens(prepared, options)
-            self._check_memory(prepared.images)
+            self._check_memory(self._room.images_in_reach(prepared))
             for note in self._room.notes(prepared, options, max_new_tokens):
                 _LOGGER.warning("%s", note)
             if on_prepared is not None:
@@ -567,6 +565,7 @@ class Qwen3VLModel:
     def logits(self, messages: Any) -> FloatArray:
         """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
         self._owner.check()
+        self._room.check_exact("logits")
         chunks: list[FloatArray] = []
         pieces = Pieces()
         try:
@@ -661,8 +660,7 @@ class Qwen3VLModel:
             on_images=on_images,
             check=check,
         )
-        if len(prepared.prompt.input_ids) > self.max_context:
-            raise self._room.too_long(prepared)
+        self._room.check(prepared)
         return prepared
 
     def encode_images(self, images: Sequence[ProcessedImage]) -> FloatArray:

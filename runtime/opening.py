@@ -45,20 +45,22 @@ def open_engine(folder: Path, manifest: Manifest, options: EngineOptions) -> Ope
         CapacityError: It does not fit into the memory it may take.
         UsageError: The engine has no use for an option.
     """
-    one = plan_limits(manifest, ServingOptions(1, 0, vision_cache_bytes=0), options.max_context, None)
+    one = plan_limits(manifest, ServingOptions(1, 0, vision_cache_bytes=0), options.slot_rows, None)
     needed = held_bytes(manifest, one)
     check_fits(needed, options.max_memory)
     preparation = _preparation(folder, manifest, options)
     room = options.max_memory - needed[WEIGHTS] - needed[PREFILL]
     on_gpu = is_on_gpu(manifest)
     if not on_gpu:  # refused before anything is opened
-        limits = plan_limits(manifest, options.serving, options.max_context, room)
+        limits = plan_limits(manifest, options.serving, options.slot_rows, room)
     session = open_session(folder, manifest, options.session)
     if on_gpu:
         free_bytes = getattr(session, "free_bytes", None)
         room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes))
-        limits = plan_limits(manifest, options.serving, options.max_context, room)
-    return Opened(session, preparation, limits, options.session.threads or default_threads())
+        limits = plan_limits(manifest, options.serving, options.slot_rows, room)
+    return Opened(
+        session, preparation, replace(limits, window=options.window), options.session.threads or default_threads()
+    )
 
 
 def _preparation(folder: Path, manifest: Manifest, options: EngineOptions) -> Preparation:

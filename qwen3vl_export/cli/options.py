@@ -70,6 +70,9 @@ class Opening:
         max_pixels: Shrink images and frames that have more pixels than this: faster, with less detail.
         max_image_pixels: Refuse images that have more pixels than this before decoding them. [default: 50000000]
         max_context: Capacity of the KV cache in tokens, for prompt, images and answer together.
+        window: Keep the rows of so many tokens, the first ones and the newest, in place of --max-context: chats without
+            end. An approximation once the window is full.
+        sink_tokens: First tokens whose rows a window keeps. [default: 4]
         max_memory: Most memory that weights, KV cache and workspace may take together, in units of 10^9 bytes.
             [default: the machine's]
         threads: Number of CPU threads. [default: OMP_NUM_THREADS, or the number of cores]
@@ -85,6 +88,8 @@ class Opening:
     max_pixels: int | None = None
     max_image_pixels: int | None = None
     max_context: int | None = None
+    window: Annotated[int | None, typer.Option(metavar="TOKENS")] = None
+    sink_tokens: Annotated[int | None, typer.Option(metavar="TOKENS")] = None
     max_memory: Annotated[float | None, typer.Option(metavar="GB")] = None
     threads: int | None = None
     huge_pages: bool = False

@@ -10,6 +10,7 @@ from runtime.contract import FloatArray, VisualEmbeds
 from runtime.generation_config import GenerationOptions
 from runtime.preparation import Prepared
 from runtime.scheduling.pieces import Pieces
+from runtime.sliding_window import SlidingWindow
 from runtime.structured.constraint import MakeConstraint
 from runtime.tools.reader import ExpectedCalls
 
@@ -58,7 +59,7 @@ class Limits:
 
     Attributes:
         max_sequences: Sequences that run at once.
-        max_context: Rows of a slot: most tokens of prompt and answer together.
+        max_context: Rows of a slot: most tokens of prompt and answer together, but with a window.
         kept_sequences: Slots beyond those, for rows of sequences that have ended.
         prefix_cache: Rows of other sequences are used again.
         vision_cache_bytes: Most bytes of embeddings that are kept.
@@ -68,6 +69,7 @@ class Limits:
         prefill_chunk: Most tokens of a chunk.
         last_chunk: Most of one that ends a prompt, so that no few tokens are left for another.
         logits_chunk: Most tokens of a chunk that all get logits.
+        window: What a sequence keeps of its rows where it may have more tokens than a slot has rows.
     """
 
     max_sequences: int
@@ -81,6 +83,7 @@ class Limits:
     prefill_chunk: int
     last_chunk: int
     logits_chunk: int
+    window: SlidingWindow | None = None
 
     @property
     def num_slots(self) -> int:

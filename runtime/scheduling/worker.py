@@ -289,6 +289,7 @@ class Worker:
                 "max_cache_rows": len(steps.slots) * self.limits.max_context,
                 "moved_rows": steps.slots.moved_rows,
                 "evicted_rows": steps.slots.evicted_rows,
+                "dropped_rows": steps.dropped_rows,
                 "vision_cache": {name: getattr(vision, name) for name in _VISION_COUNTS},
             }
 
@@ -363,7 +364,10 @@ class Worker:
     def _lookup(self, request: Request) -> PromptLookup | None:
         num_tokens = min(request.options.prompt_lookup_num_tokens, self.limits.logits_chunk - 1)
         never = (self._config.image_token_id, self._config.video_token_id)
-        return PromptLookup(request.prepared.prompt.input_ids, num_tokens, never) if num_tokens > 0 else None
+        ids, window = request.prepared.prompt.input_ids, self.limits.window
+        if window is not None:
+            ids = ids[-window.reach :]  # a history without end is not searched as a whole
+        return PromptLookup(ids, num_tokens, never) if num_tokens > 0 else None
 
     def _run(self) -> None:
         try:

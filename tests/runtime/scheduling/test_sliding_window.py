@@ -1,0 +1,373 @@
+"""A sliding window with sinks against PyTorch with an explicit mask, and the same comparison where it is broken."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import configs
+import runtime.scheduling.sliding
+from helpers.serving import alone, asked, held_until_submitted, serving, watched_logits
+from helpers.sliding_reference import epochs, sliding_logits
+from qwen3vl_export.checkpoint import Checkpoint
+from qwen3vl_export.eager import load
+from qwen3vl_export.parity.metrics import difference
+from runtime.contract import FloatArray
+from runtime.errors import CapacityError, UsageError
+from runtime.manifest import Manifest
+from runtime.model import Qwen3VLModel
+from runtime.preparation import Prepared
+from runtime.raw_prompt import RawPrompt
+from runtime.sessions.ort_cpu import OrtKVCache
+from runtime.sliding_window import MAX_TOKENS, SlidingWindow
+
+MAX_SCALED = configs.load("tolerances")["fp32"]["logits_scaled"]
+WINDOW = SlidingWindow(96, 4)
+NUM_TOKENS = 100
+_PIXELS = np.random.default_rng(0).integers(0, 256, (3, 96, 64, 3), np.uint8)
+LONG = "Say where each of the digits is. "
+SHORT, PICTURES, MANY = asked(LONG), asked(LONG * 2, *_PIXELS), asked(LONG * 40, *_PIXELS[:1])
+"""An answer that outgrows the window; a prompt that does, with images that are dropped; one that begins late."""
+
+
+@pytest.fixture(scope="module")
+def torch_model() -> Any:
+    return load(Checkpoint.open("demo"))
+
+
+@pytest.fixture(scope="module")
+def opened(demo_engine: Path) -> Iterator[Qwen3VLModel]:
+    with Qwen3VLModel.from_engine(demo_engine, max_sequences=1, kept_sequences=0) as model:
+        yield model
+
+
+def windowed(opened: Qwen3VLModel, window: SlidingWindow = WINDOW, **limits: Any) -> Qwen3VLModel:
+    """A model on an opened one's session, with a window."""
+    model = serving(opened, max_context=window.tokens, **{"prefill_chunk": 512, "last_chunk": 512, **limits})
+    return Qwen3VLModel(
+        limits.get("manifest", opened.manifest),
+        limits.get("session", opened.session),
+        opened.preparation,
+        MAX_TOKENS,
+        opened.max_memory,
+        limits=dataclasses.replace(model.limits, window=window, max_queue_tokens=MAX_TOKENS),
+    )
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt, the tokens of its answer, and the logits that each was chosen from."""
+
+    prepared: Prepared
+    token_ids: list[int]
+    logits: list[FloatArray]
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prepared.prompt.input_ids, *self.token_ids]
+
+
+def answered(model: Qwen3VLModel, prompt: Any, num_tokens: int = NUM_TOKENS, **options: Any) -> Answered:
+    """Answer greedily with so many tokens, whatever they are."""
+    with watched_logits() as found:
+        answer = model.generate(prompt, long_answer(model, num_tokens, **options))
+    ((request, logits),) = found.items()
+    assert len(answer.token_ids) == num_tokens
+    return Answered(request.prepared, answer.token_ids, logits)
+
+
+def long_answer(model: Qwen3VLModel, num_tokens: int, **options: Any) -> Any:
+    never = (model.config.text.vocab_size - 1,)
+    return model.defaults.replace(max_new_tokens=num_tokens, do_sample=False, eos_token_ids=never, **options)
+
+
+def distance(
+    torch_model: Any,
+    model: Qwen3VLModel,
+    found: Answered,
+    window: SlidingWindow = WINDOW,
+    *,
+    is_continued: bool = False,
+) -> float:
+    """Return the difference of logits from those with an explicit mask, over their spread.
+
+    Args:
+        torch_model: `Qwen3VL`.
+        model: What has answered.
+        found: The answer.
+        window: That of the model.
+        is_continued: The rows of earlier turns were there, however long the prompt is.
+    """
+    prompt = found.prepared.prompt
+    num_prompt, spans = len(prompt.input_ids), prompt.spans
+    num_sinks = min([window.sink_tokens, *(span.start for span in spans)])
+    is_late = num_prompt > 5 * window.tokens and not is_continued
+    begins_at = num_prompt - 4 * window.tokens if is_late else 0
+    block = (window.tokens - window.sink_tokens) // 8
+    schedule = epochs(len(found.ids), window.tokens, num_sinks, block, spans, begins_at=begins_at)
+    shown = {image.digest: image for image in model.prepare(asked(LONG, *_PIXELS)).images}
+    embeds = model.encode_images([shown[image.digest] for image in found.prepared.images])
+    places = range(num_prompt - 1, len(found.ids) - 1)
+    expected = sliding_logits(torch_model, found.ids, found.prepared.positions, embeds, num_sinks, schedule, places)
+    return difference(np.array(found.logits), expected).scaled
+
+
+@pytest.mark.parametrize("prompt", [SHORT, PICTURES, MANY], ids=["answer", "pictures", "begins late"])
+def test_the_logits_are_those_of_an_explicit_mask(torch_model: Any, opened: Qwen3VLModel, prompt: Any) -> None:
+    model = windowed(opened)
+    assert distance(torch_model, model, answered(model, prompt)) < MAX_SCALED
+    assert model.statistics()["dropped_rows"] > 0
+
+
+@pytest.mark.parametrize("sink_tokens", [0, 1, 6])
+def test_other_numbers_of_sinks(torch_model: Any, opened: Qwen3VLModel, sink_tokens: int) -> None:
+    # Of 6 sinks, two would be of the image.
+    window = SlidingWindow(64, sink_tokens)
+    model = windowed(opened, window)
+    assert distance(torch_model, model, answered(model, PICTURES), window) < MAX_SCALED
+
+
+def test_positions_go_back_before_the_model_ends(torch_model: Any, opened: Qwen3VLModel) -> None:
+    model = windowed(opened, manifest=with_positions(opened.manifest, 112), session=Positions(opened.session))
+    assert distance(torch_model, model, answered(model, PICTURES, 200)) < MAX_SCALED
+    assert 96 < model.session.highest < 112
+
+
+class Positions:
+    """Notes the highest position of a token."""
+
+    def __init__(self, session: Any) -> None:
+        self._session, self.highest = session, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def prefill(self, inputs: Any, *others: Any) -> FloatArray:
+        self.highest = max(self.highest, int(inputs.position_ids.max()))
+        return self._session.prefill(inputs, *others)
+
+    def decode(self, inputs: Any, *others: Any) -> FloatArray:
+        self.highest = max(self.highest, int(inputs.position_ids.max()))
+        return self._session.decode(inputs, *others)
+
+
+def with_positions(manifest: Manifest, max_positions: int) -> Manifest:
+    text = dataclasses.replace(manifest.model.text, max_positions=max_positions)
+    return dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, text=text))
+
+
+def test_until_the_window_is_full_the_bits_are_those_without(opened: Qwen3VLModel) -> None:
+    prompt = asked(LONG, 0)
+    without = answered(alone(opened), prompt, 40)
+    window = SlidingWindow(len(without.ids) - 1)
+    model = windowed(opened, window, max_sequences=1, kept_sequences=0, prefix_cache=False, vision_cache_bytes=0)
+    found = answered(model, prompt, 40)
+    assert found.token_ids == without.token_ids
+    np.testing.assert_array_equal(found.logits, without.logits)
+    assert model.statistics()["dropped_rows"] == 0
+    answered(model, prompt, 41)
+    assert model.statistics()["dropped_rows"] == window.block
+
+
+def test_chunks_and_drafts_change_nothing(opened: Qwen3VLModel) -> None:
+    whole = answered(windowed(opened), PICTURES)
+    in_chunks = answered(windowed(opened, prefill_chunk=7, last_chunk=7), PICTURES)
+    drafted = windowed(opened)
+    with_drafts = answered(drafted, PICTURES, prompt_lookup_num_tokens=6)
+    for other in (in_chunks, with_drafts):
+        assert other.token_ids == whole.token_ids
+        assert difference(np.array(other.logits), np.array(whole.logits)).scaled < MAX_SCALED
+
+
+def test_sequences_beside_each_other_slide_each_for_itself(torch_model: Any, opened: Qwen3VLModel) -> None:
+    model = windowed(opened, max_sequences=3)
+    prompts = [PICTURES, asked(LONG * 3, _PIXELS[2]), SHORT]
+    with watched_logits() as found, held_until_submitted(model, 3) as ready, ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(model.generate, each, long_answer(model, 60 + i)) for i, each in enumerate(prompts)]
+        assert ready.wait(60)
+        for future in futures:
+            future.result()
+    assert len(found) == 3
+    assert model.statistics()["batch_size"]["sum"] > model.statistics()["batch_size"]["count"], "nothing ran together"
+    for request, logits in found.items():
+        answer = Answered(request.prepared, request.pieces.result.token_ids, logits)
+        assert distance(torch_model, model, answer) < MAX_SCALED
+
+
+def turns(model: Qwen3VLModel, number: int) -> tuple[Any, list[Answered]]:
+    """A conversation of so many turns, each with an image."""
+    chat, found = model.chat(), []
+    for index in range(number):
+        with watched_logits() as watched:
+            chat.ask(LONG, images=[_PIXELS[index % 3]], max_new_tokens=12)
+        ((request, logits),) = watched.items()
+        found.append(Answered(request.prepared, request.pieces.result.token_ids, logits))
+    return chat, found
+
+
+def test_a_turn_runs_only_what_is_new(torch_model: Any, opened: Qwen3VLModel) -> None:
+    model = windowed(opened, max_sequences=1)
+    chat, found = turns(model, 30)
+    stats = [turn.answer.stats for turn in chat.turns]
+    assert stats[-1].prompt_tokens > 5 * WINDOW.tokens
+    new = [each.prompt_tokens - each.cached_tokens for each in stats[1:]]
+    assert max(new) < 64, new
+    assert max(each.peak_cache_bytes for each in stats) == stats[-1].peak_cache_bytes == cache_bytes(model, WINDOW)
+    # The rows that were taken over are those that a run of the whole prompt would have.
+    assert distance(torch_model, model, found[-1], is_continued=True) < MAX_SCALED
+
+
+def cache_bytes(model: Qwen3VLModel, window: SlidingWindow) -> int:
+    text = model.config.text
+    return window.tokens * text.num_layers * 2 * text.num_kv_heads * text.head_dim * 4
+
+
+def test_a_history_that_differs_before_the_gap_shares_nothing(opened: Qwen3VLModel) -> None:
+    model = windowed(opened, max_sequences=1)
+    ids = list(model.prepare(asked(LONG * 20)).prompt.input_ids)[:300]
+    model.generate(RawPrompt(ids), max_new_tokens=4)
+    other = [*ids[:40], ids[40] + 1, *ids[41:]]
+    again, differs = (model.generate(RawPrompt([*each, ids[7]]), max_new_tokens=2) for each in (ids, other))
+    assert again.stats.cached_tokens == len(ids)
+    assert differs.stats.cached_tokens < 40 + 1
+
+
+def test_a_prompt_that_parts_far_behind_the_gap_is_run_anew(opened: Qwen3VLModel) -> None:
+    model = windowed(opened, max_sequences=1)
+    ids = list(model.prepare(asked(LONG * 20)).prompt.input_ids)[:300]
+    model.generate(RawPrompt(ids), max_new_tokens=2)
+    dropped = model.statistics()["dropped_rows"]
+    kept_from = 4 + dropped  # the first token behind the gap
+    near = model.generate(RawPrompt([*ids[:290], ids[290] + 1, ids[8]]), max_new_tokens=2)
+    assert near.stats.cached_tokens == 290
+    model.generate(RawPrompt(ids), max_new_tokens=2)
+    far = model.generate(RawPrompt([*ids[: kept_from + 20], *ids[9:60]]), max_new_tokens=2)
+    assert far.stats.cached_tokens == 0
+
+
+def test_memory_stays(opened: Qwen3VLModel) -> None:
+    model = windowed(opened, max_sequences=1, kept_sequences=1)
+    chat, _ = turns(model, 24)
+    statistics = model.statistics()
+    assert statistics["cache_rows"] <= statistics["slots"] * WINDOW.tokens
+    images = [
+        part["image"]
+        for each in chat.messages
+        for part in each["content"]
+        if isinstance(part, dict) and part["type"] == "image"
+    ]
+    held = [image for image in images if image.has_patches]
+    assert len(images) == 24 and 0 < len(held) < 24
+    assert sum(image.num_visual_tokens for image in held) < 6 * WINDOW.tokens
+
+
+def test_images_that_the_window_has_passed_for_good_are_refused_where_they_would_be_run(opened: Qwen3VLModel) -> None:
+    model = windowed(opened, max_sequences=1)
+    chat, _ = turns(model, 24)
+    chat.rewind(2)
+    with pytest.raises(UsageError, match="pixels of an image of this conversation were given up"):
+        chat.ask(LONG)
+
+
+def test_bad_requests(opened: Qwen3VLModel) -> None:
+    model = windowed(opened, SlidingWindow(24, 4))
+    with pytest.raises(CapacityError, match="has 24 visual tokens, and the window of 24 keeps"):
+        model.generate(asked(LONG, np.zeros((192, 128, 3), np.uint8)))
+    with pytest.raises(UsageError, match="logits needs the rows of all tokens") as error:
+        model.logits(SHORT)
+    assert error.value.remedy == "open it without window"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 4}, "window = 4 leaves 0 rows beside 4 sinks"),
+        ({"window": 19}, "window = 19 leaves 15 rows beside 4 sinks"),
+        ({"window": 64, "sink_tokens": 64}, "window = 64 leaves 0 rows beside 64 sinks"),
+        ({"window": 4097}, "window = 4097, expected 1 to 4096, what the model was trained for"),
+        ({"window": -1}, "window = -1, expected 1 to 4096, what the model was trained for"),
+        ({"window": True}, "window = True, expected 1 to 4096"),
+        ({"window": 2.5}, "window = 2.5, expected 1 to 4096"),
+        ({"window": 64, "sink_tokens": -1}, "sink_tokens = -1, expected 0 to 4096"),
+        ({"sink_tokens": 4}, "sink_tokens is of the sliding window, and there is none"),
+        ({"window": 64, "max_context": 64}, "max_context and window are given together"),
+    ],
+)
+def test_bad_options(demo_engine: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Qwen3VLModel.from_engine(demo_engine, **options)
+    assert message in error.value.message
+    assert error.value.remedy
+
+
+def test_opened_by_its_options(demo_engine: Path) -> None:
+    with Qwen3VLModel.from_engine(demo_engine, window=64, sink_tokens=2, max_sequences=1, kept_sequences=0) as model:
+        assert model.limits.window == SlidingWindow(64, 2)
+        assert model.session.new_cache(1).num_bytes * 64 == cache_bytes(model, SlidingWindow(64))
+        assert "window=64, sink_tokens=2" in repr(model)
+        assert model.generate(SHORT, long_answer(model, 200)).finish_reason == "length"
+        assert model.statistics()["cache_rows"] <= 64
+
+
+def shifted(moved_keys: Callable[..., FloatArray], change: Callable[[int], int]) -> Callable[..., FloatArray]:
+    return lambda keys, num_positions, theta: moved_keys(keys, change(num_positions), theta)
+
+
+def rows_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    move = OrtKVCache.move_rows
+
+    def later(cache: OrtKVCache, slot: int, source: int, target: int, num_rows: int) -> None:
+        move(cache, slot, source + 1, target, num_rows - 1)
+
+    patch.setattr(OrtKVCache, "move_rows", later)
+
+
+def sinks_dropped(patch: pytest.MonkeyPatch) -> None:
+    move = OrtKVCache.move_rows
+
+    def over_the_sinks(cache: OrtKVCache, slot: int, source: int, target: int, num_rows: int) -> None:
+        move(cache, slot, source - target, 0, num_rows + target)
+
+    patch.setattr(OrtKVCache, "move_rows", over_the_sinks)
+
+
+def move_wrongly(change: Callable[[int], int]) -> Callable[[pytest.MonkeyPatch], None]:
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        wrong = shifted(runtime.scheduling.sliding.moved_keys, change)
+        patch.setattr(runtime.scheduling.sliding, "moved_keys", wrong)
+
+    return apply
+
+
+def window_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    room = runtime.scheduling.sliding.Sliding.room
+    patch.setattr(runtime.scheduling.sliding.Sliding, "room", lambda each, sequence: room(each, sequence) - 1)
+
+
+def images_cut(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SlidingWindow, "next_kept", lambda window, first, num_done, spans: first + window.block)
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "window off by one": window_off_by_one,
+    "rows off by one": rows_off_by_one,
+    "sinks dropped": sinks_dropped,
+    "sinks that keep their distance": move_wrongly(lambda number: number if number < 0 else 0),
+    "sinks a position too far": move_wrongly(lambda number: number + 1 if number > 0 else number),
+    "keys moved back by a position too few": move_wrongly(lambda number: number + 1 if number < 0 else number),
+    "images cut": images_cut,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(torch_model: Any, opened: Qwen3VLModel, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    FAULTS[fault](monkeypatch)
+    model = windowed(opened, manifest=with_positions(opened.manifest, 112))
+    assert distance(torch_model, model, answered(model, PICTURES, 60)) > 10 * MAX_SCALED
