@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from runtime.errors import CapacityError, UsageError
 from runtime.generation_config import GenerationOptions
@@ -142,10 +143,14 @@ class ContextRoom:
         visual_tokens = prepared.num_visual_tokens
         if not prepared.num_read:
             return []
+        inputs = prepared.inputs
+        if self.window is not None:  # those that were read before are not run again
+            inputs = inputs[-prepared.num_read :]
+            visual_tokens = sum(each.num_visual_tokens for each in inputs)
         notes = []
         if visual_tokens > MANY_VISUAL_TOKENS:
             notes.append(
-                f"note: {_named(prepared)} {visual_tokens} visual tokens, so the answer begins late; "
+                f"note: {_named(inputs)} {visual_tokens} visual tokens, so the answer begins late; "
                 f"max_visual_tokens={MANY_VISUAL_TOKENS} would limit them, with less detail"
             )
         wanted = options.max_new_tokens
@@ -158,10 +163,10 @@ class ContextRoom:
         return notes
 
 
-def _named(prepared: Prepared) -> str:
+def _named(inputs: Sequence[Any]) -> str:
     """Return what a prompt shows, and the verb: `the image gives`, `the 2 images and the video give`."""
     numbers = {"image": 0, "video": 0}
-    for each in prepared.inputs:
+    for each in inputs:
         numbers["image" if isinstance(each, ProcessedImage) else "video"] += 1
     names = [f"the {name}" if number == 1 else f"the {number} {name}s" for name, number in numbers.items() if number]
-    return f"{' and '.join(names)} {'gives' if len(prepared.inputs) == 1 else 'give'}"
+    return f"{' and '.join(names)} {'gives' if len(inputs) == 1 else 'give'}"

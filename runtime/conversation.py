@@ -270,6 +270,11 @@ class Conversation:
             if self._asked is asked:  # not closed and followed by another in the meantime
                 assert asked.shown is not None, "it was begun"
                 self._asked = None
+                if self._window is not None:
+                    # That of all images of the prompt, turn after turn, would grow with the square of their number.
+                    newest = slice(-max(1, len(asked.shown.attachments)), None)
+                    sizes, sources = answer.image_sizes[newest], answer.sources[newest]
+                    answer = replace(answer, image_sizes=sizes, sources=sources)
                 self._turns.append((asked.shown, answer))
                 if asked.passed:
                     self._turns = [(_without_pixels(each, asked.passed), answer) for each, answer in self._turns]

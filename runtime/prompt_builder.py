@@ -42,6 +42,7 @@ class PromptBuilder:
         self._max_tokens = max_tokens
         self._check = check
         self._text = ""
+        self._num_visual_tokens = 0
         self.input_ids: list[int] = []
         self.spans: list[VisualSpan] = []
         self.images: list[ProcessedImage] = []
@@ -69,6 +70,7 @@ class PromptBuilder:
         for insertion in kind.expansion(processed):
             self.input_ids += self._encode(insertion.before)
             self.images.append(insertion.image)
+            self._num_visual_tokens += insertion.image.num_visual_tokens
             self.spans.append(VisualSpan(len(self.input_ids), insertion.image.merged_grid_thw))
             self.input_ids += [self._tokenizer.token_id(kind.token)] * insertion.image.num_visual_tokens
             self._text = insertion.after
@@ -84,7 +86,7 @@ class PromptBuilder:
 
     def _check_room(self) -> None:
         """Raise if no prompt with these segments and more can have so few tokens."""
-        num_tokens = sum(image.num_visual_tokens for image in self.images)
+        num_tokens = self._num_visual_tokens
         if self._max_tokens is not None and num_tokens >= _HOPELESS * self._max_tokens:
             raise CapacityError(
                 f"the first {len(self.images)} image(s) or temporal patches alone are {num_tokens} visual tokens: "

@@ -305,7 +305,7 @@ def _dequantize(codes: NDArray[Any], scales_KH: FloatArray) -> FloatArray:
     """Return the values of codes [B, K, T, H], or [B, K, T, H / 2] if two share a byte."""
     if codes.dtype == np.uint8:
         halves = np.stack((codes & 15, codes >> 4), axis=-1)
-        codes = halves.reshape(*codes.shape[:-1], -1).astype(np.int8) - 8
+        codes = halves.reshape(*codes.shape[:-1], 2 * codes.shape[-1]).astype(np.int8) - 8
     return np.asarray(codes * scales_KH[:, None], np.float32)
 
 

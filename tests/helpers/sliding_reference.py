@@ -9,13 +9,23 @@ Shapes: S tokens, C tokens and copies.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from helpers.serving import asked, serving, watched_logits
+from qwen3vl_export.parity.metrics import difference
 from runtime.contract import FloatArray, IntArray
+from runtime.manifest import Manifest
+from runtime.model import Qwen3VLModel
 from runtime.positions import PromptPositions, VisualSpan
+from runtime.preparation import Prepared
+from runtime.sliding_window import MAX_TOKENS, SlidingWindow
+
+WINDOW = SlidingWindow(96, 4)
+NUM_TOKENS = 100
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 96, 64, 3), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -109,3 +119,75 @@ def sliding_logits(
         )
         logits = language_head(model.language_model.norm, model.lm_head, hidden, torch.tensor([list(asked)]))
     return logits[0].float().numpy()
+
+
+def windowed(opened: Qwen3VLModel, window: SlidingWindow = WINDOW, **limits: Any) -> Qwen3VLModel:
+    """A model on an opened one's session, with a window."""
+    rows, tokens = window.tokens, MAX_TOKENS
+    return serving(
+        opened, max_context=tokens, max_rows=rows, **{"window": window, "max_queue_tokens": tokens, **limits}
+    )
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt, the tokens of its answer, and the logits that each was chosen from."""
+
+    prepared: Prepared
+    token_ids: list[int]
+    logits: list[FloatArray]
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prepared.prompt.input_ids, *self.token_ids]
+
+
+def answered(model: Qwen3VLModel, prompt: Any, num_tokens: int = NUM_TOKENS, **options: Any) -> Answered:
+    """Answer greedily with so many tokens, whatever they are."""
+    with watched_logits() as found:
+        answer = model.generate(prompt, long_answer(model, num_tokens, **options))
+    ((request, logits),) = found.items()
+    assert len(answer.token_ids) == num_tokens
+    return Answered(request.prepared, answer.token_ids, logits)
+
+
+def long_answer(model: Qwen3VLModel, num_tokens: int, **options: Any) -> Any:
+    never = (model.config.text.vocab_size - 1,)
+    return model.defaults.replace(max_new_tokens=num_tokens, do_sample=False, eos_token_ids=never, **options)
+
+
+def distance(
+    torch_model: Any,
+    model: Qwen3VLModel,
+    found: Answered,
+    window: SlidingWindow = WINDOW,
+    *,
+    is_continued: bool = False,
+) -> float:
+    """Return the difference of logits from those with an explicit mask, over their spread.
+
+    Args:
+        torch_model: `Qwen3VL`.
+        model: What has answered.
+        found: The answer.
+        window: That of the model.
+        is_continued: The rows of earlier turns were there, however long the prompt is.
+    """
+    prompt = found.prepared.prompt
+    num_prompt, spans = len(prompt.input_ids), prompt.spans
+    num_sinks = min([window.sink_tokens, *(span.start for span in spans)])
+    is_late = num_prompt > 5 * window.tokens and not is_continued
+    begins_at = num_prompt - 4 * window.tokens if is_late else 0
+    block = (window.tokens - window.sink_tokens) // 8
+    schedule = epochs(len(found.ids), window.tokens, num_sinks, block, spans, begins_at=begins_at)
+    shown = {image.digest: image for image in model.prepare(asked("", *PIXELS)).images}
+    embeds = model.encode_images([shown[image.digest] for image in found.prepared.images])
+    places = range(num_prompt - 1, len(found.ids) - 1)
+    expected = sliding_logits(torch_model, found.ids, found.prepared.positions, embeds, num_sinks, schedule, places)
+    return difference(np.array(found.logits), expected).scaled
+
+
+def with_positions(manifest: Manifest, max_positions: int) -> Manifest:
+    """Return a manifest whose model was trained for so many positions."""
+    text = replace(manifest.model.text, max_positions=max_positions)
+    return replace(manifest, model=replace(manifest.model, text=text))

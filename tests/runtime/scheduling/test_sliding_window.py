@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +12,30 @@ import pytest
 
 import configs
 import runtime.scheduling.sliding
-from helpers.serving import alone, asked, held_until_submitted, serving, watched_logits
-from helpers.sliding_reference import epochs, sliding_logits
+from helpers.serving import alone, asked, held_until_submitted, watched_logits
+from helpers.sliding_reference import (
+    PIXELS,
+    WINDOW,
+    Answered,
+    answered,
+    distance,
+    long_answer,
+    windowed,
+    with_positions,
+)
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import load
 from qwen3vl_export.parity.metrics import difference
 from runtime.contract import FloatArray
 from runtime.errors import CapacityError, UsageError
-from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
-from runtime.preparation import Prepared
 from runtime.raw_prompt import RawPrompt
 from runtime.sessions.ort_cpu import OrtKVCache
-from runtime.sliding_window import MAX_TOKENS, SlidingWindow
+from runtime.sliding_window import SlidingWindow
 
 MAX_SCALED = configs.load("tolerances")["fp32"]["logits_scaled"]
-WINDOW = SlidingWindow(96, 4)
-NUM_TOKENS = 100
-_PIXELS = np.random.default_rng(0).integers(0, 256, (3, 96, 64, 3), np.uint8)
 LONG = "Say where each of the digits is. "
-SHORT, PICTURES, MANY = asked(LONG), asked(LONG * 2, *_PIXELS), asked(LONG * 40, *_PIXELS[:1])
+SHORT, PICTURES, MANY = asked(LONG), asked(LONG * 2, *PIXELS), asked(LONG * 40, *PIXELS[:1])
 """An answer that outgrows the window; a prompt that does, with images that are dropped; one that begins late."""
 
 
@@ -46,77 +48,6 @@ def torch_model() -> Any:
 def opened(demo_engine: Path) -> Iterator[Qwen3VLModel]:
     with Qwen3VLModel.from_engine(demo_engine, max_sequences=1, kept_sequences=0) as model:
         yield model
-
-
-def windowed(opened: Qwen3VLModel, window: SlidingWindow = WINDOW, **limits: Any) -> Qwen3VLModel:
-    """A model on an opened one's session, with a window."""
-    model = serving(opened, max_context=window.tokens, **{"prefill_chunk": 512, "last_chunk": 512, **limits})
-    return Qwen3VLModel(
-        limits.get("manifest", opened.manifest),
-        limits.get("session", opened.session),
-        opened.preparation,
-        MAX_TOKENS,
-        opened.max_memory,
-        limits=dataclasses.replace(model.limits, window=window, max_queue_tokens=MAX_TOKENS),
-    )
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A prompt, the tokens of its answer, and the logits that each was chosen from."""
-
-    prepared: Prepared
-    token_ids: list[int]
-    logits: list[FloatArray]
-
-    @property
-    def ids(self) -> list[int]:
-        return [*self.prepared.prompt.input_ids, *self.token_ids]
-
-
-def answered(model: Qwen3VLModel, prompt: Any, num_tokens: int = NUM_TOKENS, **options: Any) -> Answered:
-    """Answer greedily with so many tokens, whatever they are."""
-    with watched_logits() as found:
-        answer = model.generate(prompt, long_answer(model, num_tokens, **options))
-    ((request, logits),) = found.items()
-    assert len(answer.token_ids) == num_tokens
-    return Answered(request.prepared, answer.token_ids, logits)
-
-
-def long_answer(model: Qwen3VLModel, num_tokens: int, **options: Any) -> Any:
-    never = (model.config.text.vocab_size - 1,)
-    return model.defaults.replace(max_new_tokens=num_tokens, do_sample=False, eos_token_ids=never, **options)
-
-
-def distance(
-    torch_model: Any,
-    model: Qwen3VLModel,
-    found: Answered,
-    window: SlidingWindow = WINDOW,
-    *,
-    is_continued: bool = False,
-) -> float:
-    """Return the difference of logits from those with an explicit mask, over their spread.
-
-    Args:
-        torch_model: `Qwen3VL`.
-        model: What has answered.
-        found: The answer.
-        window: That of the model.
-        is_continued: The rows of earlier turns were there, however long the prompt is.
-    """
-    prompt = found.prepared.prompt
-    num_prompt, spans = len(prompt.input_ids), prompt.spans
-    num_sinks = min([window.sink_tokens, *(span.start for span in spans)])
-    is_late = num_prompt > 5 * window.tokens and not is_continued
-    begins_at = num_prompt - 4 * window.tokens if is_late else 0
-    block = (window.tokens - window.sink_tokens) // 8
-    schedule = epochs(len(found.ids), window.tokens, num_sinks, block, spans, begins_at=begins_at)
-    shown = {image.digest: image for image in model.prepare(asked(LONG, *_PIXELS)).images}
-    embeds = model.encode_images([shown[image.digest] for image in found.prepared.images])
-    places = range(num_prompt - 1, len(found.ids) - 1)
-    expected = sliding_logits(torch_model, found.ids, found.prepared.positions, embeds, num_sinks, schedule, places)
-    return difference(np.array(found.logits), expected).scaled
 
 
 @pytest.mark.parametrize("prompt", [SHORT, PICTURES, MANY], ids=["answer", "pictures", "begins late"])
@@ -158,11 +89,6 @@ class Positions:
         return self._session.decode(inputs, *others)
 
 
-def with_positions(manifest: Manifest, max_positions: int) -> Manifest:
-    text = dataclasses.replace(manifest.model.text, max_positions=max_positions)
-    return dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, text=text))
-
-
 def test_until_the_window_is_full_the_bits_are_those_without(opened: Qwen3VLModel) -> None:
     prompt = asked(LONG, 0)
     without = answered(alone(opened), prompt, 40)
@@ -188,7 +114,7 @@ def test_chunks_and_drafts_change_nothing(opened: Qwen3VLModel) -> None:
 
 def test_sequences_beside_each_other_slide_each_for_itself(torch_model: Any, opened: Qwen3VLModel) -> None:
     model = windowed(opened, max_sequences=3)
-    prompts = [PICTURES, asked(LONG * 3, _PIXELS[2]), SHORT]
+    prompts = [PICTURES, asked(LONG * 3, PIXELS[2]), SHORT]
     with watched_logits() as found, held_until_submitted(model, 3) as ready, ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(model.generate, each, long_answer(model, 60 + i)) for i, each in enumerate(prompts)]
         assert ready.wait(60)
@@ -206,7 +132,7 @@ def turns(model: Qwen3VLModel, number: int) -> tuple[Any, list[Answered]]:
     chat, found = model.chat(), []
     for index in range(number):
         with watched_logits() as watched:
-            chat.ask(LONG, images=[_PIXELS[index % 3]], max_new_tokens=12)
+            chat.ask(LONG, images=[PIXELS[index % 3]], max_new_tokens=12)
         ((request, logits),) = watched.items()
         found.append(Answered(request.prepared, request.pieces.result.token_ids, logits))
     return chat, found
