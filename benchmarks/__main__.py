@@ -27,6 +27,7 @@ from benchmarks.serving.command import serving
 from benchmarks.structured import structured
 from benchmarks.synthetic import write
 from benchmarks.video import video
+from benchmarks.window import window
 from runtime.errors import Qwen3VLError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -50,6 +51,7 @@ _COMMANDS = (
     serving,
     structured,
     video,
+    window,
 )
 for command in _COMMANDS:
     app.command()(command)

@@ -29,6 +29,7 @@ from benchmarks import (
     serve_hostile,
     serve_peers,
     status,
+    window,
 )
 from benchmarks.compare import chart, tables
 from benchmarks.result_files import RESULTS, kind, of_kind, page
@@ -51,6 +52,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "run": run.table,
     "serve": serve.table,
     "serving": serving_tables.table,
+    "window": window.table,
 }
 """What makes the table of a result, by its kind."""
 
@@ -95,6 +97,8 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
         blocks.append(("docs/accuracy.md", "lowered graphs", lowered.table(results["lowered"])))
     if "routes" in results:
         blocks.append(("docs/mixture_of_experts.md", "routes", routes.table(results["routes"])))
+    if "window" in results:
+        blocks.append(("docs/sliding_window.md", "window", window.table(results["window"])))
     for place, name, body in blocks:
         path = root / place
         files[path] = replace_block(files.get(path) or path.read_text(encoding="utf-8"), name, body)

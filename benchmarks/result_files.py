@@ -2,7 +2,7 @@
 
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`, `run-MODEL-TARGET`,
 `decode-plan`, `gpu-NAME`, `hostile-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `peers-MODEL-TARGET`,
-`preprocess`, `routes`, `serve-MODEL-TARGET`, `serving-MODEL-TARGET`, `video`.
+`preprocess`, `routes`, `serve-MODEL-TARGET`, `serving-MODEL-TARGET`, `video`, `window`.
 """
 
 from __future__ import annotations

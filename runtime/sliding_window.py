@@ -16,10 +16,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.arguments import whole_number
 from runtime.contract import FloatArray
 from runtime.errors import CapacityError, UsageError
 from runtime.positions import VisualSpan
+from runtime.rotary import moved_keys
 from runtime.session import KVCache
 
 if TYPE_CHECKING:
@@ -168,3 +172,31 @@ class SlidingWindow:
                 break
         assert first < kept, "an image that is larger than the window"
         return kept
+
+
+def slide(
+    keys_KRH: NDArray[Any],
+    values_KRH: NDArray[Any],
+    *,
+    num_sinks: int,
+    num_dropped: int,
+    num_positions: int,
+    theta: float,
+) -> tuple[FloatArray, FloatArray]:
+    """Return keys and values without a block of rows behind the sinks, float32; for caches of others.
+
+    Args:
+        keys_KRH: Rotated keys, of any leading shape.
+        values_KRH: Values.
+        num_sinks: First rows, which stay.
+        num_dropped: Rows behind them, which go.
+        num_positions: How many positions the sinks move up: of the first row that is kept, less that of the first
+            dropped one.
+        theta: Base of the rotary frequencies.
+    """
+    sinks, rest = slice(0, num_sinks), slice(num_sinks + num_dropped, None)
+    keys = np.concatenate(
+        [moved_keys(keys_KRH[..., sinks, :], num_positions, theta), keys_KRH[..., rest, :].astype(np.float32)], axis=-2
+    )
+    values = np.concatenate([values_KRH[..., sinks, :], values_KRH[..., rest, :]], axis=-2)
+    return keys, values.astype(np.float32)

@@ -1,7 +1,7 @@
 """What a request takes, estimated before any work, and the KV caches of the sessions.
 
-`KVCache` is the protocol; of its forms, `OrtKVCache` needs the extra [cpu], `OrtDeviceCache` [cuda], `EagerCache`
-[export].
+`KVCache` is the protocol, and `SlidingCache` that of caches that serve a `SlidingWindow`. Of the forms, `OrtKVCache`
+needs the extra [cpu], `OrtDeviceCache` [cuda], `EagerCache` [export].
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from runtime.ort_cache import OrtDeviceCache
     from runtime.session import KVCache
     from runtime.sessions.ort_cpu import OrtKVCache
+    from runtime.sliding_window import SlidingCache, SlidingWindow
 
 __all__ = [
     "DeviceKVCache",
@@ -24,6 +25,8 @@ __all__ = [
     "KVCache",
     "OrtDeviceCache",
     "OrtKVCache",
+    "SlidingCache",
+    "SlidingWindow",
     "cache_bytes",
     "check_fits",
     "logits_bytes",
@@ -38,6 +41,7 @@ _SOURCES = {
     "runtime.memory": ["cache_bytes", "check_fits", "logits_bytes", "machine_bytes", "prefill_bytes", "vision_bytes"],
     "runtime.session": ["KVCache"],
     "runtime.sessions.ort_cpu": ["OrtKVCache"],
+    "runtime.sliding_window": ["SlidingCache", "SlidingWindow"],
     "runtime.ort_cache": ["OrtDeviceCache"],
 }
 

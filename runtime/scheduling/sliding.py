@@ -1,7 +1,8 @@
 """Keep the rows of running sequences within a sliding window: when a slot is full, drop a block behind the sinks.
 
 Between two calls each slot has room for a row more, so a batch may be filled up with any. Which tokens a token sees
-depends on its own sequence alone, not on chunks, batches or drafts, which end where a slot is full.
+depends on its own sequence and on the rows that it took over, not on chunks, batches or drafts, which end where a slot
+is full.
 """
 
 from __future__ import annotations

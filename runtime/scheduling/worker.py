@@ -241,9 +241,11 @@ class Worker:
         Args:
             images: Of one grid, as many as one call takes.
             ahead: Gets their embeddings by digest, for `Request.ahead`. Segments that it holds, or whose embeddings are
-                kept, are passed over.
+                kept, are passed over, and all of them where a window slides.
             is_wanted: Asked when their turn has come; if not, they are left out.
         """
+        if self.limits.window is not None:
+            return  # most images of a long chat are not run again
         wanted = {each.digest: each for each in images if each.digest not in ahead}
         wanted = {digest: each for digest, each in wanted.items() if digest not in self._steps.vision_cache}
         if not wanted:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import configs
 import runtime.scheduling.sliding
@@ -29,9 +33,11 @@ from qwen3vl_export.parity.metrics import difference
 from runtime.contract import FloatArray
 from runtime.errors import CapacityError, UsageError
 from runtime.model import Qwen3VLModel
+from runtime.positions import VisualSpan
 from runtime.raw_prompt import RawPrompt
+from runtime.rotary import moved_keys
 from runtime.sessions.ort_cpu import OrtKVCache
-from runtime.sliding_window import SlidingWindow
+from runtime.sliding_window import SlidingWindow, slide
 
 MAX_SCALED = configs.load("tolerances")["fp32"]["logits_scaled"]
 LONG = "Say where each of the digits is. "
@@ -155,6 +161,15 @@ def cache_bytes(model: Qwen3VLModel, window: SlidingWindow) -> int:
     return window.tokens * text.num_layers * 2 * text.num_kv_heads * text.head_dim * 4
 
 
+def test_a_turn_of_an_engine_that_keeps_no_rows_of_answers(torch_model: Any, opened: Qwen3VLModel) -> None:
+    capabilities = {**opened.manifest.capabilities, "prefill_min_tokens": 1}
+    model = windowed(opened, manifest=replace(opened.manifest, capabilities=capabilities), max_sequences=1)
+    chat, found = turns(model, 12)
+    for before, after in itertools.pairwise([turn.answer.stats for turn in chat.turns]):
+        assert after.cached_tokens == before.prompt_tokens, "the rows of the prompt alone"
+    assert distance(torch_model, model, found[-1], is_continued=True) < MAX_SCALED
+
+
 def test_a_history_that_differs_before_the_gap_shares_nothing(opened: Qwen3VLModel) -> None:
     model = windowed(opened, max_sequences=1)
     ids = list(model.prepare(asked(LONG * 20)).prompt.input_ids)[:300]
@@ -200,6 +215,39 @@ def test_images_that_the_window_has_passed_for_good_are_refused_where_they_would
     chat.rewind(2)
     with pytest.raises(UsageError, match="pixels of an image of this conversation were given up"):
         chat.ask(LONG)
+
+
+def test_rows_on_arrays() -> None:
+    keys, values = np.random.default_rng(0).standard_normal((2, 2, 3, 20, 8), np.float32)
+    theta = 1e4
+    # Rows at positions 0 … 19, of which 4 … 9 go.
+    rotated = np.stack([moved_keys(keys[..., row, :], row, theta) for row in range(20)], axis=-2)
+    kept, kept_values = slide(rotated, values, num_sinks=4, num_dropped=6, num_positions=6, theta=theta)
+    rows, positions = [0, 1, 2, 3, *range(10, 20)], [6, 7, 8, 9, *range(10, 20)]
+    expected = [moved_keys(keys[..., row, :], position, theta) for row, position in zip(rows, positions, strict=True)]
+    np.testing.assert_allclose(kept, np.stack(expected, axis=-2), atol=1e-5)
+    np.testing.assert_array_equal(kept_values, values[..., rows, :])
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_no_image_is_cut_and_the_window_is_never_exceeded(data: st.DataObject) -> None:
+    window = SlidingWindow(data.draw(st.integers(20, 80)), data.draw(st.integers(0, 4)))
+    spans: list[VisualSpan] = []
+    for gap, side in data.draw(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 8)), max_size=12)):
+        tokens = min(side * side, window.max_segment_tokens)
+        spans.append(VisualSpan((spans[-1].end if spans else 0) + gap, (1, 1, tokens)))
+    window.check_segments(spans)
+    sinks, total = window.num_sinks(spans), (spans[-1].end if spans else 0) + 100
+    kept = sinks
+    for token in range(sinks + 1, total):
+        if sinks + token - kept == window.tokens:
+            first, kept = kept, window.next_kept(kept, token, spans)
+            assert first < kept <= token
+        assert sinks + token - kept < window.tokens
+        for span in spans:
+            assert not span.start < sinks < span.end
+            assert not span.start < kept < span.end
 
 
 def test_bad_requests(opened: Qwen3VLModel) -> None:
