@@ -128,9 +128,10 @@ class Steps:
         self.counters.prompt_tokens += len(keys)
         self.counters.cached_tokens += sequence.num_done
         self.counters.prefix_hits += bool(num_shared)
-        if self._sliding is not None:
-            self._sliding.start(sequence)
-        self._find_embeds(sequence)
+        with self._failing([sequence]):
+            if self._sliding is not None:
+                self._sliding.start(sequence)
+            self._find_embeds(sequence)
 
     def _find_embeds(self, sequence: Sequence) -> None:
         """Give a sequence the embeddings of its images that are here already."""

@@ -281,6 +281,12 @@ def test_bad_options(demo_engine: Path, options: dict[str, Any], message: str) -
     assert error.value.remedy
 
 
+def test_a_window_beyond_the_capacity_of_an_engine() -> None:
+    with pytest.raises(UsageError, match="1 to 64, the capacity that the engine was built with"):
+        SlidingWindow.checked(65, None, trained=4096, capacity=64, max_context=None)
+    assert SlidingWindow.checked(64, None, trained=4096, capacity=64, max_context=None) == SlidingWindow(64, 4)
+
+
 def test_opened_by_its_options(demo_engine: Path) -> None:
     with Qwen3VLModel.from_engine(demo_engine, window=64, sink_tokens=2, max_sequences=1, kept_sequences=0) as model:
         assert model.limits.window == SlidingWindow(64, 2)
