@@ -1,7 +1,8 @@
-"""A long chat about one picture after the other, in a process of its own: ENGINE TOKENS WINDOW SINKS FORM OUTPUT.json.
+"""A long chat about one picture after the other, in a process of its own.
 
-WINDOW 0 is an exact cache of 4096 rows, which ends the chat. FORM says what the sinks do: `moved` is the runtime's,
-`stay` leaves them at their first positions..
+Arguments: ENGINE TOKENS WINDOW SINKS FORM SIDE OUTPUT.json. WINDOW 0 is an exact cache of 4096 rows, which ends the
+chat. FORM says what the sinks do: `moved` is the runtime's, `stay` leaves them at their first positions. SIDE is the
+least side of a picture in pixels.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ _NEVER = 1 << 30
 
 def main() -> None:
     """Chat until the prompt has so many tokens; write what each turn took and gave, and what the process holds."""
+    import numpy as np
+
     import runtime.scheduling.sliding
-    from qwen3vl_export.demo.data import canvas_at, example_of
+    from qwen3vl_export.demo.data import draw_side, example_of, load_half, make_canvas
     from qwen3vl_export.demo.tasks import MAX_NEW_TOKENS, TASKS
     from runtime.engine_options import EngineOptions
     from runtime.errors import CapacityError
@@ -30,7 +33,7 @@ def main() -> None:
 
     engine, output = Path(sys.argv[1]), Path(sys.argv[-1])
     tokens, window, sinks = (int(each) for each in sys.argv[2:5])
-    form = sys.argv[5]
+    form, least_side = sys.argv[5], int(sys.argv[6])
     options: dict[str, Any] = {"window": window, "sink_tokens": sinks} if window else {"max_context": 4096}
     manifest = Manifest.read(engine)
     opening = EngineOptions.checked(manifest, max_sequences=1, kept_sequences=0, vision_cache_bytes=0, **options)
@@ -39,12 +42,15 @@ def main() -> None:
         manifest = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, text=text))
     model = Qwen3VLModel.from_manifest(engine, manifest, opening)
     turns: list[dict[str, Any]] = []
+    digits = load_half("held_out")
     moved_keys = runtime.scheduling.sliding.moved_keys if form == "moved" else lambda keys, *_: keys
     with mock.patch.object(runtime.scheduling.sliding, "moved_keys", moved_keys):
         chat = model.chat()
         while not turns or turns[-1]["prompt_tokens"] < tokens:
             index = len(turns)
-            canvas = example_of(index, canvas_at(SEED, index, "held_out"))
+            rng = np.random.default_rng([SEED, index])
+            width, height = (max(least_side, draw_side(rng)) for _ in range(2))
+            canvas = example_of(index, make_canvas(rng, digits, width, height))
             task = TASKS[index % len(TASKS)]
             question, expected = canvas.tasks[task]
             start = time.process_time()
