@@ -28,7 +28,7 @@ endif
 # The library of own kernels: `pip install` builds it where it can, and says nothing where it cannot.
 LIBRARY := runtime/native/libqwen3vl_cpu.so
 
-.PHONY: setup native wheel release site demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients test-cluster lint bench compare-setup test-peers gpu-check gpu-pack
+.PHONY: setup native wheel release site demo lock test test-slow fuzz fuzz-replay test-newest test-oldest test-transformers test-clients test-cluster test-triton lint bench compare-setup test-peers gpu-check gpu-pack
 
 setup: $(DEV_STAMP) $(LIBRARY)
 
@@ -133,6 +133,16 @@ build/cluster/.installed: pyproject.toml locks/cluster.txt
 	$(PYTHON) -m venv build/cluster
 	build/cluster/bin/python $(PIP_INSTALL) -r locks/cluster.txt
 	build/cluster/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+# A packaged model in a real Triton Inference Server: that of NVIDIA's wheel of PyTriton, whose Python backend wants NumPy 1.
+test-triton: setup build/triton/.installed
+	$(BIN)/qwen3vl-export demo --target ort-cpu-fp32 --output build/triton/engine --quiet
+	build/triton/bin/python -m pytest -q -m cluster tests/runtime/integrations/test_triton_server.py
+
+build/triton/.installed:
+	$(PYTHON) -m venv build/triton
+	build/triton/bin/python $(PIP_INSTALL) nvidia-pytriton==0.7.0 'numpy<2' onnxruntime tokenizers jinja2 pillow typer rich fastapi pydantic uvicorn prometheus-client pytest hypothesis psutil
 	@touch $@
 
 # Hostile inputs of every kind; findings are files under build/fuzz/.

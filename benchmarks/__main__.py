@@ -10,14 +10,18 @@ import typer
 from benchmarks.build import build
 from benchmarks.compare.command import compare, compare_setup
 from benchmarks.decode_plan import decode_plan
+from benchmarks.eviction import kv_eviction
 from benchmarks.export import export
 from benchmarks.gpu_check import gpu_check
 from benchmarks.gpu_pack import gpu_pack
 from benchmarks.imports import time_imports
 from benchmarks.kernels import kernels
+from benchmarks.kv_policies import kv_policies
 from benchmarks.lowered import lowered
+from benchmarks.memory_plan import memory_plan
 from benchmarks.preprocess import preprocess
 from benchmarks.report import report
+from benchmarks.routed import routed
 from benchmarks.routes import routes
 from benchmarks.run import run
 from benchmarks.serve import serve
@@ -26,7 +30,9 @@ from benchmarks.serve_peers import serve_peers
 from benchmarks.serving.command import serving
 from benchmarks.structured import structured
 from benchmarks.synthetic import write
+from benchmarks.tune import tune
 from benchmarks.video import video
+from benchmarks.visual_tokens import visual_tokens
 from benchmarks.window import window
 from runtime.errors import Qwen3VLError
 
@@ -40,9 +46,13 @@ _COMMANDS = (
     gpu_check,
     gpu_pack,
     kernels,
+    kv_eviction,
+    kv_policies,
     lowered,
+    memory_plan,
     preprocess,
     report,
+    routed,
     routes,
     run,
     serve,
@@ -50,7 +60,9 @@ _COMMANDS = (
     serve_peers,
     serving,
     structured,
+    tune,
     video,
+    visual_tokens,
     window,
 )
 for command in _COMMANDS:

@@ -224,7 +224,7 @@ def write_references(checkpoints: Sequence[str], work: Path) -> None:
         typer.echo(f"asking {checkpoint} on the CPU")
         engine = work / f"reference-{checkpoint}"
         export_engine(checkpoint, get(_REFERENCE), engine, {})
-        References.of(Qwen3VLModel.from_engine(engine)).write(work / "content" / "references", checkpoint)
+        References.of(Qwen3VLModel.from_engine(engine, tuned=False)).write(work / "content" / "references", checkpoint)
 
 
 def build_graphs(graphs: Sequence[Graph], work: Path, plan: dict[str, Any]) -> list[str]:

@@ -64,7 +64,7 @@ def time_engine(engine: Path, work: Workload) -> dict[str, Any]:
     from runtime.model import Qwen3VLModel
 
     start = time.perf_counter()
-    model = Qwen3VLModel.from_engine(engine, threads=work.threads)
+    model = Qwen3VLModel.from_engine(engine, threads=work.threads, tuned=False)
     loaded = time.perf_counter() - start
     content = [{"type": "image", "image": work.image()}, {"type": "text", "text": work.prompt}]
     prepared = model.prepare([{"role": "user", "content": content}])

@@ -13,10 +13,11 @@ def main() -> None:
     import numpy as np
     from PIL import Image
 
+    from runtime.memory import cache_bytes
     from runtime.model import Qwen3VLModel
 
     engine, patches, output = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    model = Qwen3VLModel.from_engine(engine, max_context=2048)
+    model = Qwen3VLModel.from_engine(engine, max_context=2048, tuned=False)
     side = model.manifest.model.vision.patch_size * 2 * round(math.sqrt(patches) / 2)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
@@ -26,9 +27,8 @@ def main() -> None:
         name, _, rest = line.partition(":")
         if name in kinds:
             kinds[name] = int(rest.split()[0]) * 1024
-    text, num_rows = model.manifest.model.text, answer.stats.prompt_tokens + len(answer.token_ids)
-    itemsize = np.dtype(str(model.manifest.capabilities["cache_dtype"])).itemsize
-    cache = 2 * text.num_layers * text.num_kv_heads * text.head_dim * num_rows * itemsize
+    num_rows = answer.stats.prompt_tokens + len(answer.token_ids)
+    cache = cache_bytes(model.config, model.manifest.capabilities, num_rows)
     found = {
         "cache_bytes": cache,
         "anonymous_bytes": kinds["Anonymous"] - cache,

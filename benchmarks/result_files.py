@@ -1,8 +1,9 @@
 """Result files: `name.json`, and `name.md` made of the JSON alone, so that it can be made again.
 
 The kind of a result is the first part of its name: `export-MODEL-TARGET`, `build-MODEL-TARGET`, `run-MODEL-TARGET`,
-`decode-plan`, `gpu-NAME`, `hostile-MODEL-TARGET`, `import`, `compare-MODEL`, `lowered`, `peers-MODEL-TARGET`,
-`preprocess`, `routes`, `serve-MODEL-TARGET`, `serving-MODEL-TARGET`, `video`, `window`.
+`decode-plan`, `eviction-MODEL-TARGET`, `gpu-NAME`, `hostile-MODEL-TARGET`, `import`, `compare-MODEL`, `kv-policies`,
+`lowered`, `memory-plan`, `peers-MODEL-TARGET`, `preprocess`, `routed-MODEL-TARGET`, `routes`, `serve-MODEL-TARGET`,
+`serving-MODEL-TARGET`, `tune-ENGINE`, `video`, `visual-tokens`, `window`.
 """
 
 from __future__ import annotations

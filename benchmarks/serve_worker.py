@@ -61,7 +61,7 @@ def main() -> None:
     from runtime.model import Qwen3VLModel
 
     engine, options = json.loads(sys.argv[1])
-    with Qwen3VLModel.from_engine(engine, **options) as model:
+    with Qwen3VLModel.from_engine(engine, **{"tuned": False, **options}) as model:
         client = FromFiles(model)
         for line in sys.stdin:
             values = json.loads(line)

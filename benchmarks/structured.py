@@ -39,7 +39,7 @@ def structured(
     engine: Path, answers: int = 500, repeats: int = 7, tokens: int = 32, results: options.Results = RESULTS
 ) -> None:
     """Count valid answers of an engine, and time tokens with and without a schema in turns."""
-    model = Qwen3VLModel.from_engine(engine)
+    model = Qwen3VLModel.from_engine(engine, tuned=False)
     result: dict[str, Any] = {
         "environment": measure.environment(),
         "engine": model.manifest.source.get("name"),

@@ -48,7 +48,7 @@ def video(
 ) -> None:
     """Measure what reading a video takes: decoding H.264, resizing and cutting its frames, on one core."""
     environment = measure.environment()
-    model = None if engine is None else Qwen3VLModel.from_engine(engine)
+    model = None if engine is None else Qwen3VLModel.from_engine(engine, tuned=False)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
     if hasattr(os, "sched_setaffinity"):  # then decoders and kernels take one thread as well
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

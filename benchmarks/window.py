@@ -91,10 +91,14 @@ def _parts(turns: Sequence[Mapping[str, Any]], tokens: int) -> list[dict[str, An
 
 def _moves(dtype: str) -> dict[str, float]:
     """Return the seconds for each token that rows take to move, by the share of a window that is dropped at a time."""
+    import numpy as np
+
+    from runtime.cache_types import CacheType
     from runtime.sessions.ort_cpu import OrtKVCache
 
     layers, heads, head_dim = _MOVED_SHAPE
-    cache = OrtKVCache(layers, (1, heads, _MOVED_WINDOW, head_dim), dtype)
+    kind = CacheType(dtype, 8 * np.dtype(dtype).itemsize)
+    cache = OrtKVCache([kind] * layers, (1, heads, _MOVED_WINDOW, head_dim), np.ones((layers, 2, heads, head_dim)))
     for layer in range(layers):
         cache.layer(layer)
     cache.move_rows(0, 1, 0, _MOVED_WINDOW - 1)  # its memory is there now

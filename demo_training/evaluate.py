@@ -5,6 +5,8 @@
     python -m demo_training.evaluate --engine out/demo-ort-cpu-fp32
     python -m demo_training.evaluate --engine out/demo-moe-ort-cpu-fp32 --name demo_moe_accuracy
 
+The further tasks of demo-long: `demo_training.evaluate_long`.
+
 Writes docs/demo_accuracy.md and docs/demo_accuracy.json (of an engine: demo_accuracy_TARGET) unless --limit is given.
 An answer counts only if it equals the truth, character by character, after stripping white space at its ends.
 """
@@ -155,7 +157,7 @@ def main() -> None:
     else:
         from qwen3_vl import Qwen3VLModel
 
-        model = Qwen3VLModel.from_engine(options.engine, threads=options.threads)
+        model = Qwen3VLModel.from_engine(options.engine, threads=options.threads, tuned=False)
         target, predict = model.manifest.target, predictor(model)
         name, how = f"{options.name}_{target}", f"engine {target}, greedy"
     count = options.limit or HELD_OUT_COUNT

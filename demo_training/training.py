@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from qwen3vl_export.eager import load
 from qwen3vl_export.modeling import MixtureOfExperts, Qwen3VL
 from qwen3vl_export.sources import DEMO
 from runtime.vision_inputs import position_tables
+
+if TYPE_CHECKING:
+    from demo_training.dialogues import DialogueBatch
 
 VALIDATION_SEED = 7
 
@@ -111,7 +115,7 @@ class Trainee(nn.Module):
             if isinstance(layer.mlp, MixtureOfExperts):
                 layer.mlp.gate.register_forward_hook(lambda _, __, logits_TE: self.router_logits.append(logits_TE))
 
-    def losses(self, batch: Batch, stage: Stage) -> tuple[torch.Tensor, dict[str, float]]:
+    def losses(self, batch: Any, stage: Stage) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the loss to minimise and its parts."""
         self.router_logits.clear()
         with torch.set_grad_enabled(stage.vision_rate > 0):
@@ -302,7 +306,7 @@ class Trainer:
             model: Where to start, such as `upcycled`; random weights if not given.
         """
         self.stages, self.folder, self.log, self.seed = stages, folder, log, seed
-        self.trainee = Trainee(seed, model)
+        self.trainee = self.make_trainee(model)
         self.average = Average(self.trainee)
         self.stage, self.step = 0, 0
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -355,9 +359,13 @@ class Trainer:
         self.average = Average(self.trainee)
         self.stage, self.step = len(self.stages) - 1, 0
 
-    def train_step(self, stage: Stage, pool: Digits, prompter: Prompter | None) -> dict[str, float]:
-        """Do one optimiser step; return the parts of the loss."""
-        batch = training_batch(
+    def make_trainee(self, model: Qwen3VL | None) -> Trainee:
+        """Return what is trained."""
+        return Trainee(self.seed, model)
+
+    def make_batch(self, stage: Stage, pool: Digits, prompter: Prompter | None) -> Batch | DialogueBatch:
+        """Return the batch of this step."""
+        return training_batch(
             np.random.default_rng([self.seed, self.stage, self.step]),
             pool,
             prompter,
@@ -369,6 +377,14 @@ class Trainer:
             min_distractors=stage.min_distractors,
             conversations=stage.conversations,
         )
+
+    def accuracy(self, half: str, count: int) -> dict[str, float]:
+        """Return the share of right answers per task."""
+        return accuracy_on(self.trainee, half, VALIDATION_SEED, count)
+
+    def train_step(self, stage: Stage, pool: Digits, prompter: Prompter | None) -> dict[str, float]:
+        """Do one optimiser step; return the parts of the loss."""
+        batch = self.make_batch(stage, pool, prompter)
         rate = rate_at(stage, self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -419,7 +435,7 @@ class Trainer:
         before = self.average.rounded(self.trainee)
         if stage.language:
             for half in ("train", "held_out"):
-                parts = accuracy_on(self.trainee, half, VALIDATION_SEED, count)
+                parts = self.accuracy(half, count)
                 self.log(f"  {half}: " + " ".join(f"{k} {v:.3f}" for k, v in parts.items()))
         on_report()
         self.average.restore(self.trainee, before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from engines.decode_plan.options import NO_PLAN, PlanOptions
 from engines.external_data import weight_bytes, write_model
 from engines.lower import lower
 from engines.output import output_folder
+from engines.passes.add_window_queries import SCORES_WINDOW, AddWindowQueriesPass
 from engines.passes.fold_static_shapes import fix_capacity
 from engines.progress import SILENT, Progress, Stage
 from engines.quantised_kernels import kernels_of
@@ -24,6 +25,7 @@ from engines.quantize.cache_ranges import CacheQuantization, quantize_cache
 from engines.quantize.formats import WeightFormats
 from engines.target import Target
 from runtime import __version__
+from runtime.contract import TOKEN_SCORES
 from runtime.errors import UsageError
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, FileRecord, Manifest
 from runtime.model_config import ModelConfig
@@ -62,6 +64,7 @@ def build_engine(
     cache: CacheQuantization | None = None,
     options: BuildOptions | None = None,
     plan: PlanOptions = NO_PLAN,
+    kv_scores: bool = False,
 ) -> Manifest:
     """Build `output`; until it is complete, what was there before stays.
 
@@ -70,11 +73,12 @@ def build_engine(
         target: What to build for.
         output: The engine folder.
         with_weights: False writes the lowered graphs alone, which nothing can open.
-        runnable: False names the manifest `lowered.json`: lowered graphs to look at, which only `qwen3vl verify` runs.
+        runnable: False names the manifest `lowered.json`: lowered graphs, which only `qwen3vl verify` runs.
         progress: Told of each stage of the work when it begins, and of the weights as they are written.
         cache: Store the KV cache in fewer bits. Not without weights: the engine may be opened to find the scales.
         options: Sizes of an engine that is compiled for fixed ones.
         plan: Of decode steps on a GPU, for a target that takes one.
+        kv_scores: Let the decoder give the queries that rows of the KV cache are judged by.
 
     Raises:
         UsageError: `output` holds something that is no engine, or an option is out of range.
@@ -82,20 +86,15 @@ def build_engine(
         CapacityError: The disk has too little room, or this process may not write files of that size.
     """
     bundle.check()
-    check_options(target, options, bundle.config)
-    sizes = options or BuildOptions()
+    sizes = _checked_sizes(target, options, bundle)
     progress.report(Stage.LOWERING, f"lowering the graphs for {target.name}")
-    graphs = _lowered(bundle, target, sizes)
-    bytes_of_graphs = [weight_bytes(graph) if with_weights else 0 for graph in graphs.values()]
-    num_bytes = sum(bytes_of_graphs)
+    graphs = _lowered(bundle, target, sizes, kv_scores=kv_scores)
+    num_bytes = sum(bytes_of_graphs := [weight_bytes(graph) if with_weights else 0 for graph in graphs.values()])
     # A plan holds the weights once more, and lies beside the graph that it is made of until it is complete.
     compiles = target.compile is not None and with_weights and runnable
     with output_folder(output, 2 * num_bytes if compiles else num_bytes, max(bytes_of_graphs)) as folder:
         progress.report(Stage.WRITING, f"writing {output}{_size(num_bytes) if with_weights else ''}")
-        files: dict[str, FileRecord] = {}
-        advance = partial(progress.advance, total_bytes=num_bytes)
-        for name, model in graphs.items():
-            files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, advance=advance)
+        files = _written(graphs, folder, partial(progress.advance, total_bytes=num_bytes), with_weights=with_weights)
         compiled: Mapping[str, Any] = {}
         if target.compile is not None and compiles:
             progress.report(Stage.COMPILING, f"compiling for {target.name}")
@@ -103,7 +102,8 @@ def build_engine(
             files, compiled = {**made.files, **(files if made.keeps_graphs else {})}, made.capabilities
         planned = add_plan(folder, graphs[DECODER], target, bundle.config, plan, progress)
         files |= planned | bundle.write_assets(folder)
-        more = {**compiled, "kernels": _kernels(graphs), **({"decode_plan": True} if planned else {})}
+        optional = _optional(bundle, has_plan=bool(planned), kv_scores=kv_scores)
+        more = {**compiled, "kernels": _kernels(graphs), **optional}
         manifest = _manifest(bundle, target, target.capabilities(bundle.config, sizes) | more, files)
         if cache is not None:
             progress.report(Stage.QUANTISING_CACHE, cache.work)
@@ -113,7 +113,12 @@ def build_engine(
     return manifest
 
 
-def _lowered(bundle: Bundle, target: Target, sizes: BuildOptions) -> dict[str, ir.Model]:
+def _checked_sizes(target: Target, options: BuildOptions | None, bundle: Bundle) -> BuildOptions:
+    check_options(target, options, bundle.config)
+    return options or BuildOptions()
+
+
+def _lowered(bundle: Bundle, target: Target, sizes: BuildOptions, *, kv_scores: bool) -> dict[str, ir.Model]:
     """Return what the target runs: copies of the bundle's graphs, lowered, and perhaps a second decoder."""
 
     def lowered(name: str, formats: WeightFormats) -> ir.Model:
@@ -123,7 +128,27 @@ def _lowered(bundle: Bundle, target: Target, sizes: BuildOptions) -> dict[str, i
         return lower(model, target, bundle.config, target.passes(formats))
 
     second = {} if target.prefill_formats is None else {PREFILL: lowered(DECODER, target.prefill_formats)}
-    return second | {name: lowered(name, target.formats) for name in bundle.graphs}
+    graphs = second | {name: lowered(name, target.formats) for name in bundle.graphs}
+    if kv_scores:
+        for name in graphs.keys() & {DECODER, PREFILL}:
+            AddWindowQueriesPass(bundle.config, SCORES_WINDOW)(graphs[name])
+    return graphs
+
+
+def _written(
+    graphs: Mapping[str, ir.Model], folder: Path, advance: Callable[[int], None], *, with_weights: bool
+) -> dict[str, FileRecord]:
+    files: dict[str, FileRecord] = {}
+    for name, model in graphs.items():
+        files |= write_model(model, folder / f"{name}.onnx", with_weights=with_weights, advance=advance)
+    return files
+
+
+def _optional(bundle: Bundle, *, has_plan: bool, kv_scores: bool) -> dict[str, Any]:
+    """Return the capabilities that an engine may lack."""
+    values = {"decode_plan": has_plan, TOKEN_SCORES: bundle.has_token_scores}
+    found: dict[str, Any] = {name: True for name, is_there in values.items() if is_there}
+    return found | ({"kv_scores": SCORES_WINDOW} if kv_scores else {})
 
 
 def _kernels(graphs: Mapping[str, ir.Model]) -> list[str]:

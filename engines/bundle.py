@@ -13,7 +13,15 @@ import onnx_ir as ir
 
 from engines.external_data import weight_bytes, write_model
 from engines.progress import SILENT, Progress
-from runtime.contract import DECODER_INPUTS, DECODER_OUTPUTS, VISION_INPUTS, VISION_OUTPUTS, past_names, present_names
+from runtime.contract import (
+    DECODER_INPUTS,
+    DECODER_OUTPUTS,
+    TOKEN_SCORES,
+    VISION_INPUTS,
+    VISION_OUTPUTS,
+    past_names,
+    present_names,
+)
 from runtime.errors import BundleError
 from runtime.manifest import FileRecord
 from runtime.model_config import ModelConfig
@@ -41,6 +49,11 @@ class Bundle:
     assets: Mapping[str, bytes]
     source: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def has_token_scores(self) -> bool:
+        """Whether the vision graph says how much attention each visual token gets."""
+        return any(value.name == TOKEN_SCORES for value in self.graphs[VISION].graph.outputs)
 
     @property
     def weight_bytes(self) -> int:
@@ -74,6 +87,8 @@ class Bundle:
         for name, (inputs, outputs) in expected.items():
             graph = self.graphs[name].graph
             found = [value.name for value in graph.inputs], [value.name for value in graph.outputs]
+            if name == VISION and self.has_token_scores:
+                outputs = [*outputs, TOKEN_SCORES]
             if found != (inputs, outputs):
                 raise BundleError(
                     f"{name}.onnx: inputs and outputs are {found}, the contract says {(inputs, outputs)}",

@@ -3,15 +3,15 @@
 Bytes are estimated from the model's shape alone, before anything is traced or read:
 
 - weights: every tensor as the target's passes store it, by its formats, else as a float of its dtype;
-- KV cache, prefill and vision workspace: `runtime.memory`, which also refuses what does not fit at run time. Its
-  workspaces are those of float32 on ONNX Runtime's CPU provider; on a GPU they stand in as an upper bound, unmeasured.
+- all else: `runtime.memory_plan`, by which an engine that is opened refuses what does not fit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import configs
@@ -22,8 +22,10 @@ from engines.quantize.formats import FLOAT, WeightFormat, WeightFormats
 from engines.registry import all_targets, get
 from engines.target import CPU, GPU, Target, version
 from engines.weight_shapes import EMBEDDING_KEY, VISION_PREFIX, Shape, weight_shapes
+from runtime import session
 from runtime.errors import CapacityError, TargetError
-from runtime.memory import CACHE, PREFILL, VISION, WEIGHTS, cache_bytes, prefill_bytes, vision_bytes
+from runtime.memory import CACHE, LIBRARIES, PREFILL, VISION, WEIGHTS
+from runtime.memory_plan import DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH, Facts, Planner, Work
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,11 +35,10 @@ if TYPE_CHECKING:
     from runtime.model_config import ModelConfig
 
 AUTO = "auto"
-LIBRARY = "library"
-_PARTS = (WEIGHTS, CACHE, PREFILL, VISION, LIBRARY)
+_PARTS = (WEIGHTS, CACHE, PREFILL, VISION, LIBRARIES)
 _CHOSEN = "chosen"
 _FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_TOO_LARGE = "too large"
+_TOO_LARGE, _PREFERRED = "too large", "is preferred"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Candidate:
     def total_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(self.parts.values())
+
+    @property
+    def is_of_this_machine(self) -> bool:
+        """Whether the machine builds and runs it, memory and preference aside."""
+        return not self.refusal or self.refusal.startswith(_TOO_LARGE) or self.refusal.endswith(_PREFERRED)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, the total among them."""
@@ -154,7 +160,8 @@ def refusal_of(choice: Choice) -> TargetError | CapacityError:
     return CapacityError(
         f"no target fits the memory of this machine: {nearest.target}, the nearest, takes "
         f"{nearest.total_bytes / 1e6:,.1f} MB, and the limit is {nearest.limit_bytes / 1e6:,.1f} MB",
-        remedy="use a smaller model or a larger machine, or name a target and run it with a lower --max-context",
+        remedy="use a smaller model or a larger machine, or name a target and run it with a lower --max-context; "
+        "`qwen3vl targets --model MODEL` says whether a GPU and the processor hold it together",
     )
 
 
@@ -180,7 +187,7 @@ def consider(
         candidate = Candidate(target.name, target.device, parts, limit_bytes(hardware, target.device), "")
         refusal = _refusal(target, hardware, candidate) or unfit
         if not refusal and chosen is not None:
-            refusal = f"{chosen.name} is preferred"
+            refusal = f"{chosen.name} {_PREFERRED}"
         if not refusal:
             chosen = target
         candidates.append(replace(candidate, refusal=refusal))
@@ -201,38 +208,67 @@ def limit_bytes(hardware: Hardware, device: str) -> int:
 def estimate(target: Target, config: ModelConfig, *, options: BuildOptions | None = None) -> dict[str, int]:
     """Estimate the bytes of its device's memory that an engine takes while it answers, by part.
 
-    The largest image, and what libraries take, are in configs/choice.toml. Without options, one prompt at a time: an
-    engine for batches allocates no cache for those that do not come.
+    The largest image is in configs/choice.toml. Without options, one prompt at a time: an engine for batches allocates
+    no cache for those that do not come.
     """
-    options, assumed = options or BuildOptions(max_batch=1), configs.load("choice")
-    capacity = min(options.max_context, config.text.max_positions)
-    capabilities = target.capabilities(config, options)
-    chunk = min(options.prefill_chunk, capacity)
-    workspace = target.prefill_workspace(config, chunk) if target.prefill_workspace is not None else 0
-    return {
-        WEIGHTS: weight_bytes(target, config),
-        CACHE: options.max_batch * cache_bytes(config, capabilities, capacity),
-        PREFILL: prefill_bytes(config, capacity) + workspace,
-        VISION: vision_bytes(config, [assumed["image_patches"]]),
-        LIBRARY: assumed["gpu_library_bytes"] if target.device == GPU else 0,
-    }
+    options = options or BuildOptions(max_batch=1)
+    work = Work(
+        context=min(options.max_context, config.text.max_positions),
+        sequences=options.max_batch,
+        images=(configs.load("choice")["image_patches"],),
+        prompts_with_images=1,
+        chunk=options.prefill_chunk,
+    )
+    parts = Planner(facts_of(target, config, options)).plan(work).parts
+    return {part: parts[part] for part in _PARTS}
 
 
-def weight_bytes(target: Target, config: ModelConfig) -> int:
-    """Return the bytes of all weights in the format in which the target stores them.
-
-    Left out: constants that are not in the checkpoint, and the bytes that align tensors in a file.
+def facts_of(target: Target, config: ModelConfig, options: BuildOptions) -> Facts:
+    """Return what a plan of memory needs to know of an engine that was not built.
 
     Raises:
         TargetError: The target stores no weights of such a shape.
     """
-    shapes, is_tied = weight_shapes(config), config.text.tie_word_embeddings
-    total = _stored_bytes(target, target.formats, shapes, is_tied=is_tied)
-    if target.prefill_formats is not None:
-        # A second decoder, in a file of its own.
-        decoder = {key: shape for key, shape in shapes.items() if not key.startswith(VISION_PREFIX)}
-        total += _stored_bytes(target, target.prefill_formats, decoder, is_tied=is_tied)
-    return total
+    capacity = min(options.max_context, config.text.max_positions)
+    chunk = min(options.prefill_chunk, capacity)
+    capabilities = target.capabilities(config, options)
+    if "capacity" in capabilities:
+        capabilities["capacity"] = capacity
+    workspace = target.prefill_workspace(config, chunk) if target.prefill_workspace is not None else 0
+    return Facts(config, capabilities, graph_weight_bytes(target, config), workspace)
+
+
+def weight_bytes(target: Target, config: ModelConfig, parts: Collection[str] = session.PARTS) -> int:
+    """Return the bytes of the weights of what runs, in the format in which the target stores them.
+
+    Left out: constants that are not in the checkpoint, and the bytes that align tensors in a file.
+
+    Args:
+        target: The target.
+        config: Shape of the model.
+        parts: What runs, of `runtime.session.PARTS`.
+
+    Raises:
+        TargetError: The target stores no weights of such a shape.
+    """
+    graphs = graph_weight_bytes(target, config)
+    prefill = PREFILL_GRAPH if PREFILL_GRAPH in graphs else DECODER_GRAPH
+    of_parts = {session.VISION: VISION_GRAPH, session.DECODE: DECODER_GRAPH, session.PREFILL: prefill}
+    return sum(graphs[graph] for graph in {of_parts[part] for part in parts})
+
+
+def graph_weight_bytes(target: Target, config: ModelConfig) -> dict[str, int]:
+    """Return those of each graph; see `weight_bytes`."""
+    shapes, stored = weight_shapes(config), partial(_stored_bytes, is_tied=config.text.tie_word_embeddings)
+    vision = {key: shape for key, shape in shapes.items() if key.startswith(VISION_PREFIX)}
+    decoder = {key: shape for key, shape in shapes.items() if key not in vision}
+    graphs = {
+        VISION_GRAPH: stored(target, target.formats, vision),
+        DECODER_GRAPH: stored(target, target.formats, decoder),
+    }
+    if target.prefill_formats is not None:  # a second decoder, in a file of its own
+        graphs[PREFILL_GRAPH] = stored(target, target.prefill_formats, decoder)
+    return graphs
 
 
 def _refusal(target: Target, hardware: Hardware, candidate: Candidate) -> str:

@@ -112,8 +112,8 @@ class Target:
         updates_cache_in_place: Past and present may share one buffer.
         batched_chunks: A call with several new tokens and a past may hold several sequences.
         libraries: Distributions whose versions go into the manifest.
-        cache_pass: Makes the pass that stores the KV cache in 8 or 4 bits by scales [L, 2, K, H], keys before values;
-            None if no kernel of the target reads such a cache.
+        cache_pass: Makes the pass that stores the KV cache of each layer in 8 or 4 bits by scales [L, 2, K, H], keys
+            before values; None if no kernel of the target reads such a cache.
         top_k: Candidates of the next token that the decoder gives beside the logits; 0 for none.
         normalises_pixels: Its vision graph takes grey levels of 8 bits: `engines.passes.normalise_pixels` is a pass.
         prefill_workspace: Bytes that a call of so many tokens takes beside activations; None for none.
@@ -127,6 +127,7 @@ class Target:
         kernels_drawback: Says why they are not to be taken there unless they are asked for; empty if they are.
         custom_ops: Domain of operators whose library the session has to load; empty for none.
         supports_half_cache: `cache_pass` makes a cache of float16 too: 16 bits, without scales.
+        supports_kv_scores: Its decoder can give the queries that rows of the KV cache are judged by.
         decode_plan: Decode steps may run own kernels, which a build compiles (`engines.decode_plan`).
         calibration_ops: `native_ops` of the graphs that calibration runs, which ONNX Runtime has to know; None for the
             same.
@@ -155,7 +156,7 @@ class Target:
     updates_cache_in_place: bool = True
     batched_chunks: bool = False
     libraries: tuple[str, ...] = ("onnx-ir",)
-    cache_pass: Callable[[int, NDArray[np.float32] | None], ir.passes.InPlacePass] | None = None
+    cache_pass: Callable[[Sequence[int], NDArray[np.float32] | None], ir.passes.InPlacePass] | None = None
     top_k: int = 0
     normalises_pixels: bool = False
     compile: Compiler | None = None
@@ -169,6 +170,7 @@ class Target:
     kernels_drawback: Callable[[], str] | None = None
     custom_ops: str = ""
     supports_half_cache: bool = False
+    supports_kv_scores: bool = False
     decode_plan: bool = False
     calibration_ops: Mapping[str, Callable[[ModelConfig], str]] | None = None
 

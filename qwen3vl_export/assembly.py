@@ -17,6 +17,7 @@ from qwen3vl_export.tracing.pieces import Piece, Pieces
 from runtime.contract import (
     DECODER_DTYPES,
     DECODER_OUTPUTS,
+    TOKEN_SCORES,
     VISION_DTYPES,
     VISION_OUTPUTS,
     Dims,
@@ -130,7 +131,10 @@ def build_vision(pieces: Pieces, checkpoint: Checkpoint) -> ir.Model:
     (hidden,) = builder.call(pieces.patch_embed, [pixels, indices, weights], _VISUAL)
     deepstack = []
     for i in range(vision.depth):
-        (hidden,) = builder.call(pieces.vision_block, [hidden, cos, sin], f"{_VISUAL}.blocks.{i}")
+        is_scored = pieces.scored_block is not None and i == vision.depth - 1
+        block = pieces.scored_block if is_scored else pieces.vision_block
+        assert block is not None
+        hidden, *scores = builder.call(block, [hidden, cos, sin], f"{_VISUAL}.blocks.{i}")
         if i in vision.deepstack_layers:
             assert pieces.deepstack_merger is not None
             # The config lists the blocks in the order of the mergers; levels are in the order of the blocks.
@@ -139,6 +143,8 @@ def build_vision(pieces: Pieces, checkpoint: Checkpoint) -> ir.Model:
     (merged,) = builder.call(pieces.merger, [hidden], f"{_VISUAL}.merger")
     embeds = builder.concat([merged, *deepstack], "levels")
     builder.output(embeds, VISION_OUTPUTS[0], (config.num_visual_levels, "V", config.text.hidden_size))
+    for each in scores:
+        builder.output(each, TOKEN_SCORES, ("V",))
     return builder.model()
 
 

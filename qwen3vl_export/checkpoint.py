@@ -26,6 +26,7 @@ from qwen3vl_export.quantized import join_parts
 from qwen3vl_export.quantized.parts import QuantizedEntry
 from qwen3vl_export.safetensors_reader import FileHeader, TensorEntry, read_header
 from qwen3vl_export.sources import HUB_ID, SHIPPED, local_path, shipped_folder
+from qwen3vl_export.weights_digest import digest_of
 from runtime.errors import CapacityError, CheckpointError
 from runtime.files import MAX_INDEX_BYTES, MAX_SMALL_FILE_BYTES, MAX_TOKENIZER_BYTES, is_folder, read_json_object
 from runtime.model_config import ModelConfig
@@ -309,4 +310,6 @@ class Checkpoint:
     def describe(self) -> Mapping[str, Any]:
         """Return what an engine's manifest says of its source."""
         files = {name: {"num_bytes": h.num_bytes, "header_sha256": h.sha256} for name, h in self.headers.items()}
-        return {"name": self.name, "revision": self.revision, "weight_files": files}
+        tensors = {key: entry for header in self.headers.values() for key, entry in header.tensors.items()}
+        digest = digest_of(tensors)
+        return {"name": self.name, "revision": self.revision, "weights_sha256": digest, "weight_files": files}

@@ -27,6 +27,7 @@ from runtime.model import Qwen3VLModel
 from runtime.preparation import Preparation
 from runtime.session import KVCache
 from runtime.shown import one_line, shown
+from runtime.visual_pruning.scored import ScoredEmbeds
 
 _LONGEST_REASON = 200
 
@@ -188,6 +189,12 @@ class EagerSession:
         """Run the vision tower; see `runtime.session.Session.vision`."""
         # The tables stay float32 whatever the weights' type, as in transformers.
         return _array(self.model.visual(**self._tensors(inputs, in_weights_type="pixel_values")))
+
+    @torch.inference_mode()
+    def scored_vision(self, inputs: VisionInputs) -> ScoredEmbeds:
+        """Run the vision tower; see `runtime.visual_pruning.scored.ScoringSession.scored_vision`."""
+        embeds, scores = self.model.visual.scored(*self._tensors(inputs, in_weights_type="pixel_values").values())
+        return ScoredEmbeds(_array(embeds), _array(scores))
 
     def new_cache(self, capacity: int, batch: int = 1) -> EagerCache:
         """Allocate a cache of zeros."""

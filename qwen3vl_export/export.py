@@ -80,7 +80,7 @@ def export(request: ExportRequest, progress: Progress = SILENT) -> Exported:
     started = time.perf_counter()
     job = _checked(request, progress)
     progress.report(Stage.TRACING, f"tracing {job.checkpoint.name}")
-    bundle = make_bundle(job.checkpoint, progress)
+    bundle = make_bundle(job.checkpoint, progress, token_scores=request.token_scores)
     traced = time.perf_counter()
     manifest, num_bytes = None, 0
     if job.target is None:
@@ -102,12 +102,13 @@ def export(request: ExportRequest, progress: Progress = SILENT) -> Exported:
     )
 
 
-def make_bundle(checkpoint: Checkpoint, progress: Progress = SILENT) -> Bundle:
+def make_bundle(checkpoint: Checkpoint, progress: Progress = SILENT, *, token_scores: bool = False) -> Bundle:
     """Trace a checkpoint's model and refer to its weights, reading only their headers.
 
     Args:
         checkpoint: What to trace.
         progress: Told when the graphs are stitched together.
+        token_scores: The vision graph says how much attention each visual token gets.
 
     Raises:
         CheckpointError: A file or a key is missing, left over, or not what config.json implies.
@@ -117,7 +118,7 @@ def make_bundle(checkpoint: Checkpoint, progress: Progress = SILENT) -> Bundle:
 
     checkpoint.used_keys  # noqa: B018 (raises for what is missing or left over)
     assets = checkpoint.assets()
-    pieces = trace_pieces(checkpoint.config)
+    pieces = trace_pieces(checkpoint.config, token_scores=token_scores)
     progress.report(Stage.STITCHING, "stitching the graphs together")
     graphs = {VISION: build_vision(pieces, checkpoint), DECODER: build_decoder(pieces, checkpoint)}
     taken = {name for model in graphs.values() for name in model.graph.initializers}
@@ -154,6 +155,16 @@ def _checked(request: ExportRequest, progress: Progress) -> _Job:
     target = None if named is None else with_kernels(named, request.kernels)
     if request.is_engine and target is not None:
         _check_can_build(target)
+    if request.kv_scores and target is not None and not target.supports_kv_scores:
+        raise UsageError(
+            f"--kv-scores: the decoder of {target.name} does not give its queries",
+            remedy="leave --kv-scores out, or choose a target ort-cpu-*",
+        )
+    if request.token_scores and target is not None and target.session != "ort_cpu":
+        raise UsageError(
+            f"--token-scores: {target.name} has no use for them, since engines on a GPU do not prune visual tokens",
+            remedy="leave --token-scores out, or choose a target ort-cpu-*",
+        )
     plan = _wanted_plan(request, target)
     prompts = [] if request.calibration is None else read_prompts(request.calibration)
     cache = _wanted_cache(request, target, prompts)
@@ -179,7 +190,7 @@ def _wanted_cache(
     if target is None or not request.weights:
         return None
     check_prompts(target, prompts)
-    return None if request.kv_cache is None else wanted_cache(request.kv_cache, prompts, target)
+    return None if request.kv_cache is None else wanted_cache(request.kv_cache, prompts, target, request.kv_cache_ratio)
 
 
 def _wanted_plan(request: ExportRequest, target: Target | None) -> PlanOptions:
@@ -270,4 +281,5 @@ def _build(bundle: Bundle, job: _Job, target: Target, progress: Progress) -> Man
             cache=job.cache,
             options=job.options,
             plan=job.plan,
+            kv_scores=job.request.kv_scores,
         )

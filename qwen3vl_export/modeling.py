@@ -14,7 +14,7 @@ D hidden, H head dim, N query heads, K key/value heads, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -145,8 +145,27 @@ class VisionTower(nn.Module):
             [1+levels, I·P / merge², D]: the merged patches, and the DeepStack levels in the order of their blocks.
         """
         hidden = embed_patches(self.patch_embed, self.pos_embed, pixel_values, pos_indices, pos_weights)
+        return self._levels(hidden, rope_cos, rope_sin, self.blocks[-1])
+
+    def scored(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode segments as `forward`, and return their tokens' scores in the last block as well, [I·P / merge²]."""
+        pixel_values, pos_indices, pos_weights, *tables = inputs
+        hidden = embed_patches(self.patch_embed, self.pos_embed, pixel_values, pos_indices, pos_weights)
+        scores: list[Tensor] = []
+
+        def last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            block = self.blocks[-1]
+            assert isinstance(block, VisionBlock)
+            x, found = block.scored(x, cos, sin)
+            scores.append(found)
+            return x
+
+        return self._levels(hidden, *tables, last), scores[0]
+
+    def _levels(self, hidden: Tensor, rope_cos: Tensor, rope_sin: Tensor, last: Callable[..., Tensor]) -> Tensor:
+        """Run the blocks, the last one by a call of `last`, and the mergers."""
         levels = []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate([*self.blocks[:-1], last]):
             hidden = block(hidden, rope_cos, rope_sin)
             if i in self.deepstack_layers:
                 levels.append(self.deepstack_merger_list[self.deepstack_layers.index(i)](hidden))
@@ -399,13 +418,34 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.num_heads, self.scale = config.num_heads, config.head_dim**-0.5
+        self.patches_per_token = config.patches_per_token
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attend in x [I, P, D] with tables [P, H/2]."""
+        return self.attend(*self.heads(x), cos, sin)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of x [I, P, D], of its shape, not rotated."""
         qkv, size = self.qkv(x), x.shape[-1]
         # Slices, not chunk: chunk emits SplitToSequence (torch 2.13).
         q, k, v = (qkv[..., i * size : (i + 1) * size] for i in range(3))
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Attend with what `heads` returned."""
         return self.proj(vision_attention.apply(q, k, v, cos, sin, num_heads=self.num_heads, scale=self.scale))
+
+    def token_scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return how much attention the mean query of a segment gives each visual token, [I·P / merge²].
+
+        Queries and keys are those before the rotation, so only contents count. Weights are the mean over the heads of
+        the softmax over the patches of a segment, and a token has the sum of its patches': they add up to 1.
+        """
+        products, size = q.mean(1, keepdim=True) * k, q.shape[-1] // self.num_heads
+        # Head by head, since a reshape of all dimensions would fix I in the trace.
+        heads = [products[..., n * size : (n + 1) * size].sum(-1) for n in range(self.num_heads)]
+        weights = (torch.stack(heads, -1).float() * self.scale).softmax(1)
+        return weights.mean(-1).view(-1, self.patches_per_token).sum(-1)
 
 
 class VisionMLP(nn.Module):
@@ -433,6 +473,20 @@ class VisionBlock(nn.Module):
         """Transform x [I, P, D] with tables [P, H/2]."""
         x = x + self.attn(self.norm1(x), cos, sin)
         return x + self.mlp(self.norm2(x))
+
+    def scored(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Transform x, and return the scores of its visual tokens as well; see `VisionAttention.token_scores`."""
+        q, k, v = self.attn.heads(self.norm1(x))
+        x = x + self.attn.attend(q, k, v, cos, sin)
+        return x + self.mlp(self.norm2(x)), self.attn.token_scores(q, k)
+
+
+class ScoredVisionBlock(VisionBlock):
+    """A block that is traced with its scores: the last one of a graph with `token_scores`."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return what `scored` does."""
+        return self.scored(x, cos, sin)
 
 
 class PatchMerger(nn.Module):

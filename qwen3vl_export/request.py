@@ -12,7 +12,7 @@ import typer
 from engines.build_options import BuildOptions
 from runtime.arguments import reading, whole_number
 from runtime.errors import UsageError
-from runtime.option_checks import true_or_false
+from runtime.option_checks import between, true_or_false
 
 _SIZES = ("max_context", "max_batch")
 _LEAST = {"max_context": 2, "max_batch": 1, "prefill_chunk": 2, "max_patches": 4}
@@ -31,7 +31,11 @@ class ExportRequest:
         calibration: Folder of prompts: *.jsonl with messages, or prompts.txt and images. Weights of few bits are
             rounded by what the prompts put into their products (GPTQ); fp8 targets need it to scale activations.
         kv_cache: Store keys and values in int8 or int4, with scales from the prompts of --calibration; or, with own
-            kernels, in float16. [default: the target's type]
+            kernels, in float16; or mixed, each layer in the kind that costs least by these prompts. All of them
+            approximate. [default: the target's type]
+        kv_cache_ratio: For --kv-cache mixed: most bytes, as a share of those in float16. [default: 0.4]
+        kv_scores: Let the engine show the queries of the last tokens of a prompt, by which `--kv-budget` chooses the
+            rows that stay. For ort-cpu-*.
         kernels: For ort-cpu-int4 and ort-cpu-int8: own, the kernels that come with this package, or ort, those of ONNX
             Runtime. [default: own, where they run]
         max_context: For compiled targets: capacity of the KV cache in tokens. [default: 4096]
@@ -47,6 +51,8 @@ class ExportRequest:
         weight_streaming: For trt*: let weights stay in host memory, for GPUs with little memory.
         version_compatible: For trt-*: let newer versions of the library open the plans.
         hardware_compatible: For trt-*: let newer GPUs run the plans, which makes them slower.
+        token_scores: For ort-cpu-*: let the vision tower say how much attention each visual token gets, by which
+            --visual-token-share then chooses, too (docs/visual_pruning.md).
         compile: --no-compile stops at the lowered graphs and their weights, for other tools and for `qwen3vl verify`.
         weights: --no-weights writes the graphs alone, which nothing opens. It reads only the headers of the weights,
             but still downloads them whole from the Hub.
@@ -62,6 +68,8 @@ class ExportRequest:
     bundle: Path | None = None
     calibration: Annotated[Path | None, typer.Option(metavar="DIR")] = None
     kv_cache: Annotated[str | None, typer.Option(metavar="KIND")] = None
+    kv_cache_ratio: Annotated[float | None, typer.Option(metavar="SHARE")] = None
+    kv_scores: bool = False
     kernels: Annotated[str | None, typer.Option(metavar="KIND")] = None
     decode_plan: bool | None = None
     max_context: Annotated[int | None, typer.Option(min=_LEAST["max_context"])] = None
@@ -73,6 +81,7 @@ class ExportRequest:
     weight_streaming: bool = False
     version_compatible: bool = False
     hardware_compatible: bool = False
+    token_scores: bool = False
     compile: bool = True
     weights: bool = True
     cache_dir: Annotated[Path | None, typer.Option(metavar="DIR")] = None
@@ -88,7 +97,7 @@ class ExportRequest:
             object.__setattr__(self, "compute_capability", (gpus,) if isinstance(gpus, str) else tuple(map(str, gpus)))
         with reading("model", "pass a path or a Hub id"):
             object.__setattr__(self, "model", os.fspath(self.model))
-        for name in (*_SWITCHES, "compile", "weights"):
+        for name in (*_SWITCHES, "token_scores", "kv_scores", "compile", "weights"):
             true_or_false(name, getattr(self, name))
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:
@@ -106,12 +115,17 @@ class ExportRequest:
                 "--kv-cache has to run the engine, which --bundle and --no-weights do not build",
                 remedy="leave --kv-cache out",
             )
-
+        if self.kv_cache_ratio is not None:
+            if self.kv_cache is None:
+                raise UsageError("--kv-cache-ratio is of --kv-cache mixed", remedy="leave it out, or add that option")
+            between(0.25, 1, "leave it out for 0.4")("kv_cache_ratio", self.kv_cache_ratio)
         if self.decode_plan is not None:
             true_or_false("decode_plan", self.decode_plan)
         if self.decode_plan is not None and self.bundle is not None:
             option = "--decode-plan" if self.decode_plan else "--no-decode-plan"
             raise UsageError(f"{option} is a target's, and a bundle is for none", remedy="leave it out")
+        if self.kv_scores and self.bundle is not None:
+            raise UsageError("--kv-scores is of an engine, and a bundle is none", remedy="leave --kv-scores out")
         if self.kernels is not None and self.bundle is not None:
             raise UsageError("--kernels are a target's, and a bundle is for none", remedy="leave --kernels out")
 

@@ -5,6 +5,7 @@ Shapes: N layers' keys and values, K kv heads, R rows, H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,13 +19,13 @@ Rows = NDArray[np.uint16]
 
 
 class BoundCache(Protocol):
-    """What is asked of a cache: `runtime.device_cache.DeviceKVCache`."""
+    """What is to be known of a cache on the device (`runtime.device_cache.DeviceKVCache`)."""
 
     capacity: int
     shape_BKTH: tuple[int, int, int, int]
     past_names: list[str]
 
-    def bindings(self, slot: int = 0) -> dict[str, int]:
+    def bindings(self, slot: int = 0) -> Mapping[str, int]:
         """Return the device address of every past and present, from the rows of a slot on."""
 
 

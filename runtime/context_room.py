@@ -53,6 +53,7 @@ class ContextRoom:
             raise self.too_long(prepared)
         if self.window is not None:
             self.window.check_segments(prepared.prompt.spans)
+            self.window.check_alone(visual_token_share=prepared.num_pruned_tokens or None)
         if not all(image.has_patches for image in self.images_in_reach(prepared)):
             raise UsageError(
                 "the pixels of an image of this conversation were given up when the window had passed it",

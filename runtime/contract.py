@@ -32,7 +32,11 @@ Dims = tuple[int | str, ...]
 """Dimensions of an input; a letter is dynamic."""
 
 VISION_OUTPUTS = ("visual_embeds",)
+TOKEN_SCORES = "token_scores"
+"""Second output of a vision graph that has it, and the capability of the engine."""
 DECODER_OUTPUTS = ("logits",)
+WINDOW_QUERIES = "window_queries"
+"""Optional output of a decoder built with `--kv-scores`: queries of the last tokens of a call, [B, W, layers, N, H]."""
 _MOST_LISTED = 3
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,16 @@ class DeviceKVCache:
 
     def _rows(self, slot: int, start: int, num_rows: int) -> CacheRows:
         return CacheRows(self._device, self._staging, self, slot, start, start + num_rows)
+
+    def read_rows(self, slot: int, start: int, stop: int) -> list[NDArray[Any]]:
+        """Return copies of rows of a slot; see `runtime.moved_rows.MovableCache`."""
+        rows_NKRH = CacheRows(self._device, self._staging, self, slot, start, stop).read()
+        return list(rows_NKRH if self.dtype == "bfloat16" else rows_NKRH.view(np.float16))
+
+    def write_rows(self, slot: int, start: int, rows_NKRH: Sequence[NDArray[Any]]) -> None:
+        """Write rows of a slot; see `runtime.moved_rows.MovableCache`."""
+        rows = np.stack(rows_NKRH).view(np.uint16)
+        CacheRows(self._device, self._staging, self, slot, start, start + rows.shape[2]).write(rows)
 
     def free_graphs(self) -> None:
         """Free the recorded decode steps; the cache may be recorded for again."""

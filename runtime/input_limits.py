@@ -1,4 +1,4 @@
-"""Limits on what images and videos of one prompt may take, given with a request."""
+"""Limits on what images and videos of one prompt may take, and how much of them is kept, given with a request."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
+from runtime.arguments import reading
 from runtime.errors import UsageError
-from runtime.option_checks import between, integer
+from runtime.option_checks import any_number, between, integer
+from runtime.shown import shown
 
 _MOST_FPS = 1000.0
 
@@ -22,6 +24,7 @@ class InputKeywords(TypedDict, total=False):
     min_frames: int | None
     max_frames: int | None
     max_visual_tokens: int | None
+    visual_token_share: float | None
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class InputLimits:
         min_frames, max_frames: Least and most frames that `fps` leads to.
         max_visual_tokens: Most visual tokens of all images and videos together, whatever their parts say: the largest
             are reduced to one size until the sum fits.
+        visual_token_share: Of the visual tokens of each image and video, how many stay in the prompt
+            (`runtime.visual_pruning`): an approximation. 1 for all.
     """
 
     min_pixels: int | None = None
@@ -45,6 +50,7 @@ class InputLimits:
     min_frames: int | None = None
     max_frames: int | None = None
     max_visual_tokens: int | None = None
+    visual_token_share: float | None = None
 
     def with_keywords(self, keywords: Mapping[str, Any]) -> InputLimits:
         """Return these with others laid over them; other keywords are passed over.
@@ -65,13 +71,11 @@ class InputLimits:
         Raises:
             UsageError: A value is of the wrong kind, or two contradict each other.
         """
-        count, rate = integer(1), between(1e-6, _MOST_FPS, "pass frames per second, such as {name}=2")
+        rate = between(1e-6, _MOST_FPS, "pass frames per second, such as {name}=2")
+        checks = {"fps": rate, "visual_token_share": token_share}
+        count = integer(1)
         limits = cls(
-            **{
-                name: (rate if name == "fps" else count)(name, value)
-                for name, value in keywords.items()
-                if value is not None
-            }
+            **{name: checks.get(name, count)(name, value) for name, value in keywords.items() if value is not None}
         )
         for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames")):
             least, most = getattr(limits, low), getattr(limits, high)
@@ -80,6 +84,20 @@ class InputLimits:
         if limits.fps is not None and limits.num_frames is not None:
             raise UsageError("fps and num_frames both say how many frames to take", remedy="pass one of them")
         return limits
+
+
+def token_share(name: str, value: Any) -> float:
+    """Return a share of visual tokens, above 0 and up to 1.
+
+    Raises:
+        UsageError: It is no such number.
+    """
+    remedy = f"pass {name}=0.5 to keep half of the visual tokens, or leave it out to keep all"
+    with reading(name, remedy):  # a fraction may be too large for a float
+        share = float(any_number(name, value))
+    if not 0 < share <= 1:
+        raise UsageError(f"{name} must be above 0 and at most 1, got {shown(value)}", remedy=remedy)
+    return share
 
 
 def answer_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:

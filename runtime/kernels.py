@@ -23,6 +23,7 @@ import numpy as np
 import onnxruntime as ort
 
 from runtime import native
+from runtime.cache_types import code_bits
 from runtime.errors import EngineError
 from runtime.machine import processor
 from runtime.manifest import Manifest
@@ -47,8 +48,7 @@ def kernels_of(manifest: Manifest) -> list[str]:
     capabilities = manifest.capabilities
     has_own = "custom_ops" in capabilities
     kernels = set(capabilities.get("kernels", [*known_kernels(), *(native.OPERATORS if has_own else ())]))
-    bits = capabilities.get("cache_bits")
-    if bits is not None:
+    for bits in code_bits(capabilities):
         kernels.add(f"DecodeAttentionInt{bits}" if has_own else f"GroupQueryAttention.{bits}")
     return sorted(kernels)
 

@@ -15,6 +15,7 @@ MAX_THREADS_PER_CORE = 8
 """More only slow the engine down, and a mistyped number of them takes minutes to start."""
 
 CPUINFO = Path("/proc/cpuinfo")
+CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2")
 # Flags of /proc/cpuinfo that kernels of the CPU targets are chosen by, x86 then Arm.
 _X86_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _FEATURES = (*_X86_FEATURES, "asimd", "asimddp", "i8mm", "bf16", "sve")
@@ -30,6 +31,15 @@ def available_cores(quotas: Sequence[float] | None = None) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *map(int, cpu_quotas() if quotas is None else quotas)]))
+
+
+def l2_cache_bytes(cache: Path = CPU_CACHE) -> int:
+    """Return the size of a core's second cache, by which ONNX Runtime cuts its tiles; 256 KiB, as there, if unknown."""
+    try:
+        size = (cache / "size").read_text(encoding="ascii").strip()
+    except OSError:
+        return 256 << 10
+    return int(size.removesuffix("K")) << 10 if size.endswith("K") else 256 << 10
 
 
 def default_threads() -> int:

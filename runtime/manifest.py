@@ -16,7 +16,14 @@ from typing import Any
 
 from runtime.errors import EngineError
 from runtime.files import NotRegularError, is_folder, leads_somewhere, open_regular, read_json_object
-from runtime.manifest_checks import check_capabilities, check_file_name, check_model, check_record, check_texts
+from runtime.manifest_checks import (
+    check_cache_layers,
+    check_capabilities,
+    check_file_name,
+    check_model,
+    check_record,
+    check_texts,
+)
 from runtime.model_config import ModelConfig
 
 MANIFEST_NAME = "engine.json"
@@ -51,7 +58,8 @@ class Manifest:
         capabilities: What the session may rely on: cache dtype, in-place update, batched chunks.
         model: Shape of the model.
         versions: Libraries that built it, by distribution name.
-        source: Where the weights came from: name, revision, and a digest of every weight file's header.
+        source: Where the weights came from: name, revision, a digest of what the weights are, which tells checkpoints
+            apart (`weights_sha256`), and one of every weight file's header.
         files: Every file of the folder but the manifest.
     """
 
@@ -133,6 +141,7 @@ class Manifest:
             raise EngineError(f"source is {self.source!r:.80}, expected an object", remedy="build the engine again")
         check_capabilities(self.capabilities)
         check_model(self.model)
+        check_cache_layers(self.capabilities, self.model.text.num_layers)
         for name, record in self.files.items():
             check_record(name, vars(record))
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from runtime.cache_types import DTYPE_OF_BITS, MIXED
 from runtime.errors import EngineError
 from runtime.model_config import ExpertsConfig, ModelConfig, TextConfig, VisionConfig
 from runtime.shown import shown_numbers
 
-CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8", "uint8")
+CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8", "uint8", MIXED)
 
 _MOST_OF_AN_INTEGER, _MOST_OF_A_SIZE, _MOST_LAYERS, _MOST_OF_A_PATCH = (1 << 31) - 1, 1 << 20, 1 << 10, 1 << 6
 _MOST_FILE_BYTES = 1 << 50
@@ -87,6 +88,18 @@ def check_capabilities(capabilities: object) -> None:
             check(f"capabilities.{name}", value)
 
 
+def check_cache_layers(capabilities: Mapping[str, Any], num_layers: int) -> None:
+    """Check that an engine whose layers keep keys and values differently says how each of them does.
+
+    Raises:
+        EngineError: It does not, or says it of other layers.
+    """
+    given = capabilities.get("cache_layer_bits")
+    if (given is not None) != (capabilities["cache_dtype"] == MIXED) or len(given or ()) not in (0, num_layers):
+        expected = f"the bits of {num_layers} layers where cache_dtype is {MIXED}, and no entry elsewhere"
+        _refuse("capabilities.cache_layer_bits", given, expected)
+
+
 def check_texts(name: str, values: object) -> None:
     """Check an object whose values are strings.
 
@@ -139,6 +152,11 @@ def _positive(name: str, value: object) -> None:
     _integer(name, value, 1, _MOST_OF_AN_INTEGER)
 
 
+def _layer_bits(name: str, value: object) -> None:
+    if not isinstance(value, list) or not all(type(each) is int and each in DTYPE_OF_BITS for each in value):
+        _refuse(name, value, f"a list of {', '.join(map(str, DTYPE_OF_BITS))}")
+
+
 def _one_of(*choices: object) -> Callable[[str, object], None]:
     def check(name: str, value: object) -> None:
         if isinstance(value, bool) or value not in choices:
@@ -183,6 +201,7 @@ _CAPABILITIES: Mapping[str, Callable[[str, object], None]] = {
     "batched_chunks": _boolean,
     "cache_bits": _one_of(4, 8, 16, 32),
     "cache_dtype": _one_of(*CACHE_DTYPES),
+    "cache_layer_bits": _layer_bits,
     "cache_scales": _file_name,
     "capacity": _positive,
     "custom_ops": _text,
@@ -190,6 +209,7 @@ _CAPABILITIES: Mapping[str, Callable[[str, object], None]] = {
     "device": _one_of("cpu", "gpu"),
     "hardware_compatible": _boolean,
     "kernels": _texts,
+    "kv_scores": _positive,
     "library": _text,
     "library_version": _text,
     "logits_chunk": _positive,
@@ -199,6 +219,7 @@ _CAPABILITIES: Mapping[str, Callable[[str, object], None]] = {
     "prefill_min_tokens": _positive,
     "profiles": _profiles,
     "stripped": _boolean,
+    "token_scores": _boolean,
     "top_k": _positive,
     "updates_cache_in_place": _boolean,
     "version_compatible": _boolean,

@@ -7,6 +7,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -29,16 +30,18 @@ from runtime.image_config import ImageProcessorConfig
 from runtime.image_processor import OnImages, ProcessedImage
 from runtime.input_limits import INPUT_KEYWORDS, InputKeywords, answer_keywords
 from runtime.manifest import Manifest
-from runtime.memory import LOGITS, VISION, check_fits, logits_bytes, vision_bytes
+from runtime.memory import check_fits
+from runtime.memory_plan import Planner
 from runtime.messages import normalise_messages, system_message
 from runtime.notebook import table
-from runtime.opening import open_engine
+from runtime.opening import OpenSession, open_engine
 from runtime.option_checks import true_or_false
 from runtime.piece import Piece
-from runtime.preparation import GENERATION, PREPROCESSOR, TOKENIZER, Preparation, Prepared
+from runtime.preparation import Preparation, Prepared
+from runtime.route import Route, describe, other_engines, take_route
 from runtime.scheduling.ahead import Ahead
 from runtime.scheduling.pieces import Pieces
-from runtime.scheduling.plan import held_bytes, plan_limits
+from runtime.scheduling.plan import plan_limits, work_of
 from runtime.scheduling.request import Limits, Request
 from runtime.scheduling.worker import Worker
 from runtime.serving_options import ServingOptions
@@ -52,6 +55,7 @@ from runtime.thinking import checked_marks
 from runtime.tokenizer import Tokenizer
 from runtime.tools.grammar import calls_format
 from runtime.tools.reader import ExpectedCalls
+from runtime.tuning import Tuning
 from runtime.urls import check_local
 
 # Python shows warnings on stderr if the program sets up no logging of its own.
@@ -77,6 +81,8 @@ class Qwen3VLModel:
         limits: Limits | None = None,
         source: str | None = None,
         threads: int | None = None,
+        fitted: Mapping[str, tuple[int, int]] | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         """Put a session to work; `from_engine` opens one. Without limits, it runs one sequence at a time."""
         if not isinstance(manifest, Manifest):
@@ -90,16 +96,18 @@ class Qwen3VLModel:
         self.preparation = preparation
         self.max_context = max_context
         self.max_memory = max_memory
+        self.tuning = tuning or Tuning()
         self._owner = Owner(session)
         self._compiler = Compiler(preparation.tokenizer, manifest.model.text.vocab_size)
         self._source = source
-        self._threads = threads
+        self.threads = threads
+        self._fitted = fitted or {}
         self._room = ContextRoom.of(manifest, preparation, max_context, limits)
         if limits is None:
             # Nothing is kept either: the weights of a torch model may be changed between two calls.
             one = ServingOptions(max_sequences=1, kept_sequences=0, prefix_cache=False, vision_cache_bytes=0)
             limits = plan_limits(manifest, one, max_context, None)
-        self._held_bytes = held_bytes(manifest, limits)
+        self._planner, self._work = Planner.of(manifest, threads), work_of(limits)
         with naming_errors():
             self._worker = Worker(session, manifest, preparation.tokenizer, limits)
         # When the model is dropped, or Python ends.
@@ -112,7 +120,10 @@ class Qwen3VLModel:
             f"target={shown(self.manifest.target)}",
             f"model={shown(self.manifest.source.get('name'))}",
             *self._room.shown(),
-            *([f"threads={self._threads}"] if self._threads is not None else []),
+            *([f"threads={self.threads}"] if self.threads is not None else []),
+            *([f"tuning={str(self.tuning)!r}"] if str(self.tuning) else []),
+            *(["fit=True"] if self._fitted else []),
+            *(f"{option}={shown(folder)}" for option, folder in other_engines(self.session)),
         ]
         return f"{type(self).__name__}({', '.join(words)})"
 
@@ -123,6 +134,7 @@ class Qwen3VLModel:
             [
                 ("engine", str(self._source or "not of a folder")),
                 ("target", self.manifest.target),
+                *other_engines(self.session),
                 ("checkpoint", str(self.manifest.source.get("name"))),
                 ("precision", str(capabilities.get("precision"))),
                 ("weights", f"{self.manifest.weight_bytes / 1e6:.1f} MB"),
@@ -164,8 +176,8 @@ class Qwen3VLModel:
         *,
         check: bool = False,
         threads: int | None = None,
-        huge_pages: bool = False,
-        cuda_graphs: bool = True,
+        huge_pages: bool | None = None,
+        cuda_graphs: bool | None = None,
         max_context: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -186,12 +198,14 @@ class Qwen3VLModel:
                 or the capacity that the engine was built with.
             min_pixels: Smaller images, and frames of videos, are enlarged to this area.
             max_pixels: Larger images, and frames of videos, are reduced to this area.
-            max_memory: Most bytes that weights, cache and workspace may take together, by estimate; the machine's
-                memory, or the container's, by default; on a GPU, which refuses what it cannot hold, none.
+            max_memory: Most bytes that the engine may take in all by its plan (`runtime.memory_plan`): of a CPU engine,
+                the whole process; the machine's memory, or the container's, by default; on a GPU, which refuses what it
+                cannot hold, none.
             max_image_pixels: Images that have more pixels are refused before they are decoded, whatever `max_pixels`
                 would reduce them to; 50 million by default, at most 178 million.
             legacy_video_prompt: Write prompts with videos as transformers before 5.10 did (docs/messages.md).
-            **keywords: How many requests run, wait and are kept, and which kernels decode (`OpeningKeywords`).
+            **keywords: Requests at once, kernels, engines of parts, what `qwen3vl tune` found, what is given up where
+                not all fits, and approximations (`OpeningKeywords`).
 
         Raises:
             EngineError: A file is missing or altered, or the engine does not open.
@@ -201,11 +215,9 @@ class Qwen3VLModel:
         source = folder_path("engine", path)
         check_local(source, "engine")
         folder = Path(source)
-        manifest = Manifest.read(folder)
-        manifest.check(folder, full=check)
-        manifest.require(folder, PREPROCESSOR, TOKENIZER, GENERATION)
+        route = Route.read(folder, check=check, **take_route(keywords))
         options = EngineOptions.checked(
-            manifest,
+            route.manifest,
             threads=threads,
             huge_pages=huge_pages,
             cuda_graphs=cuda_graphs,
@@ -217,27 +229,35 @@ class Qwen3VLModel:
             legacy_video_prompt=legacy_video_prompt,
             **keywords,
         )
-        return cls.from_manifest(folder, manifest, options, source=source)
+        return cls.from_manifest(folder, route.manifest, options, source=source, open_with=route.open)
 
     @classmethod
     def from_manifest(
-        cls, folder: Path, manifest: Manifest, options: EngineOptions, *, source: str | None = None
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        options: EngineOptions,
+        *,
+        source: str | None = None,
+        open_with: OpenSession | None = None,
     ) -> Qwen3VLModel:
         """Open the files of an engine whose manifest is at hand, and need not be in the folder.
 
         Raises:
             EngineError, CapacityError, UsageError: As `from_engine`.
         """
-        opened = open_engine(folder, manifest, options)
+        opened = open_engine(folder, manifest, options, open_with)
         return cls(
             manifest,
             opened.session,
             opened.preparation,
-            options.max_context,
+            opened.limits.max_context,
             options.max_memory,
             limits=opened.limits,
             source=source,
             threads=opened.threads,
+            fitted=opened.fitted,
+            tuning=options.tuning,
         )
 
     def generate(
@@ -563,7 +583,10 @@ class Qwen3VLModel:
         return None if wanted is None else self._compiler.compile(wanted, options.eos_token_ids)
 
     def logits(self, messages: Any) -> FloatArray:
-        """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included."""
+        """Return the logits of every prompt token, float32 [prompt tokens, vocab], generation prompt included.
+
+        Opened with `visual_token_share`, an engine gives those of the tokens that stay in the prompt.
+        """
         self._owner.check()
         self._room.check_exact("logits")
         chunks: list[FloatArray] = []
@@ -605,7 +628,11 @@ class Qwen3VLModel:
         kernels = getattr(self.session, "decode_kernels", None)
         problem = getattr(self.session, "decode_plan_problem", None)
         path = {} if kernels is None else {"decode_kernels": kernels, "decode_plan_problem": problem}
-        return {**self._worker.statistics(), **path}
+        fitted = {name: {"wanted": wanted, "chosen": chosen} for name, (wanted, chosen) in self._fitted.items()}
+        route = describe(self.session)
+        more = {"fitted": fitted, "route": route}
+        path["tuning"] = self.tuning.values()
+        return {**self._worker.statistics(), **path, **{name: value for name, value in more.items() if value}}
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests and end the engine's thread.
@@ -685,8 +712,6 @@ class Qwen3VLModel:
         return on_host(self.session.vision(self.preparation.vision_inputs(image)))
 
     def _check_memory(self, images: Sequence[ProcessedImage], *, logits_of: int = 0) -> None:
-        patches = [math.prod(image.grid_thw) for image in images]
-        needed = {**self._held_bytes, VISION: vision_bytes(self.config, patches)}
-        if logits_of:
-            needed[LOGITS] = logits_bytes(self.config, logits_of)
-        check_fits(needed, self.max_memory)
+        patches = tuple(math.prod(image.grid_thw) for image in images)
+        work = replace(self._work, images=patches, prompts_with_images=1, logits_of=logits_of)
+        check_fits(self._planner.plan(work).parts, self.max_memory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ class OrtDeviceCache:
 
     def __init__(self, buffers: CacheBuffers, give_back: Callable[[CacheBuffers], None]) -> None:
         self.buffers = buffers
+        self.dtype = buffers.cache.dtype
         self.batch, self.capacity = buffers.cache.batch, buffers.cache.capacity
         weakref.finalize(self, give_back, buffers).atexit = False
 
@@ -81,6 +82,14 @@ class OrtDeviceCache:
     def write_keys(self, slot: int, start: int, keys_LKRH: FloatArray) -> None:
         """Write keys of rows from `start` on, rounded to the cache's type."""
         self.buffers.cache.write_keys(slot, start, keys_LKRH)
+
+    def read_rows(self, slot: int, start: int, stop: int) -> list[NDArray[Any]]:
+        """Return copies of rows of a slot; see `runtime.moved_rows.MovableCache`."""
+        return self.buffers.cache.read_rows(slot, start, stop)
+
+    def write_rows(self, slot: int, start: int, rows_NKRH: Sequence[NDArray[Any]]) -> None:
+        """Write rows of a slot; see `runtime.moved_rows.MovableCache`."""
+        self.buffers.cache.write_rows(slot, start, rows_NKRH)
 
 
 class Step:

@@ -72,10 +72,13 @@ class OpenedGraph:
 
     Its memory goes with `close`, whoever holds this then: no one else may keep the session, and bindings to it must be
     gone before.
+
+    Args:
+        session: None for a graph of which this session runs nothing, so that it is closed from the start.
     """
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session: ort.InferenceSession | None = session
+    def __init__(self, session: ort.InferenceSession | None) -> None:
+        self._session = session
 
     @property
     def session(self) -> ort.InferenceSession:

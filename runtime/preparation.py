@@ -22,7 +22,7 @@ import numpy as np
 
 from runtime.arguments import reading
 from runtime.chat import ChatTemplate, template_source
-from runtime.contract import DecoderInputs, VisionInputs, VisualEmbeds
+from runtime.contract import DecoderInputs, FloatArray, VisionInputs, VisualEmbeds
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.files import MAX_TOKENIZER_BYTES, parse_json_object, read_small_file
 from runtime.generation_config import GenerationOptions
@@ -47,6 +47,7 @@ from runtime.tokenizer import Tokenizer
 from runtime.video.config import VideoProcessorConfig
 from runtime.video.processor import ProcessedVideo
 from runtime.vision_inputs import VISION_PATCHES, inputs_of_segments, takes_grey_levels
+from runtime.visual_pruning.prompt import decided_spans
 
 if TYPE_CHECKING:
     from runtime.input_kinds.kind import Processed
@@ -80,7 +81,7 @@ class Prepared:
     Attributes:
         prompt: The prompt.
         images: Its segments, in the order of their places in the prompt.
-        positions: Its position inputs.
+        positions: Its position inputs; those of an image of which some tokens stay are not known before its embeddings.
         messages: What it was made of, with processed inputs in the place of their sources, or the raw prompt; it may be
             given again.
         inputs: Its images and videos, in the order of their places in the prompt.
@@ -101,14 +102,34 @@ class Prepared:
         """Tokens of all segments."""
         return sum(span.num_tokens for span in self.prompt.spans)
 
-    def decoder_inputs(self, visual_embeds: VisualEmbeds, *, all_logits: bool = False) -> DecoderInputs:
+    @property
+    def num_pruned_tokens(self) -> int:
+        """Visual tokens that do not stay in the prompt."""
+        return sum(span.num_rows - span.num_tokens for span in self.prompt.spans)
+
+    def decoder_inputs(
+        self,
+        visual_embeds: VisualEmbeds,
+        *,
+        all_logits: bool = False,
+        num_skipped: int = 0,
+        token_scores: FloatArray | None = None,
+    ) -> DecoderInputs:
         """Return what the decoder takes; see `DecoderInputs.prompt`.
 
         Args:
             visual_embeds: Those of all segments, in order, [1+D, V, hidden]; `no_visual_embeds` without any.
             all_logits: Every token gets logits, not the last one alone.
+            num_skipped: Segments at the start without embeddings: their tokens are not to be run.
+            token_scores: Those of the embeddings, [V], for an engine that has them.
         """
-        return DecoderInputs.prompt(self.prompt.input_ids, self.positions, visual_embeds, all_logits=all_logits)
+        ids, spans, positions = self.prompt.input_ids, self.prompt.spans, self.positions
+        if any(isinstance(span.kept, int) for span in spans[num_skipped:]):
+            positions = mrope_positions(len(ids), decided_spans(spans, visual_embeds, num_skipped, token_scores))
+        if num_rows := sum(span.num_rows for span in spans[:num_skipped]):
+            rows = positions.visual_rows
+            positions = replace(positions, visual_rows=np.where(rows < num_rows, -1, rows - num_rows))
+        return DecoderInputs.prompt(ids, positions, visual_embeds, all_logits=all_logits)
 
 
 @dataclass(frozen=True)
@@ -121,6 +142,7 @@ class Preparation:
         template: The chat template.
         inputs: Settings of its image and video processors.
         defaults: Default options of an answer.
+        can_prune: Images may keep a share of their visual tokens.
         keeps_markers: A video's segments stand inside of the markers that the template writes, as transformers has it
             since 5.10; without, in place of them, as before.
     """
@@ -131,6 +153,7 @@ class Preparation:
     inputs: InputSettings
     defaults: GenerationOptions
     keeps_markers: bool = True
+    can_prune: bool = True
 
     @classmethod
     def from_folder(cls, folder: Path, config: ModelConfig) -> Preparation:
@@ -192,22 +215,31 @@ class Preparation:
 
     def for_engine(self, capabilities: Mapping[str, Any]) -> Preparation:
         """Return a copy whose images are what an engine takes: grey levels where it normalises them itself."""
+        can_prune = capabilities.get("device") != "gpu"
         if not takes_grey_levels(capabilities):
-            return self
+            return replace(self, can_prune=can_prune)
         image, video = replace(self.inputs.image, keeps_levels=True), self.inputs.video
         video = replace(video, image=replace(video.image, keeps_levels=True))
-        return replace(self, inputs=replace(self.inputs, image=image, video=video))
+        return replace(self, inputs=replace(self.inputs, image=image, video=video), can_prune=can_prune)
 
     def with_limits(self, limits: InputLimits, max_image_pixels: int | None = None) -> Preparation:
         """Return a copy with other limits; None keeps the checkpoint's, or what a lower `max_pixels` leaves of it.
 
         Raises:
-            UsageError: The lower limit of pixels or frames is above the upper.
+            UsageError: The lower limit of pixels or frames is above the upper, or visual tokens cannot be pruned.
         """
         inputs = self.inputs
+        share = inputs.visual_token_share if limits.visual_token_share is None else limits.visual_token_share
+        if share < 1 and not self.can_prune:
+            raise UsageError(
+                "visual_token_share: this engine runs on a GPU, where prefill of the tokens takes less time than the "
+                "choice of those that stay, which is made on the CPU",
+                remedy="leave visual_token_share out, or pass max_pixels or max_visual_tokens for fewer visual tokens",
+            )
         image = inputs.image.with_limits(*inputs.image.both_limits(limits.min_pixels, limits.max_pixels))
         most = inputs.max_image_pixels if max_image_pixels is None else max_image_pixels
-        return replace(self, inputs=InputSettings(image, inputs.video.with_limits(limits), most))
+        settings = InputSettings(image, inputs.video.with_limits(limits), most, visual_token_share=share)
+        return replace(self, inputs=settings)
 
     def prepare(
         self,
@@ -239,27 +271,27 @@ class Preparation:
             ImageError: An image or a video cannot be read.
             CapacityError: A text is too long, or an image too large or one too many.
         """
+        limits = limits or InputLimits()
+        settings = self.with_limits(limits).inputs
         if isinstance(messages, RawPrompt):
+            _check_keeps_all(messages, settings)
             return self._raw(messages, tools, chat_template_kwargs, max_tokens, check)
         check()
         turns, attachments = normalise_messages(messages)
         check()
-        for kind in dict.fromkeys(each.kind for each in attachments):
-            if len(self.tokenizer.encode(kind.token)) != 1:
-                raise UsageError(f"this model has no token for {kind.name}s", remedy="leave them out of the messages")
+        self._check_tokens(attachments)
         chat = self.template.render(turns, tools=tools, chat_template_kwargs=chat_template_kwargs)
         check()
         places = list(_placed(attachments, chat.places))
         placed = [attachment for _, attachment in places]
-        processed = self._processed(placed, limits or InputLimits(), max_tokens, on_images, check)
-        builder, end = PromptBuilder(self.tokenizer, max_tokens, check), 0
-        for offset, attachment in places:
-            start, next_end = self._extent(attachment.kind, chat.text, offset)
-            builder.add_text(chat.text[end:start])
-            builder.add_input(attachment.kind, lambda: next(processed))
-            end = next_end
-        builder.add_text(chat.text[end:])
-        builder.finish()
+        processed = self._processed(
+            placed,
+            replace(settings, context=max_tokens, check=check),
+            (limits or InputLimits()).max_visual_tokens,
+            on_images,
+        )
+        builder = PromptBuilder(self.tokenizer, max_tokens, check, settings.visual_token_share)
+        self._build(builder, chat.text, places, processed)
         return Prepared(
             Prompt(builder.input_ids, tuple(builder.spans), chat.text),
             tuple(builder.images),
@@ -269,6 +301,28 @@ class Preparation:
             sum(found is not attachment.source for attachment, found in zip(placed, builder.inputs, strict=True)),
             tuple(PictureSource(each.source) for each in placed),
         )
+
+    def _build(
+        self,
+        builder: PromptBuilder,
+        text: str,
+        places: Sequence[tuple[int, Attachment]],
+        processed: Iterator[Processed],
+    ) -> None:
+        """Tokenise a text with its images and videos in their places."""
+        end = 0
+        for offset, attachment in places:
+            start, next_end = self._extent(attachment.kind, text, offset)
+            builder.add_text(text[end:start])
+            builder.add_input(attachment.kind, lambda: next(processed))
+            end = next_end
+        builder.add_text(text[end:])
+        builder.finish()
+
+    def _check_tokens(self, attachments: Sequence[Attachment]) -> None:
+        for kind in dict.fromkeys(each.kind for each in attachments):
+            if len(self.tokenizer.encode(kind.token)) != 1:
+                raise UsageError(f"this model has no token for {kind.name}s", remedy="leave them out of the messages")
 
     def _raw(
         self, prompt: RawPrompt, tools: Any, chat_template_kwargs: Any, max_tokens: int | None, check: Check
@@ -298,14 +352,11 @@ class Preparation:
     def _processed(
         self,
         attachments: Sequence[Attachment],
-        limits: InputLimits,
-        context: int | None,
+        inputs: InputSettings,
+        budget: int | None,
         on_images: OnImages | None,
-        check: Check,
     ) -> Iterator[Processed]:
         """Read and cut what messages hold, unless that was done before, several at once; yield it in order."""
-        inputs = replace(self.with_limits(limits).inputs, context=context, check=check)
-        budget = limits.max_visual_tokens
         attachments = _sharing(attachments)
         if budget is None:
             yield from self._read(attachments, inputs, on_images)
@@ -378,6 +429,14 @@ class Preparation:
     def vision_inputs(self, image: ProcessedImage) -> VisionInputs:
         """Return what the vision tower takes of an image."""
         return inputs_of_segments([image], self.config.vision, takes_levels=self.inputs.image.keeps_levels)
+
+
+def _check_keeps_all(prompt: RawPrompt, settings: InputSettings) -> None:
+    if prompt.segments and settings.visual_token_share < 1:
+        raise UsageError(
+            "visual_token_share and a raw prompt, whose token ids hold one for each visual token",
+            remedy="pass messages, or visual_token_share=1",
+        )
 
 
 def _placed(attachments: Sequence[Attachment], places: Sequence[tuple[int, str]]) -> Iterator[tuple[int, Attachment]]:

@@ -11,6 +11,7 @@ from runtime.input_kinds.kind import InputKind
 from runtime.positions import VisualSpan
 from runtime.still_wanted import Check, always
 from runtime.tokenizer import Tokenizer
+from runtime.visual_pruning.prompt import kept_of
 
 if TYPE_CHECKING:
     from runtime.input_kinds.kind import Processed
@@ -29,6 +30,7 @@ class PromptBuilder:
         tokenizer: Encodes the text.
         max_tokens: Give up long texts and many segments that have more; None for any number.
         check: Asked before each piece of text; raises where the prompt is not wanted any more.
+        visual_token_share: Of the visual tokens, how many stay in the prompt.
 
     Attributes:
         input_ids: Token ids so far, but of text that no segment has followed yet.
@@ -37,8 +39,15 @@ class PromptBuilder:
         inputs: The images and videos.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int | None, check: Check = always) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int | None,
+        check: Check = always,
+        visual_token_share: float = 1.0,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._share = visual_token_share
         self._max_tokens = max_tokens
         self._check = check
         self._text = ""
@@ -67,12 +76,14 @@ class PromptBuilder:
         self._check_room()
         processed = read()
         self.inputs.append(processed)
-        for insertion in kind.expansion(processed):
+        insertions = kind.expansion(processed)
+        kept = kept_of([insertion.image for insertion in insertions], self._share)
+        for insertion, stays in zip(insertions, kept, strict=True):
             self.input_ids += self._encode(insertion.before)
             self.images.append(insertion.image)
-            self._num_visual_tokens += insertion.image.num_visual_tokens
-            self.spans.append(VisualSpan(len(self.input_ids), insertion.image.merged_grid_thw))
-            self.input_ids += [self._tokenizer.token_id(kind.token)] * insertion.image.num_visual_tokens
+            self.spans.append(VisualSpan(len(self.input_ids), insertion.image.merged_grid_thw, stays))
+            self.input_ids += [self._tokenizer.token_id(kind.token)] * self.spans[-1].num_tokens
+            self._num_visual_tokens += self.spans[-1].num_tokens
             self._text = insertion.after
 
     def finish(self) -> None:

@@ -15,25 +15,41 @@ from collections.abc import Iterable
 NGRAM_SIZES = (4, 3, 2, 1)
 # Cost of one more position in a call, as a share of the cost of a call of one position: 2B shape, int4, 2 cores.
 # A constant and not a clock: were the length of a draft measured, the same seed would not always give the same bits.
+# `qwen3vl tune` measures it once for a machine, and stores it.
 DRAFT_COST = 0.2
 # Weight of the newest drafted token in the running acceptance rate: some ten tokens are remembered.
 RATE_WEIGHT = 0.2
 FIRST_RATE = 0.5
 
 
+def best_length(rate: float, cost: float, limit: int) -> int:
+    """Return how many tokens to draft, 0 to `limit`, where a share `rate` of them is accepted; see `DraftLength`."""
+    best, most, tokens = 0, 1.0, 1.0
+    for length in range(1, limit + 1):
+        tokens += rate**length
+        if tokens / (1 + cost * length) <= most:
+            break  # the gain has one maximum
+        best, most = length, tokens / (1 + cost * length)
+    return best
+
+
 class DraftLength:
     """Choose how many tokens to draft, from how many were accepted so far.
 
     With an acceptance rate a per token, a draft of k tokens makes one call give 1 + a + … + a^k tokens at the cost of
-    1 + DRAFT_COST · k calls (Leviathan et al. 2023, arXiv:2211.17192, equation 1 and theorem 3.8). The k that gives
+    1 + cost · k calls (Leviathan et al. 2023, arXiv:2211.17192, equation 1 and theorem 3.8). The k that gives
     most tokens at that cost is taken. If that is 0, one token is drafted now and then, to see whether the text has
     changed: each such probe that is rejected doubles the number of calls that pass before the next one. So an answer of
     which every draft is wrong costs a number of drafted tokens that grows with the logarithm of its length.
 
     The rate is an exponential average over the tokens that were judged: the accepted ones and the first rejected one.
+
+    Args:
+        cost: What one more position costs a call, as a share of a call of one position.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cost: float = DRAFT_COST) -> None:
+        self._cost = cost
         self.rate = FIRST_RATE
         self._is_probe = False
         self._pause = 0
@@ -41,12 +57,7 @@ class DraftLength:
 
     def next(self, limit: int) -> int:
         """Return the number of tokens to draft for the next call, 0 to `limit`; ask once a call."""
-        best, most, tokens = 0, 1.0, 1.0
-        for length in range(1, limit + 1):
-            tokens += self.rate**length
-            if tokens / (1 + DRAFT_COST * length) <= most:
-                break  # the gain has one maximum
-            best, most = length, tokens / (1 + DRAFT_COST * length)
+        best = best_length(self.rate, self._cost, limit)
         self._is_probe = not best
         if best or limit < 1:
             return best
@@ -107,11 +118,14 @@ class PromptLookup:
         prompt_ids: The token ids of the prompt, image tokens included.
         max_tokens: Most tokens of one draft, at least 1.
         never: Token ids that no answer holds, such as the image token; a draft ends before them.
+        cost: That of `DraftLength`.
     """
 
-    def __init__(self, prompt_ids: Iterable[int], max_tokens: int, never: Iterable[int] = ()) -> None:
+    def __init__(
+        self, prompt_ids: Iterable[int], max_tokens: int, never: Iterable[int] = (), cost: float = DRAFT_COST
+    ) -> None:
         self._index = NgramIndex(prompt_ids)
-        self.length = DraftLength()
+        self.length = DraftLength(cost)
         self._max_tokens = max_tokens
         self._never = frozenset(never)
         self._awaited: deque[int] = deque()

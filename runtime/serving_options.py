@@ -28,6 +28,8 @@ class ServingKeywords(TypedDict, total=False):
         max_queue: Most requests that wait; more are refused. 256 by default.
         max_queue_tokens: Most tokens of their prompts together; 16 times `max_context` by default.
         max_delay_ms: While other sequences run, a prompt runs in chunks that take about this long; 200 by default.
+        kv_budget: After a longer prompt, keep so many of its rows in each head, those that its last tokens attend to
+            most: faster tokens, less memory, approximate answers (docs/kv_cache.md). By default, all are kept.
     """
 
     max_sequences: int | None
@@ -37,6 +39,7 @@ class ServingKeywords(TypedDict, total=False):
     max_queue: int | None
     max_queue_tokens: int | None
     max_delay_ms: float | None
+    kv_budget: int | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class ServingOptions:
     max_queue: int = 256
     max_queue_tokens: int | None = None
     max_delay_ms: float = 200.0
+    kv_budget: int | None = None
 
     @classmethod
     def checked(cls, **given: Any) -> ServingOptions:
@@ -71,6 +75,7 @@ class ServingOptions:
             ("vision_cache_bytes", 0),
             ("max_queue", 1),
             ("max_queue_tokens", 1),
+            ("kv_budget", 1),
         ):
             if name in values:
                 remedy = f"leave {name} out for the default"

@@ -21,6 +21,11 @@ from runtime.decode_plan import has_plan
 from runtime.errors import EngineError, UsageError
 from runtime.manifest import Manifest
 
+VISION, PREFILL, DECODE = "vision", "prefill", "decode"
+PARTS = frozenset({VISION, PREFILL, DECODE})
+"""What a session runs: the vision tower, prompts, and steps of one token; each may have an engine of its own
+(`runtime.route`)."""
+
 
 class KVCache(Protocol):
     """Keys and values of all layers, written in place by `Session.decode`.
@@ -147,6 +152,10 @@ class SessionOptions:
         decode_plan: Run decode steps with the engine's own kernels, where it brings some for the GPU.
         batch_invariant: Of these kernels, take the form whose rounding does not depend on the batch.
         weights_twice: Take them even where ONNX Runtime keeps a second copy of the weights on the GPU.
+        parts: What the session is asked for: it may leave graphs closed that run nothing of it.
+        separate_prefill: Read prompts with a decoder of their own, where an engine has one.
+        every_batch: Record decode steps for every number of sequences, not for powers of two alone.
+        sdpa_kernel: The CUDA provider's option of that name; None leaves it to the provider.
     """
 
     threads: int | None = None
@@ -155,6 +164,10 @@ class SessionOptions:
     decode_plan: bool = True
     batch_invariant: bool = False
     weights_twice: bool = False
+    parts: frozenset[str] = PARTS
+    separate_prefill: bool = True
+    every_batch: bool = False
+    sdpa_kernel: str | None = None
 
 
 def open_session(folder: Path, manifest: Manifest, options: SessionOptions = SessionOptions()) -> Session:

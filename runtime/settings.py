@@ -9,6 +9,7 @@ from pathlib import Path
 
 TELEMETRY_VARIABLE = "ORT_DISABLE_TELEMETRY"
 CPU_ISA_VARIABLE = "QWEN3VL_CPU_ISA"
+GPUS_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
 def disable_telemetry() -> bool:
@@ -41,6 +42,15 @@ def omp_num_threads() -> int | None:
 def cpu_isa() -> str | None:
     """Return the instruction set that QWEN3VL_CPU_ISA names for the own kernels, or None if it names none."""
     return os.environ.get(CPU_ISA_VARIABLE, "").strip() or None
+
+
+def show_one_gpu(index: int) -> None:
+    """Let this process see one GPU alone: of those that CUDA_VISIBLE_DEVICES names, or of all, the one at `index`.
+
+    CUDA reads the variable when a process first uses it, so this comes before.
+    """
+    named = [each.strip() for each in os.environ.get(GPUS_VARIABLE, "").split(",") if each.strip()]
+    os.environ[GPUS_VARIABLE] = ",".join(named[index : index + 1]) if named else str(index)
 
 
 def user_cache_folder() -> Path | None:

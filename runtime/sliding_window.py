@@ -109,6 +109,18 @@ class SlidingWindow:
             )
         return cls(tokens, sinks)
 
+    def check_alone(self, **given: Any) -> None:
+        """Raise if an option is given that also changes which rows there are.
+
+        Raises:
+            UsageError: One is.
+        """
+        name = next((name for name, value in given.items() if value is not None), None)
+        if name is not None:
+            raise UsageError(
+                f"{name} and window are given together", remedy=f"leave one of them out: {name}, or window"
+            )
+
     @property
     def block(self) -> int:
         """Rows that are dropped at a time, or a few more where an image ends later."""

@@ -6,13 +6,13 @@ import dataclasses
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
-from helpers.engines import build
 from helpers.garbage import set_aside
 
 # Before PyTorch is imported: models this small gain nothing from a second thread, and where other processes want the
@@ -70,6 +70,15 @@ def pytest_collection_finish() -> None:
     set_aside()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def untuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Open engines with their defaults, whatever `qwen3vl tune` has found on this machine."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.tuning_store.user_cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_bundle() -> Bundle:
     """Bundle of the demo checkpoint; `build` lowers a copy."""
@@ -82,6 +91,8 @@ def demo_bundle() -> Bundle:
 @pytest.fixture(scope="session")
 def demo_engine(demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engine of the demo checkpoint for ort-cpu-fp32."""
+    from helpers.engines import build
+
     return build(demo_bundle, "ort-cpu-fp32", tmp_path_factory.mktemp("demo") / "engine")
 
 
@@ -97,6 +108,8 @@ def demo_moe_bundle() -> Bundle:
 @pytest.fixture(scope="session")
 def demo_moe_engine(demo_moe_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engine of the demo with a mixture of experts for ort-cpu-fp32."""
+    from helpers.engines import build
+
     return build(demo_moe_bundle, "ort-cpu-fp32", tmp_path_factory.mktemp("demo-moe") / "engine")
 
 
@@ -109,6 +122,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engine of the tiny checkpoint for ort-cpu-fp32."""
+    from helpers.engines import build
     from qwen3vl_export.checkpoint import Checkpoint
     from qwen3vl_export.export import make_bundle
 

@@ -47,7 +47,9 @@ def measure(model: Any, engine: Engine, values: Any, grid: tuple[int, int] = GRI
 def main() -> int:
     """Run the section."""
     args = parser().parse_args()
-    model = Qwen3VLModel.from_engine(args.folder, kept_sequences=0, prefix_cache=False, vision_cache_bytes=0)
+    model = Qwen3VLModel.from_engine(
+        args.folder, kept_sequences=0, prefix_cache=False, vision_cache_bytes=0, tuned=False
+    )
     measure(model, Engine(args.folder, opener=lambda *_: model.session), Values(args.values))
     return 0
 

@@ -103,10 +103,10 @@ def _passes(formats: WeightFormats) -> Sequence[ir.passes.InPlacePass]:
     ]
 
 
-def _cache_pass(bits: int, scales_L2KH: NDArray[np.float32] | None) -> ir.passes.InPlacePass:
+def _cache_pass(bits_L: Sequence[int], scales_L2KH: NDArray[np.float32] | None) -> ir.passes.InPlacePass:
     from engines.passes.set_cache_type import SetCacheTypePass
 
-    return SetCacheTypePass(bits, scales_L2KH)
+    return SetCacheTypePass(bits_L, scales_L2KH)
 
 
 def _check_heads(config: ModelConfig) -> None:

@@ -1,6 +1,8 @@
-"""Store the KV cache in 8 or 4 bits, by static scales."""
+"""Store the KV cache in 8 or 4 bits, by static scales; each layer in its own."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -8,6 +10,7 @@ from numpy.typing import NDArray
 
 from engines.initializers import add_initializer
 from engines.onnx_text import MICROSOFT
+from engines.passes.cache_values import set_cache_types
 
 _DTYPES = {8: ir.DataType.INT8, 4: ir.DataType.UINT8}
 # Places among GroupQueryAttention's inputs.
@@ -19,11 +22,15 @@ class QuantizeCachePass(ir.passes.InPlacePass):
 
     A scale a channel: keys have channels far larger than the rest, and with one scale for the tensor the others would
     share few codes. The kernel takes the same kind of scale for keys and values only.
+
+    Args:
+        bits_L: Bits of each layer's codes.
+        scales_L2KH: The step between two codes of each channel, keys before values.
     """
 
-    def __init__(self, bits: int, scales_L2KH: NDArray[np.float32]) -> None:
+    def __init__(self, bits_L: Sequence[int], scales_L2KH: NDArray[np.float32]) -> None:
         super().__init__()
-        self._bits = bits
+        self._bits_L = bits_L
         self._scales_L2KH = scales_L2KH
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -43,12 +50,7 @@ class QuantizeCachePass(ir.passes.InPlacePass):
                 tensor = ir.Tensor(np.ascontiguousarray(scales, np.float32), name=f"cache_scales.{layer}.{kind}")
                 node.replace_input_with(_KEY_SCALE + i, add_initializer(model, tensor))
                 node.attributes[f"{kind[0]}_quant_type"] = ir.AttrString(f"{kind[0]}_quant_type", "PER_CHANNEL")
-            node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", self._bits)
+            node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", self._bits_L[layer])
         assert not layers, f"no GroupQueryAttention reads {', '.join(layers)}"
-        for value in (*graph.inputs, *graph.outputs):
-            if str(value.name).startswith(("past_key_values.", "present_key_values.")):
-                assert value.shape is not None and isinstance(value.shape[-1], int)
-                *others, head_dim = value.shape
-                value.dtype = _DTYPES[self._bits]
-                value.shape = ir.Shape([*others, head_dim * self._bits // 8])
+        set_cache_types(graph, [_DTYPES[bits] for bits in self._bits_L], self._bits_L)
         return ir.passes.PassResult(model, modified=True)

@@ -82,11 +82,11 @@ def _passes(formats: WeightFormats) -> Sequence[ir.passes.InPlacePass]:
     ]
 
 
-def _cache_pass(bits: int, scales_L2KH: NDArray[np.float32] | None) -> ir.passes.InPlacePass:
+def _cache_pass(bits_L: Sequence[int], scales_L2KH: NDArray[np.float32] | None) -> ir.passes.InPlacePass:
     from engines.passes.quantize_cache import QuantizeCachePass
 
     assert scales_L2KH is not None, "GroupQueryAttention has no cache of float16 on the CPU"
-    return QuantizeCachePass(bits, scales_L2KH)
+    return QuantizeCachePass(bits_L, scales_L2KH)
 
 
 def _target(precision: str, description: str) -> Target:
@@ -102,6 +102,7 @@ def _target(precision: str, description: str) -> Target:
         passes=_passes,
         storage=CPU_STORAGE,
         cache_pass=_cache_pass,
+        supports_kv_scores=True,
         check_model=bodies.check_heads,
         **numbers_of("ort_cpu", precision),
     )

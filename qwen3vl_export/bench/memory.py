@@ -1,17 +1,18 @@
-"""What memory engines take: by their own estimate, and by what the system says of this process."""
+"""What memory engines take: by their plan, and by what the system says of this process."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3vl_export.bench.measure import messages
 from qwen3vl_export.bench.points import Point
-from runtime.memory import VISION, vision_bytes
-from runtime.scheduling.plan import held_bytes
+from runtime.memory import LOGITS
+from runtime.memory_plan import Planner
+from runtime.scheduling.plan import work_of
 
 if TYPE_CHECKING:
     from runtime.model import Qwen3VLModel
@@ -48,5 +49,6 @@ def estimate(model: Qwen3VLModel, points: Sequence[Point]) -> dict[str, int]:
     """Return the most bytes of each part of an opened engine, that of the images of the largest point included."""
     largest = max(points, key=lambda point: point.batch * point.images * math.prod(point.image_size or (0,)))
     images = model.prepare(messages(largest, 0)).images
-    patches = [math.prod(image.grid_thw) for image in images] * largest.batch
-    return {**held_bytes(model.manifest, model.limits), VISION: vision_bytes(model.config, patches)}
+    patches = tuple(math.prod(image.grid_thw) for image in images)
+    work = replace(work_of(model.limits), images=patches, prompts_with_images=largest.batch)
+    return {part: size for part, size in Planner.of(model.manifest).plan(work).parts.items() if part != LOGITS}

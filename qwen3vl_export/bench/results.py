@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,6 +73,7 @@ class EngineFacts:
         decode_recorded: Whether decode steps ran as a CUDA graph; None on a CPU.
         decode_kernels: Whose kernels decode; None but on a GPU with ONNX Runtime.
         memory_bytes: Most bytes of each part, by estimate.
+        tuning: Settings of `qwen3vl tune` that it was opened with.
     """
 
     engine: str
@@ -85,6 +86,7 @@ class EngineFacts:
     decode_recorded: bool | None
     decode_kernels: str | None
     memory_bytes: Mapping[str, int]
+    tuning: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

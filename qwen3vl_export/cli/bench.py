@@ -18,7 +18,7 @@ from runtime.machine import default_threads
 
 _OPENING = (
     *("threads", "huge_pages", "no_cuda_graphs", "no_decode_plan", "batch_invariant", "weights_twice"),
-    *("max_context", "max_memory"),
+    *("max_context", "max_memory", "fit", "vision_engine", "prefill_engine", "no_tuned"),
 )
 
 
@@ -105,7 +105,7 @@ def _bench_many(
     with opening.open(folder, serving=serving) as model:
         where = {
             "device": device(model),
-            "threads": opening.threads or default_threads(),
+            "threads": model.threads or default_threads(),
             "target": model.manifest.target,
             "load_s": time.perf_counter() - start,
             "max_sequences": model.limits.max_sequences,

@@ -346,12 +346,13 @@ def _facts(name: str, model: Qwen3VLModel, load_s: float, threads: int, points: 
         model=str(model.manifest.source.get("name")),
         files_sha256=files_sha256(model.manifest),
         device=device(model),
-        threads=threads,
+        threads=model.threads or threads,
         load_s=load_s,
         # Known after the first step; None if this kind of engine records nothing.
         decode_recorded=getattr(model.session, "decode_recorded", None),
         decode_kernels=getattr(model.session, "decode_kernels", None),
         memory_bytes=estimate(model, points),
+        tuning=model.tuning.values(),
     )
 
 

@@ -69,35 +69,50 @@ class Opening:
         min_pixels: Enlarge images and frames that have fewer pixels than this.
         max_pixels: Shrink images and frames that have more pixels than this: faster, with less detail.
         max_image_pixels: Refuse images that have more pixels than this before decoding them. [default: 50000000]
+        visual_token_share: Keep this share, above 0 and up to 1, of the visual tokens of each image and video: an
+            approximation, which answers sooner. [default: 1, all of them]
         max_context: Capacity of the KV cache in tokens, for prompt, images and answer together.
         window: Keep the rows of so many tokens, the first ones and the newest, in place of --max-context: chats without
             end. An approximation once the window is full.
         sink_tokens: First tokens whose rows a window keeps. [default: 4]
-        max_memory: Most memory that weights, KV cache and workspace may take together, in units of 10^9 bytes.
-            [default: the machine's]
+        max_memory: Most memory that the engine may take in all by its plan, in units of 10^9 bytes. [default: the
+            machine's]
+        fit: Where not all fits, choose fewer kept and running sequences, smaller images, shorter chunks of prompts, a
+            shorter context, in this order, and say so; otherwise it is refused.
         threads: Number of CPU threads. [default: OMP_NUM_THREADS, or the number of cores]
         huge_pages: Move the weights to huge pages: opening takes seconds longer, tokens come faster.
         no_cuda_graphs: On a GPU, do not record the decode step as a CUDA graph.
         no_decode_plan: On a GPU, let ONNX Runtime decode, and not the engine's own kernels.
         batch_invariant: Take the form of these kernels whose rounding does not depend on how many requests run at once.
         weights_twice: Take these kernels even where ONNX Runtime keeps a second copy of the weights on the GPU.
+        kv_budget: After a longer prompt, keep so many of its rows of the KV cache in each head, those that its last
+            tokens attend to most: approximate. For engines built with --kv-scores.
         legacy_video_prompt: Write prompts with videos as transformers before 5.10 did.
+        vision_engine: Run the vision tower on this engine of the same checkpoint.
+        prefill_engine: Run prompts on this engine of the same checkpoint; its rows of the KV cache are moved.
+        no_tuned: Open with the defaults, and not with the settings that `qwen3vl tune` found on this machine.
     """
 
     min_pixels: int | None = None
     max_pixels: int | None = None
     max_image_pixels: int | None = None
+    visual_token_share: float | None = None
     max_context: int | None = None
     window: Annotated[int | None, typer.Option(metavar="TOKENS")] = None
     sink_tokens: Annotated[int | None, typer.Option(metavar="TOKENS")] = None
     max_memory: Annotated[float | None, typer.Option(metavar="GB")] = None
+    fit: bool = False
     threads: int | None = None
-    huge_pages: bool = False
+    huge_pages: Annotated[bool | None, typer.Option("--huge-pages/--no-huge-pages")] = None
     no_cuda_graphs: bool = False
     no_decode_plan: bool = False
     batch_invariant: bool = False
     weights_twice: bool = False
+    kv_budget: Annotated[int | None, typer.Option(metavar="ROWS")] = None
     legacy_video_prompt: bool = False
+    vision_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None
+    prefill_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None
+    no_tuned: bool = False
 
     def open(self, engine: Path, *, check: bool = False, serving: Serving | None = None) -> Qwen3VLModel:
         """Open it.
@@ -112,6 +127,14 @@ class Opening:
         """
         from runtime.model import Qwen3VLModel
 
+        return Qwen3VLModel.from_engine(engine, check=check, **self.arguments(serving))
+
+    def arguments(self, serving: Serving | None = None) -> dict[str, Any]:
+        """Return what was given as arguments of `Qwen3VLModel.from_engine`.
+
+        Raises:
+            UsageError: An option is out of range.
+        """
         options = given(self)
         if self.max_memory is not None:
             if not math.isfinite(self.max_memory):
@@ -120,12 +143,12 @@ class Opening:
                     remedy="leave it out for the machine's",
                 )
             options["max_memory"] = round(self.max_memory * 1e9)
-        for name in ("cuda_graphs", "decode_plan"):
+        for name in ("cuda_graphs", "decode_plan", "tuned"):
             if options.pop(f"no_{name}", False):
                 options[name] = False
         if serving is not None:
             options |= serving.arguments()
-        return Qwen3VLModel.from_engine(engine, check=check, **options)
+        return options
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,9 @@ def print_stats(stats: Stats) -> None:
     if cached := cached_text(stats):
         rows.insert(1, ("found in cache", cached))
     rows = [row for row in rows if row != ("queue", milliseconds(0))]
+    if stats.pruned_tokens:
+        total = stats.visual_tokens + stats.pruned_tokens
+        rows.append(("visual tokens", f"{stats.visual_tokens} of {total} kept"))
     if stats.drafted_tokens:
         rows.append(("prompt lookup", f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted"))
     for line in columns(rows):
@@ -141,6 +144,11 @@ def print_stats(stats: Stats) -> None:
 
 PROFILES, KERNELS = "profiles", "kernels"
 _ROWS_OF_OWN = (PROFILES, KERNELS)
+
+
+def route_text(runs: Mapping[str, Mapping[str, str]]) -> str:
+    """Return which engine runs each part (`runtime.route.parts_of`)."""
+    return ", ".join(f"{part} {each['engine']} ({each['target']})" for part, each in runs.items())
 
 
 def manifest_text(manifest: Manifest) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,10 +49,14 @@ from qwen3vl_export.cli.output import (
     print_text,
     read_stdin,
     read_tools,
+    route_text,
 )
+from qwen3vl_export.cli.package import package
 from qwen3vl_export.cli.picture_options import Pictures
+from qwen3vl_export.cli.plan import plan
 from qwen3vl_export.cli.serve import serve
 from qwen3vl_export.cli.targets import targets
+from qwen3vl_export.cli.tune import tune
 from qwen3vl_export.cli.verify import verify
 from runtime.errors import UsageError
 
@@ -107,7 +112,7 @@ def run(
     arguments), malformed_tool_calls (those that are text), and stats with preprocess_s, queue_s, vision_s, prefill_s,
     ttft_s (time to first token), tpot_s (time per later token), tokens_per_s, prompt_tokens, visual_tokens, new_tokens,
     peak_cache_bytes, drafted_tokens and accepted_tokens (of prompt lookup), cached_tokens and cached_images (found in
-    the cache); also logprobs and choices, if --logprobs and --n ask for them.
+    the cache), pruned_tokens (of --visual-token-share); also logprobs and choices, if --logprobs and --n ask for them.
 
     \b
     Examples:
@@ -199,7 +204,15 @@ def chat(
 
 
 @app.command()
-def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_json: AsJson = False) -> None:
+@grouped
+def inspect(
+    engine: Engine,
+    *,
+    check: CheckAll = False,
+    graph: Graph = None,
+    route: Annotated[Opening, ("vision_engine", "prefill_engine")],
+    as_json: AsJson = False,
+) -> None:
     """Show what an engine is and what built it, and compare its files with its manifest.
 
     Graphs and small files are compared by SHA-256, weight files by size; --check hashes the weights as well.
@@ -208,7 +221,8 @@ def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_jso
     --json prints one object: target, session, capabilities, model, versions, source, files (num_bytes, sha256,
     is_weights), format_version, weight_bytes, check (passed, compared, note); of ort-cuda engines decode_kernels, which
     says for which GPUs there are own kernels, and whose run on this machine (compute_capabilities, batches, here,
-    reason).
+    reason); with other engines for a part, which are checked as well, route (engine and target of each part); tuning
+    (what `qwen3vl tune` found here, or null).
 
     --graph draws vision tower and decoder by pieces, with formats and bytes of their weights, into a .svg file or, with
     a table, into a .html file. It reads the engine's ONNX graphs, and needs the package of that name (extra [export]).
@@ -221,6 +235,8 @@ def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_jso
     """
     from runtime.decode_plan_report import decode_report
     from runtime.manifest import Manifest
+    from runtime.route import Route, parts_of
+    from runtime.tuning_store import stored_values
     from runtime.urls import check_local
 
     check_local(engine, "engine")
@@ -232,24 +248,41 @@ def inspect(engine: Engine, check: CheckAll = False, graph: Graph = None, as_jso
         print_text(manifest_text(manifest))
     manifest.check(engine, full=check)
     if graph is not None:
-        from qwen3vl_export.reports.graph import write_graph
-        from qwen3vl_export.reports.pieces import read_graph
-
-        write_graph(read_graph(engine, manifest), graph)
-    report = decode_report(engine, manifest)
+        _write_graph(graph, engine, manifest)
+    runs = parts_of(Route.read(engine, check=check, **given(route)).engines) if given(route) else {}
+    report, tuning = decode_report(engine, manifest), stored_values(manifest)
     compared = "SHA-256 of every file" if check else "SHA-256 of small files, size of weight files"
     if as_json:
         values = {**dataclasses.asdict(manifest), "model": manifest.model.to_dict()}
         values["weight_bytes"] = manifest.weight_bytes
         if report is not None:
             values["decode_kernels"] = dataclasses.asdict(report)
+        values |= {"tuning": tuning, **({"route": runs} if runs else {})}
         print_json({**values, "check": {"passed": True, "compared": compared, "note": HASH_NOTE}})
-    else:
-        if report is not None:
-            print_text(f"decode     {decode_text(report)}")
-        print(f"check      passed: {compared} ({HASH_NOTE})")
-        if any(name.endswith(".plan") for name in manifest.files):
-            print("note       a plan is code that the library runs: open only engines that you trust")
+        return
+    for line in _details(report, runs, tuning):
+        print_text(line)
+    print(f"check      passed: {compared} ({HASH_NOTE})")
+    if any(name.endswith(".plan") for name in manifest.files):
+        print("note       a plan is code that the library runs: open only engines that you trust")
+
+
+def _details(report: Any, runs: Mapping[str, Any], tuning: Mapping[str, Any] | None) -> Iterator[str]:
+    """Give the lines about what a machine makes of an engine."""
+    if report is not None:
+        yield f"decode     {decode_text(report)}"
+    if runs:
+        yield f"route      {route_text(runs)}"
+    if tuning is not None:
+        said = ", ".join(f"{name} {value}" for name, value in tuning.items())
+        yield f"tuned      {said or 'the defaults are the best'}"
+
+
+def _write_graph(file: Path, engine: Path, manifest: Any) -> None:
+    from qwen3vl_export.reports.graph import write_graph
+    from qwen3vl_export.reports.pieces import read_graph
+
+    write_graph(read_graph(engine, manifest), file)
 
 
 def _check_graph(file: Path, manifest: Any) -> None:
@@ -263,7 +296,7 @@ def _check_graph(file: Path, manifest: Any) -> None:
     check_file(file)
 
 
-for command in (serve, batch, verify, bench, targets):
+for command in (serve, batch, package, verify, bench, targets, plan, tune):
     app.command()(command)
 app.add_typer(cache)
 

@@ -45,14 +45,17 @@ def targets(
     """Show this machine and all targets: which of them it can build and run, and the reasons where it cannot.
 
     --model adds an estimate of the memory that an engine of each target takes, part by part, and the target that
-    --target auto chooses. No weights are read. For a Hub id, config.json alone is fetched, and nothing at all for the
-    released Qwen3-VL checkpoints, whose shapes are shipped with this package.
+    --target auto chooses; where a GPU is too small for all of a model, also what it could run beside the processor,
+    with the commands for both engines. No weights are read. For a Hub id, config.json alone is fetched, and nothing at
+    all for the released Qwen3-VL checkpoints, whose shapes are shipped with this package.
 
     --json prints one object: machine (cpu, cpu_features, num_cores, memory_bytes, gpus, versions, notes), own_kernels
     (isa: the instruction set in use, null if they cannot be used; isas: those that this processor runs, the best first;
     problem and remedy: why they cannot be used, null if they can), targets (each: name, description, has_fixed_sizes,
-    can_build, can_run, reason) and, with --model, choice: target (what --target auto chooses, null if none fits) and
-    candidates in order of preference (each: target, device, parts in bytes, limit_bytes, refusal, total_bytes).
+    can_build, can_run, reason) and, with --model, choice: target (what --target auto chooses, null if none fits),
+    candidates in order of preference (each: target, device, parts in bytes, limit_bytes, refusal, total_bytes) and
+    split (null, or two engines that fit where no target fits the GPU, the one that decodes first; each: target, device,
+    runs, parts, total_bytes, limit_bytes).
 
     \b
     Examples:
@@ -64,6 +67,7 @@ def targets(
     from engines.choose import AUTO, consider
     from engines.hardware import probe
     from engines.registry import all_targets
+    from engines.split import find_split
 
     shape = None if model is None else model_shape(model)
     machine = probe()
@@ -71,27 +75,34 @@ def targets(
     rows = [_row(target, machine) for target in all_targets()]
     choice = None if shape is None else consider(machine, shape)
     chosen = None if choice is None or choice.target is None else choice.target.name
+    split = None if shape is None or choice is None else find_split(machine, shape, choice)
     if as_json:
         values: dict[str, Any] = {"machine": machine.to_dict(), "own_kernels": own_kernels, "targets": rows}
         if choice is not None:
-            values["choice"] = {"target": chosen, "candidates": [each.to_dict() for each in choice.candidates]}
+            candidates = [each.to_dict() for each in choice.candidates]
+            two = None if split is None else split.to_dict()
+            values["choice"] = {"target": chosen, "candidates": candidates, "split": two}
         print_json(values)
         return
     print_text("\n".join(columns([*machine.lines(), *_kernel_lines(own_kernels)])) + "\n")
-    cells = [("TARGET", "BUILD", "RUN", "DESCRIPTION")]
-    cells += [(row["name"], _yes(row["can_build"]), _yes(row["can_run"]), row["description"]) for row in rows]
-    lines = columns(cells)
-    print(lines[0])
-    for row, line in zip(rows, lines[1:], strict=True):
-        print(line)
-        if row["reason"]:
-            print(f"  {row['reason']}")
-    print(f"\n{_sizes_of(rows)}")
+    print_text(f"{_table(rows)}\n\n{_sizes_of(rows)}")
     if choice is not None:
         print(f"\n{choice.render()}\n--target {AUTO}: {chosen or 'none fits'}")
+    if split is not None:
+        # Of a size there is no checkpoint that the commands could name.
+        print_text(f"\n{split.render('MODEL' if model in configs.names('models') else str(model))}")
 
 
-def model_shape(model: str) -> ModelConfig:
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each target, and the reasons below it."""
+    cells = [("TARGET", "BUILD", "RUN", "DESCRIPTION")]
+    cells += [(row["name"], _yes(row["can_build"]), _yes(row["can_run"]), row["description"]) for row in rows]
+    head, *lines = columns(cells)
+    reasons = [[f"  {row['reason']}"] if row["reason"] else [] for row in rows]
+    return "\n".join([head, *(text for line, reason in zip(lines, reasons, strict=True) for text in (line, *reason))])
+
+
+def model_shape(model: str, *, name: str = "--model") -> ModelConfig:
     """Return the shape of a folder, of `demo`, of a name in configs/models, or of a Hub id.
 
     From the Hub, or its cache, `config.json` alone is fetched; the released checkpoints have shapes in configs/models.
@@ -118,14 +129,14 @@ def model_shape(model: str) -> ModelConfig:
         is_folder(path, error=CheckpointError)  # raises where the system does not let this user look
     match = _HUB_ID.fullmatch(model)
     if match is not None:
-        return Checkpoint(_fetched_config(model, match["repo"], match["revision"]).parent, model).config
+        return Checkpoint(_fetched_config(f"{name} {model}", match["repo"], match["revision"]).parent, model).config
     raise UsageError(
-        f"--model {shown(model)}: no such folder",
+        f"{name} {shown(model)}: no such folder",
         remedy=f"give a Hugging Face folder, a Hub id, {DEMO}, {DEMO_MOE}, or one of {_sizes()}",
     )
 
 
-def _fetched_config(model: str, repo: str, revision: str | None) -> Path:
+def _fetched_config(where: str, repo: str, revision: str | None) -> Path:
     import huggingface_hub
 
     from qwen3vl_export.hub import quiet_hub
@@ -135,7 +146,7 @@ def _fetched_config(model: str, repo: str, revision: str | None) -> Path:
             return Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision))
     except Exception as error:  # the Hub client raises errors of several libraries
         raise CheckpointError(
-            f"--model {model}: its config.json is neither here nor on the Hub ({type(error).__name__}: {error})",
+            f"{where}: its config.json is neither here nor on the Hub ({type(error).__name__}: {error})",
             remedy=f"check the spelling and the connection, or give one of {_sizes()}",
         ) from error
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from qwen3vl_export.parity.task_report import TaskReport
 
 
+_PLAIN_OPTIONS = ("max_new_tokens", "reference", "visual_token_share")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What is compared, and with what.
@@ -33,6 +36,8 @@ class Comparison:
         max_new_tokens: Number of greedy tokens to compare for each prompt. [default: 64]
         reference: What to compare with: transformers, or own, which is this package's PyTorch definition of the model
             and needs no transformers. [default: transformers]
+        visual_token_share: With --reference own: keep this share, above 0 and up to 1, of the visual tokens of the
+            prompts. [default: 1, all of them]
         tasks: Compare answers to the demo's held-out questions with those of a float32 engine.
         bisect: Compare layer by layer, each with the reference's input, and name the first that is beyond its limit.
         ranges: Compare the largest magnitude of every tensor of the checkpoint with the largest float16, 65504.
@@ -41,6 +46,8 @@ class Comparison:
             .png file.
         html: Write a page with the verdict, errors by layer and kind of token, the worst tokens and the pictures into
             this file.
+        vision_engine: Run the vision tower on this engine of the same checkpoint, as of `run`.
+        prefill_engine: Run prompts on this engine of the same checkpoint, as of `run`.
 
     Raises:
         UsageError: Two of them exclude each other.
@@ -50,12 +57,15 @@ class Comparison:
     engine: Annotated[Path | None, typer.Argument(metavar="ENGINE", show_default=False)] = None
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None
     reference: Annotated[str | None, typer.Option(metavar="KIND")] = None
+    visual_token_share: float | None = None
     tasks: bool = False
     bisect: bool = False
     ranges: bool = False
     limit: Annotated[int | None, typer.Option(min=1)] = None
     plot: Annotated[Path | None, typer.Option(metavar="FILE")] = None
     html: Annotated[Path | None, typer.Option(metavar="FILE.html")] = None
+    vision_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None
+    prefill_engine: Annotated[Path | None, typer.Option(metavar="DIR")] = None
 
     def __post_init__(self) -> None:
         """Check what excludes what."""
@@ -68,14 +78,29 @@ class Comparison:
             raise UsageError(f"{option} takes no --max-new-tokens", remedy="leave one of them out")
         if self.reference is not None and (self.tasks or self.bisect or self.ranges):
             raise UsageError("--reference has no use with --tasks, --bisect and --ranges", remedy="leave it out")
+        if self.visual_token_share is not None and (self.tasks or self.bisect or self.ranges):
+            raise UsageError(
+                "--visual-token-share has no use with --tasks, --bisect and --ranges", remedy="leave it out"
+            )
         if self.limit is not None and not self.tasks:
             raise UsageError("--limit belongs to --tasks", remedy="add --tasks")
         if self.plot is not None and not (self.tasks or self.bisect or self.ranges):
             raise UsageError("--plot belongs to --tasks, --bisect or --ranges", remedy="add one of them")
         if self.html is not None and (self.tasks or self.bisect or self.ranges):
             raise UsageError("--html is of the plain comparison", remedy="leave --tasks, --bisect and --ranges out")
+        if self.route and (self.ranges or self.bisect):
+            raise UsageError(
+                "--ranges and --bisect look at one checkpoint, or one engine",
+                remedy="leave --vision-engine and --prefill-engine out, or bisect each engine alone",
+            )
         if self.engine is None and not self.ranges:
             raise UsageError("ENGINE is missing", remedy="give an engine folder, or --ranges for the checkpoint alone")
+
+    @property
+    def route(self) -> dict[str, Path]:
+        """Engines that run a part in place of ENGINE, by the options of `from_engine`."""
+        engines = {"vision_engine": self.vision_engine, "prefill_engine": self.prefill_engine}
+        return {name: folder for name, folder in engines.items() if folder is not None}
 
 
 @grouped
@@ -95,6 +120,9 @@ def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = Fa
     --ranges takes no engine: it runs the checkpoint in float32 and lists the largest magnitude of each tensor, and how
     many times that fits below 65504. The exit code is 9 if one does not fit: float16 cannot hold this checkpoint.
 
+    --visual-token-share runs the prompts as an engine that is opened with it does. The reference runs the same tokens,
+    with their positions in the whole prompt: that tests how they are run, and not what is lost with the others.
+
     The command needs the packages of the extras [export] and [verify] (transformers, torchvision); with --reference
     own, --tasks, --bisect or --ranges those of [export] are enough. --tasks also needs scikit-learn, --plot also
     matplotlib.
@@ -103,10 +131,12 @@ def verify(comparison: Comparison, *, as_json: AsJson = False, quiet: Quiet = Fa
     Examples:
       qwen3vl verify demo-engine --checkpoint demo
       qwen3vl verify demo-engine --checkpoint demo --reference own
+      qwen3vl verify demo-engine --checkpoint demo --reference own --visual-token-share 0.5
       qwen3vl verify ENGINE --checkpoint Qwen/Qwen3-VL-2B-Instruct --json > parity.json
       qwen3vl verify demo-engine --checkpoint demo --html report.html
       qwen3vl verify demo-engine --checkpoint demo --tasks --limit 300 --plot layers.svg
       qwen3vl verify demo-engine --checkpoint demo --bisect
+      qwen3vl verify ENGINE --checkpoint CKPT --prefill-engine OTHER
       qwen3vl verify --checkpoint demo --ranges
     """
     report = _report(comparison, is_quiet=quiet, is_json=as_json)
@@ -138,7 +168,7 @@ def _report(
         from qwen3vl_export.reports.page import check_page
 
         check_page(comparison.html)
-    options = {name: value for name, value in given(comparison).items() if name in ("max_new_tokens", "reference")}
+    options = {name: value for name, value in given(comparison).items() if name in _PLAIN_OPTIONS}
     if comparison.engine is None:
         return _measure_ranges(comparison, **options)
     if comparison.tasks:
@@ -150,7 +180,7 @@ def _report(
 
     if comparison.bisect:
         return _bisect(comparison.engine, comparison, on_case=say)
-    return _compare(comparison.engine, comparison, on_case=say, **options)
+    return _compare(comparison.engine, comparison, on_case=say, route=comparison.route, **options)
 
 
 def _compare(engine: Path, comparison: Comparison, *, on_case: Callable[[str], None], **options: Any) -> Report:
@@ -185,6 +215,7 @@ def _compare_tasks(engine: Path, comparison: Comparison, *, is_quiet: bool) -> T
             engine,
             comparison.checkpoint,
             limit=comparison.limit,
+            route=comparison.route,
             on_canvas=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     if comparison.plot is not None:

@@ -256,8 +256,6 @@ def make_canvas(
         min_distractors: Least number of distractors; fewer than two only in early training.
         max_distractors: Largest number of distractors.
     """
-    from PIL import ImageDraw
-
     count = int(rng.integers(1, MAX_DIGITS + 1)) if count is None else count
     while True:
         picks = _draw_labels(count, pool, rng)
@@ -267,6 +265,39 @@ def make_canvas(
         if askable:
             break
     asked = askable[int(rng.integers(len(askable)))]
+    image, placed, distractors = paint(
+        rng,
+        pool,
+        width,
+        height,
+        picks,
+        boxes,
+        augment=augment,
+        min_distractors=min_distractors,
+        max_distractors=max_distractors,
+    )
+    return Canvas(image, placed, asked, distractors)
+
+
+def paint(
+    rng: np.random.Generator,
+    pool: Digits,
+    width: int,
+    height: int,
+    picks: np.ndarray,
+    boxes: list[Box],
+    *,
+    augment: bool,
+    min_distractors: int = 2,
+    max_distractors: int = 5,
+) -> tuple[Image.Image, tuple[PlacedDigit, ...], tuple[tuple[str, Box], ...]]:
+    """Paint a background, distractors beside the boxes, and rows `picks` of `pool` into them.
+
+    Returns:
+        The picture, its digits, and kind and box of each distractor.
+    """
+    from PIL import ImageDraw
+
     background: Colour = tuple(rng.integers(0, 256, 3).tolist())
     image = _background(width, height, background, rng)
     draw = ImageDraw.Draw(image)
@@ -284,7 +315,7 @@ def make_canvas(
         mask = _digit_mask(pool.bitmaps[pick], box[2] - box[0], rng if augment else None)
         image.paste(colour, box, mask)
         placed.append(PlacedDigit(int(pool.labels[pick]), int(pool.sources[pick]), box))
-    return Canvas(image, tuple(placed), asked, tuple(distractors))
+    return image, tuple(placed), tuple(distractors)
 
 
 def canvas_at(seed: int, index: int, half: str) -> Canvas:

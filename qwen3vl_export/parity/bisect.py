@@ -29,6 +29,7 @@ from qwen3vl_export.eager import EagerCache, EagerSession, load
 from qwen3vl_export.parity.bisect_report import BisectReport, Finding
 from qwen3vl_export.parity.cases import Case, make_cases
 from qwen3vl_export.parity.cuts import cut, given_name
+from qwen3vl_export.parity.limits import limits_of
 from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_graph, open_model_of
 from qwen3vl_export.parity.own_reference import OWN_NOTE, OwnReference
 from qwen3vl_export.parity.sections import (
@@ -40,7 +41,6 @@ from qwen3vl_export.parity.sections import (
     recorded,
     vision_sections,
 )
-from qwen3vl_export.parity.verify import limits_of
 from qwen3vl_export.routing import watched_routers
 from runtime.contract import (
     DECODER_OUTPUTS,

@@ -13,6 +13,7 @@ from runtime.generation import PREFILL_CHUNK
 
 # Width and height in pixels. No side is a multiple of 32, the side of a visual token, so each picture is resized.
 _SIZES = ((170, 100), (90, 120), (250, 72))
+_LARGE_SIZE = (330, 250)  # 80 visual tokens
 # Fewer than the visual tokens of each picture (15, 12 and 16, or more where a checkpoint enlarges small pictures), so
 # that every picture straddles a border of two chunks.
 _SMALL_CHUNK = 8
@@ -62,8 +63,13 @@ class Case:
         return [{"role": "user", "content": [*parts, {"type": "text", "text": self.prompt}]}]
 
 
-def make_cases(folder: Path) -> list[Case]:
-    """Write the pictures into `folder` as PNG and return the cases."""
+def make_cases(folder: Path, *, with_large: bool = False) -> list[Case]:
+    """Write the pictures into `folder` as PNG and return the cases.
+
+    Args:
+        folder: Where.
+        with_large: Add a case whose pictures have enough visual tokens to be pruned.
+    """
     from PIL import Image
 
     paths = []
@@ -71,7 +77,13 @@ def make_cases(folder: Path) -> list[Case]:
         paths.append(folder / f"picture_{seed}.png")
         Image.fromarray(picture(width, height, seed)).save(paths[-1])
     clips = tuple(clip(*each) for each in _CLIPS)
+    large = []
+    if with_large:
+        path = folder / "large_picture.png"
+        Image.fromarray(picture(*_LARGE_SIZE, len(_SIZES))).save(path)
+        large = [Case("large images", "Read the digits of both pictures.", (path, paths[0], path), chunk=_SMALL_CHUNK)]
     return [
+        *large,
         Case("text", "Count the digits and say where each of them is."),
         Case("one image", "Read the digits in order.", (paths[0],)),
         Case("three images", "Read the digits of all pictures.", tuple(paths)),

@@ -14,7 +14,7 @@ Shapes: see runtime/session.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,14 @@ from numpy.typing import NDArray
 from engines.bundle import DECODER, VISION
 from qwen3vl_export.parity.float8_products import expand_float8_products
 from runtime import native
+from runtime.cache_types import cache_types
 from runtime.contract import DECODER_OUTPUTS, VISION_OUTPUTS, DecoderInputs, FloatArray, VisionInputs
-from runtime.errors import CapacityError, ParityError
+from runtime.errors import CapacityError, ParityError, UsageError
 from runtime.files import is_folder, leads_somewhere
 from runtime.machine import default_threads
 from runtime.manifest import LOWERED_NAME, MANIFEST_NAME, Manifest
+from runtime.route import RouteKeywords, other_engines
+from runtime.routed_session import RoutedSession
 from runtime.session import KVCache, TopLogits, top_logits
 
 if TYPE_CHECKING:
@@ -51,8 +54,8 @@ class LoweredSession:
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         self._text = manifest.model.text
-        self._cache_dtype = str(manifest.capabilities["cache_dtype"])
-        self._folder = folder
+        self._cache_types = cache_types(manifest.capabilities, self._text.num_layers)
+        self._folder, self._manifest = folder, manifest
         has_own = "custom_ops" in manifest.capabilities
         self._graphs = {graph: open_graph(folder / f"{graph}.onnx", threads, has_own) for graph in (VISION, DECODER)}
         (shape,) = (node.shape for node in self._graphs[DECODER].get_inputs() if node.name == "past_key_values.0.key")
@@ -70,7 +73,7 @@ class LoweredSession:
         Raises:
             CapacityError: The graph's capacity is less.
         """
-        from runtime.sessions.ort_cpu import OrtKVCache
+        from runtime.sessions.ort_cpu import OrtKVCache, read_scales
 
         if self.capacity is not None and capacity > self.capacity:
             raise CapacityError(
@@ -78,7 +81,7 @@ class LoweredSession:
                 remedy="compare fewer tokens (--max-new-tokens), or lower for a larger capacity",
             )
         shape = (batch, self._text.num_kv_heads, self.capacity or capacity, self._text.head_dim)
-        return OrtKVCache(self._text.num_layers, shape, self._cache_dtype)
+        return OrtKVCache(self._cache_types, shape, read_scales(self._folder, self._manifest))
 
     def decode_batch(self, num_sequences: int, num_slots: int) -> int:
         """Return the same number: no step is recorded."""
@@ -164,37 +167,61 @@ def open_graph(
         raise _refusal(path, error) from error
 
 
-def open_model(folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
+def open_model(folder: Path, *, threads: int | None = None, route: Mapping[str, Path] | None = None) -> Qwen3VLModel:
     """Open an engine with its own session, or a folder of lowered graphs with `LoweredSession`.
+
+    Args:
+        folder: The engine, or the graphs.
+        threads: As of `from_engine`.
+        route: Engines that run a part in its place, by option (`runtime.route.RouteKeywords`).
 
     Raises:
         EngineError: The folder is neither, or a file of it is missing or altered.
         ParityError: The CPU cannot execute the lowered graphs.
+        UsageError: Other engines were given for parts of lowered graphs, or do not fit.
     """
     from runtime.model import Qwen3VLModel
     from runtime.urls import check_local
 
     check_local(folder, "engine")
     if not is_lowered(folder):
-        return Qwen3VLModel.from_engine(folder, threads=threads)
+        return Qwen3VLModel.from_engine(folder, threads=threads, tuned=False, **RouteKeywords(**(route or {})))
+    if route:
+        raise UsageError(
+            f"{folder} holds lowered graphs, which run all parts themselves",
+            remedy=f"leave {' and '.join(route)} out, or give an engine",
+        )
     manifest = Manifest.read(folder, LOWERED_NAME)
     manifest.check(folder, LOWERED_NAME)
     return model_of(folder, manifest, LoweredSession(folder, manifest, threads))
 
 
-def open_model_of(checkpoint: Checkpoint, folder: Path, *, threads: int | None = None) -> Qwen3VLModel:
+def open_model_of(
+    checkpoint: Checkpoint, folder: Path, *, threads: int | None = None, route: Mapping[str, Path] | None = None
+) -> Qwen3VLModel:
     """Open a folder, as `open_model` does, to compare it with the checkpoint it was built from.
 
     Raises:
         ParityError: It was built from a model of another shape.
     """
-    model = open_model(folder, threads=threads)
+    model = open_model(folder, threads=threads, route=route)
     if model.config != checkpoint.config:
         raise ParityError(
             f"{folder} was built from a model of another shape than {checkpoint.name}",
             remedy="give the checkpoint that `qwen3vl inspect` names as its source",
         )
     return model
+
+
+def manifests_of(model: Qwen3VLModel) -> list[Manifest]:
+    """Return the manifests of the engines that a model runs on."""
+    session = model.session
+    return [each.manifest for each in session.engines] if isinstance(session, RoutedSession) else [model.manifest]
+
+
+def route_notes(model: Qwen3VLModel) -> list[str]:
+    """Say which engines run a part beside the one that decodes."""
+    return [f"{option}: {engine}" for option, engine in other_engines(model.session)]
 
 
 def model_of(folder: Path, manifest: Manifest, session: LoweredSession) -> Qwen3VLModel:

@@ -37,6 +37,7 @@ class ReferenceOutput:
         routers: What the routers of a mixture of experts did.
         gaps: For each of their assignments, how far the last chosen and the first rejected expert are apart; empty
             where assignments cannot be followed.
+        token_scores: [V]: the attention that each visual token gets; None where the reference does not say it.
     """
 
     visual_embeds: FloatArray | None
@@ -46,6 +47,7 @@ class ReferenceOutput:
     step_logits: FloatArray
     routers: RouterStatistics
     gaps: dict[Assignment, float]
+    token_scores: FloatArray | None = None
 
 
 def segments_by_kind(prepared: Prepared) -> dict[str, FloatArray]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from engines.disk import replace_text
 from qwen3vl_export.parity.layers import LayerErrors, plot_layers
 from qwen3vl_export.parity.report import finite
+from runtime.cache_types import cache_name
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest
@@ -282,9 +283,9 @@ def main() -> None:
 
 def _variant(manifest: Manifest) -> str:
     """Return the target and what else was chosen, so that nobody takes the figures for those of the plain target."""
-    bits = manifest.capabilities.get("cache_bits")
+    cache = cache_name(manifest.capabilities)
     parts = [manifest.target, *(["calibrated"] if "calibration" in manifest.source else [])]
-    return ", ".join([*parts, *([f"int{bits} cache"] if bits is not None else [])])
+    return ", ".join([*parts, *([f"{cache.removeprefix('cache_')} cache"] if cache else [])])
 
 
 def _cells(row: TaskRow) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ Shapes: T tokens of a true answer, its end included; V vocab.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from qwen3vl_export.demo.data import HELD_OUT_COUNT, Example, held_out
 from qwen3vl_export.demo.tasks import MAX_NEW_TOKENS
 from qwen3vl_export.parity.layers import LayerErrors, LayerSums
-from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model_of
+from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, manifests_of, open_model_of, route_notes
 from qwen3vl_export.parity.metrics import FloatArray, kl_divergence, log_softmax
 from qwen3vl_export.parity.task_report import Question, TaskReport
 
 if TYPE_CHECKING:
     from qwen3vl_export.checkpoint import Checkpoint
+    from runtime.manifest import Manifest
     from runtime.model import Qwen3VLModel
     from runtime.preparation import Prepared
     from runtime.session import KVCache
@@ -40,7 +41,12 @@ _THREADS = 1
 
 
 def run_tasks(
-    engine: Path, checkpoint: str, *, limit: int | None = None, on_canvas: Callable[[int, int], None] | None = None
+    engine: Path,
+    checkpoint: str,
+    *,
+    limit: int | None = None,
+    route: Mapping[str, Path] | None = None,
+    on_canvas: Callable[[int, int], None] | None = None,
 ) -> TaskReport:
     """Compare an engine's answers with those of float32.
 
@@ -48,6 +54,7 @@ def run_tasks(
         engine: The engine folder, or one of lowered graphs.
         checkpoint: What `Checkpoint.open` takes: what the engine was built from.
         limit: Only the first canvases; by default all.
+        route: Engines that run a part in its place, by option (`runtime.route.RouteKeywords`).
         on_canvas: Called with the number of canvases that are done, and of all.
 
     Raises:
@@ -55,18 +62,11 @@ def run_tasks(
         ParityError: The two are of different shapes, there is no limit for the engine's precision, or lowered graphs do
             not run on the CPU.
     """
-    import configs
     from qwen3vl_export.checkpoint import Checkpoint
-    from runtime.errors import ParityError
 
     source = Checkpoint.open(checkpoint)
-    model = open_model_of(source, engine, threads=_THREADS)
-    precision = str(model.manifest.capabilities["precision"])
-    limits = configs.load("tolerances").get(precision, {})
-    if "task_loss_points" not in limits:
-        raise ParityError(
-            f"configs/tolerances.toml has no task_loss_points in [{precision}]", remedy="add it, with its reason"
-        )
+    model = open_model_of(source, engine, threads=_THREADS, route=route)
+    most_points = max(map(_most_points, manifests_of(model)))
     count = HELD_OUT_COUNT if limit is None else min(limit, HELD_OUT_COUNT)
 
     def finished(done: int) -> None:
@@ -77,8 +77,22 @@ def run_tasks(
     with tempfile.TemporaryDirectory() as folder:
         reference = build_reference(source, Path(folder) / "engine")
         questions, layers = ask_all(model, reference, map(held_out, range(count)), finished)
-    notes = (CPU_NOTE,) if is_lowered(engine) else ()
-    return TaskReport.of(model.manifest, checkpoint, questions, limits["task_loss_points"], layers, notes)
+    notes = (CPU_NOTE,) if is_lowered(engine) else tuple(route_notes(model))
+    return TaskReport.of(model.manifest, checkpoint, questions, most_points, layers, notes)
+
+
+def _most_points(manifest: Manifest) -> float:
+    """Return the points that an engine may lose."""
+    import configs
+    from runtime.errors import ParityError
+
+    precision = str(manifest.capabilities["precision"])
+    limits = configs.load("tolerances").get(precision, {})
+    if "task_loss_points" not in limits:
+        raise ParityError(
+            f"configs/tolerances.toml has no task_loss_points in [{precision}]", remedy="add it, with its reason"
+        )
+    return float(limits["task_loss_points"])
 
 
 def ask_all(
@@ -173,4 +187,4 @@ def build_reference(source: Checkpoint, folder: Path) -> Qwen3VLModel:
     from runtime.model import Qwen3VLModel
 
     export(ExportRequest(source.name, target=REFERENCE_TARGET, output=folder))
-    return Qwen3VLModel.from_engine(folder, threads=_THREADS)
+    return Qwen3VLModel.from_engine(folder, threads=_THREADS, tuned=False)

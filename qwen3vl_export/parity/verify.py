@@ -30,20 +30,23 @@ from numpy.typing import NDArray
 
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import load
+from qwen3vl_export.parity.cache_codes import CodeRanges
 from qwen3vl_export.parity.cases import Case, make_cases
 from qwen3vl_export.parity.details import CaseDetails, Compared, details_of
-from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, open_model_of
+from qwen3vl_export.parity.limits import limits_of
+from qwen3vl_export.parity.lowered import CPU_NOTE, is_lowered, manifests_of, open_model_of, route_notes
 from qwen3vl_export.parity.metrics import Agreement, agreement, difference, kl_divergence, relative_by_position
 from qwen3vl_export.parity.own_reference import OwnReference
+from qwen3vl_export.parity.pruned import kept_tokens, token_scores
 from qwen3vl_export.parity.reference import OWN, TRANSFORMERS, Reference, ReferenceOutput, segments_by_kind
 from qwen3vl_export.parity.report import Check, Report
 from qwen3vl_export.parity.routes import Followed, follow
 from qwen3vl_export.parity.transformers_reference import FOLLOWED_NOTE, TransformersReference, check_installed
 from qwen3vl_export.routing import Assignment, RouterStatistics
 from runtime.contract import FloatArray
-from runtime.errors import EngineError, ParityError, UsageError
+from runtime.errors import EngineError, UsageError
 from runtime.image_processor import ProcessedImage
-from runtime.manifest import Manifest
+from runtime.input_limits import token_share
 from runtime.video.processor import ProcessedVideo
 
 if TYPE_CHECKING:
@@ -70,6 +73,8 @@ def verify(
     *,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     reference: str = TRANSFORMERS,
+    route: Mapping[str, Path] | None = None,
+    visual_token_share: float = 1.0,
     on_case: Callable[[str], None] | None = None,
     on_details: Callable[[CaseDetails], None] | None = None,
 ) -> Report:
@@ -80,6 +85,9 @@ def verify(
         checkpoint: What `Checkpoint.open` takes.
         max_new_tokens: Greedy tokens of each case, at least 1.
         reference: `transformers`, or `own` where that is not installed.
+        route: Engines that run a part in its place, by option (`runtime.route.RouteKeywords`).
+        visual_token_share: Of the visual tokens, how many stay in the prompts. Below 1, the reference is `own`, which
+            runs the whole prompt's tokens that the engine chose, with their positions in the whole prompt.
         on_case: Told the name of each case before it is compared.
         on_details: Given what was seen of each case beyond its checks, for a report with pictures.
 
@@ -87,31 +95,54 @@ def verify(
         CheckpointError, EngineError: One of the two does not open.
         ParityError: The two are of different shapes, there are no tolerances for the engine's precision, or lowered
             graphs do not run on the CPU.
-        UsageError: transformers or torchvision is not installed, but the reference needs it.
+        UsageError: transformers or torchvision is not installed, but the reference needs it; or the share is not above
+            0 and at most 1, is given for transformers, or is so high that every token stays.
     """
+    share = _checked_share(visual_token_share, reference)
     if reference == TRANSFORMERS:
         check_installed()  # before the engine is opened
     source = Checkpoint.open(checkpoint)
     source.entries  # noqa: B018  (transformers' own messages about damaged files help nobody)
     source.assets()
-    model = open_model_of(source, engine)
-    precision, limits = limits_of(model.manifest)
+    model = open_model_of(source, engine, route=route)
+    precision, limits = limits_of(*manifests_of(model))
+    codes = CodeRanges.of(engine, model.manifest)
     torch_model, routers = _open_reference(reference, source), RouterStatistics()
     model.preparation = replace(model.preparation, keeps_markers=torch_model.keeps_markers)
     checks: list[Check] = []
     notes: list[str] = []
+    num_pruned = 0
     with tempfile.TemporaryDirectory() as folder:
-        for case in make_cases(Path(folder)):
+        for case in make_cases(Path(folder), with_large=share < 1):
             if on_case is not None:
                 on_case(case.name)
-            comparison = _Comparison(case, model, torch_model, limits, on_details)
+            comparison = _Comparison(case, model, torch_model, limits, codes, on_details, share)
             checks += comparison.run(max_new_tokens)
             notes += comparison.notes
+            num_pruned += comparison.num_pruned
             routers.merge(comparison.routers)
-    notes = [*([CPU_NOTE] if is_lowered(engine) else []), *notes, *dict.fromkeys(torch_model.notes)]
+    if share < 1:
+        notes.append(_pruning_note(share, num_pruned))
+    notes = [*([CPU_NOTE] if is_lowered(engine) else route_notes(model)), *notes, *dict.fromkeys(torch_model.notes)]
     if reference == TRANSFORMERS and any(check.name == _ROUTES for check in checks):
         notes.append(FOLLOWED_NOTE)
     return Report(model.manifest.target, checkpoint, precision, tuple(checks), tuple(notes), routers, torch_model.name)
+
+
+def _pruning_note(share: float, num_pruned: int) -> str:
+    if not num_pruned:
+        raise UsageError(f"visual_token_share={share} keeps every token of the prompts", remedy="pass a lower share")
+    return f"visual_token_share {share:g}: {num_pruned} visual tokens did not stay in the prompts"
+
+
+def _checked_share(visual_token_share: float, reference: str) -> float:
+    share = token_share("visual_token_share", visual_token_share)
+    if share < 1 and reference != OWN:
+        raise UsageError(
+            f"visual_token_share: {reference} does not prune, so it cannot judge",
+            remedy="compare with this package's own definition: reference='own' (--reference own)",
+        )
+    return share
 
 
 def _open_reference(kind: str, checkpoint: Checkpoint) -> Reference:
@@ -120,25 +151,6 @@ def _open_reference(kind: str, checkpoint: Checkpoint) -> Reference:
     if kind == TRANSFORMERS:
         return TransformersReference(checkpoint)
     raise UsageError(f"unknown reference {kind!r}", remedy=f"give one of {TRANSFORMERS}, {OWN}")
-
-
-def limits_of(manifest: Manifest) -> tuple[str, dict[str, float]]:
-    """Return what an engine computes in, as the report calls it, and the limits on its errors."""
-    import configs
-
-    precision, tolerances = str(manifest.capabilities["precision"]), configs.load("tolerances")
-    if precision not in tolerances:
-        raise ParityError(f"configs/tolerances.toml has no table [{precision}]", remedy="add it, with its reasons")
-    if (bits := manifest.capabilities.get("cache_bits")) is None:
-        return precision, tolerances[precision]
-    cache = f"cache_int{bits}"
-    return f"{precision} with {cache}", wider_limits(tolerances[precision], tolerances[cache])
-
-
-def wider_limits(limits: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
-    """Return `limits`, each replaced by that of `others` if more passes it."""
-    chosen = {name: (min if name.endswith("_agreement") else max)(limits[name], others[name]) for name in others}
-    return {**limits, **chosen}
 
 
 @dataclass(frozen=True)
@@ -165,24 +177,32 @@ class _Comparison:
         model: Qwen3VLModel,
         reference: Reference,
         limits: dict[str, float],
+        codes: CodeRanges | None,
         on_details: Callable[[CaseDetails], None] | None,
+        share: float = 1.0,
     ) -> None:
         self._case = case
+        self._share = share
         self._model = model
         self._reference = reference
         self._limits = limits
+        self._codes = codes
         self._on_details = on_details
         self._checks: list[Check] = []
         self._last_finite, self._is_finite = "", True
+        self._scores: FloatArray | None = None
         self.notes: list[str] = []
         self.routers = RouterStatistics()
+        self.num_pruned = 0
 
     def run(self, num_steps: int) -> list[Check]:
-        prepared = self._model.prepare(self._case.messages)
+        prepared = self._model.prepare(self._case.messages, visual_token_share=self._share)
         if not self._compare_inputs(prepared):
             self._tell(prepared, None)
             return self._checks  # of another prompt, nothing else can be compared
         embeds = self._model.encode_images(prepared.images)
+        self._scores = token_scores(self._model, prepared)
+        self.num_pruned = prepared.num_pruned_tokens
         followed, found = self._run_both(prepared, embeds, num_steps)
         expected = followed.output
         self.routers = expected.routers
@@ -256,10 +276,15 @@ class _Comparison:
         """Run reference and engine, the reference with the experts that the engine chose."""
         decoded: dict[tuple[int, ...], _Decoded] = {}
         tokens: list[int] = []
+        reference, judged = self._reference, prepared
+        if prepared.num_pruned_tokens:
+            assert isinstance(reference, OwnReference), "no other one prunes"
+            judged = self._model.prepare(self._case.messages, visual_token_share=1)
+            reference = reference.keeping(kept_tokens(judged, prepared, embeds, self._scores))
 
         def run(swapped: frozenset[Assignment]) -> ReferenceOutput:
             nonlocal tokens
-            output = self._reference.run(prepared, num_steps, swapped=swapped, likely_tokens=tokens)
+            output = reference.run(judged, num_steps, swapped=swapped, likely_tokens=tokens)
             tokens = output.tokens
             return output
 
@@ -291,7 +316,7 @@ class _Comparison:
         session, ids, positions = self._model.session, prepared.prompt.input_ids, prepared.positions
         cache = session.new_cache(len(ids) + len(tokens))
         chunk = min(self._case.chunk, generation.chunk_limit(self._model.manifest.capabilities, all_logits=True))
-        prompt = prepared.decoder_inputs(embeds, all_logits=True)
+        prompt = prepared.decoder_inputs(embeds, all_logits=True, token_scores=self._scores)
         logits = generation.prefill(session, cache, prompt, chunk=chunk)
         # Before any step, which may write over what the prompt wrote.
         prompt_layers = self._rows(cache, 0, len(ids))
@@ -335,12 +360,22 @@ class _Comparison:
                 self._find_not_finite(f"visual_embeds level {level}", embeds[level])
                 self._add_tensor(f"visual_embeds level {level}", embeds[level], expected.visual_embeds[level], limit)
 
+        if expected.token_scores is not None and self._scores is not None:
+            limit = self._limits["visual_embeds_relative"]
+            self._add_tensor("token_scores", self._scores, expected.token_scores, limit)
+
     def _compare_decoder(self, prompt_length: int, found: _Decoded, expected: ReferenceOutput) -> None:
         for layer, pairs in enumerate(zip(found.layers, expected.layers, strict=True)):
             for name, ours, theirs in zip(("keys", "values"), *pairs, strict=True):
                 rows, wanted = ours[:, :, :prompt_length], theirs[:, :, :prompt_length]
                 self._find_not_finite(f"the {name} of layer {layer}", rows)
                 self._add_tensor(name, rows, wanted, self._limits["cache_relative"], layer)
+            # Of the prompt alone: greedy text behind an answer may be like nothing that calibration saw.
+            wanted = tuple(part[:, :, :prompt_length] for part in pairs[1])
+            beyond = None if self._codes is None else self._codes.share_beyond(layer, *wanted)
+            if beyond is not None:
+                self._add("keys beyond the codes", beyond[0], self._limits["cache_beyond"], layer=layer)
+                self._add("values beyond the codes", beyond[1], self._limits["cache_beyond"], layer=layer)
         self._find_not_finite("the logits of the prompt", found.logits)
         self._compare_logits("prompt", "top1_agreement", found.logits, expected.logits)
         self._find_not_finite("the logits of greedy steps", found.step_logits)
@@ -362,7 +397,8 @@ class _Comparison:
         """Compare the tokens of `generate` up to the first that differs; if that is a near-tie, all agree."""
         total = len(expected.tokens)
         try:
-            found = self._model.generate(self._case.messages, max_new_tokens=total, **PLAIN_GREEDY).token_ids
+            asked = {"max_new_tokens": total, "visual_token_share": self._share, **PLAIN_GREEDY}
+            found = self._model.generate(self._case.messages, **asked).token_ids
         except EngineError as error:  # it gives logits that are not finite
             detail = {"tokens": total, "error": error.message}
             self._add("answer agrees", 0.0, self._limits["greedy_agreement"], is_minimum=True, detail=detail)

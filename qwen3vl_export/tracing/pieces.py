@@ -59,12 +59,14 @@ class Piece:
 class Pieces:
     """All pieces of one model, and the two constants that no checkpoint holds.
 
-    `dense_layer` and `sparse_layer` are decoder layers with a feed-forward network and with experts; a piece that the
-    model does not have is None.
+    `dense_layer` and `sparse_layer` are decoder layers with a feed-forward network and with experts; `scored_block` is
+    the last block of a vision tower that says how much attention its tokens get. A piece that the model does not have
+    is None.
     """
 
     patch_embed: Piece
     vision_block: Piece
+    scored_block: Piece | None = None
     merger: Piece
     deepstack_merger: Piece | None = None
     embed: Piece
@@ -110,12 +112,17 @@ class _Task:
         return {key: p.reshape(self.views[key]) if key in self.views else p for key, p in self.parameters().items()}
 
 
-def trace_pieces(config: ModelConfig) -> Pieces:
-    """Trace a model of one layer of each kind under fake tensors; no weight is read."""
+def trace_pieces(config: ModelConfig, *, token_scores: bool = False) -> Pieces:
+    """Trace a model of one layer of each kind under fake tensors; no weight is read.
+
+    Args:
+        config: Shape of the model.
+        token_scores: Trace the last block of the vision tower with the scores of its tokens, too.
+    """
     # The `meta` device does not work here: it would trace tensors of two devices. torch.export keeps its state in
     # globals, so threads take turns.
     with _TRACING, FakeTensorMode():
-        tasks = _vision_tasks(config) | _text_tasks(config)
+        tasks = _vision_tasks(config, token_scores=token_scores) | _text_tasks(config)
         functions = _trace(list(tasks.values()), config.vision.patches_per_token)
     pieces = {
         name: Piece(function, {key: tuple(value.shape) for key, value in task.parameters().items()}, task.views)
@@ -131,7 +138,7 @@ def _inputs(dims: Mapping[str, Dims], dtypes: Mapping[str, DType]) -> list[_Inpu
     return [_Input(name, each, torch_types[dtypes[name]]) for name, each in dims.items()]
 
 
-def _vision_tasks(config: ModelConfig) -> dict[str, _Task]:
+def _vision_tasks(config: ModelConfig, *, token_scores: bool) -> dict[str, _Task]:
     """Return what to trace of the vision tower, by fields of `Pieces`."""
     vision, hidden_size = config.vision, config.text.hidden_size
     patches = _Input("hidden_states", ["I", "P", vision.hidden_size])
@@ -151,6 +158,10 @@ def _vision_tasks(config: ModelConfig) -> dict[str, _Task]:
         "vision_block": _Task("VisionBlock", modeling.VisionBlock(vision), [patches, cos, sin], ["hidden_states_out"]),
         "merger": merger("VisionMerger", joins_first=False),
     }
+    if token_scores:
+        outputs = ["hidden_states_out", "token_scores"]
+        block = modeling.ScoredVisionBlock(vision)
+        tasks["scored_block"] = _Task("ScoredVisionBlock", block, [patches, cos, sin], outputs)
     if vision.deepstack_layers:
         tasks["deepstack_merger"] = merger("DeepStackMerger", joins_first=True)
     return tasks

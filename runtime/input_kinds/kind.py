@@ -29,6 +29,7 @@ class InputSettings:
         max_tokens: Most visual tokens of one input, whatever its own limits say; None for no such bound.
         context: Tokens of a whole prompt: an input that has more is refused before it is read to its end.
         check: Asked between two steps of reading; raises where the prompt is not wanted any more.
+        visual_token_share: Of the visual tokens of each input, how many stay in the prompt.
     """
 
     image: ImageProcessorConfig
@@ -37,6 +38,7 @@ class InputSettings:
     max_tokens: int | None = None
     context: int | None = None
     check: Check = always
+    visual_token_share: float = 1.0
 
 
 @dataclass(frozen=True)

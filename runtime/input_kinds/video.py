@@ -118,6 +118,7 @@ class Video(InputKind):
             context=settings.context,
             on_images=on_images,
             check=settings.check,
+            visual_token_share=settings.visual_token_share,
         )
 
     def expansion(self, processed: ProcessedVideo) -> tuple[Insertion, ...]:

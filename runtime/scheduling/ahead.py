@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 
-from runtime.contract import VisualEmbeds
+from runtime.visual_pruning.scored import Encoded
 
 
 class Ahead:
@@ -16,7 +16,7 @@ class Ahead:
     """
 
     def __init__(self) -> None:
-        self.embeds: dict[bytes, Future[VisualEmbeds]] = {}
+        self.embeds: dict[bytes, Future[Encoded]] = {}
         self.is_refused = False
 
     def __enter__(self) -> Ahead:

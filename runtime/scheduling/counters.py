@@ -61,6 +61,8 @@ class Counters:
         requests: Requests that have ended, by `ENDS`.
         steps, decode_steps, prefill_chunks, vision_calls: Calls.
         prompt_tokens, generated_tokens, cached_tokens: Tokens that were read, answered, and found in the prefix cache.
+        pruned_tokens: Visual tokens that did not stay in prompts.
+        evicted_prompt_rows: Rows of prompts that were given up when these had run (`kv_budget`).
         prompts, prefix_hits: Prompts that were begun, and those of them that began with rows of another.
         scheduler_s: Time spent on decisions.
         queue_s, ttft_s, tpot_s, request_s: Of answers: wait, time to first token, per later token, all of it.
@@ -71,6 +73,8 @@ class Counters:
         self.requests = dict.fromkeys(ENDS, 0)
         self.steps = self.decode_steps = self.prefill_chunks = self.vision_calls = 0
         self.prompt_tokens = self.generated_tokens = self.cached_tokens = self.prefix_hits = self.prompts = 0
+        self.pruned_tokens = 0
+        self.evicted_prompt_rows = 0
         self.scheduler_s = 0.0
         self.queue_s, self.ttft_s, self.tpot_s, self.request_s, self.step_s = (Histogram(_SECONDS) for _ in range(5))
         self.batch_size = Histogram(_BATCHES)

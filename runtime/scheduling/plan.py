@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from runtime.errors import CapacityError, UsageError
 from runtime.generation import PREFILL_CHUNK, chunk_limit
 from runtime.manifest import Manifest
-from runtime.memory import CACHE, EMBEDS, PREFILL, WEIGHTS, cache_bytes, prefill_bytes
+from runtime.memory import cache_bytes
+from runtime.memory_plan import Planner, Work
 from runtime.scheduling.request import Limits
 from runtime.scheduling.scheduler import LEAST_LAST_SHARE
 from runtime.serving_options import ServingOptions
@@ -74,6 +76,7 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
         prefill_chunk=chunk,
         last_chunk=last_chunk,
         logits_chunk=chunk_limit(capabilities, all_logits=True),
+        kv_budget=options.kv_budget,
     )
 
 
@@ -83,10 +86,17 @@ def _chunks(manifest: Manifest, capacity: int, spare_bytes: int) -> tuple[int, i
     Chunks that are longer than `PREFILL_CHUNK` may take so many bytes of workspace beyond that of these.
     """
     chunk = chunk_limit(manifest.capabilities)
-    usual = prefill_bytes(manifest.model, capacity)
-    while chunk > PREFILL_CHUNK and "prefill_chunk" not in manifest.capabilities:
+    if chunk <= PREFILL_CHUNK or "prefill_chunk" in manifest.capabilities:
+        return chunk, chunk
+    planner = Planner.of(manifest)
+
+    def workspace(chunk: int) -> int:
+        return planner.workspaces(Work(capacity, chunk=chunk))[0]
+
+    usual = workspace(PREFILL_CHUNK)
+    while chunk > PREFILL_CHUNK:
         last = chunk + chunk // LEAST_LAST_SHARE
-        if prefill_bytes(manifest.model, capacity, last) - usual <= spare_bytes:
+        if workspace(last) - usual <= spare_bytes:
             return chunk, last
         chunk //= 2
     return chunk, chunk
@@ -107,18 +117,20 @@ def _embeds_bytes(given: int | None, room_bytes: int | None, spare_bytes: int | 
     return given
 
 
-def held_bytes(manifest: Manifest, limits: Limits) -> dict[str, int]:
-    """Return what an opened engine takes at most, part by part, but for the images and logits of a call.
+def work_of(limits: Limits) -> Work:
+    """Return what an opened engine holds and runs at most, but for the images and logits of a call."""
+    return Work(
+        context=limits.max_context,
+        sequences=limits.max_sequences,
+        kept=limits.kept_sequences,
+        chunk=max(limits.prefill_chunk, limits.last_chunk),
+        embeds_bytes=limits.vision_cache_bytes,
+    )
 
-    On a GPU that is device memory.
-    """
-    capacity = int(manifest.capabilities.get("capacity", limits.max_context))
-    return {
-        WEIGHTS: manifest.weight_bytes,
-        CACHE: limits.num_slots * cache_bytes(manifest.model, manifest.capabilities, capacity),
-        PREFILL: prefill_bytes(manifest.model, capacity, max(PREFILL_CHUNK, limits.last_chunk)),
-        EMBEDS: limits.vision_cache_bytes,
-    }
+
+def held_bytes(manifest: Manifest, limits: Limits) -> Mapping[str, int]:
+    """Return the bytes of an opened engine at most, part by part, but for the images and logits of a call."""
+    return Planner.of(manifest).plan(work_of(limits)).parts
 
 
 def _check_built_for(max_sequences: int | None, kept_sequences: int | None, built_for: Any) -> None:

@@ -1,13 +1,15 @@
 """What a token's row of the KV cache depends on, as numbers that can be compared.
 
 A row depends on the token and on all before it. A text token is its id; a visual token also the pixels of its image,
-since all images have one token id. Positions follow from the spans, so they need no key.
+since all images have one token id, and how many, or which, of its tokens stay. Positions follow from the spans, so they
+need no key.
 
 Shapes: S tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +25,8 @@ def prompt_keys(prepared: Prepared) -> IntArray:
     """Return the keys of a prompt, int64 [S, 3]."""
     keys_S3 = text_keys(prepared.prompt.input_ids)
     for span, image in zip(prepared.prompt.spans, prepared.images, strict=True):
-        keys_S3[span.start : span.end, 1:] = np.frombuffer(image.digest[:16], np.int64)
+        digest = image.digest if span.kept is None else hashlib.sha256(image.digest + repr(span.kept).encode()).digest()
+        keys_S3[span.start : span.end, 1:] = np.frombuffer(digest[:16], np.int64)
     return keys_S3
 
 

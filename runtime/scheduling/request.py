@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from runtime.contract import FloatArray, VisualEmbeds
+from runtime.contract import FloatArray
 from runtime.generation_config import GenerationOptions
 from runtime.preparation import Prepared
+from runtime.prompt_lookup import DRAFT_COST
 from runtime.scheduling.pieces import Pieces
 from runtime.sliding_window import SlidingWindow
 from runtime.structured.constraint import MakeConstraint
 from runtime.tools.reader import ExpectedCalls
+from runtime.vision_inputs import VISION_PATCHES
+from runtime.visual_pruning.scored import Encoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +44,7 @@ class Request:
     prompt_ready: float
     priority: int = 0
     deadline: float | None = None
-    ahead: Mapping[bytes, Future[VisualEmbeds]] = field(default_factory=dict)
+    ahead: Mapping[bytes, Future[Encoded]] = field(default_factory=dict)
     on_logits: Callable[[FloatArray], object] | None = None
     expected_calls: ExpectedCalls | None = None
     make_constraint: MakeConstraint | None = None
@@ -69,6 +72,9 @@ class Limits:
         prefill_chunk: Most tokens of a chunk.
         last_chunk: Most of one that ends a prompt, so that no few tokens are left for another.
         logits_chunk: Most tokens of a chunk that all get logits.
+        vision_patches: Images of one grid share a call while they have no more patches than this together.
+        draft_cost: That of `runtime.prompt_lookup.DraftLength`.
+        kv_budget: Rows that a longer prompt keeps; None for all.
         window: What a sequence keeps of its rows where it may have more tokens than a slot has rows.
     """
 
@@ -83,6 +89,9 @@ class Limits:
     prefill_chunk: int
     last_chunk: int
     logits_chunk: int
+    vision_patches: int = VISION_PATCHES
+    draft_cost: float = DRAFT_COST
+    kv_budget: int | None = None
     window: SlidingWindow | None = None
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from runtime.answer import Answer, Generation, Stats
-from runtime.contract import DecoderInputs, FloatArray, IntArray, VisualEmbeds, join_embeds
+from runtime.contract import DecoderInputs, FloatArray, IntArray
 from runtime.image_processor import ProcessedImage
 from runtime.logprobs import TokenLogprob, token_logprob
 from runtime.piece import Piece
@@ -28,6 +28,7 @@ from runtime.structured.constraint import Constraint
 from runtime.thinking import ThinkingBudget, ThoughtReader, opens_thought, thinking_marks
 from runtime.tokenizer import Tokenizer
 from runtime.tools.reader import CallReader
+from runtime.visual_pruning.scored import Encoded, join_encoded
 
 
 class Sequence:
@@ -40,9 +41,11 @@ class Sequence:
         num_rows: Valid rows of its slot.
         gap: Tokens that have no rows any more; set by `widen`.
         begins_at: Token that follows the sinks, where those between them are not run; 0 if all are.
+        num_evicted: Rows of its prompt that were given up.
         is_started: It has a slot.
         is_in_call: The vision tower is at one of its segments.
         last_token: The newest token of the answer, which has no row yet.
+        window_queries: Of a prompt that is to give up rows, queries of its last tokens so far, [W, layers, N, H].
     """
 
     def __init__(self, request: Request, arrival: int, tokenizer: Tokenizer, lookup: PromptLookup | None) -> None:
@@ -51,10 +54,11 @@ class Sequence:
         self.priority = request.priority
         self.delta = request.prepared.positions.delta
         self.keys: IntArray = prompt_keys(request.prepared)
-        self.num_rows = self.begins_at = 0
+        self.num_rows = self.num_evicted = self.begins_at = 0
         self.gap = NO_GAP
         self.is_started = self.is_in_call = False
         self.last_token = -1
+        self.window_queries: FloatArray | None = None
         self.lookup = lookup
         options, ids = request.options, request.prepared.prompt.input_ids
         self._tokenizer = tokenizer
@@ -65,8 +69,8 @@ class Sequence:
         self._answer = _answer(request, tokenizer)
         limit = options.max_thinking_tokens
         self._budget = None if limit is None else ThinkingBudget(tokenizer, ids, limit)
-        self._embeds: dict[int, VisualEmbeds] = {}
-        self._ahead: dict[int, Future[VisualEmbeds]] = {}
+        self._embeds: dict[int, Encoded] = {}
+        self._ahead: dict[int, Future[Encoded]] = {}
         self._needed: list[int] = []
         self._inputs: DecoderInputs | None = None
         self._num_shared = self._peak_rows = 0
@@ -111,7 +115,7 @@ class Sequence:
     @property
     def draft_room(self) -> int:
         """How many tokens may be drafted: the answer ends with its last one, which needs no row."""
-        return self.request.num_tokens + self.request.max_new_tokens - self.num_done - 2
+        return self.request.num_tokens + self.request.max_new_tokens - self.num_evicted - self.num_done - 2
 
     def can_use_top(self, num_top: int) -> bool:
         """Return whether its sampler looks at no more logits than the largest `num_top`."""
@@ -120,6 +124,17 @@ class Sequence:
     def num_allowed(self, token_ids: list[int]) -> int:
         """Return how many of these tokens the answer's format allows next, one after the other."""
         return len(token_ids) if self._constraint is None else self._constraint.num_allowed(token_ids)
+
+    def usable_rows(self, num_shared: int) -> int:
+        """Return how many rows of another sequence it can begin with.
+
+        Which tokens of an image stay follows from its embeddings, whose rounding may depend on the images beside it. So
+        the rows of such an image are used all or not at all.
+        """
+        for span in self.request.prepared.prompt.spans:
+            if isinstance(span.kept, int) and span.start < num_shared < span.end:
+                return span.start
+        return num_shared
 
     def start(self, num_shared: int, gap: Gap = NO_GAP) -> None:
         """Begin, with so many rows that are valid already; images before them are not needed.
@@ -175,7 +190,7 @@ class Sequence:
         """Whether the vision tower has ended with a segment that it was given ahead."""
         return any(future.done() for future in self._ahead.values())
 
-    def take_ahead(self) -> list[tuple[ProcessedImage, VisualEmbeds]]:
+    def take_ahead(self) -> list[tuple[ProcessedImage, Encoded]]:
         """Take the embeddings that are ready and return them; a segment that failed has to be encoded again."""
         ready = [(index, future) for index, future in self._ahead.items() if future.done()]
         taken = []
@@ -186,7 +201,7 @@ class Sequence:
                 taken.append((self.request.prepared.images[index], self._embeds[index]))
         return taken
 
-    def take_embeds(self, index: int, embeds: VisualEmbeds, *, is_cached: bool = False) -> None:
+    def take_embeds(self, index: int, embeds: Encoded, *, is_cached: bool = False) -> None:
         """Take the embeddings of an image, [1+D, V, hidden]."""
         self._embeds[index] = embeds
         self._num_cached_images += is_cached
@@ -223,6 +238,11 @@ class Sequence:
             return []
         return self.take_token(logits_LV[-1])
 
+    def evict(self, num_kept: int) -> None:
+        """Note that the prompt keeps so many rows; tokens of the answer keep their positions."""
+        self.num_evicted, self.window_queries = self.num_rows - num_kept, None
+        self.num_rows, self.delta = num_kept, self.delta + self.num_evicted
+
     def take_token(self, logits: Logits | TopLogits) -> list[Piece]:
         """Choose the next token of the answer and return what can be shown now."""
         if isinstance(logits, TopLogits) and not self.can_use_top(len(logits.ids)):
@@ -254,11 +274,14 @@ class Sequence:
             prompt_tokens=request.num_tokens,
             visual_tokens=request.prepared.num_visual_tokens,
             new_tokens=len(self._answer.token_ids),
-            peak_cache_bytes=max(self.num_rows, self._peak_rows) * row_bytes,
+            peak_cache_bytes=max(self.num_rows, self._peak_rows if self.gap.num_tokens else request.num_tokens)
+            * row_bytes,
+            evicted_rows=self.num_evicted,
             drafted_tokens=lookup.num_drafted if lookup else 0,
             accepted_tokens=lookup.num_accepted if lookup else 0,
             cached_tokens=self._num_shared,
             cached_images=self._num_cached_images,
+            pruned_tokens=request.prepared.num_pruned_tokens,
         )
         answer = self._answer.finished(stats, tuple(self._logprobs) if request.options.logprobs else None)
         sizes = tuple(each.source_size for each in request.prepared.inputs)
@@ -276,15 +299,11 @@ class Sequence:
         """Return the prompt as one call, with the embeddings of those images that are needed."""
         prepared, needed = self.request.prepared, self._needed
         spans = prepared.prompt.spans
-        embeds = join_embeds([self._embeds[index] for index in needed]) if needed else no_embeds
-        inputs = prepared.decoder_inputs(embeds, all_logits=self.request.on_logits is not None)
-        first = needed[0] if needed else len(spans)
-        num_skipped = sum(span.num_tokens for span in spans[:first])
-        if not num_skipped:
-            return inputs
-        # Rows count through all images; of those that are not needed, no row is taken.
-        rows = np.where(inputs.visual_rows < num_skipped, -1, inputs.visual_rows - num_skipped)
-        return replace(inputs, visual_rows=rows)
+        embeds, scores = join_encoded([self._embeds[index] for index in needed]) if needed else (no_embeds, None)
+        all_logits = self.request.on_logits is not None
+        # Those that are skipped come first; of those behind, no row is taken.
+        num_skipped = needed[0] if needed else len(spans)
+        return prepared.decoder_inputs(embeds, all_logits=all_logits, num_skipped=num_skipped, token_scores=scores)
 
 
 def _answer(request: Request, tokenizer: Tokenizer) -> Answer:

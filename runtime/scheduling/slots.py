@@ -125,18 +125,19 @@ class Slots:
         """Return how many first rows of a prompt lie in some slot already."""
         return self._best(keys)[1]
 
-    def start(self, owner: Hashable, keys: IntArray, *, shares: bool = True) -> int:
-        """Give a sequence a slot, with the rows that it shares with another one; at least one token is left to run.
+    def start(self, owner: Hashable, keys: IntArray, *, shares: bool = True, num_left: int = 1) -> int:
+        """Give a sequence a slot, with the rows that it shares with another one.
 
         Args:
             owner: The sequence.
             keys: Those of its prompt.
             shares: Use rows of others.
+            num_left: Fewest tokens that are left to run.
 
         Returns:
-            Valid rows, 0 … S - 1.
+            Valid rows, 0 … S - `num_left`.
         """
-        source, num_shared = self._best(keys[:-1]) if shares and self._keeps_rows else (0, 0)
+        source, num_shared = self._best(keys[:-num_left]) if shares and self._keeps_rows else (0, 0)
         place = self._place_for(source, num_shared)
         slot = self._slots[place]
         assert slot.owner is None, "no slot is free"
@@ -155,6 +156,11 @@ class Slots:
     def write(self, owner: Hashable, num_rows: int) -> None:
         """Note that a sequence has so many valid rows now."""
         self._slots[self._place[owner]].num_rows = num_rows
+
+    def evict(self, owner: Hashable, num_rows: int) -> None:
+        """Note that a sequence has given up rows and keeps so many, which are of no use to others."""
+        slot = self._slots[self._place[owner]]
+        slot.keys, slot.num_rows = _NO_KEYS, num_rows
 
     def widen(self, owner: Hashable, gap: Gap, keys: IntArray, num_rows: int) -> None:
         """Note that the gap in a sequence's rows has grown, and that so many rows are left, its sinks included.

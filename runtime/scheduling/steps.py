@@ -19,9 +19,7 @@ from runtime.contract import (
     FloatArray,
     IntArray,
     VisionInputs,
-    VisualEmbeds,
     no_visual_embeds,
-    split_embeds,
 )
 from runtime.errors import CapacityError, EngineError, Qwen3VLError
 from runtime.guard import as_engine_error
@@ -31,6 +29,7 @@ from runtime.memory import cache_bytes
 from runtime.parallel import no_thread
 from runtime.sampling import Logits
 from runtime.scheduling.counters import Counters
+from runtime.scheduling.eviction import Eviction
 from runtime.scheduling.request import Limits
 from runtime.scheduling.scheduler import ChunkSize
 from runtime.scheduling.sequence import Sequence
@@ -38,7 +37,8 @@ from runtime.scheduling.sliding import Sliding
 from runtime.scheduling.slots import Slots
 from runtime.scheduling.vision_cache import VisionCache
 from runtime.session import Session, TopLogits, TopLogitsSession
-from runtime.vision_inputs import VISION_PATCHES, blank_inputs, inputs_of_segments, takes_grey_levels
+from runtime.vision_inputs import blank_inputs, inputs_of_segments, takes_grey_levels
+from runtime.visual_pruning.scored import Encoded, encoder_of, split_encoded
 
 _RUNS_TO_RECORD = 2  # TensorRT sets up what a new shape needs in the first run, and records the second
 MAX_FAILURES = 3
@@ -62,6 +62,7 @@ class Steps:
 
     def __init__(self, session: Session, manifest: Manifest, limits: Limits, on_vision: Callable[[], None]) -> None:
         self._session = session
+        self._vision = encoder_of(session)
         self._config = manifest.model
         self._num_top = int(manifest.capabilities.get("top_k", 0))
         # Where prompts run on weights of their own, rows of an answer are not those that a prompt would have.
@@ -71,12 +72,14 @@ class Steps:
         self._no_embeds = no_visual_embeds(manifest.model)
         self._chunks = ChunkSize(limits.prefill_chunk, limits.max_delay_s, limits.last_chunk)
         self._logits_chunk = limits.logits_chunk
+        self._vision_patches = limits.vision_patches
         self._max_sequences = limits.max_sequences
         self._on_vision = on_vision
+        self._eviction = Eviction.of(session, manifest.model, manifest.capabilities, limits)
         runs_beside = getattr(session, "runs_vision_beside", False)
         self._encoder = _started(ThreadPoolExecutor(1, "qwen3vl-vision")) if runs_beside else None
         self._max_segments = getattr(session, "max_segments", None)
-        self._encoding: tuple[list[tuple[Sequence, int, ProcessedImage]], Future[VisualEmbeds]] | None = None
+        self._encoding: tuple[list[tuple[Sequence, int, ProcessedImage]], Future[Encoded]] | None = None
         self._num_failures: dict[str, int] = {}
         self._has_rehearsed = False
         self.slots = Slots(
@@ -122,11 +125,17 @@ class Steps:
     def start(self, sequence: Sequence) -> None:
         """Give a sequence that was admitted its slot, with the rows and embeddings that are here already."""
         keys = sequence.keys
-        num_shared = self.slots.start(sequence, keys, shares=sequence.request.on_logits is None)
+        # Those that judge the rows are run, so that the rows that stay do not depend on what ran before.
+        eviction = self._eviction_of(sequence)
+        num_left = 1 if eviction is None else eviction.window
+        num_shared = self.slots.start(sequence, keys, shares=sequence.request.on_logits is None, num_left=num_left)
+        num_shared = sequence.usable_rows(num_shared)
+        self.slots.write(sequence, num_shared)
         sequence.start(num_shared, self.slots.gap(sequence))
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(keys)
         self.counters.cached_tokens += sequence.num_done
+        self.counters.pruned_tokens += sequence.request.prepared.num_pruned_tokens
         self.counters.prefix_hits += bool(num_shared)
         with self._failing([sequence]):
             if self._sliding is not None:
@@ -142,12 +151,12 @@ class Steps:
             else:
                 sequence.await_ahead(index)
 
-    def encode_ahead(self, images: list[ProcessedImage]) -> list[VisualEmbeds]:
+    def encode_ahead(self, images: list[ProcessedImage]) -> list[Encoded]:
         """Run the vision tower on segments of one grid and return the embeddings of each, [1+D, V, hidden].
 
         Where the tower works beside the steps, this runs in its thread.
         """
-        return split_embeds(self._session.vision(self._vision_inputs(images)), len(images))
+        return split_encoded(self._vision(self._vision_inputs(images)), len(images))
 
     def encode(self, sequence: Sequence) -> None:
         """Run the vision tower on the next image of a sequence, and on those of its grid that wait as well."""
@@ -156,12 +165,12 @@ class Steps:
         for each, _, _ in group:
             each.is_in_call = True
         self.counters.vision_calls += 1
-        future: Future[VisualEmbeds] = Future()
+        future: Future[Encoded] = Future()
         try:
             if self._encoder is None:
-                future.set_result(self._session.vision(self._vision_inputs(images)))
+                future.set_result(self._vision(self._vision_inputs(images)))
             else:
-                future = self._encoder.submit(lambda: self._session.vision(self._vision_inputs(images)))
+                future = self._encoder.submit(lambda: self._vision(self._vision_inputs(images)))
         except Exception as error:  # also where Python ends, and takes no more work for its threads
             future.set_exception(error)
         self._encoding = group, future
@@ -198,8 +207,8 @@ class Steps:
         for sequence, _, _ in group:
             sequence.is_in_call = False
         with self._failing([sequence for sequence, _, _ in group], "vision"):
-            found: dict[bytes, VisualEmbeds] = {}
-            for (sequence, index, image), part in zip(group, split_embeds(future.result(), len(group)), strict=True):
+            found: dict[bytes, Encoded] = {}
+            for (sequence, index, image), part in zip(group, split_encoded(future.result(), len(group)), strict=True):
                 found[image.digest] = part
                 self.vision_cache.put(image.digest, part)
                 sequence.take_embeds(index, part)
@@ -219,7 +228,7 @@ class Steps:
         start = time.perf_counter()
         with self._failing([sequence], "prefill"):
             inputs = sequence.chunk(num_tokens, self._no_embeds)
-            logits_LV = self._session.prefill(inputs, self.slots.cache, self.slots.place(sequence))[0]
+            logits_LV = self._run_chunk(sequence, inputs)[0]
             self._chunks.measured(num_tokens, time.perf_counter() - start)
             self.counters.prefill_chunks += 1
             self.counters.chunk_tokens.add(num_tokens)
@@ -313,7 +322,26 @@ class Steps:
         if self._encoder is not None:
             self._encoder.shutdown(wait=True, cancel_futures=True)
 
-    def _kept_keys(self, sequence: Sequence) -> IntArray:
+    def _eviction_of(self, sequence: Sequence) -> Eviction | None:
+        return self._eviction if self._eviction is not None and self._eviction.is_for(sequence.request) else None
+
+    def _run_chunk(self, sequence: Sequence, inputs: DecoderInputs) -> FloatArray:
+        cache, slot, eviction = self.slots.cache, self.slots.place(sequence), self._eviction_of(sequence)
+        if eviction is None:
+            return self._session.prefill(inputs, cache, slot)
+        return eviction.prefill(sequence, inputs, cache, slot)
+
+    def _evict(self, sequence: Sequence) -> None:
+        """Give up rows of a prompt that has run, if it is to."""
+        eviction = self._eviction_of(sequence)
+        if eviction is not None:
+            eviction.evict(sequence, self.slots.cache, self.slots.place(sequence))
+            self.slots.evict(sequence, sequence.num_rows)
+            self.counters.evicted_prompt_rows += sequence.num_evicted
+
+    def _kept_keys(self, sequence: Sequence) -> IntArray | None:
+        if sequence.num_evicted:
+            return None  # what is left of a prompt is the first rows of no other
         num_rows = sequence.num_rows
         if not self._keeps_answers:
             num_rows = min(num_rows, max(0, len(sequence.keys) - sequence.gap.num_tokens))
@@ -336,7 +364,7 @@ class Steps:
 
     def _group(self, sequence: Sequence) -> list[tuple[Sequence, int, ProcessedImage]]:
         _, first = sequence.missing_images[0]
-        most = max(1, VISION_PATCHES // len(first.patches))
+        most = max(1, self._vision_patches // len(first.patches))
         most = most if self._max_segments is None else min(most, self._max_segments)
         others = [each for each in self.prompts if each is not sequence and each.waits_for_vision]
         group: dict[bytes, tuple[Sequence, int, ProcessedImage]] = {}
@@ -401,6 +429,7 @@ class Steps:
         if sequence.is_finished or sequence.request.on_logits is not None:
             self.finish(sequence)
             return
+        self._evict(sequence)
         if self._sliding is not None:
             self._sliding.make_room(sequence)
         index = self.slots.join(sequence)

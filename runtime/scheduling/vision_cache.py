@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from runtime.contract import VisualEmbeds
 from runtime.device_arrays import DeviceEmbeds
+from runtime.visual_pruning.scored import Encoded
 
 
 class VisionCache:
@@ -26,7 +26,7 @@ class VisionCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._embeds: OrderedDict[bytes, VisualEmbeds] = OrderedDict()
+        self._embeds: OrderedDict[bytes, Encoded] = OrderedDict()
         self.num_bytes = self.device_bytes = self.hits = self.misses = self.evictions = 0
 
     def __len__(self) -> int:
@@ -35,7 +35,7 @@ class VisionCache:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._embeds
 
-    def get(self, digest: bytes) -> VisualEmbeds | None:
+    def get(self, digest: bytes) -> Encoded | None:
         """Return the embeddings of an image, [1+D, V, hidden], not to be written to; None if they are not here."""
         embeds = self._embeds.get(digest)
         if embeds is None:
@@ -45,7 +45,7 @@ class VisionCache:
         self._embeds.move_to_end(digest)
         return embeds
 
-    def put(self, digest: bytes, embeds: VisualEmbeds) -> None:
+    def put(self, digest: bytes, embeds: Encoded) -> None:
         """Keep the embeddings of an image, unless they alone are too large."""
         if embeds.nbytes > self._max_bytes or digest in self._embeds:
             return
@@ -56,6 +56,6 @@ class VisionCache:
         self._embeds[digest] = embeds
         self._count(embeds, embeds.nbytes)
 
-    def _count(self, embeds: VisualEmbeds, num_bytes: int) -> None:
+    def _count(self, embeds: Encoded, num_bytes: int) -> None:
         self.num_bytes += num_bytes
         self.device_bytes += num_bytes if isinstance(embeds, DeviceEmbeds) else 0

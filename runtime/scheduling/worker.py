@@ -12,7 +12,6 @@ from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from runtime.contract import VisualEmbeds
 from runtime.errors import DeadlineError, EngineError, OverloadError, Qwen3VLError, UsageError
 from runtime.image_processor import ProcessedImage
 from runtime.manifest import Manifest
@@ -26,6 +25,7 @@ from runtime.scheduling.wakeup import Wakeup
 from runtime.session import Session
 from runtime.still_wanted import Check, always
 from runtime.tokenizer import Tokenizer
+from runtime.visual_pruning.scored import Encoded
 
 _T = TypeVar("_T")
 # While all that runs waits for the vision tower, nothing wakes the thread for a deadline.
@@ -233,7 +233,7 @@ class Worker:
     def encode_ahead(
         self,
         images: Items[ProcessedImage],
-        ahead: dict[bytes, Future[VisualEmbeds]],
+        ahead: dict[bytes, Future[Encoded]],
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         """Give the vision tower segments of a prompt that is not complete yet, and return at once.
@@ -250,7 +250,7 @@ class Worker:
         wanted = {digest: each for digest, each in wanted.items() if digest not in self._steps.vision_cache}
         if not wanted:
             return
-        futures: dict[bytes, Future[VisualEmbeds]] = {digest: Future() for digest in wanted}
+        futures: dict[bytes, Future[Encoded]] = {digest: Future() for digest in wanted}
 
         def work() -> None:
             if is_wanted():
@@ -369,7 +369,7 @@ class Worker:
         ids, window = request.prepared.prompt.input_ids, self.limits.window
         if window is not None:
             ids = ids[-window.reach :]  # a history without end is not searched as a whole
-        return PromptLookup(ids, num_tokens, never) if num_tokens > 0 else None
+        return PromptLookup(ids, num_tokens, never, self.limits.draft_cost) if num_tokens > 0 else None
 
     def _run(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` without HTTP: from a body to the response, or to the events of a stream."""
+"""`/v1/chat/completions` without HTTP: from a body to the response, or to the chunks or events of a stream."""
 
 from __future__ import annotations
 
@@ -55,6 +55,16 @@ async def complete_chat(served: Served, body: ChatRequest, fetch: Fetch | None =
 
 async def chat_events(served: Served, body: ChatRequest, fetch: Fetch | None = None) -> AsyncGenerator[bytes, None]:
     """Yield the events of a streamed response; arguments and errors are those of `complete_chat`."""
+    async with aclosing(chat_chunks(served, body, fetch)) as chunks:
+        async for chunk in chunks:
+            yield event(chunk)
+    yield DONE
+
+
+async def chat_chunks(
+    served: Served, body: ChatRequest, fetch: Fetch | None = None
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the chunks of a streamed response; arguments and errors are those of `complete_chat`."""
     asked = await _asked(served, body, fetch)
     reply = Reply(served, "chat.completion.chunk", "chatcmpl")
     generations: dict[int, Generation] = {}
@@ -71,10 +81,9 @@ async def chat_events(served: Served, body: ChatRequest, fetch: Fetch | None = N
                 choice["finish_reason"] = finish_reason(part)
             else:
                 delta |= chat_delta(part)
-            yield event(reply.body([choice], **more))
+            yield reply.body([choice], **more)
     if body.wants_usage:
-        yield event(reply.body([], **_figures(served, body, [each for _, each in sorted(generations.items())])))
-    yield DONE
+        yield reply.body([], **_figures(served, body, [each for _, each in sorted(generations.items())]))
 
 
 async def _asked(served: Served, body: ChatRequest, fetch: Fetch | None) -> Asked:

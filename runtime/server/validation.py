@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from runtime.server.errors import ApiError
 from runtime.server.protocol.chat import ChatRequest
@@ -34,6 +34,7 @@ _INSTEAD = {
     "max_new_tokens": "pass max_completion_tokens",
 }
 _LONGEST_PLACE = 120
+_Body = TypeVar("_Body", bound=BaseModel)
 
 
 def validation_error(error: RequestValidationError) -> ApiError:
@@ -50,6 +51,31 @@ def validation_error(error: RequestValidationError) -> ApiError:
         said = one_line(str(first["msg"]), 200)
         text = f"{place or 'the body'}: {said}, found {shown(first.get('input'), 100)}. Remedy: see /openapi.json"
     return ApiError(400, text, param=place or None, code=str(first["type"]))
+
+
+def checked_chat(values: dict[str, Any]) -> ChatRequest:
+    """Return the body of a chat, checked.
+
+    Raises:
+        ApiError: A field is missing, unknown or wrong.
+    """
+    return _checked(ChatRequest, values)
+
+
+def checked_completion(values: dict[str, Any]) -> CompletionRequest:
+    """Return the body of a completion, checked.
+
+    Raises:
+        ApiError: A field is missing, unknown or wrong.
+    """
+    return _checked(CompletionRequest, values)
+
+
+def _checked(kind: type[_Body], values: dict[str, Any]) -> _Body:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise validation_error(RequestValidationError(error.errors())) from error
 
 
 def _unknown(place: str, name: str) -> ApiError:

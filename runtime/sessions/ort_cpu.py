@@ -10,6 +10,7 @@ import io
 import logging
 import math
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import native
+from runtime.cache_types import CODE_BITS, MIXED, CacheType, cache_types
 from runtime.contract import (
     DECODER_INPUTS,
     DECODER_OUTPUTS,
+    TOKEN_SCORES,
     VISION_INPUTS,
     VISION_OUTPUTS,
+    WINDOW_QUERIES,
     DecoderInputs,
     FloatArray,
+    IntArray,
     VisionInputs,
     check_names,
     past_names,
@@ -37,8 +42,8 @@ from runtime.installation import from_extra
 from runtime.kernels import EXACT_PRODUCTS, kernels_of, needs_exact_products
 from runtime.machine import default_threads, release_freed_memory
 from runtime.manifest import Manifest
-from runtime.memory import cache_bits
-from runtime.session import KVCache, SessionOptions
+from runtime.session import DECODE, PREFILL, VISION, KVCache, SessionOptions
+from runtime.visual_pruning.scored import ScoredEmbeds
 
 with from_extra("cpu"):
     import onnxruntime as ort
@@ -53,37 +58,61 @@ _TYPE_NAMES = {
     "uint8": "tensor(uint8)",
 }
 _VISION, _DECODER, _PREFILL = "vision.onnx", "decoder.onnx", "prefill.onnx"
+_NOT_ASKED_FOR = "the session was opened for other parts"
 _AS_REQUESTED = 1  # of onnxruntime's ArenaExtendStrategy; 0 doubles
 
 
 class OrtKVCache:
     """One pair of arrays a layer, bound as past and present at once; their memory is committed as rows are written.
 
-    With scales, the elements are the codes of GroupQueryAttention: multiples of the channel's scale, rounded to even
+    Elements of 8 and 4 bits are the codes of GroupQueryAttention: multiples of the channel's scale, rounded to even
     and cut off at the ends; 8 bits as int8, 4 bits as uint8, two channels a byte, the even one in the low half, each
     with 8 added.
+
+    Args:
+        types: Of each layer.
+        shape_BKTH: Shape of a layer's keys, or values, whatever their type.
+        scales_L2KH: The step between two codes of each channel, keys before values; of layers without codes it is not
+            read. None if no layer has codes.
     """
 
     def __init__(
         self,
-        num_layers: int,
+        types: Sequence[CacheType],
         shape_BKTH: tuple[int, int, int, int],
-        dtype: str,
         scales_L2KH: FloatArray | None = None,
     ) -> None:
-        self.batch, _, self.capacity, _ = shape_BKTH
-        self._arrays = [_zeros(shape_BKTH, dtype) for _ in range(2 * num_layers)]
+        self.batch, _, self.capacity, head_dim = shape_BKTH
+        self._types = tuple(types)
+        dtypes = {each.dtype for each in types}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else MIXED
+        made = [_zeros((*shape_BKTH[:3], each.row_elements(head_dim)), each.dtype) for each in types for _ in range(2)]
+        self._memory, self._arrays = [memory for memory, _ in made], [array for _, array in made]
         self.num_bytes = sum(array.nbytes for array in self._arrays)
         self._scales_L2KH = scales_L2KH
-        self._bindings: dict[tuple[ort.InferenceSession, int, int], ort.IOBinding] = {}
+        self._bindings: dict[tuple[ort.InferenceSession, int, int, tuple[str, ...]], ort.IOBinding] = {}
 
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return copies of one layer's keys and values, [B, K, T, H], as float32."""
-        key, value = self._arrays[2 * index : 2 * index + 2]
-        if self._scales_L2KH is None:
-            return key.astype(np.float32), value.astype(np.float32)
-        key_scales, value_scales = self._scales_L2KH[index]
-        return _dequantize(key, key_scales), _dequantize(value, value_scales)
+        keys, values = self._arrays[2 * index : 2 * index + 2]
+        return self._floats(index, 0, keys), self._floats(index, 1, values)
+
+    def keys(self, index: int, slot: int, num_rows: int) -> FloatArray:
+        """Return the keys of the first rows of a slot in one layer, float32 [K, rows, H]."""
+        found: FloatArray = self._floats(index, 0, self._arrays[2 * index][slot, :, :num_rows])
+        return found
+
+    def _floats(self, index: int, kind: int, array: NDArray[Any]) -> FloatArray:
+        if self._types[index].bits not in CODE_BITS:
+            return np.array(array, np.float32)
+        assert self._scales_L2KH is not None, "codes have scales"
+        return _dequantize(array, self._scales_L2KH[index, kind])
+
+    def write_layer(self, index: int, keys_BKTH: FloatArray, values_BKTH: FloatArray) -> None:
+        """Put other keys and values into a layer of floats, in place."""
+        assert self._types[index].bits not in CODE_BITS, "codes are not written so"
+        for array, values in zip(self._arrays[2 * index : 2 * index + 2], (keys_BKTH, values_BKTH), strict=True):
+            array[:] = values
 
     def copy_rows(self, source: int, target: int, num_rows: int) -> None:
         """Copy the first rows of one slot to another."""
@@ -106,27 +135,57 @@ class OrtKVCache:
 
     def read_keys(self, slot: int, start: int, num_rows: int) -> FloatArray:
         """Return keys of rows, float32 [layers, K, R, H]."""
-        keys = [array[slot : slot + 1, :, start : start + num_rows] for array in self._arrays[::2]]
-        if self._scales_L2KH is None:
-            return np.concatenate(keys).astype(np.float32)
-        return np.concatenate([_dequantize(*each) for each in zip(keys, self._scales_L2KH[:, 0], strict=True)])
+        rows = slice(start, start + num_rows)
+        return np.stack([self._floats(i, 0, array[slot, :, rows]) for i, array in enumerate(self._arrays[::2])])
 
     def write_keys(self, slot: int, start: int, keys_LKRH: FloatArray) -> None:
-        """Write keys of rows from `start` on, rounded to the cache's type."""
+        """Write keys of rows from `start` on, rounded to the type of each layer."""
         stop = start + keys_LKRH.shape[2]
         for layer, keys_KRH in enumerate(keys_LKRH):
             array = self._arrays[2 * layer]
-            if self._scales_L2KH is not None:
+            if self._types[layer].bits in CODE_BITS:
+                assert self._scales_L2KH is not None, "codes have scales"
                 keys_KRH = _quantize(keys_KRH, self._scales_L2KH[layer, 0], array.dtype)
             array[slot, :, start:stop] = keys_KRH
 
-    def binding(self, session: ort.InferenceSession, slot: int, batch: int) -> ort.IOBinding:
-        """Return the binding of some slots to a decoder; the logits are its first output."""
-        key = session, slot, batch
+    def read_rows(self, slot: int, start: int, stop: int) -> list[NDArray[Any]]:
+        """Return views of rows of a slot; see `runtime.moved_rows.MovableCache`."""
+        return [array_BKTH[slot, :, start:stop] for array_BKTH in self._arrays]
+
+    def write_rows(self, slot: int, start: int, rows_NKRH: Sequence[NDArray[Any]]) -> None:
+        """Write rows of a slot; see `runtime.moved_rows.MovableCache`."""
+        for array_BKTH, rows_KRH in zip(self._arrays, rows_NKRH, strict=True):
+            array_BKTH[slot, :, start : start + rows_KRH.shape[1]] = rows_KRH
+
+    def keep_rows(self, index: int, slot: int, rows_KM: IntArray) -> None:
+        """Move the rows that each kv head of a layer keeps to the front of a slot, in their order."""
+        for array_BKTH in self._arrays[2 * index : 2 * index + 2]:
+            for rows_TH, kept_M in zip(array_BKTH[slot], rows_KM, strict=True):
+                rows_TH[: len(kept_M)] = rows_TH[kept_M]
+
+    def release_rows(self, slot: int, start: int, stop: int) -> None:
+        """Give the memory of rows start … stop - 1 of a slot back to the system, until they are written again."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for memory, array_BKTH in zip(self._memory, self._arrays, strict=True):
+            slot_bytes, head_bytes, row_bytes, _ = array_BKTH.strides
+            for head in range(array_BKTH.shape[1]):
+                begin = slot * slot_bytes + head * head_bytes
+                first = -(-(begin + start * row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages
+                last = (begin + stop * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+                if first < last:
+                    memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def binding(
+        self, session: ort.InferenceSession, slot: int, batch: int, outputs: tuple[str, ...] = DECODER_OUTPUTS
+    ) -> ort.IOBinding:
+        """Return the binding of some slots to a decoder; its first outputs are those that are named."""
+        key = session, slot, batch, outputs
         if key not in self._bindings:
             # Made once: binding the cache of 28 layers anew takes 0.18 ms a step.
             self._bindings[key] = binding = session.io_binding()
-            binding.bind_output("logits", "cpu")
+            for name in outputs:
+                binding.bind_output(name, "cpu")
             self.bind(binding, slot, batch)
         return self._bindings[key]
 
@@ -146,6 +205,7 @@ class OrtCpuSession:
         runs_vision_beside: The vision tower may run in another thread than the decoder at the same time. Steps of two
             sequences beside an image of 2304 patches (2B in 4 bits, 2 cores): 124 ms, the slowest 179 ms, where they
             take 43 ms alone; after it, they would wait 5.2 s.
+        huge_page_bytes: Memory that has huge pages because they were asked for.
     """
 
     runs_vision_beside = True
@@ -154,37 +214,47 @@ class OrtCpuSession:
         options = session_options(folder, manifest, given)
         exact = needs_exact_products(kernels_of(manifest))
         self._config = manifest.model
-        self._cache_dtype = str(manifest.capabilities["cache_dtype"])
-        self._cache_bits = cache_bits(manifest.capabilities)
-        scales = manifest.capabilities.get("cache_scales")
-        self._cache_scales = None if scales is None else _read_scales(folder, manifest, scales)
+        self._cache_types = cache_types(manifest.capabilities, manifest.model.text.num_layers)
+        self._cache_scales = read_scales(folder, manifest)
         self._has_batched_chunks = bool(manifest.capabilities.get("batched_chunks", False))
         before = anonymous_regions()
-        self._vision = _open_graph(folder, manifest, options, _VISION)
-        self._decoder = _open_graph(folder, manifest, options, _DECODER)
+        self.has_token_scores = bool(manifest.capabilities.get(TOKEN_SCORES))
+        parts = given.parts
+        has_prefill = "prefill_min_tokens" in manifest.capabilities and given.separate_prefill
+        self._vision = _open_graph(folder, manifest, options, _VISION) if VISION in parts else None
+        is_decoder_used = DECODE in parts or (PREFILL in parts and not has_prefill)
+        self._decoder = _open_graph(folder, manifest, options, _DECODER) if is_decoder_used else None
         # Some engines hold the decoder twice: this one is faster for prompts.
         self._prefill = self._decoder
-        if "prefill_min_tokens" in manifest.capabilities:
+        if has_prefill and PREFILL in parts:
             self._prefill = _open_graph(folder, manifest, options, _PREFILL)
         if exact:
             # The library made two more copies of the weights on its way, 96 MB of weights: 234 MB before, 98 MB after.
             release_freed_memory()
-        if given.huge_pages and not use_huge_pages(before) + (
-            copy_to_huge_pages(folder) if _has_own_kernels(manifest) else 0
-        ):
+        self.huge_page_bytes = 0
+        if given.huge_pages:
+            self.huge_page_bytes = use_huge_pages(before)
+            self.huge_page_bytes += copy_to_huge_pages(folder) if _has_own_kernels(manifest) else 0
+        if given.huge_pages and not self.huge_page_bytes:
             _LOGGER.warning("note: the kernel gave no huge pages, so tokens come as they would without")
 
     def vision(self, inputs: VisionInputs) -> FloatArray:
         """Run the vision tower; see `runtime.session.Session.vision`."""
+        assert self._vision is not None, _NOT_ASKED_FOR
         (embeds,) = self._vision.run(VISION_OUTPUTS, inputs.arrays())
         return np.asarray(embeds, np.float32)
+
+    def scored_vision(self, inputs: VisionInputs) -> ScoredEmbeds:
+        """Run the vision tower; see `runtime.visual_pruning.scored.ScoringSession.scored_vision`."""
+        assert self._vision is not None, _NOT_ASKED_FOR
+        embeds, scores = self._vision.run((*VISION_OUTPUTS, TOKEN_SCORES), inputs.arrays())
+        return ScoredEmbeds(np.asarray(embeds, np.float32), np.asarray(scores, np.float32))
 
     def new_cache(self, capacity: int, batch: int = 1) -> OrtKVCache:
         """Allocate a cache of zeros."""
         text = self._config.text
-        row = text.head_dim * self._cache_bits // (8 * np.dtype(self._cache_dtype).itemsize)
-        shape = (batch, text.num_kv_heads, capacity, row)
-        return OrtKVCache(text.num_layers, shape, self._cache_dtype, self._cache_scales)
+        shape = (batch, text.num_kv_heads, capacity, text.head_dim)
+        return OrtKVCache(self._cache_types, shape, self._cache_scales)
 
     def decode_batch(self, num_sequences: int, num_slots: int) -> int:
         """Return the same number: no step is recorded."""
@@ -199,27 +269,43 @@ class OrtCpuSession:
 
     def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder that is faster for prompts, if there is one; see `runtime.session.Session.prefill`."""
-        return self._run(self._prefill, inputs, cache, slot)
+        return self._run(self._prefill, inputs, cache, slot)[0]
+
+    def prefill_with_queries(
+        self, inputs: DecoderInputs, cache: KVCache, slot: int = 0
+    ) -> tuple[FloatArray, FloatArray]:
+        """Run a chunk as `prefill` does, of an engine with `kv_scores`: logits, and queries [W, layers, N, H]."""
+        logits, queries = self._run(self._prefill, inputs, cache, slot, (*DECODER_OUTPUTS, WINDOW_QUERIES))
+        return logits, queries[0]
 
     def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder; see `runtime.session.Session.decode`."""
-        return self._run(self._decoder, inputs, cache, slot)
+        return self._run(self._decoder, inputs, cache, slot)[0]
 
-    def _run(self, session: ort.InferenceSession, inputs: DecoderInputs, cache: KVCache, slot: int) -> FloatArray:
+    def _run(
+        self,
+        session: ort.InferenceSession | None,
+        inputs: DecoderInputs,
+        cache: KVCache,
+        slot: int,
+        outputs: tuple[str, ...] = DECODER_OUTPUTS,
+    ) -> list[FloatArray]:
+        assert session is not None, _NOT_ASKED_FOR
         assert isinstance(cache, OrtKVCache)
         batch, num_new = inputs.input_ids.shape
         assert slot + batch <= cache.batch, "slots that the cache does not have"
         assert inputs.num_cache_rows <= cache.capacity, "past_lengths + S exceeds the cache"
         is_one_by_one = batch == 1 or num_new == 1 or not inputs.past_lengths.any()
         assert is_one_by_one or self._has_batched_chunks, "a chunk with a past is one sequence"
-        binding = cache.binding(session, slot, batch)
+        binding = cache.binding(session, slot, batch, outputs)
         for name, array in inputs.arrays().items():
             binding.bind_cpu_input(name, array)
         # Else the run would write into the logits of the last one.
-        binding.bind_output("logits", "cpu")
+        for name in outputs:
+            binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
-        logits: FloatArray = binding.get_outputs_as_ortvaluevector()[0].numpy()
-        return logits
+        found = binding.get_outputs_as_ortvaluevector()
+        return [found[i].numpy() for i in range(len(outputs))]
 
 
 def session_options(folder: Path, manifest: Manifest, given: SessionOptions) -> ort.SessionOptions:
@@ -274,8 +360,8 @@ def _register_own_kernels(folder: Path, manifest: Manifest, options: ort.Session
     native.warn_of_portable_code()
 
 
-def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """Return an array whose memory is committed page by page as it is written.
+def _zeros(shape: tuple[int, ...], dtype: str) -> tuple[mmap.mmap, NDArray[Any]]:
+    """Return an array and its memory, which is committed page by page as it is written.
 
     `numpy.zeros` asks for huge pages, and each holds more rows of a head than most prompts have, so that a few tokens
     committed a whole slot: 470 MB, and 1 s of the first prompt (2B, 2048 rows in float32).
@@ -292,7 +378,7 @@ def _zeros(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
         raise MemoryError(f"a KV cache of {num_bytes} bytes") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, dtype).reshape(shape)
+    return memory, np.frombuffer(memory, dtype).reshape(shape)
 
 
 def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> OrtCpuSession:
@@ -320,8 +406,15 @@ def _quantize(values_KRH: FloatArray, scales_KH: FloatArray, dtype: np.dtype[Any
     return np.asarray(low | high << 4)
 
 
-def _read_scales(folder: Path, manifest: Manifest, name: str) -> FloatArray:
-    """Read the scales of a cache's codes, float32 [layers, 2, K, H]."""
+def read_scales(folder: Path, manifest: Manifest) -> FloatArray | None:
+    """Read the scales of a cache's codes, float32 [layers, 2, K, H]; None if the cache holds floats.
+
+    Raises:
+        EngineError: The file is missing, or not such an array.
+    """
+    name = manifest.capabilities.get("cache_scales")
+    if name is None:
+        return None
     manifest.require(folder, name)
     text = manifest.model.text
     shape = (text.num_layers, 2, text.num_kv_heads, text.head_dim)
@@ -340,15 +433,20 @@ def _read_scales(folder: Path, manifest: Manifest, name: str) -> FloatArray:
 def _open_graph(folder: Path, manifest: Manifest, options: ort.SessionOptions, name: str) -> ort.InferenceSession:
     """Open the vision tower or a decoder, and check its inputs and outputs."""
     if name == _VISION:
-        return _open(folder, manifest, options, name, VISION_INPUTS, VISION_OUTPUTS)
+        scores = (TOKEN_SCORES,) if manifest.capabilities.get(TOKEN_SCORES) else ()
+        return _open(folder, manifest, options, name, VISION_INPUTS, (*VISION_OUTPUTS, *scores))
     num_layers = manifest.model.text.num_layers
     inputs, outputs = past_names(num_layers), present_names(num_layers)
-    session = _open(folder, manifest, options, name, (*DECODER_INPUTS, *inputs), (*DECODER_OUTPUTS, *outputs))
-    dtype = manifest.capabilities["cache_dtype"]
-    types = {value.type for value in session.get_inputs() if value.name in inputs}
-    if types != {_TYPE_NAMES.get(dtype)}:
+    optional = (WINDOW_QUERIES,) if "kv_scores" in manifest.capabilities else ()
+    expected = *DECODER_OUTPUTS, *outputs, *optional
+    session = _open(folder, manifest, options, name, (*DECODER_INPUTS, *inputs), expected)
+    found = {value.name: value.type for value in session.get_inputs()}
+    types = cache_types(manifest.capabilities, num_layers)
+    wrong = [i for i, each in enumerate(types) if found[inputs[2 * i]] != _TYPE_NAMES.get(each.dtype)]
+    if wrong:
         raise EngineError(
-            f"{folder / name}: its KV cache is of {', '.join(sorted(types))}, engine.json says {dtype}",
+            f"{folder / name}: its KV cache is of {found[inputs[2 * wrong[0]]]}, engine.json says "
+            f"{types[wrong[0]].dtype} of layer {wrong[0]}",
             remedy="build the engine again",
         )
     return session

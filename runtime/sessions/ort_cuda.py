@@ -46,7 +46,7 @@ from runtime.contract import (
     VisualEmbeds,
 )
 from runtime.decode_plan_rehearsal import rehearse
-from runtime.decode_plan_session import open_with_plan
+from runtime.decode_plan_session import Opened, open_with_plan
 from runtime.decode_step import StepBuffers, padded_batch
 from runtime.device_arrays import DeviceEmbeds, EmbedsMemory
 from runtime.device_buffers import InputBuffer, Staging
@@ -65,8 +65,8 @@ from runtime.ort_cache import (
     bind_cache,
     run_options,
 )
-from runtime.ort_device import CUDA, Device, check_provider, guarded, open_graph
-from runtime.session import KVCache, SessionOptions, TopLogits, top_logits
+from runtime.ort_device import CUDA, Device, OpenedGraph, check_provider, guarded, open_graph
+from runtime.session import VISION, KVCache, SessionOptions, TopLogits, top_logits
 from runtime.vision_inputs import takes_grey_levels
 
 with from_extra("cuda"):
@@ -108,6 +108,7 @@ class OrtCudaSession:
         self._takes_levels = takes_grey_levels(manifest.capabilities)
         self._cache_dtype = str(manifest.capabilities["cache_dtype"])
         self._device = device
+        self._records_every_batch = options.every_batch
         self.decode_recorded: bool | None = None
         check_provider(folder, device)
         self._memory = device.memory()
@@ -120,13 +121,18 @@ class OrtCudaSession:
             stack.callback(self._memory.free_stream, self._stream)
             self._staging = self._guard(partial(Staging, self._memory, self._stream))
             stack.callback(self._staging.close)
-            self._vision = open_graph(folder / "vision.onnx", device, device.options, options.threads)
+            self._vision = OpenedGraph(None)
+            if VISION in options.parts:
+                self._vision = open_graph(folder / "vision.onnx", device, device.options, options.threads)
             stack.callback(self._vision.close)
             decoder_options = {**device.options, **device.decoder_options}
             open_decoder = partial(open_graph, folder / "decoder.onnx", device, decoder_options, options.threads)
-            self._decoder, self._own, self._plan_problem = open_with_plan(
-                folder, manifest, options, device, self._memory, self._staging, open_decoder, stack
-            )
+            opened: Opened = OpenedGraph(None), None, "another engine decodes"
+            if options.parts != {VISION}:
+                opened = open_with_plan(
+                    folder, manifest, options, device, self._memory, self._staging, open_decoder, stack
+                )
+            self._decoder, self._own, self._plan_problem = opened
             self._inputs = InputBuffer(self._memory, self._staging)
             stack.callback(self._inputs.close)
             self._embeds = EmbedsMemory(self._memory, self._staging)
@@ -240,7 +246,8 @@ class OrtCudaSession:
             rehearse(self._own, cache.buffers.cache, self._memory, self._staging, self._config, num_rows, decode)
 
     def _recorded_batch(self, num_sequences: int, num_slots: int) -> int:
-        return padded_batch(num_sequences, num_slots) if self._device.records else num_sequences
+        is_padded = self._device.records and not self._records_every_batch
+        return padded_batch(num_sequences, num_slots) if is_padded else num_sequences
 
     def prefill(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run the decoder on a chunk, filled up to one of `chunk_sizes`; see `runtime.session.Session.prefill`."""
@@ -380,4 +387,6 @@ def open_session(folder: Path, manifest: Manifest, options: SessionOptions) -> O
     """
     check_paths(folder, manifest)
     device = CUDA if options.cuda_graphs else replace(CUDA, decoder_options={})
+    if options.sdpa_kernel is not None:
+        device = replace(device, options={**device.options, "sdpa_kernel": options.sdpa_kernel})
     return OrtCudaSession(folder, manifest, options, device=device)

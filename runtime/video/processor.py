@@ -24,6 +24,7 @@ from runtime.video.opening import open_video
 from runtime.video.reader import VideoReader
 from runtime.video.source import VideoOptions, VideoSource
 from runtime.vision_inputs import VISION_PATCHES
+from runtime.visual_pruning.choice import num_kept_tokens
 
 if TYPE_CHECKING:
     from runtime.images import RgbImage
@@ -64,10 +65,11 @@ class ProcessedVideo:
 
 @dataclass(frozen=True)
 class _Room:
-    """Most visual tokens of a video, and those of a whole prompt."""
+    """Most visual tokens of a video, those of a whole prompt, and how many of the video's stay in it."""
 
     max_tokens: int | None
     context: int | None
+    visual_token_share: float
 
 
 def process_video(
@@ -79,6 +81,7 @@ def process_video(
     context: int | None = None,
     on_images: OnImages | None = None,
     check: Check = always,
+    visual_token_share: float = 1.0,
 ) -> ProcessedVideo:
     """Open a video, choose frames, resize, normalise and cut them.
 
@@ -90,6 +93,7 @@ def process_video(
         context: Tokens of a whole prompt: a video that alone has more is refused at its first frame.
         on_images: Given segments in groups that fill a call of the vision tower, as soon as they are there.
         check: Asked before each frame, also of those that are not taken; raises where the video is not wanted any more.
+        visual_token_share: Of its visual tokens, how many stay in the prompt.
 
     Raises:
         ImageError: The video cannot be read, or holds no frames.
@@ -102,7 +106,7 @@ def process_video(
     reader = open_video(source.video, max_image_pixels, check)
     try:
         indices, times = _chosen(reader, options, config)
-        room = _Room(max_tokens, context)
+        room = _Room(max_tokens, context, visual_token_share)
         frames = _checked(reader.frames(indices), check)
         segments = _segments(frames, len(indices), options, config, room, reader.name)
         taken = list(_told(segments, on_images))
@@ -229,9 +233,10 @@ def _check_size(size: tuple[int, int], num_frames: int, config: VideoProcessorCo
             f"{name}: {num_frames} frames are at least {num_tokens} visual tokens, {room.max_tokens} are left for them",
             remedy=f"{fewer}, or raise max_visual_tokens",
         )
-    if room.context is not None and num_tokens + _TEXT_TOKENS * num_segments >= room.context:
+    num_kept = num_kept_tokens(num_tokens, room.visual_token_share)
+    if room.context is not None and num_kept + _TEXT_TOKENS * num_segments >= room.context:
         raise CapacityError(
-            f"{name}: {num_frames} frames are {num_tokens} visual tokens, which with their times leave no room for an "
+            f"{name}: {num_frames} frames are {num_kept} visual tokens, which with their times leave no room for an "
             f"answer: max_context is {room.context}",
             remedy=f"pass max_visual_tokens={max(1, room.context // 2)}, {fewer}, or raise max_context",
         )

@@ -16,7 +16,7 @@ from engines import choose
 from engines.build import build_engine
 from engines.build_options import BuildOptions
 from engines.bundle import Bundle
-from engines.choose import AUTO, choose_target, consider, estimate, resolve_target, weight_bytes
+from engines.choose import AUTO, choose_target, consider, estimate, facts_of, resolve_target, weight_bytes
 from engines.hardware import Gpu, Hardware
 from engines.kernel_sets import with_kernels
 from engines.quantize.formats import WeightFormats
@@ -25,7 +25,8 @@ from engines.target import Target
 from engines.weight_shapes import EMBEDDING_KEY, weight_shapes
 from helpers.targets import by_name, like, own, with_all_kernels
 from runtime.errors import CapacityError, TargetError
-from runtime.memory import CACHE, LOGITS, PREFILL, VISION, WEIGHTS, prefill_bytes, vision_bytes
+from runtime.memory import CACHE, LIBRARIES, LOGITS, PREFILL, VISION, WEIGHTS
+from runtime.memory_plan import Planner, Work
 from runtime.model_config import ModelConfig
 
 DENSE = [name for name in configs.names("models") if "num_experts" not in configs.load(f"models/{name}")["text_config"]]
@@ -75,15 +76,19 @@ def test_experts_are_estimated_to_the_byte(target: Target, demo_moe_bundle: Bund
 
 def test_experts_that_tensorrt_gathers_are_counted() -> None:
     config = shape("qwen3-vl-30b-a3b")
-    gathered = {
-        name: estimate(get(name), config)[PREFILL] - prefill_bytes(config, 4096)
-        for name in ("trt-int4", "ort-cuda-int4")
-    }
+    gathered = {name: workspace_bytes(get(name), config) for name in ("trt-int4", "ort-cuda-int4")}
     # 512 tokens: 192 blocks of one expert, 3 · 768 · 2048 numbers of 2 bytes each.
     assert gathered == {"trt-int4": 192 * 3 * 768 * 2048 * 2, "ort-cuda-int4": 0}
-    few = estimate(get("trt-int4"), config, options=BuildOptions(prefill_chunk=2, max_batch=1))
-    assert few[PREFILL] - prefill_bytes(config, 4096) == 16 * 3 * 768 * 2048 * 2
-    assert estimate(get("trt-int4"), shape("qwen3-vl-2b"))[PREFILL] == prefill_bytes(shape("qwen3-vl-2b"), 4096)
+    assert workspace_bytes(get("trt-int4"), config, prefill_chunk=2) == 16 * 3 * 768 * 2048 * 2
+    assert workspace_bytes(get("trt-int4"), shape("qwen3-vl-2b")) == 0
+
+
+def workspace_bytes(target: Target, config: ModelConfig, prefill_chunk: int = 512) -> int:
+    """What an estimate of the prefill has beyond activations."""
+    options = BuildOptions(prefill_chunk=prefill_chunk, max_batch=1)
+    without = Planner(replace(facts_of(target, config, options), workspace_bytes=0))
+    work = Work(4096, images=(4096,), prompts_with_images=1, chunk=prefill_chunk)
+    return estimate(target, config, options=options)[PREFILL] - without.plan(work).parts[PREFILL]
 
 
 def test_half_precision_takes_two_bytes_a_weight() -> None:
@@ -99,11 +104,13 @@ def test_parts_of_an_estimate() -> None:
     parts = estimate(target, config, options=options)
     # 28 layers, keys and values, 8 heads of 128, float32.
     assert parts[CACHE] == 2 * 1000 * 28 * 2 * 8 * 128 * 4
-    assert parts[PREFILL] == prefill_bytes(config, 1000)
-    assert parts[VISION] == vision_bytes(config, [4096])
-    assert parts[WEIGHTS] == weight_bytes(target, config)
-    assert LOGITS not in parts and parts[choose.LIBRARY] == 0
-    assert estimate(GPU_FP16, config, options=options)[choose.LIBRARY] == 500_000_000
+    work = Work(1000, 2, images=(4096,), prompts_with_images=1)
+    planned = Planner(facts_of(target, config, options)).plan(work).parts
+    assert parts == {part: planned[part] for part in (WEIGHTS, CACHE, PREFILL, VISION, LIBRARIES)}
+    # The table, which is the head as well: packed for products, and mapped to look rows up.
+    assert parts[WEIGHTS] == weight_bytes(target, config) + 4 * config.text.vocab_size * config.text.hidden_size
+    assert LOGITS not in parts and 50e6 < parts[LIBRARIES] < 150e6
+    assert estimate(GPU_FP16, config, options=options)[LIBRARIES] == 500_000_000
     # A context beyond what the model was trained for is never allocated.
     long = estimate(target, shape("tiny"), options=BuildOptions(max_context=1 << 20))
     assert long[CACHE] == estimate(target, shape("tiny"), options=BuildOptions(max_context=config_positions()))[CACHE]
@@ -222,7 +229,7 @@ def test_every_target_has_a_place_and_a_device() -> None:
         assert target.device == devices[target.session] in ("cpu", "gpu")
         (candidate,) = consider(CPU_ONLY, shape("tiny"), targets=[target]).candidates
         assert "does not rank it" not in candidate.refusal
-        assert min(candidate.parts[part] for part in (WEIGHTS, CACHE, PREFILL, VISION)) > 0
+        assert min(candidate.parts[part] for part in (WEIGHTS, CACHE, VISION)) > 0 <= candidate.parts[PREFILL]
 
 
 def test_resolving_a_name_reads_no_checkpoint() -> None:

@@ -19,7 +19,7 @@ def build(bundle: Bundle, target: str | Target, output: Path) -> Path:
     return output
 
 
-def requantized(engine: Path, output: Path, bits: int, prompts: list[CalibrationPrompt]) -> Path:
+def requantized(engine: Path, output: Path, bits: int | None, prompts: list[CalibrationPrompt]) -> Path:
     shutil.copytree(engine, output)
     manifest = Manifest.read(engine)
     target = registry.get(manifest.target)

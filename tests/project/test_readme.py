@@ -227,7 +227,7 @@ def test_generated_parts_are_those_of_the_results(path: Path) -> None:
     assert path.read_text(encoding="utf-8") == tables.generated()[path], "run: python -m benchmarks report"
 
 
-def test_documented_json_of_engine_commands(demo_engine: Path) -> None:
+def test_documented_json_of_engine_commands(demo_engine: Path, tmp_path: Path) -> None:
     image = ROOT / "qwen3vl_export" / "demo" / "images" / TRUTHS[0]["file"]
     answer = json.loads(call(["qwen3vl", "run", str(demo_engine), "Read", "--image", str(image), "--json"], ROOT))
     assert list(answer) == documented_fields("`qwen3vl run`")
@@ -236,6 +236,9 @@ def test_documented_json_of_engine_commands(demo_engine: Path) -> None:
     assert list(json.loads(call([*loaded, "--json"], ROOT))) == documented_fields("`qwen3vl bench` with many requests")
     inspected = json.loads(call(["qwen3vl", "inspect", str(demo_engine), "--json"], ROOT))
     assert set(inspected) == set(documented_fields("`qwen3vl inspect`"))
+    to = ["--for", "triton", "--output", str(tmp_path)]
+    packaged = json.loads(call(["qwen3vl", "package", str(demo_engine), *to, "--json"], ROOT))
+    assert list(packaged) == documented_fields("`qwen3vl package`")
     listed = json.loads(call(["qwen3vl", "targets", "--model", "demo", "--json"], ROOT))
     assert list(listed) == documented_fields("`qwen3vl targets`")
     for row in listed["targets"]:

@@ -52,7 +52,7 @@ def typed_names(path: Path) -> dict[str, str]:
 def test_the_modules_are_all_of_the_package() -> None:
     names = {module_of(path).__name__ for path in FILES}
     parts = {f"components.{each}" for each in ("attention", "hardware", "memory", "routing")}
-    parts |= {f"integrations.{each}" for each in INTEGRATIONS}
+    parts |= {f"integrations.{each}" for each in (*INTEGRATIONS, "triton")}
     assert names == {"qwen3_vl", *(f"qwen3_vl.{each}" for each in ("config", "core", "utils", *parts))}
 
 

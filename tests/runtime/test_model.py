@@ -17,21 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import configs
 from qwen3vl_export.demo import IMAGES
 from runtime.chat import ChatTemplate
 from runtime.errors import CapacityError, EngineError, ImageError, UsageError
 from runtime.generation import PREFILL_CHUNK
 from runtime.generation_config import GenerationOptions
 from runtime.manifest import Manifest
-from runtime.memory import cache_bytes, machine_bytes, prefill_bytes, vision_bytes
+from runtime.memory import machine_bytes
+from runtime.memory_plan import Planner, Work
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
-from runtime.model_config import ModelConfig
 from runtime.scheduling.pieces import Pieces
 from runtime.scheduling.worker import Worker
 from runtime.stream import Stream
-from runtime.vision_inputs import VISION_PATCHES
 
 
 @pytest.fixture(scope="module")
@@ -338,15 +336,16 @@ def test_an_engine_that_is_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.portable
-def test_memory_is_estimated_before_work(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = Manifest.read(demo_engine).weight_bytes
-    with pytest.raises(CapacityError, match=r"weights 0\.01 GB, .*limit is 0\.00 GB") as caught:
+def test_memory_is_planned_before_work(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner.of(Manifest.read(demo_engine))
+    one = planner.plan(Work(512)).total_bytes
+    with pytest.raises(CapacityError, match=r"weights 0\.01 GB, .*libraries 0\.09 GB.*limit is 0\.00 GB") as caught:
         Qwen3VLModel.from_engine(demo_engine, max_memory=1000)
     assert caught.value.remedy == "use a smaller model, or raise max_memory if the machine has more"
     with pytest.raises(CapacityError, match="KV cache") as caught:
-        Qwen3VLModel.from_engine(demo_engine, max_memory=weights + 1000)
-    assert caught.value.remedy.startswith("lower max_context, or raise max_memory")
-    model = Qwen3VLModel.from_engine(demo_engine, max_memory=weights + 20_000_000, max_context=512)
+        Qwen3VLModel.from_engine(demo_engine, max_memory=one, max_context=4096)
+    assert caught.value.remedy.startswith("lower max_context, or max_sequences, or raise max_memory")
+    model = Qwen3VLModel.from_engine(demo_engine, max_memory=one, max_context=512)
     monkeypatch.setattr(model.session, "vision", None)  # would fail if it were reached
     with pytest.raises(CapacityError, match="vision") as caught:
         model.generate(user_message("Hi", [np.zeros((600, 600, 3), np.uint8)]), max_new_tokens=1)
@@ -355,30 +354,13 @@ def test_memory_is_estimated_before_work(demo_engine: Path, monkeypatch: pytest.
 
 
 @pytest.mark.portable
-def test_estimates_cover_what_was_measured() -> None:
-    """Growth of the peak resident memory of the 2B engine; see runtime/memory.py."""
-    config = ModelConfig.from_hf({"model_type": "qwen3_vl", **configs.load("models/qwen3-vl-2b")})
-    measured = {784: 0.102e9, 3072: 0.376e9, 12288: 1.480e9}
-    estimates = [vision_bytes(config, [patches]) for patches in measured] + [prefill_bytes(config, 3512)]
-    for found, estimate in zip([*measured.values(), 0.196e9], estimates, strict=True):
-        assert found <= estimate <= 1.15 * found
-    # Images share a workspace up to the patches of a call; a further one costs its pixels and rows.
-    assert vision_bytes(config, [784, 784]) == 2 * vision_bytes(config, [784])
-    full = [VISION_PATCHES // 2] * 2
-    assert vision_bytes(config, [*full, 784]) - vision_bytes(config, full) == 4 * 784 * (1536 + 2 * 4 * 2048 // 4)
-
-
-@pytest.mark.portable
 def test_the_logits_of_a_long_prompt_count(demo_engine: Path) -> None:
     one = {"max_sequences": 1, "kept_sequences": 0, "vision_cache_bytes": 0, "max_context": 256}
     model = Qwen3VLModel.from_engine(demo_engine, **one)
     num_tokens = len(model.logits("Hi"))
-    cache = cache_bytes(model.config, model.manifest.capabilities, 256)
-    whole = model.manifest.weight_bytes + cache + prefill_bytes(model.config, 256)
-    whole += 2 * 4 * num_tokens * model.config.text.vocab_size
-    model.max_memory = whole
+    model.max_memory = Planner.of(model.manifest).plan(Work(256, chunk=512, logits_of=num_tokens)).total_bytes
     assert len(model.logits("Hi")) == num_tokens
-    model.max_memory = whole - 1
+    model.max_memory -= 1
     with pytest.raises(CapacityError, match="logits"):
         model.logits("Hi")
 

@@ -135,3 +135,16 @@ def test_a_process_of_one_core_opens_an_engine_with_one_thread(demo_engine: Path
         "print(model.session._decoder.get_session_options().intra_op_num_threads)"
     )
     assert run(code, tmp_path).stdout.split() == ["1"]
+
+
+@pytest.mark.parametrize(("before", "index", "after"), [(None, 1, "1"), ("", 0, "0"), ("2, 5", 1, "5"), ("2,5", 2, "")])
+def test_one_gpu_of_those_that_are_visible(
+    before: str | None, index: int, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    settings.show_one_gpu(index)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == after

@@ -26,7 +26,7 @@ class EngineDriver(Driver):
 
     def __init__(self, folder: Path, threads: int, mode: str, huge_pages: bool = False) -> None:
         self._folder = folder
-        self._model = Qwen3VLModel.from_engine(folder, threads=threads, huge_pages=huge_pages)
+        self._model = Qwen3VLModel.from_engine(folder, threads=threads, huge_pages=huge_pages, tuned=False)
         self._no_visual = no_visual_embeds(self._model.config)
 
     def vision(self, height: int, width: int) -> Call:

@@ -9,9 +9,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
-
 from runtime.errors import EngineError, OverloadError, Qwen3VLError
 from runtime.server.batch.lines import Line
 from runtime.server.chat import complete_chat
@@ -20,7 +17,7 @@ from runtime.server.engines import Engines, Served
 from runtime.server.errors import SERVER, ApiError, api_error
 from runtime.server.protocol.chat import ChatRequest
 from runtime.server.protocol.completions import CompletionRequest
-from runtime.server.validation import validation_error
+from runtime.server.validation import checked_chat, checked_completion
 from runtime.shown import shown
 
 _LOGGER = logging.getLogger(__name__)
@@ -96,10 +93,7 @@ async def _body(engines: Engines, values: dict[str, Any]) -> dict[str, Any]:
         raise ApiError(405, message, param="method", code="invalid_method")
     if not isinstance(body, dict):
         raise ApiError(400, f"body is {shown(body)}. Remedy: pass an object", param="body", code="invalid_body")
-    try:
-        asked = ChatRequest.model_validate(body) if url == CHAT else CompletionRequest.model_validate(body)
-    except ValidationError as error:
-        raise validation_error(RequestValidationError(error.errors())) from error
+    asked = checked_chat(body) if url == CHAT else checked_completion(body)
     if asked.stream:
         message = "a batch writes whole answers. Remedy: leave stream out"
         raise ApiError(400, message, param="stream", code="invalid_stream")

@@ -41,6 +41,7 @@ class ChatRequest(AnswerBody):
     min_frames: int | None = None
     max_frames: int | None = None
     max_visual_tokens: int | None = Field(None, description="Shrink the largest images and videos to this sum.")
+    visual_token_share: float | None = Field(None, description="Keep this share of the visual tokens: approximate.")
     max_thinking_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     boxes: bool | None = Field(None, description="Add boxes and points of the answer in pixels of the pictures.")

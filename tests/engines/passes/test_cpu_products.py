@@ -359,7 +359,7 @@ def test_the_decoder_of_experts_keeps_experts_and_router(demo_moe_bundle: Bundle
 def test_a_cache_of_another_type(bits: int, demo_bundle: Bundle) -> None:
     model, text = lowered(demo_bundle, DECODER, own("ort-cpu-int4")), demo_bundle.config.text
     scales = RNG.uniform(0.1, 1, (text.num_layers, 2, text.num_kv_heads, text.head_dim)).astype(np.float32)
-    assert SetCacheTypePass(bits, None if bits == 16 else scales)(model).modified
+    assert SetCacheTypePass([bits] * text.num_layers, None if bits == 16 else scales)(model).modified
     suffix, dtype, row = {
         16: ("Float16", ir.DataType.FLOAT16, text.head_dim),
         8: ("Int8", ir.DataType.INT8, text.head_dim),
@@ -375,7 +375,7 @@ def test_a_cache_of_another_type(bits: int, demo_bundle: Bundle) -> None:
     assert len(caches) == 4 * text.num_layers
     assert {(each.dtype, each.shape[-1]) for each in caches} == {(dtype, row)}
     assert f"DecodeAttention{suffix}" in kernels_of(model)
-    assert not SetCacheTypePass(16)(lowered(demo_bundle, VISION, own("ort-cpu-int4"))).modified
+    assert not SetCacheTypePass([16])(lowered(demo_bundle, VISION, own("ort-cpu-int4"))).modified
 
 
 class WholeGraph:
@@ -419,8 +419,8 @@ def test_the_decoder_computes_what_it_computed_before(bits: int, demo_bundle: Bu
     model = lowered(demo_bundle, DECODER, own("ort-cpu-int8"))
     dtype = {32: "float32", 16: "float16", 8: "int8"}[bits]
     if bits < 32:
-        shape = whole.text.num_layers, 2, whole.text.num_kv_heads, whole.text.head_dim
-        SetCacheTypePass(bits, np.full(shape, 0.1, np.float32) if bits == 8 else None)(model)
+        shape = (whole.text.num_layers, 2, whole.text.num_kv_heads, whole.text.head_dim)
+        SetCacheTypePass([bits] * shape[0], np.full(shape, 0.1, np.float32) if bits == 8 else None)(model)
     write_model(model, tmp_path / "own.onnx", with_weights=True)
     portable = lower(demo_bundle.graphs[DECODER].clone(), without_kernels(), demo_bundle.config, ())
     write_model(portable, tmp_path / "float.onnx", with_weights=True)

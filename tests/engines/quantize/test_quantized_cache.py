@@ -16,12 +16,15 @@ from engines.bundle import Bundle
 from engines.passes.quantize_cache import QuantizeCachePass
 from engines.quantize.cache_ranges import MARGINS, cache_ranges, scales_of
 from engines.quantize.calibration_data import read_prompts
+from helpers.calibration import write_canvases
 from helpers.command_line import call
 from helpers.engines import build, requantized
 from qwen3vl_export.cli import export, run
-from qwen3vl_export.demo.data import canvas_at, example_of, held_out
+from qwen3vl_export.demo.data import held_out
+from qwen3vl_export.parity.limits import wider_limits
 from qwen3vl_export.parity.metrics import kl_divergence
-from qwen3vl_export.parity.verify import verify, wider_limits
+from qwen3vl_export.parity.verify import verify
+from runtime.cache_types import CacheType
 from runtime.contract import DecoderInputs
 from runtime.errors import UsageError
 from runtime.generation import prefill
@@ -88,10 +91,10 @@ def test_codes_and_attention_are_those_of_numpy(bits: int, num_new: int, lengths
     batch, largest = len(lengths), 2 ** (bits - 1) - 1
     scales = (rng.uniform(0.5, 2, (1, 2, KV_HEADS, HEAD_DIM)) / largest).astype(np.float32)
     model = attention(num_new, batch)
-    QuantizeCachePass(bits, scales)(model)
+    QuantizeCachePass([bits], scales)(model)
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     dtype, row = {8: ("int8", HEAD_DIM), 4: ("uint8", HEAD_DIM // 2)}[bits]
-    cache = OrtKVCache(1, (batch, KV_HEADS, CAPACITY, row), dtype, scales)
+    cache = OrtKVCache([CacheType(dtype, bits)], (batch, KV_HEADS, CAPACITY, HEAD_DIM), scales)
     fill(cache, [rng.integers(0, 256, (batch, KV_HEADS, CAPACITY, row)).astype(np.uint8).view(dtype) for _ in "kv"])
     before = cache.layer(0)
     assert before[0].shape == (batch, KV_HEADS, CAPACITY, HEAD_DIM) and before[0].dtype == np.float32
@@ -136,15 +139,7 @@ def test_margins_and_channels_that_were_always_zero() -> None:
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of conversations about canvases that are not held out."""
-    folder = tmp_path_factory.mktemp("calibration")
-    lines = []
-    for i in range(NUM_PROMPTS):
-        example = example_of(i, canvas_at(4321, i, "train"))
-        question, answer = list(example.tasks.values())[i % 4]
-        example.image.save(folder / f"{i}.png")
-        lines.append(json.dumps([*user_message(question, [f"{i}.png"]), {"role": "assistant", "content": answer}]))
-    (folder / "canvases.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_canvases(tmp_path_factory.mktemp("calibration"), NUM_PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +179,11 @@ def test_the_command_makes_such_an_engine(calibration: Path, engine_of_bits: dic
     ("arguments", "message", "remedy"),
     [
         (("--kv-cache", "int8"), "--kv-cache int8 needs prompts", "add --calibration DIR"),
-        (("--kv-cache", "fp8"), "--kv-cache fp8: unknown", "the kinds are float16, int8, int4"),
+        (("--kv-cache", "fp8"), "--kv-cache fp8: unknown", "the kinds are float16, int8, int4, mixed"),
+        (("--kv-cache", "mixed"), "--kv-cache mixed needs prompts", "add --calibration DIR"),
+        (("--kv-cache", "int8", "--kv-cache-ratio", "0.4"), "--kv-cache int8 is one", "or give --kv-cache mixed"),
+        (("--kv-cache-ratio", "0.4"), "--kv-cache-ratio is of --kv-cache mixed", "leave it out"),
+        (("--kv-cache", "mixed", "--kv-cache-ratio", "0.2"), "must be in [0.25, 1]", "leave it out for 0.4"),
         (("--kv-cache", "int4", "--no-weights"), "--kv-cache has to run the engine", "leave --kv-cache out"),
     ],
 )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from runtime.errors import CapacityError, UsageError
 from runtime.manifest import Manifest
-from runtime.memory import CACHE, EMBEDS, PREFILL, cache_bytes, prefill_bytes
+from runtime.memory import CACHE, EMBEDS, PREFILL, cache_bytes
+from runtime.memory_plan import Planner, Work
 from runtime.model import Qwen3VLModel
-from runtime.scheduling.plan import DEFAULT_EMBEDS_BYTES, held_bytes, plan_limits
+from runtime.scheduling.plan import DEFAULT_EMBEDS_BYTES, plan_limits, work_of
+from runtime.scheduling.request import Limits
 from runtime.serving_options import ServingOptions
 
 CONTEXT = 1000
@@ -24,6 +27,14 @@ def manifest(demo_engine: Path) -> Manifest:
 
 def slot_bytes(manifest: Manifest) -> int:
     return cache_bytes(manifest.model, manifest.capabilities, CONTEXT)
+
+
+def held_bytes(manifest: Manifest, limits: Limits) -> Mapping[str, int]:
+    return Planner.of(manifest).plan(work_of(limits)).parts
+
+
+def prefill_bytes(manifest: Manifest, context: int, chunk: int) -> int:
+    return Planner.of(manifest).workspaces(Work(context, chunk=chunk))[0]
 
 
 def test_defaults_with_memory_to_spare(manifest: Manifest) -> None:
@@ -133,7 +144,7 @@ def test_chunks_are_long_on_a_gpu_whose_memory_allows_it(
 ) -> None:
     context = 1 << 14
     on_gpu = dataclasses.replace(manifest, capabilities={**manifest.capabilities, "device": "gpu"})
-    usual, longer = (prefill_bytes(manifest.model, context, tokens) for tokens in (512, 2304))
+    usual, longer = (prefill_bytes(on_gpu, context, tokens) for tokens in (512, 2304))
     needed = 8 * (longer - usual)
     room = None if room_parts is None else int(room_parts * needed)
     limits = plan_limits(on_gpu, ServingOptions(), context, room)
@@ -142,7 +153,7 @@ def test_chunks_are_long_on_a_gpu_whose_memory_allows_it(
     if room:
         held = held_bytes(on_gpu, limits)
         assert held[CACHE] + held[EMBEDS] + held[PREFILL] - usual <= room
-        assert held[PREFILL] == prefill_bytes(manifest.model, context, chunks[1])
+        assert held[PREFILL] == prefill_bytes(on_gpu, context, chunks[1])
     on_cpu = plan_limits(manifest, ServingOptions(), context, room)
     assert (on_cpu.prefill_chunk, on_cpu.last_chunk) == (512, 512)
     built = dataclasses.replace(on_gpu, capabilities={**on_gpu.capabilities, "prefill_chunk": 256})
@@ -155,6 +166,6 @@ def test_chunks_take_what_is_left_and_nothing_that_was_asked_for(manifest: Manif
     num_slots = 10_000  # of which an eighth is much more than long chunks need
     options = ServingOptions(num_slots - 1, 0, vision_cache_bytes=0)
     room = num_slots * slot_bytes(manifest)
-    longer = prefill_bytes(manifest.model, CONTEXT, 2304) - prefill_bytes(manifest.model, CONTEXT)
+    longer = prefill_bytes(on_gpu, CONTEXT, 2304) - prefill_bytes(on_gpu, CONTEXT, 512)
     assert plan_limits(on_gpu, options, CONTEXT, room - slot_bytes(manifest)).prefill_chunk == 512
     assert plan_limits(on_gpu, options, CONTEXT, room + longer).prefill_chunk == 2048

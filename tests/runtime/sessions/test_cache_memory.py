@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
+from runtime.cache_types import CacheType
 from runtime.sessions.ort_cpu import OrtKVCache
+
+FLOAT = CacheType("float32", 32)
 
 
 def resident_bytes() -> int:
@@ -17,7 +20,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_few_rows_commit_little_memory() -> None:
-    cache = OrtKVCache(2, (2, 8, 8192, 128), "float32")
+    cache = OrtKVCache([FLOAT] * 2, (2, 8, 8192, 128))
     assert cache.num_bytes == 4 * 2 * 8 * 8192 * 128 * 4
     before = resident_bytes()
     cache.copy_rows(0, 1, 16)
@@ -31,4 +34,4 @@ def test_few_rows_commit_little_memory() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems may promise any memory")
 def test_more_than_there_are_addresses_is_a_lack_of_memory() -> None:
     with pytest.raises(MemoryError):
-        OrtKVCache(1, (1, 1, 1 << 40, 128), "float32")
+        OrtKVCache([FLOAT], (1, 1, 1 << 40, 128))

@@ -25,6 +25,7 @@ from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import load
 from qwen3vl_export.modeling import rotary_frequencies, rotary_table
 from qwen3vl_export.ops.rotary import rotate
+from runtime.cache_types import CacheType
 from runtime.device_buffers import Staging
 from runtime.device_cache import DeviceKVCache
 from runtime.manifest import Manifest
@@ -64,12 +65,11 @@ def host_cache(dtype: str) -> DeviceKVCache:
 
 
 SCALES = np.random.default_rng(2).uniform(0.02, 0.03, (LAYERS, 2, SHAPE[1], SHAPE[3])).astype(np.float32)
-PACKED = (*SHAPE[:3], SHAPE[3] // 2)
 CACHES: dict[str, tuple[Callable[[], Any], float]] = {
-    "float32": (lambda: OrtKVCache(LAYERS, SHAPE, "float32"), 0),
-    "float16 of the CPU": (lambda: OrtKVCache(LAYERS, SHAPE, "float16"), 2e-3),
-    "int8": (lambda: OrtKVCache(LAYERS, SHAPE, "int8", SCALES), 0.015),
-    "int4": (lambda: OrtKVCache(LAYERS, PACKED, "uint8", SCALES * 16), 0.24),
+    "float32": (lambda: OrtKVCache([CacheType("float32", 32)] * LAYERS, SHAPE), 0),
+    "float16 of the CPU": (lambda: OrtKVCache([CacheType("float16", 16)] * LAYERS, SHAPE), 2e-3),
+    "int8": (lambda: OrtKVCache([CacheType("int8", 8)] * LAYERS, SHAPE, SCALES), 0.015),
+    "int4": (lambda: OrtKVCache([CacheType("uint8", 4)] * LAYERS, SHAPE, SCALES * 16), 0.24),
     "float16": (lambda: host_cache("float16"), 2e-3),
     "bfloat16": (lambda: host_cache("bfloat16"), 8e-3),
 }

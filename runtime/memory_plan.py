@@ -1,0 +1,304 @@
+"""One plan of the memory that an engine takes, part by part, before anything is opened.
+
+What a CPU engine takes of ONNX Runtime's arena follows from the buffers of its operators (`runtime.workspaces`) by the
+arena's rules (`runtime.arena`). On a GPU, weights and KV cache are exact; its workspaces are those of float32 on the
+CPU, an upper bound that was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import configs
+from runtime.arena import Arena
+from runtime.generation import PREFILL_CHUNK
+from runtime.machine import default_threads, l2_cache_bytes
+from runtime.manifest import Manifest
+from runtime.memory import (
+    CACHE,
+    EMBEDS,
+    LIBRARIES,
+    LOGITS,
+    PREFILL,
+    STAGING,
+    STAGING_ROW_BYTES,
+    VISION,
+    WEIGHTS,
+    cache_bytes,
+    logits_bytes,
+)
+from runtime.model_config import ModelConfig
+from runtime.vision_inputs import PIXELS, VISION_PATCHES
+from runtime.workspaces.decoder import PrefillCall, decode_stages
+from runtime.workspaces.kernels import FLOAT_BYTES, Kernels
+from runtime.workspaces.vision import VisionCall
+
+PARTS = (WEIGHTS, CACHE, STAGING, PREFILL, VISION, LOGITS, EMBEDS, LIBRARIES)
+"""Parts of every plan, in the order in which they are shown."""
+DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH = "decoder", "prefill", "vision"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine is to hold and to run at once.
+
+    Attributes:
+        context: Tokens of a sequence, prompt and answer together; of an engine with a fixed capacity, no more than it.
+        sequences: How many run.
+        kept: How many more slots the KV cache has.
+        images: Patches of each image, or of each temporal patch of a video, of one prompt.
+        prompts_with_images: How many of the prompts have such images; None for all.
+        chunk: Most new tokens of a call.
+        embeds_bytes: Most bytes of embeddings that are kept for images that come again.
+        logits_of: Tokens of a prompt whose logits are all asked for.
+        is_text_only: No prompt ever has images, so that weights of the vision tower that are mapped are never read.
+    """
+
+    context: int
+    sequences: int = 1
+    kept: int = 0
+    images: tuple[int, ...] = ()
+    prompts_with_images: int | None = None
+    chunk: int = PREFILL_CHUNK
+    embeds_bytes: int = 0
+    logits_of: int = 0
+    is_text_only: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The bytes of each part, at the peak.
+
+    Attributes:
+        parts: By the names of `PARTS`.
+        mapped_bytes: How many of them are pages of files: they count in the resident memory, and the system may drop
+            and read them again.
+    """
+
+    parts: Mapping[str, int]
+    mapped_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All parts: the resident memory of a process on a CPU, else memory of the GPU."""
+        return sum(self.parts.values())
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """What cannot be dropped."""
+        return self.total_bytes - self.mapped_bytes
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of an engine before it is opened, or built.
+
+    Attributes:
+        model: Its shape.
+        capabilities: Those of its manifest, or of its target.
+        weight_bytes: Bytes of the weights of each graph.
+        workspace_bytes: What a call of the decoder takes on a GPU beside activations.
+    """
+
+    model: ModelConfig
+    capabilities: Mapping[str, Any]
+    weight_bytes: Mapping[str, int]
+    workspace_bytes: int = 0
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Facts:
+        """Return those of an engine folder: a weight file has the name of its graph, or begins with it.
+
+        Of engines that work together (`runtime.route`) the names have a folder before that.
+        """
+        graphs: dict[str, int] = {}
+        for name, record in manifest.files.items():
+            if record.is_weights:
+                graph = name.rpartition("/")[2].partition(".")[0]
+                graphs[graph] = graphs.get(graph, 0) + record.num_bytes
+        return cls(manifest.model, manifest.capabilities, graphs)
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether it takes the memory of a GPU."""
+        return bool(self.capabilities.get("device", "cpu") == "gpu")
+
+    @property
+    def max_batch(self) -> int | None:
+        """Sequences that it was built for; None for any number."""
+        found = self.capabilities.get("max_batch")
+        return None if found is None else int(found)
+
+    @property
+    def chunk(self) -> int:
+        """Most new tokens of a call: those that it was built for, or the usual ones."""
+        return int(self.capabilities.get("prefill_chunk", PREFILL_CHUNK))
+
+
+class Planner:
+    """Makes plans of one engine; what a call of the vision tower or of the decoder takes is computed once for a size.
+
+    Args:
+        facts: The engine.
+        threads: Its threads; by default as many as it takes by itself.
+
+    Attributes:
+        facts: As given.
+        kernels: What it computes with.
+    """
+
+    def __init__(self, facts: Facts, threads: int | None = None) -> None:
+        self.facts = facts
+        self.kernels = Kernels.of(facts.capabilities, threads or default_threads(), l2_cache_bytes())
+        self._numbers = configs.load("memory")
+        self._calls: dict[tuple[Any, ...], tuple[int, int]] = {}
+
+    @classmethod
+    def of(cls, manifest: Manifest, threads: int | None = None) -> Planner:
+        """Return that of an engine folder."""
+        return cls(Facts.of(manifest), threads)
+
+    def plan(self, work: Work) -> MemoryPlan:
+        """Return what the work takes at its peak."""
+        facts, config = self.facts, self.facts.model
+        capacity = self.capacity(work.context)
+        resident, mapped = self._weights(work)
+        prefill, vision = self.workspaces(work)
+        libraries, mapped_libraries = self._libraries()
+        parts = {
+            WEIGHTS: resident,
+            CACHE: (work.sequences + work.kept) * cache_bytes(config, facts.capabilities, capacity),
+            STAGING: capacity * int(facts.capabilities.get(STAGING_ROW_BYTES, 0)),
+            PREFILL: prefill,
+            VISION: vision,
+            LOGITS: logits_bytes(config, work.logits_of),
+            EMBEDS: work.embeds_bytes,
+            LIBRARIES: libraries,
+        }
+        return MemoryPlan(parts, mapped + mapped_libraries)
+
+    def capacity(self, context: int) -> int:
+        """Return the rows of a slot: those asked for, or those that the engine was built with."""
+        return int(self.facts.capabilities.get("capacity", context))
+
+    def workspaces(self, work: Work) -> tuple[int, int]:
+        """Return what prompts and steps take beside the vision tower, and what the tower takes: both at once.
+
+        On a CPU, calls that follow each other share an arena. With several sequences, images of one are encoded while
+        others decode, so that they share nothing.
+        """
+        images = tuple(sorted(work.images, reverse=True))
+        prompts = work.sequences if work.prompts_with_images is None else work.prompts_with_images
+        tokens = min(work.context, self.capacity(work.context))
+        shares = work.sequences == 1 and not self.facts.is_on_gpu
+        sizes = tokens, min(work.chunk, tokens), work.sequences
+        prefill, vision = self._call(images if shares else (), 1, *sizes)
+        if images and not shares:
+            vision = self._call(images, prompts, 0, 0, 0)[1]
+        if images:
+            vision += self._pixel_bytes(images, prompts)
+        return prefill + self.facts.workspace_bytes, vision
+
+    def _call(self, images: tuple[int, ...], prompts: int, tokens: int, chunk: int, sequences: int) -> tuple[int, int]:
+        """Return what prompts take beyond images, and what images take, of the arena and beside it."""
+        key = images, prompts, tokens, chunk, sequences
+        if key not in self._calls:
+            self._calls[key] = self._simulated(*key)
+        return self._calls[key]
+
+    def _simulated(
+        self, images: tuple[int, ...], prompts: int, tokens: int, chunk: int, sequences: int
+    ) -> tuple[int, int]:
+        config, kernels = self.facts.model, self.kernels
+        arena, beside, plans = Arena(), 0, not kernels.is_own
+        for patches in dict.fromkeys(images):
+            call = VisionCall(config, _in_a_call(patches, images.count(patches), prompts), patches, kernels)
+            arena.run(call.stages(), shares=plans, keeps=("levels",))
+            beside = max(beside, call.heap_bytes())
+        vision = arena.num_bytes + beside
+        if tokens:
+            for size, past in _chunks(tokens, chunk):
+                arena.run(PrefillCall(config, size, past, kernels).stages(), shares=plans)
+            arena.run(decode_stages(config, sequences))
+            heap = PrefillCall(config, chunk, 0, kernels).heap_bytes()
+            return arena.num_bytes + beside + heap - vision, vision
+        return 0, vision
+
+    def _pixel_bytes(self, images: tuple[int, ...], prompts: int) -> int:
+        """Return what images take on their way: pictures and pixels of all prompts, and the embeddings of several."""
+        config, vision = self.facts.model, self.facts.model.vision
+        element = 1 if self.facts.capabilities.get(PIXELS) else FLOAT_BYTES
+        picture = vision.in_channels * vision.patch_size**2
+        rows = sum(images) // vision.patches_per_token * config.num_visual_levels * config.text.hidden_size
+        # The embeddings of one image stay where the tower left them; of several there are copies, and the whole.
+        copies = 2 * prompts if len(images) > 1 else prompts - 1
+        calls = {patches: _in_a_call(patches, images.count(patches), prompts) for patches in images}
+        joined = max((together for patches, together in calls.items() if together > patches), default=0)
+        pixels = element * vision.patch_elements * (sum(images) * prompts + joined)
+        return picture * sum(images) * prompts + pixels + FLOAT_BYTES * rows * copies
+
+    def _weights(self, work: Work) -> tuple[int, int]:
+        """Return what the weights take, and how much of it is mapped from their files."""
+        facts, config = self.facts, self.facts.model
+        total = sum(facts.weight_bytes.values())
+        if facts.is_on_gpu:
+            return total, 0
+        decoder = facts.weight_bytes.get(DECODER_GRAPH, 0)
+        if self.kernels.is_own:  # ONNX Runtime packs the experts alone
+            total -= facts.weight_bytes.get(VISION_GRAPH, 0) if work.is_text_only else 0
+            return total, total - int(decoder * _share_of_experts(config))
+        table = config.text.vocab_size * config.text.hidden_size
+        places = FLOAT_BYTES * config.vision.num_position_embeddings * config.vision.hidden_size
+        if not self.kernels.is_quantised:  # packed for products; where the head is the table, that is read as well
+            tied = FLOAT_BYTES * table if config.text.tie_word_embeddings else 0
+            return total + tied, tied + places + int(decoder * _share_of_experts(config))
+        packing = self._numbers["packing"]
+        code_bytes = decoder * packing["block"] // 2 // (packing["block"] // 2 + packing["scale_bytes"])
+        if self.facts.capabilities.get("precision") == "int8":
+            code_bytes = decoder * packing["block"] // (packing["block"] + packing["scale_bytes"])
+        scales = decoder - code_bytes
+        packed = decoder + scales * packing["sum_bytes"] // packing["scale_bytes"]
+        return total - decoder + packed + scales, scales + places
+
+    def _libraries(self) -> tuple[int, int]:
+        """Return what libraries take, and how much of it is mapped from files."""
+        numbers, text = self._numbers["libraries"], self.facts.model.text
+        if self.facts.is_on_gpu:
+            return int(self._numbers["gpu"]["library_bytes"]), 0
+        kept = 0
+        if self.kernels.is_quantised and not self.kernels.is_own:
+            # While it opens, scales and sums of the largest weight are computed in memory that stays in the heap.
+            kept = 2 * FLOAT_BYTES * text.vocab_size * text.hidden_size // int(self._numbers["packing"]["block"])
+        anonymous, mapped = int(numbers["anonymous_bytes"]) + kept, int(numbers["mapped_bytes"])
+        return anonymous + mapped, mapped
+
+
+def _in_a_call(patches: int, images: int, prompts: int) -> int:
+    """Return the most patches of a call of the vision tower: of segments of one size that are there together.
+
+    Of several prompts, the first is at work when the others come.
+    """
+    most = images if prompts == 1 else max(images, images * prompts - 1)
+    return max(patches, min(most * patches, VISION_PATCHES))
+
+
+def _chunks(tokens: int, chunk: int) -> Iterable[tuple[int, int]]:
+    """Return the calls of a prompt that tell, as new tokens and past: the first, and the last that is as long."""
+    return [(chunk, 0), (chunk, tokens - chunk)] if tokens > chunk else [(chunk, 0)]
+
+
+def _share_of_experts(config: ModelConfig) -> float:
+    """Return which part of the decoder's parameters are experts."""
+    text = config.text
+    attention = 2 * text.hidden_size * (text.num_heads + text.num_kv_heads) * text.head_dim
+    rest, mixed = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2), 0
+    for layer in range(text.num_layers):
+        experts = text.experts_of(layer)
+        rest += attention
+        if experts is None:
+            rest += 3 * text.hidden_size * text.intermediate_size
+        else:
+            mixed += 3 * text.hidden_size * experts.intermediate_size * experts.num_experts
+    return mixed / (mixed + rest)

@@ -1,0 +1,1 @@
+"""Fewer visual tokens before the decoder: how many of a segment stay in the prompt, and which."""
