@@ -145,9 +145,7 @@ class EngineOptions:
         Raises:
             UsageError: An option is of the wrong type or out of range.
         """
-        sliding, max_context = _checked_lengths(manifest, window, sink_tokens, max_context)
-        if sliding is not None and serving.get("max_queue_tokens") is None:
-            serving["max_queue_tokens"] = MAX_TOKENS
+        sliding, max_context, serving = _checked_lengths(manifest, window, sink_tokens, max_context, serving)
         if threads is not None:
             most = MAX_THREADS_PER_CORE * available_cores()
             expected = f"1 to {most}, {MAX_THREADS_PER_CORE} for each core"
@@ -176,8 +174,9 @@ class EngineOptions:
         check_kv_budget(checked.kv_budget, manifest.capabilities, max_context)
         if sliding is not None:
             sliding.check_alone(kv_budget=checked.kv_budget, visual_token_share=share, fit=fit or None)
-        fits = true_or_false("fit", fit)
-        return cls(max_context, max_memory, session, *limits, checked, tuning, fits, is_limited, sliding)
+        return cls(
+            max_context, max_memory, session, *limits, checked, tuning, true_or_false("fit", fit), is_limited, sliding
+        )
 
 
 def session_options(settings: Mapping[str, Any]) -> SessionOptions:
@@ -187,12 +186,15 @@ def session_options(settings: Mapping[str, Any]) -> SessionOptions:
 
 
 def _checked_lengths(
-    manifest: Manifest, window: Any, sink_tokens: Any, max_context: Any
-) -> tuple[SlidingWindow | None, int]:
-    """Return the sliding window, if there is one, and the most tokens of prompt and answer together."""
+    manifest: Manifest, window: Any, sink_tokens: Any, max_context: Any, serving: dict[str, Any]
+) -> tuple[SlidingWindow | None, int, dict[str, Any]]:
+    """Return the sliding window, if there is one, the most tokens of a sequence, and the options of serving."""
     capacity, trained = manifest.capabilities.get("capacity"), manifest.model.text.max_positions
     sliding = SlidingWindow.checked(window, sink_tokens, trained=trained, capacity=capacity, max_context=max_context)
-    return sliding, MAX_TOKENS if sliding else checked_max_context(max_context, trained, capacity)
+    if sliding is None:
+        return None, checked_max_context(max_context, trained, capacity), serving
+    most = serving.get("max_queue_tokens")
+    return sliding, MAX_TOKENS, {**serving, "max_queue_tokens": MAX_TOKENS if most is None else most}
 
 
 def checked_max_context(given: Any, trained: int, capacity: int | None = None) -> int:
