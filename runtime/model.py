@@ -251,7 +251,7 @@ class Qwen3VLModel:
             manifest,
             opened.session,
             opened.preparation,
-            opened.limits.max_context,
+            options.max_context if options.window else opened.limits.max_context,
             options.max_memory,
             limits=opened.limits,
             source=source,

@@ -294,6 +294,7 @@ def test_opened_by_its_options(demo_engine: Path) -> None:
         assert "window=64, sink_tokens=2" in repr(model)
         assert model.generate(SHORT, long_answer(model, 200)).finish_reason == "length"
         assert model.statistics()["cache_rows"] <= 64
+        assert model.generate(asked(LONG * 20), max_new_tokens=2).stats.prompt_tokens > 2 * 64
 
 
 def shifted(moved_keys: Callable[..., FloatArray], change: Callable[[int], int]) -> Callable[..., FloatArray]:
