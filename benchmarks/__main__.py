@@ -33,6 +33,7 @@ from benchmarks.synthetic import write
 from benchmarks.tune import tune
 from benchmarks.video import video
 from benchmarks.visual_tokens import visual_tokens
+from benchmarks.window import window
 from runtime.errors import Qwen3VLError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -62,6 +63,7 @@ _COMMANDS = (
     tune,
     video,
     visual_tokens,
+    window,
 )
 for command in _COMMANDS:
     app.command()(command)

@@ -35,6 +35,7 @@ from benchmarks import (
     status,
     tune,
     visual_tokens,
+    window,
 )
 from benchmarks.compare import chart, tables
 from benchmarks.result_files import RESULTS, kind, of_kind, page
@@ -63,6 +64,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "serving": serving_tables.table,
     "tune": tune.table,
     "visual": visual_tokens.table,
+    "window": window.table,
 }
 """What makes the table of a result, by its kind."""
 
@@ -107,6 +109,8 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
         blocks.append(("docs/accuracy.md", "lowered graphs", lowered.table(results["lowered"])))
     if "routes" in results:
         blocks.append(("docs/mixture_of_experts.md", "routes", routes.table(results["routes"])))
+    if "window" in results:
+        blocks.append(("docs/sliding_window.md", "window", window.table(results["window"])))
     for place, name, body in blocks:
         path = root / place
         files[path] = replace_block(files.get(path) or path.read_text(encoding="utf-8"), name, body)

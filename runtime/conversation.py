@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Unpack
 
@@ -21,12 +21,14 @@ from runtime.calls import Begin, Call, check_callback
 from runtime.errors import UsageError
 from runtime.generation_config import GenerationOptions
 from runtime.generation_keywords import RequestKeywords
+from runtime.image_processor import ProcessedImage
 from runtime.input_limits import answer_keywords
 from runtime.messages import Messages, asked_messages
 from runtime.piece import Piece
 from runtime.preparation import Prepared
 from runtime.raw_prompt import RawPrompt
 from runtime.scheduling.pieces import Pieces
+from runtime.sliding_window import SlidingWindow
 from runtime.stream import Stream
 
 
@@ -45,10 +47,18 @@ class Turn:
 
 @dataclass(eq=False)
 class _Asked:
-    """A turn that is not complete: what it asks, then also with processed images, and its stream."""
+    """A turn that is not complete: what it asks, then also with processed images, and its stream.
+
+    Attributes:
+        messages: As they were given.
+        shown: With processed images.
+        passed: Images of earlier turns that will not be run any more, by identity.
+        stream: Its stream.
+    """
 
     messages: Messages
     shown: Messages | None = None
+    passed: set[int] = field(default_factory=set)
     stream: weakref.ref[Stream] | None = None
 
     @property
@@ -63,21 +73,30 @@ class Conversation:
 
     A turn is part of the conversation once its answer was read to the end; one that fails, or whose stream is closed or
     dropped, leaves no trace. Images are read when they are shown, and kept as patches (24 bytes for each pixel after
-    resizing): a file may change or go away later. Methods may be called from any thread, but there is one turn at a
-    time; for several answers to one history, `fork` it.
+    resizing), until a sliding window has passed them for good: a file may change or go away later. Methods may be
+    called from any thread, but there is one turn at a time; for several answers to one history, `fork` it.
 
     Args:
         begin: Prepares and submits a prompt.
         options: Options of the answers.
         call: Tools and variables of the chat template.
         start: Messages before the first turn; none by default.
+        window: The engine's sliding window, if it has one.
     """
 
-    def __init__(self, begin: Begin, options: GenerationOptions, call: Call, start: Messages | None = None) -> None:
+    def __init__(
+        self,
+        begin: Begin,
+        options: GenerationOptions,
+        call: Call,
+        start: Messages | None = None,
+        window: SlidingWindow | None = None,
+    ) -> None:
         self._begin = begin
         self._options = options
         self._call = call
         self._start = Messages([], ()) if start is None else start
+        self._window = window
         self._lock = threading.Lock()
         self._turns: list[tuple[Messages, Generation]] = []
         self._asked: _Asked | None = None
@@ -208,7 +227,7 @@ class Conversation:
 
     def fork(self) -> Conversation:
         """Return another conversation with the same complete turns and options; neither knows of the other's next."""
-        other = type(self)(self._begin, self._options, self._call, self._start)
+        other = type(self)(self._begin, self._options, self._call, self._start, self._window)
         with self._lock:
             other._turns = list(self._turns)
         return other
@@ -240,6 +259,9 @@ class Conversation:
             assert isinstance(prepared.messages, Messages), "a conversation holds no raw prompt"
             turns, attachments = prepared.messages
             asked.shown = Messages(turns[len(history.turns) :], attachments[len(history.attachments) :])
+            if self._window is not None:
+                in_reach = self._window.in_reach(prepared.prompt)
+                asked.passed = {id(prepared.images[i]) for i in set(range(len(prepared.images))).difference(in_reach)}
 
         self._begin(history.then(asked.messages), options, call, pieces, on_prepared=show)
 
@@ -248,7 +270,25 @@ class Conversation:
             if self._asked is asked:  # not closed and followed by another in the meantime
                 assert asked.shown is not None, "it was begun"
                 self._asked = None
+                if self._window is not None:
+                    # That of all images of the prompt, turn after turn, would grow with the square of their number.
+                    newest = slice(-max(1, len(asked.shown.attachments)), None)
+                    sizes, sources = answer.image_sizes[newest], answer.sources[newest]
+                    answer = replace(answer, image_sizes=sizes, sources=sources)
                 self._turns.append((asked.shown, answer))
+                if asked.passed:
+                    self._turns = [(_without_pixels(each, asked.passed), answer) for each, answer in self._turns]
+
+
+def _without_pixels(messages: Messages, passed: set[int]) -> Messages:
+    """Return messages that hold no pixels of some images."""
+    attachments = tuple(
+        replace(each, source=each.source.without_patches())
+        if id(each.source) in passed and isinstance(each.source, ProcessedImage) and each.source.has_patches
+        else each
+        for each in messages.attachments
+    )
+    return Messages(messages.turns, attachments)
 
 
 def complete(generation: Generation | None) -> Generation:

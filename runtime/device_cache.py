@@ -102,6 +102,40 @@ class DeviceKVCache:
             self._copy(second, aside, piece_bytes)
         self._device.synchronize(self._staging.stream)
 
+    def move_rows(self, slot: int, source: int, target: int, num_rows: int) -> None:
+        """Move rows of a slot down; see `runtime.sliding_window.SlidingCache`."""
+        # Copies must not overlap, so no piece is longer than the way that it goes.
+        step = source - target
+        assert step > 0 and self._row_bytes(source + num_rows) >= 0
+        for start in range(0, num_rows, step):
+            piece_bytes = self._row_bytes(min(step, num_rows - start))
+            for address in self._addresses:
+                rows = self._slot(address, slot)
+                to, origin = (
+                    rows._replace(address=rows.address + self._row_bytes(first + start)) for first in (target, source)
+                )
+                self._copy(to, origin, piece_bytes)
+        self._device.synchronize(self._staging.stream)
+
+    def read_keys(self, slot: int, start: int, num_rows: int) -> FloatArray:
+        """Return keys of rows, float32 [layers, K, R, H]."""
+        if not num_rows:
+            return np.zeros((len(self._addresses) // 2, self.shape_BKTH[1], 0, self.shape_BKTH[3]), np.float32)
+        bits = self._rows(slot, start, num_rows).read()[::2]
+        return from_bfloat16(bits) if self.dtype == "bfloat16" else bits.view(np.float16).astype(np.float32)
+
+    def write_keys(self, slot: int, start: int, keys_LKRH: FloatArray) -> None:
+        """Write keys of rows from `start` on, rounded to the cache's type."""
+        if not keys_LKRH.size:
+            return
+        rows = self._rows(slot, start, keys_LKRH.shape[2])
+        bits = rows.read()
+        bits[::2] = to_bits(rounded_to_bfloat16(keys_LKRH) if self.dtype == "bfloat16" else keys_LKRH, self.dtype)
+        rows.write(bits)
+
+    def _rows(self, slot: int, start: int, num_rows: int) -> CacheRows:
+        return CacheRows(self._device, self._staging, self, slot, start, start + num_rows)
+
     def read_rows(self, slot: int, start: int, stop: int) -> list[NDArray[Any]]:
         """Return copies of rows of a slot; see `runtime.moved_rows.MovableCache`."""
         rows_NKRH = CacheRows(self._device, self._staging, self, slot, start, stop).read()
@@ -144,6 +178,12 @@ class DeviceKVCache:
 def from_bfloat16(values: NDArray[Any]) -> NDArray[np.float32]:
     """Return numbers of 16 bits as float32, whose upper half a bfloat16 is; numpy has no such type."""
     return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def rounded_to_bfloat16(values: FloatArray) -> FloatArray:
+    """Return the nearest numbers that a bfloat16 holds, ties to even, as float32."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return (bits + (0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
 
 
 def to_bits(values: FloatArray, dtype: str) -> NDArray[np.uint16]:

@@ -18,6 +18,7 @@ from runtime.route import RouteKeywords
 from runtime.scheduling.eviction import check_kv_budget
 from runtime.serving_options import ServingKeywords, ServingOptions
 from runtime.session import SessionOptions, is_on_gpu
+from runtime.sliding_window import MAX_TOKENS, SlidingWindow
 from runtime.tuning import Tuning, tuning_for
 
 DEFAULT_MAX_CONTEXT = 4096
@@ -61,7 +62,24 @@ class MemoryKeywords(TypedDict, total=False):
     fit: bool
 
 
-class OpeningKeywords(ServingKeywords, KernelKeywords, RouteKeywords, MemoryKeywords, PruningKeywords, total=False):
+class WindowKeywords(TypedDict, total=False):
+    """A sliding window over the KV cache, for chats without end (docs/sliding_window.md), as keyword arguments.
+
+    An approximation once the window is full: what was dropped, later tokens do not see.
+
+    Attributes:
+        window: Most tokens whose rows a sequence keeps: the first ones and the newest. It takes the place of
+            `max_context`.
+        sink_tokens: First tokens, which stay; 4 by default.
+    """
+
+    window: int | None
+    sink_tokens: int | None
+
+
+class OpeningKeywords(
+    ServingKeywords, KernelKeywords, RouteKeywords, MemoryKeywords, PruningKeywords, WindowKeywords, total=False
+):
     """What `Qwen3VLModel.from_engine` takes beside its own arguments.
 
     Attributes:
@@ -91,6 +109,12 @@ class EngineOptions:
     tuning: Tuning
     fit: bool = False
     is_limited: bool = True
+    window: SlidingWindow | None = None
+
+    @property
+    def slot_rows(self) -> int:
+        """Rows of the KV cache that a sequence may have."""
+        return self.max_context if self.window is None else self.window.tokens
 
     @classmethod
     def checked(
@@ -109,6 +133,8 @@ class EngineOptions:
         max_memory: Any = None,
         max_image_pixels: Any = None,
         legacy_video_prompt: Any = False,
+        window: Any = None,
+        sink_tokens: Any = None,
         fit: Any = False,
         tuned: Any = True,
         visual_token_share: Any = None,
@@ -119,8 +145,7 @@ class EngineOptions:
         Raises:
             UsageError: An option is of the wrong type or out of range.
         """
-        capacity = manifest.capabilities.get("capacity")
-        max_context = checked_max_context(max_context, manifest.model.text.max_positions, capacity)
+        sliding, max_context, serving = _checked_lengths(manifest, window, sink_tokens, max_context, serving)
         if threads is not None:
             most = MAX_THREADS_PER_CORE * available_cores()
             expected = f"1 to {most}, {MAX_THREADS_PER_CORE} for each core"
@@ -147,13 +172,29 @@ class EngineOptions:
         limits = min_pixels, max_pixels, max_image_pixels, is_legacy, share
         checked = ServingOptions.checked(**serving)
         check_kv_budget(checked.kv_budget, manifest.capabilities, max_context)
-        return cls(max_context, max_memory, session, *limits, checked, tuning, true_or_false("fit", fit), is_limited)
+        if sliding is not None:
+            sliding.check_alone(kv_budget=checked.kv_budget, visual_token_share=share, fit=fit or None)
+        return cls(
+            max_context, max_memory, session, *limits, checked, tuning, true_or_false("fit", fit), is_limited, sliding
+        )
 
 
 def session_options(settings: Mapping[str, Any]) -> SessionOptions:
     """Return the options of a session that some settings are; others are limits of the scheduler."""
     names = {field.name for field in fields(SessionOptions)}
     return SessionOptions(**{name: value for name, value in settings.items() if name in names})
+
+
+def _checked_lengths(
+    manifest: Manifest, window: Any, sink_tokens: Any, max_context: Any, serving: dict[str, Any]
+) -> tuple[SlidingWindow | None, int, dict[str, Any]]:
+    """Return the sliding window, if there is one, the most tokens of a sequence, and the options of serving."""
+    capacity, trained = manifest.capabilities.get("capacity"), manifest.model.text.max_positions
+    sliding = SlidingWindow.checked(window, sink_tokens, trained=trained, capacity=capacity, max_context=max_context)
+    if sliding is None:
+        return None, checked_max_context(max_context, trained, capacity), serving
+    most = serving.get("max_queue_tokens")
+    return sliding, MAX_TOKENS, {**serving, "max_queue_tokens": MAX_TOKENS if most is None else most}
 
 
 def checked_max_context(given: Any, trained: int, capacity: int | None = None) -> int:

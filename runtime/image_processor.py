@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -83,6 +83,15 @@ class ProcessedImage:
                 remedy="pass the image itself, or one of model.prepare(messages).inputs as it is",
             )
         return levels
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether its pixels are here; they are not after `without_patches`."""
+        return len(self.patches) > 0
+
+    def without_patches(self) -> ProcessedImage:
+        """Return what stands for the image in a prompt of which it is not run again, without its pixels."""
+        return replace(self, patches=self.patches[:0].copy())
 
     @property
     def merged_grid_thw(self) -> tuple[int, int, int]:

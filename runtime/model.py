@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -103,8 +102,7 @@ class Qwen3VLModel:
         self._source = source
         self.threads = threads
         self._fitted = fitted or {}
-        capacity = manifest.capabilities.get("capacity")
-        self._room = ContextRoom(max_context, preparation, sys.maxsize if capacity is None else int(capacity))
+        self._room = ContextRoom.of(manifest, preparation, max_context, limits)
         if limits is None:
             # Nothing is kept either: the weights of a torch model may be changed between two calls.
             one = ServingOptions(max_sequences=1, kept_sequences=0, prefix_cache=False, vision_cache_bytes=0)
@@ -121,7 +119,7 @@ class Qwen3VLModel:
             *([shown(self._source)] if self._source is not None else []),
             f"target={shown(self.manifest.target)}",
             f"model={shown(self.manifest.source.get('name'))}",
-            f"max_context={self.max_context}",
+            *self._room.shown(),
             *([f"threads={self.threads}"] if self.threads is not None else []),
             *([f"tuning={str(self.tuning)!r}"] if str(self.tuning) else []),
             *(["fit=True"] if self._fitted else []),
@@ -141,7 +139,7 @@ class Qwen3VLModel:
                 ("precision", str(capabilities.get("precision"))),
                 ("weights", f"{self.manifest.weight_bytes / 1e6:.1f} MB"),
                 ("layers", f"{model.vision.depth} of vision, {model.text.num_layers} of the decoder"),
-                ("context", f"{self.max_context} tokens"),
+                ("context", ", ".join(self._room.shown())),
                 ("at once", f"{self.limits.max_sequences} sequences"),
             ]
         )
@@ -253,7 +251,7 @@ class Qwen3VLModel:
             manifest,
             opened.session,
             opened.preparation,
-            opened.limits.max_context,
+            options.max_context if options.window else opened.limits.max_context,
             options.max_memory,
             limits=opened.limits,
             source=source,
@@ -475,7 +473,7 @@ class Qwen3VLModel:
             parallel_tool_calls=parallel_tool_calls,
             keywords=keywords,
         )
-        return Conversation(self._begin, self._chosen(options, keywords), call, start)
+        return Conversation(self._begin, self._chosen(options, keywords), call, start, self._room.window)
 
     def _chosen_for_all(
         self, options: GenerationOptions | Sequence[GenerationOptions] | None, keywords: Mapping[str, Any]
@@ -543,7 +541,7 @@ class Qwen3VLModel:
 
             prepared = self._prepare(messages, call, on_images, check)
             max_new_tokens = self._room.answer_tokens(prepared, options)
-            self._check_memory(prepared.images)
+            self._check_memory(self._room.images_in_reach(prepared))
             for note in self._room.notes(prepared, options, max_new_tokens):
                 _LOGGER.warning("%s", note)
             if on_prepared is not None:
@@ -590,6 +588,7 @@ class Qwen3VLModel:
         Opened with `visual_token_share`, an engine gives those of the tokens that stay in the prompt.
         """
         self._owner.check()
+        self._room.check_exact("logits")
         chunks: list[FloatArray] = []
         pieces = Pieces()
         try:
@@ -688,8 +687,7 @@ class Qwen3VLModel:
             on_images=on_images,
             check=check,
         )
-        if len(prepared.prompt.input_ids) > self.max_context:
-            raise self._room.too_long(prepared)
+        self._room.check(prepared)
         return prepared
 
     def encode_images(self, images: Sequence[ProcessedImage]) -> FloatArray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import DECODER_DTYPES
+from runtime.contract import DECODER_DTYPES, FloatArray
 from runtime.decode_step import StepBuffers
 from runtime.device_cache import DeviceKVCache
 from runtime.installation import from_extra
@@ -70,6 +70,18 @@ class OrtDeviceCache:
     def swap_rows(self, slot: int, other: int, num_rows: int) -> None:
         """Exchange the first rows of two slots."""
         self.buffers.cache.swap_rows(slot, other, num_rows)
+
+    def move_rows(self, slot: int, source: int, target: int, num_rows: int) -> None:
+        """Move rows of a slot down; see `runtime.sliding_window.SlidingCache`."""
+        self.buffers.cache.move_rows(slot, source, target, num_rows)
+
+    def read_keys(self, slot: int, start: int, num_rows: int) -> FloatArray:
+        """Return keys of rows, float32 [layers, K, R, H]."""
+        return self.buffers.cache.read_keys(slot, start, num_rows)
+
+    def write_keys(self, slot: int, start: int, keys_LKRH: FloatArray) -> None:
+        """Write keys of rows from `start` on, rounded to the cache's type."""
+        self.buffers.cache.write_keys(slot, start, keys_LKRH)
 
     def read_rows(self, slot: int, start: int, stop: int) -> list[NDArray[Any]]:
         """Return copies of rows of a slot; see `runtime.moved_rows.MovableCache`."""

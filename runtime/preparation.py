@@ -418,7 +418,7 @@ class Preparation:
             image.merge_size == self.config.vision.spatial_merge_size
             and isinstance(image.patches, np.ndarray)
             and image.patches.dtype in (np.float32, np.uint8)
-            and image.patches.shape == shape
+            and image.patches.shape in (shape, (0, shape[1]))  # the latter of one that was run before
             and isinstance(image.scale, PixelScale)
             and image.grid_thw[0] == 1
             and all(side > 0 and side % image.merge_size == 0 for side in image.grid_thw[1:])

@@ -51,6 +51,7 @@ class PromptBuilder:
         self._max_tokens = max_tokens
         self._check = check
         self._text = ""
+        self._num_visual_tokens = 0
         self.input_ids: list[int] = []
         self.spans: list[VisualSpan] = []
         self.images: list[ProcessedImage] = []
@@ -82,6 +83,7 @@ class PromptBuilder:
             self.images.append(insertion.image)
             self.spans.append(VisualSpan(len(self.input_ids), insertion.image.merged_grid_thw, stays))
             self.input_ids += [self._tokenizer.token_id(kind.token)] * self.spans[-1].num_tokens
+            self._num_visual_tokens += self.spans[-1].num_tokens
             self._text = insertion.after
 
     def finish(self) -> None:
@@ -95,7 +97,7 @@ class PromptBuilder:
 
     def _check_room(self) -> None:
         """Raise if no prompt with these segments and more can have so few tokens."""
-        num_tokens = sum(span.num_tokens for span in self.spans)
+        num_tokens = self._num_visual_tokens
         if self._max_tokens is not None and num_tokens >= _HOPELESS * self._max_tokens:
             raise CapacityError(
                 f"the first {len(self.images)} image(s) or temporal patches alone are {num_tokens} visual tokens: "

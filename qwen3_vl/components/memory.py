@@ -1,7 +1,7 @@
 """What an engine takes, planned before it is opened, and the KV caches of the sessions.
 
-`KVCache` is the protocol; of its forms, `OrtKVCache` needs the extra [cpu], `OrtDeviceCache` [cuda], `EagerCache`
-[export].
+`KVCache` is the protocol, and `SlidingCache` that of caches that serve a `SlidingWindow`. Of the forms, `OrtKVCache`
+needs the extra [cpu], `OrtDeviceCache` [cuda], `EagerCache` [export].
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from runtime.ort_cache import OrtDeviceCache
     from runtime.session import KVCache
     from runtime.sessions.ort_cpu import OrtKVCache
+    from runtime.sliding_window import SlidingCache, SlidingWindow
 
 __all__ = [
     "CacheType",
@@ -30,6 +31,8 @@ __all__ = [
     "OrtDeviceCache",
     "OrtKVCache",
     "Planner",
+    "SlidingCache",
+    "SlidingWindow",
     "Work",
     "cache_bytes",
     "cache_types",
@@ -46,6 +49,7 @@ _SOURCES = {
     "runtime.memory_plan": ["Facts", "MemoryPlan", "Planner", "Work"],
     "runtime.session": ["KVCache"],
     "runtime.sessions.ort_cpu": ["OrtKVCache"],
+    "runtime.sliding_window": ["SlidingCache", "SlidingWindow"],
     "runtime.ort_cache": ["OrtDeviceCache"],
 }
 

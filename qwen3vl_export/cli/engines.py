@@ -52,7 +52,7 @@ def open_engines(
                 served.name,
                 model.manifest.target,
                 model.limits.max_sequences,
-                model.max_context,
+                model.limits.max_context,
                 time.perf_counter() - started,
             )
         return Engines(found)
@@ -71,7 +71,7 @@ def _found(
         name, model = "", argument
     elif not name or not model:
         raise UsageError(f"{shown(argument)} is not NAME=ENGINE", remedy="write small=engines/2b, or the folder alone")
-    sizes = {"max_context": opening.max_context, "max_batch": serving.max_sequences}
+    sizes = {"max_context": opening.max_context or opening.window, "max_batch": serving.max_sequences}
     folder = building.engine(model, **sizes, is_quiet=is_quiet)
     if not name and not Path(model).exists():
         name = model.partition("@")[0]  # of the Hub: clients ask for it by that name

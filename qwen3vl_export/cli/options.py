@@ -72,6 +72,9 @@ class Opening:
         visual_token_share: Keep this share, above 0 and up to 1, of the visual tokens of each image and video: an
             approximation, which answers sooner. [default: 1, all of them]
         max_context: Capacity of the KV cache in tokens, for prompt, images and answer together.
+        window: Keep the rows of so many tokens, the first ones and the newest, in place of --max-context: chats without
+            end. An approximation once the window is full.
+        sink_tokens: First tokens whose rows a window keeps. [default: 4]
         max_memory: Most memory that the engine may take in all by its plan, in units of 10^9 bytes. [default: the
             machine's]
         fit: Where not all fits, choose fewer kept and running sequences, smaller images, shorter chunks of prompts, a
@@ -95,6 +98,8 @@ class Opening:
     max_image_pixels: int | None = None
     visual_token_share: float | None = None
     max_context: int | None = None
+    window: Annotated[int | None, typer.Option(metavar="TOKENS")] = None
+    sink_tokens: Annotated[int | None, typer.Option(metavar="TOKENS")] = None
     max_memory: Annotated[float | None, typer.Option(metavar="GB")] = None
     fit: bool = False
     threads: int | None = None

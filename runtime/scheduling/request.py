@@ -11,6 +11,7 @@ from runtime.generation_config import GenerationOptions
 from runtime.preparation import Prepared
 from runtime.prompt_lookup import DRAFT_COST
 from runtime.scheduling.pieces import Pieces
+from runtime.sliding_window import SlidingWindow
 from runtime.structured.constraint import MakeConstraint
 from runtime.tools.reader import ExpectedCalls
 from runtime.vision_inputs import VISION_PATCHES
@@ -61,7 +62,7 @@ class Limits:
 
     Attributes:
         max_sequences: Sequences that run at once.
-        max_context: Rows of a slot: most tokens of prompt and answer together.
+        max_context: Rows of a slot: most tokens of prompt and answer together, but with a window.
         kept_sequences: Slots beyond those, for rows of sequences that have ended.
         prefix_cache: Rows of other sequences are used again.
         vision_cache_bytes: Most bytes of embeddings that are kept.
@@ -74,6 +75,7 @@ class Limits:
         vision_patches: Images of one grid share a call while they have no more patches than this together.
         draft_cost: That of `runtime.prompt_lookup.DraftLength`.
         kv_budget: Rows that a longer prompt keeps; None for all.
+        window: What a sequence keeps of its rows where it may have more tokens than a slot has rows.
     """
 
     max_sequences: int
@@ -90,6 +92,7 @@ class Limits:
     vision_patches: int = VISION_PATCHES
     draft_cost: float = DRAFT_COST
     kv_budget: int | None = None
+    window: SlidingWindow | None = None
 
     @property
     def num_slots(self) -> int:

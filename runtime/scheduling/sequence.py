@@ -19,6 +19,7 @@ from runtime.piece import Piece
 from runtime.prompt_lookup import PromptLookup
 from runtime.repetition import LoopGuard
 from runtime.sampling import Logits, Sampler
+from runtime.scheduling.gap import NO_GAP, Gap
 from runtime.scheduling.prompt_keys import prompt_keys, text_keys
 from runtime.scheduling.request import Request
 from runtime.session import TopLogits
@@ -36,8 +37,10 @@ class Sequence:
     Attributes:
         request: What was asked.
         arrival: Its number.
-        delta: Position of a token of the answer minus its row.
+        delta: Position in the cache of a token of the answer, minus its row.
         num_rows: Valid rows of its slot.
+        gap: Tokens that have no rows any more; set by `widen`.
+        begins_at: Token that follows the sinks, where those between them are not run; 0 if all are.
         num_evicted: Rows of its prompt that were given up.
         is_started: It has a slot.
         is_in_call: The vision tower is at one of its segments.
@@ -51,7 +54,8 @@ class Sequence:
         self.priority = request.priority
         self.delta = request.prepared.positions.delta
         self.keys: IntArray = prompt_keys(request.prepared)
-        self.num_rows = self.num_evicted = 0
+        self.num_rows = self.num_evicted = self.begins_at = 0
+        self.gap = NO_GAP
         self.is_started = self.is_in_call = False
         self.last_token = -1
         self.window_queries: FloatArray | None = None
@@ -69,14 +73,19 @@ class Sequence:
         self._ahead: dict[int, Future[Encoded]] = {}
         self._needed: list[int] = []
         self._inputs: DecoderInputs | None = None
-        self._num_shared = 0
+        self._num_shared = self._peak_rows = 0
         self._num_cached_images = 0
         self._began = self._encoded = self._first = 0.0
 
     @property
     def tokens_left(self) -> int:
         """Tokens of the prompt that have not run."""
-        return self.request.num_tokens - self.num_rows
+        return self.request.num_tokens - self.num_done
+
+    @property
+    def num_done(self) -> int:
+        """Tokens that have rows, or had them."""
+        return self.num_rows + self.gap.num_tokens
 
     @property
     def is_encoding(self) -> bool:
@@ -100,13 +109,13 @@ class Sequence:
 
     @property
     def row_keys(self) -> IntArray:
-        """What its rows are of, int64 [prompt and answer, 3]."""
+        """What its tokens' rows are of, int64 [prompt and answer, 3]."""
         return np.concatenate([self.keys, text_keys(self._answer.token_ids)])
 
     @property
     def draft_room(self) -> int:
         """How many tokens may be drafted: the answer ends with its last one, which needs no row."""
-        return self.request.num_tokens + self.request.max_new_tokens - self.num_evicted - self.num_rows - 2
+        return self.request.num_tokens + self.request.max_new_tokens - self.num_evicted - self.num_done - 2
 
     def can_use_top(self, num_top: int) -> bool:
         """Return whether its sampler looks at no more logits than the largest `num_top`."""
@@ -127,13 +136,40 @@ class Sequence:
                 return span.start
         return num_shared
 
-    def start(self, num_shared: int) -> None:
-        """Begin, with so many rows that are valid already; images before them are not needed."""
+    def start(self, num_shared: int, gap: Gap = NO_GAP) -> None:
+        """Begin, with so many rows that are valid already; images before them are not needed.
+
+        Args:
+            num_shared: The rows.
+            gap: The gap in them.
+        """
         self._began = time.perf_counter()
-        self.is_started, self.num_rows, self._num_shared = True, num_shared, num_shared
+        self.is_started = True
+        self.widen(gap, num_shared)
+        self._num_shared = self.num_done
         spans = self.request.prepared.prompt.spans
-        self._needed = [index for index, span in enumerate(spans) if span.end > num_shared]
+        self._needed = [index for index, span in enumerate(spans) if span.end > self.num_done]
         self._num_cached_images = len(spans) - len(self._needed)
+
+    def widen(self, gap: Gap, num_rows: int) -> None:
+        """Note that the gap in its rows has grown, and that so many rows are left."""
+        self._peak_rows = max(self._peak_rows, self.num_rows)
+        self.gap, self.num_rows = gap, num_rows
+        self.delta = self.request.prepared.positions.delta + gap.num_tokens - gap.offset
+
+    def need_images_to(self, stop: int) -> None:
+        """Need the images of the prompt before `stop` alone that have not run, and hold no embeddings of others."""
+        spans = enumerate(self.request.prepared.prompt.spans)
+        self._needed = [index for index, span in spans if span.end > self.num_done and span.start < stop]
+        self._embeds = {index: embeds for index, embeds in self._embeds.items() if index in self._needed}
+        self._inputs = None
+
+    def position(self, token: int) -> int:
+        """Return the position in the sequence of a token of text, or of the first of an image, before any gap."""
+        positions = self.request.prepared.positions
+        if token < self.request.num_tokens:
+            return int(positions.position_ids[0, 0, token])
+        return token + positions.delta
 
     @property
     def missing_images(self) -> list[tuple[int, ProcessedImage]]:
@@ -179,8 +215,9 @@ class Sequence:
         """
         if self._inputs is None:
             self._inputs = self._prompt_inputs(no_embeds)
-            self._encoded = time.perf_counter()
-        return self._inputs.chunk(self.num_rows, self.num_rows + num_tokens)
+            self._encoded = self._encoded or time.perf_counter()
+        inputs = self._inputs.chunk(self.num_done, self.num_done + num_tokens)
+        return inputs if self.gap is NO_GAP else self._behind_gap(inputs)
 
     def take_chunk(self, num_tokens: int, logits_LV: FloatArray) -> list[Piece]:
         """Note that a chunk has run; after the last one, choose the first token and return what can be shown.
@@ -237,7 +274,8 @@ class Sequence:
             prompt_tokens=request.num_tokens,
             visual_tokens=request.prepared.num_visual_tokens,
             new_tokens=len(self._answer.token_ids),
-            peak_cache_bytes=max(self.num_rows, request.num_tokens) * row_bytes,
+            peak_cache_bytes=max(self.num_rows, self._peak_rows if self.gap.num_tokens else request.num_tokens)
+            * row_bytes,
             evicted_rows=self.num_evicted,
             drafted_tokens=lookup.num_drafted if lookup else 0,
             accepted_tokens=lookup.num_accepted if lookup else 0,
@@ -249,14 +287,22 @@ class Sequence:
         sizes = tuple(each.source_size for each in request.prepared.inputs)
         return replace(answer, image_sizes=sizes, sources=request.prepared.sources)
 
+    def _behind_gap(self, inputs: DecoderInputs) -> DecoderInputs:
+        """Return a chunk of the prompt at the rows and positions that it has in the cache."""
+        return replace(
+            inputs,
+            past_lengths=inputs.past_lengths - self.gap.num_tokens,
+            position_ids=inputs.position_ids - self.gap.offset,
+        )
+
     def _prompt_inputs(self, no_embeds: FloatArray) -> DecoderInputs:
         """Return the prompt as one call, with the embeddings of those images that are needed."""
         prepared, needed = self.request.prepared, self._needed
         spans = prepared.prompt.spans
         embeds, scores = join_encoded([self._embeds[index] for index in needed]) if needed else (no_embeds, None)
         all_logits = self.request.on_logits is not None
-        # Those that are skipped come first.
-        num_skipped = len(spans) - len(needed)
+        # Those that are skipped come first; of those behind, no row is taken.
+        num_skipped = needed[0] if needed else len(spans)
         return prepared.decoder_inputs(embeds, all_logits=all_logits, num_skipped=num_skipped, token_scores=scores)
 
 

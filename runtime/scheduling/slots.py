@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from runtime.contract import IntArray
-from runtime.scheduling.prompt_keys import KEY_WIDTH, common_length
+from runtime.scheduling.gap import NO_GAP, Gap
+from runtime.scheduling.prompt_keys import KEY_WIDTH
 from runtime.session import KVCache
 
 MIN_SHARED_ROWS = 16
@@ -35,8 +36,10 @@ class Slot:
     """One sequence's place in the cache.
 
     Attributes:
-        keys: What its rows are of (`prompt_keys`), int64 [rows, 3]; of a sequence that runs, all of its prompt.
+        keys: What its rows behind the gap are of (`prompt_keys`), int64 [rows, 3]; of a sequence that runs, all of its
+            prompt from there on.
         num_rows: Valid rows.
+        gap: Tokens of its sequence that have no rows any more (`runtime.sliding_window`).
         owner: The sequence that runs in it; None if its rows wait for a prompt that begins with them.
         last_use: When its owner last ended, or its rows were last copied, on the slots' own clock.
     """
@@ -45,11 +48,16 @@ class Slot:
     num_rows: int = 0
     owner: Hashable | None = None
     last_use: int = 0
+    gap: Gap = NO_GAP
 
     @property
     def valid_keys(self) -> IntArray:
-        """Keys of the rows that are valid."""
-        return self.keys[: self.num_rows]
+        """Keys of the rows that are valid and behind the gap."""
+        return self.keys[: self.num_rows - self.gap.num_sinks]
+
+    def forget(self) -> None:
+        """Hold no rows."""
+        self.keys, self.num_rows, self.gap = _NO_KEYS, 0, NO_GAP
 
 
 class Slots:
@@ -59,6 +67,7 @@ class Slots:
         cache: The cache, whose rows are moved here and nowhere else.
         keeps_rows: Slots keep their rows for later prompts.
         begins_anywhere: Whether so many sequences may decode in any slots side by side, not only from 0 on.
+        least_rows: Fewer rows are not used again where a gap before them has grown (`Gap.shared_rows`).
 
     Attributes:
         first: First slot of those that decode.
@@ -73,6 +82,7 @@ class Slots:
         *,
         keeps_rows: bool = True,
         begins_anywhere: Callable[[int], bool] = lambda num_sequences: False,
+        least_rows: int = 0,
     ) -> None:
         self.cache = cache
         self.first = 0
@@ -81,6 +91,7 @@ class Slots:
         self.evicted_rows = 0
         self._keeps_rows = keeps_rows
         self._begins_anywhere = begins_anywhere
+        self._least_rows = least_rows
         self._slots = [Slot() for _ in range(cache.batch)]
         self._place: dict[Hashable, int] = {}
         self._clock = 0
@@ -105,6 +116,10 @@ class Slots:
     def num_rows(self, slot: int) -> int:
         """Return the valid rows of a slot."""
         return self._slots[slot].num_rows
+
+    def gap(self, owner: Hashable) -> Gap:
+        """Return the gap in the rows of a sequence."""
+        return self._slots[self._place[owner]].gap
 
     def shared_rows(self, keys: IntArray) -> int:
         """Return how many first rows of a prompt lie in some slot already."""
@@ -133,7 +148,8 @@ class Slots:
                 self.moved_rows += num_shared
                 self._clock += 1
                 self._slots[source].last_use = self._clock
-        slot.owner, slot.keys, slot.num_rows = owner, keys, num_shared
+        slot.gap = self._slots[source].gap if num_shared else NO_GAP
+        slot.owner, slot.keys, slot.num_rows = owner, keys[slot.gap.end :], num_shared
         self._place[owner] = place
         return num_shared
 
@@ -145,6 +161,18 @@ class Slots:
         """Note that a sequence has given up rows and keeps so many, which are of no use to others."""
         slot = self._slots[self._place[owner]]
         slot.keys, slot.num_rows = _NO_KEYS, num_rows
+
+    def widen(self, owner: Hashable, gap: Gap, keys: IntArray, num_rows: int) -> None:
+        """Note that the gap in a sequence's rows has grown, and that so many rows are left, its sinks included.
+
+        Args:
+            owner: The sequence.
+            gap: Its gap now.
+            keys: Those of its prompt.
+            num_rows: Valid rows.
+        """
+        slot = self._slots[self._place[owner]]
+        slot.gap, slot.keys, slot.num_rows = gap, keys[gap.end :], num_rows
 
     def join(self, owner: Hashable) -> int:
         """Move a sequence whose prompt has run beside those that decode.
@@ -176,7 +204,7 @@ class Slots:
 
         Args:
             owner: The sequence.
-            keys: What its valid rows are of; None if they are not to be used again.
+            keys: Those of all its tokens; None if its rows are not to be used again.
         """
         place = self._place[owner]
         if self.first <= place < self.first + self.num_decoding:
@@ -188,22 +216,27 @@ class Slots:
         del self._place[owner]
         self._clock += 1
         slot.owner, slot.last_use = None, self._clock
-        if keys is None or not self._keeps_rows:
-            slot.keys, slot.num_rows = _NO_KEYS, 0
+        if keys is None or not self._keeps_rows or slot.num_rows <= slot.gap.num_sinks:
+            slot.forget()
         else:
-            slot.keys = keys[: slot.num_rows]
+            # A copy, which does not hold the keys of a history without end.
+            slot.keys = keys[slot.gap.end :][: slot.num_rows - slot.gap.num_sinks].copy()
 
     def forget(self) -> None:
         """Give up the rows that no running sequence has."""
         for slot in self._slots:
             if slot.owner is None:
-                slot.keys, slot.num_rows = _NO_KEYS, 0
+                slot.forget()
 
     def _best(self, keys: IntArray) -> tuple[int, int]:
-        """Return the slot with most rows in common, and their number; 0 if they are too few."""
-        lengths = [common_length(slot.valid_keys, keys) if slot.num_rows else 0 for slot in self._slots]
-        best = max(range(len(lengths)), key=lambda i: (lengths[i], self._slots[i].owner is None))
-        return (best, lengths[best]) if lengths[best] >= MIN_SHARED_ROWS else (best, 0)
+        """Return the slot with most tokens in common, and the number of their rows; 0 if they are too few."""
+        rows = [self._shared(slot, keys) if slot.num_rows else 0 for slot in self._slots]
+        tokens = [slot.gap.num_tokens + shared if shared else 0 for slot, shared in zip(self._slots, rows, strict=True)]
+        best = max(range(len(rows)), key=lambda i: (tokens[i], self._slots[i].owner is None))
+        return (best, rows[best]) if rows[best] >= MIN_SHARED_ROWS else (best, 0)
+
+    def _shared(self, slot: Slot, keys: IntArray) -> int:
+        return slot.gap.shared_rows(slot.valid_keys, keys, self._least_rows)
 
     def _place_for(self, source: int, num_shared: int) -> int:
         """Return the slot to start in: that of the shared rows if little else goes with it, or the one to give up."""

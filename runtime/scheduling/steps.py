@@ -33,6 +33,7 @@ from runtime.scheduling.eviction import Eviction
 from runtime.scheduling.request import Limits
 from runtime.scheduling.scheduler import ChunkSize
 from runtime.scheduling.sequence import Sequence
+from runtime.scheduling.sliding import Sliding
 from runtime.scheduling.slots import Slots
 from runtime.scheduling.vision_cache import VisionCache
 from runtime.session import Session, TopLogits, TopLogitsSession
@@ -85,7 +86,9 @@ class Steps:
             session.new_cache(limits.max_context, limits.num_slots),
             keeps_rows=limits.prefix_cache,
             begins_anywhere=getattr(session, "decodes_anywhere", lambda num_sequences: False),
+            least_rows=0 if limits.window is None else limits.window.least_shared,
         )
+        self._sliding = None if limits.window is None else Sliding(limits.window, self.slots, manifest)
         self.vision_cache = VisionCache(limits.vision_cache_bytes)
         self.counters = Counters()
         self.prompts: list[Sequence] = []
@@ -96,6 +99,11 @@ class Steps:
     def num_running(self) -> int:
         """Sequences that run."""
         return len(self.prompts) + len(self.decoding)
+
+    @property
+    def dropped_rows(self) -> int:
+        """Rows that a sliding window has dropped so far."""
+        return 0 if self._sliding is None else self._sliding.dropped_rows
 
     @property
     def is_vision_busy(self) -> bool:
@@ -123,12 +131,19 @@ class Steps:
         num_shared = self.slots.start(sequence, keys, shares=sequence.request.on_logits is None, num_left=num_left)
         num_shared = sequence.usable_rows(num_shared)
         self.slots.write(sequence, num_shared)
-        sequence.start(num_shared)
+        sequence.start(num_shared, self.slots.gap(sequence))
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(keys)
-        self.counters.cached_tokens += num_shared
+        self.counters.cached_tokens += sequence.num_done
         self.counters.pruned_tokens += sequence.request.prepared.num_pruned_tokens
         self.counters.prefix_hits += bool(num_shared)
+        with self._failing([sequence]):
+            if self._sliding is not None:
+                self._sliding.start(sequence)
+            self._find_embeds(sequence)
+
+    def _find_embeds(self, sequence: Sequence) -> None:
+        """Give a sequence the embeddings of its images that are here already."""
         for index, image in sequence.missing_images:
             embeds = self.vision_cache.get(image.digest)
             if embeds is not None:
@@ -208,6 +223,8 @@ class Steps:
         num_tokens = self._chunks.tokens(sequence.tokens_left, is_alone=self.num_running == 1)
         if sequence.request.on_logits is not None:
             num_tokens = min(num_tokens, self._logits_chunk)
+        if self._sliding is not None:
+            num_tokens = min(num_tokens, self._sliding.room(sequence))
         start = time.perf_counter()
         with self._failing([sequence], "prefill"):
             inputs = sequence.chunk(num_tokens, self._no_embeds)
@@ -325,8 +342,12 @@ class Steps:
     def _kept_keys(self, sequence: Sequence) -> IntArray | None:
         if sequence.num_evicted:
             return None  # what is left of a prompt is the first rows of no other
+        num_rows = sequence.num_rows
         if not self._keeps_answers:
-            self.slots.write(sequence, min(sequence.num_rows, len(sequence.keys)))
+            num_rows = min(num_rows, max(0, len(sequence.keys) - sequence.gap.num_tokens))
+        if self._sliding is not None:
+            num_rows = min(num_rows, self._sliding.window.tokens - 1)  # room for what fills up a batch
+        self.slots.write(sequence, num_rows)
         return sequence.row_keys
 
     def _leave(self, sequence: Sequence, keys: IntArray | None) -> None:
@@ -362,7 +383,10 @@ class Steps:
             return []
         sequence = self.decoding[0]
         assert sequence.lookup is not None
-        drafts = sequence.lookup.draft(max(0, sequence.draft_room))
+        room = sequence.draft_room
+        if self._sliding is not None:
+            room = min(room, self._sliding.room(sequence) - 1)
+        drafts = sequence.lookup.draft(max(0, room))
         # What the answer's format does not allow would not be chosen either.
         return drafts[: sequence.num_allowed(drafts)]
 
@@ -398,12 +422,16 @@ class Steps:
         sequence.request.pieces.put(*pieces, token_ids=sequence.answer_ids)  # the first one, or none yet
         self.slots.write(sequence, sequence.num_rows)
         if sequence.tokens_left:
+            if self._sliding is not None and self._sliding.make_room(sequence):
+                self._find_embeds(sequence)
             return
         self.counters.generated_tokens += len(sequence.answer_ids)  # the first one; none where logits were asked for
         if sequence.is_finished or sequence.request.on_logits is not None:
             self.finish(sequence)
             return
         self._evict(sequence)
+        if self._sliding is not None:
+            self._sliding.make_room(sequence)
         index = self.slots.join(sequence)
         self.prompts.remove(sequence)
         self.decoding.insert(index, sequence)
@@ -436,6 +464,8 @@ class Steps:
         sequence.request.pieces.put(*pieces, token_ids=[sequence.last_token])
         if sequence.is_finished:
             self.finish(sequence)
+        elif self._sliding is not None:
+            self._sliding.make_room(sequence)
 
     @contextmanager
     def _failing(self, sequences: list[Sequence], call: str | None = None) -> Iterator[None]:

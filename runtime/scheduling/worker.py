@@ -241,9 +241,11 @@ class Worker:
         Args:
             images: Of one grid, as many as one call takes.
             ahead: Gets their embeddings by digest, for `Request.ahead`. Segments that it holds, or whose embeddings are
-                kept, are passed over.
+                kept, are passed over, and all of them where a window slides.
             is_wanted: Asked when their turn has come; if not, they are left out.
         """
+        if self.limits.window is not None:
+            return  # most images of a long chat are not run again
         wanted = {each.digest: each for each in images if each.digest not in ahead}
         wanted = {digest: each for digest, each in wanted.items() if digest not in self._steps.vision_cache}
         if not wanted:
@@ -289,6 +291,7 @@ class Worker:
                 "max_cache_rows": len(steps.slots) * self.limits.max_context,
                 "moved_rows": steps.slots.moved_rows,
                 "evicted_rows": steps.slots.evicted_rows,
+                "dropped_rows": steps.dropped_rows,
                 "vision_cache": {name: getattr(vision, name) for name in _VISION_COUNTS},
             }
 
@@ -363,8 +366,10 @@ class Worker:
     def _lookup(self, request: Request) -> PromptLookup | None:
         num_tokens = min(request.options.prompt_lookup_num_tokens, self.limits.logits_chunk - 1)
         never = (self._config.image_token_id, self._config.video_token_id)
-        ids, cost = request.prepared.prompt.input_ids, self.limits.draft_cost
-        return PromptLookup(ids, num_tokens, never, cost) if num_tokens > 0 else None
+        ids, window = request.prepared.prompt.input_ids, self.limits.window
+        if window is not None:
+            ids = ids[-window.reach :]  # a history without end is not searched as a whole
+        return PromptLookup(ids, num_tokens, never, self.limits.draft_cost) if num_tokens > 0 else None
 
     def _run(self) -> None:
         try:

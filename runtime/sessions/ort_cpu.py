@@ -126,6 +126,28 @@ class OrtKVCache:
             array_BKTH[slot, :, :num_rows] = array_BKTH[other, :, :num_rows]
             array_BKTH[other, :, :num_rows] = rows
 
+    def move_rows(self, slot: int, source: int, target: int, num_rows: int) -> None:
+        """Move rows of a slot down; see `runtime.sliding_window.SlidingCache`."""
+        for array_BKTH in self._arrays:
+            # Head by head, since numpy copies aside what overlaps: one head's rows, not all of them.
+            for rows_TH in array_BKTH[slot]:
+                rows_TH[target : target + num_rows] = rows_TH[source : source + num_rows]
+
+    def read_keys(self, slot: int, start: int, num_rows: int) -> FloatArray:
+        """Return keys of rows, float32 [layers, K, R, H]."""
+        rows = slice(start, start + num_rows)
+        return np.stack([self._floats(i, 0, array[slot, :, rows]) for i, array in enumerate(self._arrays[::2])])
+
+    def write_keys(self, slot: int, start: int, keys_LKRH: FloatArray) -> None:
+        """Write keys of rows from `start` on, rounded to the type of each layer."""
+        stop = start + keys_LKRH.shape[2]
+        for layer, keys_KRH in enumerate(keys_LKRH):
+            array = self._arrays[2 * layer]
+            if self._types[layer].bits in CODE_BITS:
+                assert self._scales_L2KH is not None, "codes have scales"
+                keys_KRH = _quantize(keys_KRH, self._scales_L2KH[layer, 0], array.dtype)
+            array[slot, :, start:stop] = keys_KRH
+
     def read_rows(self, slot: int, start: int, stop: int) -> list[NDArray[Any]]:
         """Return views of rows of a slot; see `runtime.moved_rows.MovableCache`."""
         return [array_BKTH[slot, :, start:stop] for array_BKTH in self._arrays]
@@ -369,8 +391,19 @@ def _dequantize(codes: NDArray[Any], scales_KH: FloatArray) -> FloatArray:
     """Return the values of codes [B, K, T, H], or [B, K, T, H / 2] if two share a byte."""
     if codes.dtype == np.uint8:
         halves = np.stack((codes & 15, codes >> 4), axis=-1)
-        codes = halves.reshape(*codes.shape[:-1], -1).astype(np.int8) - 8
+        codes = halves.reshape(*codes.shape[:-1], 2 * codes.shape[-1]).astype(np.int8) - 8
     return np.asarray(codes * scales_KH[:, None], np.float32)
+
+
+def _quantize(values_KRH: FloatArray, scales_KH: FloatArray, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the codes of values: [K, R, H], or [K, R, H / 2] if two share a byte."""
+    is_packed = dtype == np.uint8
+    half = 8 if is_packed else 128
+    codes = np.clip(np.rint(values_KRH / scales_KH[:, None]), -half, half - 1).astype(np.int8)
+    if not is_packed:
+        return np.asarray(codes)
+    low, high = (np.asarray(codes[..., side::2] + 8, np.uint8) for side in (0, 1))
+    return np.asarray(low | high << 4)
 
 
 def read_scales(folder: Path, manifest: Manifest) -> FloatArray | None:

@@ -31,14 +31,18 @@ def serving(
     session: Session | None = None,
     manifest: Manifest | None = None,
     max_context: int | None = None,
+    max_rows: int | None = None,
     **limits: Any,
 ) -> Qwen3VLModel:
-    """Return another model on an opened one's session, or on one that wraps it; only one of them may work at a time."""
+    """Return another model on an opened one's session, or on one that wraps it; only one of them may work at a time.
+
+    A slot has as many rows as the context has tokens, unless `max_rows` says otherwise.
+    """
     context = max_context or opened.max_context
     chunk = limits.get("prefill_chunk", chunk_limit(opened.manifest.capabilities))
     chosen = Limits(
         max_sequences=4,
-        max_context=context,
+        max_context=max_rows or context,
         kept_sequences=2,
         prefix_cache=True,
         vision_cache_bytes=1 << 24,

@@ -309,8 +309,8 @@ def delta_of_the_first_image(broken: Broken) -> None:
 
     start = Sequence.start
 
-    def start_with_less(sequence: Sequence, num_shared: int) -> None:
-        start(sequence, num_shared)
+    def start_with_less(sequence: Sequence, *arguments: Any) -> None:
+        start(sequence, *arguments)
         first = sequence.request.prepared.prompt.spans[:1]
         sequence.delta = sum(max(span.merged_grid_thw) - span.num_tokens for span in first)
 
