@@ -28,7 +28,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "bundle": (["--bundle", "b"], Path("b")),
     "calibration": (["--calibration", "c"], Path("c")),
     "kv_cache": (["--kv-cache", "mixed"], "mixed"),
-    "kv_cache_ratio": (["--kv-cache-ratio", "0.5"], 0.5),
+    "kv_cache_ratio": (["--kv-cache", "mixed", "--kv-cache-ratio", "0.5"], 0.5),
     "kv_scores": (["--kv-scores"], True),
     "kernels": (["--kernels", "ort"], "ort"),
     "decode_plan": (["--no-decode-plan"], False),
@@ -82,7 +82,8 @@ def test_each_option_is_handed_on(name: str, requests: list[ExportRequest]) -> N
     model = [] if name == "model" else ["--model", "demo"]
     assert call(*model, *words) == 0
     default = ExportRequest("demo")
-    assert requests == [dataclasses.replace(default, **{name: value})]
+    beside = {"kv_cache": "mixed"} if name == "kv_cache_ratio" else {}  # which is of no other kind
+    assert requests == [dataclasses.replace(default, **{name: value}, **beside)]
     if name != "model":
         assert getattr(default, name) != value
 
