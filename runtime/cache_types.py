@@ -55,7 +55,7 @@ def code_bits(capabilities: Mapping[str, Any]) -> tuple[int, ...]:
 
 def cache_name(capabilities: Mapping[str, Any]) -> str | None:
     """Return what an engine's cache is called in reports and in configs/tolerances.toml; None for one of floats."""
-    if capabilities["cache_dtype"] == MIXED:
+    if capabilities.get("cache_dtype") == MIXED:
         return f"cache_{MIXED}"
     bits = code_bits(capabilities)
     return f"cache_int{bits[0]}" if bits else None

@@ -8,7 +8,7 @@ import pytest
 
 import configs
 from engines.build_options import BuildOptions
-from engines.choose import WEIGHTS, consider, weight_bytes
+from engines.choose import WEIGHTS, consider, estimate, weight_bytes
 from engines.hardware import Hardware
 from engines.kernel_sets import ORT, OWN, with_kernels
 from engines.registry import all_targets, get
@@ -116,7 +116,7 @@ def test_a_choice_counts_the_weights_of_the_kernels_that_would_be_taken() -> Non
     machine = Hardware("Abacus", ("avx2",), 2, 32 << 30)
     for target in (where(), where(problem="no library")):
         (candidate,) = consider(machine, TINY, targets=[target]).candidates
-        assert candidate.parts[WEIGHTS] == weight_bytes(with_kernels(target, None, TINY), TINY)
+        assert candidate.parts[WEIGHTS] == estimate(with_kernels(target, None, TINY), TINY)[WEIGHTS]
     assert weight_bytes(own(INT4), TINY) != weight_bytes(get(INT4), TINY)
 
 
