@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import configs
@@ -37,6 +38,7 @@ from runtime.workspaces.vision import VisionCall
 
 PARTS = (WEIGHTS, CACHE, STAGING, PREFILL, VISION, LOGITS, EMBEDS, LIBRARIES)
 """Parts of every plan, in the order in which they are shown."""
+_MOST_CALLS = 1024
 DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH = "decoder", "prefill", "vision"
 
 
@@ -153,7 +155,8 @@ class Planner:
         self.facts = facts
         self.kernels = Kernels.of(facts.capabilities, threads or default_threads(), l2_cache_bytes())
         self._numbers = configs.load("memory")
-        self._calls: dict[tuple[Any, ...], tuple[int, int]] = {}
+        # A server sees images of any number of sizes.
+        self._call = lru_cache(_MOST_CALLS)(self._simulated)
 
     @classmethod
     def of(cls, manifest: Manifest, threads: int | None = None) -> Planner:
@@ -201,16 +204,10 @@ class Planner:
             vision += self._pixel_bytes(images, prompts)
         return prefill + self.facts.workspace_bytes, vision
 
-    def _call(self, images: tuple[int, ...], prompts: int, tokens: int, chunk: int, sequences: int) -> tuple[int, int]:
-        """Return what prompts take beyond images, and what images take, of the arena and beside it."""
-        key = images, prompts, tokens, chunk, sequences
-        if key not in self._calls:
-            self._calls[key] = self._simulated(*key)
-        return self._calls[key]
-
     def _simulated(
         self, images: tuple[int, ...], prompts: int, tokens: int, chunk: int, sequences: int
     ) -> tuple[int, int]:
+        """Return what prompts take beyond images, and what images take, of the arena and beside it."""
         config, kernels = self.facts.model, self.kernels
         arena, beside, plans = Arena(), 0, not kernels.is_own
         for patches in dict.fromkeys(images):

@@ -85,8 +85,8 @@ def open_engine(
         free_bytes = getattr(session, "free_bytes", None)
         room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes) - staging_bytes)
         limits = plan_limits(manifest, options.serving, options.max_context, room)
-    limits = limits if fitted is None else fitted.apply(limits)
     limits = tuned_limits(limits, options.tuning, manifest, room)
+    limits = limits if fitted is None else fitted.apply(limits)  # last: a longer chunk would take an image's room
     changes = {} if fitted is None else fitted.changes
     return Opened(session, preparation, limits, options.session.threads or default_threads(), changes)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from runtime.errors import CapacityError, UsageError
 from runtime.manifest import Manifest
 from runtime.memory_plan import Planner, Work
 from runtime.model import Qwen3VLModel
+from runtime.tuning import Tuning
 
 LEAST = Work(256, images=(256,), prompts_with_images=1, chunk=64)
 ONE = Work(4096, images=(1024,), prompts_with_images=1)
@@ -47,6 +49,16 @@ def test_the_context_comes_last_and_what_is_opened_answers(demo_engine: Path) ->
         assert 1000 <= model.max_context < 4096 and model.limits.last_chunk == 64
         assert 256 * 256 <= model.image_config.max_pixels < 300 * 300 and "fit=True" in repr(model)
         assert model.generate([{"role": "user", "content": "Hi"}], max_new_tokens=2).stats.new_tokens >= 1
+
+
+def test_a_tuned_chunk_does_not_take_the_room_of_an_image(demo_engine: Path) -> None:
+    limit = planned(demo_engine, Work(1000, images=(256,), prompts_with_images=1, chunk=64))
+    tuned = Tuning(prefill_chunk=512, vision_patches=64)
+    with Qwen3VLModel.from_engine(demo_engine, threads=1, max_memory=limit, fit=True, tuned=tuned) as model:
+        assert (model.limits.prefill_chunk, model.limits.last_chunk, model.limits.vision_patches) == (64, 64, 64)
+        picture = np.zeros((256, 256, 3), np.uint8)
+        message = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Hi"}]}
+        assert model.generate([message], max_new_tokens=1).stats.new_tokens == 1
 
 
 def test_below_the_least_it_is_refused(demo_engine: Path) -> None:

@@ -267,7 +267,8 @@ def test_the_committed_table_is_of_many_engines_and_within_the_goal() -> None:
         for row in rows
     }
     assert len(errors) == len(rows) >= 12 and len({row["engine"] for row in rows}) >= 8
-    assert sum(error <= memory_plan.GOAL for error in errors.values()) >= 12
+    assert sum(error > memory_plan.GOAL for error in errors.values()) <= len(errors) // 20
+    assert max(errors.values()) <= 0.07
     for row in rows:  # the plans of today, but for what depends on this machine's caches
         parts = row["parts"]
         assert sum(parts.values()) == row["planned_resident_bytes"] > row["planned_anonymous_bytes"]
