@@ -177,10 +177,11 @@ def _largest(planner: Planner, work: Work, limit_bytes: int) -> Largest:
     most_side = min(_MOST_SIDE // unit, math.isqrt(work.context // images))
     side = fitting(lambda tokens: {"images": (tokens**2 * vision.patches_per_token,) * images}, 1, most_side)
     least_context = max(1, visual_tokens(planner, work.images))
-    capacity = facts.capabilities.get("capacity", facts.model.text.max_positions)
+    trained = facts.model.text.max_positions
+    most_context = min(int(facts.capabilities.get("capacity", trained)), trained)
     most_sequences = _MOST_SEQUENCES if facts.max_batch is None else facts.max_batch - work.kept
     return Largest(
-        context=fitting(lambda tokens: {"context": tokens}, least_context, min(int(capacity), facts.model.text.max_positions)),
+        context=fitting(lambda tokens: {"context": tokens}, least_context, most_context),
         sequences=fitting(lambda number: {"sequences": number}, 1, most_sequences),
         image_side=None if side is None else side * unit,
     )

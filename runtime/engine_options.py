@@ -156,9 +156,7 @@ def session_options(settings: Mapping[str, Any]) -> SessionOptions:
     return SessionOptions(**{name: value for name, value in settings.items() if name in names})
 
 
-def checked_max_context(
-    given: Any, trained: int, capacity: int | None = None, *, option: str = "max_context"
-) -> int:
+def checked_max_context(given: Any, trained: int, capacity: int | None = None, *, option: str = "max_context") -> int:
     """Return the most tokens of prompt and answer together: what was given, or the default.
 
     Args:

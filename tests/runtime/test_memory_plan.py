@@ -125,7 +125,7 @@ def test_an_arena_grows_as_that_of_the_installed_onnxruntime(demo_engine: Path) 
     )
     logged = [int(size) for size in re.findall(r"rounded_bytes: ?(\d+)", done.stdout + done.stderr)]
     manifest = Manifest.read(demo_engine)
-    kernels = Planner.of(manifest, 2).kernels
+    kernels = Planner.of(manifest, 2).kernels["decoder"]
     arena = Arena()
     arena.run(VisionCall(manifest.model, 24 * 32, 24 * 32, kernels).stages(), shares=True, keeps=())
     for past in (0, 512):

@@ -100,7 +100,10 @@ def test_frames_of_a_video_are_seen_in_pairs() -> None:
         (("tiny", "--images", "2"), "their size is missing"),
         (("tiny", "--context", "1M", "--target", "ort-cpu-fp32"), "--context = 1048576"),
         (("tiny", "--target", "trt-fp16", "--kernels", "own"), "no such kernels"),
-        (("qwen3-vl-2b", "--target", "ort-cpu-fp32", "--image", "4096x4096"), "are 16384 tokens, more than the context"),
+        (
+            ("qwen3-vl-2b", "--target", "ort-cpu-fp32", "--image", "4096x4096"),
+            "are 16384 tokens",
+        ),
     ],
 )
 def test_bad_input(arguments: tuple[str, ...], expected: str) -> None:
