@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,8 +86,10 @@ def open_engine(
         free_bytes = getattr(session, "free_bytes", None)
         room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes) - staging_bytes)
         limits = plan_limits(manifest, options.serving, options.slot_rows, room)
-    limits = limits if fitted is None else fitted.apply(limits)
-    limits = tuned_limits(limits, options.tuning, manifest, room)
+    if fitted is None:
+        limits = tuned_limits(limits, options.tuning, manifest, room)
+    else:  # chunks of the tuned length were wanted, and are no longer than fits beside an image
+        limits = fitted.apply(tuned_limits(limits, options.tuning, manifest, sys.maxsize))
     limits = replace(limits, window=options.window)
     changes = {} if fitted is None else fitted.changes
     return Opened(session, preparation, limits, options.session.threads or default_threads(), changes)

@@ -16,7 +16,7 @@ from runtime.contract import TOKEN_SCORES
 from runtime.errors import UsageError
 from runtime.generation import PREFILL_CHUNK
 from runtime.manifest import FileRecord, Manifest
-from runtime.memory import STAGING_ROW_BYTES, cache_bytes
+from runtime.memory import OF_OTHERS, STAGING_ROW_BYTES, cache_bytes
 from runtime.moved_rows import FLOATS
 from runtime.preparation import (
     GENERATION,
@@ -37,6 +37,7 @@ _SHARED_FILES = (TOKENIZER, TOKENIZER_SETTINGS, TEMPLATE, PREPROCESSOR, VIDEO_PR
 # Capabilities that are about one part.
 _OF_VISION = (PIXELS, TOKEN_SCORES)
 _OF_PREFILL = ("prefill_chunk", "logits_chunk", "prefill_min_tokens")
+_OF_MEMORY = ("device", "precision", "custom_ops")
 RUN_ALL_PARTS = frozenset({"tensorrt"})
 """Kinds of sessions whose graphs share one workspace, so that they open all or none."""
 _BUILD_BOTH = "build both engines of one checkpoint with this version: qwen3vl-export MODEL --target …"
@@ -109,6 +110,11 @@ class Route:
             capabilities.setdefault("prefill_min_tokens", 1)
             if is_on_gpu(prefill) == is_on_gpu(first):
                 capabilities[STAGING_ROW_BYTES] = cache_bytes(prefill.model, prefill.capabilities, 1)
+        capabilities[OF_OTHERS] = {
+            part: {name: each.manifest.capabilities[name] for name in _OF_MEMORY if name in each.manifest.capabilities}
+            for each in self.engines[1:]
+            for part in sorted(each.parts)
+        }
         files = {
             f"{'+'.join(sorted(each.parts))}/{name}": record
             for each in self.engines
