@@ -290,6 +290,8 @@ def test_refused(engine: Path, demo_engine: Path) -> None:
             Qwen3VLModel.from_engine(engine, kv_budget=value)
     with pytest.raises(UsageError, match="too short to give up rows"):
         Qwen3VLModel.from_engine(engine, kv_budget=64, max_context=300)
+    with pytest.raises(UsageError, match="kv_budget and window are given together"):
+        Qwen3VLModel.from_engine(engine, kv_budget=BUDGET, window=1024)
     with pytest.raises(UsageError, match="does not give the queries") as caught:
         Qwen3VLModel.from_engine(demo_engine, kv_budget=BUDGET)
     assert caught.value.remedy == "build the engine with --kv-scores, and leave prefill_engine out"
