@@ -173,7 +173,8 @@ class EngineOptions:
         checked = ServingOptions.checked(**serving)
         check_kv_budget(checked.kv_budget, manifest.capabilities, max_context)
         if sliding is not None:
-            sliding.check_alone(kv_budget=checked.kv_budget, visual_token_share=share, fit=fit or None)
+            prunes = share if share is not None and share < 1 else None
+            sliding.check_alone(kv_budget=checked.kv_budget, visual_token_share=prunes, fit=fit or None)
         return cls(
             max_context, max_memory, session, *limits, checked, tuning, true_or_false("fit", fit), is_limited, sliding
         )

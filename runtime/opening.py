@@ -17,6 +17,7 @@ from runtime.manifest import Manifest
 from runtime.memory import LIBRARIES, PREFILL, STAGING, WEIGHTS, check_fits
 from runtime.memory_plan import Planner, Work
 from runtime.preparation import Preparation
+from runtime.scheduling.eviction import check_kv_budget
 from runtime.scheduling.plan import plan_limits
 from runtime.scheduling.request import Limits
 from runtime.session import Session, SessionOptions, is_on_gpu, open_session
@@ -71,6 +72,7 @@ def open_engine(
         fitted = fit_options(planner, options, _preparation(folder, manifest, options).inputs.image)
         options = fitted.options
         if fitted.changes:
+            check_kv_budget(options.serving.kv_budget, manifest.capabilities, options.max_context)
             _LOGGER.warning("note: to fit into %.2f GB: %s", options.max_memory / 1e9, fitted)
     chunk = planner.facts.chunk if fitted is None else fitted.chunk
     needed = planner.plan(Work(options.slot_rows, chunk=chunk)).parts

@@ -76,12 +76,14 @@ class Route:
             EngineError: A folder is no engine, or a file of it is missing or altered.
         """
         manifest = _checked_manifest(folder, check=check)
-        parts: dict[Path, set[str]] = {}
+        # By real path, so that a folder with two names is one engine.
+        named: dict[Path, tuple[Path, set[str]]] = {}
         for part, value in ((VISION, vision_engine), (PREFILL, prefill_engine)):
             if value is not None:
-                parts.setdefault(_other_folder(_OPTIONS[part], value, folder), set()).add(part)
+                other = _other_folder(_OPTIONS[part], value, folder)
+                named.setdefault(other.resolve(), (other, set()))[1].add(part)
         others = []
-        for other, its_parts in parts.items():
+        for other, its_parts in named.values():
             engine = RoutedEngine(other, _checked_manifest(other, check=check), frozenset(its_parts))
             _check_fits(RoutedEngine(folder, manifest, PARTS), engine)
             others.append(engine)

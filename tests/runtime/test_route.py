@@ -116,6 +116,12 @@ def test_all_ways_between_two_engines(demo_engine: Path, int4_engine: Path, copy
         possible_routes(demo_engine, other)
 
 
+def test_an_engine_with_two_names_is_opened_once(demo_engine: Path, int4_engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(int4_engine)
+    engines = Route.read(demo_engine, vision_engine=int4_engine, prefill_engine=tmp_path / "link").engines
+    assert [(each.folder, each.parts) for each in engines[1:]] == [(int4_engine, {VISION, PREFILL})]
+
+
 def test_another_shape_is_refused(demo_engine: Path, copy: Copy) -> None:
     other = copy(model=lambda model: dataclasses.replace(model, text=dataclasses.replace(model.text, rope_theta=1.0)))
     with pytest.raises(UsageError, match="their models have different shapes"):

@@ -258,6 +258,10 @@ def test_answer_on_stdout_statistics_on_stderr(
     assert [line.split("  ")[0] for line in lines[:4]] == ["prompt", "found in cache", "answer", "preprocess"]
     assert lines[1].endswith("  7 of 30 prompt tokens, 1 image")
     assert lines[4].split() == ["queue", "500.0", "ms"] and len(lines) == len(table) + 2
+    print_stats(dataclasses.replace(STATS, pruned_tokens=4, evicted_rows=9))
+    lines = capsys.readouterr().err.splitlines()[len(table) :]
+    assert [line.split("  ")[0] for line in lines] == ["visual tokens", "rows of the prompt"]
+    assert [line.split("  ")[-1].strip() for line in lines] == ["16 of 20 kept", "21 of 30 kept"]
 
 
 @pytest.mark.portable
