@@ -505,7 +505,7 @@ def test_verify_passes_the_reference_on(qwen3vl: Any, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "qwen3vl_export.parity.verify", types.SimpleNamespace(verify=verify))
     for options in ([], ["--reference", "own"]):
         assert qwen3vl("verify", "folder", "--checkpoint", "demo", *options)[0] == 0
-    assert asked == [{}, {"reference": "own"}]
+    assert asked == [{"route": {}}, {"route": {}, "reference": "own"}]
 
 
 @pytest.mark.portable
@@ -521,7 +521,8 @@ def test_a_reference_has_no_use_with_other_comparisons(other: list[str], qwen3vl
 def test_verify_exit_code_follows_the_report(passed: bool, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def verify(*args: Any, on_case: Callable[[str], None]) -> Any:
+    def verify(*args: Any, on_case: Callable[[str], None], route: dict[str, Any]) -> Any:
+        assert route == {}
         on_case("three images")
         asked.append(args)
         return types.SimpleNamespace(passed=passed, to_dict=lambda: {"passed": passed}, render=lambda: "the table")
