@@ -53,6 +53,12 @@ def cache_bytes(config: ModelConfig, capabilities: Mapping[str, Any], capacity: 
     return 2 * text.num_kv_heads * text.head_dim * capacity * bits // 8
 
 
+def sink_bytes(config: ModelConfig, num_sinks: int) -> int:
+    """Return the bytes of the keys of a sequence's sinks that a window keeps beside its rows, to turn them."""
+    text = config.text
+    return _FLOAT_BYTES * text.num_layers * text.num_kv_heads * text.head_dim * num_sinks
+
+
 def logits_bytes(config: ModelConfig, num_tokens: int) -> int:
     """Return the bytes of the logits of a whole prompt: its chunks, and the array they are joined into."""
     return 2 * _FLOAT_BYTES * num_tokens * config.text.vocab_size
