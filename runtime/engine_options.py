@@ -174,9 +174,7 @@ class EngineOptions:
         checked = ServingOptions.checked(**serving)
         check_kv_budget(checked.kv_budget, manifest.capabilities, max_context)
         if sliding is not None:
-            sliding.check_alone(
-                kv_budget=checked.kv_budget, visual_token_share=None if share == 1 else share, fit=fit or None
-            )
+            sliding.check_alone(kv_budget=checked.kv_budget, visual_token_share=share, fit=fit or None)
         return cls(
             max_context, max_memory, session, *limits, checked, tuning, true_or_false("fit", fit), is_limited, sliding
         )

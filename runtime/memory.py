@@ -18,9 +18,9 @@ from runtime.model_config import ModelConfig
 WEIGHTS, CACHE, PREFILL, VISION, LOGITS = "weights", "KV cache", "prefill", "vision", "logits"
 EMBEDS, LIBRARIES, STAGING = "kept embeddings", "libraries", "staging"
 _REMEDIES = {
-    CACHE: "lower max_context, or max_sequences",
+    CACHE: "lower max_context or window, or max_sequences",
     EMBEDS: "lower vision_cache_bytes",
-    PREFILL: "lower max_context",
+    PREFILL: "lower max_context or window",
     STAGING: "lower max_context",
     VISION: "lower max_pixels",
     LOGITS: "shorten the prompt",

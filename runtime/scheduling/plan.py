@@ -48,9 +48,7 @@ def plan_limits(
     """
     capabilities = manifest.capabilities
     built_for = capabilities.get("max_batch")
-    capacity = int(capabilities.get("capacity", max_context))
-    sink_tokens = 0 if window is None else window.sink_tokens
-    slot_bytes = cache_bytes(manifest.model, capabilities, capacity) + sink_bytes(manifest.model, sink_tokens)
+    capacity, slot_bytes = _slot(manifest, max_context, window)
     # One sequence comes first: with embeddings that leave it no room, an engine would open and refuse each request.
     spare = None if room_bytes is None else max(0, room_bytes - slot_bytes)
     embeds_bytes = _embeds_bytes(options.vision_cache_bytes, room_bytes, spare)
@@ -69,8 +67,7 @@ def plan_limits(
         raise CapacityError(
             f"{sequences + kept} sequences of {capacity} tokens take {(sequences + kept) * slot_bytes / 1e9:.2f} GB of "
             f"KV cache, and {(cache_room or 0) / 1e9:.2f} GB are left for it: room for {fitting}",
-            remedy=f"lower max_sequences, kept_sequences or {'max_context' if window is None else 'window'}, or raise "
-            "max_memory if the machine has more",
+            remedy="lower max_sequences, kept_sequences, max_context or window, or raise max_memory if there is more",
         )
     left = 0 if cache_room is None else cache_room - (sequences + kept) * slot_bytes
     chunk, last_chunk = _chunks(manifest, capacity, min(left, (room_bytes or 0) // _PARTS_OF_PREFILL))
@@ -89,6 +86,14 @@ def plan_limits(
         kv_budget=options.kv_budget,
         window=window,
     )
+
+
+def _slot(manifest: Manifest, max_context: int, window: SlidingWindow | None) -> tuple[int, int]:
+    """Return the rows of a slot and the bytes that it takes."""
+    capacity = int(manifest.capabilities.get("capacity", max_context))
+    sink_tokens = 0 if window is None else window.sink_tokens
+    rows_bytes = cache_bytes(manifest.model, manifest.capabilities, capacity)
+    return capacity, rows_bytes + sink_bytes(manifest.model, sink_tokens)
 
 
 def _chunks(manifest: Manifest, capacity: int, spare_bytes: int) -> tuple[int, int]:

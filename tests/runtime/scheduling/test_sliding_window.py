@@ -32,6 +32,7 @@ from helpers.sliding_reference import (
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import load
 from qwen3vl_export.parity.metrics import difference
+from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray
 from runtime.errors import CapacityError, UsageError
 from runtime.model import Qwen3VLModel
@@ -271,13 +272,6 @@ def test_prompts_of_another_engine_are_refused(demo_engine: Path, other_engine: 
     assert "vision_engine may stay" in error.value.remedy
 
 
-def test_all_visual_tokens_may_be_asked_for(demo_engine: Path) -> None:
-    with Qwen3VLModel.from_engine(demo_engine, window=64, visual_token_share=1) as model:
-        assert model.limits.window == SlidingWindow(64)
-    with pytest.raises(UsageError, match="visual_token_share and window are given together"):
-        Qwen3VLModel.from_engine(demo_engine, window=64, visual_token_share=0.5)
-
-
 def test_rows_on_arrays() -> None:
     keys, values = np.random.default_rng(0).standard_normal((2, 2, 3, 20, 8), np.float32)
     theta = 1e4
@@ -318,6 +312,10 @@ def test_bad_requests(opened: Qwen3VLModel) -> None:
     with pytest.raises(UsageError, match="logits needs the rows of all tokens") as error:
         model.logits(SHORT)
     assert error.value.remedy == "open it without window"
+    room = ContextRoom(8, model.preparation, window=WINDOW)
+    with pytest.raises(CapacityError, match="with a window, the most of both together is 8") as error:
+        room.check(model.prepare(SHORT))
+    assert error.value.remedy.startswith("begin a new conversation")
 
 
 @pytest.mark.parametrize(
