@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import configs
 import runtime.scheduling.sliding
-from helpers.serving import alone, asked, held_until_submitted, watched_logits
+from helpers.serving import WrappedSession, alone, asked, held_until_submitted, watched_logits
 from helpers.sliding_reference import (
     PIXELS,
     WINDOW,
@@ -143,6 +143,25 @@ def test_sequences_beside_each_other_slide_each_for_itself(torch_model: Any, ope
     for request, logits in found.items():
         answer = Answered(request.prepared, request.pieces.result.token_ids, logits)
         assert distance(torch_model, model, answer) < MAX_SCALED
+
+
+class FillsUp(WrappedSession):
+    """Runs steps of all slots, as sessions on a GPU fill up a batch."""
+
+    def decode_batch(self, num_sequences: int, num_slots: int) -> int:
+        return num_slots
+
+    def decodes_anywhere(self, num_sequences: int) -> bool:
+        return False
+
+
+def test_a_slot_that_was_full_when_its_answer_ended_has_room_for_what_fills_up_a_batch(opened: Qwen3VLModel) -> None:
+    model = windowed(opened, session=FillsUp(opened.session), max_sequences=1, kept_sequences=1)
+    num_tokens = len(model.prepare(SHORT).prompt.input_ids)
+    # The last token of an answer gets no row.
+    model.generate(SHORT, long_answer(model, WINDOW.tokens - num_tokens + 1))
+    assert model.statistics()["dropped_rows"] == 0
+    assert model.generate(PICTURES, long_answer(model, 2)).finish_reason == "length"
 
 
 def turns(model: Qwen3VLModel, number: int) -> tuple[Any, list[Answered]]:
