@@ -43,7 +43,7 @@ def kv_eviction(
     """Time decode steps after some rows, and the eviction of prompts."""
     from runtime.model import Qwen3VLModel
 
-    model = Qwen3VLModel.from_engine(engine, threads=1, max_context=_FILL_ROWS)
+    model = Qwen3VLModel.from_engine(engine, threads=1, tuned=False, max_context=_FILL_ROWS)
     if "kv_scores" not in model.manifest.capabilities:
         raise UsageError(f"{engine}: it gives no queries", remedy="build it with --kv-scores")
     machine = environment()

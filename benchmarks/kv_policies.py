@@ -96,7 +96,7 @@ def _engines(checkpoint: str, folder: Path, threads: int) -> dict[str, Qwen3VLMo
     build_engine(bundle, target, folder / EXACT, kv_scores=True)
     for name in _CACHES:
         build_engine(bundle, target, folder / name, cache=CacheQuantization(CACHE_BITS.get(name), calibration))
-    return {name: Qwen3VLModel.from_engine(folder / name, threads=threads) for name in (EXACT, *_CACHES)}
+    return {name: Qwen3VLModel.from_engine(folder / name, threads=threads, tuned=False) for name in (EXACT, *_CACHES)}
 
 
 def _calibration_prompts() -> Iterator[LongPrompt]:

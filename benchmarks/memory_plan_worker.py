@@ -51,6 +51,7 @@ def main() -> None:
         kept_sequences=0,
         vision_cache_bytes=0,
         threads=int(threads),
+        tuned=False,
         max_pixels=max(1 << 16, width * height),  # pictures keep their size
     )
 

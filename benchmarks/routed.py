@@ -112,7 +112,7 @@ def _words(engine: Path) -> str:
 
 def _open(folder: Path, threads: int, route: Mapping[str, Any]) -> Qwen3VLModel:
     one = {"max_sequences": 1, "kept_sequences": 0, "vision_cache_bytes": 0}
-    return Qwen3VLModel.from_engine(folder, threads=threads, max_context=_MAX_CONTEXT, **one, **route)
+    return Qwen3VLModel.from_engine(folder, threads=threads, tuned=False, max_context=_MAX_CONTEXT, **one, **route)
 
 
 def _take_turns(models: Mapping[str, Qwen3VLModel], point: Point, rounds: int) -> dict[str, list[dict[str, float]]]:

@@ -85,7 +85,7 @@ def accuracy(checkpoint: str, prompts: Iterable[tuple[str, list[dict[str, Any]],
     with tempfile.TemporaryDirectory() as folder:
         engine = Path(folder) / "engine"
         build_engine(make_bundle(Checkpoint.open(checkpoint), token_scores=True), get("ort-cpu-fp32"), engine)
-        with Qwen3VLModel.from_engine(engine, threads=1) as model:
+        with Qwen3VLModel.from_engine(engine, threads=1, tuned=False) as model:
             for task, messages, truth in prompts:
                 encoded = None
                 for share in SHARES:
@@ -158,7 +158,7 @@ def times(engine: Path, shape: str, sides: Sequence[int], share: float, rounds: 
     room = (largest // _SIDE) ** 2 + 256
     found = []
     options = {"max_context": room, "max_pixels": largest**2, "prefix_cache": False, "vision_cache_bytes": 0}
-    with Qwen3VLModel.from_engine(engine, **options) as model:
+    with Qwen3VLModel.from_engine(engine, tuned=False, **options) as model:
         model.generate("Hello.", max_new_tokens=2)  # what only the first call needs
         for side in sides:
             found.append(_times_of(model, side, share, rounds))

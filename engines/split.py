@@ -6,6 +6,7 @@ with the engines that it names.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ class Split:
         """Return the commands that build the engines of a checkpoint, and the one that runs both."""
         folders = [f"engines/{share.target}" for share in self.shares]
         builds = [
-            f"qwen3vl-export {model} --target {share.target} --output {folder}"
+            f"qwen3vl-export {shlex.quote(model)} --target {share.target} --output {folder}"
             for share, folder in zip(self.shares, folders, strict=True)
         ]
         names = {TOWER: "--vision-engine", PROMPTS: "--prefill-engine"}

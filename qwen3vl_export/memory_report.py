@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.fitting import biggest
-from runtime.memory import CACHE, VISION
+from runtime.memory import CACHE, LIBRARIES, VISION, WEIGHTS
 from runtime.memory_plan import MemoryPlan, Planner, Work
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class MemoryReport:
         work = self.work
         images = f", {len(work.images)} × {max(work.images)} patches in each prompt" if work.images else ""
         sequences = f"{work.sequences} sequence{'s' if work.sequences > 1 else ''}"
-        threads = f", {self.threads} threads" if self.device == "cpu" else ""
+        threads = f", {self.threads} thread{'s' if self.threads > 1 else ''}" if self.device == "cpu" else ""
         return f"{self.subject}: {self.target}{threads}, {sequences} of {work.context} tokens{images}"
 
     @property
@@ -157,6 +157,11 @@ def patches_of(planner: Planner, width: int, height: int) -> int:
     return math.prod(max(1, round(side / (vision.patch_size * merge))) * merge for side in (width, height))
 
 
+def visual_tokens(planner: Planner, images: Sequence[int]) -> int:
+    """Return the tokens that images of so many patches take in a prompt."""
+    return sum(images) // planner.facts.model.vision.patches_per_token
+
+
 def _largest(planner: Planner, work: Work, limit_bytes: int) -> Largest:
     facts = planner.facts
 
@@ -168,11 +173,16 @@ def _largest(planner: Planner, work: Work, limit_bytes: int) -> Largest:
     vision = facts.model.vision
     unit = vision.patch_size * vision.spatial_merge_size
     images = max(1, len(work.images))
-    side = fitting(lambda tokens: {"images": (tokens**2 * vision.patches_per_token,) * images}, 1, _MOST_SIDE // unit)
-    capacity = facts.capabilities.get("capacity", facts.model.text.max_positions)
+    # All images of a prompt have to be in its context.
+    most_side = min(_MOST_SIDE // unit, math.isqrt(work.context // images))
+    side = fitting(lambda tokens: {"images": (tokens**2 * vision.patches_per_token,) * images}, 1, most_side)
+    least_context = max(1, visual_tokens(planner, work.images))
+    trained = facts.model.text.max_positions
+    most_context = min(int(facts.capabilities.get("capacity", trained)), trained)
+    most_sequences = _MOST_SEQUENCES if facts.max_batch is None else facts.max_batch - work.kept
     return Largest(
-        context=fitting(lambda tokens: {"context": tokens}, 1, min(int(capacity), facts.model.text.max_positions)),
-        sequences=fitting(lambda number: {"sequences": number}, 1, facts.max_batch or _MOST_SEQUENCES),
+        context=fitting(lambda tokens: {"context": tokens}, least_context, most_context),
+        sequences=fitting(lambda number: {"sequences": number}, 1, most_sequences),
         image_side=None if side is None else side * unit,
     )
 
@@ -180,7 +190,9 @@ def _largest(planner: Planner, work: Work, limit_bytes: int) -> Largest:
 def remedy_of(report: MemoryReport) -> str:
     """Return what to do where it does not fit."""
     assert report.largest is not None
-    parts = report.plan.parts
+    parts, limit = report.plan.parts, report.limit_bytes
+    if limit is not None and parts[WEIGHTS] + parts[LIBRARIES] > limit:
+        return "choose a target of fewer bits, or a smaller model"
     options = {CACHE: "a lower --context or --batch", VISION: "a smaller --image or fewer of them"}
     largest = max(options, key=lambda part: parts[part])
     return f"give {options[largest]}, choose a target of fewer bits, or open the engine with --fit"

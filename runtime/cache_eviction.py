@@ -94,10 +94,12 @@ def choose_rows(
         budget: M, more than `window` and at most T.
         window: Last rows, which stay.
         spans: Segments, which lie before the window or in it.
-        visual_share: Of the budget without the window, what visual rows get; by default their share of the rows.
+        visual_share: Of the budget without the window, what visual rows get, 0 to 1; by default their share of the
+            rows.
     """
     num_kv_heads, num_rows = scores_KT.shape
     assert window < budget <= num_rows, "nothing to choose"
+    assert visual_share is None or 0 <= visual_share <= 1, visual_share
     first = num_rows - window
     is_visual = np.zeros(num_rows, bool)
     for span in spans:

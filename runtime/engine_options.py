@@ -174,7 +174,8 @@ class EngineOptions:
         checked = ServingOptions.checked(**serving)
         check_kv_budget(checked.kv_budget, manifest.capabilities, max_context)
         if sliding is not None:
-            sliding.check_alone(kv_budget=checked.kv_budget, visual_token_share=share, fit=fit or None)
+            prunes = share if share is not None and share < 1 else None
+            sliding.check_alone(kv_budget=checked.kv_budget, visual_token_share=prunes, fit=fit or None)
         return cls(
             max_context, max_memory, session, *limits, checked, tuning, true_or_false("fit", fit), is_limited, sliding
         )
@@ -203,13 +204,14 @@ def _checked_lengths(
     return sliding, MAX_TOKENS, {**serving, "max_queue_tokens": MAX_TOKENS if most is None else most}
 
 
-def checked_max_context(given: Any, trained: int, capacity: int | None = None) -> int:
+def checked_max_context(given: Any, trained: int, capacity: int | None = None, *, option: str = "max_context") -> int:
     """Return the most tokens of prompt and answer together: what was given, or the default.
 
     Args:
         given: By a caller, or None.
         trained: What the model was trained for.
         capacity: What the engine was built with, if that is fixed.
+        option: What the caller knows it by.
 
     Raises:
         UsageError: It is no whole number, or beyond one of the two.
@@ -219,5 +221,5 @@ def checked_max_context(given: Any, trained: int, capacity: int | None = None) -
     reason = "what the model was trained for" if is_trained else "the capacity that the engine was built with"
     rebuild = "" if is_trained else ", or build the engine again with qwen3vl-export ... --max-context"
     default = min(DEFAULT_MAX_CONTEXT, limit)
-    remedy = f"leave max_context out for {default}{rebuild}"
-    return whole_number("max_context", default if given is None else given, 1, limit, f"1 to {limit}, {reason}", remedy)
+    remedy = f"leave {option} out for {default}{rebuild}"
+    return whole_number(option, default if given is None else given, 1, limit, f"1 to {limit}, {reason}", remedy)

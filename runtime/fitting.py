@@ -62,11 +62,17 @@ def biggest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
     return low
 
 
-def fit_work(planner: Planner, limit_bytes: int, wanted: Work) -> Work:
+def fit_work(planner: Planner, limit_bytes: int, wanted: Work, least_patches: int = LEAST_PATCHES) -> Work:
     """Return work that fits: as it is wanted, or with less of what costs least to give up.
 
     In this order: rows and embeddings that are kept, sequences that run, the size of an image, the length of chunks,
     the context.
+
+    Args:
+        planner: Of the engine.
+        limit_bytes: What it may take.
+        wanted: What it is to hold and to run.
+        least_patches: Of an image.
 
     Raises:
         CapacityError: Not even the least of all fits.
@@ -76,7 +82,7 @@ def fit_work(planner: Planner, limit_bytes: int, wanted: Work) -> Work:
         return planner.plan(work).total_bytes <= limit_bytes
 
     work = wanted
-    for least, value, change in _steps(planner, wanted):
+    for least, value, change in _steps(planner, wanted, least_patches):
         if fits(work):
             return work
         if least < value:
@@ -115,9 +121,10 @@ def fit_options(planner: Planner, options: EngineOptions, images: ImageProcessor
         images=(min(WANTED_PATCHES, patches),),
         prompts_with_images=1,
         embeds_bytes=DEFAULT_EMBEDS_BYTES if serving.vision_cache_bytes is None else serving.vision_cache_bytes,
-        chunk=facts.chunk,
+        chunk=options.tuning.prefill_chunk or facts.chunk,
     )
-    work = fit_work(planner, options.max_memory, wanted)
+    least_patches = max(LEAST_PATCHES, -(-(options.min_pixels or 0) // area))
+    work = fit_work(planner, options.max_memory, wanted, least_patches)
     largest = biggest(
         lambda size: planner.plan(replace(work, images=(size,))).total_bytes <= options.max_memory,
         work.images[0],
@@ -158,14 +165,14 @@ def _fits_with(fits: Callable[[Work], bool], change: Change, work: Work, value: 
     return fits(change(work, value))
 
 
-def _steps(planner: Planner, wanted: Work) -> list[tuple[int, int, Change]]:
+def _steps(planner: Planner, wanted: Work, least_patches: int) -> list[tuple[int, int, Change]]:
     """Return what may be given up, in order: its least value, the one that is wanted, and what sets it."""
     fixed, image = planner.facts.capabilities, max(wanted.images, default=0)
     steps: list[tuple[int, int, Change]] = [
         (0, wanted.kept, lambda work, value: replace(work, kept=value)),
         (0, wanted.embeds_bytes, lambda work, value: replace(work, embeds_bytes=value)),
         (1, wanted.sequences, lambda work, value: replace(work, sequences=value)),
-        (LEAST_PATCHES, image, lambda work, value: replace(work, images=(value,))),
+        (least_patches, image, lambda work, value: replace(work, images=(value,))),
     ]
     if "prefill_chunk" not in fixed:
         steps.append((LEAST_CHUNK, wanted.chunk, lambda work, value: replace(work, chunk=value)))

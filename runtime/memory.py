@@ -28,6 +28,8 @@ _REMEDIES = {
 _FLOAT_BYTES = 4
 STAGING_ROW_BYTES = "staging_row_bytes"
 """Capability of engines that work together: bytes of a row of the cache in which prompts run (`runtime.route`)."""
+OF_OTHERS = "of_others"
+"""Capability of engines that work together: what memory depends on of the engine that runs a part, by that part."""
 
 
 def machine_bytes(limits: Sequence[int] | None = None) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import configs
@@ -21,6 +22,7 @@ from runtime.memory import (
     EMBEDS,
     LIBRARIES,
     LOGITS,
+    OF_OTHERS,
     PREFILL,
     STAGING,
     STAGING_ROW_BYTES,
@@ -31,6 +33,7 @@ from runtime.memory import (
     sink_bytes,
 )
 from runtime.model_config import ModelConfig
+from runtime.session import DECODE
 from runtime.vision_inputs import PIXELS, VISION_PATCHES
 from runtime.workspaces.decoder import PrefillCall, decode_stages
 from runtime.workspaces.kernels import FLOAT_BYTES, Kernels
@@ -38,7 +41,10 @@ from runtime.workspaces.vision import VisionCall
 
 PARTS = (WEIGHTS, CACHE, STAGING, PREFILL, VISION, LOGITS, EMBEDS, LIBRARIES)
 """Parts of every plan, in the order in which they are shown."""
+_MOST_CALLS = 1024
 DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH = "decoder", "prefill", "vision"
+_OF_8_BITS = {DECODER_GRAPH: ("int8",), PREFILL_GRAPH: ("int8", "int4p8")}
+_GRAPHS = (DECODER_GRAPH, PREFILL_GRAPH, VISION_GRAPH)
 
 
 @dataclass(frozen=True)
@@ -114,12 +120,16 @@ class Facts:
     def of(cls, manifest: Manifest) -> Facts:
         """Return those of an engine folder: a weight file has the name of its graph, or begins with it.
 
-        Of engines that work together (`runtime.route`) the names have a folder before that.
+        Of engines that work together (`runtime.route`) the names have a folder before that: the parts that are run. A
+        decoder that runs prompts alone counts as their graph.
         """
         graphs: dict[str, int] = {}
         for name, record in manifest.files.items():
             if record.is_weights:
-                graph = name.rpartition("/")[2].partition(".")[0]
+                parts, _, file = name.rpartition("/")
+                graph = file.partition(".")[0]
+                if graph == DECODER_GRAPH and PREFILL_GRAPH in parts.split("+") and DECODE not in parts.split("+"):
+                    graph = PREFILL_GRAPH
                 graphs[graph] = graphs.get(graph, 0) + record.num_bytes
         return cls(manifest.model, manifest.capabilities, graphs)
 
@@ -127,6 +137,15 @@ class Facts:
     def is_on_gpu(self) -> bool:
         """Whether it takes the memory of a GPU."""
         return bool(self.capabilities.get("device", "cpu") == "gpu")
+
+    def capabilities_of(self, part: str) -> Mapping[str, Any]:
+        """Return the capabilities that the memory of a part depends on, which another engine may run."""
+        others: Mapping[str, Mapping[str, Any]] = self.capabilities.get(OF_OTHERS, {})
+        return others.get(part, self.capabilities)
+
+    def is_beside_cache(self, part: str) -> bool:
+        """Whether a part runs on the device of the KV cache, whose memory is planned."""
+        return bool(self.capabilities_of(part).get("device", "cpu") == self.capabilities.get("device", "cpu"))
 
     @property
     def max_batch(self) -> int | None:
@@ -149,14 +168,16 @@ class Planner:
 
     Attributes:
         facts: As given.
-        kernels: What it computes with.
+        kernels: What each part computes with.
     """
 
     def __init__(self, facts: Facts, threads: int | None = None) -> None:
         self.facts = facts
-        self.kernels = Kernels.of(facts.capabilities, threads or default_threads(), l2_cache_bytes())
+        threads, l2_bytes = threads or default_threads(), l2_cache_bytes()
+        self.kernels = {part: Kernels.of(facts.capabilities_of(part), threads, l2_bytes) for part in _GRAPHS}
         self._numbers = configs.load("memory")
-        self._calls: dict[tuple[Any, ...], tuple[int, int]] = {}
+        # A server sees images of any number of sizes.
+        self._call = lru_cache(_MOST_CALLS)(self._simulated)
 
     @classmethod
     def of(cls, manifest: Manifest, threads: int | None = None) -> Planner:
@@ -196,37 +217,34 @@ class Planner:
         images = tuple(sorted(work.images, reverse=True))
         prompts = work.sequences if work.prompts_with_images is None else work.prompts_with_images
         tokens = min(work.context, self.capacity(work.context))
-        shares = work.sequences == 1 and not self.facts.is_on_gpu
+        sees = self.facts.is_beside_cache(VISION_GRAPH)
+        shares = sees and work.sequences == 1 and not self.facts.is_on_gpu
         sizes = tokens, min(work.chunk, tokens), work.sequences
         prefill, vision = self._call(images if shares else (), 1, *sizes)
-        if images and not shares:
+        if images and sees and not shares:
             vision = self._call(images, prompts, 0, 0, 0)[1]
         if images:
             vision += self._pixel_bytes(images, prompts)
         return prefill + self.facts.workspace_bytes, vision
 
-    def _call(self, images: tuple[int, ...], prompts: int, tokens: int, chunk: int, sequences: int) -> tuple[int, int]:
-        """Return what prompts take beyond images, and what images take, of the arena and beside it."""
-        key = images, prompts, tokens, chunk, sequences
-        if key not in self._calls:
-            self._calls[key] = self._simulated(*key)
-        return self._calls[key]
-
     def _simulated(
         self, images: tuple[int, ...], prompts: int, tokens: int, chunk: int, sequences: int
     ) -> tuple[int, int]:
-        config, kernels = self.facts.model, self.kernels
-        arena, beside, plans = Arena(), 0, not kernels.is_own
+        """Return what prompts take beyond images, and what images take, of the arena and beside it."""
+        config, kernels = self.facts.model, self.kernels[VISION_GRAPH]
+        arena, beside = Arena(), 0
         for patches in dict.fromkeys(images):
             call = VisionCall(config, _in_a_call(patches, images.count(patches), prompts), patches, kernels)
-            arena.run(call.stages(), shares=plans, keeps=("levels",))
+            arena.run(call.stages(), shares=not kernels.is_own, keeps=("levels",))
             beside = max(beside, call.heap_bytes())
         vision = arena.num_bytes + beside
         if tokens:
-            for size, past in _chunks(tokens, chunk):
-                arena.run(PrefillCall(config, size, past, kernels).stages(), shares=plans)
+            kernels, heap = self.kernels[PREFILL_GRAPH], 0
+            if self.facts.is_beside_cache(PREFILL_GRAPH):
+                for size, past in _chunks(tokens, chunk):
+                    arena.run(PrefillCall(config, size, past, kernels).stages(), shares=not kernels.is_own)
+                heap = PrefillCall(config, chunk, 0, kernels).heap_bytes()
             arena.run(decode_stages(config, sequences))
-            heap = PrefillCall(config, chunk, 0, kernels).heap_bytes()
             return arena.num_bytes + beside + heap - vision, vision
         return 0, vision
 
@@ -245,26 +263,34 @@ class Planner:
 
     def _weights(self, work: Work) -> tuple[int, int]:
         """Return what the weights take, and how much of it is mapped from their files."""
-        facts, config = self.facts, self.facts.model
-        total = sum(facts.weight_bytes.values())
-        if facts.is_on_gpu:
-            return total, 0
-        decoder = facts.weight_bytes.get(DECODER_GRAPH, 0)
-        if self.kernels.is_own:  # ONNX Runtime packs the experts alone
-            total -= facts.weight_bytes.get(VISION_GRAPH, 0) if work.is_text_only else 0
-            return total, total - int(decoder * _share_of_experts(config))
-        table = config.text.vocab_size * config.text.hidden_size
-        places = FLOAT_BYTES * config.vision.num_position_embeddings * config.vision.hidden_size
-        if not self.kernels.is_quantised:  # packed for products; where the head is the table, that is read as well
-            tied = FLOAT_BYTES * table if config.text.tie_word_embeddings else 0
-            return total + tied, tied + places + int(decoder * _share_of_experts(config))
+        sizes = self.facts.weight_bytes
+        if self.facts.is_on_gpu:
+            return sum(sizes.values()), 0
+        found = [self._weights_of(graph, size) for graph, size in sizes.items() if graph != VISION_GRAPH]
+        if VISION_GRAPH in sizes:
+            is_own, vision = self.kernels[VISION_GRAPH].is_own, self.facts.model.vision
+            size = 0 if work.is_text_only and is_own else sizes[VISION_GRAPH]
+            places = FLOAT_BYTES * vision.num_position_embeddings * vision.hidden_size
+            found.append((size, size if is_own else places))
+        return sum(size for size, _ in found), sum(mapped for _, mapped in found)
+
+    def _weights_of(self, graph: str, size: int) -> tuple[int, int]:
+        """Return what the weights of a decoder take, and how much of it is mapped."""
+        config, kernels = self.facts.model, self.kernels[graph]
+        experts = int(size * _share_of_experts(config))  # which ONNX Runtime packs, whoever multiplies the rest
+        if kernels.is_own:
+            return size, size - experts
+        if not kernels.is_quantised:  # packed for products; where the head is the table, that is read as well
+            table = FLOAT_BYTES * config.text.vocab_size * config.text.hidden_size
+            tied = table if config.text.tie_word_embeddings else 0
+            return size + tied, tied + experts
         packing = self._numbers["packing"]
-        code_bytes = decoder * packing["block"] // 2 // (packing["block"] // 2 + packing["scale_bytes"])
-        if self.facts.capabilities.get("precision") == "int8":
-            code_bytes = decoder * packing["block"] // (packing["block"] + packing["scale_bytes"])
-        scales = decoder - code_bytes
-        packed = decoder + scales * packing["sum_bytes"] // packing["scale_bytes"]
-        return total - decoder + packed + scales, scales + places
+        code_bytes = size * packing["block"] // 2 // (packing["block"] // 2 + packing["scale_bytes"])
+        if self.facts.capabilities_of(graph).get("precision") in _OF_8_BITS[graph]:
+            code_bytes = size * packing["block"] // (packing["block"] + packing["scale_bytes"])
+        scales = size - code_bytes
+        packed = size + scales * packing["sum_bytes"] // packing["scale_bytes"]
+        return packed + scales, scales
 
     def _libraries(self) -> tuple[int, int]:
         """Return what libraries take, and how much of it is mapped from files."""
@@ -272,7 +298,7 @@ class Planner:
         if self.facts.is_on_gpu:
             return int(self._numbers["gpu"]["library_bytes"]), 0
         kept = 0
-        if self.kernels.is_quantised and not self.kernels.is_own:
+        if any(each.is_quantised and not each.is_own for each in self.kernels.values()):
             # While it opens, scales and sums of the largest weight are computed in memory that stays in the heap.
             kept = 2 * FLOAT_BYTES * text.vocab_size * text.hidden_size // int(self._numbers["packing"]["block"])
         anonymous, mapped = int(numbers["anonymous_bytes"]) + kept, int(numbers["mapped_bytes"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from runtime.manifest import Manifest
 from runtime.memory import LIBRARIES, PREFILL, STAGING, WEIGHTS, check_fits
 from runtime.memory_plan import Planner, Work
 from runtime.preparation import Preparation
+from runtime.scheduling.eviction import check_kv_budget
 from runtime.scheduling.plan import plan_limits
 from runtime.scheduling.request import Limits
 from runtime.session import Session, SessionOptions, is_on_gpu, open_session
@@ -70,6 +72,7 @@ def open_engine(
         fitted = fit_options(planner, options, _preparation(folder, manifest, options).inputs.image)
         options = fitted.options
         if fitted.changes:
+            check_kv_budget(options.serving.kv_budget, manifest.capabilities, options.max_context)
             _LOGGER.warning("note: to fit into %.2f GB: %s", options.max_memory / 1e9, fitted)
     chunk = planner.facts.chunk if fitted is None else fitted.chunk
     sink_tokens = 0 if options.window is None else options.window.sink_tokens
@@ -86,8 +89,10 @@ def open_engine(
         free_bytes = getattr(session, "free_bytes", None)
         room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes) - staging_bytes)
         limits = plan_limits(manifest, options.serving, options.slot_rows, room, options.window)
-    limits = limits if fitted is None else fitted.apply(limits)
-    limits = tuned_limits(limits, options.tuning, manifest, room)
+    if fitted is None:
+        limits = tuned_limits(limits, options.tuning, manifest, room)
+    else:  # chunks of the tuned length were wanted, and are no longer than fits beside an image
+        limits = fitted.apply(tuned_limits(limits, options.tuning, manifest, sys.maxsize))
     changes = {} if fitted is None else fitted.changes
     return Opened(session, preparation, limits, options.session.threads or default_threads(), changes)
 

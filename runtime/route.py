@@ -16,7 +16,7 @@ from runtime.contract import TOKEN_SCORES
 from runtime.errors import UsageError
 from runtime.generation import PREFILL_CHUNK
 from runtime.manifest import FileRecord, Manifest
-from runtime.memory import STAGING_ROW_BYTES, cache_bytes
+from runtime.memory import OF_OTHERS, STAGING_ROW_BYTES, cache_bytes
 from runtime.moved_rows import FLOATS
 from runtime.preparation import (
     GENERATION,
@@ -37,6 +37,7 @@ _SHARED_FILES = (TOKENIZER, TOKENIZER_SETTINGS, TEMPLATE, PREPROCESSOR, VIDEO_PR
 # Capabilities that are about one part.
 _OF_VISION = (PIXELS, TOKEN_SCORES)
 _OF_PREFILL = ("prefill_chunk", "logits_chunk", "prefill_min_tokens")
+_OF_MEMORY = ("device", "precision", "custom_ops")
 RUN_ALL_PARTS = frozenset({"tensorrt"})
 """Kinds of sessions whose graphs share one workspace, so that they open all or none."""
 _BUILD_BOTH = "build both engines of one checkpoint with this version: qwen3vl-export MODEL --target …"
@@ -75,12 +76,14 @@ class Route:
             EngineError: A folder is no engine, or a file of it is missing or altered.
         """
         manifest = _checked_manifest(folder, check=check)
-        parts: dict[Path, set[str]] = {}
+        # By real path, so that a folder with two names is one engine.
+        named: dict[Path, tuple[Path, set[str]]] = {}
         for part, value in ((VISION, vision_engine), (PREFILL, prefill_engine)):
             if value is not None:
-                parts.setdefault(_other_folder(_OPTIONS[part], value, folder), set()).add(part)
+                other = _other_folder(_OPTIONS[part], value, folder)
+                named.setdefault(other.resolve(), (other, set()))[1].add(part)
         others = []
-        for other, its_parts in parts.items():
+        for other, its_parts in named.values():
             engine = RoutedEngine(other, _checked_manifest(other, check=check), frozenset(its_parts))
             _check_fits(RoutedEngine(folder, manifest, PARTS), engine)
             others.append(engine)
@@ -109,6 +112,11 @@ class Route:
             capabilities.setdefault("prefill_min_tokens", 1)
             if is_on_gpu(prefill) == is_on_gpu(first):
                 capabilities[STAGING_ROW_BYTES] = cache_bytes(prefill.model, prefill.capabilities, 1)
+        capabilities[OF_OTHERS] = {
+            part: {name: each.manifest.capabilities[name] for name in _OF_MEMORY if name in each.manifest.capabilities}
+            for each in self.engines[1:]
+            for part in sorted(each.parts)
+        }
         files = {
             f"{'+'.join(sorted(each.parts))}/{name}": record
             for each in self.engines

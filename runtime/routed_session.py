@@ -18,7 +18,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from numpy.typing import NDArray
 
@@ -27,6 +27,9 @@ from runtime.manifest import Manifest
 from runtime.moved_rows import MovableCache, converted, rounds
 from runtime.session import KVCache, Session, TopLogits, TopLogitsSession
 from runtime.visual_pruning.scored import ScoredEmbeds, ScoringSession
+
+if TYPE_CHECKING:
+    from runtime.scheduling.eviction import QueriesSession
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,13 @@ class RoutedSession:
         logits = self._prefill.prefill(inputs, cache.staging)
         cache.take_rows(slot, past, past + num_new)
         return logits
+
+    def prefill_with_queries(
+        self, inputs: DecoderInputs, cache: KVCache, slot: int = 0
+    ) -> tuple[FloatArray, FloatArray]:
+        """Run a chunk on a `runtime.scheduling.eviction.QueriesSession` that also decodes."""
+        assert self._prefill is self._decode, "queries are of the cache that decodes"
+        return cast("QueriesSession", self._prefill).prefill_with_queries(inputs, cache, slot)
 
     def decode(self, inputs: DecoderInputs, cache: KVCache, slot: int = 0) -> FloatArray:
         """Run decode steps, or drafted tokens."""

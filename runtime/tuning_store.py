@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -33,6 +34,7 @@ NUM_DIGITS = 12
 _LIBRARIES = ("onnxruntime", "onnxruntime-gpu")
 _GPU_LIBRARIES = ("tensorrt", "tensorrt_rtx-cu12", "cuda-bindings")
 _DRIVER = Path("/proc/driver/nvidia")
+_LATEST = 253402300799  # the end of the year 9999, in UTC
 _RENEW = "renew it with: qwen3vl tune ENGINE"
 
 
@@ -123,7 +125,7 @@ def stored_values(manifest: Manifest) -> dict[str, Any] | None:
         return None
     key = Key.of(manifest)
     path = folder / key.file_name
-    if not path.is_file():
+    if not os.path.lexists(path):
         if any(folder.glob(f"{key.engine[:NUM_DIGITS]}-*.json")):
             _LOGGER.warning("note: this engine was tuned on another machine, so that is of no use here; %s", _RENEW)
         return None
@@ -167,6 +169,8 @@ def read_values(path: Path) -> dict[str, Any]:
     for name, kind in wanted.items():
         if not isinstance(values.get(name), kind):
             raise EngineError(f"{path}: {name} is missing, or of another kind", remedy=_RENEW)
+    if not 0 <= values["tuned"] <= _LATEST:
+        raise EngineError(f"{path}: tuned is no time in seconds since 1970", remedy=_RENEW)
     return values
 
 

@@ -136,6 +136,9 @@ def print_stats(stats: Stats) -> None:
     if stats.pruned_tokens:
         total = stats.visual_tokens + stats.pruned_tokens
         rows.append(("visual tokens", f"{stats.visual_tokens} of {total} kept"))
+    if stats.evicted_rows:
+        kept = stats.prompt_tokens - stats.evicted_rows
+        rows.append(("rows of the prompt", f"{kept} of {stats.prompt_tokens} kept"))
     if stats.drafted_tokens:
         rows.append(("prompt lookup", f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted"))
     for line in columns(rows):

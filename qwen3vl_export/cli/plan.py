@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from runtime.memory_plan import Planner, Work
 
 _BAR_WIDTH = 40
+_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white")
 
 
 @dataclass(frozen=True)
@@ -148,17 +150,20 @@ def _planner(
     say = (lambda text: None) if is_quiet else note
     target = resolve_target(planned.target or AUTO, lambda: config, say, options=options)
     target = with_kernels(target, planned.kernels, config, say)
-    return target.name, Planner(facts_of(target, config, options), threads)
+    facts = facts_of(target, config, options)
+    # Of an engine that is built for a size, nothing else fits; of one that is not built, the size is still open.
+    free = {name: value for name, value in facts.capabilities.items() if name not in ("capacity", "max_batch")}
+    return target.name, Planner(replace(facts, capabilities=free), threads)
 
 
 def _work(planner: Planner, planned: Planned, context: int | None, size: tuple[int, int] | None) -> Work:
-    from qwen3vl_export.memory_report import patches_of
+    from qwen3vl_export.memory_report import patches_of, visual_tokens
     from runtime.engine_options import checked_max_context
     from runtime.memory_plan import Work
 
     facts = planner.facts
     capacity = facts.capabilities.get("capacity")
-    context = checked_max_context(context, facts.model.text.max_positions, capacity)
+    context = checked_max_context(context, facts.model.text.max_positions, capacity, option="--context")
     slots = planned.batch + planned.kept
     if facts.max_batch is not None and slots > facts.max_batch:
         raise UsageError(
@@ -170,6 +175,12 @@ def _work(planner: Planner, planned: Planned, context: int | None, size: tuple[i
         frames = facts.model.vision.temporal_patch_size
         count = planned.images if planned.video is None else -(-planned.video // frames)
         images = (patches_of(planner, *size),) * count
+    if (tokens := visual_tokens(planner, images)) > context:
+        raise UsageError(
+            f"{len(images)} × {size and 'x'.join(map(str, size))} pixels are {tokens} tokens, more than the context of "
+            f"{context}",
+            remedy="raise --context, or give a smaller --image or fewer of them",
+        )
     return Work(context, planned.batch, planned.kept, images, chunk=facts.chunk)
 
 
@@ -186,8 +197,7 @@ def _show(report: MemoryReport) -> None:
     for _ in range(3):
         rows.add_column(no_wrap=True)
     done = 0
-    colours = ("blue", "cyan", "green", "yellow", "magenta", "red", "white")
-    for colour, (part, size) in zip(colours, report.plan.parts.items(), strict=True):
+    for colour, (part, size) in zip(cycle(_COLOURS), report.plan.parts.items(), strict=False):
         if size:
             first, last = (round(_BAR_WIDTH * end / whole) for end in (done, done + size))
             bar = Text(" " * first).append("█" * max(1, last - first), style=colour)

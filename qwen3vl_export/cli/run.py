@@ -112,7 +112,8 @@ def run(
     arguments), malformed_tool_calls (those that are text), and stats with preprocess_s, queue_s, vision_s, prefill_s,
     ttft_s (time to first token), tpot_s (time per later token), tokens_per_s, prompt_tokens, visual_tokens, new_tokens,
     peak_cache_bytes, drafted_tokens and accepted_tokens (of prompt lookup), cached_tokens and cached_images (found in
-    the cache), pruned_tokens (of --visual-token-share); also logprobs and choices, if --logprobs and --n ask for them.
+    the cache), pruned_tokens (of --visual-token-share), evicted_rows (of the prompt, --kv-budget); also logprobs and
+    choices, if --logprobs and --n ask for them.
 
     \b
     Examples:

@@ -103,7 +103,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def model_shape(model: str, *, name: str = "--model") -> ModelConfig:
-    """Return the shape of a folder, of `demo`, of a name in configs/models, or of a Hub id.
+    """Return the shape of a folder, of a shipped checkpoint, of a name in configs/models, or of a Hub id.
 
     From the Hub, or its cache, `config.json` alone is fetched; the released checkpoints have shapes in configs/models.
 
@@ -120,10 +120,10 @@ def model_shape(model: str, *, name: str = "--model") -> ModelConfig:
     if is_size and not is_folder(model, error=CheckpointError):
         return ModelConfig.from_hf({"model_type": SUPPORTED_MODEL_TYPE, **configs.load(f"models/{size}")})
     from qwen3vl_export.checkpoint import Checkpoint
-    from qwen3vl_export.sources import DEMO, DEMO_MOE, local_path
+    from qwen3vl_export.sources import SHIPPED, local_path
 
     path = local_path(model)
-    if model in (DEMO, DEMO_MOE) or (path is not None and os.path.lexists(path)):
+    if model in SHIPPED or (path is not None and os.path.lexists(path)):
         return Checkpoint.open(model).config
     if path is not None:
         is_folder(path, error=CheckpointError)  # raises where the system does not let this user look
@@ -132,7 +132,7 @@ def model_shape(model: str, *, name: str = "--model") -> ModelConfig:
         return Checkpoint(_fetched_config(f"{name} {model}", match["repo"], match["revision"]).parent, model).config
     raise UsageError(
         f"{name} {shown(model)}: no such folder",
-        remedy=f"give a Hugging Face folder, a Hub id, {DEMO}, {DEMO_MOE}, or one of {_sizes()}",
+        remedy=f"give a Hugging Face folder, a Hub id, {', '.join(SHIPPED)}, or one of {_sizes()}",
     )
 
 

@@ -106,9 +106,13 @@ class Rig:
         self._warm: set[tuple[Tuning, Metric]] = set()
         self.manifest = Manifest.read(engine)
         self._openings = Openings(engine, self.manifest, SEQUENCES + 1, opening or {}, self._forget)
-        opened = self._openings.get(Tuning())
-        self.sizes = self._fit(opened, budget_s)
-        self.workload = _workload(opened.model, self.sizes)
+        try:
+            opened = self._openings.get(Tuning())
+            self.sizes = self._fit(opened, budget_s)
+            self.workload = _workload(opened.model, self.sizes)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def holds_two(self) -> bool:

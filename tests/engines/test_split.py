@@ -78,6 +78,7 @@ def test_a_smaller_gpu_takes_the_vision_tower() -> None:
     assert (gpu.parts, gpu.total_bytes) == ({TOWER}, least) and cpu.parts == PARTS - {TOWER}
     assert cpu.num_bytes[CACHE] == whole(CPU)[CACHE] and STAGING not in cpu.num_bytes
     assert found.commands("M")[-1] == "qwen3vl run engines/ort-cpu-int8 PROMPT --vision-engine engines/ort-cuda-fp16"
+    assert found.commands("./my models/M")[0].startswith("qwen3vl-export './my models/M' --target ort-cpu-int8 ")
     assert split(least - 1, CUDA, CPU) is None
 
 

@@ -242,3 +242,17 @@ def test_the_rule_sees_private_names() -> None:
     )
     expected = {"engines.choose._stored", "engines.choose._rules", "engines.choose._budget", "runtime.model._read_json"}
     assert private_names(source) == expected
+
+
+def untuned_calls(source: str) -> list[str]:
+    """Calls of `from_engine` that take what `qwen3vl tune` has stored on the machine."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    opened = [each for each in calls if isinstance(each.func, ast.Attribute) and each.func.attr == "from_engine"]
+    return [ast.unparse(each) for each in opened if "tuned" not in ast.unparse(each)]
+
+
+def test_benchmarks_do_not_depend_on_what_was_tuned_on_the_machine() -> None:
+    files = sorted((ROOT / "benchmarks").rglob("*.py"))
+    found = {path.name: untuned_calls(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: calls for name, calls in found.items() if calls} == {}
+    assert untuned_calls("Model.from_engine(a, tuned=False)\nModel.from_engine(b)") == ["Model.from_engine(b)"]

@@ -39,7 +39,7 @@ class Log(Progress):
 @pytest.fixture(autouse=True)
 def traced(demo_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace the demo once for all tests; to build an engine takes no library."""
-    monkeypatch.setattr(exporting, "make_bundle", lambda *_: demo_bundle)
+    monkeypatch.setattr(exporting, "make_bundle", lambda *_, **__: demo_bundle)
     monkeypatch.setattr(native, "failure", lambda: None)
     monkeypatch.setattr(native, "isas", lambda: ("avx2", "portable"))
 

@@ -98,7 +98,7 @@ def test_only_a_compiler_takes_more_than_context_and_batch() -> None:
 def test_the_stages_of_an_engine_in_few_bits(
     demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "make_bundle", lambda *_: demo_bundle)
+    monkeypatch.setattr(exporting, "make_bundle", lambda *_, **__: demo_bundle)
     monkeypatch.setattr(exporting, "read_prompts", lambda _: training_prompts(2))
     log, output = Log(), tmp_path / "engine"
     request = ExportRequest("demo", "ort-cpu-int4", output, calibration=tmp_path, kv_cache="int8")
@@ -116,7 +116,7 @@ def test_the_stages_of_an_engine_in_few_bits(
 
 
 def test_a_bundle_is_for_no_target(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "make_bundle", lambda *_: demo_bundle)
+    monkeypatch.setattr(exporting, "make_bundle", lambda *_, **__: demo_bundle)
     log, folders = Log(), [tmp_path / "first", tmp_path / "second"]
     for folder in folders:  # a bundle may be written as often as one likes
         exported = export(ExportRequest("demo", bundle=folder), log)

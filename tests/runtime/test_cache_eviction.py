@@ -95,6 +95,21 @@ def test_the_rows_of_most_votes_stay() -> None:
     np.testing.assert_array_equal(choose_rows(scores, len(kept), 2), [kept])
 
 
+def test_rows_of_a_pruned_picture_count_for_themselves() -> None:
+    """Beside a kept token there may be none of its neighbours: its number in the prompt says nothing of its place."""
+    scores = RNG.random((2, 30)).astype(np.float32)
+    for kept in (9, (0, 3, 4, 7, 8, 11, 12, 15, 19)):
+        found = pool_scores(scores, [VisualSpan(6, (1, 4, 5), kept)])
+        np.testing.assert_array_equal(found[:, 6:15], scores[:, 6:15])
+        assert found[0, 5] == scores[0, 3:6].max() and found[0, 15] == scores[0, 15:18].max()
+
+
+def test_a_share_of_the_budget_is_at_most_all_of_it() -> None:
+    for share in (-0.1, 1.1):
+        with pytest.raises(AssertionError):
+            choose_rows(np.ones((1, NUM_ROWS), np.float32), 20, 4, SPANS, visual_share=share)
+
+
 def test_heads_choose_for_themselves() -> None:
     scores = np.zeros((2, 40), np.float32)
     scores[0, 5], scores[1, 25] = 1.0, 1.0

@@ -20,6 +20,7 @@ from engines.choose import facts_of
 from engines.registry import get
 from helpers import ROOT
 from helpers.targets import own
+from qwen3vl_export.cli.targets import model_shape
 from runtime.arena import Arena
 from runtime.errors import CapacityError
 from runtime.fitting import biggest, fit_work
@@ -127,7 +128,7 @@ def test_an_arena_grows_as_that_of_the_installed_onnxruntime(demo_engine: Path) 
     )
     logged = [int(size) for size in re.findall(r"rounded_bytes: ?(\d+)", done.stdout + done.stderr)]
     manifest = Manifest.read(demo_engine)
-    kernels = Planner.of(manifest, 2).kernels
+    kernels = Planner.of(manifest, 2).kernels["decoder"]
     arena = Arena()
     arena.run(VisionCall(manifest.model, 24 * 32, 24 * 32, kernels).stages(), shares=True, keeps=())
     for past in (0, 512):
@@ -269,10 +270,26 @@ def test_the_committed_table_is_of_many_engines_and_within_the_goal() -> None:
         for row in rows
     }
     assert len(errors) == len(rows) >= 12 and len({row["engine"] for row in rows}) >= 8
-    assert sum(error <= memory_plan.GOAL for error in errors.values()) >= 12
-    for row in rows:  # the plans of today, but for what depends on this machine's caches
-        parts = row["parts"]
-        assert sum(parts.values()) == row["planned_resident_bytes"] > row["planned_anonymous_bytes"]
+    assert sum(error > memory_plan.GOAL for error in errors.values()) <= len(errors) // 20
+    assert max(errors.values()) <= 0.07
+    for row in rows:
+        assert sum(row["parts"].values()) == row["planned_resident_bytes"] > row["planned_anonymous_bytes"]
+
+
+def test_plans_of_today_are_those_of_the_committed_table() -> None:
+    """But for what depends on this machine's caches, and for constants of graphs that only a manifest knows."""
+    rows = json.loads((ROOT / "benchmarks/results/memory-plan.json").read_text(encoding="utf-8"))["rows"]
+    planners: dict[str, Planner] = {}
+    for row in rows:
+        engine, target = row["engine"], row["target"]
+        if engine not in planners:
+            config = model_shape("qwen3-vl-2b" if engine.startswith("2b") else engine.partition("-ort-")[0])
+            chosen = own(target) if engine.endswith("-own") else get(target)
+            planners[engine] = Planner(facts_of(chosen, config, BuildOptions()), row["threads"])
+        images, is_text_only = tuple(row["patches"]), not row["images"]
+        plan = planners[engine].plan(Work(row["context"], row["sequences"], images=images, is_text_only=is_text_only))
+        assert plan.total_bytes == pytest.approx(row["planned_resident_bytes"], rel=0.015), engine
+        assert plan.anonymous_bytes == pytest.approx(row["planned_anonymous_bytes"], rel=0.015), engine
 
 
 def test_the_keys_of_sinks_are_in_the_plan(demo_engine: Path) -> None:

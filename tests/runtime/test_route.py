@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import pytest
 from engines.bundle import Bundle
 from helpers.engines import build, requantized
 from qwen3vl_export.export import ExportRequest, export
+from runtime import memory
 from runtime.errors import CapacityError, EngineError, UsageError
 from runtime.manifest import FileRecord, Manifest
-from runtime.memory import CACHE, STAGING, WEIGHTS, cache_bytes
-from runtime.memory_plan import Facts
+from runtime.memory import CACHE, OF_OTHERS, STAGING, WEIGHTS, cache_bytes
+from runtime.memory_plan import Facts, Planner, Work
 from runtime.model import Qwen3VLModel
 from runtime.route import Route, possible_routes
 from runtime.scheduling.plan import held_bytes
@@ -113,6 +114,12 @@ def test_all_ways_between_two_engines(demo_engine: Path, int4_engine: Path, copy
     other = copy(source=lambda source: {**source, "weights_sha256": "0" * 64})
     with pytest.raises(UsageError, match="not engines of one checkpoint"):
         possible_routes(demo_engine, other)
+
+
+def test_an_engine_with_two_names_is_opened_once(demo_engine: Path, int4_engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(int4_engine)
+    engines = Route.read(demo_engine, vision_engine=int4_engine, prefill_engine=tmp_path / "link").engines
+    assert [(each.folder, each.parts) for each in engines[1:]] == [(int4_engine, {VISION, PREFILL})]
 
 
 def test_another_shape_is_refused(demo_engine: Path, copy: Copy) -> None:
@@ -229,6 +236,37 @@ def test_weights_and_staging_are_planned(demo_engine: Path, int4_engine: Path) -
         pass
     with pytest.raises(CapacityError, match=r"staging 0\.00 GB"):
         Qwen3VLModel.from_engine(int4_engine, prefill_engine=demo_engine, max_memory=least - staging, **one)
+
+
+def test_each_part_is_planned_as_the_engine_computes_that_runs_it(demo_engine: Path, int4_engine: Path) -> None:
+    work = Work(512, images=(1024,))
+
+    def planned(manifest: Manifest) -> Mapping[str, int]:
+        return Planner.of(manifest, 1).plan(work).parts
+
+    floats, codes = (planned(Manifest.read(engine)) for engine in (demo_engine, int4_engine))
+    routed = planned(Route.read(int4_engine, vision_engine=demo_engine, prefill_engine=demo_engine).manifest)
+    assert (routed[memory.VISION], routed[memory.PREFILL]) == (floats[memory.VISION], floats[memory.PREFILL])
+    assert floats[memory.VISION] != codes[memory.VISION] and floats[memory.PREFILL] != codes[memory.PREFILL]
+    own = Facts.of(Manifest.read(int4_engine))
+    alone = Planner(dataclasses.replace(own, weight_bytes={"decoder": own.weight_bytes["decoder"]}))
+    assert routed[WEIGHTS] == floats[WEIGHTS] + alone.plan(work).parts[WEIGHTS]
+    seen = planned(Route.read(int4_engine, vision_engine=demo_engine).manifest)
+    assert (seen[memory.VISION], seen[CACHE]) == (floats[memory.VISION], codes[CACHE])
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_what_runs_on_another_device_takes_no_workspace_of_this_one(device: str, demo_engine: Path) -> None:
+    manifest = Manifest.read(demo_engine)
+    here = dataclasses.replace(manifest, capabilities={**manifest.capabilities, "device": device})
+    other = {"device": "gpu" if device == "cpu" else "cpu", "precision": "fp32"}
+    for part, name in ((VISION, memory.VISION), (PREFILL, memory.PREFILL)):
+        there = dataclasses.replace(here, capabilities={**here.capabilities, OF_OTHERS: {part: other}})
+        for sequences in (1, 2):
+            work = Work(1024, sequences, images=(1024,))
+            alone, routed = (Planner.of(each, 1).plan(work).parts for each in (here, there))
+            assert routed[name] < 0.8 * alone[name]
+            assert routed[CACHE] == alone[CACHE]
 
 
 def test_only_graphs_that_run_are_opened(demo_engine: Path, copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:

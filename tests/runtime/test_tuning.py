@@ -109,6 +109,8 @@ def with_other_weights(manifest: Manifest) -> Manifest:
         ({"versions": {"onnxruntime": "0.1"}}, "it was measured with another onnxruntime and qwen3vl-export"),
         ({"format_version": 0}, "format version 0, expected 1"),
         ({"format_version": True}, "format version True, expected 1"),
+        ({"tuned": 10**30}, "tuned is no time in seconds"),
+        ({"tuned": -1}, "tuned is no time in seconds"),
         ({"settings": []}, "settings is missing, or of another kind"),
         ({"settings": {"speed": 11}}, "unknown setting 'speed'"),
         ({"settings": {"threads": "two"}}, "threads = 'two'"),
@@ -137,6 +139,18 @@ def test_a_damaged_file_is_ignored_with_a_note(
     keep(cache, manifest).write_bytes(damage)
     assert EngineOptions.checked(manifest).tuning == Tuning()
     assert len(notes(caplog)) == 1 and "renew it with" in notes(caplog)[0]
+
+
+def test_a_folder_in_place_of_the_file_is_ignored_with_a_note(
+    cache: Path, demo_engine: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = Manifest.read(demo_engine)
+    path = keep(cache, manifest)
+    path.unlink()
+    path.mkdir()
+    assert EngineOptions.checked(manifest).tuning == Tuning()
+    (said,) = notes(caplog)
+    assert "expected a file, found a folder" in said
 
 
 def test_another_engine_takes_nothing_of_it(cache: Path, demo_engine: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -148,7 +148,7 @@ def test_the_estimate_counts_the_images_of_a_whole_batch(tiny_engine: Path) -> N
         four = estimate(model, [Point(8, 2), Point(8, 2, 2, (64, 64), 2)])
         none = estimate(model, [Point(8, 2)])
         weights = model.manifest.weight_bytes
-    assert list(one) == ["weights", "KV cache", "prefill", "vision", "kept embeddings", "libraries"]
+    assert list(one) == ["weights", "KV cache", "staging", "prefill", "vision", "kept embeddings", "libraries"]
     assert one["weights"] >= weights and none["vision"] == 0 < one["vision"] < four["vision"]
     assert {**one, "vision": 0} == none
 

@@ -288,7 +288,7 @@ def test_a_system_message_comes_first(demo_engine: Path, monkeypatch: pytest.Mon
 def test_quiet_leaves_out_all_but_errors(demo_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen3vl_export import export as exporting
 
-    def traced(checkpoint: Any, progress: Progress) -> Bundle:
+    def traced(checkpoint: Any, progress: Progress, **_: Any) -> Bundle:
         progress.report(Stage.STITCHING, "stitching")
         return demo_bundle
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from qwen3vl_export.cli.quantities import parse_bytes, parse_sides, parse_tokens
 from qwen3vl_export.cli.run import app
+from qwen3vl_export.memory_report import report_of
 from runtime.errors import CapacityError, UsageError
 from runtime.manifest import Manifest
 from runtime.memory_plan import Planner, Work
@@ -66,6 +68,25 @@ def test_the_plan_of_a_model_reads_no_weights() -> None:
     assert gpu["device"] == "gpu" and gpu["mapped_bytes"] == 0 and gpu["fits"]
 
 
+def test_what_fits_is_not_what_was_asked_for_where_nothing_is_built() -> None:
+    arguments = "qwen3-vl-2b", "--target", "trt-fp16", "--memory", "80GB", "--context", "2k", "--json"
+    largest = json.loads(call(*arguments).stdout)["largest"]
+    assert largest["context"] == 262144 and largest["sequences"] > 8
+    assert largest["image_side"] == 45 * 32, "its tokens are in the context"
+
+
+def test_slots_that_are_kept_do_not_run(demo_engine: Path, tmp_path: Path) -> None:
+    built = Manifest.read(demo_engine)
+    built = dataclasses.replace(built, capabilities={**built.capabilities, "max_batch": 4})
+    report = report_of("", "", Planner.of(built, 1), 1, Work(64, kept=1), 1 << 40)
+    assert report.largest is not None and report.largest.sequences == 3
+
+
+def test_a_smaller_context_is_no_remedy_for_weights() -> None:
+    done = call("qwen3-vl-2b", "--target", "ort-cpu-fp32", "--memory", "1GB")
+    assert done.exception.remedy == "choose a target of fewer bits, or a smaller model"
+
+
 def test_frames_of_a_video_are_seen_in_pairs() -> None:
     done = call("tiny", "--target", "ort-cpu-fp32", "--image", "64x64", "--video", "5", "--json")
     assert json.loads(done.stdout)["patches"] == [16, 16, 16]
@@ -77,8 +98,12 @@ def test_frames_of_a_video_are_seen_in_pairs() -> None:
         (("nothing-here",), "no such folder"),
         (("tiny", "--memory", "16"), "--memory '16'"),
         (("tiny", "--images", "2"), "their size is missing"),
-        (("tiny", "--context", "1M", "--target", "ort-cpu-fp32"), "max_context"),
+        (("tiny", "--context", "1M", "--target", "ort-cpu-fp32"), "--context = 1048576"),
         (("tiny", "--target", "trt-fp16", "--kernels", "own"), "no such kernels"),
+        (
+            ("qwen3-vl-2b", "--target", "ort-cpu-fp32", "--image", "4096x4096"),
+            "are 16384 tokens",
+        ),
     ],
 )
 def test_bad_input(arguments: tuple[str, ...], expected: str) -> None:

@@ -258,6 +258,10 @@ def test_answer_on_stdout_statistics_on_stderr(
     assert [line.split("  ")[0] for line in lines[:4]] == ["prompt", "found in cache", "answer", "preprocess"]
     assert lines[1].endswith("  7 of 30 prompt tokens, 1 image")
     assert lines[4].split() == ["queue", "500.0", "ms"] and len(lines) == len(table) + 2
+    print_stats(dataclasses.replace(STATS, pruned_tokens=4, evicted_rows=9))
+    lines = capsys.readouterr().err.splitlines()[len(table) :]
+    assert [line.split("  ")[0] for line in lines] == ["visual tokens", "rows of the prompt"]
+    assert [line.split("  ")[-1].strip() for line in lines] == ["16 of 20 kept", "21 of 30 kept"]
 
 
 @pytest.mark.portable
@@ -501,7 +505,7 @@ def test_verify_passes_the_reference_on(qwen3vl: Any, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "qwen3vl_export.parity.verify", types.SimpleNamespace(verify=verify))
     for options in ([], ["--reference", "own"]):
         assert qwen3vl("verify", "folder", "--checkpoint", "demo", *options)[0] == 0
-    assert asked == [{}, {"reference": "own"}]
+    assert asked == [{"route": {}}, {"route": {}, "reference": "own"}]
 
 
 @pytest.mark.portable
@@ -517,7 +521,8 @@ def test_a_reference_has_no_use_with_other_comparisons(other: list[str], qwen3vl
 def test_verify_exit_code_follows_the_report(passed: bool, qwen3vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def verify(*args: Any, on_case: Callable[[str], None]) -> Any:
+    def verify(*args: Any, on_case: Callable[[str], None], route: dict[str, Any]) -> Any:
+        assert route == {}
         on_case("three images")
         asked.append(args)
         return types.SimpleNamespace(passed=passed, to_dict=lambda: {"passed": passed}, render=lambda: "the table")

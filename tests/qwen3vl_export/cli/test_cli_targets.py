@@ -20,6 +20,7 @@ from helpers.own_kernels import needs_own_kernels
 from qwen3vl_export.cli.errors import run_app
 from qwen3vl_export.cli.run import app
 from qwen3vl_export.cli.targets import model_shape
+from qwen3vl_export.sources import SHIPPED
 from runtime import native
 from runtime.errors import CheckpointError, EngineError, UsageError
 
@@ -106,8 +107,9 @@ def test_a_model_that_fits_nowhere_is_shown_all_the_same(monkeypatch: pytest.Mon
 
 @pytest.mark.portable
 def test_a_folder_is_a_model_too() -> None:
-    folder = ROOT / "qwen3vl_export" / "demo" / "checkpoint"
-    assert model_shape(str(folder)) == model_shape("demo")
+    for name, subfolder in SHIPPED.items():
+        folder = ROOT / "qwen3vl_export" / "demo" / subfolder
+        assert model_shape(str(folder)) == model_shape(name)
 
 
 @pytest.mark.portable

@@ -182,8 +182,8 @@ def answer_delta_zero(subject: Subject) -> None:
     """The same in `generate` alone, whose sequences take the delta from the prompt by themselves."""
     start = Sequence.start
 
-    def start_at_zero(sequence: Sequence, num_shared: int) -> None:
-        start(sequence, num_shared)
+    def start_at_zero(sequence: Sequence, *args: Any) -> None:
+        start(sequence, *args)
         sequence.delta = 0
 
     subject.patch.setattr(Sequence, "start", start_at_zero)

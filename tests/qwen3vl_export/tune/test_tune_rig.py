@@ -20,6 +20,7 @@ from helpers.host_graphs import HostGraphs
 from qwen3vl_export.parity.limits import limits_of
 from qwen3vl_export.parity.verify import PLAIN_GREEDY
 from qwen3vl_export.tune.answers import Answer, deviation
+from qwen3vl_export.tune.openings import Openings
 from qwen3vl_export.tune.rig import SEQUENCES, Rig, token_s
 from qwen3vl_export.tune.search import Search
 from qwen3vl_export.tune.settings import (
@@ -40,6 +41,7 @@ from runtime.sessions import ort_cpu, ort_cuda, tensorrt
 from runtime.tuning import Tuning
 
 BUDGET_S = 10
+close = Openings.close
 FACTS = Facts(8, 4, 512, 1100, None, True, 0.1)
 
 
@@ -302,6 +304,14 @@ def test_an_engine_of_a_gpu_is_measured_on_the_host(
     rig.time(Tuning(cuda_graphs=False), Metric.STEPS)
     assert set(graphs.take_runs()) <= {None, SEQUENCES} and not on_host[-1][0].cuda_graphs
     rig.close()
+
+
+def test_an_engine_that_cannot_be_measured_is_closed(demo_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(Openings, "close", lambda self: closed.append(self) or close(self))
+    with pytest.raises(CapacityError, match="no room for the prompts"):
+        Rig(demo_engine, BUDGET_S, {"max_context": 100})
+    assert len(closed) == 1
 
 
 def test_an_engine_of_tensorrt_is_measured_on_the_host(

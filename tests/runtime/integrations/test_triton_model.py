@@ -19,7 +19,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-import runtime.opening
+import runtime.route
 from helpers import PICTURES, ROOT
 from helpers.http_server import shown
 from helpers.triton_backend import (
@@ -242,7 +242,7 @@ def test_a_processor_that_the_engine_is_not_for(
     def refuse(*_: Any) -> Any:
         raise EngineError("MatMulNBits computes wrong products on this processor", remedy="build it for this one")
 
-    monkeypatch.setattr(runtime.opening, "open_session", refuse)
+    monkeypatch.setattr(runtime.route, "open_session", refuse)
     found = failure(written(demo_engine, tmp_path))
     assert found == "demo: MatMulNBits computes wrong products on this processor. Remedy: build it for this one"
 

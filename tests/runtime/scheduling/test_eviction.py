@@ -26,7 +26,9 @@ from runtime.cache_eviction import choose_rows, window_scores
 from runtime.cache_types import CacheType
 from runtime.contract import DecoderInputs
 from runtime.errors import EngineError, UsageError
+from runtime.fitting import LEAST_CHUNK, LEAST_PATCHES
 from runtime.manifest import Manifest
+from runtime.memory_plan import Planner, Work
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
 from runtime.scheduling.eviction import MIN_EVICTED_ROWS
@@ -288,9 +290,37 @@ def test_refused(engine: Path, demo_engine: Path) -> None:
             Qwen3VLModel.from_engine(engine, kv_budget=value)
     with pytest.raises(UsageError, match="too short to give up rows"):
         Qwen3VLModel.from_engine(engine, kv_budget=64, max_context=300)
+    with pytest.raises(UsageError, match="kv_budget and window are given together"):
+        Qwen3VLModel.from_engine(engine, kv_budget=BUDGET, window=1024)
     with pytest.raises(UsageError, match="does not give the queries") as caught:
         Qwen3VLModel.from_engine(demo_engine, kv_budget=BUDGET)
-    assert caught.value.remedy == "build the engine with --kv-scores"
+    assert caught.value.remedy == "build the engine with --kv-scores, and leave prefill_engine out"
+
+
+def test_a_budget_that_the_fitted_context_never_reaches_is_refused(engine: Path) -> None:
+    least = Work(1000, images=(LEAST_PATCHES,), prompts_with_images=1, embeds_bytes=0, chunk=LEAST_CHUNK)
+    room = Planner.of(Manifest.read(engine), 1).plan(least).total_bytes
+    options: dict[str, Any] = {"fit": True, "max_memory": room, "threads": 1}
+    with Qwen3VLModel.from_engine(engine, kv_budget=BUDGET, **options) as model:
+        assert BUDGET + MIN_EVICTED_ROWS < model.max_context < 3000
+    with pytest.raises(UsageError, match=r"kv_budget=3000: expected 64, .* to \d{3}, "):
+        Qwen3VLModel.from_engine(engine, kv_budget=3000, **options)
+
+
+def test_another_engine_may_run_the_vision_tower(engine: Path, demo_engine: Path, evicting: Qwen3VLModel) -> None:
+    alone = evicting.generate(prompt_of(), logprobs=True, **ANSWER)
+    with Qwen3VLModel.from_engine(engine, kv_budget=BUDGET, vision_engine=demo_engine) as model:
+        answer = model.generate(prompt_of(), logprobs=True, **ANSWER)
+    assert answer.stats.evicted_rows == alone.stats.evicted_rows > 0
+    assert [each.logprob for each in answer.logprobs] == [each.logprob for each in alone.logprobs]
+
+
+def test_prompts_of_which_visual_tokens_were_pruned_give_up_rows_too(engine: Path) -> None:
+    messages = prompt_of()
+    with Qwen3VLModel.from_engine(engine, kv_budget=64, visual_token_share=0.7) as model:
+        answer = model.generate(messages, **ANSWER)
+        assert answer.stats.pruned_tokens > 0
+        assert answer.stats.evicted_rows == answer.stats.prompt_tokens - 64 >= MIN_EVICTED_ROWS
 
 
 def test_a_graph_without_the_queries_is_refused(demo_engine: Path, tmp_path: Path) -> None:

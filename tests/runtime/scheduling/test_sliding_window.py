@@ -350,6 +350,8 @@ def test_bad_requests(opened: Qwen3VLModel) -> None:
         ({"window": 64, "sink_tokens": -1}, "sink_tokens = -1, expected 0 to 4096"),
         ({"sink_tokens": 4}, "sink_tokens is of the sliding window, and there is none"),
         ({"window": 64, "max_context": 64}, "max_context and window are given together"),
+        ({"window": 64, "visual_token_share": 0.5}, "visual_token_share and window are given together"),
+        ({"window": 64, "fit": True}, "fit and window are given together"),
     ],
 )
 def test_bad_options(demo_engine: Path, options: dict[str, Any], message: str) -> None:
@@ -357,6 +359,14 @@ def test_bad_options(demo_engine: Path, options: dict[str, Any], message: str) -
         Qwen3VLModel.from_engine(demo_engine, **options)
     assert message in error.value.message
     assert error.value.remedy
+
+
+def test_visual_tokens_may_all_stay_in_a_window_but_not_fewer(demo_engine: Path) -> None:
+    messages = asked("What is this?", np.zeros((256, 128, 3), np.uint8))
+    with Qwen3VLModel.from_engine(demo_engine, window=128, visual_token_share=1) as model:
+        assert model.generate(messages, max_new_tokens=1).stats.pruned_tokens == 0
+        with pytest.raises(UsageError, match="visual_token_share and window are given together"):
+            model.generate(messages, max_new_tokens=1, visual_token_share=0.5)
 
 
 def test_a_window_beyond_the_capacity_of_an_engine() -> None:

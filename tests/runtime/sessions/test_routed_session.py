@@ -15,6 +15,7 @@ from engines.bundle import Bundle
 from helpers.engines import build, requantized
 from helpers.serving import alone, asked, held_until_submitted, serving, watched_logits
 from runtime import generation, moved_rows
+from runtime.cache_types import CacheType
 from runtime.contract import FloatArray, no_visual_embeds, on_host
 from runtime.manifest import Manifest
 from runtime.model import Qwen3VLModel
@@ -283,6 +284,7 @@ def test_a_session_says_what_the_session_of_the_part_says() -> None:
 
 SHAPE = (4, 2, 12, 3)  # B, K, T, H
 LAYERS = 2
+TYPES = {"float32": CacheType("float32", 32), "float16": CacheType("float16", 16)}
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float16", "float32"), ("float32", "float16")], ids=str)
@@ -290,8 +292,8 @@ LAYERS = 2
 def test_a_chunk_finds_the_rows_of_its_slot_in_staging(seed: int, dtypes: tuple[str, str]) -> None:
     """Slots are filled, shared, exchanged and written to at random; each holds the numbers of its own rows."""
     generator = np.random.default_rng(seed)
-    cache = OrtKVCache(LAYERS, SHAPE, dtypes[0])
-    staging = OrtKVCache(LAYERS, (1, *SHAPE[1:]), dtypes[1])
+    cache = OrtKVCache([TYPES[dtypes[0]]] * LAYERS, SHAPE)
+    staging = OrtKVCache([TYPES[dtypes[1]]] * LAYERS, (1, *SHAPE[1:]))
     routed = RoutedCache(cache, staging)
     truth: list[list[float]] = [[] for _ in range(SHAPE[0])]  # the number that all elements of a row are
     num_chunks = num_past = 0
@@ -344,7 +346,7 @@ def test_a_chunk_finds_the_rows_of_its_slot_in_staging(seed: int, dtypes: tuple[
 
 def test_a_chunk_sees_its_past_as_it_is_in_the_cache() -> None:
     """A past that was rounded on its way is rounded for the next chunk too, whatever prompts came between."""
-    cache, staging = OrtKVCache(1, (2, 1, 8, 2), "float16"), OrtKVCache(1, (1, 1, 8, 2), "float32")
+    cache, staging = OrtKVCache([TYPES["float16"]], (2, 1, 8, 2)), OrtKVCache([TYPES["float32"]], (1, 1, 8, 2))
     routed = RoutedCache(cache, staging)
     values = np.full((1, 4, 2), 1 / 3, np.float32)
     routed.fill_staging(0, 0)

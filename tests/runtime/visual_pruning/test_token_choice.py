@@ -43,6 +43,14 @@ def test_a_common_offset_does_not_change_the_choice() -> None:
     assert choose_visual_tokens(embeds, 30).tolist() == choose_visual_tokens(embeds + 10, 30).tolist()
 
 
+def test_a_score_counts_as_much_as_the_square_of_a_length() -> None:
+    """The kernel of the choice has score times squared length on its diagonal."""
+    embeds = np.array([[2, 0], [-2, 0], [0, 1], [0, -1]], np.float32)
+    for score, first in ((3.9, 0), (4.1, 2)):
+        scores = np.array([1, 1, score, score], np.float32)
+        assert choose_visual_tokens(embeds, 1, scores).tolist() == [first]
+
+
 def frames(num_frames: int, num_tokens: int) -> list[np.ndarray]:
     """Return patches of a still picture, four to a token."""
     still = RNG.normal(size=(4 * num_tokens, 6)).astype(np.float32)
