@@ -26,10 +26,9 @@ class Stats:
 
     `queue_s` is the wait for a place among the sequences that run. `drafted_tokens` and `accepted_tokens` are those of
     prompt lookup; 0 without it. `cached_tokens` of the prompt had their rows in the KV cache already, and the
-    embeddings of `cached_images` were not computed. `peak_cache_bytes` are those of the answer's own rows.
-    `visual_tokens` of the prompt are of images and videos, and `pruned_tokens` of these did not stay in it.
     embeddings of `cached_images` were not computed. `peak_cache_bytes` are those of the answer's own rows, before
-    `evicted_rows` of the prompt were given up (`kv_budget`).
+    `evicted_rows` of the prompt were given up (`kv_budget`). `visual_tokens` of the prompt are of images and videos,
+    and `pruned_tokens` of these did not stay in it.
     """
 
     preprocess_s: float

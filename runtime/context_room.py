@@ -125,9 +125,10 @@ class ContextRoom:
             limit = free - answer
             less = f"pass max_visual_tokens={limit}, which leaves {answer} tokens for the answer, with less detail"
             remedies[:0] = [less]
+        most = "max_context is" if self.window is None else "with a window, the most of both together is"
         return CapacityError(
             f"the prompt has {num_tokens} tokens, {visual_tokens} of them visual, which leaves no room for an answer: "
-            f"max_context is {self.max_context}",
+            f"{most} {self.max_context}",
             remedy=", or ".join(remedies),
         )
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 from runtime.arguments import whole_number
+from runtime.errors import UsageError
 from runtime.image_bounds import MAX_IMAGE_PIXELS, check_max_image_pixels
 from runtime.input_limits import token_share
 from runtime.machine import MAX_THREADS_PER_CORE, available_cores
 from runtime.manifest import Manifest
-from runtime.memory import machine_bytes
+from runtime.memory import STAGING_ROW_BYTES, machine_bytes
 from runtime.option_checks import true_or_false
 from runtime.route import RouteKeywords
 from runtime.scheduling.eviction import check_kv_budget
@@ -194,6 +195,11 @@ def _checked_lengths(
     sliding = SlidingWindow.checked(window, sink_tokens, trained=trained, capacity=capacity, max_context=max_context)
     if sliding is None:
         return None, checked_max_context(max_context, trained, capacity), serving
+    if STAGING_ROW_BYTES in manifest.capabilities:
+        raise UsageError(
+            "prefill_engine and window are given together: the cache in which prompts run does not slide",
+            remedy="leave one of them out; vision_engine may stay",
+        )
     most = serving.get("max_queue_tokens")
     return sliding, MAX_TOKENS, {**serving, "max_queue_tokens": MAX_TOKENS if most is None else most}
 

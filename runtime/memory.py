@@ -18,9 +18,9 @@ from runtime.model_config import ModelConfig
 WEIGHTS, CACHE, PREFILL, VISION, LOGITS = "weights", "KV cache", "prefill", "vision", "logits"
 EMBEDS, LIBRARIES, STAGING = "kept embeddings", "libraries", "staging"
 _REMEDIES = {
-    CACHE: "lower max_context, or max_sequences",
+    CACHE: "lower max_context or window, or max_sequences",
     EMBEDS: "lower vision_cache_bytes",
-    PREFILL: "lower max_context",
+    PREFILL: "lower max_context or window",
     STAGING: "lower max_context",
     VISION: "lower max_pixels",
     LOGITS: "shorten the prompt",
@@ -53,6 +53,12 @@ def cache_bytes(config: ModelConfig, capabilities: Mapping[str, Any], capacity: 
     text = config.text
     bits = sum(each.bits for each in cache_types(capabilities, text.num_layers))
     return 2 * text.num_kv_heads * text.head_dim * capacity * bits // 8
+
+
+def sink_bytes(config: ModelConfig, num_sinks: int) -> int:
+    """Return the bytes of the keys of a sequence's sinks that a window keeps beside its rows, to turn them."""
+    text = config.text
+    return _FLOAT_BYTES * text.num_layers * text.num_kv_heads * text.head_dim * num_sinks
 
 
 def logits_bytes(config: ModelConfig, num_tokens: int) -> int:

@@ -30,6 +30,7 @@ from runtime.memory import (
     WEIGHTS,
     cache_bytes,
     logits_bytes,
+    sink_bytes,
 )
 from runtime.model_config import ModelConfig
 from runtime.session import DECODE
@@ -60,6 +61,7 @@ class Work:
         embeds_bytes: Most bytes of embeddings that are kept for images that come again.
         logits_of: Tokens of a prompt whose logits are all asked for.
         is_text_only: No prompt ever has images, so that weights of the vision tower that are mapped are never read.
+        sink_tokens: Sinks of a sliding window; 0 without one.
     """
 
     context: int
@@ -71,6 +73,7 @@ class Work:
     embeds_bytes: int = 0
     logits_of: int = 0
     is_text_only: bool = False
+    sink_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,12 +188,13 @@ class Planner:
         """Return what the work takes at its peak."""
         facts, config = self.facts, self.facts.model
         capacity = self.capacity(work.context)
+        slot_bytes = cache_bytes(config, facts.capabilities, capacity) + sink_bytes(config, work.sink_tokens)
         resident, mapped = self._weights(work)
         prefill, vision = self.workspaces(work)
         libraries, mapped_libraries = self._libraries()
         parts = {
             WEIGHTS: resident,
-            CACHE: (work.sequences + work.kept) * cache_bytes(config, facts.capabilities, capacity),
+            CACHE: (work.sequences + work.kept) * slot_bytes,
             STAGING: capacity * int(facts.capabilities.get(STAGING_ROW_BYTES, 0)),
             PREFILL: prefill,
             VISION: vision,

@@ -75,24 +75,24 @@ def open_engine(
             check_kv_budget(options.serving.kv_budget, manifest.capabilities, options.max_context)
             _LOGGER.warning("note: to fit into %.2f GB: %s", options.max_memory / 1e9, fitted)
     chunk = planner.facts.chunk if fitted is None else fitted.chunk
-    needed = planner.plan(Work(options.slot_rows, chunk=chunk)).parts
+    sink_tokens = 0 if options.window is None else options.window.sink_tokens
+    needed = planner.plan(Work(options.slot_rows, chunk=chunk, sink_tokens=sink_tokens)).parts
     check_fits(needed, options.max_memory)
     preparation = _preparation(folder, manifest, options)
     staging_bytes = needed[STAGING]
     room = options.max_memory - needed[WEIGHTS] - needed[PREFILL] - needed[LIBRARIES] - staging_bytes
     on_gpu = is_on_gpu(manifest)
     if not on_gpu:  # refused before anything is opened
-        limits = plan_limits(manifest, options.serving, options.slot_rows, room)
+        limits = plan_limits(manifest, options.serving, options.slot_rows, room, options.window)
     session = (open_with or partial(open_session, folder, manifest))(options.session)
     if on_gpu:
         free_bytes = getattr(session, "free_bytes", None)
         room = room if free_bytes is None else min(room, int(_SHARE_OF_GPU * free_bytes) - staging_bytes)
-        limits = plan_limits(manifest, options.serving, options.slot_rows, room)
+        limits = plan_limits(manifest, options.serving, options.slot_rows, room, options.window)
     if fitted is None:
         limits = tuned_limits(limits, options.tuning, manifest, room)
     else:  # chunks of the tuned length were wanted, and are no longer than fits beside an image
         limits = fitted.apply(tuned_limits(limits, options.tuning, manifest, sys.maxsize))
-    limits = replace(limits, window=options.window)
     changes = {} if fitted is None else fitted.changes
     return Opened(session, preparation, limits, options.session.threads or default_threads(), changes)
 

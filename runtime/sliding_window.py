@@ -157,9 +157,9 @@ class SlidingWindow:
             )
 
     def in_reach(self, prompt: Prompt) -> list[int]:
-        """Return which images may be run; those before were, or never will be."""
+        """Return which images may be run: those among the sinks, and the newest; others were, or never will be."""
         behind = len(prompt.input_ids) - self.reach - self.tokens
-        return [index for index, span in enumerate(prompt.spans) if span.end > behind]
+        return [i for i, span in enumerate(prompt.spans) if span.end > behind or span.end <= self.sink_tokens]
 
     def num_sinks(self, spans: Iterable[VisualSpan]) -> int:
         """Return the sinks of a prompt: an image that begins among the first tokens is none, so that it is not cut."""

@@ -101,12 +101,19 @@ def package(
       qwen3vl package ENGINE --for triton --output models --name captions --max-sequences 16 --link
     """
     from qwen3vl_export.triton_repository import model_name, write_model
+    from runtime.errors import UsageError
     from runtime.manifest import Manifest
     from runtime.urls import check_local
 
     check_local(engine, "engine")
     manifest = Manifest.read(engine)
     parameters = {**opening.arguments(serving), **limits.arguments()}
+    for part in ("vision_engine", "prefill_engine"):
+        if part in parameters:
+            raise UsageError(
+                f"--{part.replace('_', '-')}: a model holds the files of one engine, and not those of another",
+                remedy="leave it out, and write a parameter of that name, its place on the server, into config.pbtxt",
+            )
     name = model_name(name_of(manifest, engine)) if name is None else name
     path = write_model(output, name, engine, parameters=parameters, link=link, check=check)
     if as_json:

@@ -17,6 +17,8 @@ from runtime.scheduling.prompt_keys import common_length
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+    from runtime.sliding_window import SlidingWindow
+
 
 @dataclass(frozen=True, eq=False)
 class Gap:
@@ -57,21 +59,24 @@ class Gap:
             return True
         return Gap().digest_to(self.end, keys_S3).digest() == self.digest.digest()
 
-    def shared_rows(self, kept_S3: IntArray, keys_S3: IntArray, least_rows: int) -> int:
+    def shared_rows(self, kept_S3: IntArray, keys_S3: IntArray, window: SlidingWindow | None) -> int:
         """Return how many rows of a sequence with this gap a prompt can begin with.
 
         Behind the last of them the prompt is another. Where the gap has grown since, a run of the prompt would see
-        tokens there that have no rows now; so it takes these only where they are `least_rows`.
+        tokens there that have no rows now; so it takes these only where they are many, and none if the whole prompt
+        has room in the window, which is exact.
 
         Args:
             kept_S3: Keys of the rows behind the gap.
-            keys_S3: Those of the prompt.
-            least_rows: Rows that are enough.
+            keys_S3: Those of the prompt, but for tokens that run in any case.
+            window: Where the gap comes from; None without gaps.
         """
         num_common = common_length(kept_S3, keys_S3[self.end :])
         num_rows = self.num_sinks + num_common
-        if self.num_tokens and (self.end + num_common < self.num_done and num_rows < least_rows):
-            return 0
+        if window is not None and self.num_tokens and self.end + num_common < self.num_done:
+            is_exact_anew = len(keys_S3) < window.tokens
+            if is_exact_anew or num_rows < window.least_shared:
+                return 0
         return num_rows if num_common and self.is_of(keys_S3) else 0
 
 

@@ -8,11 +8,12 @@ from typing import Any
 from runtime.errors import CapacityError, UsageError
 from runtime.generation import PREFILL_CHUNK, chunk_limit
 from runtime.manifest import Manifest
-from runtime.memory import cache_bytes
+from runtime.memory import cache_bytes, sink_bytes
 from runtime.memory_plan import Planner, Work
 from runtime.scheduling.request import Limits
 from runtime.scheduling.scheduler import LEAST_LAST_SHARE
 from runtime.serving_options import ServingOptions
+from runtime.sliding_window import SlidingWindow
 
 DEFAULT_SEQUENCES = 8
 DEFAULT_KEPT = 4
@@ -25,14 +26,21 @@ _PARTS_OF_CACHE = 2
 _PARTS_OF_PREFILL = 8
 
 
-def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, room_bytes: int | None) -> Limits:
+def plan_limits(
+    manifest: Manifest,
+    options: ServingOptions,
+    max_context: int,
+    room_bytes: int | None,
+    window: SlidingWindow | None = None,
+) -> Limits:
     """Return what an engine holds.
 
     Args:
         manifest: Its manifest.
         options: What the caller gave; what is None is chosen here.
-        max_context: Most tokens of a sequence.
+        max_context: Most tokens of a sequence: rows of a slot.
         room_bytes: Memory beside weights and the workspace of chunks of `PREFILL_CHUNK`; None if nobody knows.
+        window: What a sequence keeps of its rows, if not all; then it may have more tokens.
 
     Raises:
         CapacityError: What the caller asks for does not fit.
@@ -40,8 +48,7 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
     """
     capabilities = manifest.capabilities
     built_for = capabilities.get("max_batch")
-    capacity = int(capabilities.get("capacity", max_context))
-    slot_bytes = cache_bytes(manifest.model, capabilities, capacity)
+    capacity, slot_bytes = _slot(manifest, max_context, window)
     # One sequence comes first: with embeddings that leave it no room, an engine would open and refuse each request.
     spare = None if room_bytes is None else max(0, room_bytes - slot_bytes)
     embeds_bytes = _embeds_bytes(options.vision_cache_bytes, room_bytes, spare)
@@ -60,7 +67,7 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
         raise CapacityError(
             f"{sequences + kept} sequences of {capacity} tokens take {(sequences + kept) * slot_bytes / 1e9:.2f} GB of "
             f"KV cache, and {(cache_room or 0) / 1e9:.2f} GB are left for it: room for {fitting}",
-            remedy="lower max_sequences, kept_sequences or max_context, or raise max_memory if the machine has more",
+            remedy="lower max_sequences, kept_sequences, max_context or window, or raise max_memory if there is more",
         )
     left = 0 if cache_room is None else cache_room - (sequences + kept) * slot_bytes
     chunk, last_chunk = _chunks(manifest, capacity, min(left, (room_bytes or 0) // _PARTS_OF_PREFILL))
@@ -77,7 +84,16 @@ def plan_limits(manifest: Manifest, options: ServingOptions, max_context: int, r
         last_chunk=last_chunk,
         logits_chunk=chunk_limit(capabilities, all_logits=True),
         kv_budget=options.kv_budget,
+        window=window,
     )
+
+
+def _slot(manifest: Manifest, max_context: int, window: SlidingWindow | None) -> tuple[int, int]:
+    """Return the rows of a slot and the bytes that it takes."""
+    capacity = int(manifest.capabilities.get("capacity", max_context))
+    sink_tokens = 0 if window is None else window.sink_tokens
+    rows_bytes = cache_bytes(manifest.model, manifest.capabilities, capacity)
+    return capacity, rows_bytes + sink_bytes(manifest.model, sink_tokens)
 
 
 def _chunks(manifest: Manifest, capacity: int, spare_bytes: int) -> tuple[int, int]:
@@ -125,6 +141,7 @@ def work_of(limits: Limits) -> Work:
         kept=limits.kept_sequences,
         chunk=max(limits.prefill_chunk, limits.last_chunk),
         embeds_bytes=limits.vision_cache_bytes,
+        sink_tokens=0 if limits.window is None else limits.window.sink_tokens,
     )
 
 

@@ -165,10 +165,10 @@ class Sequence:
         self._inputs = None
 
     def position(self, token: int) -> int:
-        """Return the position in the sequence of a token of text, or of the first of an image, before any gap."""
+        """Return the position in the sequence of a token, before any gap: of an image's, that of its largest axis."""
         positions = self.request.prepared.positions
         if token < self.request.num_tokens:
-            return int(positions.position_ids[0, 0, token])
+            return int(positions.position_ids[:, 0, token].max())
         return token + positions.delta
 
     @property

@@ -17,8 +17,8 @@ from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.slots import Slots
 from runtime.sliding_window import SlidingCache, SlidingWindow
 
-_ROWS_AT_ONCE = 256
-"""Keys that are moved together, of all layers: 59 MB in float32 of the 2B shape."""
+_ROWS_AT_ONCE = 64
+"""Keys that are moved together, of all layers: 7 MB in float32 of the 2B shape, and some copies."""
 
 
 class Sliding:
@@ -87,7 +87,8 @@ class Sliding:
             num_dropped = kept - first
         sink_keys = self._cache.read_keys(slot, 0, num_sinks) if gap.sink_keys is None else gap.sink_keys
         num_left = num_rows - num_dropped
-        self._cache.move_rows(slot, num_sinks + num_dropped, num_sinks, num_left - num_sinks)
+        if num_dropped:
+            self._cache.move_rows(slot, num_sinks + num_dropped, num_sinks, num_left - num_sinks)
         # From the sinks to what follows the gap, positions go on as in a text without it.
         gap_positions = sequence.position(kept) - sequence.position(num_sinks)
         offset = gap.offset
@@ -95,7 +96,9 @@ class Sliding:
         if end > self._max_positions:
             offset = gap_positions
             self._move_keys(slot, num_sinks, num_left, gap.offset - offset)
-        self._cache.write_keys(slot, 0, moved_keys(sink_keys, gap_positions - offset, self._theta))
+        for start in range(0, num_sinks, _ROWS_AT_ONCE):
+            keys_LKRH = sink_keys[:, :, start : start + _ROWS_AT_ONCE]
+            self._cache.write_keys(slot, start, moved_keys(keys_LKRH, gap_positions - offset, self._theta))
         digest = gap.digest_to(kept, sequence.row_keys)
         num_done = max(kept, sequence.num_done)
         wider = Gap(num_sinks, kept - num_sinks, offset, num_done, sink_keys, digest)

@@ -21,6 +21,7 @@ from runtime.contract import IntArray
 from runtime.scheduling.gap import NO_GAP, Gap
 from runtime.scheduling.prompt_keys import KEY_WIDTH
 from runtime.session import KVCache
+from runtime.sliding_window import SlidingWindow
 
 MIN_SHARED_ROWS = 16
 """Fewer rows are not worth a move; the first tokens of a chat template are in every prompt."""
@@ -67,7 +68,7 @@ class Slots:
         cache: The cache, whose rows are moved here and nowhere else.
         keeps_rows: Slots keep their rows for later prompts.
         begins_anywhere: Whether so many sequences may decode in any slots side by side, not only from 0 on.
-        least_rows: Fewer rows are not used again where a gap before them has grown (`Gap.shared_rows`).
+        window: Where gaps in the rows come from, and which rows behind one are used again (`Gap.shared_rows`).
 
     Attributes:
         first: First slot of those that decode.
@@ -82,7 +83,7 @@ class Slots:
         *,
         keeps_rows: bool = True,
         begins_anywhere: Callable[[int], bool] = lambda num_sequences: False,
-        least_rows: int = 0,
+        window: SlidingWindow | None = None,
     ) -> None:
         self.cache = cache
         self.first = 0
@@ -91,7 +92,7 @@ class Slots:
         self.evicted_rows = 0
         self._keeps_rows = keeps_rows
         self._begins_anywhere = begins_anywhere
-        self._least_rows = least_rows
+        self._window = window
         self._slots = [Slot() for _ in range(cache.batch)]
         self._place: dict[Hashable, int] = {}
         self._clock = 0
@@ -236,7 +237,7 @@ class Slots:
         return (best, rows[best]) if rows[best] >= MIN_SHARED_ROWS else (best, 0)
 
     def _shared(self, slot: Slot, keys: IntArray) -> int:
-        return slot.gap.shared_rows(slot.valid_keys, keys, self._least_rows)
+        return slot.gap.shared_rows(slot.valid_keys, keys, self._window)
 
     def _place_for(self, source: int, num_shared: int) -> int:
         """Return the slot to start in: that of the shared rows if little else goes with it, or the one to give up."""

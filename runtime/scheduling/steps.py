@@ -86,7 +86,7 @@ class Steps:
             session.new_cache(limits.max_context, limits.num_slots),
             keeps_rows=limits.prefix_cache,
             begins_anywhere=getattr(session, "decodes_anywhere", lambda num_sequences: False),
-            least_rows=0 if limits.window is None else limits.window.least_shared,
+            window=limits.window,
         )
         self._sliding = None if limits.window is None else Sliding(limits.window, self.slots, manifest)
         self.vision_cache = VisionCache(limits.vision_cache_bytes)

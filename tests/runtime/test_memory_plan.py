@@ -27,7 +27,9 @@ from runtime.fitting import biggest, fit_work
 from runtime.manifest import Manifest
 from runtime.memory import CACHE, EMBEDS, LIBRARIES, PREFILL, VISION, WEIGHTS, check_fits
 from runtime.memory_plan import PARTS, Facts, Planner, Work
+from runtime.model import Qwen3VLModel
 from runtime.model_config import ModelConfig
+from runtime.scheduling.plan import work_of
 from runtime.session import open_session
 from runtime.workspaces.decoder import PrefillCall
 from runtime.workspaces.kernels import Kernels
@@ -288,3 +290,18 @@ def test_plans_of_today_are_those_of_the_committed_table() -> None:
         plan = planners[engine].plan(Work(row["context"], row["sequences"], images=images, is_text_only=is_text_only))
         assert plan.total_bytes == pytest.approx(row["planned_resident_bytes"], rel=0.015), engine
         assert plan.anonymous_bytes == pytest.approx(row["planned_anonymous_bytes"], rel=0.015), engine
+
+
+def test_the_keys_of_sinks_are_in_the_plan(demo_engine: Path) -> None:
+    manifest = Manifest.read(demo_engine)
+    planner, text = Planner.of(manifest), manifest.model.text
+    without, with_sinks = (planner.plan(Work(256, 2, 1, sink_tokens=sinks)).parts for sinks in (0, 64))
+    keys = 64 * text.num_layers * text.num_kv_heads * text.head_dim * 4
+    assert with_sinks["KV cache"] - without["KV cache"] == 3 * keys
+    with Qwen3VLModel.from_engine(demo_engine, window=256, sink_tokens=64, max_sequences=2, kept_sequences=1) as model:
+        assert work_of(model.limits).sink_tokens == 64
+        model.generate("Say what a window is. " * 80, max_new_tokens=2)
+        assert model.statistics()["dropped_rows"] > 0
+    least = planner.plan(Work(256, sink_tokens=64)).total_bytes
+    with pytest.raises(CapacityError):
+        Qwen3VLModel.from_engine(demo_engine, window=256, sink_tokens=64, max_memory=least - 1)

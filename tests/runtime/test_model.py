@@ -344,7 +344,7 @@ def test_memory_is_planned_before_work(demo_engine: Path, monkeypatch: pytest.Mo
     assert caught.value.remedy == "use a smaller model, or raise max_memory if the machine has more"
     with pytest.raises(CapacityError, match="KV cache") as caught:
         Qwen3VLModel.from_engine(demo_engine, max_memory=one, max_context=4096)
-    assert caught.value.remedy.startswith("lower max_context, or max_sequences, or raise max_memory")
+    assert caught.value.remedy.startswith("lower max_context or window, or max_sequences, or raise max_memory")
     model = Qwen3VLModel.from_engine(demo_engine, max_memory=one, max_context=512)
     monkeypatch.setattr(model.session, "vision", None)  # would fail if it were reached
     with pytest.raises(CapacityError, match="vision") as caught:

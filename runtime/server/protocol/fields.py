@@ -105,8 +105,13 @@ class AnswerBody(Body):
         if limit is not None:
             options["max_new_tokens"] = limit
         elif served.model.defaults.max_new_tokens == GenerationOptions.max_new_tokens:
-            # Nothing says how long answers are: they may fill the context, as OpenAI's do.
-            options["max_length"] = served.model.max_context
+            # Nothing says how long answers are: they may fill the context, as OpenAI's do. With a window, where no chat
+            # ends, they are as long as that.
+            window = served.model.limits.window
+            if window is None:
+                options["max_length"] = served.model.max_context
+            else:
+                options["max_new_tokens"] = window.tokens
         options["timeout_s"] = served.settings.request_timeout_s
         return options
 

@@ -164,3 +164,16 @@ def test_wrong_options_are_refused_before_anything_is_written(demo_engine: Path,
     code, _, err = call(app, "package", str(demo_engine), "--for", "vllm", "--output", str(tmp_path))
     assert code == 2 and "triton" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["vision", "prefill"])
+def test_a_second_engine_is_refused(demo_engine: Path, tmp_path: Path, part: str) -> None:
+    code, _, err = package(demo_engine, tmp_path / "models", f"--{part}-engine", str(tmp_path))
+    assert code == 2
+    assert f"--{part}-engine: a model holds the files of one engine" in err and "into config.pbtxt" in err
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_window_is_a_parameter(demo_engine: Path, tmp_path: Path) -> None:
+    code, out, _ = package(demo_engine, tmp_path / "models", "--window", "64", "--sink-tokens", "2", "--json")
+    assert (code, json.loads(out)["parameters"]) == (0, {"window": 64, "sink_tokens": 2})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 import configs
 import runtime.scheduling.sliding
-from helpers.serving import alone, asked, held_until_submitted, watched_logits
+from helpers.serving import WrappedSession, alone, asked, held_until_submitted, watched_logits
 from helpers.sliding_reference import (
     PIXELS,
     WINDOW,
@@ -30,6 +32,7 @@ from helpers.sliding_reference import (
 from qwen3vl_export.checkpoint import Checkpoint
 from qwen3vl_export.eager import load
 from qwen3vl_export.parity.metrics import difference
+from runtime.context_room import ContextRoom
 from runtime.contract import FloatArray
 from runtime.errors import CapacityError, UsageError
 from runtime.model import Qwen3VLModel
@@ -75,6 +78,15 @@ def test_positions_go_back_before_the_model_ends(torch_model: Any, opened: Qwen3
     model = windowed(opened, manifest=with_positions(opened.manifest, 112), session=Positions(opened.session))
     assert distance(torch_model, model, answered(model, PICTURES, 200)) < MAX_SCALED
     assert 96 < model.session.highest < 112
+
+
+def test_positions_go_back_in_the_middle_of_a_wide_image(opened: Qwen3VLModel) -> None:
+    wide = [np.full((32, 544, 3), shade, np.uint8) for shade in range(10)]  # 17 tokens side by side
+    for most in range(97, 131):
+        manifest = with_positions(opened.manifest, most)
+        model = windowed(opened, manifest=manifest, session=Positions(opened.session), max_sequences=1)
+        model.generate(asked(LONG, *wide), long_answer(model, 2))
+        assert model.session.highest < most
 
 
 class Positions:
@@ -131,6 +143,25 @@ def test_sequences_beside_each_other_slide_each_for_itself(torch_model: Any, ope
     for request, logits in found.items():
         answer = Answered(request.prepared, request.pieces.result.token_ids, logits)
         assert distance(torch_model, model, answer) < MAX_SCALED
+
+
+class FillsUp(WrappedSession):
+    """Runs steps of all slots, as sessions on a GPU fill up a batch."""
+
+    def decode_batch(self, num_sequences: int, num_slots: int) -> int:
+        return num_slots
+
+    def decodes_anywhere(self, num_sequences: int) -> bool:
+        return False
+
+
+def test_a_slot_that_was_full_when_its_answer_ended_has_room_for_what_fills_up_a_batch(opened: Qwen3VLModel) -> None:
+    model = windowed(opened, session=FillsUp(opened.session), max_sequences=1, kept_sequences=1)
+    num_tokens = len(model.prepare(SHORT).prompt.input_ids)
+    # The last token of an answer gets no row.
+    model.generate(SHORT, long_answer(model, WINDOW.tokens - num_tokens + 1))
+    assert model.statistics()["dropped_rows"] == 0
+    assert model.generate(PICTURES, long_answer(model, 2)).finish_reason == "length"
 
 
 def turns(model: Qwen3VLModel, number: int) -> tuple[Any, list[Answered]]:
@@ -217,6 +248,49 @@ def test_images_that_the_window_has_passed_for_good_are_refused_where_they_would
         chat.ask(LONG)
 
 
+def test_an_image_among_the_sinks_keeps_its_pixels(opened: Qwen3VLModel) -> None:
+    window = SlidingWindow(96, 32)
+    model = windowed(opened, window, max_sequences=1, kept_sequences=0, vision_cache_bytes=0)
+    chat, found = turns(model, 24)
+    assert found[0].prepared.prompt.spans[0].end < window.sink_tokens
+    model.generate(SHORT, max_new_tokens=2)  # whose rows take the place of the chat's
+    again = chat.ask(LONG, max_new_tokens=2).stats
+    assert (again.cached_tokens, again.prompt_tokens > 5 * window.tokens) == (0, True)
+    images = [part["image"] for part in chat.messages[0]["content"] if part["type"] == "image"]
+    assert all(image.has_patches for image in images)
+
+
+def test_a_prompt_that_has_room_in_the_window_takes_no_rows_behind_a_gap(opened: Qwen3VLModel) -> None:
+    model = windowed(opened, max_sequences=1)
+    ids = list(model.prepare(asked(LONG * 20)).prompt.input_ids)[:300]
+    for num_tokens, is_exact in ((WINDOW.tokens, True), (WINDOW.tokens + 1, False)):
+        model.generate(RawPrompt(ids[: WINDOW.tokens + 4]), max_new_tokens=2)
+        again = model.generate(RawPrompt([*ids[: num_tokens - 2], *ids[200:202]]), max_new_tokens=2)
+        assert (again.stats.cached_tokens == 0) == is_exact
+
+
+@pytest.fixture
+def other_engine(demo_engine: Path, tmp_path: Path) -> Path:
+    """The same engine in another folder."""
+    return shutil.copytree(demo_engine, tmp_path / "other", copy_function=os.link)
+
+
+def test_a_vision_tower_of_another_engine_changes_nothing(demo_engine: Path, other_engine: Path) -> None:
+    texts = []
+    for route in ({}, {"vision_engine": other_engine}):
+        with Qwen3VLModel.from_engine(demo_engine, window=WINDOW.tokens, max_sequences=1, **route) as model:
+            answers = [each.answer for each in turns(model, 12)[0].turns]
+            assert model.statistics()["dropped_rows"] > 0
+        texts.append([each.token_ids for each in answers])
+    assert texts[0] == texts[1]
+
+
+def test_prompts_of_another_engine_are_refused(demo_engine: Path, other_engine: Path) -> None:
+    with pytest.raises(UsageError, match="prefill_engine and window are given together") as error:
+        Qwen3VLModel.from_engine(demo_engine, window=WINDOW.tokens, prefill_engine=other_engine)
+    assert "vision_engine may stay" in error.value.remedy
+
+
 def test_rows_on_arrays() -> None:
     keys, values = np.random.default_rng(0).standard_normal((2, 2, 3, 20, 8), np.float32)
     theta = 1e4
@@ -257,6 +331,10 @@ def test_bad_requests(opened: Qwen3VLModel) -> None:
     with pytest.raises(UsageError, match="logits needs the rows of all tokens") as error:
         model.logits(SHORT)
     assert error.value.remedy == "open it without window"
+    room = ContextRoom(8, model.preparation, window=WINDOW)
+    with pytest.raises(CapacityError, match="with a window, the most of both together is 8") as error:
+        room.check(model.prepare(SHORT))
+    assert error.value.remedy.startswith("begin a new conversation")
 
 
 @pytest.mark.parametrize(

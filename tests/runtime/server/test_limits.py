@@ -11,9 +11,11 @@ import pytest
 
 from helpers.http_server import Client, data_url, running, shown, until
 from helpers.serving import serving
+from helpers.sliding_reference import windowed
 from runtime.input_kinds.image import Image
 from runtime.machine import default_threads
 from runtime.model import Qwen3VLModel
+from runtime.sliding_window import SlidingWindow
 
 _LONG = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3000, "ignore_eos": True}
 
@@ -185,6 +187,12 @@ def test_a_limit_on_answers(opened: Qwen3VLModel) -> None:
     with running(serving(opened), max_answer_tokens=5) as client:
         assert client.chat("Hi", max_tokens=6).status == 400
         assert client.chat("Hi", ignore_eos=True).json["usage"]["completion_tokens"] == 5
+
+
+def test_an_answer_without_a_limit_is_no_longer_than_a_window(opened: Qwen3VLModel) -> None:
+    with running(windowed(opened, SlidingWindow(64))) as client:
+        assert client.chat("Hi", ignore_eos=True).json["usage"]["completion_tokens"] == 64
+        assert client.chat("Hi", ignore_eos=True, max_tokens=100).json["usage"]["completion_tokens"] == 100
 
 
 def test_what_a_proxy_says_of_addresses_changes_no_connection(opened: Qwen3VLModel) -> None:

@@ -39,7 +39,9 @@ from runtime.sessions.ort_cuda import OrtCudaSession
 LAYERS, SHAPE = 2, (3, 2, 40, 8)
 LIMITS = {"int8": 0.06, "int4": 0.8, "ort_cuda": 0.01, "tensorrt": 0.01}
 """Of the logits of an answer, over their spread; measured 0.02, 0.5, 0.002 and 0.001. Rows that stay give 1.1."""
-PROMPT = asked("Say where each of the digits is. " * 2, *PIXELS)
+QUESTION = "Say where each of the digits is. "
+PROMPT, MANY = asked(QUESTION * 2, *PIXELS), asked(QUESTION * 70, PIXELS[0])
+"""A prompt that outgrows the window, and one that runs its sinks and its end alone."""
 
 
 def test_moved_keys_are_those_of_later_positions() -> None:
@@ -128,6 +130,7 @@ def test_answers_are_those_of_an_explicit_mask(
     model, torch_model = slide(max_sequences=1), load(Checkpoint.open("demo"))
     assert distance(torch_model, model, answered(model, PROMPT, 60, logprobs=True)) < LIMITS[kind]
     assert model.statistics()["dropped_rows"] > 2 * WINDOW.block
+    assert distance(torch_model, model, answered(model, MANY, 4, logprobs=True)) < LIMITS[kind]
     monkeypatch.setattr(type(model.session.new_cache(WINDOW.tokens)), "move_rows", lambda *_: None)
     broken = slide(max_sequences=1)
     assert distance(torch_model, broken, answered(broken, PROMPT, 60, logprobs=True)) > LIMITS[kind]
