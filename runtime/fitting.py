@@ -114,16 +114,16 @@ def fit_options(planner: Planner, options: EngineOptions, images: ImageProcessor
     area = facts.model.vision.patch_size**2
     pixels = images.max_pixels if options.max_pixels is None else options.max_pixels
     patches = max(1, pixels // area)
+    least_patches = max(LEAST_PATCHES, -(-(options.min_pixels or 0) // area))
     wanted = Work(
         context=options.max_context,
         sequences=serving.max_sequences or min(DEFAULT_SEQUENCES, facts.max_batch or DEFAULT_SEQUENCES),
         kept=_kept(options, facts.max_batch),
-        images=(min(WANTED_PATCHES, patches),),
+        images=(min(max(WANTED_PATCHES, least_patches), patches),),
         prompts_with_images=1,
         embeds_bytes=DEFAULT_EMBEDS_BYTES if serving.vision_cache_bytes is None else serving.vision_cache_bytes,
         chunk=options.tuning.prefill_chunk or facts.chunk,
     )
-    least_patches = max(LEAST_PATCHES, -(-(options.min_pixels or 0) // area))
     work = fit_work(planner, options.max_memory, wanted, least_patches)
     largest = biggest(
         lambda size: planner.plan(replace(work, images=(size,))).total_bytes <= options.max_memory,

@@ -168,6 +168,27 @@ def test_parts_add_up_and_mapped_pages_are_among_them() -> None:
     assert own.parts[WEIGHTS] - text_only.parts[WEIGHTS] == vision > 0
 
 
+def test_blocks_are_packed_with_their_sums_and_scales_stay_mapped() -> None:
+    # 1000 blocks of 128: codes, a scale each; packed with scale and sum, and the scale in the file.
+    for precision, code_bytes in (("int4", 64), ("int8", 128)):
+        made = planner("tiny", f"ort-cpu-{precision}")
+        graphs = {"decoder": 1000 * (code_bytes + 4)}
+        plan = Planner(dataclasses.replace(made.facts, weight_bytes=graphs)).plan(Work(100))
+        assert plan.parts[WEIGHTS] == 1000 * (code_bytes + 4 + 4) + 4000
+        assert plan.mapped_bytes == 4000 + configs.load("memory")["libraries"]["mapped_bytes"]
+    both = {"decoder": 1000 * (64 + 4), "prefill": 1000 * (128 + 4)}
+    made = planner("tiny", "ort-cpu-int4p8")
+    plan = Planner(dataclasses.replace(made.facts, weight_bytes=both)).plan(Work(100))
+    assert plan.parts[WEIGHTS] == 1000 * (64 + 128 + 2 * (4 + 4 + 4))
+
+
+def test_a_step_has_logits_of_all_sequences() -> None:
+    made = planner("tiny")
+    vocabulary = made.facts.model.text.vocab_size
+    few, many = (made.plan(Work(1, sequences)).parts[PREFILL] for sequences in (1000, 3000))
+    assert many - few == pytest.approx(2 * 4 * 2000 * vocabulary, rel=0.01)
+
+
 def test_threads_have_tiles_of_their_own() -> None:
     facts = PLANNERS["qwen3-vl-2b"].facts
     one, four = (Planner(facts, threads).plan(Work(2048)).parts[PREFILL] for threads in (1, 4))

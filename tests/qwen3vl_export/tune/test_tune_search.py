@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from qwen3vl_export.bench.shift import Shift
 from qwen3vl_export.tune.answers import Answer, deviation
 from qwen3vl_export.tune.search import (
     EARLY_ROUNDS,
@@ -20,6 +21,7 @@ from qwen3vl_export.tune.search import (
     NOISE_LIMIT,
     Outcome,
     Search,
+    problem_of,
     spread,
 )
 from qwen3vl_export.tune.settings import Effect, Metric, Setting
@@ -113,6 +115,38 @@ def test_a_later_setting_meets_what_was_chosen_before() -> None:
     defaults, both = Tuning(), Tuning(huge_pages=True, threads=1)
     assert script.requests[:4] == [both, defaults, defaults, both]
     assert len(script.requests) == 2 * (LEAST_ROUNDS + 1)
+
+
+def test_an_answer_is_judged_with_all_that_was_chosen_before() -> None:
+    def answers(tuning: Tuning) -> Answer:
+        together = bool(tuning.huge_pages) and tuning.threads == 1
+        return Answer(ANSWER.tokens, np.roll(LOGITS, int(together), axis=-1))
+
+    def seconds(tuning: Tuning, metric: Metric) -> float:
+        return (0.8 if tuning.huge_pages else 1.0) * (0.9 if tuning.threads == 1 else 1.0)
+
+    outcome = search(Script(seconds, answers), PAGES, THREADS)
+    assert outcome.tuning == Tuning(huge_pages=True)
+    assert outcome.choices[1].trials[0].verdict == "refused: 4 of 4 tokens differ"
+
+
+def test_the_first_requests_warm_up() -> None:
+    times = {side: itertools.chain([100.0], itertools.repeat(usual)) for side, usual in ((False, 1.0), (True, 0.8))}
+    script = Script(
+        lambda tuning, metric: 0.8 if tuning.huge_pages else 1.0,
+        request_s=lambda tuning: next(times[tuning != Tuning()]),
+    )
+    outcome = search(script, PAGES)
+    assert [len(each["ttft_s"]) for each in (outcome.defaults, outcome.tuned)] == [LEAST_ROUNDS] * 2
+    assert max(outcome.defaults["ttft_s"]) < 2
+
+
+def test_what_is_slower_by_more_than_a_gain_is_not_taken_where_nothing_is_certain() -> None:
+    # The one time is surely shorter; the other is longer on average, in an interval that 1 lies in.
+    shifts = {Metric.PROMPT: Shift(0.5, 0.4, 0.6), Metric.STEP: Shift(1.05, 0.9, 1.2)}
+    assert problem_of(shifts) == "slower: step"
+    assert problem_of({**shifts, Metric.STEP: Shift(1 + LEAST_GAIN / 2, 0.9, 1.2)}) == ""
+    assert problem_of({Metric.STEP: Shift(0.985, 0.98, 0.99)}) == NO_GAIN
 
 
 def test_candidates_take_turns_and_who_is_slower_in_all_of_the_first_rounds_leaves() -> None:
