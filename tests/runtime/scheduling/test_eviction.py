@@ -265,6 +265,24 @@ def test_own_kernels_and_smaller_caches(bits: int | None, demo_bundle: Bundle, t
     assert answer.stats.evicted_rows == num_rows - BUDGET and len(answer.token_ids) == NEW_TOKENS
 
 
+@needs_own_kernels
+def test_own_kernels_give_the_queries_that_the_library_gives(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """The library's attention takes them normed and rotated; for our own, that is done once more."""
+    target = get("ort-cpu-int8")
+    found = []
+    for name, each in (("library", target), ("own", target.other_kernels[0])):
+        build_engine(demo_bundle, each, tmp_path / name, kv_scores=True)
+        with Qwen3VLModel.from_engine(tmp_path / name) as model:
+            prepared = model.prepare(prompt_of())
+            inputs = prepared.decoder_inputs(model.encode_images(prepared.images))
+            found.append(model.session.prefill_with_queries(inputs, model.session.new_cache(inputs.num_cache_rows))[1])
+    library, own = found
+    assert library.shape == own.shape
+    errors_L = [np.linalg.norm(own[:, i] - library[:, i]) / np.linalg.norm(library[:, i]) for i in range(own.shape[1])]
+    print(errors_L)  # pytest -rP shows them
+    assert max(errors_L) < 0.05
+
+
 def resident_bytes() -> int:
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4096
