@@ -147,6 +147,7 @@ class EngineOptions:
             UsageError: An option is of the wrong type or out of range.
         """
         sliding, max_context, serving = _checked_lengths(manifest, window, sink_tokens, max_context, serving)
+        fit = true_or_false("fit", fit)
         if threads is not None:
             most = MAX_THREADS_PER_CORE * available_cores()
             expected = f"1 to {most}, {MAX_THREADS_PER_CORE} for each core"
@@ -169,16 +170,13 @@ class EngineOptions:
         session = session_options({**tuning.values(), **stated})
         session = replace(session, batch_invariant=batch_invariant, weights_twice=weights_twice)
         share = None if visual_token_share is None else token_share("visual_token_share", visual_token_share)
-        is_legacy = true_or_false("legacy_video_prompt", legacy_video_prompt)
-        limits = min_pixels, max_pixels, max_image_pixels, is_legacy, share
+        limits = min_pixels, max_pixels, max_image_pixels, true_or_false("legacy_video_prompt", legacy_video_prompt)
         checked = ServingOptions.checked(**serving)
         check_kv_budget(checked.kv_budget, manifest.capabilities, max_context)
         if sliding is not None:
-            prunes = share if share is not None and share < 1 else None
-            sliding.check_alone(kv_budget=checked.kv_budget, visual_token_share=prunes, fit=fit or None)
-        return cls(
-            max_context, max_memory, session, *limits, checked, tuning, true_or_false("fit", fit), is_limited, sliding
-        )
+            pruned = None if share == 1 else share
+            sliding.check_alone(kv_budget=checked.kv_budget, visual_token_share=pruned, fit=fit or None)
+        return cls(max_context, max_memory, session, *limits, share, checked, tuning, fit, is_limited, sliding)
 
 
 def session_options(settings: Mapping[str, Any]) -> SessionOptions:

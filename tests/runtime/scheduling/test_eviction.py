@@ -7,7 +7,8 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from runtime.manifest import Manifest
 from runtime.memory_plan import Planner, Work
 from runtime.messages import user_message
 from runtime.model import Qwen3VLModel
-from runtime.scheduling.eviction import MIN_EVICTED_ROWS
+from runtime.scheduling.eviction import MIN_EVICTED_ROWS, Eviction
 from runtime.scheduling.sequence import Sequence
 from runtime.sessions.ort_cpu import OrtKVCache
 
@@ -178,6 +179,18 @@ def test_the_comparison_sees_what_is_wrong(
         assert error_of(model, prompt_of(), exact, masked_attention) > 1e-2
 
 
+def test_the_window_is_of_the_last_tokens_whatever_the_chunks(engine: Path) -> None:
+    class Session:
+        def prefill_with_queries(self, inputs: Any, cache: Any, slot: int) -> tuple[np.ndarray, np.ndarray]:
+            return np.zeros((1, 1, 4)), np.array(inputs[-32:], np.float32).reshape(-1, 1, 1, 1)
+
+    eviction = Eviction(cast(Any, Session()), Manifest.read(engine).model, BUDGET, 32)
+    sequence = cast(Any, SimpleNamespace(window_queries=None))
+    for start, stop in ((0, 5), (5, 60), (60, 63), (63, 64)):
+        eviction.prefill(sequence, cast(Any, range(start, stop)), cast(Any, None), 0)
+    assert sequence.window_queries.ravel().tolist() == [*range(32, 64)]
+
+
 def test_what_is_short_is_exact(evicting: Qwen3VLModel, exact: Qwen3VLModel) -> None:
     messages = user_message("How many digits are there?", [example_of(0, canvas_at(77, 0, "train")).image])
     found, wanted = (model.generate(messages, logprobs=True, **ANSWER) for model in (evicting, exact))
@@ -265,6 +278,24 @@ def test_own_kernels_and_smaller_caches(bits: int | None, demo_bundle: Bundle, t
     assert answer.stats.evicted_rows == num_rows - BUDGET and len(answer.token_ids) == NEW_TOKENS
 
 
+@needs_own_kernels
+def test_own_kernels_give_the_queries_that_the_library_gives(demo_bundle: Bundle, tmp_path: Path) -> None:
+    """The library's attention takes them normed and rotated; for our own, that is done once more."""
+    target = get("ort-cpu-int8")
+    found = []
+    for name, each in (("library", target), ("own", target.other_kernels[0])):
+        build_engine(demo_bundle, each, tmp_path / name, kv_scores=True)
+        with Qwen3VLModel.from_engine(tmp_path / name) as model:
+            prepared = model.prepare(prompt_of())
+            inputs = prepared.decoder_inputs(model.encode_images(prepared.images))
+            found.append(model.session.prefill_with_queries(inputs, model.session.new_cache(inputs.num_cache_rows))[1])
+    library, own = found
+    assert library.shape == own.shape
+    errors_L = [np.linalg.norm(own[:, i] - library[:, i]) / np.linalg.norm(library[:, i]) for i in range(own.shape[1])]
+    print(errors_L)  # pytest -rP shows them
+    assert max(errors_L) < 0.05
+
+
 def resident_bytes() -> int:
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4096
@@ -292,6 +323,8 @@ def test_refused(engine: Path, demo_engine: Path) -> None:
         Qwen3VLModel.from_engine(engine, kv_budget=64, max_context=300)
     with pytest.raises(UsageError, match="kv_budget and window are given together"):
         Qwen3VLModel.from_engine(engine, kv_budget=BUDGET, window=1024)
+    with pytest.raises(UsageError, match="does not give the queries"):
+        Qwen3VLModel.from_engine(engine, kv_budget=BUDGET, prefill_engine=demo_engine)
     with pytest.raises(UsageError, match="does not give the queries") as caught:
         Qwen3VLModel.from_engine(demo_engine, kv_budget=BUDGET)
     assert caught.value.remedy == "build the engine with --kv-scores, and leave prefill_engine out"
