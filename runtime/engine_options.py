@@ -148,10 +148,7 @@ class EngineOptions:
         """
         sliding, max_context, serving = _checked_lengths(manifest, window, sink_tokens, max_context, serving)
         fit = true_or_false("fit", fit)
-        if threads is not None:
-            most = MAX_THREADS_PER_CORE * available_cores()
-            expected = f"1 to {most}, {MAX_THREADS_PER_CORE} for each core"
-            threads = whole_number("threads", threads, 1, most, expected, "leave threads out for one for each core")
+        threads = _checked_threads(threads)
         if max_memory is not None:
             remedy = "leave max_memory out for the machine's memory"
             max_memory = whole_number("max_memory", max_memory, 1, None, "at least one byte", remedy)
@@ -183,6 +180,14 @@ def session_options(settings: Mapping[str, Any]) -> SessionOptions:
     """Return the options of a session that some settings are; others are limits of the scheduler."""
     names = {field.name for field in fields(SessionOptions)}
     return SessionOptions(**{name: value for name, value in settings.items() if name in names})
+
+
+def _checked_threads(given: Any) -> int | None:
+    if given is None:
+        return None
+    most = MAX_THREADS_PER_CORE * available_cores()
+    expected = f"1 to {most}, {MAX_THREADS_PER_CORE} for each core"
+    return whole_number("threads", given, 1, most, expected, "leave threads out for one for each core")
 
 
 def _checked_lengths(
