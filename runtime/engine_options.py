@@ -169,16 +169,15 @@ class EngineOptions:
         session = session_options({**tuning.values(), **stated})
         session = replace(session, batch_invariant=batch_invariant, weights_twice=weights_twice)
         share = None if visual_token_share is None else token_share("visual_token_share", visual_token_share)
+        fits = true_or_false("fit", fit)
         is_legacy = true_or_false("legacy_video_prompt", legacy_video_prompt)
         limits = min_pixels, max_pixels, max_image_pixels, is_legacy, share
         checked = ServingOptions.checked(**serving)
         check_kv_budget(checked.kv_budget, manifest.capabilities, max_context)
         if sliding is not None:
             prunes = share if share is not None and share < 1 else None
-            sliding.check_alone(kv_budget=checked.kv_budget, visual_token_share=prunes, fit=fit or None)
-        return cls(
-            max_context, max_memory, session, *limits, checked, tuning, true_or_false("fit", fit), is_limited, sliding
-        )
+            sliding.check_alone(kv_budget=checked.kv_budget, visual_token_share=prunes, fit=fits or None)
+        return cls(max_context, max_memory, session, *limits, checked, tuning, fits, is_limited, sliding)
 
 
 def session_options(settings: Mapping[str, Any]) -> SessionOptions:
