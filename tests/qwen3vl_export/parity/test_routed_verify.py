@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from helpers.command_line import call
+from helpers.wrong_rows import layers_swapped, shifted
 from qwen3vl_export.cli.run import app
 from runtime.manifest import Manifest
 from runtime.routed_session import RoutedCache, RoutedSession
@@ -45,19 +45,7 @@ def test_a_route_passes_and_is_named(tiny_engine: Path, tiny_checkpoint: Path, c
     assert report["precision"] == "fp32"
 
 
-def row_off_by_one(original: Any, self: RoutedCache, slot: int, start: int, stop: int) -> None:
-    original(self, slot, start, stop)
-    rows = self.cache.read_rows(slot, start, stop)
-    self.cache.write_rows(slot, start, [np.roll(each, 1, axis=1) for each in rows])
-
-
-def layers_swapped(original: Any, self: RoutedCache, slot: int, start: int, stop: int) -> None:
-    original(self, slot, start, stop)
-    rows = [each.copy() for each in self.cache.read_rows(slot, start, stop)]
-    self.cache.write_rows(slot, start, [*rows[2:4], *rows[:2], *rows[4:]])
-
-
-@pytest.mark.parametrize("fault", [row_off_by_one, layers_swapped])
+@pytest.mark.parametrize("fault", [shifted, layers_swapped])
 def test_rows_that_arrive_wrong_fail(
     fault: Callable[..., None], tiny_engine: Path, tiny_checkpoint: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

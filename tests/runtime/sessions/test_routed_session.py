@@ -14,6 +14,7 @@ import pytest
 from engines.bundle import Bundle
 from helpers.engines import build, requantized
 from helpers.serving import alone, asked, held_until_submitted, serving, watched_logits
+from helpers.wrong_rows import layers_swapped, shifted
 from runtime import generation, moved_rows
 from runtime.cache_types import CacheType
 from runtime.contract import FloatArray, no_visual_embeds, on_host
@@ -358,18 +359,6 @@ def test_a_chunk_sees_its_past_as_it_is_in_the_cache() -> None:
 
 
 # Sabotage: the same comparisons must fail
-
-
-def shifted(original: Any, self: RoutedCache, slot: int, start: int, stop: int) -> None:
-    original(self, slot, start, stop)
-    rows = self.cache.read_rows(slot, start, stop)
-    self.cache.write_rows(slot, start, [np.roll(each, 1, axis=1) for each in rows])
-
-
-def layers_swapped(original: Any, self: RoutedCache, slot: int, start: int, stop: int) -> None:
-    original(self, slot, start, stop)
-    rows = [each.copy() for each in self.cache.read_rows(slot, start, stop)]
-    self.cache.write_rows(slot, start, [*rows[2:4], *rows[:2], *rows[4:]])
 
 
 def last_row_lost(original: Any, self: RoutedCache, slot: int, start: int, stop: int) -> None:
